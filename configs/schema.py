@@ -1,0 +1,112 @@
+"""Every option of a run: one typed schema, each default beside its documentation.
+
+`python train.py --help` prints this table. A YAML file gives what differs from the defaults, `section.key=value` on the
+command line what differs from the file; see `configs.load`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def option(default: Any, doc: str) -> Any:
+    """A field with its default and its documentation."""
+    return field(default=default, metadata={"doc": doc})
+
+
+def section(cls: type) -> Any:
+    """A field that is a section with all its defaults."""
+    return field(default_factory=cls)
+
+
+@dataclass
+class Run:
+    name: str = option("run", "name of the run; the trackers show it")
+    dir: str | None = option(None, "folder of the run; null: runs/<name>")
+    seed: int = option(0, "seeds initialization, data order and dropout")
+
+
+@dataclass
+class Model:
+    size: str | None = option(None, "a named size: gpt3-125m, gpt3-350m, ... (models/sizes.py); null: the numbers below")
+    layers: int | None = option(None, "transformer blocks; null: the size's")
+    width: int | None = option(None, "model width D; null: the size's")
+    heads: int | None = option(None, "attention heads; null: the size's")
+    context: int | None = option(None, "sequence length T in tokens; null: the size's")
+    vocab_size: int | None = option(None, "rows of the embedding; null: the tokenizer's, rounded up to a multiple of 64")
+    dropout: float = option(0.0, "dropout probability everywhere")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, a third more time")
+    hf: dict[str, Any] | None = option(None, "instead of a GPT-3: the config of any causal LM of transformers {model_type: ...}")
+
+
+@dataclass
+class Data:
+    dir: str | None = option(None, "folder that `python -m data.prepare` wrote; required")
+
+
+@dataclass
+class Optimizer:
+    name: Literal["celo2", "celo2-base", "adamw", "muon"] = option("celo2", "the optimizer of the hidden matrices")
+    lr: float = option(1e-3, "peak learning rate of hidden matrices (celo2: the RMS change of a weight in one step)")
+    adamw_lr: float | None = option(None, "peak learning rate of embeddings, output layer, biases and norms; null: lr")
+    weight_decay: float = option(0.1, "decoupled decay of matrices and embeddings; biases and norms have none")
+    rule: str | None = option(None, "for celo2 and celo2-base: a shipped rule or the path of a rule file; null: the name's own")
+
+
+@dataclass
+class Schedule:
+    kind: Literal["cosine", "linear", "constant", "wsd"] = option("cosine", "shape after warm-up; wsd: constant, then linear")
+    warmup: float = option(0.05, "fraction of train.steps with linear warm-up from 0")
+    final: float = option(0.1, "learning rate at the last step, as a fraction of the peak (constant: unused)")
+    decay: float = option(0.2, "wsd: fraction of train.steps that decays, at the end")
+
+
+@dataclass
+class Train:
+    steps: int = option(1000, "optimizer steps")
+    batch_size: int = option(32, "sequences in one optimizer step, over all ranks")
+    micro_batch_size: int = option(32, "sequences in one forward pass of one rank; the rest is gradient accumulation")
+    grad_clip: float = option(1.0, "largest norm of the whole gradient; 0: no clipping")
+    precision: Literal["fp32", "bf16"] = option("fp32", "bf16: autocast, with float32 weights and optimizer state")
+    compile: bool = option(False, "torch.compile of the model")
+
+
+@dataclass
+class Distributed:
+    strategy: Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"] = option("ddp", "how weights and state are held by the ranks")
+
+
+@dataclass
+class Checkpoint:
+    every: int = option(500, "steps between checkpoints; 0: only at the end")
+    keep: int = option(2, "newest checkpoints to keep")
+    resume: str = option("auto", "auto: continue from the newest whole checkpoint; never: start anew; or a checkpoint's path")
+
+
+@dataclass
+class Log:
+    every: int = option(10, "steps between lines of metrics.jsonl")
+    trackers: list[str] = field(default_factory=list, metadata={"doc": "any of tensorboard, wandb"})
+    sample_tokens: int = option(200, "tokens of the text sample at the end; 0: none")
+    sample_prompt: str = option("", "text that the sample continues; empty: the start of a document")
+
+
+@dataclass
+class Eval:
+    every: int = option(100, "steps between evaluations, and always at the end; 0: only at the end")
+    sequences: int = option(256, "validation sequences, evenly spread over the validation split, always the same")
+
+
+@dataclass
+class Config:
+    run: Run = section(Run)
+    model: Model = section(Model)
+    data: Data = section(Data)
+    optimizer: Optimizer = section(Optimizer)
+    schedule: Schedule = section(Schedule)
+    train: Train = section(Train)
+    distributed: Distributed = section(Distributed)
+    checkpoint: Checkpoint = section(Checkpoint)
+    log: Log = section(Log)
+    eval: Eval = section(Eval)

@@ -1,0 +1,103 @@
+"""`python -m launch.benchmark optimizer`: the time of one optimizer step, side by side in one process.
+
+Every optimizer steps over the same matrices in turn, round after round, so that a busy machine slows all of them alike;
+the ratio of the medians is the result, the spread over the rounds its error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+
+from celo2 import Celo2
+
+# The hidden matrices of four blocks of a GPT of width 512, q, k, v and o apart: 12.6 million weights.
+SHAPES = [(512, 512)] * 16 + [(2048, 512)] * 4 + [(512, 2048)] * 4
+
+
+def time_steps(steps: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each call in each round, the calls of a round one after the other, after one round that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for index in range(rounds + 1):
+        for name, step in steps.items():
+            synchronize(device)
+            start = time.perf_counter()
+            step()
+            synchronize(device)
+            if index:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def benchmark_optimizers(rounds: int, device: torch.device) -> dict[str, object]:
+    """Times of Celo2, Muon and AdamW over `SHAPES`, and their ratios to Muon and AdamW."""
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.nn.Parameter((torch.randn(shape, generator=generator) * 0.02).to(device)) for shape in SHAPES]
+    for p in params:
+        p.grad = (torch.randn(p.shape, generator=generator) * 1e-3).to(device)
+    steps = {
+        "celo2, bfloat16 Newton-Schulz": Celo2(params, lr=1e-5, ns_dtype=torch.bfloat16).step,
+        "celo2, float32 Newton-Schulz": Celo2(params, lr=1e-5, ns_dtype=torch.float32).step,
+        "torch.optim.Muon": torch.optim.Muon(params, lr=1e-5).step,
+        "torch.optim.AdamW(fused=True)": torch.optim.AdamW(params, lr=1e-5, fused=True).step,
+    }
+    seconds = time_steps(steps, rounds, device)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return {
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads" if device.type == "cpu" else gpu_name(device),
+        "torch": torch.__version__,
+        "weights": sum(p.numel() for p in params),
+        "rounds": rounds,
+        "rows": [
+            {
+                "optimizer": name,
+                "milliseconds": 1e3 * medians[name],
+                "fastest": 1e3 * min(values),
+                "slowest": 1e3 * max(values),
+                "to_muon": medians[name] / medians["torch.optim.Muon"],
+                "to_adamw": medians[name] / medians["torch.optim.AdamW(fused=True)"],
+            }
+            for name, values in seconds.items()
+        ],
+    }
+
+
+def gpu_name(device: torch.device) -> str:
+    """What the GPU calls itself."""
+    return torch.cuda.get_device_name(device)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the table, and write it as JSON when asked."""
+    parser = argparse.ArgumentParser(prog="python -m launch.benchmark", description=__doc__)
+    parser.add_argument("what", choices=["optimizer"])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", help="a file for the result")
+    args = parser.parse_args(argv)
+    result = benchmark_optimizers(args.rounds, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    print(f"{result['weights']:,} weights in {len(SHAPES)} matrices; {result['machine']}; torch {result['torch']}")
+    print(f"{'':32}{'median ms':>10}{'fastest':>9}{'slowest':>9}{'x Muon':>8}{'x AdamW':>9}")
+    for row in result["rows"]:
+        times = f"{row['milliseconds']:10.1f}{row['fastest']:9.1f}{row['slowest']:9.1f}"
+        print(f"{row['optimizer']:32}{times}{row['to_muon']:8.2f}{row['to_adamw']:9.1f}")
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(result, file, indent=1)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

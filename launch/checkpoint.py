@@ -1,0 +1,184 @@
+"""Checkpoints: whole, by parameter name, without pickle.
+
+    checkpoints/step_00000100/
+        model.safetensors       weights by parameter name, a tied weight once
+        optimizer.safetensors   optimizer state as `<parameter name>/<state name>`, in its own dtype
+        config.json             the transformers configuration of the model
+        state.json              step, tokens, seconds, the run's configuration, the data set
+        manifest.json           size and sha256 of every file above; written last
+
+A checkpoint is written to a temporary folder, flushed to disk and renamed; only then are older ones deleted. A folder
+`step_*` without a manifest that fits is no checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+MANIFEST = "manifest.json"
+SPARE_BYTES = 64 << 20  # left free on the disk beside a checkpoint
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written or used; the message names it."""
+
+
+def save_checkpoint(
+    folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int
+) -> Path:
+    """Write `folder/step_<state["step"]>` and then delete all but the newest `keep` checkpoints. On one rank only."""
+    target = folder / f"step_{state['step']:08d}"
+    temporary = folder / f".{target.name}.tmp"
+    weights, moments = dict(model_tensors(model)), dict(optimizer_tensors(optimizer, model))
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        check_free_space(folder, [*weights.values(), *moments.values()])
+        save_file(weights, temporary / "model.safetensors")
+        save_file(moments, temporary / "optimizer.safetensors")
+        model.config.to_json_file(temporary / "config.json", use_diff=False)
+        (temporary / "state.json").write_text(json.dumps(state, indent=1))
+        files = sorted(temporary.iterdir())
+        manifest = {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        for path in (*files, temporary / MANIFEST, temporary):
+            flush(path)
+        if target.exists():  # an earlier checkpoint of the same step, of a run that was started anew
+            shutil.rmtree(target)
+        temporary.rename(target)
+        flush(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(f"cannot write checkpoint {target}: {error}") from error
+    for old in list_checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def load_checkpoint(path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Fill model and optimizer, tensor by tensor through CPU memory, and return the saved state.
+
+    Raises:
+        CheckpointError: a damaged checkpoint, or one of another model or optimizer, naming the difference.
+    """
+    verify(path)
+    saved = json.loads((path / "state.json").read_text())
+    with safe_open(path / "model.safetensors", "pt") as file, torch.no_grad():
+        own = dict(model_tensors(model))
+        require_same_names(path, "weights", own, file.keys())
+        for name, tensor in own.items():
+            require_same_shape(path, name, tensor, file.get_slice(name).get_shape())
+            tensor.copy_(file.get_tensor(name))
+    with safe_open(path / "optimizer.safetensors", "pt") as file, torch.no_grad():
+        parameters = dict(model.named_parameters())
+        existing = dict(optimizer_tensors(optimizer, model))
+        if existing:  # otherwise the optimizer makes its state in its first step
+            require_same_names(path, "optimizer state", existing, file.keys())
+        for entry in file.keys():  # noqa: SIM118
+            name, _, key = entry.rpartition("/")
+            if name not in parameters:
+                raise CheckpointError(f"{path}: optimizer state of '{name}', a parameter that the model lacks")
+            if entry in existing:
+                require_same_shape(path, entry, existing[entry], file.get_slice(entry).get_shape())
+                existing[entry].copy_(file.get_tensor(entry))
+            else:
+                optimizer.state[parameters[name]][key] = file.get_tensor(entry).to(parameters[name].device)
+    return saved
+
+
+def find_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint of a run, and what was wrong with newer ones."""
+    complaints = []
+    for path in reversed(list_checkpoints(folder)):
+        try:
+            verify(path)
+            return path, complaints
+        except CheckpointError as error:
+            complaints.append(str(error))
+    return None, complaints
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The folders `step_*`, oldest first."""
+    return sorted(path for path in folder.glob("step_*") if path.is_dir())
+
+
+def verify(path: Path) -> None:
+    """Raise CheckpointError unless every file of the manifest is there with its size and hash."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        for name, expected in manifest.items():
+            file = path / name
+            if file.stat().st_size != expected["bytes"]:
+                raise CheckpointError(f"{file} has {file.stat().st_size} bytes, its manifest says {expected['bytes']}")
+            if sha256(file) != expected["sha256"]:
+                raise CheckpointError(f"{file} is damaged: its sha256 is not the manifest's")
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is no whole checkpoint: {Path(error.filename).name} is missing") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path / MANIFEST} cannot be read ({error})") from None
+
+
+def model_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters and persistent buffers by name, a tied weight once."""
+    parameters = dict(model.named_parameters())
+    persistent = model.state_dict(keep_vars=True)
+    buffers = {name: b for name, b in model.named_buffers() if name in persistent}
+    return [(name, tensor.data) for name, tensor in {**parameters, **buffers}.items()]
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Optimizer state as (`<parameter name>/<state name>`, tensor)."""
+    state = optimizer.state
+    named = [(name, state[p]) for name, p in model.named_parameters() if p in state]
+    return [(f"{name}/{key}", value) for name, values in named for key, value in values.items()]
+
+
+def check_free_space(folder: Path, tensors: list[Tensor]) -> None:
+    """Raise OSError if the disk has no room for `tensors`."""
+    needed = sum(t.numel() * t.element_size() for t in tensors) + SPARE_BYTES
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(f"no space left: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free")
+
+
+def require_same_names(path: Path, what: str, own: Any, saved: Any) -> None:
+    """Raise CheckpointError if two sets of names differ, naming one of the difference."""
+    missing, extra = sorted(set(own) - set(saved)), sorted(set(saved) - set(own))
+    if missing or extra:
+        which = f"lacks '{missing[0]}'" if missing else f"holds '{extra[0]}', which this run has not"
+        raise CheckpointError(f"{path}: of another model or optimizer: its {what} {which}")
+
+
+def require_same_shape(path: Path, name: str, tensor: Tensor, shape: list[int]) -> None:
+    """Raise CheckpointError if a saved tensor has another shape."""
+    if list(tensor.shape) != list(shape):
+        raise CheckpointError(f"{path}: of another model: '{name}' has shape {tuple(shape)}, this run {tuple(tensor.shape)}")
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def flush(path: Path) -> None:
+    """Have the operating system write a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

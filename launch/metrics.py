@@ -1,0 +1,107 @@
+"""What a run leaves behind and shows while it goes: metrics.jsonl, trackers, and a progress bar (or plain lines)."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from configs.schema import Config
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line that a kill cut short is left out."""
+    records = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return records
+
+
+class Metrics:
+    """One JSON object a line, on the first rank alone; the same numbers go to the trackers and, in short, to the screen.
+
+    On resume the lines after the checkpoint's step are dropped, since those steps are taken again.
+    """
+
+    def __init__(self, accelerator: Accelerator, config: Config, run_dir: Path, start: int) -> None:
+        self.accelerator, self.path = accelerator, run_dir / "metrics.jsonl"
+        self.first = accelerator.is_main_process
+        if self.first:
+            kept = [record for record in read_metrics(self.path) if record["step"] <= start]
+            rewritten = self.path.with_suffix(".tmp")
+            rewritten.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            rewritten.replace(self.path)
+        if config.log.trackers:
+            accelerator.init_trackers(config.run.name, config=flat(asdict(config)))
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one record; the trackers get it under the same names."""
+        if self.first:
+            with self.path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        self.accelerator.log({key: value for key, value in record.items() if key != "step"}, step=record["step"])
+
+
+class Display:
+    """A live progress bar on a terminal, a plain line for each logged step elsewhere; silent on other ranks."""
+
+    def __init__(self, steps: int, start: int, first: bool) -> None:
+        self.steps, self.first = steps, first
+        self.console = Console(file=sys.stdout)
+        columns = ("[progress.percentage]{task.percentage:>3.0f}%", "{task.fields[text]}")
+        self.bar = Progress(
+            BarColumn(20),
+            MofNCompleteColumn(),
+            *(TextColumn(column) for column in columns),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not (first and self.console.is_terminal),
+        )
+        self.task = self.bar.add_task("", total=steps, completed=start, text="")
+
+    def __enter__(self) -> Display:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def advance(self, done: int) -> None:
+        """`done` steps are finished."""
+        self.bar.update(self.task, completed=done)
+
+    def training(self, record: dict[str, Any]) -> None:
+        """Show a training record."""
+        text = f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {record['tokens_per_second']:,.0f} tokens/s"
+        if "mfu" in record:
+            text += f"  MFU {record['mfu']:.1%}"
+        if self.bar.disable:
+            self.say(f"step {record['step']:>6}/{self.steps}  {text}  {record['seconds']:.0f} s")
+        else:
+            self.bar.update(self.task, text=text)
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        if self.first:
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys, with values that every tracker accepts."""
+    result: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            result |= flat(value, f"{prefix}{key}.")
+        else:
+            result[f"{prefix}{key}"] = value if isinstance(value, int | float | str | bool) else str(value)
+    return result

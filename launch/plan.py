@@ -1,0 +1,119 @@
+"""`--plan`: what a run would take, without training: parameters, routing, tokens, FLOPs, memory, sizes that divide."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import nn
+
+from celo2 import load_rule, param_groups, routing_table
+from celo2.matrices import stacked_axes, stacked_shape
+from celo2.orthogonalize import newton_schulz_flops
+from celo2.rule import accumulator_shapes
+from configs.schema import Config
+from data.batches import check_batch_size
+from launch.run import build_from_config, open_data, vocabulary
+from launch.schedule import lr_factor
+from models import flops_per_token
+from models.loss import CHUNK_TOKENS
+
+GB = 1e9
+GPT2_VOCABULARY = 50257  # assumed where neither model.vocab_size nor data.dir says
+
+
+def make_plan(config: Config) -> str:
+    """The plan as text. Raises what `train` would raise for the same configuration, as far as nothing must be trained."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    check_batch_size(config.train.batch_size, world, config.train.micro_batch_size)
+    epoch_tokens = None
+    if config.data.dir is not None and os.path.isdir(config.data.dir):
+        shards, _ = open_data(config)
+        tokenizer_size, epoch_tokens, data = shards.vocab_size, shards.n_tokens - 1, config.data.dir
+    else:
+        tokenizer_size = config.model.vocab_size or GPT2_VOCABULARY
+        data = f"{config.data.dir} is not prepared yet; a vocabulary of {tokenizer_size:,} is assumed"
+    model, context = build_from_config(config, vocabulary(config, tokenizer_size), device="meta")
+
+    optimizer = config.optimizer
+    adamw_lr = optimizer.lr if optimizer.adamw_lr is None else optimizer.adamw_lr
+    by_rule = optimizer.name.startswith("celo2")
+    variant = load_rule(optimizer.rule or optimizer.name).variant if by_rule else "celo2"
+    groups = param_groups(model, optimizer.lr, adamw_lr, optimizer.weight_decay, variant=variant)
+
+    parameters = sum(p.numel() for p in model.parameters())
+    step_tokens = config.train.batch_size * context
+    tokens = step_tokens * config.train.steps
+    per_token = flops_per_token(model, context)
+    newton_schulz = orthogonalization_flops(groups) if optimizer.name in ("celo2", "muon") else 0
+    accumulation = config.train.batch_size // (world * config.train.micro_batch_size)
+    state = state_elements(groups, optimizer.name)
+    activations = activation_elements(model, config.train.micro_batch_size, context, config.model.gradient_checkpointing)
+    bf16 = config.train.precision == "bf16"
+    memory = {
+        "weights": 4 * parameters,
+        "gradients": 4 * parameters,
+        "optimizer state": 4 * state,
+        "bf16 copies of weights": 2 * parameters if bf16 else 0,  # autocast keeps them through a step
+        "activations (estimate)": activations * (2 if bf16 else 4),
+        "loss (estimate)": 4 * loss_elements(model),
+    }
+    epochs = f", {tokens / epoch_tokens:.2f} epochs of {epoch_tokens:,}" if epoch_tokens else ""
+    warmup = next((s for s in range(config.train.steps) if lr_factor(config.schedule, s, config.train.steps) == 1), 0)
+    lines = [
+        f"run         {config.run.name}",
+        f"model       {parameters:,} parameters, context {context}, vocabulary {model.get_input_embeddings().weight.shape[0]:,}",
+        f"data        {data}",
+        f"batch       {config.train.batch_size} x {context} = {step_tokens:,} tokens a step = {world} process(es) x "
+        f"{accumulation} micro-batch(es) x {config.train.micro_batch_size} sequences",
+        f"tokens      {config.train.steps:,} steps x {step_tokens:,} = {tokens:,}{epochs}; "
+        f"{tokens / parameters:.1f} a parameter (about 20 are compute-optimal)",
+        f"FLOPs       {per_token * tokens:.3g} in all, {per_token:.3g} a token; "
+        f"Newton-Schulz adds {newton_schulz / (per_token * step_tokens):.2%} a step",
+        f"schedule    {config.schedule.kind}, peak after step {warmup + 1}, last at {config.schedule.final:g} of the peak",
+        f"memory      {sum(memory.values()) / GB:.2f} GB a process under {config.distributed.strategy}: "
+        + ", ".join(f"{name} {size / GB:.2f}" for name, size in memory.items()),
+        "",
+        routing_table(groups),
+    ]
+    return "\n".join(lines)
+
+
+def orthogonalization_flops(groups: list[dict]) -> int:
+    """FLOPs of Newton–Schulz over all matrices of the rule's groups, once."""
+    total = 0
+    for group in groups:
+        for p in group["params"] if group["update"] == "celo2" else ():
+            *batch, rows, cols = stacked_shape(p.shape, group["matrices"])
+            total += torch.Size(batch).numel() * newton_schulz_flops(rows, cols)
+    return total
+
+
+def state_elements(groups: list[dict], name: str) -> int:
+    """Elements of optimizer state: four a weight under the rule, two under AdamW, one under Muon, and the factored sums."""
+    total = 0
+    for group in groups:
+        for p in group["params"]:
+            if group["update"] == "adamw" or name == "adamw":
+                total += 2 * p.numel()
+            elif name == "muon":
+                total += p.numel()
+            else:
+                shape = stacked_shape(p.shape, group["matrices"])
+                shapes = accumulator_shapes(shape, stacked_axes(shape, group["matrices"]))
+                total += sum(torch.Size(s).numel() for s in shapes.values())
+    return total
+
+
+def activation_elements(model: nn.Module, micro_batch: int, context: int, checkpointing: bool) -> int:
+    """Elements that the forward pass keeps for the backward pass, about: 16 widths a token and layer for a GPT with flash
+    attention (two norms, q, k, v, attention's output, projection, 4 + 4 in the feed-forward part), one with checkpointing."""
+    config = model.config.get_text_config()
+    per_layer = 1 if checkpointing else 16
+    return micro_batch * context * config.hidden_size * (config.num_hidden_layers * per_layer + (16 if checkpointing else 0))
+
+
+def loss_elements(model: nn.Module) -> int:
+    """Float32 elements that the chunked loss holds: three chunks of logits and the gradient of the output projection."""
+    vocabulary, width = model.get_output_embeddings().weight.shape
+    return 3 * CHUNK_TOKENS * vocabulary + vocabulary * width

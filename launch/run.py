@@ -1,0 +1,128 @@
+"""What a run is made of and what it leaves behind: data and model from the configuration, its folder, its state."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from configs.load import ConfigError, to_yaml
+from configs.schema import Config
+from data.shards import TokenShards
+from launch.checkpoint import CheckpointError, find_checkpoint, load_checkpoint
+from models import CausalLMLoss, build_model, check_matches_logits
+
+VOCABULARY_MULTIPLE = 64  # matrix units work on multiples of 64; the rows beyond the tokenizer's are never a target
+
+
+@dataclass
+class RunState:
+    """Where a run stands, after `step` optimizer steps."""
+
+    step: int = 0
+    tokens: int = 0  # targets trained on
+    seconds: float = 0.0  # in training steps, over all starts; without evaluation and checkpoints
+
+
+def open_data(config: Config) -> tuple[TokenShards, TokenShards]:
+    """The training and the validation split of `data.dir`."""
+    if config.data.dir is None:
+        raise ConfigError("data.dir is missing: prepare a folder with python -m data.prepare SOURCE FOLDER and name it")
+    return TokenShards(config.data.dir, "train"), TokenShards(config.data.dir, "val")
+
+
+def vocabulary(config: Config, tokenizer_size: int) -> int:
+    """Rows of the embedding for a tokenizer of `tokenizer_size` tokens."""
+    wanted = config.model.vocab_size
+    if wanted is None:
+        return -(-tokenizer_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    if wanted < tokenizer_size:
+        raise ConfigError(f"model.vocab_size is {wanted}, but the data has tokens up to {tokenizer_size - 1}")
+    return wanted
+
+
+def build_from_config(config: Config, vocab_size: int, device: str | None = None) -> tuple[PreTrainedModel, int]:
+    """The model of `config` and the context T (tokens) it trains on."""
+    options = asdict(config.model) | {"vocab_size": vocab_size, "device": device}
+    if config.model.hf is None:
+        model = build_model(**options)
+        return model, model.config.max_position_embeddings
+    if config.model.context is None:
+        raise ConfigError("model.context is missing: with model.hf, say how many tokens a training sequence has")
+    model = build_model(**options | {"context": None})
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and longest < config.model.context:
+        raise ConfigError(f"model.context is {config.model.context}, but the model has {longest} positions")
+    if device != "meta":
+        check_matches_logits(CausalLMLoss(model))
+    return model, config.model.context
+
+
+def folder_of(config: Config) -> Path:
+    """The run's folder."""
+    return Path(config.run.dir or f"runs/{config.run.name}")
+
+
+def open_run(config: Config, accelerator: Accelerator) -> Path:
+    """The run's folder, with the resolved configuration and the tokenizer in it; an earlier run is never overwritten.
+
+    Raises:
+        ConfigError: the folder holds a run and `checkpoint.resume` is "never".
+    """
+    run_dir = folder_of(config)
+    if config.checkpoint.resume == "never" and (run_dir / "metrics.jsonl").exists():
+        raise ConfigError(f"{run_dir} holds a run already: choose another run.dir, or checkpoint.resume=auto to continue it")
+    accelerator.wait_for_everyone()  # before the first rank writes what the others look for
+    if accelerator.is_main_process:
+        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(to_yaml(config))
+        shutil.copyfile(Path(config.data.dir) / "tokenizer.json", run_dir / "tokenizer.json")
+    return run_dir
+
+
+def resume(
+    config: Config, run_dir: Path, model: PreTrainedModel, optimizer: Optimizer, shards: TokenShards
+) -> tuple[RunState, list[str]]:
+    """Continue as `checkpoint.resume` says; returns the state and what a person should know.
+
+    Raises:
+        CheckpointError: a checkpoint of another model, optimizer, data set, or seed.
+    """
+    notes: list[str] = []
+    if config.checkpoint.resume == "never":
+        return RunState(), notes
+    if config.checkpoint.resume == "auto":
+        path, notes = find_checkpoint(run_dir / "checkpoints")
+        if path is None:
+            return RunState(), notes
+    else:
+        path = Path(config.checkpoint.resume)
+    saved = load_checkpoint(path, model, optimizer)
+    for key, value in identity(config, shards).items():
+        if saved["identity"].get(key) != value:
+            raise CheckpointError(f"{path}: its {key} is {saved['identity'].get(key)}, this run's is {value}")
+    if saved["step"] > config.train.steps:
+        raise CheckpointError(f"{path} is at step {saved['step']}, beyond train.steps={config.train.steps}")
+    notes.append(f"resumed from {path}")
+    return RunState(saved["step"], saved["tokens"], saved["seconds"]), notes
+
+
+def identity(config: Config, shards: TokenShards) -> dict[str, Any]:
+    """What must not change between the starts of one run, because the data of a step would be others."""
+    return {
+        "data set": shards.fingerprint,
+        "run.seed": config.run.seed,
+        "train.batch_size": config.train.batch_size,
+        "model.context": config.model.context,
+        "optimizer.name": config.optimizer.name,
+    }
+
+
+def saved_state(config: Config, state: RunState, shards: TokenShards) -> dict[str, Any]:
+    """The contents of a checkpoint's state.json."""
+    return asdict(state) | {"identity": identity(config, shards), "config": asdict(config)}

@@ -1,0 +1,62 @@
+"""A small prepared data set of bytes, and a run in this process."""
+
+import json
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+import train
+from data.prepare import prepare
+
+CONFIG = """
+run: {name: test, seed: 1}
+model: {layers: 2, width: 32, heads: 2, context: 32}
+train: {steps: 6, batch_size: 8, micro_batch_size: 8}
+optimizer: {lr: 5e-3, adamw_lr: 1e-2}
+log: {every: 1, sample_tokens: 8}
+eval: {every: 3, sequences: 8}
+checkpoint: {every: 3}
+"""
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory) -> Path:
+    """Twenty documents of text, about 12,000 byte tokens."""
+    folder = tmp_path_factory.mktemp("prepared")
+    words = textwrap.dedent(train.__doc__).split()
+    documents = [" ".join(words[i % len(words)] for i in range(n, n * 7 + 80)) for n in range(1, 21)]
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    return prepare(str(folder / "text.jsonl"), folder / "bytes", tokenizer="bytes", val_fraction=0.2, workers=1)
+
+
+@pytest.fixture
+def run(prepared, tmp_path, capsys):
+    """run("section.key=value", ...) -> (exit status, records of metrics.jsonl, stderr); the folder is run.dir."""
+
+    def start(*overrides: str, folder: str = "run") -> tuple[int, list[dict], str]:
+        config = tmp_path / "config.yaml"
+        config.write_text(CONFIG)
+        run_dir = tmp_path / folder
+        capsys.readouterr()
+        status = train.main([str(config), f"data.dir={prepared}", f"run.dir={run_dir}", *overrides])
+        AcceleratorState._reset_state(reset_partial_state=True)  # a process has one; here it has many runs
+        captured = capsys.readouterr()
+        start.out = captured.out
+        path = run_dir / "metrics.jsonl"
+        records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return status, records, captured.err
+
+    start.tmp_path = tmp_path
+    return start
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Bit-for-bit comparisons must not depend on how many cores are free."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

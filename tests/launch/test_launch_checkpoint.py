@@ -1,0 +1,123 @@
+"""Checkpoints on their own: what is in them, and what becomes of a damaged one."""
+
+import json
+
+import pytest
+import torch
+
+from configs.schema import Optimizer
+from launch import checkpoint as checkpoint_module
+from launch.checkpoint import CheckpointError, find_checkpoint, load_checkpoint, save_checkpoint
+from launch.optimizers import BUILDERS, build_optimizer
+from models import build_model
+
+
+def trained(name: str, steps: int = 2, seed: int = 0):
+    torch.manual_seed(seed)
+    model = build_model(layers=1, width=16, heads=2, context=8, vocab_size=64)
+    optimizer = build_optimizer(Optimizer(name=name), model)
+    for _ in range(steps):
+        step(model, optimizer)
+    return model, optimizer
+
+
+def step(model, optimizer, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=generator)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("name", list(BUILDERS))
+def test_everything_comes_back(name, tmp_path):
+    model, optimizer = trained(name)
+    path = save_checkpoint(tmp_path, model, optimizer, {"step": 2}, keep=1)
+    other, other_optimizer = trained(name, steps=0, seed=1)
+    assert load_checkpoint(path, other, other_optimizer) == {"step": 2}
+    for m, o in ((model, optimizer), (other, other_optimizer)):
+        step(m, o, seed=4)
+    for (key, a), b in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b), key
+        for entry, value in optimizer.state[a].items():
+            assert torch.equal(value, other_optimizer.state[b][entry])
+            assert value.dtype == other_optimizer.state[b][entry].dtype
+
+
+def test_names_shapes_and_bytes(tmp_path):
+    from safetensors import safe_open
+
+    model, optimizer = trained("celo2")
+    path = save_checkpoint(tmp_path, model, optimizer, {"step": 2}, keep=1)
+    assert path.name == "step_00000002"
+    with safe_open(path / "model.safetensors", "pt") as file:
+        assert set(file.keys()) == {name for name, _ in model.named_parameters()}
+    weight = "model.layers.0.attn.q_proj.weight"
+    with safe_open(path / "optimizer.safetensors", "pt") as file:
+        assert file.get_slice(f"{weight}/momentum").get_shape() == [3, 16, 16]
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert set(manifest) == {"model.safetensors", "optimizer.safetensors", "config.json", "state.json"}
+    assert all((path / name).stat().st_size == entry["bytes"] for name, entry in manifest.items())
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    model, optimizer = trained("adamw")
+    for number in range(1, 6):
+        save_checkpoint(tmp_path, model, optimizer, {"step": number}, keep=2)
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["step_00000004", "step_00000005"]
+
+
+DAMAGE = {
+    "a file is missing": lambda path: (path / "optimizer.safetensors").unlink(),
+    "the manifest is missing": lambda path: (path / "manifest.json").unlink(),
+    "a file is cut short": lambda path: truncate(path / "model.safetensors"),
+    "a byte is flipped": lambda path: flip(path / "model.safetensors"),
+    "the state is changed": lambda path: (path / "state.json").write_text('{"step": 9}'),
+    "the manifest is no JSON": lambda path: (path / "manifest.json").write_text("{"),
+}
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", list(DAMAGE))
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(damage, tmp_path):
+    model, optimizer = trained("celo2")
+    first = save_checkpoint(tmp_path, model, optimizer, {"step": 1}, keep=2)
+    second = save_checkpoint(tmp_path, model, optimizer, {"step": 2}, keep=2)
+    assert find_checkpoint(tmp_path) == (second, [])
+    DAMAGE[damage](second)
+    path, complaints = find_checkpoint(tmp_path)
+    assert path == first
+    assert len(complaints) == 1
+    assert second.name in complaints[0]
+    with pytest.raises(CheckpointError, match=second.name):
+        load_checkpoint(second, model, optimizer)
+
+
+def test_a_failed_save_leaves_the_last_checkpoint_and_no_litter(tmp_path, monkeypatch):
+    model, optimizer = trained("celo2")
+    first = save_checkpoint(tmp_path, model, optimizer, {"step": 1}, keep=1)
+
+    def no_space(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint_module, "save_file", no_space)
+    with pytest.raises(CheckpointError, match="No space left"):
+        save_checkpoint(tmp_path, model, optimizer, {"step": 2}, keep=1)
+    assert list(tmp_path.iterdir()) == [first]
+    monkeypatch.undo()
+    monkeypatch.setattr(checkpoint_module, "SPARE_BYTES", 1 << 60)
+    with pytest.raises(CheckpointError, match=r"no space left: .* GB needed"):
+        save_checkpoint(tmp_path, model, optimizer, {"step": 2}, keep=1)
+    assert list(tmp_path.iterdir()) == [first]
+
+
+def test_no_checkpoint(tmp_path):
+    assert find_checkpoint(tmp_path / "nowhere") == (None, [])
