@@ -1,0 +1,241 @@
+"""Exported folders, loaded by stock transformers in a process that has none of this project's code."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from models import build_model
+from models.export import ExportError, export, find_checkpoint, load_checkpoint, main, to_gpt2
+
+ROOT = Path(__file__).parents[2]
+TEXT = "Hello, World!  It's 12345 o'clock — naïve café.\n\tdef f(x):\n  return x<|endoftext|>The end."
+QWEN3 = {
+    "model_type": "qwen3",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+}
+
+# Stock transformers alone: what loads, what it says of the same text, and what a pipeline writes.
+LOADER = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+text, *folders = sys.argv[1:]
+report = []
+for folder in folders:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    written = pipeline("text-generation", model=folder)(text[:20], do_sample=False)[0]["generated_text"]
+    report.append({
+        "class": type(model).__name__, "ids": ids[0].tolist(), "text": tokenizer.decode(ids[0]), "written": written,
+        "logits": model(ids).logits[0].tolist(), "model_max_length": tokenizer.model_max_length,
+        "eos": tokenizer.eos_token, "eos_id": model.generation_config.eos_token_id,
+    })
+assert not any(name.split(".")[0] == "models" for name in sys.modules)
+print("REPORT" + json.dumps(report))
+"""
+
+
+def train_tokenizer() -> Tokenizer:
+    """Byte-level BPE that splits otherwise than GPT-2 (digits one by one), as a careless export would not."""
+    tokenizer = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(r"\p{N}|[^\s\p{N}]+|\s+"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator([TEXT.replace("<|endoftext|>", "")] * 3, trainer)
+    return tokenizer
+
+
+def save_checkpoint(model, folder: Path, complete: bool = True) -> Path:
+    folder.mkdir(parents=True)
+    save_file({name: p.detach().contiguous() for name, p in model.named_parameters()}, folder / "model.safetensors")
+    model.config.to_json_file(folder / "config.json")
+    if complete:
+        (folder / "manifest.json").write_text("{}")
+    return folder
+
+
+def make_run(folder: Path, steps=(100,), hf=None) -> Path:
+    folder.mkdir()
+    train_tokenizer().save(str(folder / "tokenizer.json"))
+    for step in steps:
+        torch.manual_seed(step)
+        model = build_model(size=None if hf else "gpt3-tiny", hf=hf, vocab_size=320)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        save_checkpoint(model, folder / "checkpoints" / f"step_{step:08d}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    return make_run(tmp_path_factory.mktemp("export") / "run", steps=(2, 10))
+
+
+def test_stock_transformers_loads_what_was_trained(run, tmp_path):
+    qwen3 = make_run(tmp_path / "qwen3", hf=QWEN3)
+    folders = {tmp_path / "out" / "gpt2": run, tmp_path / "out" / "qwen3": qwen3}
+    for out, source in folders.items():
+        assert main([str(source), str(out)]) == 0
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    environment.pop("PYTHONPATH", None)
+    arguments = [sys.executable, "-c", LOADER, TEXT, *map(str, folders)]
+    loaded = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert loaded.returncode == 0, loaded.stderr
+    line = next(line for line in loaded.stdout.splitlines() if line.startswith("REPORT"))
+
+    tokenizer = Tokenizer.from_file(str(run / "tokenizer.json"))
+    expected_class = ("GPT2LMHeadModel", "Qwen3ForCausalLM")
+    for report, name, source in zip(json.loads(line[6:]), expected_class, (run, qwen3), strict=True):
+        assert report["class"] == name
+        assert report["ids"] == tokenizer.encode(TEXT).ids and report["text"] == TEXT
+        assert report["eos"] == "<|endoftext|>" and report["eos_id"] == tokenizer.token_to_id("<|endoftext|>")
+        model = load_checkpoint(find_checkpoint(source))
+        assert report["model_max_length"] == model.config.max_position_embeddings
+        with torch.no_grad():
+            logits = model(torch.tensor([report["ids"]])).logits[0]
+        assert logits.std() > 0.5
+        assert (torch.tensor(report["logits"]) - logits).abs().max() < 1e-4
+        assert report["written"].startswith(TEXT[:20]) and len(report["written"]) > 20
+
+
+def test_newest_complete_checkpoint_or_the_one_asked_for(run, tmp_path):
+    save_checkpoint(
+        build_model(size="gpt3-tiny", vocab_size=320), run / "checkpoints" / "step_00000020", complete=False
+    )
+    steps = {10: run, 2: run / "checkpoints" / "step_00000002"}
+    for step, source in steps.items():
+        folder = run / "checkpoints" / f"step_{step:08d}"
+        assert export(source, tmp_path / str(step)) == folder
+        exported = load_file(tmp_path / str(step) / "model.safetensors")
+        trained = load_file(folder / "model.safetensors")
+        assert torch.equal(exported["transformer.wpe.weight"], trained["model.embed_positions.weight"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["10", "2"]  # nothing temporary left
+
+
+def test_empty_out_folder_is_fine_and_as_readable_as_any(run, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "plain").mkdir()
+    export(run, tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").is_file()
+    assert (tmp_path / "out").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_to_gpt2_copies():
+    model = build_model(size="gpt3-tiny", vocab_size=99, dropout=0.1)
+    gpt2 = to_gpt2(model)
+    assert gpt2.training and gpt2.config.attn_pdrop == gpt2.config.embd_pdrop == gpt2.config.resid_pdrop == 0.1
+    with torch.no_grad():
+        gpt2.transformer.wte.weight.zero_()
+    assert model.model.embed_tokens.weight.any()
+    assert to_gpt2(model.to(torch.bfloat16)).dtype == torch.bfloat16
+
+
+def break_run(run: Path, how: str) -> Path:
+    """Damage a fresh run in one way; -> what to export."""
+    checkpoint = run / "checkpoints" / "step_00000100"
+    weights = load_file(checkpoint / "model.safetensors")
+    if how == "missing run":
+        return run / "nowhere"
+    if how == "no checkpoint":
+        (checkpoint / "manifest.json").unlink()
+    if how == "incomplete checkpoint":
+        (checkpoint / "manifest.json").unlink()
+        return checkpoint
+    if how == "no tokenizer":
+        (run / "tokenizer.json").unlink()
+    if how == "broken tokenizer":
+        (run / "tokenizer.json").write_text("{}")
+    if how == "no configuration":
+        (checkpoint / "config.json").unlink()
+    if how == "no weights":
+        (checkpoint / "model.safetensors").unlink()
+    if how == "unknown model":
+        (checkpoint / "config.json").write_text('{"model_type": "banana"}')
+    if how == "broken weights":
+        (checkpoint / "model.safetensors").write_bytes(b"no weights")
+    if how == "missing weight":
+        del weights["model.norm.bias"]
+        save_file(weights, checkpoint / "model.safetensors")
+    if how == "unknown weight":
+        save_file({**weights, "banana": torch.zeros(1)}, checkpoint / "model.safetensors")
+    if how == "misshapen weight":
+        save_file({**weights, "model.norm.bias": torch.zeros(1)}, checkpoint / "model.safetensors")
+    if how == "small vocabulary":
+        model = build_model(size="gpt3-tiny", vocab_size=50)
+        save_checkpoint(model, run / "checkpoints" / "step_00000200")
+    return run
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("missing run", "there is no folder .*nowhere"),
+        ("no checkpoint", "holds no complete checkpoint"),
+        ("incomplete checkpoint", "step_00000100 is not complete: it has no manifest.json"),
+        ("no tokenizer", "the run has no .*tokenizer.json"),
+        ("broken tokenizer", "cannot read .*tokenizer.json"),
+        ("no configuration", "step_00000100 has no config.json"),
+        ("no weights", "step_00000100 has no model.safetensors"),
+        ("unknown model", "cannot read .*banana"),
+        ("broken weights", "cannot read .*step_00000100"),
+        ("missing weight", "lacks weights: model.norm.bias"),
+        ("unknown weight", "has unknown weights: banana"),
+        ("misshapen weight", "has misshapen weights: model.norm.bias"),
+        ("small vocabulary", "has 300 tokens, the model only 50"),
+    ],
+)
+def test_every_user_error_is_one_line_and_leaves_nothing(how, message, tmp_path, capsys):
+    source = break_run(make_run(tmp_path / "run"), how)
+    with pytest.raises(ExportError, match=message):
+        export(source, tmp_path / "out")
+    capsys.readouterr()
+    assert main([str(source), str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_out_that_exists_is_an_error(run, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path, tmp_path / "file"):
+        with pytest.raises(ExportError, match="exists and is not an empty folder"):
+            export(run, out)
+    with pytest.raises(ExportError, match="cannot write"):
+        export(run, tmp_path / "file" / "out")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_failure_while_writing_leaves_nothing(run, tmp_path, monkeypatch):
+    def full_disk(self, folder):
+        assert list(Path(folder).glob("*.safetensors"))  # the model is already there
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", full_disk)
+    with pytest.raises(ExportError, match=r"cannot write .*No space left on device"):
+        export(run, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_command_line_error_has_no_traceback(tmp_path):
+    command = [sys.executable, "-m", "models.export", str(tmp_path / "nowhere"), str(tmp_path / "out")]
+    failed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert failed.returncode == 2
+    assert failed.stderr == f"export: there is no folder {tmp_path / 'nowhere'}\n"
