@@ -122,7 +122,7 @@ def direction_(rule: Rule, stack: Stack, out: Tensor) -> None:
     local_sum = torch.zeros(n, len(LOCAL), device=g.device)
     for block in blocks:
         x = tile(x_buffer, block)
-        torch.clamp(g[:, block], -GRADIENT_CLIP, GRADIENT_CLIP, out=x[:, 0])
+        x[:, 0].copy_(g[:, block]).clamp_(-GRADIENT_CLIP, GRADIENT_CLIP)
         square = x[:, 0].square()
         for k, beta in enumerate(rule.momentum_decays):
             m[:, k, block].lerp_(x[:, 0], 1 - beta)
@@ -144,7 +144,7 @@ def direction_(rule: Rule, stack: Stack, out: Tensor) -> None:
     factored_sum = torch.zeros(n, len(FACTORED), device=g.device)
     for block in blocks:
         x = tile(x_buffer, block)
-        torch.clamp(g[:, block], -GRADIENT_CLIP, GRADIENT_CLIP, out=x[:, 0])
+        x[:, 0].copy_(g[:, block]).clamp_(-GRADIENT_CLIP, GRADIENT_CLIP)
         fill_factored_(x[:, len(LOCAL) :], x[:, 0], m[:, :, block], by_row_factor[:, :, block], by_col_factor)
         factored_sum += square_sums(x[:, len(LOCAL) :])
 
@@ -163,7 +163,7 @@ def direction_(rule: Rule, stack: Stack, out: Tensor) -> None:
     w2, b2 = rule.weights["w2"][:, 0], rule.weights["b2"][0]
     for block in blocks:
         x = tile(x_buffer, block)
-        torch.clamp(g[:, block], -GRADIENT_CLIP, GRADIENT_CLIP, out=x[:, 0])
+        x[:, 0].copy_(g[:, block]).clamp_(-GRADIENT_CLIP, GRADIENT_CLIP)
         fill_local_(x[:, : len(LOCAL)], w[:, block], m[:, :, block], v[:, block])
         fill_factored_(x[:, len(LOCAL) :], x[:, 0], m[:, :, block], by_row_factor[:, :, block], by_col_factor)
         h = tile(h_buffer, block)

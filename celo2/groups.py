@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from celo2.matrices import Layout, matrix_count, stacked_shape
+from celo2.weights import VARIANTS
 
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -68,6 +69,8 @@ def param_groups(
     Raises:
         ValueError: a parameter that two modules claim differently or that nothing claims, or no single output projection.
     """
+    if variant not in VARIANTS:
+        raise ValueError(f"unknown variant '{variant}', expected one of {', '.join(VARIANTS)}")
     input_layers, output_layers = boundary_modules(model, also_adamw)
     groups: dict[tuple, dict[str, Any]] = {}
     for name, (p, claims) in claimed_parameters(model, input_layers, output_layers).items():
@@ -131,16 +134,13 @@ def call_or_none(method: Any) -> nn.Module | None:
 
 
 def plain_output(model: nn.Module, claimed: set[nn.Module]) -> set[nn.Module]:
-    """The output projection of a module that does not name it: tied to its largest embedding, or else of its shape."""
-    embeddings = [module for module in model.modules() if isinstance(module, EMBEDDINGS)]
-    if not embeddings:
-        return set()
-    tokens = max(embeddings, key=lambda module: module.num_embeddings).weight
-    linears = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear) and m not in claimed]
-    tied = {module for _, module in linears if module.weight is tokens}
-    if tied or claimed:
+    """The output projection of a module that does not name it: tied to an embedding, or else of the shape of one."""
+    embeddings = [module.weight for module in model.modules() if isinstance(module, EMBEDDINGS)]
+    linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    tied = {module for _, module in linears if any(module.weight is weight for weight in embeddings)}
+    alike = [(name, module) for name, module in linears if any(module.weight.shape == w.shape for w in embeddings)]
+    if tied or any(module in claimed for _, module in alike):
         return tied
-    alike = [(name, module) for name, module in linears if module.weight.shape == tokens.shape]
     if len(alike) > 1:
         names = ", ".join(name for name, _ in alike)
         raise ValueError(f"which of {names} is the output projection? Name it with also_adamw=[...]")

@@ -9,6 +9,7 @@ a parameter (..., R, C) is a batch of matrices as it stands, and its second mome
 from __future__ import annotations
 
 import math
+import operator
 
 from torch import Tensor
 
@@ -20,10 +21,15 @@ Layout = tuple[tuple[int, ...], tuple[int, ...], tuple[int, int, int]]
 def as_layout(value: object) -> Layout:
     """`value` as nested tuples of integers (JSON gives lists); ValueError if it is not a layout."""
     try:
-        split, order, shape = (tuple(int(n) for n in part) for part in value)
+        split, order, shape = (tuple(operator.index(n) for n in part) for part in value)
     except (TypeError, ValueError):
         raise ValueError(f"matrices must be (split, order, shape), three tuples of integers, not {value!r}") from None
-    if sorted(order) != list(range(len(split))) or len(shape) != 3 or math.prod(split) != math.prod(shape):
+    if (
+        sorted(order) != list(range(len(split)))
+        or len(shape) != 3
+        or min(*split, *shape) < 0
+        or math.prod(split) != math.prod(shape)
+    ):
         raise ValueError(f"matrices (split, order, shape) = {(split, order, shape)} do not fit together")
     return split, order, shape
 
@@ -61,8 +67,8 @@ def unstack_(tensor: Tensor, stacked: Tensor, layout: Layout | None) -> None:
         tensor.copy_(stacked.view_as(tensor))
         return
     split, order, _ = layout
-    permuted = tensor.view(split).permute(order)
-    permuted.copy_(stacked.view(permuted.shape))
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    tensor.copy_(stacked.reshape([split[axis] for axis in order]).permute(inverse).reshape(tensor.shape))
 
 
 def matrix_count(shape: tuple[int, ...]) -> int:

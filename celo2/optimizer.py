@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -103,16 +104,22 @@ class Celo2(torch.optim.Optimizer):
         where = f"parameter group {len(self.param_groups)}"
         if isinstance(param_group, dict):
             check_keys(param_group, where)
-        super().add_param_group(param_group)
+        count = len(self.param_groups)
+        try:
+            super().add_param_group(param_group)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"{where}: {error}") from None
         group = self.param_groups[-1]
+        group.pop("differentiable", None)  # a default that torch adds when an optimizer is copied or loaded
         try:
             check_options(group, where)
             for p in group["params"]:
                 check_parameter(p, group, where)
-                self._allocate(p, group)
         except (ValueError, TypeError):
-            self.param_groups.pop()
+            del self.param_groups[count:]
             raise
+        for p in group["params"]:
+            self._allocate(p, group)
 
     def takes_rule(self, p: Tensor, group: dict[str, Any]) -> bool:
         """Whether the rule, and not AdamW, updates `p` of `group`."""
@@ -127,7 +134,9 @@ class Celo2(torch.optim.Optimizer):
         else:
             shapes = {"step": (), "exp_avg": tuple(p.shape), "exp_avg_sq": tuple(p.shape)}
         dtype = torch.promote_types(p.dtype, torch.float32) if "step" in shapes else self.state_dtype
-        self.state[p] = {name: torch.zeros(s, dtype=dtype, device=p.device) for name, s in shapes.items()}
+        self.state[p] = {
+            name: torch.zeros(s, dtype=torch.float32 if name == "step" else dtype, device=p.device) for name, s in shapes.items()
+        }
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -155,10 +164,11 @@ class Celo2(torch.optim.Optimizer):
         if not params:
             return
         states = [self.state[p] for p in params]
-        weights = [p.to(s["exp_avg"].dtype) for p, s in zip(params, states, strict=True)]
+        # The fused kernel walks storage: every tensor must be contiguous, as the state is.
+        weights = [p.to(s["exp_avg"].dtype).contiguous() for p, s in zip(params, states, strict=True)]
         adamw(
             weights,
-            [p.grad.to(w.dtype) for p, w in zip(params, weights, strict=True)],
+            [p.grad.to(w.dtype).contiguous() for p, w in zip(params, weights, strict=True)],
             [s["exp_avg"] for s in states],
             [s["exp_avg_sq"] for s in states],
             [],
@@ -258,7 +268,13 @@ class Celo2(torch.optim.Optimizer):
         Raises:
             ValueError: groups, state names or shapes that do not fit this optimizer, naming the parameter group.
         """
-        check_saved_state(self, state_dict)
+        saved: dict[int, dict[str, Any]] = {}
+
+        def check(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            check_saved_state(self, state_dict)
+            ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+            saved.update((j, state_dict["state"][i]) for j, i in enumerate(ids))
+            return {**state_dict, "state": {}}
 
         def restore(optimizer: torch.optim.Optimizer) -> None:
             optimizer.state = own
@@ -266,18 +282,21 @@ class Celo2(torch.optim.Optimizer):
                 if group["matrices"] is not None:
                     group["matrices"] = matrices.as_layout(group["matrices"])
                 group["betas"] = tuple(group["betas"])
-            for p, values in zip(ordered, (state_dict["state"][i] for i in ids), strict=True):
+            for p, values in zip(ordered, saved.values(), strict=True):
                 for name, value in values.items():
                     own[p][name].copy_(value)
 
         own = self.state
         ordered = [p for group in self.param_groups for p in group["params"]]
-        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        hook = self.register_load_state_dict_post_hook(restore, prepend=True)
+        hooks = [  # `check` after the user's pre-hooks, which may adapt what is saved; `restore` before the user's post-hooks
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        ]
         try:
-            super().load_state_dict({**state_dict, "state": {}})
+            super().load_state_dict(state_dict)
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
 
 
 def apply_(w: Tensor, u: Tensor, group: dict[str, Any]) -> None:
@@ -303,9 +322,12 @@ def check_options(group: dict[str, Any], where: str) -> None:
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"{where}: lr as a tensor must have one element, not {lr.numel()}")
     for name in ("lr", "weight_decay", "eps"):
-        if not float(group[name]) >= 0:
-            raise ValueError(f"{where}: {name} must be at least 0, not {group[name]}")
-    if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
+        if not isinstance(group[name], (Real, Tensor)) or not float(group[name]) >= 0:
+            raise ValueError(f"{where}: {name} must be a number of at least 0, not {group[name]!r}")
+    if not isinstance(group["orthogonalize"], bool):
+        raise ValueError(f"{where}: orthogonalize must be True or False, not {group['orthogonalize']!r}")
+    betas = group["betas"] if isinstance(group["betas"], (tuple, list)) else ()
+    if len(betas) != 2 or not all(isinstance(beta, (Real, Tensor)) and 0 <= beta < 1 for beta in betas):
         raise ValueError(f"{where}: betas must be two numbers in [0, 1), not {group['betas']}")
     if group["update"] not in (None, *UPDATES):
         raise ValueError(f"{where}: unknown update '{group['update']}', expected one of {', '.join(UPDATES)}")
@@ -325,10 +347,29 @@ def check_parameter(p: Tensor, group: dict[str, Any], where: str) -> None:
         raise ValueError(f"{where}: matrices {layout} do not fit a parameter of shape {tuple(p.shape)}")
 
 
+def check_saved_group(group: dict[str, Any], saved: dict[str, Any], where: str) -> None:
+    """Raise ValueError if a saved group has other keys, options out of range, or parameters that do not fit `group`."""
+    check_keys(saved, where)
+    missing = [key for key in GROUP_KEYS if key in group and key not in saved and key != "param_names"]
+    if missing:
+        raise ValueError(f"{where}: the saved group lacks {', '.join(missing)}")
+    if len(saved["params"]) != len(group["params"]):
+        raise ValueError(f"{where}: {len(saved['params'])} parameters were saved, expected {len(group['params'])}")
+    checked = dict(saved)
+    check_options(checked, where)
+    for p in group["params"]:
+        check_parameter(p, checked, where)
+
+
 def check_saved_state(optimizer: Celo2, state_dict: dict[str, Any]) -> None:
     """Raise ValueError if the saved groups and state do not fit; torch itself checks the number and size of groups."""
     groups = zip(optimizer.param_groups, state_dict["param_groups"], strict=False)
+    if len(optimizer.param_groups) != len(state_dict["param_groups"]):
+        counts = f"{len(state_dict['param_groups'])} parameter groups, expected {len(optimizer.param_groups)}"
+        raise ValueError(f"the saved state has {counts}")
     for index, (group, saved_group) in enumerate(groups):
+        where = f"parameter group {index}"
+        check_saved_group(group, saved_group, where)
         for p, key in zip(group["params"], saved_group["params"], strict=False):
             own, saved = optimizer.state[p], state_dict["state"].get(key, {})
             where = f"parameter group {index}, a parameter of shape {tuple(p.shape)}"

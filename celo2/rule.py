@@ -12,7 +12,7 @@ F channels (thirty), H hidden units (eight). Everything is float32.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ GROUP_CHANNELS = (1, 1, 1, 3, 1, 3, 1, 3, 1, 3, 3, 3, 3, 3)
 VECTOR_GROUPS = 9
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rule:
     """A learned update rule: the weights of its MLP, and what is needed to use them.
 
@@ -50,6 +50,15 @@ class Rule:
     second_moment_decay: float = 0.95
     factored_decays: tuple[float, float, float] = (0.9, 0.99, 0.999)
     description: str = field(default="", compare=False)
+
+    def __eq__(self, other: object) -> bool:
+        """Equal weights, variant and decays; a description may differ."""
+        if not isinstance(other, Rule) or self.weights.keys() != other.weights.keys():
+            return False
+        compared = [f.name for f in fields(self) if f.compare and f.name != "weights"]
+        return all(getattr(self, n) == getattr(other, n) for n in compared) and all(
+            torch.equal(w, other.weights[name]) for name, w in self.weights.items()
+        )
 
     @property
     def hidden(self) -> int:

@@ -83,8 +83,7 @@ def load_rule(source: str | Path | Rule) -> Rule:
     weights, description = read_safetensors(path) if path.suffix == ".safetensors" else read_theta(path)
     check_weights(weights, path)
     rule = Rule(weights, **description)
-    if rule.variant not in VARIANTS:
-        raise RuleError(f"{path}: variant '{rule.variant}' is none of {', '.join(VARIANTS)}")
+    check_description(rule, path)
     return rule
 
 
@@ -96,12 +95,17 @@ def save_rule(rule: Rule, path: str | Path) -> None:
     """
     path = Path(path)
     check_weights(rule.weights, path)
+    check_description(rule, path)
     if path.suffix == ".safetensors":
         description = {name: value if isinstance(value, str) else json.dumps(value) for name, value in describe(rule).items()}
         metadata = {"format": FORMAT, "version": VERSION, **description}
-        path.write_bytes(save({name: w.contiguous().cpu() for name, w in rule.weights.items()}, metadata))
+        path.write_bytes(save({name: w.detach().contiguous().cpu() for name, w in rule.weights.items()}, metadata))
     elif path.suffix == ".state":
-        arrays = {name: pack_array(w.cpu().numpy()) for name, w in sorted(rule.weights.items())}
+        published = Rule(rule.weights)
+        for name in ("momentum_decays", "second_moment_decay", "factored_decays"):
+            if getattr(rule, name) != getattr(published, name):
+                raise RuleError(f"{path}: the published format cannot hold {name} {getattr(rule, name)}; write .safetensors")
+        arrays = {name: pack_array(w.detach().cpu().numpy()) for name, w in sorted(rule.weights.items())}
         path.write_bytes(msgpack.packb({"ff_mod_stack": {"~": arrays}}))
     else:
         raise RuleError(f"{path}: a rule is written as .safetensors or .state, not '{path.suffix}'")
@@ -121,7 +125,7 @@ def check_weights(weights: dict[str, Tensor], path: Path) -> None:
         ("has unknown", weights.keys() - expected.keys()),
     ):
         if names:
-            raise RuleError(f"{path}: {problem} weight {', '.join(sorted(names))}")
+            raise RuleError(f"{path}: {problem} weight {', '.join(sorted(map(str, names)))}")
     for name, weight in weights.items():
         if tuple(weight.shape) != expected[name]:
             raise RuleError(f"{path}: weight {name} has shape {tuple(weight.shape)}, expected {expected[name]}")
@@ -131,12 +135,25 @@ def check_weights(weights: dict[str, Tensor], path: Path) -> None:
             raise RuleError(f"{path}: weight {name} is not finite")
 
 
+def check_description(rule: Rule, path: Path) -> None:
+    """Raise RuleError unless variant and decays are a rule's."""
+    if rule.variant not in VARIANTS:
+        raise RuleError(f"{path}: variant '{rule.variant}' is none of {', '.join(VARIANTS)}")
+    for name, values, count in (
+        ("momentum_decays", rule.momentum_decays, 3),
+        ("second_moment_decay", (rule.second_moment_decay,), 1),
+        ("factored_decays", rule.factored_decays, 3),
+    ):
+        if len(values) != count or not all(0 <= value < 1 for value in values):
+            raise RuleError(f"{path}: {name} must be {count} in [0, 1), not {values}")
+
+
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict]:
     """Weights and description of a `.safetensors` rule."""
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            weights = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError) as error:
         raise RuleError(f"{path}: not a readable safetensors file ({error})") from error
     if metadata.get("format") != FORMAT:
@@ -151,7 +168,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict]:
             "factored_decays": decays(metadata["factored_decays"], 3),
             "description": metadata.get("description", ""),
         }
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise RuleError(f"{path}: damaged description ({type(error).__name__}: {error})") from error
 
 
@@ -172,7 +189,10 @@ def read_theta(path: Path) -> tuple[dict[str, Tensor], dict]:
         shape, dtype, raw = msgpack.unpackb(payload)
         if dtype != "float32":
             raise ValueError(f"array of {dtype}, expected float32")
-        return np.frombuffer(raw, dtype="<f4").reshape(shape)
+        array = np.frombuffer(raw, dtype="<f4").reshape(shape)
+        if list(array.shape) != shape:
+            raise ValueError(f"array of {array.size} numbers has shape {shape}")
+        return array
 
     try:
         arrays = msgpack.unpackb(path.read_bytes(), ext_hook=unpack_array)["ff_mod_stack"]["~"]
