@@ -15,7 +15,9 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -28,24 +30,21 @@ from configs.load import ConfigError, load_config, options
 from configs.schema import Config
 from data import DataError
 from data.batches import Batches, check_batch_size, prefetch
-from launch.checkpoint import CheckpointError, save_checkpoint
+from launch.checkpoint import CheckpointError, Saver, due
 from launch.evaluate import evaluate
 from launch.finish import finish
 from launch.metrics import Display, Metrics
 from launch.optimizers import build_optimizer
 from launch.plan import make_plan
-from launch.run import build_from_config, folder_of, open_data, open_run, resume, saved_state, vocabulary
+from launch.run import build_from_config, folder_of, open_data, open_run, resume, roll_back, saved_state, vocabulary
 from launch.schedule import lr_factor, set_lr
 from launch.strategy import make_accelerator, peak, prepare
+from launch.watch import STOPPED, TrainingError, Watch
 from models import CausalLMLoss, LossMismatch, ModelError, flops_per_token
 
 
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message names the step."""
-
-
-def train(config: Config) -> None:
-    """One run, from the beginning or from its newest checkpoint, to its last step."""
+def train(config: Config) -> int:
+    """One run, from the beginning or from its newest checkpoint, to its last step or a signal; returns the exit status."""
     accelerator = make_accelerator(config, str(folder_of(config)))
     rank, world, first = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     steps, micro = config.train.steps, config.train.micro_batch_size
@@ -56,61 +55,89 @@ def train(config: Config) -> None:
     set_seed(config.run.seed)
     model, context = build_from_config(config, vocabulary(config, shards.vocab_size))
     model.to(accelerator.device)
-    batches = Batches(shards, context, config.train.batch_size, config.run.seed)
     optimizer = build_optimizer(config.optimizer, model)
     flops, peak_flops = flops_per_token(model, context), peak(accelerator)
 
+    # The run's folder, and where the run stands.
     run_dir = open_run(config, accelerator)
     state, notes = resume(config, run_dir, model, optimizer, shards)
     loss_model = prepare(accelerator, CausalLMLoss(model), config.train.compile)
-    metrics = Metrics(accelerator, config, run_dir, state.step)
-    stream = prefetch(batches, state.step, steps, rank, world, micro, pin_memory=accelerator.device.type == "cuda")
+    metrics = Metrics(accelerator, config, run_dir, state.tracker_ids)
+    metrics.rewind(state.step, state.evaluated)
 
-    with Display(steps, state.step, first) as display:
+    def open_batches() -> tuple[Batches, Iterator]:
+        batches = Batches(shards, context, config.train.batch_size, config.run.seed, state.skipped)
+        pin = accelerator.device.type == "cuda"
+        return batches, prefetch(batches, state.step, steps, rank, world, micro, pin_memory=pin)
+
+    with (
+        Saver(run_dir / "checkpoints", config.checkpoint, metrics.event, write=first, saved=state.step) as saver,
+        Display(steps, state.step, first) as display,
+        Watch(accelerator, config.train) as watch,
+    ):
+        batches, stream = open_batches()
         for note in [*notes, describe(config, model, batches, world)]:
             display.say(note)
-        clock, tokens_then = time.perf_counter(), state.tokens
-        for step, micro_batches in zip(range(state.step, steps), stream, strict=True):
-            torch.manual_seed(dropout_seed(config.run.seed, step, rank))
-            factor = lr_factor(config.schedule, step, steps)
-            set_lr(optimizer, factor)
-            loss = backward(accelerator, loss_model, micro_batches, batches.n_targets(step))
-            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.train.grad_clip or math.inf)
-            optimizer.step()
-            optimizer.zero_grad()
-            state.step, state.tokens = step + 1, state.tokens + batches.n_targets(step)
-            display.advance(state.step)
-            log, check, save = (due(state.step, section.every, steps) for section in (config.log, config.eval, config.checkpoint))
+            metrics.event({"event": "start", "step": state.step, "note": note})
+        stop = False
+        since = replace(state)  # the state at the last logged step
 
-            if log or check or save:  # the only steps in which the host waits for the device
-                loss, grad_norm = accelerator.reduce(loss, "sum").item(), grad_norm.item()
-                if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-                    raise TrainingError(f"step {state.step}: loss {loss}, gradient norm {grad_norm}; stopped, nothing saved")
-                now = time.perf_counter()
-                speed, state.seconds = (state.tokens - tokens_then) / (now - clock), state.seconds + now - clock
-                clock, tokens_then = now, state.tokens
-            if log:
-                record = {"step": state.step, "tokens": state.tokens, "loss": loss, "lr": config.optimizer.lr * factor}
-                record |= {"grad_norm": grad_norm, "tokens_per_second": speed, "seconds": state.seconds}
+        while True:
+            if not stop and state.evaluated < state.step and due(state.step, config.eval.every, steps):
+                val_loss = evaluate(accelerator, loss_model, validation, context, config, watch.stopping)
+                stop = val_loss is None
+                if not stop:
+                    state.evaluated = state.step
+                    metrics.write({"step": state.step, "tokens": state.tokens, "val_loss": val_loss})
+                    display.say(f"step {state.step:>6}/{steps}  validation loss {val_loss:.4f}")
+            if saver.due(state.step, steps, stop):
+                saver.save(model, optimizer, saved_state(config, state, shards))
+            if stop or state.step == steps:
+                break
+
+            start = time.perf_counter()
+            torch.manual_seed(dropout_seed(config.run.seed, state.step, rank))
+            factor = lr_factor(config.schedule, state.step, steps)
+            set_lr(optimizer, factor)
+            n_targets = batches.n_targets(state.step)
+            loss = backward(accelerator, loss_model, next(stream), n_targets)
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.train.grad_clip or math.inf)
+            verdict = watch.judge(loss, grad_norm, saver.overdue)  # agreed over all ranks; waits for the device
+            if verdict.healthy:
+                optimizer.step()
+            optimizer.zero_grad()
+            state.finish_step(n_targets, time.perf_counter() - start, verdict.healthy)
+            stop, saver.asked = verdict.stop, verdict.save
+            display.advance(state.step)
+
+            if verdict.problem:
+                sequences = batches.sequences(state.step - 1).tolist()
+                metrics.event({"event": "problem", "step": state.step, "problem": verdict.problem, "sequences": sequences})
+                display.say(f"step {state.step}: {verdict.problem}")
+            if verdict.roll_back:
+                state = roll_back(run_dir, state, batches, model, optimizer, saver, accelerator)
+                saver.save(model, optimizer, saved_state(config, state, shards))
+                metrics.rewind(state.step, state.evaluated)
+                display.say(f"rolled back to step {state.step}; batches {state.skipped[-1]} are left out")
+                batches, stream = open_batches()
+                since = replace(state)
+            elif due(state.step, config.log.every, steps):
+                speed = (state.tokens - since.tokens) / (state.seconds - since.seconds)
+                record = {"step": state.step, "tokens": state.tokens, "loss": verdict.loss, "lr": config.optimizer.lr * factor}
+                record |= {"grad_norm": verdict.grad_norm, "tokens_per_second": speed, "seconds": state.seconds}
                 if peak_flops:
                     record["mfu"] = speed * flops / (peak_flops * world)
                 metrics.write(record)
                 display.training(record)
-            if check:
-                val_loss = evaluate(accelerator, loss_model, validation, context, config)
-                metrics.write({"step": state.step, "tokens": state.tokens, "val_loss": val_loss})
-                display.say(f"step {state.step:>6}/{steps}  validation loss {val_loss:.4f}")
-            if save:
-                if first:
-                    saved = saved_state(config, state, shards)
-                    save_checkpoint(run_dir / "checkpoints", model, optimizer, saved, config.checkpoint.keep)
-                accelerator.wait_for_everyone()
-            if check or save:
-                clock = time.perf_counter()  # training time is counted alone
+                since = replace(state)
 
-        if first:
+        saver.close()
+        if stop:
+            display.say(f"stopped by a signal after step {state.step}, saved; the same command continues")
+        elif first:
             finish(config, run_dir, model, shards.eot_id, display)
     accelerator.end_training()
+    return STOPPED if stop else 0
 
 
 def backward(
@@ -132,11 +159,6 @@ def backward(
     return total
 
 
-def due(step: int, every: int, steps: int) -> bool:
-    """Whether something happens after `step`: at every multiple of `every` (0: never), and at the last step."""
-    return step == steps or (every > 0 and step % every == 0)
-
-
 def dropout_seed(seed: int, step: int, rank: int) -> int:
     """Random numbers of a step on a rank follow from (seed, step, rank), so that there is no random state to save."""
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
@@ -154,7 +176,7 @@ def describe(config: Config, model: nn.Module, batches: Batches, world: int) -> 
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 0: done; 2: bad input, said in one line."""
+    """Exit status 0: done; 2: bad input or a run that cannot go on, said in one line; 75: saved and stopped by a signal."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="a YAML file, such as configs/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the file")
@@ -166,11 +188,13 @@ def main(argv: list[str] | None = None) -> int:
         if args.plan:
             print(make_plan(config))
         else:
-            train(config)
+            return train(config)
     except (ConfigError, DataError, ModelError, LossMismatch, RuleError, CheckpointError, TrainingError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

@@ -70,6 +70,11 @@ class Train:
     grad_clip: float = option(1.0, "largest norm of the whole gradient; 0: no clipping")
     precision: Literal["fp32", "bf16"] = option("fp32", "bf16: autocast, with float32 weights and optimizer state")
     compile: bool = option(False, "torch.compile of the model")
+    max_bad_steps: int = option(10, "stop after so many steps in a row whose loss or gradient norm is not finite")
+    spike: float = option(1.0, "a loss this many nats above the median of the last 50 steps is a spike; 0: no monitor")
+    on_spike: Literal["log", "rollback"] = option(
+        "log", "rollback: go back to the last checkpoint and skip the batches since, on spikes and after max_bad_steps"
+    )
 
 
 @dataclass
@@ -80,6 +85,7 @@ class Distributed:
 @dataclass
 class Checkpoint:
     every: int = option(500, "steps between checkpoints; 0: only at the end")
+    minutes: float = option(0.0, "minutes between checkpoints, besides `every`; 0: by steps alone")
     keep: int = option(2, "newest checkpoints to keep")
     resume: str = option("auto", "auto: continue from the newest whole checkpoint; never: start anew; or a checkpoint's path")
 

@@ -8,7 +8,7 @@
         manifest.json           size and sha256 of every file above; written last
 
 A checkpoint is written to a temporary folder, flushed to disk and renamed; only then are older ones deleted. A folder
-`step_*` without a manifest that fits is no checkpoint.
+`step_*` without a manifest that fits is no checkpoint. Training waits for the copy to host memory alone: a thread writes.
 """
 
 from __future__ import annotations
@@ -17,14 +17,19 @@ import hashlib
 import json
 import os
 import shutil
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from configs.schema import Checkpoint as CheckpointConfig
 
 MANIFEST = "manifest.json"
 SPARE_BYTES = 64 << 20  # left free on the disk beside a checkpoint
@@ -34,46 +39,144 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be written or used; the message names it."""
 
 
-def save_checkpoint(
-    folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int
-) -> Path:
-    """Write `folder/step_<state["step"]>` and then delete all but the newest `keep` checkpoints. On one rank only."""
-    target = folder / f"step_{state['step']:08d}"
-    temporary = folder / f".{target.name}.tmp"
-    weights, moments = dict(model_tensors(model)), dict(optimizer_tensors(optimizer, model))
+def due(step: int, every: int, steps: int) -> bool:
+    """Whether something happens after `step`: at every multiple of `every` (0: never), and at the last step."""
+    return step == steps or (every > 0 and step % every == 0)
+
+
+class Saver:
+    """Decides when a run is saved, and has its checkpoints written beside the training, one at a time.
+
+    Only the first rank writes; the others make the same decisions and write nothing.
+    """
+
+    def __init__(
+        self, folder: Path, config: CheckpointConfig, report: Callable[[dict[str, Any]], None], write: bool, saved: int
+    ) -> None:
+        """`report` gets a record for each checkpoint: step, stall, write seconds and bytes, or an error. `saved`: at step."""
+        self.folder, self.config, self.report, self.write, self.saved = folder, config, report, write, saved
+        self.asked = False  # all ranks agreed that the first one's clock asks for a checkpoint
+        self.clock = time.monotonic()
+        self.thread: threading.Thread | None = None
+        self.error: CheckpointError | None = None
+        for litter in folder.glob(".step_*") if write else ():  # of a start that was killed while it wrote
+            shutil.rmtree(litter, ignore_errors=True)
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wait()
+
+    @property
+    def overdue(self) -> bool:
+        """Whether this rank's clock asks for a checkpoint; the first rank's counts."""
+        return self.write and 0 < self.config.minutes * 60 <= time.monotonic() - self.clock
+
+    def due(self, step: int, steps: int, stop: bool) -> bool:
+        """Whether to save after `step` of `steps`."""
+        return step > self.saved and (stop or self.asked or due(step, self.config.every, steps))
+
+    def save(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        """Copy everything to host memory, waiting for the checkpoint before this one, and have it written."""
+        self.saved, self.asked, self.clock = state["step"], False, time.monotonic()
+        if not self.write:
+            return
+        start = time.perf_counter()
+        self.wait()
+        snapshot = take_snapshot(model, optimizer, state)
+        stall = time.perf_counter() - start
+        self.thread = threading.Thread(target=self._write, args=(snapshot, stall), name="checkpoint", daemon=True)
+        self.thread.start()
+
+    def _write(self, snapshot: Snapshot, stall: float) -> None:
+        start, record = time.perf_counter(), {"step": snapshot.state["step"], "stall_seconds": stall}
+        try:
+            path = write_checkpoint(self.folder, snapshot, self.config.keep)
+            record["bytes"] = sum(file.stat().st_size for file in path.iterdir())
+            self.error = None
+        except CheckpointError as error:
+            self.error = error
+            record["error"] = str(error)
+        self.report({"event": "checkpoint", **record, "write_seconds": time.perf_counter() - start})
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is written, or has failed."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+
+    def close(self) -> None:
+        """Wait for the last checkpoint; CheckpointError if it could not be written."""
+        self.wait()
+        if self.error is not None:
+            raise self.error
+
+
+class Snapshot(NamedTuple):
+    """A checkpoint in host memory."""
+
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]
+    config: str
+    state: dict[str, Any]
+
+
+def take_snapshot(model: PreTrainedModel, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Snapshot:
+    """Copies of weights and optimizer state on the CPU."""
+    weights, moments = (
+        {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors}
+        for tensors in (model_tensors(model), optimizer_tensors(optimizer, model))
+    )
+    return Snapshot(weights, moments, model.config.to_json_string(use_diff=False), state)
+
+
+def write_checkpoint(folder: Path, snapshot: Snapshot, keep: int) -> Path:
+    """Write `folder/step_<state["step"]>`, and then delete all but the newest `keep` checkpoints.
+
+    Raises:
+        CheckpointError: no space, no permission, ...; everything that was there before is there still.
+    """
+    target = folder / f"step_{snapshot.state['step']:08d}"
+    temporary, replaced = folder / f".{target.name}.tmp", folder / f".{target.name}.old"
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        check_free_space(folder, [*weights.values(), *moments.values()])
-        save_file(weights, temporary / "model.safetensors")
-        save_file(moments, temporary / "optimizer.safetensors")
-        model.config.to_json_file(temporary / "config.json", use_diff=False)
-        (temporary / "state.json").write_text(json.dumps(state, indent=1))
+        check_free_space(folder, [*snapshot.weights.values(), *snapshot.moments.values()])
+        save_file(snapshot.weights, temporary / "model.safetensors")
+        save_file(snapshot.moments, temporary / "optimizer.safetensors")
+        (temporary / "config.json").write_text(snapshot.config)
+        (temporary / "state.json").write_text(json.dumps(snapshot.state, indent=1))
         files = sorted(temporary.iterdir())
         manifest = {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
         for path in (*files, temporary / MANIFEST, temporary):
             flush(path)
-        if target.exists():  # an earlier checkpoint of the same step, of a run that was started anew
-            shutil.rmtree(target)
+        if target.exists():  # of the same step: a damaged one, or one that a rollback writes anew
+            shutil.rmtree(replaced, ignore_errors=True)
+            target.rename(replaced)
         temporary.rename(target)
         flush(folder)
+        for old in [replaced, *list_checkpoints(folder)[:-keep]]:
+            shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(f"cannot write checkpoint {target}: {error}") from error
-    for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
     return target
 
 
-def load_checkpoint(path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Fill model and optimizer, tensor by tensor through CPU memory, and return the saved state.
+def read_state(path: Path) -> dict[str, Any]:
+    """The state.json of a checkpoint, which is verified first. Raises CheckpointError if it is damaged."""
+    verify(path)
+    return json.loads((path / "state.json").read_text())
+
+
+def load_checkpoint(path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
+    """Fill model and optimizer from a verified checkpoint, tensor by tensor through CPU memory.
 
     Raises:
-        CheckpointError: a damaged checkpoint, or one of another model or optimizer, naming the difference.
+        CheckpointError: a checkpoint of another model or optimizer, naming the difference.
     """
-    verify(path)
-    saved = json.loads((path / "state.json").read_text())
     with safe_open(path / "model.safetensors", "pt") as file, torch.no_grad():
         own = dict(model_tensors(model))
         require_same_names(path, "weights", own, file.keys())
@@ -94,7 +197,6 @@ def load_checkpoint(path: Path, model: PreTrainedModel, optimizer: torch.optim.O
                 existing[entry].copy_(file.get_tensor(entry))
             else:
                 optimizer.state[parameters[name]][key] = file.get_tensor(entry).to(parameters[name].device)
-    return saved
 
 
 def find_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:

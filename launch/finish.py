@@ -21,7 +21,7 @@ def finish(config: Config, run_dir: Path, model: PreTrainedModel, eot: int, disp
         text = sample_text(model, tokenizer, eot, config.log.sample_prompt, config.log.sample_tokens, config.run.seed)
         (run_dir / "sample.txt").write_text(text + "\n")
         display.say(f"\na sample of {config.log.sample_tokens} tokens ({run_dir / 'sample.txt'}):\n{text}\n")
-    losses = [r["loss"] for r in records if "loss" in r]
+    losses = [r["loss"] for r in records if r.get("loss") is not None]
     validation = [r["val_loss"] for r in records if "val_loss" in r]
     if losses and validation:
         seconds = next(r["seconds"] for r in reversed(records) if "seconds" in r)
@@ -33,7 +33,7 @@ def finish(config: Config, run_dir: Path, model: PreTrainedModel, eot: int, disp
 
 def draw_losses(records: list[dict], path: Path, title: str) -> Path | None:
     """A picture of training and validation loss over tokens; None if nothing was logged."""
-    training = [(r["tokens"], r["loss"]) for r in records if "loss" in r]
+    training = [(r["tokens"], r["loss"]) for r in records if r.get("loss") is not None]
     validation = [(r["tokens"], r["val_loss"]) for r in records if "val_loss" in r]
     if not training:
         return None

@@ -1,9 +1,11 @@
-"""What a run leaves behind and shows while it goes: metrics.jsonl, trackers, and a progress bar (or plain lines)."""
+"""What a run leaves behind and shows while it goes: metrics.jsonl, events.jsonl, trackers, a progress bar or plain lines."""
 
 from __future__ import annotations
 
 import json
+import math
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,28 +30,41 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class Metrics:
-    """One JSON object a line, on the first rank alone; the same numbers go to the trackers and, in short, to the screen.
+    """metrics.jsonl: one JSON object a line, on the first rank alone; the same numbers go to the trackers.
 
-    On resume the lines after the checkpoint's step are dropped, since those steps are taken again.
+    Beside it, events.jsonl says what happened to the run: starts, checkpoints, skipped steps, spikes, rollbacks.
     """
 
-    def __init__(self, accelerator: Accelerator, config: Config, run_dir: Path, start: int) -> None:
-        self.accelerator, self.path = accelerator, run_dir / "metrics.jsonl"
+    def __init__(self, accelerator: Accelerator, config: Config, run_dir: Path, tracker_ids: dict[str, str]) -> None:
+        self.accelerator, self.path, self.events = accelerator, run_dir / "metrics.jsonl", run_dir / "events.jsonl"
         self.first = accelerator.is_main_process
+        if config.log.trackers:
+            continued = {name: {"id": value, "resume": "allow"} for name, value in tracker_ids.items()}
+            accelerator.init_trackers(config.run.name, config=flat(asdict(config)), init_kwargs=continued)
+
+    def rewind(self, step: int, evaluated: int) -> None:
+        """Drop what was logged after `step`, and an evaluation after `evaluated`: both are about to be done again."""
         if self.first:
-            kept = [record for record in read_metrics(self.path) if record["step"] <= start]
+            records = read_metrics(self.path)
+            kept = [r for r in records if r["step"] <= (evaluated if "val_loss" in r else step)]
             rewritten = self.path.with_suffix(".tmp")
             rewritten.write_text("".join(json.dumps(record) + "\n" for record in kept))
             rewritten.replace(self.path)
-        if config.log.trackers:
-            accelerator.init_trackers(config.run.name, config=flat(asdict(config)))
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one record; the trackers get it under the same names."""
+        """Append one record; the trackers get it under the same names. Numbers that are not finite become null."""
+        record = {key: value if math.isfinite(value) else None for key, value in record.items()}
         if self.first:
             with self.path.open("a") as file:
                 file.write(json.dumps(record) + "\n")
-        self.accelerator.log({key: value for key, value in record.items() if key != "step"}, step=record["step"])
+        values = {key: value for key, value in record.items() if key != "step" and value is not None}
+        self.accelerator.log(values, step=record["step"])
+
+    def event(self, record: dict[str, Any]) -> None:
+        """Append one record to events.jsonl, with the time of day; from any thread."""
+        if self.first:
+            with self.events.open("a") as file:
+                file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **record}) + "\n")
 
 
 class Display:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, dataclass
+import uuid
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,14 @@ from transformers import PreTrainedModel
 
 from configs.load import ConfigError, to_yaml
 from configs.schema import Config
+from data.batches import Batches
 from data.shards import TokenShards
-from launch.checkpoint import CheckpointError, find_checkpoint, load_checkpoint
+from launch.checkpoint import CheckpointError, Saver, find_checkpoint, load_checkpoint, read_state
+from launch.metrics import flat
+from launch.watch import TrainingError
 from models import CausalLMLoss, build_model, check_matches_logits
 
+MAX_ROLLBACKS = 10
 VOCABULARY_MULTIPLE = 64  # matrix units work on multiples of 64; the rows beyond the tokenizer's are never a target
 
 
@@ -27,6 +32,16 @@ class RunState:
     step: int = 0
     tokens: int = 0  # targets trained on
     seconds: float = 0.0  # in training steps, over all starts; without evaluation and checkpoints
+    evaluated: int = 0  # the step of the last evaluation
+    bad_steps: int = 0  # steps that were skipped because loss or gradient norm was not finite
+    rollbacks: int = 0
+    skipped: list[tuple[int, int]] = field(default_factory=list)  # ranges of batches that rollbacks left out (data.order)
+    tracker_ids: dict[str, str] = field(default_factory=dict)  # runs of trackers that a resume continues
+
+    def finish_step(self, tokens: int, seconds: float, healthy: bool) -> None:
+        """Count one step."""
+        self.step, self.tokens, self.seconds = self.step + 1, self.tokens + tokens, self.seconds + seconds
+        self.bad_steps += not healthy
 
 
 def open_data(config: Config) -> tuple[TokenShards, TokenShards]:
@@ -91,25 +106,62 @@ def resume(
     """Continue as `checkpoint.resume` says; returns the state and what a person should know.
 
     Raises:
-        CheckpointError: a checkpoint of another model, optimizer, data set, or seed.
+        CheckpointError: a checkpoint of another model, optimizer, data set or batch order, naming the difference.
     """
     notes: list[str] = []
-    if config.checkpoint.resume == "never":
-        return RunState(), notes
+    path: Path | None = None
     if config.checkpoint.resume == "auto":
         path, notes = find_checkpoint(run_dir / "checkpoints")
-        if path is None:
-            return RunState(), notes
-    else:
+    elif config.checkpoint.resume != "never":
         path = Path(config.checkpoint.resume)
-    saved = load_checkpoint(path, model, optimizer)
+    if path is None:
+        return RunState(tracker_ids={"wandb": uuid.uuid4().hex} if "wandb" in config.log.trackers else {}), notes
+    saved = read_state(path)
     for key, value in identity(config, shards).items():
         if saved["identity"].get(key) != value:
             raise CheckpointError(f"{path}: its {key} is {saved['identity'].get(key)}, this run's is {value}")
     if saved["step"] > config.train.steps:
         raise CheckpointError(f"{path} is at step {saved['step']}, beyond train.steps={config.train.steps}")
-    notes.append(f"resumed from {path}")
-    return RunState(saved["step"], saved["tokens"], saved["seconds"]), notes
+    load_checkpoint(path, model, optimizer)
+    before, now = flat(saved["config"]), flat(asdict(config))
+    changes = [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
+    notes.append(f"resumed from {path}" + (f" with {', '.join(changes)}" if changes else ""))
+    return state_from(saved), notes
+
+
+def state_from(saved: dict[str, Any]) -> RunState:
+    """The run's state in a checkpoint's state.json."""
+    state = RunState(**{f.name: saved[f.name] for f in fields(RunState)})
+    return replace(state, skipped=[(start, stop) for start, stop in state.skipped])
+
+
+def roll_back(
+    run_dir: Path,
+    state: RunState,
+    batches: Batches,
+    model: PreTrainedModel,
+    optimizer: Optimizer,
+    saver: Saver,
+    accelerator: Accelerator,
+) -> RunState:
+    """Go back to the newest checkpoint, to go on from there without the batches that were taken since.
+
+    Raises:
+        TrainingError: no checkpoint to go back to, or too many rollbacks.
+    """
+    saver.wait()
+    accelerator.wait_for_everyone()
+    path, _ = find_checkpoint(run_dir / "checkpoints")
+    if path is None:
+        raise TrainingError(f"step {state.step}: no checkpoint to roll back to")
+    if state.rollbacks >= MAX_ROLLBACKS:
+        raise TrainingError(f"step {state.step}: {MAX_ROLLBACKS} rollbacks did not help")
+    load_checkpoint(path, model, optimizer)
+    back = state_from(read_state(path))
+    start, stop = batches.data_step(back.step), batches.data_step(state.step - 1) + 1
+    skipped = [r for r in state.skipped if not start <= r[0] < stop] + [(start, stop)]  # the new range holds those inside it
+    accelerator.wait_for_everyone()  # the checkpoint is about to be written anew, with what is left out
+    return replace(back, bad_steps=state.bad_steps, rollbacks=state.rollbacks + 1, skipped=skipped)
 
 
 def identity(config: Config, shards: TokenShards) -> dict[str, Any]:

@@ -76,9 +76,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         with torch.autocast(device, enabled=False):
-            loss, grads = _walk(
-                hidden, weight, bias, targets, scale, softcap, chunk_tokens, ignore_index, wanted, dtype
-            )
+            loss, grads = _walk(hidden, weight, bias, targets, scale, softcap, chunk_tokens, ignore_index, wanted, dtype)
         ctx.save_for_backward(*grads)
         return loss
 

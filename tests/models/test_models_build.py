@@ -122,9 +122,7 @@ def test_flops_per_token_are_what_torch_counts(hf):
 
 
 def test_flops_of_experts_count_only_the_visited():
-    dense_share = flops_per_token(
-        build_model(hf={**MIXTRAL, "num_experts_per_tok": 4}, vocab_size=99, device="meta"), 0
-    )
+    dense_share = flops_per_token(build_model(hf={**MIXTRAL, "num_experts_per_tok": 4}, vocab_size=99, device="meta"), 0)
     half = flops_per_token(build_model(hf=MIXTRAL, vocab_size=99, device="meta"), 0)
     experts = 2 * 4 * 3 * 64 * 96  # layers x experts x (gate, up, down) matrices
     assert dense_share - half == 6 * experts / 2

@@ -53,9 +53,7 @@ def train_tokenizer() -> Tokenizer:
     """Byte-level BPE that splits otherwise than GPT-2 (digits one by one), as a careless export would not."""
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(r"\p{N}|[^\s\p{N}]+|\s+"), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
@@ -118,9 +116,7 @@ def test_stock_transformers_loads_what_was_trained(run, tmp_path):
 
 
 def test_newest_complete_checkpoint_or_the_one_asked_for(run, tmp_path):
-    save_checkpoint(
-        build_model(size="gpt3-tiny", vocab_size=320), run / "checkpoints" / "step_00000020", complete=False
-    )
+    save_checkpoint(build_model(size="gpt3-tiny", vocab_size=320), run / "checkpoints" / "step_00000020", complete=False)
     steps = {10: run, 2: run / "checkpoints" / "step_00000002"}
     for step, source in steps.items():
         folder = run / "checkpoints" / f"step_{step:08d}"

@@ -76,18 +76,14 @@ def test_equals_reference_under_bfloat16_autocast(variant):
     for grad, other, true in zip(grads, expected_grads, exact_grads, strict=True):
         assert grad.dtype == torch.float32
         assert relative(grad, other) < 5e-3  # worst of 50: 2.4e-3
-        assert relative(grad, true) < 1.2 * relative(
-            other, true
-        )  # worst of 50: 1.02 times, where autocast gives 3.9e-3
+        assert relative(grad, true) < 1.2 * relative(other, true)  # worst of 50: 1.02 times, where autocast gives 3.9e-3
     assert relative(grads[0], exact_grads[0]) > 1e-3  # autocast was on
 
 
 def test_weight_gradient_is_accumulated_in_float32():
     hidden, weight, _, targets = problem(N=1024, V=50, seed=1)
     exact = value_and_gradients(cross_entropy_reference, hidden, weight, None, targets)[1][1]
-    grad = value_and_gradients(chunked_cross_entropy, hidden, weight, None, targets, autocast=True, chunk_tokens=1)[1][
-        1
-    ]
+    grad = value_and_gradients(chunked_cross_entropy, hidden, weight, None, targets, autocast=True, chunk_tokens=1)[1][1]
     assert relative(grad, exact) < 6e-3  # worst of 5 seeds: 3.0e-3; accumulated in bfloat16 it would be 2.0e-2
 
 
@@ -206,9 +202,7 @@ def test_peak_memory_is_under_a_quarter_of_naive():
 
     naive = peak_bytes(lambda: step(cross_entropy_reference))
     chunked = peak_bytes(lambda: step(chunked_cross_entropy, chunk_tokens=256))
-    print(
-        f"\n2048 tokens x 256 -> 50257, float32: peak {naive / 2**20:.0f} MiB naive, {chunked / 2**20:.0f} MiB chunked"
-    )
+    print(f"\n2048 tokens x 256 -> 50257, float32: peak {naive / 2**20:.0f} MiB naive, {chunked / 2**20:.0f} MiB chunked")
     logits = 2048 * 50257 * 4
     assert naive > 2 * logits  # the measurement sees the logits: 3.0 of their size, 1178 MiB
     assert chunked < naive / 4  # 149 MiB, 0.13 of naive: two chunks of logits and the weight's gradient

@@ -1,0 +1,194 @@
+"""Batches of training and validation tokens, the same whatever the number of processes and the micro batch.
+
+T context, B sequences of a step over all ranks, M sequences of a micro batch. Sequence i of a split has the inputs
+[i T, (i + 1) T) and the targets [i T + 1, (i + 1) T + 1): every token but the split's first is a target once an epoch.
+The last sequence is filled up with end-of-text inputs and targets IGNORE.
+"""
+
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from data.errors import DataError
+from data.order import data_step, sequence_ids
+from data.shards import TokenShards
+
+IGNORE = -100  # the target that torch's cross entropy leaves out
+MicroBatch = tuple[torch.Tensor, torch.Tensor]  # inputs, targets: (M, T) int64 on the CPU
+
+
+class Batches:
+    """The training batches of a split: each a pure function of (seed, step).
+
+    batch_size is B; it must be a multiple of world_size * micro_batch_size. A step's batch holds the B sequences of
+    data.order; rank r has the r-th of world_size contiguous parts of it, cut into micro batches in order. The batches
+    in the ranges `skipped` are left out: later steps move up.
+    """
+
+    def __init__(
+        self,
+        shards: TokenShards,
+        context: int,
+        batch_size: int,
+        seed: int,
+        skipped: Sequence[tuple[int, int]] = (),
+    ):
+        if context < 1 or batch_size < 1:
+            raise DataError(f"context {context} and batch_size {batch_size} must be positive")
+        self.shards, self.context, self.batch_size, self.seed = shards, context, batch_size, seed
+        self.skipped = list(skipped)
+        self.tokens_per_epoch = shards.n_tokens - 1  # targets
+        self.n_sequences = sequence_count(shards, context)
+
+    def micro_batches(self, step: int, rank: int, world_size: int, micro_batch_size: int) -> list[MicroBatch]:
+        """This rank's micro batches of a step. DataError if the sizes do not divide or a token is no token."""
+        check_batch_size(self.batch_size, world_size, micro_batch_size)
+        ids = self.sequences(step)
+        mine = ids.reshape(world_size, -1, micro_batch_size)[rank]
+        return [read_sequences(self.shards, self.context, part) for part in mine]
+
+    def n_targets(self, step: int) -> int:
+        """Targets in the whole batch of a step: B T, less what the last sequence lacks. Reads no tokens."""
+        ids = self.sequences(step)
+        lacking = self.n_sequences * self.context - self.tokens_per_epoch
+        return self.batch_size * self.context - lacking * int((ids == self.n_sequences - 1).sum())
+
+    def epoch(self, step: int) -> int:
+        """The epoch, from 0, that the step's first sequence belongs to."""
+        return self.data_step(step) * self.batch_size // self.n_sequences
+
+    def data_step(self, step: int) -> int:
+        """The number of the batch that a step takes: the step itself until something is skipped."""
+        return data_step(step, self.skipped)
+
+    def sequences(self, step: int) -> np.ndarray:
+        """The ids (B,) of the step's sequences."""
+        return sequence_ids(self.seed, self.data_step(step), self.batch_size, self.n_sequences)
+
+
+def check_batch_size(batch_size: int, world_size: int, micro_batch_size: int) -> None:
+    """DataError unless every rank gets the same number of whole micro batches."""
+    if min(batch_size, world_size, micro_batch_size) < 1:
+        raise DataError(
+            f"batch_size {batch_size}, world_size {world_size} and micro_batch_size {micro_batch_size} must be positive"
+        )
+    unit = world_size * micro_batch_size
+    below = batch_size // unit * unit
+    if below != batch_size:
+        near = " and ".join(str(size) for size in (below, below + unit) if size)
+        raise DataError(
+            f"batch_size {batch_size} is not a multiple of world_size {world_size} times micro_batch_size "
+            f"{micro_batch_size}, {unit}; the nearest that would do: {near}"
+        )
+
+
+def validation_batches(
+    shards: TokenShards,
+    context: int,
+    batch_size: int,
+    max_batches: int | None,
+    rank: int = 0,
+    world_size: int = 1,
+    micro_batch_size: int | None = None,
+) -> Iterator[MicroBatch]:
+    """This rank's part of a fixed set of batch_size * max_batches sequences, evenly spread over the split (None: all).
+
+    Each sequence goes to one rank, whatever world_size; micro_batch_size (by default batch_size) is the rows of a
+    batch and changes nothing else. Every rank gets the same number of batches, all of one shape, so that sharded
+    models stay in step: missing rows are end-of-text inputs with targets IGNORE. So sum the loss and the number of
+    targets over all ranks, and divide once.
+    """
+    if min(batch_size, 1 if max_batches is None else max_batches, micro_batch_size or batch_size) < 1:
+        raise DataError(f"batch_size {batch_size}, max_batches {max_batches}, rows {micro_batch_size}: must be positive")
+    total = sequence_count(shards, context)
+    n = total if max_batches is None else min(total, batch_size * max_batches)
+    share = -(-n // world_size)
+    rows = min(micro_batch_size or batch_size, share)
+    mine = np.arange(n * rank // world_size, n * (rank + 1) // world_size) * total // n
+    mine = np.pad(mine, (0, -(-share // rows) * rows - len(mine)), constant_values=-1)
+    for part in mine.reshape(-1, rows):
+        yield read_sequences(shards, context, part)
+
+
+def sequence_count(shards: TokenShards, context: int) -> int:
+    """Sequences of a split, the last, shorter one included. DataError for a split of one token: nothing to predict."""
+    if shards.n_tokens < 2:
+        raise DataError(f"{shards.folder}: the split {shards.split!r} has a single token")
+    return -(-(shards.n_tokens - 1) // context)
+
+
+def read_sequences(shards: TokenShards, context: int, ids: np.ndarray) -> MicroBatch:
+    """Inputs and targets (M, T) of the sequences `ids` (M,); an id below 0 is a row of padding."""
+    inputs = np.full((len(ids), context), shards.eot_id, np.int64)
+    targets = np.full((len(ids), context), IGNORE, np.int64)
+    for row, i in enumerate(ids.tolist()):
+        if i < 0:
+            continue
+        start = i * context
+        tokens = shards.read(start, min(start + context + 1, shards.n_tokens))
+        if tokens.max() >= shards.vocab_size:
+            _bad_token(shards, start, tokens)
+        inputs[row, : len(tokens) - 1] = tokens[:-1]
+        targets[row, : len(tokens) - 1] = tokens[1:]
+    return torch.from_numpy(inputs), torch.from_numpy(targets)
+
+
+def prefetch(
+    batches: Batches,
+    start: int,
+    stop: int,
+    rank: int,
+    world_size: int,
+    micro_batch_size: int,
+    depth: int = 2,
+    pin_memory: bool = False,
+) -> Iterator[list[MicroBatch]]:
+    """The micro batches of steps [start, stop), up to `depth` steps prepared ahead by one background thread.
+
+    An error of the thread is raised by next(). close(), an error or the end of the loop end the thread.
+    """
+    ready: queue.Queue = queue.Queue(depth)
+    closed = threading.Event()
+
+    def put(item) -> None:
+        while not closed.is_set():
+            try:
+                return ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for step in range(start, stop):
+                step_batches = batches.micro_batches(step, rank, world_size, micro_batch_size)
+                if pin_memory:
+                    step_batches = [(inputs.pin_memory(), targets.pin_memory()) for inputs, targets in step_batches]
+                put(step_batches)
+                if closed.is_set():
+                    return
+        except BaseException as error:  # handed to the consumer
+            put(error)
+
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        for _ in range(start, stop):
+            item = ready.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        closed.set()
+        thread.join()
+
+
+def _bad_token(shards: TokenShards, start: int, tokens: np.ndarray) -> None:
+    at = int(np.argmax(tokens >= shards.vocab_size))
+    name, offset = shards.locate(start + at)
+    raise DataError(
+        f"{shards.folder / name}: token {int(tokens[at])} at offset {offset} is outside the vocabulary of "
+        f"{shards.vocab_size}; the file is damaged, see python -m data.verify {shards.folder}"
+    )

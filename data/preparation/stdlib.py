@@ -1,0 +1,43 @@
+"""The Python standard library as a corpus: about 10 MB of code and documentation that every machine has."""
+
+import os
+import platform
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+from data.errors import DataError
+
+# Tests, bundled tools that not every machine has, and tables that programs generated.
+SKIPPED_FOLDERS = {
+    *("test", "tests", "idle_test", "idlelib", "lib2to3", "site-packages", "dist-packages"),
+    *("ensurepip", "encodings", "pydoc_data", "__pycache__"),
+}
+SKIPPED_FILES = {"html/entities.py", "stringprep.py"}
+SKIPPED_PREFIXES = ("_sysconfigdata", "config-")
+
+
+def stdlib_files() -> tuple[Path, list[str]]:
+    """The library's folder and the names below it of its sources, sorted. DataError on a machine without sources."""
+    base = Path(sysconfig.get_path("stdlib"))
+    names = []
+    for parent, folders, files in os.walk(base):
+        folders[:] = [name for name in folders if name not in SKIPPED_FOLDERS and not name.startswith(SKIPPED_PREFIXES)]
+        sources = [name for name in files if name.endswith(".py") and not name.startswith(SKIPPED_PREFIXES)]
+        names += [Path(parent, name).relative_to(base).as_posix() for name in sources]
+    if not names:
+        raise DataError(f"source stdlib: this Python has no library sources in {base}")
+    return base, sorted(set(names) - SKIPPED_FILES)
+
+
+def stdlib_topics() -> Iterator[str]:
+    """The documentation topics of `help()`, in order of their names."""
+    from pydoc_data.topics import topics
+
+    for name in sorted(topics):
+        yield topics[name]
+
+
+def python_release() -> str:
+    """The version that this library belongs to."""
+    return platform.python_version()

@@ -1,0 +1,144 @@
+"""A prepared folder, read: memory-mapped tokens behind checks that name what is wrong.
+
+index.json: {format, version, dtype, vocab_size, end_of_text_id, tokenizer_sha256, splits: {train, val: {tokens,
+documents, shards: [{name, tokens, sha256, documents, docs_sha256}]}}, arguments, inventory}.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from data.errors import DataError
+from data.preparation.assemble import docs_path
+from data.tokenizer import json_hash
+
+FORMAT = "token-shards"
+VERSION = 1
+VERIFY_BYTES = 10**9  # a split of at most this size is hashed whenever it is opened: a second or two
+DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+
+
+class TokenShards:
+    """The tokens of one split as one long array on disk.
+
+    Checked on opening: the index, the tokenizer's hash, the size of every shard, and its sha256 if the split has at
+    most VERIFY_BYTES; `python -m data.verify FOLDER` checks everything, whatever its size. DataError names the file.
+    """
+
+    def __init__(self, folder: str | Path, split: str):
+        self.folder, self.split = Path(folder), split
+        index = read_index(self.folder)
+        if split not in index["splits"]:
+            raise DataError(f"{self.folder}: no split {split!r}, but {', '.join(index['splits'])}")
+        check_tokenizer(self.folder, index)
+        check_sizes(self.folder, index, split)
+        self.shards = index["splits"][split]["shards"]
+        self.n_tokens: int = index["splits"][split]["tokens"]
+        self.vocab_size: int = index["vocab_size"]
+        self.eot_id: int = index["end_of_text_id"]
+        self.tokenizer_hash: str = index["tokenizer_sha256"]
+        self.fingerprint: str = fingerprint(index)
+        if not self.n_tokens:
+            raise DataError(f"{self.folder}: the split {split!r} is empty; it takes two documents and --val-fraction above 0")
+        dtype = DTYPES[index["dtype"]]
+        if self.n_tokens * dtype.itemsize <= VERIFY_BYTES:
+            for _ in verify_shards(self.folder, index, split):
+                pass
+        self._maps = [np.memmap(self.folder / shard["name"], dtype, "r") for shard in self.shards]
+        self._starts = np.cumsum([0] + [shard["tokens"] for shard in self.shards])
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) of the split as an array (stop - start,) of the shards' dtype, across shards."""
+        if not 0 <= start <= stop <= self.n_tokens:
+            raise IndexError(f"tokens [{start}, {stop}) of a split of {self.n_tokens}")
+        first = int(np.searchsorted(self._starts, start, "right")) - 1
+        parts = []
+        while start < stop:
+            base = int(self._starts[first])
+            part = self._maps[first][start - base : stop - base]
+            parts.append(part)
+            start += len(part)
+            first += 1
+        return np.concatenate(parts) if parts else np.zeros(0, self._maps[0].dtype)
+
+    def locate(self, position: int) -> tuple[str, int]:
+        """The shard file that holds the token at `position`, and the token's offset in it."""
+        i = int(np.searchsorted(self._starts, position, "right")) - 1
+        return self.shards[i]["name"], position - int(self._starts[i])
+
+
+def read_index(folder: Path) -> dict:
+    """index.json of a prepared folder, of a version that this code knows."""
+    path = folder / "index.json"
+    advice = f"prepare it first: python -m data.prepare SOURCE {folder}"
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; {advice}")
+    if not path.exists():
+        started = (folder / ".partial").exists()
+        state = "its preparation is not finished; run the same command again" if started else advice
+        raise DataError(f"{folder}: no index.json; {state}")
+    try:
+        index = json.loads(path.read_text())
+        known = index["format"] == FORMAT
+        version = index["version"]
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{path}: not an index of token shards") from None
+    if not known or version != VERSION:
+        raise DataError(f"{path}: format {index['format']} version {version}; this code reads {FORMAT} version {VERSION}")
+    return index
+
+
+def check_tokenizer(folder: Path, index: dict) -> None:
+    """tokenizer.json is the one that the shards were made with."""
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        raise DataError(f"{path}: missing")
+    try:
+        found = json_hash(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise DataError(f"{path}: damaged, not JSON") from None
+    if found != index["tokenizer_sha256"]:
+        raise DataError(f"{path}: not the tokenizer of these shards (sha256 {found[:12]}, not {index['tokenizer_sha256'][:12]})")
+
+
+def check_sizes(folder: Path, index: dict, split: str) -> None:
+    """Every file of a split is there and as long as the index says."""
+    for path, size, _ in _files(folder, index, split):
+        if not path.exists():
+            raise DataError(f"{path}: missing; restore it, or prepare the corpus into a new folder")
+        if path.stat().st_size != size:
+            raise DataError(f"{path}: damaged, {path.stat().st_size:,} bytes instead of {size:,}")
+
+
+def verify_shards(folder: Path, index: dict, split: str) -> Iterator[tuple[str, int]]:
+    """Hash every file of a split; yields (name, bytes) of each that is whole."""
+    for path, size, sha256 in _files(folder, index, split):
+        found = _sha256(path)
+        if found != sha256:
+            raise DataError(f"{path}: damaged, its sha256 is {found[:12]}... instead of {sha256[:12]}...")
+        yield path.name, size
+
+
+def fingerprint(index: dict) -> str:
+    """sha256 that identifies tokens, their cut into splits and the tokenizer, wherever and from whatever prepared."""
+    parts = {split: [(s["tokens"], s["sha256"]) for s in index["splits"][split]["shards"]] for split in index["splits"]}
+    keys = ("format", "version", "dtype", "vocab_size", "end_of_text_id", "tokenizer_sha256")
+    return json_hash(json.dumps([{key: index[key] for key in keys}, parts]))
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _files(folder: Path, index: dict, split: str) -> Iterator[tuple[Path, int, str]]:
+    for shard in index["splits"][split]["shards"]:
+        path = folder / shard["name"]
+        yield path, shard["tokens"] * DTYPES[index["dtype"]].itemsize, shard["sha256"]
+        yield docs_path(path), shard["documents"] * 8, shard["docs_sha256"]

@@ -1,0 +1,146 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from data import DataError, shards
+from data.shards import TokenShards, read_index
+from data.tokenizer import byte_tokenizer, train_bpe
+from data.verify import main, verify
+
+
+@pytest.fixture
+def folder(prepared, tmp_path):
+    """A copy that may be damaged."""
+    return shutil.copytree(prepared, tmp_path / "copy")
+
+
+def flip(path, offset) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(data)
+
+
+def edit_index(folder, **values) -> None:
+    index = json.loads((folder / "index.json").read_text())
+    (folder / "index.json").write_text(json.dumps({**index, **values}))
+
+
+def test_read_across_shards(prepared, train):
+    index = read_index(prepared)
+    names = [shard["name"] for shard in index["splits"]["train"]["shards"]]
+    tokens = np.concatenate([np.fromfile(prepared / name, "<u2") for name in names])
+    assert len(names) > 4
+    assert train.n_tokens == len(tokens)
+    for start, stop in (
+        (0, 10),
+        (4990, 5010),
+        (5000, 10_000),
+        (3, len(tokens)),
+        (4999, 15_001),
+        (7, 7),
+        (len(tokens), len(tokens)),
+    ):
+        found = train.read(start, stop)
+        assert found.dtype == np.uint16
+        assert np.array_equal(found, tokens[start:stop])
+    for position in (0, 4999, 5000, len(tokens) - 1):
+        name, offset = train.locate(position)
+        assert np.fromfile(prepared / name, "<u2")[offset] == tokens[position]
+    for start, stop in ((-1, 3), (3, 2), (0, len(tokens) + 1)):
+        with pytest.raises(IndexError, match=f"tokens \\[{start}, {stop}\\) of a split of {len(tokens)}"):
+            train.read(start, stop)
+
+
+def test_facts(prepared, train):
+    assert (train.vocab_size, train.eot_id) == (257, 256)
+    assert train.tokenizer_hash == read_index(prepared)["tokenizer_sha256"]
+    assert len(train.fingerprint) == 64
+    assert TokenShards(prepared, "val").fingerprint == train.fingerprint
+
+
+def test_fingerprint_follows_the_tokens_not_the_place(folder, train):
+    assert TokenShards(folder, "train").fingerprint == train.fingerprint
+    edit_index(folder, arguments={"source": "elsewhere"}, inventory={})
+    assert TokenShards(folder, "train").fingerprint == train.fingerprint
+    index = read_index(folder)
+    index["splits"]["val"]["shards"][0]["sha256"] = "0" * 64
+    edit_index(folder, **index)
+    assert TokenShards(folder, "train").fingerprint != train.fingerprint
+
+
+def test_missing_folder_and_index(tmp_path, folder):
+    with pytest.raises(DataError, match=r"none: no such folder; prepare it first: python -m data.prepare SOURCE .*none$"):
+        TokenShards(tmp_path / "none", "train")
+    with pytest.raises(DataError, match="no split 'test', but train, val"):
+        TokenShards(folder, "test")
+    (folder / "index.json").unlink()
+    with pytest.raises(DataError, match=r"copy: no index.json; prepare it first: python -m data.prepare SOURCE"):
+        TokenShards(folder, "train")
+
+
+def test_unknown_index(folder):
+    edit_index(folder, version=2)
+    with pytest.raises(DataError, match=r"index.json: format token-shards version 2; this code reads token-shards version 1"):
+        TokenShards(folder, "train")
+    for text in ("{", "[]", "{}"):
+        (folder / "index.json").write_text(text)
+        with pytest.raises(DataError, match=r"index.json: not an index of token shards"):
+            TokenShards(folder, "train")
+
+
+def test_empty_split(folder):
+    index = read_index(folder)
+    index["splits"]["val"] = {"tokens": 0, "documents": 0, "shards": []}
+    edit_index(folder, **index)
+    with pytest.raises(DataError, match="the split 'val' is empty; it takes two documents and --val-fraction above 0"):
+        TokenShards(folder, "val")
+
+
+@pytest.mark.parametrize("name", ["train_00001.bin", "train_00001.docs.bin"])
+def test_missing_short_and_flipped(folder, name):
+    path = folder / name
+    whole = path.read_bytes()
+    path.unlink()
+    with pytest.raises(DataError, match=f"{name}: missing; restore it, or prepare the corpus into a new folder"):
+        TokenShards(folder, "train")
+    path.write_bytes(whole[:-2])
+    with pytest.raises(DataError, match=f"{name}: damaged, {len(whole) - 2:,} bytes instead of {len(whole):,}"):
+        TokenShards(folder, "train")
+    path.write_bytes(whole)
+    flip(path, len(whole) // 2)
+    with pytest.raises(DataError, match=f"{name}: damaged, its sha256 is .* instead of "):
+        TokenShards(folder, "train")
+    TokenShards(folder, "val")
+
+
+def test_large_splits_are_hashed_by_verify_only(folder, monkeypatch, capsys):
+    flip(folder / "train_00002.bin", 99)
+    monkeypatch.setattr(shards, "VERIFY_BYTES", 1000)
+    TokenShards(folder, "train")
+    assert main([str(folder)]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"data.verify: {folder / 'train_00002.bin'}: damaged, its sha256 is ")
+    assert captured.err.count("\n") == 1
+    assert "ok  train_00001.bin  10,000 bytes" in captured.out
+
+
+def test_verify_covers_every_file(folder):
+    lines = []
+    verify(folder, lines.append)
+    assert sorted(line.split()[1] for line in lines) == sorted({path.name for path in folder.iterdir()} - {"index.json"})
+
+
+def test_another_tokenizer(folder, texts):
+    train_bpe(texts, 300).save(str(folder / "tokenizer.json"))
+    with pytest.raises(DataError, match=r"tokenizer.json: not the tokenizer of these shards \(sha256 "):
+        TokenShards(folder, "train")
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(DataError, match=r"tokenizer.json: damaged, not JSON"):
+        TokenShards(folder, "train")
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(DataError, match=r"tokenizer.json: missing"):
+        TokenShards(folder, "train")
+    byte_tokenizer().save(str(folder / "tokenizer.json"), pretty=False)
+    TokenShards(folder, "train")
