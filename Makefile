@@ -8,7 +8,7 @@ BIN := .venv/bin
 .PHONY: demo test test-slow benchmark clean
 
 demo: .venv/ready
-	$(BIN)/python -m data.prepare stdlib prepared/stdlib --tokenizer bpe --vocab-size 2048
+	$(BIN)/python -m data.prepare stdlib prepared/stdlib --tokenizer bpe --vocab-size 2048 --val-fraction 0.05
 	$(BIN)/python train.py configs/demo.yaml
 
 test: .venv/ready
