@@ -121,7 +121,7 @@ def train(config: Config) -> int:
                 display.say(f"rolled back to step {state.step}; batches {state.skipped[-1]} are left out")
                 batches, stream = open_batches()
                 since = replace(state)
-            elif due(state.step, config.log.every, steps):
+            elif state.step == 1 or due(state.step, config.log.every, steps):
                 speed = (state.tokens - since.tokens) / (state.seconds - since.seconds)
                 record = {"step": state.step, "tokens": state.tokens, "loss": verdict.loss, "lr": config.optimizer.lr * factor}
                 record |= {"grad_norm": verdict.grad_norm, "tokens_per_second": speed, "seconds": state.seconds}

@@ -92,7 +92,7 @@ class Checkpoint:
 
 @dataclass
 class Log:
-    every: int = option(10, "steps between lines of metrics.jsonl")
+    every: int = option(10, "steps between lines of metrics.jsonl; the first and the last step are always there")
     trackers: list[str] = field(default_factory=list, metadata={"doc": "any of tensorboard, wandb"})
     sample_tokens: int = option(200, "tokens of the text sample at the end; 0: none")
     sample_prompt: str = option("", "text that the sample continues; empty: the start of a document")

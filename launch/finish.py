@@ -56,7 +56,10 @@ def draw_losses(records: list[dict], path: Path, title: str) -> Path | None:
 
 @torch.no_grad()
 def sample_text(model: PreTrainedModel, tokenizer: Tokenizer, eot: int, prompt: str, length: int, seed: int) -> str:
-    """`prompt` (or the start of a document) continued by `length` tokens, drawn at temperature 0.8 from the 50 likeliest."""
+    """`prompt` (or the start of a document) continued by `length` tokens.
+
+    Drawn at temperature 0.9 from the likeliest 95 %, with a repetition penalty of 1.1: small models run in circles without it.
+    """
     ids = tokenizer.encode(prompt).ids or [eot]
     room = getattr(model.config, "max_position_embeddings", len(ids) + length) - len(ids)
     training = model.training
@@ -66,8 +69,10 @@ def sample_text(model: PreTrainedModel, tokenizer: Tokenizer, eot: int, prompt: 
         torch.tensor([ids], device=model.device),
         max_new_tokens=max(1, min(length, room)),
         do_sample=True,
-        temperature=0.8,
-        top_k=50,
+        temperature=0.9,
+        top_k=0,
+        top_p=0.95,
+        repetition_penalty=1.1,
         eos_token_id=None,
         pad_token_id=eot,
     )

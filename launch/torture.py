@@ -144,11 +144,13 @@ def kills(bench: Bench, count: int, generator: random.Random) -> list[tuple[str,
     rows: dict[str, list[int]] = {"SIGKILL at a random moment": []} | {f"SIGKILL {phase}": [] for phase in PHASES}
     wrong, runs, name = 0, 0, "killed-0"
     typical = timed(lambda: bench.wait(bench.start("timed")))
-    for phase in itertools.islice(itertools.cycle([None, *PHASES]), count):
+    turns = itertools.cycle([turn for phase in PHASES for turn in (None, phase)])
+    while sum(map(len, rows.values())) < count:
+        phase = next(turns)
         fault = die_before(phase, generator.randint(1, 3)) if phase else lambda: None
         pid = bench.start(name, fault=fault)
         if phase is None:
-            time.sleep(generator.uniform(0, typical))
+            time.sleep(generator.uniform(0, typical * (1 - bench.saved(name) / STEPS)))
             os.kill(pid, signal.SIGKILL)
         if bench.wait(pid) == 0:  # the run was done before it met its fault: it must be right, and a new one begins
             wrong += bench.metrics(name) != bench.truth
@@ -324,7 +326,12 @@ def bad_gradients(bench: Bench) -> list[tuple[str, int, int, str]]:
 def main(argv: list[str] | None = None) -> int:
     """Print the table of faults; status 1 if anything was not survived."""
     parser = argparse.ArgumentParser(prog="python -m launch.torture", description=__doc__)
-    parser.add_argument("--kills", type=int, default=50, help="SIGKILLs in all (50)")
+    parser.add_argument(
+        "--kills",
+        type=int,
+        default=50,
+        help="SIGKILLs in all, half of them at random moments and half in the phases of a save (50)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
     parser.add_argument("--dir", help="where to work: a folder on the file system to be tested (a temporary one)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="options of the tortured run")

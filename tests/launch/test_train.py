@@ -22,7 +22,7 @@ def test_a_run_learns_and_leaves_everything_behind(run):
     status, records, _ = run("train.steps=40", "log.every=10", "eval.every=20", "checkpoint.every=10")
     assert status == 0
     training = [r for r in records if "loss" in r]
-    assert [r["step"] for r in training] == [10, 20, 30, 40]
+    assert [r["step"] for r in training] == [1, 10, 20, 30, 40]
     assert [r["step"] for r in records if "val_loss" in r] == [20, 40]
     expected = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "seconds"}
     assert all(set(r) == expected for r in training)
