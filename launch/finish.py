@@ -58,7 +58,7 @@ def draw_losses(records: list[dict], path: Path, title: str) -> Path | None:
 def sample_text(model: PreTrainedModel, tokenizer: Tokenizer, eot: int, prompt: str, length: int, seed: int) -> str:
     """`prompt` (or the start of a document) continued by `length` tokens.
 
-    Drawn at temperature 0.9 from the likeliest 95 %, with a repetition penalty of 1.1: small models run in circles without it.
+    Drawn at temperature 0.7 from the 50 likeliest, no six tokens twice: small models run in circles otherwise.
     """
     ids = tokenizer.encode(prompt).ids or [eot]
     room = getattr(model.config, "max_position_embeddings", len(ids) + length) - len(ids)
@@ -69,10 +69,9 @@ def sample_text(model: PreTrainedModel, tokenizer: Tokenizer, eot: int, prompt: 
         torch.tensor([ids], device=model.device),
         max_new_tokens=max(1, min(length, room)),
         do_sample=True,
-        temperature=0.9,
-        top_k=0,
-        top_p=0.95,
-        repetition_penalty=1.1,
+        temperature=0.7,
+        top_k=50,
+        no_repeat_ngram_size=6,
         eos_token_id=None,
         pad_token_id=eot,
     )
