@@ -21,7 +21,8 @@ from data.preparation.readers import documents, sample
 from data.preparation.sources import Unit
 from data.tokenizer import train_bpe
 
-_worker = {}  # of a worker process: its counter of tokens and its Encoding
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_worker = {}  # of a worker process: its counter of tokens, the barrier where all meet, and its Encoding
 
 
 def save_bpe(path: Path, units: list[Unit], text_key: str, vocab_size: int, workers: int) -> None:
@@ -92,8 +93,15 @@ def _processes(count: int, threads: int) -> Iterator[tuple[ProcessPoolExecutor, 
     lifeline, held = context.Pipe()
     counter = context.Value("q", 0)
     try:
-        with ProcessPoolExecutor(count, context, _start_worker, (held, counter, threads)) as pool:
+        with ProcessPoolExecutor(count, context, _start_worker, (held, counter, threads, context.Barrier(count))) as pool:
             try:
+                # One task for each process starts it. A signal waits until all are there: it would end one that does not
+                # ignore it yet, and one that starts while this process ends complains of what it cannot find any more.
+                blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+                try:
+                    wait([pool.submit(_meet) for _ in range(count)])
+                finally:
+                    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
                 yield pool, counter
             except BaseException:
                 lifeline.close()  # every worker ends at once
@@ -104,13 +112,17 @@ def _processes(count: int, threads: int) -> Iterator[tuple[ProcessPoolExecutor, 
         raise DataError(f"a worker process died (out of memory?); {advice}") from None
 
 
-def _start_worker(held, counter, threads: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _start_worker(held, counter, threads: int, barrier) -> None:
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, args=(held,), daemon=True).start()
     if threads:
         os.environ["RAYON_NUM_THREADS"] = str(threads)  # of the package tokenizers
-    _worker["counter"] = counter
+    _worker.update(counter=counter, barrier=barrier)
+
+
+def _meet() -> None:
+    _worker["barrier"].wait()
 
 
 def _end_with_parent(held) -> None:
