@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
-from celo2 import RuleError
+from celo2 import Celo2, RuleError
 from configs.load import ConfigError, load_config, options
 from configs.schema import Config
 from data import DataError
@@ -76,7 +76,7 @@ def train(config: Config) -> int:
         Watch(accelerator, config.train) as watch,
     ):
         batches, stream = open_batches()
-        for note in [*notes, describe(config, model, batches, world)]:
+        for note in [*notes, describe(config, model, optimizer, batches, world)]:
             display.say(note)
             metrics.event({"event": "start", "step": state.step, "note": note})
         stop = False
@@ -164,14 +164,15 @@ def dropout_seed(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
 
 
-def describe(config: Config, model: nn.Module, batches: Batches, world: int) -> str:
+def describe(config: Config, model: nn.Module, optimizer: torch.optim.Optimizer, batches: Batches, world: int) -> str:
     """The line that says what is trained, on what, with what."""
+    rule = f" ({optimizer.rule.description})" if isinstance(optimizer, Celo2) else ""
     parameters = sum(p.numel() for p in model.parameters())
     accumulation = config.train.batch_size // (world * config.train.micro_batch_size)
     return (
-        f"{config.run.name}: {parameters:,} parameters, {config.optimizer.name}, {batches.tokens_per_epoch:,} tokens an epoch, "
-        f"{config.train.batch_size} x {batches.context} tokens a step = {world} process(es) x {accumulation} micro-batch(es) "
-        f"of {config.train.micro_batch_size}"
+        f"{config.run.name}: {parameters:,} parameters, {config.optimizer.name}{rule}; "
+        f"{batches.tokens_per_epoch:,} tokens an epoch, {config.train.batch_size} x {batches.context} tokens a step = "
+        f"{world} process(es) x {accumulation} micro-batch(es) of {config.train.micro_batch_size}"
     )
 
 
@@ -190,8 +191,8 @@ def main(argv: list[str] | None = None) -> int:
         else:
             return train(config)
     except (ConfigError, DataError, ModelError, LossMismatch, RuleError, CheckpointError, TrainingError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        print(f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -65,8 +65,9 @@ class Saver:
     def __enter__(self) -> Saver:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.wait()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not KeyboardInterrupt:  # a second Ctrl-C stops at once, and a half-written checkpoint harms nothing
+            self.wait()
 
     @property
     def overdue(self) -> bool:
