@@ -36,7 +36,7 @@ from launch.finish import finish
 from launch.metrics import Display, Metrics
 from launch.optimizers import build_optimizer
 from launch.plan import make_plan
-from launch.run import build_from_config, folder_of, open_data, open_run, resume, roll_back, saved_state, vocabulary
+from launch.run import build_from_config, describe_run, folder_of, open_data, open_run, resume, roll_back, saved_state, vocabulary
 from launch.schedule import lr_factor, set_lr
 from launch.strategy import make_accelerator, peak, prepare
 from launch.watch import STOPPED, TrainingError, Watch
@@ -61,6 +61,8 @@ def train(config: Config) -> int:
     # The run's folder, and where the run stands.
     run_dir = open_run(config, accelerator)
     state, notes = resume(config, run_dir, model, optimizer, shards)
+    if first:
+        describe_run(config, run_dir)
     loss_model = prepare(accelerator, CausalLMLoss(model), config.train.compile)
     metrics = Metrics(accelerator, config, run_dir, state.tracker_ids)
     metrics.rewind(state.step, state.evaluated)
@@ -70,9 +72,14 @@ def train(config: Config) -> int:
         pin = accelerator.device.type == "cuda"
         return batches, prefetch(batches, state.step, steps, rank, world, micro, pin_memory=pin)
 
+    def report(checkpoint: dict) -> None:
+        if "error" in checkpoint:
+            display.say(f"warning: {checkpoint['error']}")
+        metrics.event(checkpoint)
+
     with (
-        Saver(run_dir / "checkpoints", config.checkpoint, metrics.event, write=first, saved=state.step) as saver,
         Display(steps, state.step, first) as display,
+        Saver(run_dir / "checkpoints", config.checkpoint, report, write=first, saved=state.step) as saver,
         Watch(accelerator, config.train) as watch,
     ):
         batches, stream = open_batches()
@@ -91,6 +98,7 @@ def train(config: Config) -> int:
                     metrics.write({"step": state.step, "tokens": state.tokens, "val_loss": val_loss})
                     display.say(f"step {state.step:>6}/{steps}  validation loss {val_loss:.4f}")
             if saver.due(state.step, steps, stop):
+                metrics.flush()
                 saver.save(model, optimizer, saved_state(config, state, shards))
             if stop or state.step == steps:
                 break
@@ -190,7 +198,7 @@ def main(argv: list[str] | None = None) -> int:
             print(make_plan(config))
         else:
             return train(config)
-    except (ConfigError, DataError, ModelError, LossMismatch, RuleError, CheckpointError, TrainingError) as error:
+    except (ConfigError, DataError, ModelError, LossMismatch, RuleError, CheckpointError, TrainingError, OSError) as error:
         rank = os.environ.get("RANK", "0")
         print(f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}", file=sys.stderr)
         return 2

@@ -59,8 +59,6 @@ class Saver:
         self.clock = time.monotonic()
         self.thread: threading.Thread | None = None
         self.error: CheckpointError | None = None
-        for litter in folder.glob(".step_*") if write else ():  # of a start that was killed while it wrote
-            shutil.rmtree(litter, ignore_errors=True)
 
     def __enter__(self) -> Saver:
         return self
@@ -96,9 +94,9 @@ class Saver:
             path = write_checkpoint(self.folder, snapshot, self.config.keep)
             record["bytes"] = sum(file.stat().st_size for file in path.iterdir())
             self.error = None
-        except CheckpointError as error:
-            self.error = error
-            record["error"] = str(error)
+        except Exception as error:  # whatever it is, the run goes on, and says so
+            self.error = error if isinstance(error, CheckpointError) else CheckpointError(f"checkpoint: {error!r}")
+            record["error"] = str(self.error)
         self.report({"event": "checkpoint", **record, "write_seconds": time.perf_counter() - start})
 
     def wait(self) -> None:
@@ -166,9 +164,18 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, keep: int) -> Path:
     return target
 
 
+def tidy(folder: Path) -> None:
+    """Put in order what a start that was killed while it wrote has left: a checkpoint set aside comes back, the rest goes."""
+    for aside in folder.glob(".step_*.old"):
+        target = folder / aside.name[1 : -len(".old")]
+        if not target.exists():
+            aside.rename(target)
+    for litter in folder.glob(".step_*"):
+        shutil.rmtree(litter, ignore_errors=True)
+
+
 def read_state(path: Path) -> dict[str, Any]:
-    """The state.json of a checkpoint, which is verified first. Raises CheckpointError if it is damaged."""
-    verify(path)
+    """The state.json of a verified checkpoint."""
     return json.loads((path / "state.json").read_text())
 
 

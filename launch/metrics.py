@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from dataclasses import asdict
@@ -59,6 +60,12 @@ class Metrics:
                 file.write(json.dumps(record) + "\n")
         values = {key: value for key, value in record.items() if key != "step" and value is not None}
         self.accelerator.log(values, step=record["step"])
+
+    def flush(self) -> None:
+        """Have what was logged written to the disk, before a checkpoint that must not outlive it."""
+        if self.first and self.path.exists():
+            with self.path.open("a") as file:
+                os.fsync(file.fileno())
 
     def event(self, record: dict[str, Any]) -> None:
         """Append one record to events.jsonl, with the time of day; from any thread."""

@@ -16,7 +16,7 @@ from configs.load import ConfigError, to_yaml
 from configs.schema import Config
 from data.batches import Batches
 from data.shards import TokenShards
-from launch.checkpoint import CheckpointError, Saver, find_checkpoint, load_checkpoint, read_state
+from launch.checkpoint import CheckpointError, Saver, find_checkpoint, load_checkpoint, read_state, tidy, verify
 from launch.metrics import flat
 from launch.watch import TrainingError
 from models import CausalLMLoss, build_model, check_matches_logits
@@ -84,7 +84,7 @@ def folder_of(config: Config) -> Path:
 
 
 def open_run(config: Config, accelerator: Accelerator) -> Path:
-    """The run's folder, with the resolved configuration and the tokenizer in it; an earlier run is never overwritten.
+    """The run's folder, with what a killed start left behind put in order; an earlier run is never overwritten.
 
     Raises:
         ConfigError: the folder holds a run and `checkpoint.resume` is "never".
@@ -92,12 +92,17 @@ def open_run(config: Config, accelerator: Accelerator) -> Path:
     run_dir = folder_of(config)
     if config.checkpoint.resume == "never" and (run_dir / "metrics.jsonl").exists():
         raise ConfigError(f"{run_dir} holds a run already: choose another run.dir, or checkpoint.resume=auto to continue it")
-    accelerator.wait_for_everyone()  # before the first rank writes what the others look for
     if accelerator.is_main_process:
-        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(to_yaml(config))
-        shutil.copyfile(Path(config.data.dir) / "tokenizer.json", run_dir / "tokenizer.json")
+        tidy(run_dir / "checkpoints")
+    accelerator.wait_for_everyone()  # before the others look for what the first rank has put in order
     return run_dir
+
+
+def describe_run(config: Config, run_dir: Path) -> None:
+    """Write the resolved configuration and the tokenizer into the run's folder, once nothing more can refuse the start."""
+    (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text(to_yaml(config))
+    shutil.copyfile(Path(config.data.dir) / "tokenizer.json", run_dir / "tokenizer.json")
 
 
 def resume(
@@ -106,14 +111,18 @@ def resume(
     """Continue as `checkpoint.resume` says; returns the state and what a person should know.
 
     Raises:
-        CheckpointError: a checkpoint of another model, optimizer, data set or batch order, naming the difference.
+        CheckpointError: a checkpoint of another model, optimizer, data set or batch order, naming the difference; or
+            checkpoints of which none is whole.
     """
     notes: list[str] = []
     path: Path | None = None
     if config.checkpoint.resume == "auto":
         path, notes = find_checkpoint(run_dir / "checkpoints")
+        if path is None and notes:  # starting anew would throw the run away
+            raise CheckpointError(f"{run_dir}: no checkpoint is whole ({'; '.join(notes)}); choose another run.dir to start anew")
     elif config.checkpoint.resume != "never":
         path = Path(config.checkpoint.resume)
+        verify(path)
     if path is None:
         return RunState(tracker_ids={"wandb": uuid.uuid4().hex} if "wandb" in config.log.trackers else {}), notes
     saved = read_state(path)

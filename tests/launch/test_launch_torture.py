@@ -240,7 +240,53 @@ def test_a_save_that_fails_does_not_end_the_run(run, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "save_file", sometimes)
     assert run("train.steps=6", "checkpoint.every=3")[0] == 0
+    assert "warning: cannot write checkpoint" in run.out
     first, last = events(run, "checkpoint")
     assert "No space left" in first["error"]
     assert last["step"] == 6
     assert "error" not in last
+
+
+def test_a_refused_start_leaves_the_run_as_it_was(run):
+    run("train.steps=3")
+    folder = run.tmp_path / "run"
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for change in ("model.width=64", "run.seed=7", "optimizer.name=adamw"):
+        assert run(change)[0] == 2
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_anew(run):
+    run("train.steps=6", "checkpoint.every=3")
+    for path in (run.tmp_path / "run" / "checkpoints").iterdir():
+        (path / "model.safetensors").unlink()
+    _, records, err = run("train.steps=9")
+    assert "no checkpoint is whole" in err
+    assert "step_00000003" in err
+    assert [r["step"] for r in records if "loss" in r] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_checkpoint_set_aside_by_a_killed_rewrite_comes_back(run):
+    _, whole, _ = run("train.steps=6", "checkpoint.every=3", folder="whole")
+    with signal_in_step(4):
+        assert run("train.steps=6", "checkpoint.every=0")[0] == watch_module.STOPPED
+    folder = run.tmp_path / "run" / "checkpoints"
+    (folder / "step_00000004").rename(folder / ".step_00000004.old")
+    (folder / ".step_00000004.tmp").mkdir()
+    status, parts, _ = run("train.steps=6", "checkpoint.every=3")
+    assert status == 0
+    assert "resumed from" in run.out
+    assert losses(parts) == losses(whole)
+    assert not list(folder.glob(".step_*"))
+
+
+def test_a_full_disk_under_the_metrics_is_one_line(run, monkeypatch):
+    from launch.metrics import Metrics
+
+    def full(*_):
+        raise OSError(28, "No space left on device", "metrics.jsonl")
+
+    monkeypatch.setattr(Metrics, "write", full)
+    status, _, err = run("train.steps=3")
+    assert status == 2
+    assert err == "error: [Errno 28] No space left on device: 'metrics.jsonl'\n"
