@@ -1,4 +1,5 @@
 """`python -m launch.benchmark optimizer`: the time of one optimizer step, side by side in one process.
+`python -m launch.benchmark save`: how long training waits for a checkpoint of a 125M model, and how large that is.
 
 Every optimizer steps over the same matrices in turn, round after round, so that a busy machine slows all of them alike;
 the ratio of the medians is the result, the spread over the rounds its error.
@@ -11,12 +12,19 @@ import json
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from celo2 import Celo2
+from configs.schema import Checkpoint as CheckpointConfig
+from configs.schema import Optimizer as OptimizerConfig
+from launch.checkpoint import Saver
+from launch.optimizers import build_optimizer
+from models import build_model
 
 # The hidden matrices of four blocks of a GPT of width 512, q, k, v and o apart: 12.6 million weights.
 SHAPES = [(512, 512)] * 16 + [(2048, 512)] * 4 + [(512, 2048)] * 4
@@ -75,6 +83,20 @@ def benchmark_optimizers(rounds: int, device: torch.device) -> dict[str, object]
     }
 
 
+def benchmark_save(rounds: int, device: torch.device) -> list[dict[str, object]]:
+    """The records of `rounds` checkpoints of `gpt3-125m` with Celo2's state, one after the other, in a temporary folder."""
+    model = build_model(size="gpt3-125m", vocab_size=50304).to(device)
+    optimizer = build_optimizer(OptimizerConfig(), model)
+    weights = sum(p.numel() for p in model.parameters())
+    records: list[dict[str, object]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        saver = Saver(Path(folder), CheckpointConfig(keep=1), records.append, write=True, saved=0)
+        for step in range(1, rounds + 1):
+            saver.save(model, optimizer, {"step": step})
+            saver.close()
+    return [{**record, "bytes_per_weight": record["bytes"] / weights} for record in records]
+
+
 def gpu_name(device: torch.device) -> str:
     """What the GPU calls itself."""
     return torch.cuda.get_device_name(device)
@@ -83,20 +105,33 @@ def gpu_name(device: torch.device) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Print the table, and write it as JSON when asked."""
     parser = argparse.ArgumentParser(prog="python -m launch.benchmark", description=__doc__)
-    parser.add_argument("what", choices=["optimizer"])
+    parser.add_argument("what", choices=["optimizer", "save"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", help="a file for the result")
     args = parser.parse_args(argv)
-    result = benchmark_optimizers(args.rounds, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    result = benchmark_save(args.rounds, device) if args.what == "save" else benchmark_optimizers(args.rounds, device)
+    print_saves(result) if args.what == "save" else print_optimizers(result)
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(result, file, indent=1)
+    return 0
+
+
+def print_saves(records: list[dict[str, object]]) -> None:
+    """A line a checkpoint."""
+    for r in records:
+        size = f"{r['bytes'] / 1e9:.2f} GB, {r['bytes_per_weight']:.1f} bytes a weight"
+        print(f"stall {r['stall_seconds']:.2f} s, written in {r['write_seconds']:.2f} s beside training; {size}")
+
+
+def print_optimizers(result: dict[str, object]) -> None:
+    """The table of optimizer steps."""
     print(f"{result['weights']:,} weights in {len(SHAPES)} matrices; {result['machine']}; torch {result['torch']}")
     print(f"{'':32}{'median ms':>10}{'fastest':>9}{'slowest':>9}{'x Muon':>8}{'x AdamW':>9}")
     for row in result["rows"]:
         times = f"{row['milliseconds']:10.1f}{row['fastest']:9.1f}{row['slowest']:9.1f}"
         print(f"{row['optimizer']:32}{times}{row['to_muon']:8.2f}{row['to_adamw']:9.1f}")
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(result, file, indent=1)
-    return 0
 
 
 if __name__ == "__main__":
