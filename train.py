@@ -11,21 +11,17 @@ config -> accelerator -> data, model, optimizer -> loop -> checkpoint: one page,
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import nn
 
-from celo2 import Celo2, RuleError
+from celo2 import Celo2, RuleError, ShardingError
 from configs.load import ConfigError, load_config, options
 from configs.schema import Config
 from data import DataError
@@ -34,13 +30,12 @@ from launch.checkpoint import CheckpointError, Saver, due
 from launch.evaluate import evaluate
 from launch.finish import finish
 from launch.metrics import Display, Metrics
-from launch.optimizers import build_optimizer
 from launch.plan import make_plan
 from launch.run import build_from_config, describe_run, folder_of, open_data, open_run, resume, roll_back, saved_state, vocabulary
 from launch.schedule import lr_factor, set_lr
-from launch.strategy import make_accelerator, peak, prepare
+from launch.strategy import make_accelerator, make_strategy, peak
 from launch.watch import STOPPED, TrainingError, Watch
-from models import CausalLMLoss, LossMismatch, ModelError, flops_per_token
+from models import LossMismatch, ModelError, flops_per_token
 
 
 def train(config: Config) -> int:
@@ -49,21 +44,21 @@ def train(config: Config) -> int:
     rank, world, first = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     steps, micro = config.train.steps, config.train.micro_batch_size
 
-    # Data, model, optimizer. The global batch of a step is the same for every number of processes and micro-batch size.
+    # Data and model; then model and optimizer as the strategy spreads them over the processes. The global batch of a step is
+    # the same for every number of processes and micro-batch size.
     check_batch_size(config.train.batch_size, world, micro)
     shards, validation = open_data(config)
     set_seed(config.run.seed)
     model, context = build_from_config(config, vocabulary(config, shards.vocab_size))
-    model.to(accelerator.device)
-    optimizer = build_optimizer(config.optimizer, model)
-    flops, peak_flops = flops_per_token(model, context), peak(accelerator)
+    flops, peak_flops, parameters = flops_per_token(model, context), peak(accelerator), model.num_parameters()
+    strategy = make_strategy(config, accelerator, model)
+    optimizer = strategy.optimizer
 
     # The run's folder, and where the run stands.
     run_dir = open_run(config, accelerator)
-    state, notes = resume(config, run_dir, model, optimizer, shards)
+    state, notes = resume(config, run_dir, strategy, shards)
     if first:
         describe_run(config, run_dir)
-    loss_model = prepare(accelerator, CausalLMLoss(model), config.train.compile)
     metrics = Metrics(accelerator, config, run_dir, state.tracker_ids)
     metrics.rewind(state.step, state.evaluated)
 
@@ -83,7 +78,7 @@ def train(config: Config) -> int:
         Watch(accelerator, config.train) as watch,
     ):
         batches, stream = open_batches()
-        for note in [*notes, describe(config, model, optimizer, batches, world)]:
+        for note in [*notes, describe(config, parameters, optimizer, batches, world)]:
             display.say(note)
             metrics.event({"event": "start", "step": state.step, "note": note})
         stop = False
@@ -91,7 +86,7 @@ def train(config: Config) -> int:
 
         while True:
             if not stop and state.evaluated < state.step and due(state.step, config.eval.every, steps):
-                val_loss = evaluate(accelerator, loss_model, validation, context, config, watch.stopping)
+                val_loss = evaluate(strategy, validation, context, config, watch.stopping)
                 stop = val_loss is None
                 if not stop:
                     state.evaluated = state.step
@@ -99,7 +94,7 @@ def train(config: Config) -> int:
                     display.say(f"step {state.step:>6}/{steps}  validation loss {val_loss:.4f}")
             if saver.due(state.step, steps, stop):
                 metrics.flush()
-                saver.save(model, optimizer, saved_state(config, state, shards))
+                saver.save(strategy, saved_state(config, state, shards))
             if stop or state.step == steps:
                 break
 
@@ -108,12 +103,9 @@ def train(config: Config) -> int:
             factor = lr_factor(config.schedule, state.step, steps)
             set_lr(optimizer, factor)
             n_targets = batches.n_targets(state.step)
-            loss = backward(accelerator, loss_model, next(stream), n_targets)
-            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.train.grad_clip or math.inf)
-            verdict = watch.judge(loss, grad_norm, saver.overdue)  # agreed over all ranks; waits for the device
-            if verdict.healthy:
-                optimizer.step()
-            optimizer.zero_grad()
+            loss = strategy.backward(next(stream), n_targets)
+            # Clips, asks for the verdict (agreed over all ranks; waits for the device), and updates if the step is healthy.
+            verdict = strategy.step(lambda grad_norm, loss=loss: watch.judge(loss, grad_norm, saver.overdue))
             state.finish_step(n_targets, time.perf_counter() - start, verdict.healthy)
             stop, saver.asked = verdict.stop, verdict.save
             display.advance(state.step)
@@ -123,8 +115,8 @@ def train(config: Config) -> int:
                 metrics.event({"event": "problem", "step": state.step, "problem": verdict.problem, "sequences": sequences})
                 display.say(f"step {state.step}: {verdict.problem}")
             if verdict.roll_back:
-                state = roll_back(run_dir, state, batches, model, optimizer, saver, accelerator)
-                saver.save(model, optimizer, saved_state(config, state, shards))
+                state = roll_back(run_dir, state, batches, strategy, saver)
+                saver.save(strategy, saved_state(config, state, shards))
                 metrics.rewind(state.step, state.evaluated)
                 display.say(f"rolled back to step {state.step}; batches {state.skipped[-1]} are left out")
                 batches, stream = open_batches()
@@ -143,28 +135,9 @@ def train(config: Config) -> int:
         if stop:
             display.say(f"stopped by a signal after step {state.step}, saved; the same command continues")
         elif first:
-            finish(config, run_dir, model, shards.eot_id, display)
+            finish(config, run_dir, accelerator.device, shards.eot_id, display)
     accelerator.end_training()
     return STOPPED if stop else 0
-
-
-def backward(
-    accelerator: Accelerator, loss_model: nn.Module, micro_batches: list[tuple[torch.Tensor, torch.Tensor]], n_targets: int
-) -> torch.Tensor:
-    """Accumulate the gradient of the mean loss over the `n_targets` of the global batch; returns this rank's share of the loss.
-
-    Every rank sums the losses of its tokens and divides by the global count; DDP averages over ranks, hence the factor.
-    """
-    total = torch.zeros((), device=accelerator.device)
-    for i, (inputs, targets) in enumerate(micro_batches):
-        inputs = inputs.to(accelerator.device, non_blocking=True)  # (micro, T)
-        targets = targets.to(accelerator.device, non_blocking=True)
-        last = i == len(micro_batches) - 1
-        with nullcontext() if last else accelerator.no_sync(loss_model):
-            loss = loss_model(inputs, targets) / n_targets
-            accelerator.backward(loss * accelerator.num_processes)
-        total += loss.detach()
-    return total
 
 
 def dropout_seed(seed: int, step: int, rank: int) -> int:
@@ -172,10 +145,9 @@ def dropout_seed(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
 
 
-def describe(config: Config, model: nn.Module, optimizer: torch.optim.Optimizer, batches: Batches, world: int) -> str:
+def describe(config: Config, parameters: int, optimizer: torch.optim.Optimizer, batches: Batches, world: int) -> str:
     """The line that says what is trained, on what, with what."""
     rule = f" ({optimizer.rule.description})" if isinstance(optimizer, Celo2) else ""
-    parameters = sum(p.numel() for p in model.parameters())
     accumulation = config.train.batch_size // (world * config.train.micro_batch_size)
     return (
         f"{config.run.name}: {parameters:,} parameters, {config.optimizer.name}{rule}; "
@@ -198,7 +170,17 @@ def main(argv: list[str] | None = None) -> int:
             print(make_plan(config))
         else:
             return train(config)
-    except (ConfigError, DataError, ModelError, LossMismatch, RuleError, CheckpointError, TrainingError, OSError) as error:
+    except (
+        ConfigError,
+        DataError,
+        ModelError,
+        LossMismatch,
+        RuleError,
+        CheckpointError,
+        TrainingError,
+        ShardingError,
+        OSError,
+    ) as error:
         rank = os.environ.get("RANK", "0")
         print(f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}", file=sys.stderr)
         return 2

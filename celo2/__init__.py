@@ -1,8 +1,9 @@
 """Celo2, a learned optimizer for pretraining: `Celo2`, the rules it runs, and the routing of a model's parameters to it."""
 
+from celo2.fragment import ShardingError
 from celo2.groups import param_groups, routing_table
 from celo2.optimizer import Celo2
 from celo2.rule import Rule
 from celo2.weights import RuleError, load_rule, save_rule
 
-__all__ = ["Celo2", "Rule", "RuleError", "load_rule", "param_groups", "routing_table", "save_rule"]
+__all__ = ["Celo2", "Rule", "RuleError", "ShardingError", "load_rule", "param_groups", "routing_table", "save_rule"]

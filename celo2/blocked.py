@@ -10,7 +10,8 @@ Computes what `celo2.rule.update` computes before Newton–Schulz (a test holds 
 - A sum and its division stand apart, three times (row and column sums, channel square sums, the RMS of the update), so
   that a matrix that is split over ranks can complete each sum in between.
 
-Legend: N matrices of R rows and C columns, K = 3 decays, H hidden units, L = 18 element channels, n elements in a block.
+Legend: N matrices of R rows and C columns, K = 3 decays, H hidden units, L = 18 element channels, F features of a
+buffer, r rows and c columns of a piece, n elements in a block.
 """
 
 from __future__ import annotations
@@ -50,39 +51,58 @@ def block_elements(device: torch.device) -> int:
     return BLOCK_ELEMENTS.get(device.type, DEFAULT_BLOCK_ELEMENTS)
 
 
-def row_blocks(n_matrices: int, rows: int, cols: int, device: torch.device) -> Iterator[slice]:
-    """Row slices such that a block of every matrix in the stack has about `block_elements` elements."""
-    step = max(1, block_elements(device) // (n_matrices * cols))
-    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+class Piece(NamedTuple):
+    """A part of N equal matrices: some of their rows and columns, the same ones of every matrix."""
+
+    g: Tensor  # gradient (N, r, c), any float dtype, before clipping
+    w: Tensor  # weight (N, r, c), any float dtype
+    m: Tensor  # momenta (N, K, r, c), float32
+    v: Tensor  # second moment (N, r, c), float32
+    rows: slice  # which of the R rows
+    cols: slice  # which of the C columns
 
 
 class Stack(NamedTuple):
-    """N equal matrices with their accumulators, every field with the leading axis N.
+    """N equal matrices with their accumulators: whole, or those pieces of them that are here.
 
     `row` holds the means over the longer axis of a matrix, `col` the means over the shorter one, so that `row` runs along
     the R rows, except where R > C: there it runs along the C columns.
     """
 
-    g: Tensor  # gradient (N, R, C), any float dtype, before clipping
-    w: Tensor  # weight (N, R, C), any float dtype
-    m: Tensor  # momenta (N, K, R, C), float32
-    v: Tensor  # second moment (N, R, C), float32
+    shape: tuple[int, int, int]  # (N, R, C)
+    pieces: list[Piece]
     row: Tensor  # (N, K, R), or (N, K, C) where R > C, float32
     col: Tensor  # (N, K, C), or (N, K, R) where R > C, float32
 
 
-def batches(stacks: Iterable[Stack], limit: int) -> Iterator[list[Stack]]:
-    """The matrices of all stacks in order, in lists of slices with together at most `limit` matrices."""
-    batch: list[Stack] = []
-    for stack in stacks:
-        start = 0
-        while start < len(stack.g):
-            room = limit - sum(len(s.g) for s in batch)
-            batch.append(Stack(*(field[start : start + room] for field in stack)))
-            start += room
-            if sum(len(s.g) for s in batch) == limit:
+class Factors(NamedTuple):
+    """Adafactor's factors and the accumulators they came from, by the axis of the matrix that they run along."""
+
+    by_row: Tensor  # (N, K, R)
+    by_col: Tensor  # (N, K, C)
+
+
+def whole(g: Tensor, w: Tensor, m: Tensor, v: Tensor, row: Tensor, col: Tensor) -> Stack:
+    """A stack of matrices that lie in one piece: g, w, v (N, R, C), m (N, K, R, C), row and col as in `Stack`."""
+    everything = slice(0, g.shape[1]), slice(0, g.shape[2])
+    return Stack(tuple(g.shape), [Piece(g, w, m, v, *everything)], row, col)
+
+
+def batches(stacks: Iterable[Stack], limit: int) -> Iterator[list[tuple[int, Stack]]]:
+    """The matrices of all stacks in order, in lists of (number of the stack, slice of it) with at most `limit` matrices."""
+    batch: list[tuple[int, Stack]] = []
+    room = limit
+    for i, stack in enumerate(stacks):
+        start, (n, rows, cols) = 0, stack.shape
+        while start < n:
+            part = slice(start, min(start + room, n))
+            pieces = [Piece(*(field[part] for field in piece[:4]), piece.rows, piece.cols) for piece in stack.pieces]
+            batch.append((i, Stack((part.stop - start, rows, cols), pieces, stack.row[part], stack.col[part])))
+            room -= part.stop - start
+            start = part.stop
+            if room == 0:
                 yield batch
-                batch = []
+                batch, room = [], limit
     if batch:
         yield batch
 
@@ -94,65 +114,110 @@ def directions_(rule: Rule, stacks: Iterable[Stack], out: Tensor) -> None:
     """
     per_block = max(1, block_elements(out.device) // out[0].numel())
     done = 0
-    for batch in batches(stacks, per_block):
-        sizes = [len(s.g) for s in batch]
-        gathered = batch[0] if len(batch) == 1 else Stack(*(torch.cat(fields) for fields in zip(*batch, strict=True)))
-        direction_(rule, gathered, out[done : done + sum(sizes)])
-        if len(batch) > 1:
-            for field in ("m", "v", "row", "col"):
-                torch._foreach_copy_([getattr(s, field) for s in batch], list(getattr(gathered, field).split(sizes)))
+    for numbered in batches(stacks, per_block):
+        batch = [stack for _, stack in numbered]
+        sizes = [s.shape[0] for s in batch]
+        target = out[done : done + sum(sizes)]
+        if len(batch) > 1 and all(len(s.pieces) == 1 for s in batch):
+            fields = [(*s.pieces[0][:4], s.row, s.col) for s in batch]
+            gathered = whole(*(torch.cat(tensors) for tensors in zip(*fields, strict=True)))
+            direction_(rule, gathered, target)
+            piece = gathered.pieces[0]
+            moved = zip(*(f[2:] for f in fields), strict=True)
+            for own, new in zip(moved, (piece.m, piece.v, gathered.row, gathered.col), strict=True):
+                torch._foreach_copy_(list(own), list(new.split(sizes)))
+        else:
+            for stack, u in zip(batch, target.split(sizes), strict=True):
+                direction_(rule, stack, u)
         done += sum(sizes)
 
 
 def direction_(rule: Rule, stack: Stack, out: Tensor) -> None:
     """Advance the accumulators of one stack in place and write its directions u into `out` (N, R, C), in the dtype of `out`."""
-    g, w, m, v, row, col = stack
-    n, rows, cols = g.shape
-    blocks = list(row_blocks(n, rows, cols, g.device))
-    tallest = blocks[0].stop
-    x_buffer = torch.empty(n, len(LOCAL) + len(FACTORED), tallest * cols, device=g.device)  # (N, L, n)
-    h_buffer = torch.empty(n, rule.hidden, tallest * cols, device=g.device)  # (N, H, n)
+    sums = accumulate_(rule, stack)
+    move_means_(rule, stack, sums)
+    factors, factored_sums = factor(stack)
+    outs = [out[:, piece.rows, piece.cols] for piece in stack.pieces]
+    emit_(rule, stack, sums, factors, factored_sums, outs)
 
-    def tile(buffer: Tensor, block: slice) -> Tensor:
+
+def row_blocks(piece: Piece) -> list[slice]:
+    """Row slices such that a block of every matrix in the piece has about `block_elements` elements."""
+    n, rows, cols = piece.g.shape
+    step = max(1, block_elements(piece.g.device) // (n * cols))
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def tiles(buffer: Tensor, blocks: list[slice], cols: int) -> Iterator[tuple[slice, Tensor]]:
+    """(rows of a block, `buffer` (N, F, ·) as (N, F, r, cols)) for every block."""
+    for block in blocks:
         height = block.stop - block.start
-        return buffer[:, :, : height * cols].unflatten(2, (height, cols))
+        yield block, buffer[:, :, : height * cols].unflatten(2, (height, cols))
 
-    # Accumulators; sums of g² over columns and rows; square sums of the local channels.
-    row_sum, col_sum = torch.empty(n, rows, device=g.device), torch.zeros(n, cols, device=g.device)
-    local_sum = torch.zeros(n, len(LOCAL), device=g.device)
-    for block in blocks:
-        x = tile(x_buffer, block)
-        x[:, 0].copy_(g[:, block]).clamp_(-GRADIENT_CLIP, GRADIENT_CLIP)
-        square = x[:, 0].square()
-        for k, beta in enumerate(rule.momentum_decays):
-            m[:, k, block].lerp_(x[:, 0], 1 - beta)
-        v[:, block].lerp_(square, 1 - rule.second_moment_decay)
-        row_sum[:, block] = square.sum(2)
-        col_sum += square.sum(1)
-        fill_local_(x[:, : len(LOCAL)], w[:, block], m[:, :, block], v[:, block])
-        local_sum += square_sums(x[:, : len(LOCAL)])
 
-    by_row, by_col = (col, row) if rows > cols else (row, col)  # (N, K, R), (N, K, C)
+def buffer_for(piece: Piece, blocks: list[slice], features: int) -> Tensor:
+    """Room for `features` numbers of every element of the tallest block: (N, features, n)."""
+    n, _, cols = piece.g.shape
+    return torch.empty(n, features, (blocks[0].stop - blocks[0].start) * cols, device=piece.g.device)
+
+
+def accumulate_(rule: Rule, stack: Stack) -> Tensor:
+    """Move momenta and second moment; -> (N, R + C + 12): sums of g² by row, by column, and of every squared local channel.
+
+    Sums over what is here: they are complete when the sums of all ranks that hold pieces of these matrices are added.
+    """
+    n, rows, cols = stack.shape
+    sums = torch.zeros(n, rows + cols + len(LOCAL), device=stack.row.device)
+    row_sum, col_sum, local_sum = sums.split([rows, cols, len(LOCAL)], 1)
+    for piece in stack.pieces:
+        blocks = row_blocks(piece)
+        for block, x in tiles(buffer_for(piece, blocks, len(LOCAL)), blocks, piece.g.shape[2]):
+            x[:, 0].copy_(piece.g[:, block]).clamp_(-GRADIENT_CLIP, GRADIENT_CLIP)
+            square = x[:, 0].square()
+            for k, beta in enumerate(rule.momentum_decays):
+                piece.m[:, k, block].lerp_(x[:, 0], 1 - beta)
+            piece.v[:, block].lerp_(square, 1 - rule.second_moment_decay)
+            row_sum[:, piece.rows][:, block] += square.sum(2)
+            col_sum[:, piece.cols] += square.sum(1)
+            fill_local_(x, piece.w[:, block], piece.m[:, :, block], piece.v[:, block])
+            local_sum += square_sums(x)
+    return sums
+
+
+def move_means_(rule: Rule, stack: Stack, sums: Tensor) -> None:
+    """Move the factored second moment by the complete sums (N, R + C + 12) of `accumulate_`."""
+    _, rows, cols = stack.shape
+    by_row, by_col = (stack.col, stack.row) if rows > cols else (stack.row, stack.col)  # (N, K, R), (N, K, C)
     for k, gamma in enumerate(rule.factored_decays):
-        by_row[:, k].lerp_(row_sum / cols + SQUARE_FLOOR, 1 - gamma)
-        by_col[:, k].lerp_(col_sum / rows + SQUARE_FLOOR, 1 - gamma)
-    row_factor = (row / (row.mean(2, keepdim=True) + FACTOR_EPS)).clamp_min(FACTOR_EPS).rsqrt()
-    col_factor = col.clamp_min(FACTOR_EPS).rsqrt()
-    by_row_factor, by_col_factor = (col_factor, row_factor) if rows > cols else (row_factor, col_factor)
+        by_row[:, k].lerp_(sums[:, :rows] / cols + SQUARE_FLOOR, 1 - gamma)
+        by_col[:, k].lerp_(sums[:, rows : rows + cols] / rows + SQUARE_FLOOR, 1 - gamma)
 
-    # Square sums of the factored channels, which needed the complete row and column means.
-    factored_sum = torch.zeros(n, len(FACTORED), device=g.device)
-    for block in blocks:
-        x = tile(x_buffer, block)
-        x[:, 0].copy_(g[:, block]).clamp_(-GRADIENT_CLIP, GRADIENT_CLIP)
-        fill_factored_(x[:, len(LOCAL) :], x[:, 0], m[:, :, block], by_row_factor[:, :, block], by_col_factor)
-        factored_sum += square_sums(x[:, len(LOCAL) :])
 
+def factor(stack: Stack) -> tuple[Factors, Tensor]:
+    """-> factors, and (N, 6): the sums of the squared factored channels, over what is here."""
+    n, rows, cols = stack.shape
+    row_factor = (stack.row / (stack.row.mean(2, keepdim=True) + FACTOR_EPS)).clamp_min(FACTOR_EPS).rsqrt()
+    col_factor = stack.col.clamp_min(FACTOR_EPS).rsqrt()
+    factors = Factors(col_factor, row_factor) if rows > cols else Factors(row_factor, col_factor)
+    sums = torch.zeros(n, len(FACTORED), device=stack.row.device)
+    for piece in stack.pieces:
+        blocks = row_blocks(piece)
+        by_row, by_col = factors.by_row[:, :, piece.rows], factors.by_col[:, :, piece.cols]
+        for block, x in tiles(buffer_for(piece, blocks, 1 + len(FACTORED)), blocks, piece.g.shape[2]):
+            g = x[:, 0].copy_(piece.g[:, block]).clamp_(-GRADIENT_CLIP, GRADIENT_CLIP)
+            fill_factored_(x[:, 1:], g, piece.m[:, :, block], by_row[:, :, block], by_col)
+            sums += square_sums(x[:, 1:])
+    return factors, sums
+
+
+def emit_(rule: Rule, stack: Stack, sums: Tensor, factors: Factors, factored_sums: Tensor, outs: list[Tensor]) -> None:
+    """Write the direction of every piece into its tensor of `outs` (N, r, c), from the complete sums of both passes."""
+    n, rows, cols = stack.shape
     # The first layer with the channel normalizers folded in, and the share of the row and column channels.
-    row_x = torch.cat([row, (row + RSQRT_EPS).rsqrt()], 1)  # (N, 2K, ·)
-    col_x = torch.cat([col, (col + RSQRT_EPS).rsqrt()], 1)
+    row_x = torch.cat([stack.row, (stack.row + RSQRT_EPS).rsqrt()], 1)  # (N, 2K, ·)
+    col_x = torch.cat([stack.col, (stack.col + RSQRT_EPS).rsqrt()], 1)
     w0 = torch.cat([rule.weights[f"w0__{i}"] for i in range(len(GROUP_CHANNELS))])  # (30, H)
-    element_mean = torch.cat([local_sum, factored_sum], 1) / (rows * cols)  # (N, L)
+    element_mean = torch.cat([sums[:, rows + cols :], factored_sums], 1) / (rows * cols)  # (N, L)
     w_element = fold(w0[[*LOCAL, *FACTORED]], element_mean)  # (N, H, L)
     row_share = fold(w0[list(ROW)], row_x.square().mean(2)) @ row_x  # (N, H, ·)
     col_share = fold(w0[list(COL)], col_x.square().mean(2)) @ col_x + rule.weights["b0"][:, None]
@@ -161,16 +226,20 @@ def direction_(rule: Rule, stack: Stack, out: Tensor) -> None:
     w1 = rule.weights["w1"].T.expand(n, -1, -1)
     b1 = rule.weights["b1"][:, None].expand(n, -1, 1)
     w2, b2 = rule.weights["w2"][:, 0], rule.weights["b2"][0]
-    for block in blocks:
-        x = tile(x_buffer, block)
-        x[:, 0].copy_(g[:, block]).clamp_(-GRADIENT_CLIP, GRADIENT_CLIP)
-        fill_local_(x[:, : len(LOCAL)], w[:, block], m[:, :, block], v[:, block])
-        fill_factored_(x[:, len(LOCAL) :], x[:, 0], m[:, :, block], by_row_factor[:, :, block], by_col_factor)
-        h = tile(h_buffer, block)
-        torch.add(by_row_share[:, :, block, None], by_col_share[:, :, None, :], out=h)
-        h = h.flatten(2).baddbmm_(w_element, x.flatten(2)).relu_()  # (N, H, n)
-        h = torch.baddbmm(b1, w1, h).relu_()
-        out[:, block] = torch.matmul(w2, h).add_(b2).unflatten(1, (-1, cols))
+    for piece, out in zip(stack.pieces, outs, strict=True):
+        blocks, width = row_blocks(piece), piece.g.shape[2]
+        by_row, by_col = factors.by_row[:, :, piece.rows], factors.by_col[:, :, piece.cols]
+        row_h, col_h = by_row_share[:, :, piece.rows], by_col_share[:, :, None, piece.cols]
+        x_tiles = tiles(buffer_for(piece, blocks, len(LOCAL) + len(FACTORED)), blocks, width)
+        h_tiles = tiles(buffer_for(piece, blocks, rule.hidden), blocks, width)
+        for (block, x), (_, h) in zip(x_tiles, h_tiles, strict=True):
+            x[:, 0].copy_(piece.g[:, block]).clamp_(-GRADIENT_CLIP, GRADIENT_CLIP)
+            fill_local_(x[:, : len(LOCAL)], piece.w[:, block], piece.m[:, :, block], piece.v[:, block])
+            fill_factored_(x[:, len(LOCAL) :], x[:, 0], piece.m[:, :, block], by_row[:, :, block], by_col)
+            torch.add(row_h[:, :, block, None], col_h, out=h)
+            h = h.flatten(2).baddbmm_(w_element, x.flatten(2)).relu_()  # (N, H, n)
+            h = torch.baddbmm(b1, w1, h).relu_()
+            out[:, block] = torch.matmul(w2, h).add_(b2).unflatten(1, (-1, width))
 
 
 def fill_local_(x: Tensor, w: Tensor, m: Tensor, v: Tensor) -> None:

@@ -1,37 +1,27 @@
-"""`Celo2`, the rule as a `torch.optim.Optimizer`: state, param groups, checks, and AdamW for what the rule does not take."""
+"""`Celo2`, the rule as a `torch.optim.Optimizer`: state, param groups, and AdamW for what the rule does not take."""
 
 from __future__ import annotations
 
-import difflib
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim.adamw import adamw
 
 from celo2 import matrices
-from celo2.blocked import Stack, batches, directions_
-from celo2.orthogonalize import newton_schulz
-from celo2.rule import RMS_EPS, Rule, accumulator_shapes, update
+from celo2.checks import check_gradient, check_keys, check_options, check_parameter, check_saved_state
+from celo2.fragment import ShardingError, fragment_of, local
+from celo2.orthogonalize import newton_schulz_flops
+from celo2.plan import Entry, Plan, fingerprint, make_plan
+from celo2.replicas import Replicas
+from celo2.rule import Rule, accumulator_shapes
 from celo2.weights import load_rule
-
-UPDATES = ("celo2", "adamw")
-GROUP_KEYS = ("params", "param_names", "lr", "weight_decay", "betas", "eps", "update", "orthogonalize", "matrices")
-SCHEDULER_KEYS = (
-    "initial_lr",
-    "max_lr",
-    "min_lr",
-    "swa_lr",
-    "base_momentum",
-    "max_momentum",
-)  # torch's schedulers write them
-
-# Newton–Schulz takes matrices of one shape together, up to this many elements (64 MB in float32) or one matrix.
-BATCH_ELEMENTS = 1 << 24
+from celo2.work import Context, Work
 
 
 class Celo2(torch.optim.Optimizer):
@@ -55,9 +45,17 @@ class Celo2(torch.optim.Optimizer):
         eps: ε of AdamW.
         ns_dtype: dtype of Newton–Schulz; None is float32 on CPU and bfloat16 elsewhere.
         state_dtype: dtype of the accumulators: torch.float32.
+        replicas: a process group whose ranks hold the same whole parameters and gradients (DDP): every matrix is
+            orthogonalized by one of them and sent to the others.
+        shard_state: with `replicas`, keep the state of a parameter on the one rank that updates it.
 
-    State, allocated at construction, for a parameter of stacked shape S (see `celo2.matrices`): by the rule, `momentum`
-    (3, *S), `second_moment` S, and `row` and `col`, or `diag` (3, *S) for a vector; by AdamW `step`, `exp_avg`, `exp_avg_sq`.
+    Sharded parameters (see `celo2.fragment`): DTensors of FSDP2 as they are; for DeepSpeed ZeRO see `celo2.zero`. The first
+    step compares the ranks and raises `ShardingError` on all of them if they disagree.
+
+    State, allocated at construction, for a parameter of shape P and stacked shape S = (..., R, C) (see `celo2.matrices`): by
+    the rule, `momentum` (3, *P), `second_moment` P, and `row` and `col`, means over the longer and the shorter axis of a
+    matrix, or `diag` (3, *P) for a vector; by AdamW `step`, `exp_avg`, `exp_avg_sq`. Of a parameter that is sharded, P is the
+    run of elements that this rank holds, while `row` and `col` are the same on all ranks.
 
     Raises:
         ValueError, TypeError: a bad option, naming the parameter group.
@@ -75,15 +73,22 @@ class Celo2(torch.optim.Optimizer):
         eps: float = 1e-8,
         ns_dtype: torch.dtype | None = None,
         state_dtype: torch.dtype = torch.float32,
+        replicas: dist.ProcessGroup | None = None,
+        shard_state: bool = False,
     ) -> None:
         if state_dtype is not torch.float32:
             raise ValueError(f"state_dtype must be torch.float32, not {state_dtype}")
         if ns_dtype is not None and not ns_dtype.is_floating_point:
             raise ValueError(f"ns_dtype must be a float dtype, not {ns_dtype}")
+        if shard_state and replicas is None:
+            raise ValueError("shard_state=True needs replicas, the process group that the state is divided over")
         self.rule = load_rule(rule)
         self.ns_dtype = ns_dtype
         self.state_dtype = state_dtype
+        self.replicas = Replicas(replicas, shard_state) if replicas is not None else None
+        self.orthogonalized = 0  # matrices that this rank orthogonalized in the last step
         self._rule_on: dict[torch.device, Rule] = {}
+        self._plan: Plan | None = None
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -96,8 +101,8 @@ class Celo2(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {name: getattr(self, name) for name in ("rule", "ns_dtype", "state_dtype")}
-        return {**super().__getstate__(), **own, "_rule_on": {}}
+        own = {name: getattr(self, name) for name in ("rule", "ns_dtype", "state_dtype", "replicas", "orthogonalized")}
+        return {**super().__getstate__(), **own, "_rule_on": {}, "_plan": None}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Check and add a group, and allocate its state."""
@@ -118,24 +123,41 @@ class Celo2(torch.optim.Optimizer):
         except (ValueError, TypeError):
             del self.param_groups[count:]
             raise
+        self._plan = None
+        if self.replicas is not None:
+            for by_rule in (True, False):
+                params = [p for p in group["params"] if self.takes_rule(p, group) is by_rule]
+                self.replicas.add(params, [self._cost(p, group) for p in params], "celo2" if by_rule else "adamw")
         for p in group["params"]:
-            self._allocate(p, group)
+            if self.replicas is None or self.replicas.keeps_state(p):
+                self._allocate(p, group)
 
     def takes_rule(self, p: Tensor, group: dict[str, Any]) -> bool:
         """Whether the rule, and not AdamW, updates `p` of `group`."""
         if group["update"] is None:
-            return p.ndim >= 2 or self.rule.variant == "celo2-base"
+            return len(fragment_of(p).shape) >= 2 or self.rule.variant == "celo2-base"
         return group["update"] == "celo2"
 
+    def _cost(self, p: Tensor, group: dict[str, Any]) -> float:
+        shape = matrices.stacked_shape(p.shape, group["matrices"])
+        if not self.takes_rule(p, group) or len(shape) < 2 or not self._orthogonalizes(group):
+            return p.numel()
+        return matrices.matrix_count(shape) * newton_schulz_flops(*shape[-2:])
+
     def _allocate(self, p: Tensor, group: dict[str, Any]) -> None:
+        fragment, run = fragment_of(p), local(p)
+        size = tuple(run.shape) if fragment.whole else (run.numel(),)
         if self.takes_rule(p, group):
-            shape = matrices.stacked_shape(p.shape, group["matrices"])
+            shape = matrices.stacked_shape(fragment.shape, group["matrices"])
             shapes = accumulator_shapes(shape, matrices.stacked_axes(shape, group["matrices"]))
+            size = size or (1,)  # a scalar is a vector
+            shapes |= {name: (*s[: len(s) - len(shape)], *size) for name, s in shapes.items() if name not in ("row", "col")}
         else:
-            shapes = {"step": (), "exp_avg": tuple(p.shape), "exp_avg_sq": tuple(p.shape)}
+            shapes = {"step": (), "exp_avg": size, "exp_avg_sq": size}
         dtype = torch.promote_types(p.dtype, torch.float32) if "step" in shapes else self.state_dtype
         self.state[p] = {
-            name: torch.zeros(s, dtype=torch.float32 if name == "step" else dtype, device=p.device) for name, s in shapes.items()
+            name: torch.zeros(s, dtype=torch.float32 if name == "step" else dtype, device=run.device)
+            for name, s in shapes.items()
         }
 
     @torch.no_grad()
@@ -145,111 +167,72 @@ class Celo2(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._check_known()
+        if self._plan is None:
+            self._plan = self._make_plan()
+        work: dict[torch.device, Work] = defaultdict(Work)
         for index, group in enumerate(self.param_groups):
-            params = [p for p in group["params"] if p.grad is not None and p.numel()]
+            params = [p for p in group["params"] if p.grad is not None and math.prod(fragment_of(p).shape)]
             for p in params:
-                if p.grad.is_sparse or p.grad.is_complex():
-                    kind = "sparse" if p.grad.is_sparse else "complex"
-                    raise RuntimeError(
-                        f"parameter group {index}: {kind} gradient of shape {tuple(p.grad.shape)}; use a dense one"
-                    )
+                check_gradient(p, f"parameter group {index}")
             by_rule = [p for p in params if self.takes_rule(p, group)]
             taken = set(by_rule)
             self._step_adamw([p for p in params if p not in taken], group)
-            self._step_rule(by_rule, group)
+            for p in by_rule:
+                orthogonalize, split = self._orthogonalizes(group), self._plan.get(p, {})
+                owner = self.replicas.owners[p] if self.replicas is not None else None
+                work[p.device].add(p, self.state.get(p), fragment_of(p), group, orthogonalize, split, owner)
+        contexts = {d: Context(self._rule(d), self._ns_dtype(d), apply_, self.replicas) for d in work}
+        self.orthogonalized = sum(work.do(contexts[device]) for device, work in work.items())
         return loss
+
+    def _check_known(self) -> None:
+        """Raise ShardingError for a parameter that did not come through `add_param_group`."""
+        for index, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                if p not in self.state and (self.replicas is None or p not in self.replicas.owners):
+                    raise ShardingError(
+                        f"parameter group {index}: a tensor of shape {tuple(p.shape)} that nothing explains has replaced its "
+                        "parameters; if DeepSpeed ZeRO put it there, see celo2.zero"
+                    )
+
+    def _make_plan(self) -> Plan:
+        entries = []
+        for index, group in enumerate(self.param_groups):
+            names = group.get("param_names") or [f"parameter {i} of group {index}" for i in range(len(group["params"]))]
+            for name, p in zip(names, group["params"], strict=True):
+                by_rule = self.takes_rule(p, group)
+                entries.append(Entry(name, p, fragment_of(p), by_rule, self._orthogonalizes(group), group["matrices"]))
+        return make_plan(entries, fingerprint(self.rule, self.ns_dtype))
 
     def _step_adamw(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """torch's own fused AdamW; parameters of lower precision are updated in the state's precision and rounded once."""
-        if not params:
-            return
-        states = [self.state[p] for p in params]
-        # The fused kernel walks storage: every tensor must be contiguous, as the state is.
-        weights = [p.to(s["exp_avg"].dtype).contiguous() for p, s in zip(params, states, strict=True)]
-        adamw(
-            weights,
-            [p.grad.to(w.dtype).contiguous() for p, w in zip(params, weights, strict=True)],
-            [s["exp_avg"] for s in states],
-            [s["exp_avg_sq"] for s in states],
-            [],
-            [s["step"] for s in states],
-            fused=True,
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
-        for p, weight in zip(params, weights, strict=True):
-            if weight is not p:
-                p.copy_(weight)
-
-    def _step_rule(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        """The rule: matrices of one shape together, everything that is no stack of plain matrices one by one."""
-        layout = group["matrices"]
-        buckets: dict[tuple, list[list[Tensor]]] = defaultdict(lambda: [[]])
-        for p in params:
-            shape = matrices.stacked_shape(p.shape, layout)
-            axes = matrices.stacked_axes(shape, layout)
-            if axes is None or min(axes) < len(shape) - 2:
-                self._step_whole(p, group, axes)
-                continue
-            bucket = buckets[(p.device, *shape[-2:])]
-            if bucket[-1] and sum(q.numel() for q in bucket[-1]) + p.numel() > BATCH_ELEMENTS:
-                bucket.append([])
-            bucket[-1].append(p)
-        for (device, rows, cols), bucket in buckets.items():
-            for batch in bucket:
-                self._step_matrices(batch, group, device, rows, cols)
-
-    def _step_matrices(self, params: list[Tensor], group: dict[str, Any], device: torch.device, rows: int, cols: int) -> None:
-        """The blocked path: directions of all matrices (R, C) of `params`, orthogonalized together, then applied."""
-        layout = group["matrices"]
-        orthogonalize = self._orthogonalizes(group)
-        dtype = self._ns_dtype(device) if orthogonalize else torch.float32
-        weights = [matrices.stack(p, layout).reshape(-1, rows, cols) for p in params]  # each (N, R, C)
-        stacks = [self._stack(p, w, layout) for p, w in zip(params, weights, strict=True)]
-        for batch in batches(stacks, max(1, BATCH_ELEMENTS // (rows * cols))):
-            counts = [len(s.w) for s in batch]
-            u = torch.empty(sum(counts), rows, cols, dtype=dtype, device=device)
-            directions_(self._rule(device), batch, u)
-            if orthogonalize:
-                u = newton_schulz(u)
-            norm = torch.linalg.vector_norm(u, dim=(1, 2), keepdim=True, dtype=torch.float32)  # (N, 1, 1)
-            scale = (norm.square() / (rows * cols) + RMS_EPS).rsqrt()
-            for s, n_u, n_scale in zip(batch, u.split(counts), scale.split(counts), strict=True):
-                apply_(s.w, n_u * n_scale, group)
-        for p, w in zip(params, weights, strict=True):
-            matrices.unstack_(p, w, layout)
-
-    def _step_whole(self, p: Tensor, group: dict[str, Any], axes: tuple[int, int] | None) -> None:
-        """The reference path: vectors, and batches of matrices whose second moment is factored over a batch axis."""
-        w, g = p if p.ndim else p.view(1), p.grad if p.ndim else p.grad.view(1)
-        u = update(
-            self._rule(p.device),
-            self.state[p],
-            g.float(),
-            w.float(),
-            orthogonalize=self._orthogonalizes(group),
-            ns_dtype=self._ns_dtype(p.device),
-            axes=axes,
-        )
-        apply_(w, u, group)
-
-    def _stack(self, p: Tensor, w: Tensor, layout: matrices.Layout | None) -> Stack:
-        """`p`, seen as w (N, R, C), with its gradient and accumulators."""
-        state = self.state[p]
-        row, col = state["row"], state["col"]
-        return Stack(
-            g=matrices.stack(p.grad, layout).reshape(w.shape),
-            w=w,
-            m=state["momentum"].view(3, *w.shape).transpose(0, 1),
-            v=state["second_moment"].view(w.shape),
-            row=row.view(3, len(w), row.shape[-1]).transpose(0, 1),
-            col=col.view(3, len(w), col.shape[-1]).transpose(0, 1),
-        )
+        mine = [p for p in params if self.replicas is None or self.replicas.keeps_state(p)]
+        if mine:
+            states = [self.state[p] for p in mine]
+            # The fused kernel walks storage: every tensor must be contiguous, as the state is.
+            weights = [local(p).to(s["exp_avg"].dtype).contiguous() for p, s in zip(mine, states, strict=True)]
+            adamw(
+                weights,
+                [local(p.grad).to(w.dtype).contiguous() for p, w in zip(mine, weights, strict=True)],
+                [s["exp_avg"] for s in states],
+                [s["exp_avg_sq"] for s in states],
+                [],
+                [s["step"] for s in states],
+                fused=True,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+            for p, weight in zip(mine, weights, strict=True):
+                if weight is not local(p):
+                    local(p).copy_(weight.view(local(p).shape))
+        if params and self.replicas is not None and self.replicas.shard_state:
+            self.replicas.share_weights_(params)
 
     def _orthogonalizes(self, group: dict[str, Any]) -> bool:
         return group["orthogonalize"] and self.rule.variant != "celo2-base"
@@ -305,77 +288,3 @@ def apply_(w: Tensor, u: Tensor, group: dict[str, Any]) -> None:
     updated = w.to(torch.promote_types(w.dtype, torch.float32)).mul_(1 - lr * weight_decay).sub_(u.mul_(lr))
     if updated is not w:
         w.copy_(updated)
-
-
-def check_keys(group: dict[str, Any], where: str) -> None:
-    """Raise ValueError for a group key that means nothing here."""
-    for key in group:
-        if key not in GROUP_KEYS + SCHEDULER_KEYS:
-            near = difflib.get_close_matches(key, GROUP_KEYS, n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else f"; known keys are {', '.join(GROUP_KEYS)}"
-            raise ValueError(f"{where}: unknown key '{key}'{hint}")
-
-
-def check_options(group: dict[str, Any], where: str) -> None:
-    """Raise ValueError for an option of a group that is out of range; layouts become tuples."""
-    lr = group["lr"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"{where}: lr as a tensor must have one element, not {lr.numel()}")
-    for name in ("lr", "weight_decay", "eps"):
-        if not isinstance(group[name], (Real, Tensor)) or not float(group[name]) >= 0:
-            raise ValueError(f"{where}: {name} must be a number of at least 0, not {group[name]!r}")
-    if not isinstance(group["orthogonalize"], bool):
-        raise ValueError(f"{where}: orthogonalize must be True or False, not {group['orthogonalize']!r}")
-    betas = group["betas"] if isinstance(group["betas"], (tuple, list)) else ()
-    if len(betas) != 2 or not all(isinstance(beta, (Real, Tensor)) and 0 <= beta < 1 for beta in betas):
-        raise ValueError(f"{where}: betas must be two numbers in [0, 1), not {group['betas']}")
-    if group["update"] not in (None, *UPDATES):
-        raise ValueError(f"{where}: unknown update '{group['update']}', expected one of {', '.join(UPDATES)}")
-    if group["matrices"] is not None:
-        try:
-            group["matrices"] = matrices.as_layout(group["matrices"])
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
-
-
-def check_parameter(p: Tensor, group: dict[str, Any], where: str) -> None:
-    """Raise for a parameter that neither update can take, or that the group's layout does not fit."""
-    if not p.is_floating_point():
-        raise TypeError(f"{where}: a parameter of shape {tuple(p.shape)} is {p.dtype}; only real float parameters can be updated")
-    layout = group["matrices"]
-    if layout is not None and torch.Size(layout[0]).numel() != p.numel():
-        raise ValueError(f"{where}: matrices {layout} do not fit a parameter of shape {tuple(p.shape)}")
-
-
-def check_saved_group(group: dict[str, Any], saved: dict[str, Any], where: str) -> None:
-    """Raise ValueError if a saved group has other keys, options out of range, or parameters that do not fit `group`."""
-    check_keys(saved, where)
-    missing = [key for key in GROUP_KEYS if key in group and key not in saved and key != "param_names"]
-    if missing:
-        raise ValueError(f"{where}: the saved group lacks {', '.join(missing)}")
-    if len(saved["params"]) != len(group["params"]):
-        raise ValueError(f"{where}: {len(saved['params'])} parameters were saved, expected {len(group['params'])}")
-    checked = dict(saved)
-    check_options(checked, where)
-    for p in group["params"]:
-        check_parameter(p, checked, where)
-
-
-def check_saved_state(optimizer: Celo2, state_dict: dict[str, Any]) -> None:
-    """Raise ValueError if the saved groups and state do not fit; torch itself checks the number and size of groups."""
-    groups = zip(optimizer.param_groups, state_dict["param_groups"], strict=False)
-    if len(optimizer.param_groups) != len(state_dict["param_groups"]):
-        counts = f"{len(state_dict['param_groups'])} parameter groups, expected {len(optimizer.param_groups)}"
-        raise ValueError(f"the saved state has {counts}")
-    for index, (group, saved_group) in enumerate(groups):
-        where = f"parameter group {index}"
-        check_saved_group(group, saved_group, where)
-        for p, key in zip(group["params"], saved_group["params"], strict=False):
-            own, saved = optimizer.state[p], state_dict["state"].get(key, {})
-            where = f"parameter group {index}, a parameter of shape {tuple(p.shape)}"
-            if own.keys() != saved.keys():
-                raise ValueError(f"{where}: saved state holds {sorted(saved)}, expected {sorted(own)}")
-            for name, value in own.items():
-                if value.shape != torch.as_tensor(saved[name]).shape:
-                    shapes = f"{tuple(torch.as_tensor(saved[name]).shape)}, expected {tuple(value.shape)}"
-                    raise ValueError(f"{where}: saved {name} has shape {shapes}")

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
-from configs.schema import Config
+from configs.schema import OPTIMIZERS, Config
 
 
 class ConfigError(ValueError):
@@ -139,6 +139,7 @@ def check(config: Config) -> None:
     for name, minimum in at_least.items():
         if not get(config, name) >= minimum:
             raise ConfigError(f"{name} is {get(config, name)}, expected at least {minimum}")
+    check_optimizer_name(config.optimizer.name)
     if config.optimizer.adamw_lr is not None and not config.optimizer.adamw_lr >= 0:
         raise ConfigError(f"optimizer.adamw_lr is {config.optimizer.adamw_lr}, expected at least 0")
     for name in ("schedule.warmup", "schedule.final", "schedule.decay", "model.dropout"):
@@ -147,6 +148,12 @@ def check(config: Config) -> None:
     for tracker in config.log.trackers:
         if tracker not in ("tensorboard", "wandb"):
             raise ConfigError(f"log.trackers holds '{tracker}', expected tensorboard or wandb")
+
+
+def check_optimizer_name(name: str) -> None:
+    """Raise ConfigError for a name that is none of the schema's; a dotted path is judged where it is imported."""
+    if "." not in name:
+        checked(Literal[OPTIMIZERS], name, "optimizer.name")
 
 
 def get(config: Config, dotted: str) -> Any:

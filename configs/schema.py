@@ -45,13 +45,18 @@ class Data:
     dir: str | None = option(None, "folder that `python -m data.prepare` wrote; required")
 
 
+OPTIMIZERS = ("celo2", "celo2-base", "adamw", "muon", "lion", "soap", "adafactor", "schedule-free")
+
+
 @dataclass
 class Optimizer:
-    name: Literal["celo2", "celo2-base", "adamw", "muon"] = option("celo2", "the optimizer of the hidden matrices")
+    name: str = option("celo2", f"of the hidden matrices: {', '.join(OPTIMIZERS)}, or a dotted path (torch.optim.NAdam)")
     lr: float = option(1e-3, "peak learning rate of hidden matrices (celo2: the RMS change of a weight in one step)")
     adamw_lr: float | None = option(None, "peak learning rate of embeddings, output layer, biases and norms; null: lr")
     weight_decay: float = option(0.1, "decoupled decay of matrices and embeddings; biases and norms have none")
     rule: str | None = option(None, "for celo2 and celo2-base: a shipped rule or the path of a rule file; null: the name's own")
+    arguments: dict[str, Any] | None = option(None, "further arguments of the optimizer's constructor {betas: [0.9, 0.99]}")
+    route: Literal["hidden", "all"] = option("hidden", "for a dotted path: hidden matrices, AdamW the rest; all: everything")
 
 
 @dataclass
@@ -80,6 +85,9 @@ class Train:
 @dataclass
 class Distributed:
     strategy: Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"] = option("ddp", "how weights and state are held by the ranks")
+    shard_state: bool = option(False, "ddp with celo2: keep the optimizer state of a parameter on one rank")
+    replicas: int = option(1, "fsdp2: copies of the model, each sharded over processes / replicas ranks")
+    timeout: float = option(600.0, "seconds without a sign of another rank after which a run ends with an error")
 
 
 @dataclass

@@ -18,12 +18,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 
 from celo2 import Celo2
 from configs.schema import Checkpoint as CheckpointConfig
-from configs.schema import Optimizer as OptimizerConfig
+from configs.schema import Config
 from launch.checkpoint import Saver
-from launch.optimizers import build_optimizer
+from launch.strategy import make_strategy
 from models import build_model
 
 # The hidden matrices of four blocks of a GPT of width 512, q, k, v and o apart: 12.6 million weights.
@@ -85,14 +86,14 @@ def benchmark_optimizers(rounds: int, device: torch.device) -> dict[str, object]
 
 def benchmark_save(rounds: int, device: torch.device) -> list[dict[str, object]]:
     """The records of `rounds` checkpoints of `gpt3-125m` with Celo2's state, one after the other, in a temporary folder."""
-    model = build_model(size="gpt3-125m", vocab_size=50304).to(device)
-    optimizer = build_optimizer(OptimizerConfig(), model)
-    weights = sum(p.numel() for p in model.parameters())
+    model = build_model(size="gpt3-125m", vocab_size=50304)
+    weights = model.num_parameters()
+    strategy = make_strategy(Config(), Accelerator(cpu=device.type == "cpu"), model)
     records: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as folder:
         saver = Saver(Path(folder), CheckpointConfig(keep=1), records.append, write=True, saved=0)
         for step in range(1, rounds + 1):
-            saver.save(model, optimizer, {"step": step})
+            saver.save(strategy, {"step": step})
             saver.close()
     return [{**record, "bytes_per_weight": record["bytes"] / weights} for record in records]
 

@@ -19,17 +19,19 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
 from configs.schema import Checkpoint as CheckpointConfig
+from launch.shards import REPLICATED, collect, kept_here, read_run
+from launch.strategy import Strategy
 
 MANIFEST = "manifest.json"
 SPARE_BYTES = 64 << 20  # left free on the disk beside a checkpoint
@@ -76,14 +78,17 @@ class Saver:
         """Whether to save after `step` of `steps`."""
         return step > self.saved and (stop or self.asked or due(step, self.config.every, steps))
 
-    def save(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        """Copy everything to host memory, waiting for the checkpoint before this one, and have it written."""
+    def save(self, strategy: Strategy, state: dict[str, Any]) -> None:
+        """Bring everything to the first rank's host memory, waiting for the checkpoint before this one, and have it written.
+
+        Every rank must call it.
+        """
         self.saved, self.asked, self.clock = state["step"], False, time.monotonic()
-        if not self.write:
-            return
         start = time.perf_counter()
         self.wait()
-        snapshot = take_snapshot(model, optimizer, state)
+        snapshot = take_snapshot(strategy, state)
+        if not self.write:
+            return
         stall = time.perf_counter() - start
         self.thread = threading.Thread(target=self._write, args=(snapshot, stall), name="checkpoint", daemon=True)
         self.thread.start()
@@ -121,13 +126,10 @@ class Snapshot(NamedTuple):
     state: dict[str, Any]
 
 
-def take_snapshot(model: PreTrainedModel, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Snapshot:
-    """Copies of weights and optimizer state on the CPU."""
-    weights, moments = (
-        {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors}
-        for tensors in (model_tensors(model), optimizer_tensors(optimizer, model))
-    )
-    return Snapshot(weights, moments, model.config.to_json_string(use_diff=False), state)
+def take_snapshot(strategy: Strategy, state: dict[str, Any]) -> Snapshot:
+    """Copies of weights and optimizer state on the first rank's CPU; every rank must call it."""
+    weights, moments = collect(strategy)
+    return Snapshot(weights, moments, strategy.model.config.to_json_string(use_diff=False), state)
 
 
 def write_checkpoint(folder: Path, snapshot: Snapshot, keep: int) -> Path:
@@ -179,32 +181,44 @@ def read_state(path: Path) -> dict[str, Any]:
     return json.loads((path / "state.json").read_text())
 
 
-def load_checkpoint(path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
-    """Fill model and optimizer from a verified checkpoint, tensor by tensor through CPU memory.
+def load_checkpoint(path: Path, strategy: Strategy) -> None:
+    """Fill the shards of this rank from a verified checkpoint, tensor by tensor through CPU memory.
 
     Raises:
         CheckpointError: a checkpoint of another model or optimizer, naming the difference.
     """
+    shards, optimizer = strategy.shards, strategy.optimizer
     with safe_open(path / "model.safetensors", "pt") as file, torch.no_grad():
-        own = dict(model_tensors(model))
-        require_same_names(path, "weights", own, file.keys())
-        for name, tensor in own.items():
-            require_same_shape(path, name, tensor, file.get_slice(name).get_shape())
-            tensor.copy_(file.get_tensor(name))
+        buffers = strategy.buffers
+        require_same_names(path, "weights", [*shards, *buffers], file.keys())
+        for name, shard in shards.items():
+            require_same_shape(path, name, shard.fragment.shape, file.get_slice(name).get_shape())
+            shard.weight.copy_(read_run(file, name, shard.fragment))
+        for name, buffer in buffers.items():
+            require_same_shape(path, name, buffer.shape, file.get_slice(name).get_shape())
+            buffer.copy_(file.get_tensor(name))
     with safe_open(path / "optimizer.safetensors", "pt") as file, torch.no_grad():
-        parameters = dict(model.named_parameters())
-        existing = dict(optimizer_tensors(optimizer, model))
-        if existing:  # otherwise the optimizer makes its state in its first step
-            require_same_names(path, "optimizer state", existing, file.keys())
+        saved: dict[str, list[str]] = defaultdict(list)
         for entry in file.keys():  # noqa: SIM118
             name, _, key = entry.rpartition("/")
-            if name not in parameters:
+            if name not in shards:
                 raise CheckpointError(f"{path}: optimizer state of '{name}', a parameter that the model lacks")
-            if entry in existing:
-                require_same_shape(path, entry, existing[entry], file.get_slice(entry).get_shape())
-                existing[entry].copy_(file.get_tensor(entry))
-            else:
-                optimizer.state[parameters[name]][key] = file.get_tensor(entry).to(parameters[name].device)
+            saved[name].append(key)
+        for name, shard in shards.items():
+            if not kept_here(strategy, shard):
+                continue
+            state = optimizer.state.get(shard.key)
+            if state:  # otherwise the optimizer makes it in its first step
+                require_same_names(path, f"optimizer state of '{name}'", state, saved[name])
+            for key in saved[name]:
+                entry = f"{name}/{key}"
+                value = file.get_tensor(entry) if key in REPLICATED else read_run(file, entry, shard.fragment)
+                if state:
+                    require_same_shape(path, entry, state[key].shape, value.shape)
+                    state[key].copy_(value)
+                else:
+                    optimizer.state[shard.key][key] = value.to(shard.weight.device)
+    strategy.weights_changed()
 
 
 def find_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
@@ -242,21 +256,6 @@ def verify(path: Path) -> None:
         raise CheckpointError(f"{path / MANIFEST} cannot be read ({error})") from None
 
 
-def model_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Parameters and persistent buffers by name, a tied weight once."""
-    parameters = dict(model.named_parameters())
-    persistent = model.state_dict(keep_vars=True)
-    buffers = {name: b for name, b in model.named_buffers() if name in persistent}
-    return [(name, tensor.data) for name, tensor in {**parameters, **buffers}.items()]
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Optimizer state as (`<parameter name>/<state name>`, tensor)."""
-    state = optimizer.state
-    named = [(name, state[p]) for name, p in model.named_parameters() if p in state]
-    return [(f"{name}/{key}", value) for name, values in named for key, value in values.items()]
-
-
 def check_free_space(folder: Path, tensors: list[Tensor]) -> None:
     """Raise OSError if the disk has no room for `tensors`."""
     needed = sum(t.numel() * t.element_size() for t in tensors) + SPARE_BYTES
@@ -273,10 +272,10 @@ def require_same_names(path: Path, what: str, own: Any, saved: Any) -> None:
         raise CheckpointError(f"{path}: of another model or optimizer: its {what} {which}")
 
 
-def require_same_shape(path: Path, name: str, tensor: Tensor, shape: list[int]) -> None:
+def require_same_shape(path: Path, name: str, own: Sequence[int], saved: Sequence[int]) -> None:
     """Raise CheckpointError if a saved tensor has another shape."""
-    if list(tensor.shape) != list(shape):
-        raise CheckpointError(f"{path}: of another model: '{name}' has shape {tuple(shape)}, this run {tuple(tensor.shape)}")
+    if tuple(own) != tuple(saved):
+        raise CheckpointError(f"{path}: of another model: '{name}' has shape {tuple(saved)}, this run {tuple(own)}")
 
 
 def sha256(path: Path) -> str:

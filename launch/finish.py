@@ -9,14 +9,17 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
 from configs.schema import Config
+from launch.checkpoint import list_checkpoints
 from launch.metrics import Display, read_metrics
+from models.export import load_checkpoint
 
 
-def finish(config: Config, run_dir: Path, model: PreTrainedModel, eot: int, display: Display) -> None:
-    """Draw the curve, write and show a sample, and say where everything is."""
+def finish(config: Config, run_dir: Path, device: torch.device, eot: int, display: Display) -> None:
+    """Draw the curve, write and show a sample of the last checkpoint, and say where everything is."""
     records = read_metrics(run_dir / "metrics.jsonl")
     curve = draw_losses(records, run_dir / "loss.png", config.run.name)
     if config.log.sample_tokens:
+        model = load_checkpoint(list_checkpoints(run_dir / "checkpoints")[-1]).to(device)
         tokenizer = Tokenizer.from_file(str(run_dir / "tokenizer.json"))
         text = sample_text(model, tokenizer, eot, config.log.sample_prompt, config.log.sample_tokens, config.run.seed)
         (run_dir / "sample.txt").write_text(text + "\n")

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from configs.load import ConfigError, to_yaml
@@ -18,6 +17,7 @@ from data.batches import Batches
 from data.shards import TokenShards
 from launch.checkpoint import CheckpointError, Saver, find_checkpoint, load_checkpoint, read_state, tidy, verify
 from launch.metrics import flat
+from launch.strategy import Strategy
 from launch.watch import TrainingError
 from models import CausalLMLoss, build_model, check_matches_logits
 
@@ -105,9 +105,7 @@ def describe_run(config: Config, run_dir: Path) -> None:
     shutil.copyfile(Path(config.data.dir) / "tokenizer.json", run_dir / "tokenizer.json")
 
 
-def resume(
-    config: Config, run_dir: Path, model: PreTrainedModel, optimizer: Optimizer, shards: TokenShards
-) -> tuple[RunState, list[str]]:
+def resume(config: Config, run_dir: Path, strategy: Strategy, shards: TokenShards) -> tuple[RunState, list[str]]:
     """Continue as `checkpoint.resume` says; returns the state and what a person should know.
 
     Raises:
@@ -131,7 +129,7 @@ def resume(
             raise CheckpointError(f"{path}: its {key} is {saved['identity'].get(key)}, this run's is {value}")
     if saved["step"] > config.train.steps:
         raise CheckpointError(f"{path} is at step {saved['step']}, beyond train.steps={config.train.steps}")
-    load_checkpoint(path, model, optimizer)
+    load_checkpoint(path, strategy)
     before, now = flat(saved["config"]), flat(asdict(config))
     changes = [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
     notes.append(f"resumed from {path}" + (f" with {', '.join(changes)}" if changes else ""))
@@ -144,32 +142,24 @@ def state_from(saved: dict[str, Any]) -> RunState:
     return replace(state, skipped=[(start, stop) for start, stop in state.skipped])
 
 
-def roll_back(
-    run_dir: Path,
-    state: RunState,
-    batches: Batches,
-    model: PreTrainedModel,
-    optimizer: Optimizer,
-    saver: Saver,
-    accelerator: Accelerator,
-) -> RunState:
+def roll_back(run_dir: Path, state: RunState, batches: Batches, strategy: Strategy, saver: Saver) -> RunState:
     """Go back to the newest checkpoint, to go on from there without the batches that were taken since.
 
     Raises:
         TrainingError: no checkpoint to go back to, or too many rollbacks.
     """
     saver.wait()
-    accelerator.wait_for_everyone()
+    strategy.accelerator.wait_for_everyone()
     path, _ = find_checkpoint(run_dir / "checkpoints")
     if path is None:
         raise TrainingError(f"step {state.step}: no checkpoint to roll back to")
     if state.rollbacks >= MAX_ROLLBACKS:
         raise TrainingError(f"step {state.step}: {MAX_ROLLBACKS} rollbacks did not help")
-    load_checkpoint(path, model, optimizer)
+    load_checkpoint(path, strategy)
     back = state_from(read_state(path))
     start, stop = batches.data_step(back.step), batches.data_step(state.step - 1) + 1
     skipped = [r for r in state.skipped if not start <= r[0] < stop] + [(start, stop)]  # the new range holds those inside it
-    accelerator.wait_for_everyone()  # the checkpoint is about to be written anew, with what is left out
+    strategy.accelerator.wait_for_everyone()  # the checkpoint is about to be written anew, with what is left out
     return replace(back, bad_steps=state.bad_steps, rollbacks=state.rollbacks + 1, skipped=skipped)
 
 

@@ -126,7 +126,10 @@ def test_trackers_get_the_same_numbers(run):
         (["model.vocab_size=100"], "model.vocab_size is 100, but the data has tokens up to 256"),
         (["optimizer.rule=nothing"], "no rule 'nothing'"),
         (["optimizer.rule=celo2-base"], "is a celo2-base rule"),
-        (["distributed.strategy=zero3"], "distributed.strategy 'zero3' is not available yet"),
+        (
+            ["distributed.strategy=fsdp2", "distributed.replicas=2"],
+            "distributed.replicas is 2, which does not divide 1 processes",
+        ),
         (["checkpoint.resume=/nowhere"], "/nowhere is no whole checkpoint"),
         (["model.layers=null"], "layers missing"),
         (["model.hf={model_type: qwen9}", "model.layers=null", "model.width=null", "model.heads=null"], "qwen9"),

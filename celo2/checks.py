@@ -1,0 +1,101 @@
+"""Is what a user or a saved state gives an optimizer usable? Every answer is an error that names the parameter group."""
+
+from __future__ import annotations
+
+import difflib
+from numbers import Real
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from celo2 import matrices
+from celo2.fragment import fragment_of
+
+if TYPE_CHECKING:
+    from celo2.optimizer import Celo2
+
+UPDATES = ("celo2", "adamw")
+GROUP_KEYS = ("params", "param_names", "lr", "weight_decay", "betas", "eps", "update", "orthogonalize", "matrices")
+SCHEDULER_KEYS = ("initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum")  # torch's schedulers write them
+
+
+def check_keys(group: dict[str, Any], where: str) -> None:
+    """Raise ValueError for a group key that means nothing here."""
+    for key in group:
+        if key not in GROUP_KEYS + SCHEDULER_KEYS:
+            near = difflib.get_close_matches(key, GROUP_KEYS, n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else f"; known keys are {', '.join(GROUP_KEYS)}"
+            raise ValueError(f"{where}: unknown key '{key}'{hint}")
+
+
+def check_options(group: dict[str, Any], where: str) -> None:
+    """Raise ValueError for an option of a group that is out of range; layouts become tuples."""
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"{where}: lr as a tensor must have one element, not {lr.numel()}")
+    for name in ("lr", "weight_decay", "eps"):
+        if not isinstance(group[name], (Real, Tensor)) or not float(group[name]) >= 0:
+            raise ValueError(f"{where}: {name} must be a number of at least 0, not {group[name]!r}")
+    if not isinstance(group["orthogonalize"], bool):
+        raise ValueError(f"{where}: orthogonalize must be True or False, not {group['orthogonalize']!r}")
+    betas = group["betas"] if isinstance(group["betas"], (tuple, list)) else ()
+    if len(betas) != 2 or not all(isinstance(beta, (Real, Tensor)) and 0 <= beta < 1 for beta in betas):
+        raise ValueError(f"{where}: betas must be two numbers in [0, 1), not {group['betas']}")
+    if group["update"] not in (None, *UPDATES):
+        raise ValueError(f"{where}: unknown update '{group['update']}', expected one of {', '.join(UPDATES)}")
+    if group["matrices"] is not None:
+        try:
+            group["matrices"] = matrices.as_layout(group["matrices"])
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+
+
+def check_parameter(p: Tensor, group: dict[str, Any], where: str) -> None:
+    """Raise for a parameter that neither update can take, or that the group's layout does not fit."""
+    if not p.is_floating_point():
+        raise TypeError(f"{where}: a parameter of shape {tuple(p.shape)} is {p.dtype}; only real float parameters can be updated")
+    layout = group["matrices"]
+    if layout is not None and torch.Size(layout[0]).numel() != torch.Size(fragment_of(p).shape).numel():
+        raise ValueError(f"{where}: matrices {layout} do not fit a parameter of shape {tuple(p.shape)}")
+
+
+def check_gradient(p: Tensor, where: str) -> None:
+    """Raise RuntimeError for a gradient that neither update can take."""
+    if p.grad.is_sparse or p.grad.is_complex():
+        kind = "sparse" if p.grad.is_sparse else "complex"
+        raise RuntimeError(f"{where}: {kind} gradient of shape {tuple(p.grad.shape)}; use a dense one")
+
+
+def check_saved_group(group: dict[str, Any], saved: dict[str, Any], where: str) -> None:
+    """Raise ValueError if a saved group has other keys, options out of range, or parameters that do not fit `group`."""
+    check_keys(saved, where)
+    missing = [key for key in GROUP_KEYS if key in group and key not in saved and key != "param_names"]
+    if missing:
+        raise ValueError(f"{where}: the saved group lacks {', '.join(missing)}")
+    if len(saved["params"]) != len(group["params"]):
+        raise ValueError(f"{where}: {len(saved['params'])} parameters were saved, expected {len(group['params'])}")
+    checked = dict(saved)
+    check_options(checked, where)
+    for p in group["params"]:
+        check_parameter(p, checked, where)
+
+
+def check_saved_state(optimizer: Celo2, state_dict: dict[str, Any]) -> None:
+    """Raise ValueError if the saved groups and state do not fit; torch itself checks the number and size of groups."""
+    groups = zip(optimizer.param_groups, state_dict["param_groups"], strict=False)
+    if len(optimizer.param_groups) != len(state_dict["param_groups"]):
+        counts = f"{len(state_dict['param_groups'])} parameter groups, expected {len(optimizer.param_groups)}"
+        raise ValueError(f"the saved state has {counts}")
+    for index, (group, saved_group) in enumerate(groups):
+        where = f"parameter group {index}"
+        check_saved_group(group, saved_group, where)
+        for p, key in zip(group["params"], saved_group["params"], strict=False):
+            own, saved = optimizer.state[p], state_dict["state"].get(key, {})
+            where = f"parameter group {index}, a parameter of shape {tuple(p.shape)}"
+            if own.keys() != saved.keys():
+                raise ValueError(f"{where}: saved state holds {sorted(saved)}, expected {sorted(own)}")
+            for name, value in own.items():
+                if value.shape != torch.as_tensor(saved[name]).shape:
+                    shapes = f"{tuple(torch.as_tensor(saved[name]).shape)}, expected {tuple(value.shape)}"
+                    raise ValueError(f"{where}: saved {name} has shape {shapes}")

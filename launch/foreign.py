@@ -1,0 +1,184 @@
+"""Optimizers of other libraries, by dotted path, behind the two contracts of a run.
+
+A checkpoint holds tensors by parameter and nothing else (no pickle), but libraries keep numbers and lists in their state and
+counters in their groups: `Foreign` hands those out as tensors between steps. And what the configuration asks for must be what
+the constructor takes: a wrong name or value is one clear line before anything is trained.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from configs.load import ConfigError
+
+NUMBERS = {bool: torch.bool, int: torch.int64, float: torch.float64}
+SCHEDULED = ("lr", "initial_lr")  # follow from the configuration and the step
+COUNTER = "group:"  # prefix of a group's counter in the state of the group's first parameter
+
+
+class Foreign(torch.optim.Optimizer):
+    """A library's optimizer whose whole memory lies, between steps, as tensors in `state[p]`.
+
+    A number `step` becomes the tensor `step.int`, a list `GG` the tensors `GG.list` (its length), `GG.0`, `GG.1`, ...; a counter
+    `k` of a group, `group:k.int` of its first parameter. `train()` and `eval()` are passed on to libraries that average
+    weights and know them (Schedule-free), and do nothing for the others.
+    """
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.inner = inner
+        self.constants = [dict(group) for group in inner.param_groups]
+        self.counters: set[str] = set()  # keys of groups that have changed since construction
+        super().__init__(inner.param_groups, {})
+
+    @contextmanager
+    def _lent(self) -> Iterator[torch.optim.Optimizer]:
+        """The library's optimizer with state and groups as it knows them."""
+        self.inner.param_groups = self.param_groups
+        self.inner.state.clear()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p in self.state:
+                    state = unpack(self.state[p])
+                    group.update({key: state.pop(COUNTER + key) for key in counter_keys(state)})
+                    if state:
+                        self.inner.state[p] = state
+        yield self.inner
+        for group, constants in zip(self.param_groups, self.constants, strict=True):
+            numbers = {key: value for key, value in group.items() if type(value) in NUMBERS and key not in SCHEDULED}
+            self.counters |= {key for key, value in numbers.items() if value != constants.get(key)}
+            for index, p in enumerate(group["params"]):
+                state = dict(self.inner.state.get(p, {}))
+                if index == 0:
+                    state |= {COUNTER + key: numbers[key] for key in sorted(self.counters & set(numbers))}
+                if state:
+                    self.state[p] = pack(state)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step of the library's optimizer."""
+        with self._lent() as inner:
+            return inner.step() if closure is None else inner.step(closure)
+
+    def train(self) -> None:
+        """Weights to train on."""
+        if hasattr(self.inner, "train"):
+            with self._lent() as inner:
+                inner.train()
+
+    def eval(self) -> None:
+        """Weights to evaluate and to keep."""
+        if hasattr(self.inner, "eval"):
+            with self._lent() as inner:
+                inner.eval()
+
+
+def pack(state: dict[str, Any]) -> dict[str, Tensor]:
+    """The state of a parameter as tensors alone; `unpack` is the inverse.
+
+    Raises:
+        ConfigError: something that is not a tensor, number, None, or list or tuple of these.
+    """
+    packed: dict[str, Tensor] = {}
+
+    def put(key: str, value: Any) -> None:
+        if isinstance(value, Tensor):
+            packed[key] = value
+        elif type(value) in NUMBERS:
+            packed[f"{key}.{type(value).__name__}"] = torch.tensor(value, dtype=NUMBERS[type(value)])
+        elif value is None:
+            packed[f"{key}.none"] = torch.zeros(())
+        elif type(value) in (list, tuple):
+            packed[f"{key}.{type(value).__name__}"] = torch.tensor(len(value))
+            for index, item in enumerate(value):
+                put(f"{key}.{index}", item)
+        else:
+            raise ConfigError(f"this optimizer keeps a {type(value).__name__} ('{key}') in its state: no checkpoint can hold it")
+
+    for key, value in state.items():
+        put(str(key), value)
+    return packed
+
+
+def unpack(packed: dict[str, Tensor]) -> dict[str, Any]:
+    """The state of a parameter as its library knows it."""
+
+    def get(key: str) -> Any:
+        if key in packed:
+            return packed[key]
+        kind = next(k for k in ("bool", "int", "float", "none", "list", "tuple") if f"{key}.{k}" in packed)
+        value = packed[f"{key}.{kind}"]
+        if kind in ("list", "tuple"):
+            items = [get(f"{key}.{index}") for index in range(int(value))]
+            return items if kind == "list" else tuple(items)
+        return None if kind == "none" else value.item()
+
+    return {key: get(key) for key in dict.fromkeys(name.partition(".")[0] for name in packed)}
+
+
+def counter_keys(state: dict[str, Any]) -> list[str]:
+    """Names of the group's counters in the state of a parameter."""
+    return [key.removeprefix(COUNTER) for key in state if key.startswith(COUNTER)]
+
+
+def find_class(path: str, package: str | None = None) -> type[torch.optim.Optimizer]:
+    """The optimizer class of the dotted `path`.
+
+    Raises:
+        ConfigError: no such module (naming the pip `package`, where known), no such name in it, or no torch.optim.Optimizer.
+    """
+    module_name, _, name = path.rpartition(".")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        hint = f"; pip install {package}" if package else ""
+        raise ConfigError(f"optimizer {path}: cannot import '{module_name}' ({error}){hint}") from None
+    found = getattr(module, name, None)
+    if found is None:
+        names = [n for n, value in vars(module).items() if isinstance(value, type) and issubclass(value, torch.optim.Optimizer)]
+        near = difflib.get_close_matches(name, names, n=1)
+        raise ConfigError(f"optimizer {path}: '{module_name}' has no {name}" + (f"; did you mean {near[0]}?" if near else ""))
+    if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
+        raise ConfigError(f"optimizer {path} is not a torch.optim.Optimizer")
+    return found
+
+
+def accepted(cls: type) -> dict[str, inspect.Parameter]:
+    """The parameters that the constructor of `cls` names itself, without self and params."""
+    return {
+        name: parameter
+        for name, parameter in list(inspect.signature(cls.__init__).parameters.items())[2:]
+        if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+    }
+
+
+def construct(cls: type[torch.optim.Optimizer], groups: list[dict[str, Any]], arguments: dict[str, Any]) -> torch.optim.Optimizer:
+    """`cls` over `groups` with further `arguments` of its constructor.
+
+    Raises:
+        ConfigError: an argument that the constructor does not name or does not take, or weight decay that it does not know.
+    """
+    name, known = f"{cls.__module__}.{cls.__qualname__}", accepted(cls)
+    for key in arguments:
+        if key in ("lr", "weight_decay"):
+            raise ConfigError(f"optimizer.arguments holds '{key}': give it as optimizer.{key}")
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else f"; it takes {', '.join(known) or 'none'}"
+            raise ConfigError(f"{name} has no argument '{key}'{hint}")
+    if "weight_decay" not in known and any(group["weight_decay"] for group in groups):
+        raise ConfigError(f"{name} knows no weight decay: set optimizer.weight_decay=0")
+    settings = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
+    if "lr" in known:
+        settings["lr"] = groups[0]["lr"]  # every group has its own; some constructors want one
+    try:
+        return cls(groups, **settings)
+    except Exception as error:  # a library may raise whatever it likes at a value that it does not take
+        raise ConfigError(f"{name} refuses its arguments: {' '.join(str(error).split())}") from None

@@ -1,0 +1,121 @@
+"""Between whole tensors by name, which checkpoints hold, and the shards of them that are on each rank."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import Tensor
+
+from celo2.exchange import gather_objects
+from celo2.fragment import Fragment
+from launch.strategy import Shard, Strategy
+
+REPLICATED = ("row", "col", "step")  # optimizer state that is the same on all ranks, whatever the shards
+Tensors = dict[str, Tensor]
+
+
+def collect(strategy: Strategy) -> tuple[Tensors, Tensors]:
+    """Whole weights and buffers, and whole optimizer state as `<parameter>/<key>`, copied to the CPU of the first rank.
+
+    Every rank must call it; the others get nothing. One parameter at a time travels.
+    """
+    weights: Tensors = {}
+    moments: Tensors = {}
+    first = strategy.accelerator.is_main_process
+    for name, shard in strategy.shards.items():
+        state = dict(strategy.optimizer.state.get(shard.key, {}))
+        if shard.fragment.whole:
+            whole, entries = shard.weight.detach(), state
+        else:
+            cut = {key: value for key, value in state.items() if key not in REPLICATED}
+            gathered = gather(shard, [shard.weight.detach(), *cut.values()])
+            if not first:
+                continue
+            whole, *values = gathered
+            entries = state | dict(zip(cut, values, strict=True))
+        if first:
+            weights[name] = to_cpu(whole)
+            moments |= {f"{name}/{key}": to_cpu(value) for key, value in entries.items()}
+    moments |= collect_owned(strategy)
+    if first:
+        weights |= {name: to_cpu(buffer) for name, buffer in strategy.buffers.items()}
+    return weights, moments
+
+
+def to_cpu(tensor: Tensor) -> Tensor:
+    """A copy that training does not touch."""
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def gather(shard: Shard, values: list[Tensor]) -> list[Tensor]:
+    """The whole (..., *shape) of `values` (..., n), which lie over the ranks like the shard, on the first rank of its group."""
+    group, shape = shard.fragment.group, shard.fragment.shape
+    width = sum(math.prod(v.shape[:-1]) * v.element_size() for v in values)  # bytes of an element of the parameter
+    longest = max(stop - start for start, stop in shard.runs)
+    mine = torch.zeros(longest * width, dtype=torch.uint8, device=shard.weight.device)
+    packed = torch.cat([v.contiguous().view(-1).view(torch.uint8) for v in values])
+    mine[: len(packed)] = packed
+    first = dist.get_rank(group) == 0
+    received = [torch.empty_like(mine) for _ in shard.runs] if first else None
+    dist.gather(mine, received, group=group, group_dst=0)
+    if not first:
+        return []
+    whole = [v.new_empty(*v.shape[:-1], math.prod(shape)) for v in values]
+    for (start, stop), data in zip(shard.runs, received, strict=True):
+        at = 0
+        for target, value in zip(whole, values, strict=True):
+            lead = value.shape[:-1]
+            size = math.prod(lead) * (stop - start) * value.element_size()
+            target[..., start:stop] = data[at : at + size].clone().view(value.dtype).view(*lead, stop - start)
+            at += size
+    return [v.view(*v.shape[:-1], *shape) for v in whole]
+
+
+def kept_here(strategy: Strategy, shard: Shard) -> bool:
+    """Whether this rank keeps optimizer state of the shard, if there is any."""
+    replicas = getattr(strategy.optimizer, "replicas", None)
+    return replicas is None or shard.key not in replicas.owners or replicas.keeps_state(shard.key)
+
+
+def collect_owned(strategy: Strategy) -> Tensors:
+    """Optimizer state that only its owner among replicas keeps, on the first rank."""
+    replicas = getattr(strategy.optimizer, "replicas", None)
+    if replicas is None or not replicas.shard_state:
+        return {}
+    state = strategy.optimizer.state
+    owned = {name: replicas.owners[shard.key] for name, shard in strategy.shards.items() if shard.key in replicas.owners}
+    forms = {
+        n: {k: (tuple(v.shape), v.dtype) for k, v in state[strategy.shards[n].key].items()}
+        for n in owned
+        if owned[n] == replicas.rank
+    }
+    everyone: list[dict[str, Any]] = gather_objects(forms, replicas.group)
+    moments: Tensors = {}
+    for name, owner in owned.items():
+        for key, (shape, dtype) in everyone[owner][name].items() if owner else ():
+            size = math.prod(shape) * dtype.itemsize
+            if replicas.rank == owner:
+                value = state[strategy.shards[name].key][key].contiguous().view(-1).view(torch.uint8)
+                dist.send(value, group=replicas.group, group_dst=0)
+            elif replicas.rank == 0:
+                value = torch.empty(size, dtype=torch.uint8, device=strategy.accelerator.device)
+                dist.recv(value, group=replicas.group, group_src=owner)
+                moments[f"{name}/{key}"] = to_cpu(value.view(dtype).view(shape))
+    return moments
+
+
+def read_run(file: safe_open, entry: str, fragment: Fragment) -> Tensor:
+    """What of the tensor `entry` (..., *shape) in a safetensors file belongs to a fragment (..., n), which may be all."""
+    if fragment.whole:
+        return file.get_tensor(entry)
+    part, shape = file.get_slice(entry), fragment.shape
+    row = math.prod(shape[1:])
+    first, last = fragment.start // row, -(-fragment.stop // row)
+    leading = len(part.get_shape()) - len(shape)
+    rows = part[(*[slice(None)] * leading, slice(first, max(first, last)))]
+    flat = rows.reshape(*rows.shape[:leading], -1)
+    return flat[..., fragment.start - first * row : fragment.stop - first * row]

@@ -1,0 +1,86 @@
+"""FSDP2: every rank holds a run of rows of every parameter; weights are gathered block by block while they are needed."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from transformers import PreTrainedModel
+
+from celo2.fragment import fragment_of, is_dtensor
+from configs.load import ConfigError
+from configs.schema import Config
+from launch.optimizers import build_optimizer, optimizer_groups
+from launch.strategy.base import Judge, Shard, Strategy, named_fragments
+from launch.watch import Verdict
+from models import CausalLMLoss
+
+
+class FSDP2(Strategy):
+    """`fully_shard` on every block and on the loss module, which holds the rest.
+
+    Under bf16 the weights of the blocks travel in bfloat16 and their gradients in float32; the embeddings and the residual
+    stream stay in float32, as under autocast alone.
+    """
+
+    def __init__(self, config: Config, accelerator: Accelerator, model: PreTrainedModel) -> None:
+        super().__init__(config, accelerator, model)
+        replicas = config.distributed.replicas
+        if self.world % replicas:
+            raise ConfigError(f"distributed.replicas is {replicas}, which does not divide {self.world} processes")
+        shape, names = (
+            ((self.world,), ("shard",)) if replicas == 1 else ((replicas, self.world // replicas), ("replicate", "shard"))
+        )
+        mesh = init_device_mesh(accelerator.device.type, shape, mesh_dim_names=names)
+        bf16 = config.train.precision == "bf16"
+        halved = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for block in blocks_of(model):
+            fully_shard(block, mesh=mesh, mp_policy=halved if bf16 else MixedPrecisionPolicy())
+        self.loss_model = fully_shard(CausalLMLoss(model), mesh=mesh)
+        self.autocast = partial(torch.autocast, accelerator.device.type, torch.bfloat16, enabled=bf16)
+
+        self.parameters = dict(model.named_parameters())
+        groups = optimizer_groups(config.optimizer, model)
+        for group in groups:
+            group["params"] = [run_of(p) for p in group["params"]]
+        self.optimizer = build_optimizer(config.optimizer, groups)
+        runs = named_fragments(groups, self.parameters)
+        self.shards = {name: Shard(run, run.fragment, run, []) for name, run in runs.items()}
+
+    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """As under DDP, where Accelerate adds the autocast."""
+        with self.autocast():
+            return super().loss(inputs, targets)
+
+    def step(self, judge: Judge) -> Verdict:
+        """Clip, judge, update the local runs."""
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.config.train.grad_clip or math.inf)
+        verdict = judge(norm.full_tensor() if is_dtensor(norm) else norm)
+        if verdict.healthy:
+            for name, shard in self.shards.items():
+                shard.key.grad = self.parameters[name].grad.to_local().reshape(-1)
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        for p in self.parameters.values():
+            p.grad = None
+        return verdict
+
+
+def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
+    """The transformer blocks: the largest ModuleList of the model."""
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    if not lists:
+        raise ConfigError(f"distributed.strategy fsdp2: {type(model).__name__} has no list of blocks to shard")
+    return list(max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters())))
+
+
+def run_of(p: Tensor) -> Tensor:
+    """The flat run of a DTensor that is on this rank, sharing its memory, with its fragment."""
+    run = p.to_local().detach().view(-1)
+    run.fragment = fragment_of(p)
+    return run

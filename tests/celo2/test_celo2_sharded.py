@@ -1,0 +1,219 @@
+"""Celo2 on shards equals Celo2 on whole parameters: one start of 2 and one of 4 gloo processes, many comparisons in each."""
+
+import math
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+from celo2 import Celo2, Rule, ShardingError
+from celo2.fragment import Fragment
+from celo2.rule import GROUP_CHANNELS
+
+STEPS = 3
+CONV1D = ((10, 7), (1, 0), (1, 7, 10))  # one matrix, stored transposed
+C_ATTN = ((6, 3, 5), (1, 2, 0), (3, 5, 6))  # q, k and v of (5, 6), stored transposed beside each other
+PER_HEAD = ((2, 3, 4, 9), (1, 0, 2, 3), (3, 8, 9))  # each head's q, k and v lie together
+# name -> (shape, options of its group)
+PARAMETERS = {
+    "square": ((7, 7), {}),
+    "wide": ((5, 23), {}),
+    "tall": ((29, 3), {}),
+    "one row": ((1, 17), {}),
+    "batch": ((3, 6, 8), {}),
+    "conv1d": ((10, 7), {"matrices": CONV1D}),
+    "c_attn": ((6, 15), {"matrices": C_ATTN}),
+    "per head": ((24, 9), {"matrices": PER_HEAD}),
+    "not orthogonalized": ((9, 4), {"orthogonalize": False}),
+    "vector": ((13,), {"update": "celo2"}),
+    "embedding": ((11, 6), {"update": "adamw", "weight_decay": 0.3}),
+    "bias": ((5,), {}),
+}
+
+
+def random_rule(variant="celo2"):
+    generator = torch.Generator().manual_seed(5)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    weights = {f"w0__{i}": draw(n, 8) for i, n in enumerate(GROUP_CHANNELS)}
+    return Rule(weights | {"b0": draw(8), "w1": draw(8, 8), "b1": draw(8), "w2": draw(8, 3), "b2": draw(3)}, variant)
+
+
+def initial(name):
+    return torch.randn(PARAMETERS[name][0], generator=torch.Generator().manual_seed(len(name)))
+
+
+def gradient(name, step):
+    return torch.randn(PARAMETERS[name][0], generator=torch.Generator().manual_seed(100 * step + len(name))) * 0.1
+
+
+def groups(params):
+    return [{"params": [params[name]], "param_names": [name], **PARAMETERS[name][1]} for name in params]
+
+
+def build(params, variant="celo2", **options):
+    return Celo2(groups(params), lr=0.05, rule=random_rule(variant), weight_decay=0.1, **options)
+
+
+def whole_run(names, variant="celo2", **options):
+    """Weights after STEPS steps on whole parameters, and the optimizer."""
+    params = {name: nn.Parameter(initial(name)) for name in names}
+    optimizer = build(params, variant, **options)
+    for step in range(STEPS):
+        for name, p in params.items():
+            p.grad = gradient(name, step)
+        optimizer.step()
+    return {name: p.detach() for name, p in params.items()}, optimizer
+
+
+def check(pieces, expected, what):
+    """`pieces`: {name: (flat tensor on this rank, start, stop)}. Worst measured over all cases 1.6e-6, in bfloat16 0."""
+    for name, (values, start, stop) in pieces.items():
+        torch.testing.assert_close(values, expected[name].flatten()[start:stop], rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{what} {n}: {m}")
+
+
+def sharded_run(cut, names, variant="celo2", **options):
+    """Steps on the runs that `cut(numel, rank, world)` leaves on this rank; -> ({name: (values, start, stop)}, optimizer)."""
+    rank, world, params = dist.get_rank(), dist.get_world_size(), {}
+    for name in names:
+        whole = initial(name)
+        start, stop = cut(whole.numel(), rank, world)
+        params[name] = nn.Parameter(whole.flatten()[start:stop].clone())
+        params[name].fragment = Fragment(tuple(whole.shape), start, stop, dist.group.WORLD)
+    optimizer = build(params, variant, **options)
+    for step in range(STEPS):
+        for name, p in params.items():
+            p.grad = gradient(name, step).flatten()[p.fragment.start : p.fragment.stop].clone()
+        optimizer.step()
+    return {name: (p.detach(), p.fragment.start, p.fragment.stop) for name, p in params.items()}, optimizer
+
+
+def even(numel, rank, world):
+    """Cuts matrices anywhere."""
+    return rank * numel // world, (rank + 1) * numel // world
+
+
+def uneven(numel, rank, world):
+    """Almost everything on the last rank, and nothing on the one before it."""
+    edges = [0, *(min(numel, 1 + r) for r in range(world - 2)), min(numel, 4), min(numel, 4), numel]
+    edges = sorted(edges)[: world + 1]
+    edges[-1] = numel
+    return edges[rank], edges[rank + 1]
+
+
+def last_only(numel, rank, world):
+    """Whole on the last rank: nothing travels."""
+    return (0, numel) if rank == world - 1 else (numel, numel)
+
+
+def flat_runs(rank, world):
+    names = list(PARAMETERS)
+    splittable = [n for n in names if n != "batch"]
+    for variant in ("celo2", "celo2-base"):
+        for dtype in (torch.float32, torch.bfloat16):
+            expected, single = whole_run(names, variant, ns_dtype=dtype)
+            for cut in (even, uneven, last_only):
+                pieces, optimizer = sharded_run(cut, names, variant, ns_dtype=dtype)
+                tolerance_matters = variant == "celo2" and dtype == torch.bfloat16
+                if not tolerance_matters:
+                    check(pieces, expected, f"{cut.__name__} {variant} {dtype}")
+                else:  # one rounding of the direction to bfloat16 may fall the other way
+                    for name, (values, start, stop) in pieces.items():
+                        difference = (values - expected[name].flatten()[start:stop]).abs()
+                        assert not difference.numel() or difference.max() < 0.05 * 0.1, (cut.__name__, name, difference.max())
+                count = torch.tensor(optimizer.orthogonalized)
+                dist.all_reduce(count)
+                assert count == single.orthogonalized, (cut.__name__, variant, count, single.orthogonalized)
+    assert splittable
+    # The same run twice is the same bit for bit.
+    first, _ = sharded_run(even, names)
+    second, _ = sharded_run(even, names)
+    assert all(torch.equal(first[n][0], second[n][0]) for n in names)
+
+
+def dtensors(rank, world):
+    names = [n for n in PARAMETERS if n not in ("batch", "vector")]
+    expected, _ = whole_run(names)
+    meshes = [(init_device_mesh("cpu", (world,)), [Shard(0)])]
+    if world == 4:
+        meshes.append((init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")), [Replicate(), Shard(0)]))
+    for mesh, placements in meshes:
+        params = {n: nn.Parameter(distribute_tensor(initial(n), mesh, placements)) for n in names}
+        optimizer = build(params)
+        for step in range(STEPS):
+            for n, p in params.items():
+                p.grad = distribute_tensor(gradient(n, step), mesh, placements)
+            optimizer.step()
+        for n, p in params.items():
+            torch.testing.assert_close(p.full_tensor(), expected[n], rtol=1e-5, atol=1e-5)
+    p = nn.Parameter(distribute_tensor(initial("wide"), meshes[0][0], [Shard(1)]))
+    with pytest.raises(ShardingError, match="Shard\\(dim=1\\)"):
+        build({"wide": p})
+
+
+def replicas(rank, world):
+    names = list(PARAMETERS)
+    for variant in ("celo2", "celo2-base"):
+        expected, single = whole_run(names, variant)
+        for shard_state in (False, True):
+            params = {name: nn.Parameter(initial(name)) for name in names}
+            optimizer = build(params, variant, replicas=dist.group.WORLD, shard_state=shard_state)
+            for step in range(STEPS):
+                for name, p in params.items():
+                    p.grad = gradient(name, step)
+                optimizer.step()
+            check({n: (p.detach().flatten(), 0, p.numel()) for n, p in params.items()}, expected, f"replicas {variant} {shard_state}")
+            count = torch.tensor(optimizer.orthogonalized)
+            dist.all_reduce(count)
+            assert count == single.orthogonalized
+            held = torch.tensor(sum(v.numel() for s in optimizer.state.values() for v in s.values()))
+            whole = sum(v.numel() for s in single.state.values() for v in s.values())
+            assert (held < whole) if shard_state else (held == whole)
+            dist.all_reduce(held)
+            assert held == (whole if shard_state else whole * world)
+
+
+def refusals(rank, world):
+    def attempt(start, stop, shape=(6, 8), layout=None, lr_rule=None):
+        p = nn.Parameter(torch.zeros(stop - start))
+        p.fragment = Fragment(shape, start, stop, dist.group.WORLD)
+        optimizer = Celo2([{"params": [p], "param_names": ["layer.weight"]}], lr=0.1, rule=lr_rule or random_rule())
+        p.grad = torch.zeros_like(p)
+        optimizer.step()
+
+    edge = 24 if rank == 0 else 48
+    with pytest.raises(ShardingError, match=r"no rank updates elements 20 to 23 of layer.weight"):
+        attempt(0, 20) if rank == 0 else attempt(24, 48) if rank == 1 else attempt(48, 48)
+    with pytest.raises(ShardingError, match=r"two ranks update elements 20 to 23 of layer.weight"):
+        attempt(0, 24) if rank == 0 else attempt(20, 48) if rank == 1 else attempt(48, 48)
+    with pytest.raises(ShardingError, match="ranks 0 and 1 disagree about a parameter"):
+        attempt(0 if rank == 0 else edge if rank > 1 else 24, edge, (6, 8) if rank == 0 else (8, 6))
+    with pytest.raises(ShardingError, match="ranks 0 and 1 run different rules"):
+        attempt(0 if rank == 0 else 48 if rank > 1 else 24, edge, lr_rule=random_rule() if rank == 0 else random_rule("celo2-base"))
+    with pytest.raises(ShardingError, match="layer.weight, shape .9, 2, 2., is split over ranks.*`matrices`"):
+        attempt(*((0, 10) if rank == 0 else (10, 36) if rank == 1 else (36, 36)), (9, 2, 2))
+
+
+def process(rank, world, path):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
+    for scenario in (flat_runs, dtensors, replicas, refusals):
+        scenario(rank, world)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_sharded_equals_whole(world, tmp_path):
+    mp.spawn(process, (world, os.fspath(tmp_path / "rendezvous")), nprocs=world)
+
+
+def test_uneven_cut_holds_everything():
+    for world in (2, 4):
+        for numel in (1, 5, 66):
+            runs = [uneven(numel, rank, world) for rank in range(world)]
+            assert runs[0][0] == 0 and runs[-1][1] == numel and all(a[1] == b[0] for a, b in zip(runs, runs[1:], strict=False))
+            assert math.prod(PARAMETERS["wide"][0]) == 115
