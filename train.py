@@ -19,6 +19,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from celo2 import Celo2, RuleError, ShardingError
@@ -29,8 +30,10 @@ from data.batches import Batches, check_batch_size, prefetch
 from launch.checkpoint import CheckpointError, Saver, due
 from launch.evaluate import evaluate
 from launch.finish import finish
+from launch.heartbeat import STATUS, Heartbeat, RankError
 from launch.metrics import Display, Metrics
 from launch.plan import make_plan
+from launch.proof import Proof
 from launch.run import build_from_config, describe_run, folder_of, open_data, open_run, resume, roll_back, saved_state, vocabulary
 from launch.schedule import lr_factor, set_lr
 from launch.strategy import make_accelerator, make_strategy, peak
@@ -41,6 +44,17 @@ from models import LossMismatch, ModelError, flops_per_token
 def train(config: Config) -> int:
     """One run, from the beginning or from its newest checkpoint, to its last step or a signal; returns the exit status."""
     accelerator = make_accelerator(config, str(folder_of(config)))
+    with Heartbeat(accelerator.process_index, accelerator.num_processes, config.distributed.timeout) as heartbeat:
+        status = pretrain(config, accelerator, heartbeat)
+    if status == 0 and accelerator.is_main_process:
+        finish(config, folder_of(config), accelerator.device)
+    accelerator.wait_for_everyone()  # a process group that is taken down while another rank still works can block
+    accelerator.end_training()
+    return status
+
+
+def pretrain(config: Config, accelerator: Accelerator, heartbeat: Heartbeat) -> int:
+    """The run itself; `heartbeat` is told how far it is, so that a rank that dies or hangs is named."""
     rank, world, first = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     steps, micro = config.train.steps, config.train.micro_batch_size
 
@@ -51,12 +65,15 @@ def train(config: Config) -> int:
     set_seed(config.run.seed)
     model, context = build_from_config(config, vocabulary(config, shards.vocab_size))
     flops, peak_flops, parameters = flops_per_token(model, context), peak(accelerator), model.num_parameters()
+    heartbeat.mark("model built")
     strategy = make_strategy(config, accelerator, model)
-    optimizer = strategy.optimizer
+    optimizer, proof = strategy.optimizer, Proof(strategy)
 
     # The run's folder, and where the run stands.
     run_dir = open_run(config, accelerator)
+    heartbeat.mark("sharded")
     state, notes = resume(config, run_dir, strategy, shards)
+    heartbeat.mark("loaded")
     if first:
         describe_run(config, run_dir)
     metrics = Metrics(accelerator, config, run_dir, state.tracker_ids)
@@ -86,13 +103,14 @@ def train(config: Config) -> int:
 
         while True:
             if not stop and state.evaluated < state.step and due(state.step, config.eval.every, steps):
-                val_loss = evaluate(strategy, validation, context, config, watch.stopping)
+                val_loss = evaluate(strategy, validation, context, config, watch.stopping, heartbeat.mark)
                 stop = val_loss is None
                 if not stop:
                     state.evaluated = state.step
                     metrics.write({"step": state.step, "tokens": state.tokens, "val_loss": val_loss})
                     display.say(f"step {state.step:>6}/{steps}  validation loss {val_loss:.4f}")
             if saver.due(state.step, steps, stop):
+                heartbeat.mark(f"step {state.step}: saving")
                 metrics.flush()
                 saver.save(strategy, saved_state(config, state, shards))
             if stop or state.step == steps:
@@ -103,9 +121,14 @@ def train(config: Config) -> int:
             factor = lr_factor(config.schedule, state.step, steps)
             set_lr(optimizer, factor)
             n_targets = batches.n_targets(state.step)
-            loss = strategy.backward(next(stream), n_targets)
+            micro_batches = next(stream)
+            heartbeat.mark(f"step {state.step + 1}: batch loaded")
+            loss = strategy.backward(micro_batches, n_targets)
+            heartbeat.mark(f"step {state.step + 1}: gradient computed")
             # Clips, asks for the verdict (agreed over all ranks; waits for the device), and updates if the step is healthy.
             verdict = strategy.step(lambda grad_norm, loss=loss: watch.judge(loss, grad_norm, saver.overdue))
+            if verdict.healthy:
+                proof.check()
             state.finish_step(n_targets, time.perf_counter() - start, verdict.healthy)
             stop, saver.asked = verdict.stop, verdict.save
             display.advance(state.step)
@@ -134,9 +157,6 @@ def train(config: Config) -> int:
         saver.close()
         if stop:
             display.say(f"stopped by a signal after step {state.step}, saved; the same command continues")
-        elif first:
-            finish(config, run_dir, accelerator.device, shards.eot_id, display)
-    accelerator.end_training()
     return STOPPED if stop else 0
 
 
@@ -157,7 +177,8 @@ def describe(config: Config, parameters: int, optimizer: torch.optim.Optimizer, 
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 0: done; 2: bad input or a run that cannot go on, said in one line; 75: saved and stopped by a signal."""
+    """Exit status 0: done; 2: bad input or a run that cannot go on, said in one line; 75: saved and stopped by a signal;
+    70: another rank is gone."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="a YAML file, such as configs/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the file")
@@ -184,6 +205,9 @@ def main(argv: list[str] | None = None) -> int:
         rank = os.environ.get("RANK", "0")
         print(f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}", file=sys.stderr)
         return 2
+    except RankError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return STATUS
     except KeyboardInterrupt:
         return 130
     return 0

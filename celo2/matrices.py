@@ -101,6 +101,18 @@ def regions(shape: tuple[int, ...], layout: Layout | None, start: int, stop: int
     return [region for box in boxes(layout[0], start, stop) for region in mergeable(layout[0], axes, box)]
 
 
+def to_stack(tensor: Tensor, shape: tuple[int, ...], layout: Layout | None) -> Tensor:
+    """A copy of `tensor` (..., *shape), elements of a whole parameter of `shape`, in its stacked shape (..., *stacked)."""
+    if layout is None:
+        return tensor.clone()
+    lead = tensor.shape[: tensor.ndim - len(shape)]
+    stack = tensor.new_empty(*lead, *layout[2])
+    run = tensor.reshape(*lead, -1)
+    for region in regions(shape, layout, 0, math.prod(shape)):
+        stack[..., region.matrices, region.rows, region.cols] = region.view(run, 0)
+    return stack
+
+
 def merged_axes(layout: Layout) -> list[list[int]]:
     """Which axes of `split` make up N, R and C; ValueError where `shape` is not a merging of adjacent permuted axes."""
     split, order, shape = layout

@@ -86,7 +86,7 @@ class Celo2(torch.optim.Optimizer):
         self.ns_dtype = ns_dtype
         self.state_dtype = state_dtype
         self.replicas = Replicas(replicas, shard_state) if replicas is not None else None
-        self.orthogonalized = 0  # matrices that this rank orthogonalized in the last step
+        self.orthogonalized = 0  # matrices that this rank has orthogonalized so far
         self._rule_on: dict[torch.device, Rule] = {}
         self._plan: Plan | None = None
         defaults = {
@@ -183,7 +183,7 @@ class Celo2(torch.optim.Optimizer):
                 owner = self.replicas.owners[p] if self.replicas is not None else None
                 work[p.device].add(p, self.state.get(p), fragment_of(p), group, orthogonalize, split, owner)
         contexts = {d: Context(self._rule(d), self._ns_dtype(d), apply_, self.replicas) for d in work}
-        self.orthogonalized = sum(work.do(contexts[device]) for device, work in work.items())
+        self.orthogonalized += sum(work.do(contexts[device]) for device, work in work.items())
         return loss
 
     def _check_known(self) -> None:

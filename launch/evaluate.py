@@ -13,8 +13,18 @@ from launch.strategy import Strategy
 
 
 @torch.no_grad()
-def evaluate(strategy: Strategy, shards: TokenShards, context: int, config: Config, stopping: Callable[[], bool]) -> float | None:
-    """Mean cross-entropy in nats per token over `eval.sequences` sequences; None if `stopping` cut it short."""
+def evaluate(
+    strategy: Strategy,
+    shards: TokenShards,
+    context: int,
+    config: Config,
+    stopping: Callable[[], bool],
+    mark: Callable[[str], None],
+) -> float | None:
+    """Mean cross-entropy in nats per token over `eval.sequences` sequences; None if `stopping` cut it short.
+
+    `mark` is told of every batch.
+    """
     accelerator = strategy.accelerator
     rank, world = accelerator.process_index, accelerator.num_processes
     sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)  # loss, targets
@@ -23,6 +33,7 @@ def evaluate(strategy: Strategy, shards: TokenShards, context: int, config: Conf
         shards, context, config.eval.sequences, 1, rank, world, micro_batch_size=config.train.micro_batch_size
     )
     for inputs, targets in batches:
+        mark("evaluation")
         if stopping():
             strategy.loss_model.train()
             return None

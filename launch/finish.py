@@ -10,25 +10,27 @@ from transformers import PreTrainedModel
 
 from configs.schema import Config
 from launch.checkpoint import list_checkpoints
-from launch.metrics import Display, read_metrics
+from launch.metrics import read_metrics
+from launch.run import open_data
 from models.export import load_checkpoint
 
 
-def finish(config: Config, run_dir: Path, device: torch.device, eot: int, display: Display) -> None:
+def finish(config: Config, run_dir: Path, device: torch.device) -> None:
     """Draw the curve, write and show a sample of the last checkpoint, and say where everything is."""
     records = read_metrics(run_dir / "metrics.jsonl")
     curve = draw_losses(records, run_dir / "loss.png", config.run.name)
     if config.log.sample_tokens:
         model = load_checkpoint(list_checkpoints(run_dir / "checkpoints")[-1]).to(device)
+        eot = open_data(config)[0].eot_id
         tokenizer = Tokenizer.from_file(str(run_dir / "tokenizer.json"))
         text = sample_text(model, tokenizer, eot, config.log.sample_prompt, config.log.sample_tokens, config.run.seed)
         (run_dir / "sample.txt").write_text(text + "\n")
-        display.say(f"\na sample of {config.log.sample_tokens} tokens ({run_dir / 'sample.txt'}):\n{text}\n")
+        print(f"\na sample of {config.log.sample_tokens} tokens ({run_dir / 'sample.txt'}):\n{text}\n")
     losses = [r["loss"] for r in records if r.get("loss") is not None]
     validation = [r["val_loss"] for r in records if "val_loss" in r]
     if losses and validation:
         seconds = next(r["seconds"] for r in reversed(records) if "seconds" in r)
-        display.say(
+        print(
             f"training loss {losses[0]:.3f} -> {losses[-1]:.3f}, validation loss {validation[-1]:.3f}, "
             f"{seconds:.0f} s in training steps; curve: {curve}"
         )

@@ -29,7 +29,7 @@ class ShardedMuon(torch.optim.Optimizer):
 
     def __init__(self, params: list[dict[str, Any]], momentum: float = 0.95, weight_decay: float = 0.1) -> None:
         super().__init__(params, {"lr": 1e-3, "weight_decay": weight_decay, "momentum": momentum})
-        self.orthogonalized = 0  # matrices that this rank orthogonalized in the last step
+        self.orthogonalized = 0  # matrices that this rank has orthogonalized so far
         self.plan: Plan | None = None
         for group in self.param_groups:
             for p in group["params"]:
@@ -47,7 +47,6 @@ class ShardedMuon(torch.optim.Optimizer):
                 (name, p) for group in self.param_groups for name, p in zip(group["param_names"], group["params"], strict=True)
             ]
             self.plan = make_plan([Entry(name, p, fragment_of(p), True, True, None) for name, p in members], "muon")
-        self.orthogonalized = 0
         split: dict[dist.ProcessGroup, list[tuple]] = {}
         for group in self.param_groups:
             for p in group["params"]:

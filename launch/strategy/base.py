@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,10 +15,13 @@ from transformers import PreTrainedModel
 from celo2 import ShardingError
 from celo2.exchange import gather_objects
 from celo2.fragment import Fragment, check_cover
+from celo2.matrices import matrix_count, stacked_shape
 from configs.schema import Config
+from launch.optimizers import Groups, optimizer_groups
 from launch.watch import Verdict
 
 Judge = Callable[[Tensor], Verdict]  # grad_norm -> what happens with the step
+ORTHOGONALIZING = ("celo2", "muon")
 MicroBatches = list[tuple[Tensor, Tensor]]
 
 
@@ -38,6 +41,7 @@ class Strategy:
         model: the transformers model; under sharding its parameters are only whole while a forward pass runs.
         optimizer: updates `shards`.
         shards: every parameter by name, a tied weight once.
+        matrices: hidden matrices of the model that its optimizer orthogonalizes.
         buffers: buffers that belong to the model's weights, by name, whole on every rank.
     """
 
@@ -47,6 +51,8 @@ class Strategy:
         self.loss_model: nn.Module
         self.optimizer: torch.optim.Optimizer
         self.shards: dict[str, Shard] = {}
+        self.copies = 1  # ranks that hold the same shard and orthogonalize it each for itself
+        self.matrices = matrices_of(optimizer_groups(config.optimizer, model)) if config.optimizer.name in ORTHOGONALIZING else 0
         model.to(accelerator.device)
         persistent = model.state_dict(keep_vars=True).keys()
         self.buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
@@ -55,6 +61,11 @@ class Strategy:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         if config.train.compile:
             model.base_model.compile()
+
+    @property
+    def counter(self) -> Any:
+        """The optimizer that knows how many matrices it has orthogonalized in a step, if there is one."""
+        return getattr(self.optimizer, "optimizers", [self.optimizer])[0]
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Sum of the cross-entropy (nats) over the targets of a micro-batch (B, T), both on any device."""
@@ -106,6 +117,12 @@ class Strategy:
                 runs = [other[name] for other in everyone]
                 check_cover(self.shards[name].fragment.shape, runs, name)
                 self.shards[name] = self.shards[name]._replace(runs=runs)
+
+
+def matrices_of(groups: Groups) -> int:
+    """Matrices in the groups that take the rule."""
+    hidden = [(p, group["matrices"]) for group in groups if group["update"] == "celo2" for p in group["params"]]
+    return sum(matrix_count(stacked_shape(tuple(p.shape), layout)) for p, layout in hidden)
 
 
 def named_fragments(groups: list[dict], names: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -24,8 +24,8 @@ from models import CausalLMLoss
 class FSDP2(Strategy):
     """`fully_shard` on every block and on the loss module, which holds the rest.
 
-    Under bf16 the weights of the blocks travel in bfloat16 and their gradients in float32; the embeddings and the residual
-    stream stay in float32, as under autocast alone.
+    Under bf16 what autocast would round anyway, the weights of attention and feed-forward parts, travels in bfloat16, and its
+    gradients in float32; norms, embeddings and the residual stream stay in float32, as under autocast alone.
     """
 
     def __init__(self, config: Config, accelerator: Accelerator, model: PreTrainedModel) -> None:
@@ -40,7 +40,10 @@ class FSDP2(Strategy):
         bf16 = config.train.precision == "bf16"
         halved = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in blocks_of(model):
-            fully_shard(block, mesh=mesh, mp_policy=halved if bf16 else MixedPrecisionPolicy())
+            for part in block.children() if bf16 else ():
+                if has(part, nn.Linear) and not has(part, nn.LayerNorm):
+                    fully_shard(part, mesh=mesh, mp_policy=halved)
+            fully_shard(block, mesh=mesh)
         self.loss_model = fully_shard(CausalLMLoss(model), mesh=mesh)
         self.autocast = partial(torch.autocast, accelerator.device.type, torch.bfloat16, enabled=bf16)
 
@@ -77,6 +80,11 @@ def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
     if not lists:
         raise ConfigError(f"distributed.strategy fsdp2: {type(model).__name__} has no list of blocks to shard")
     return list(max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters())))
+
+
+def has(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module of `kind` is in `module`."""
+    return any(isinstance(m, kind) for m in module.modules())
 
 
 def run_of(p: Tensor) -> Tensor:

@@ -1,0 +1,302 @@
+"""Who is gone: every rank tells the others that it lives and how far it is, and a rank that dies or hangs is named.
+
+    with Heartbeat(rank, world, timeout=60) as heartbeat:
+        for step in ...:
+            heartbeat.mark(f"step {step}: batch loaded")
+
+A rank that dies leaves the others blocked in a collective. A daemon thread of each rank therefore publishes a beat (a counter,
+the newest mark, host and process) every `interval` through a connection of its own to the store of the process group, and
+reads the others'. The first rank that finds one missing writes the verdict into the store; every rank stops with this verdict,
+so that all of them name the same one. Within what time, from the fault to the last exit, with interval = min(1 s, timeout / 10):
+
+    a rank raised an exception                 GRACE + 2 intervals                     3 + 1 s at most
+    a rank is dead or stopped                  timeout + 3 intervals; where a collective failed or a signal came (torchrun sends
+                                               SIGTERM when a rank dies), min(timeout, ALERT) + 3 intervals    15 + 3 s at most
+    a rank hangs in Python, or all hang        timeout + 3 intervals
+    a rank dies while the others hang          timeout + ALERT + 3 intervals
+    the store does not answer                  timeout + 1 interval; at once where its process is gone
+
+`timeout` must exceed the longest time between two marks. Every rank marks at the same places, as the marks are counted.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
+
+STATUS = 70  # exit status (EX_SOFTWARE) of a rank that stops because of another one
+ALERT = 15.0  # s; half of what torchrun waits between SIGTERM and SIGKILL, and more than writing a checkpoint holds the GIL
+GRACE = 3.0  # s; an exception that every rank raises is said by each rank itself
+OBSERVERS = 2  # ranks that read everybody's beat; the others read theirs alone, so that the store serves 1,024 ranks
+NAMED = 8  # ranks that a message names
+CONTINUES = "the run stops, and the same command continues from its newest checkpoint"
+
+_starts = itertools.count()  # every heartbeat of a process group has keys of its own
+
+
+class RankError(RuntimeError):
+    """Another rank is gone, hangs or failed; the message names it. Exit with `STATUS`."""
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a rank last said of itself."""
+
+    count: int  # of beats: stands still when the process is dead or stopped
+    marks: int  # set by the main thread so far
+    text: str  # of the newest mark
+    host: str
+    pid: int
+    alarm: str = ""  # "signal": it was sent one; "error": a collective failed, and it waits for the verdict
+    left: bool = False  # needs the others no more
+
+
+def name(rank: int, beat: Beat) -> str:
+    """A rank as a person can find it."""
+    return f"rank {rank} ({beat.host}, pid {beat.pid})"
+
+
+def names(sentences: list[str]) -> str:
+    """The first sentences, and how many more there are: one line even where a whole node is gone."""
+    more = f"; and {len(sentences) - NAMED} more" if len(sentences) > NAMED else ""
+    return "; ".join(sentences[:NAMED]) + more + f"; {CONTINUES}"
+
+
+def blame(beats: dict[int, Beat], silent: dict[int, float], still: float, timeout: float) -> str | None:
+    """The sentence that names who holds the run up, or None.
+
+    Args:
+        beats: of the ranks that are read, this one included.
+        silent: for how many seconds the counter of each has stood still.
+        still: for how many seconds no mark has changed on any rank; 0 where not all ranks are read.
+        timeout: seconds of silence after which a process counts as gone (at most ALERT where something else tells of it),
+            and without a mark after which the run counts as hung.
+    """
+    working = {rank: beat for rank, beat in beats.items() if not beat.left}
+    hung = still >= timeout
+    alarms = {beat.alarm for beat in beats.values()}
+    limit = min(timeout, ALERT) if hung or alarms > {""} else timeout
+    gone = {rank: beat for rank, beat in working.items() if silent[rank] >= limit}
+    if gone:
+        since = f"has not answered for {limit:g} s, last seen at"
+        return names([f'{name(rank, beat)} {since} "{beat.text}"' for rank, beat in gone.items()])
+    perhaps_dead = any(silent[rank] >= limit / 4 for rank in working)  # their silence will tell
+    if not hung or not working or perhaps_dead or "error" in alarms:
+        return None
+    least = min(beat.marks for beat in working.values())
+    behind = {rank: beat for rank, beat in working.items() if beat.marks == least}
+    if len(behind) == len(working):
+        text = next(iter(behind.values())).text
+        return f'no rank has got further for {timeout:g} s and all are at "{text}", so that none can be named; {CONTINUES}'
+    since = f"has hung for {timeout:g} s, while others wait, at"
+    return names([f'{name(rank, beat)} {since} "{beat.text}"' for rank, beat in behind.items()])
+
+
+def is_communication_error(error: BaseException) -> bool:
+    """Whether `error` came from a collective: NCCL's are a class of their own, gloo's are told by their text."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def print_error(message: str) -> None:
+    """One line on stderr."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+
+
+class Heartbeat:
+    """This rank's beat while the context is open, around everything that communicates. Does nothing for one process.
+
+    Args:
+        rank, world: of the default process group; every rank opens its heartbeat.
+        timeout: seconds, see the module.
+        say: prints the verdict before the process exits with `STATUS`.
+
+    Raises:
+        RankError: on opening, a rank did not start; on closing, where a collective failed because another rank is gone.
+    """
+
+    def __init__(self, rank: int, world: int, timeout: float, say: Callable[[str], None] = print_error) -> None:
+        self.rank, self.world, self.timeout, self.say = rank, world, timeout, say
+        self.interval = min(1.0, timeout / 10)
+        self.watched = range(world) if rank < OBSERVERS else range(OBSERVERS)  # whose beats
+        self._verdict: dict | None = None  # {"message", "failed"}: agreed over all ranks
+        self._found = threading.Event()  # the verdict is there
+        self._leaving = threading.Event()  # the main thread is on its way out, and will say the verdict itself
+        self._closing = False  # the main thread waits for nothing but the end of the thread
+        self._alarm = ""
+        self._ended = threading.Event()  # of the thread
+        self._failure: str | None = None
+        self._mark = (0, "start")
+        self._count = 0
+        self._silent = dict.fromkeys(self.watched, 0.0)
+        self._still = 0.0
+        self._thread: threading.Thread | None = None
+
+    def mark(self, text: str) -> None:
+        """Say how far the main thread is; costs no communication."""
+        self._mark = (self._mark[0] + 1, text)
+
+    def fail(self, message: str) -> None:
+        """Tell the others that this rank fails; returns once it is told."""
+        if self._thread is not None:
+            self._failure = f"{name(self.rank, self._beats[self.rank])} failed: {' '.join(message.split())}"
+            self._wake.send(b"\0")
+            self._found.wait(self.timeout)
+
+    def __enter__(self) -> Heartbeat:
+        if self.world == 1:
+            return self
+        # A connection of its own: a clone does not wait for what the main thread waits for.
+        self._store = dist.PrefixStore(f"heartbeat/{next(_starts)}", _get_default_store().clone())
+        self._host, self._pid = socket.gethostname(), os.getpid()
+        if self.rank == 0:
+            self._store.set("verdict", "none")
+        self._publish()
+        for rank in self.watched:
+            try:
+                self._store.wait([f"beat/{rank}"], timedelta(seconds=self.timeout))
+            except dist.DistError as error:
+                raise RankError(f"rank {rank} did not start within {self.timeout:g} s") from error
+        self._beats = self._read_beats()
+        # A main thread that is blocked in a collective runs no signal handler, but the number of the signal arrives here.
+        self._woken, self._wake = socket.socketpair()
+        self._woken.setblocking(False)
+        self._wake.setblocking(False)
+        self._previous_fd = signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._work, name="heartbeat", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if self._thread is None:
+            return
+        self._leaving.set()
+        if error is not None and is_communication_error(error):
+            self._alarm = "error"
+            self._wake.send(b"\0")
+            self._found.wait(min(self.timeout, ALERT) + GRACE)
+        if error is not None and self._verdict is None:
+            self.fail(f"{type(error).__name__}: {error}")
+        self._closing = True
+        self._wake.send(b"\0")
+        self._ended.wait()
+        self._thread = None
+        signal.set_wakeup_fd(self._previous_fd)
+        of_another = self._verdict is not None and self._verdict["message"] != self._failure
+        if of_another and (error is None or is_communication_error(error)):
+            raise RankError(self._verdict["message"]) from error
+
+    def _publish(self, left: bool = False) -> None:
+        self._count += 1
+        beat = Beat(self._count, *self._mark, self._host, self._pid, self._alarm, left)
+        self._store.set(f"beat/{self.rank}", json.dumps(asdict(beat)))
+
+    def _read_beats(self) -> dict[int, Beat]:
+        values = self._store.multi_get([f"beat/{rank}" for rank in self.watched])
+        return {rank: Beat(**json.loads(value)) for rank, value in zip(self.watched, values, strict=True)}
+
+    def _work(self) -> None:
+        """The thread: one exchange every interval, until the main thread closes or a verdict ends the process."""
+        before = time.monotonic()
+        while not self._ended.is_set():
+            now = time.monotonic()
+            elapsed, before = min(now - before, 2 * self.interval), now  # time in which this process was stopped does not count
+            guard = threading.Timer(self.timeout, self._store_gone)
+            guard.daemon = True
+            guard.start()
+            try:
+                self._exchange(elapsed)
+                if self._verdict is not None and not self._closing:
+                    self._leave()
+                elif self._closing and (self.rank != 0 or not self._others()):  # the first may host the store, and leaves last
+                    self._publish(left=True)
+                    self._ended.set()
+            except RuntimeError:
+                self._store_gone()
+            finally:
+                guard.cancel()
+            self._sleep(0.05 if self._closing else self.interval)
+
+    def _exchange(self, elapsed: float) -> None:
+        """Publish, read, and find or take over the verdict."""
+        self._publish()
+        beats = self._read_beats()
+        for rank, beat in beats.items():
+            self._silent[rank] = self._silent[rank] + elapsed if beat.count == self._beats[rank].count else 0.0
+        moved = any(beat.marks != self._beats[rank].marks for rank, beat in beats.items())
+        self._still = 0.0 if moved or len(beats) < self.world else self._still + elapsed
+        self._beats = beats
+
+        verdict = self._store.get("verdict")
+        if verdict == b"none":
+            message = self._failure or blame(beats, self._silent, self._still, self.timeout)
+            if message is None:
+                return
+            mine = json.dumps({"message": message, "failed": self._failure is not None})
+            verdict = self._store.compare_set("verdict", "none", mine)
+        self._verdict = json.loads(verdict)
+        self._found.set()
+
+    def _others(self) -> list[int]:
+        """Ranks that answer and have not left."""
+        return [
+            r
+            for r, beat in self._beats.items()
+            if r != self.rank and not beat.left and self._silent[r] < min(GRACE, self.timeout)
+        ]
+
+    def _leave(self) -> None:
+        """Exit with the verdict, unless the main thread is on its way out."""
+        if self._verdict["failed"]:
+            self._leaving.wait(GRACE)
+        if self._leaving.is_set():
+            return
+        self.say(self._verdict["message"])
+        end = time.monotonic() + GRACE
+        while self.rank == 0 and self._others() and time.monotonic() < end:
+            self._beats = self._read_beats()
+            time.sleep(0.05)
+        self._publish(left=True)
+        self._exit()
+
+    def _store_gone(self) -> None:
+        """The host of the store is gone, and with it all that is known of the others."""
+        self._ended.set()
+        if self._closing:
+            return
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            host = f"torchrun on the host of {name(0, self._beats[0])}"
+        else:
+            host = f'{name(0, self._beats[0])}, last seen at "{self._beats[0].text}"'
+        self._verdict = {
+            "message": f"the store of the process group is gone, no answer from {host}; {CONTINUES}",
+            "failed": False,
+        }
+        self._found.set()
+        if not self._leaving.is_set():
+            self.say(self._verdict["message"])
+            self._exit()
+
+    def _exit(self) -> None:
+        """End this process now: its main thread may be blocked for ever."""
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(STATUS)
+
+    def _sleep(self, seconds: float) -> None:
+        """Wait, or less where the main thread or a signal wakes."""
+        ready, _, _ = select.select([self._woken], [], [], seconds)
+        if ready and any(self._woken.recv(1024)) and not self._alarm:  # the numbers of signals; 0 is the main thread's
+            self._alarm = "signal"

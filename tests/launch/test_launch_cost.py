@@ -1,0 +1,214 @@
+"""The cost model against numbers worked out by hand, on a toy model and on GPT-3's shapes."""
+
+import pytest
+from torch import nn
+
+from celo2.orthogonalize import newton_schulz_flops
+from launch.cost import (
+    Machine,
+    Setup,
+    StepTime,
+    Workload,
+    all_gather,
+    all_reduce,
+    all_to_all,
+    broadcast,
+    cost_lines,
+    exchanged_bytes,
+    largest_load,
+    memory_per_rank,
+    optimizer_seconds,
+    reduce_scatter,
+    split_matrices,
+    state_elements,
+    step_time,
+    workload_of,
+)
+
+# Four matrices 10 x 20 (800 weights), 50 more in two blocks, and 150 outside them: N = 1000.
+TOY = Workload(
+    parameters=1000,
+    hidden=((10, 20),) * 4,
+    block_parameters=850,
+    blocks=2,
+    context=8,
+    flops_per_token=6000.0,
+    activations=500.0,
+    loss=30.0,
+)
+JUDGED = 2 * 24 * 3 / 4  # three float64, all-reduced over four ranks
+
+
+def test_what_a_collective_sends():
+    assert all_reduce(100, 4) == 150 and reduce_scatter(100, 4) == all_gather(100, 4) == broadcast(100, 4) == 75
+    assert all_to_all(100, 4) == 75
+    assert all(f(100, 1) == 0 for f in (all_reduce, reduce_scatter, all_gather, broadcast, all_to_all))
+
+
+@pytest.mark.parametrize(
+    ("setup", "expected"),
+    [
+        # 4 bytes x 1000, twice 3/4 of it; directions of 800 in bf16: 1600 x 3/4.
+        (Setup("ddp", 4, 3), {"gradients": 6000, "weights": 0, "directions": 1200, "sums": 0}),
+        (Setup("ddp", 4, 3, bf16=False), {"gradients": 6000, "weights": 0, "directions": 2400, "sums": 0}),
+        (Setup("ddp", 4, optimizer="celo2-base"), {"gradients": 6000, "weights": 0, "directions": 2400, "sums": 0}),
+        (Setup("ddp", 4, optimizer="adamw"), {"gradients": 6000, "weights": 0, "directions": 0, "sums": 0}),
+        # The 200 weights of AdamW come from their owners, in float32.
+        (Setup("ddp", 4, shard_state=True), {"gradients": 6000, "weights": 600, "directions": 1200, "sums": 0}),
+        # Runs of 200: every matrix is whole on a rank, and no direction travels.
+        (Setup("zero1", 4, 3), {"gradients": 6000, "weights": 3000, "directions": 0, "sums": 0}),
+        (Setup("zero2", 4, 3), {"gradients": 18000, "weights": 3000, "directions": 0, "sums": 0}),
+        # A rank holds 200 elements of directions; 3/4 go to other owners, and as many come back: 2 x 400 bytes x 3/4.
+        # 10 + 20 + 12 + 6 + 1 = 49 sums of each of 4 matrices: 784 bytes.
+        (Setup("zero3", 4, 3), {"gradients": 9000, "weights": 18000, "directions": 600, "sums": 1176}),
+        (Setup("zero3", 4, 3, optimizer="muon"), {"gradients": 9000, "weights": 18000, "directions": 600, "sums": 0}),
+        # Blocks in bf16 twice (2 x 1700 x 3/4), the other 150 in float32 once (600 x 3/4), in each of 3 micro-batches.
+        (Setup("fsdp2", 4, 3), {"gradients": 9000, "weights": 9000, "directions": 600, "sums": 1176}),
+        (Setup("fsdp2", 4, 3, bf16=False), {"gradients": 9000, "weights": 16650, "directions": 1200, "sums": 1176}),
+        # Two copies over two ranks each: halves travel within, and the sum of 2000 bytes between the copies.
+        (Setup("fsdp2", 4, 1, replicas=2), {"gradients": 4000, "weights": 2000, "directions": 800, "sums": 784}),
+    ],
+)
+def test_exchanged_bytes(setup, expected):
+    assert exchanged_bytes(TOY, setup) == pytest.approx({**expected, "agreement": JUDGED})
+
+
+def test_reduce_scatter_of_zero_is_half_and_one_rank_sends_nothing():
+    assert exchanged_bytes(TOY, Setup("zero2", 4, 3), zero_reduce="reduce_scatter")["gradients"] == 9000
+    for strategy in ("ddp", "zero1", "zero2", "zero3", "fsdp2"):
+        assert sum(exchanged_bytes(TOY, Setup(strategy, 1, 3)).values()) == 0
+
+
+def test_which_matrices_are_split():
+    assert split_matrices(TOY, Setup("zero1", 4)) == []  # a run ends exactly after every matrix
+    assert len(split_matrices(TOY, Setup("zero1", 3))) == 2  # runs of 267 end at 267 and 534: in the second and the third
+    assert len(split_matrices(TOY, Setup("zero2", 8))) == 4  # runs of 100
+    assert len(split_matrices(TOY, Setup("zero3", 4))) == 4 and split_matrices(TOY, Setup("ddp", 4)) == []
+
+
+def test_memory_by_hand():
+    ddp = memory_per_rank(TOY, Setup("ddp", 4, micro_batch=2))
+    # Four accumulators for 800, two for 200; three decays of 10 + 20 means of 4 matrices.
+    assert state_elements(TOY, "celo2") == 3600 and state_elements(TOY, "adamw") == 2000 and state_elements(TOY, "muon") == 1200
+    assert (ddp["weights"], ddp["gradients"], ddp["optimizer state"], ddp["row and column means"]) == (4000, 4000, 14400, 1440)
+    assert (ddp["bf16 copies"], ddp["activations (estimate)"], ddp["loss (estimate)"], ddp["directions"]) == (
+        2000,
+        2000,
+        120,
+        400,
+    )
+    assert memory_per_rank(TOY, Setup("ddp", 4, shard_state=True))["optimizer state"] == 3600
+    zero1, zero2, zero3 = (memory_per_rank(TOY, Setup(f"zero{stage}", 4)) for stage in (1, 2, 3))
+    assert [m["weights"] for m in (zero1, zero2, zero3)] == [4000, 4000, 1000]
+    assert [m["gradients"] for m in (zero1, zero2, zero3)] == [4000, 1000, 1000]
+    assert [m["optimizer state"] for m in (zero1, zero2, zero3)] == [3600] * 3
+    assert [m["flat copies"] for m in (zero1, zero2, zero3)] == [5000, 5000, 4000]
+    fsdp2 = memory_per_rank(TOY, Setup("fsdp2", 4))
+    assert (fsdp2["weights"], fsdp2["optimizer state"], fsdp2["bf16 copies"]) == (1000, 3600, 0)
+    assert fsdp2["gathered (estimate)"] == (2 * 2 + 4) * 425 + 8 * 150  # two blocks in bf16, a gradient, and what is outside
+    assert memory_per_rank(TOY, Setup("fsdp2", 4, replicas=2))["weights"] == 2000
+
+
+def test_largest_load():
+    assert largest_load([5, 4, 3, 3, 3], 2) == 10 and largest_load([5, 1], 8) == 5 and largest_load([], 2) == 0
+
+
+def test_seconds_by_hand():
+    machine = Machine(
+        flops=1e6,
+        efficiency=0.5,
+        newton_schulz_efficiency=0.5,
+        memory_bandwidth=1e4,
+        gpus_per_node=2,
+        intra_node_bandwidth=1e4,
+        inter_node_bandwidth=1e3,
+        latency=0.0,
+    )
+    # 3 micro-batches x 2 sequences x 8 tokens x 6000 FLOPs at 0.5 MFLOP/s.
+    setup = Setup("ddp", 4, 3, 2)
+    time = step_time(TOY, setup, machine)
+    assert time.compute == pytest.approx(0.576)
+    # Gradients: 6000 bytes over two adapters, 3 s, behind two thirds of one micro-batch of three: 0.128 s. Directions 0.6 s.
+    assert time.hidden == pytest.approx(0.128) and time.exposed == pytest.approx(3 - 0.128 + 0.6 + JUDGED / 2000)
+    # One matrix each of four ranks: 5 x (4 x 10 x 10 x 20 + 2 x 1000) FLOPs at 0.5 MFLOP/s. Memory: 40 bytes of each of 800
+    # weights, 42 of each of 200 directions, 10 to apply, and AdamW's 28 of each of 200.
+    assert newton_schulz_flops(10, 20) == 50000
+    expected = 0.1 + (800 * 40 + 200 * 42 + 800 * 10 + 200 * 28) / 1e4
+    assert time.optimizer == optimizer_seconds(TOY, setup, machine) == pytest.approx(expected)
+    assert time.total == pytest.approx(0.576 + time.exposed + expected)
+    assert StepTime(1, 2, 3, 4).total == 8  # what is hidden takes no time
+    # In one node the ring is ten times as fast, and zero3 hides weights and gradients behind all of computing.
+    inside = step_time(TOY, Setup("zero3", 2, 3, 2), machine)
+    sent = exchanged_bytes(TOY, Setup("zero3", 2, 3, 2))
+    behind = (sent["gradients"] + sent["weights"]) / 1e4
+    rest = (sent["sums"] + sent["agreement"] + sent["directions"]) / 1e4
+    assert inside.hidden == pytest.approx(0.576) and inside.exposed == pytest.approx(behind - 0.576 + rest)
+    # Across nodes an all-to-all has one adapter for each GPU, not a node's.
+    slow = step_time(TOY, Setup("zero3", 4, 3, 2), machine)
+    sent = exchanged_bytes(TOY, Setup("zero3", 4, 3, 2))
+    rest = (sent["sums"] + sent["agreement"]) / 2e3 + sent["directions"] / 1e3
+    assert slow.exposed == pytest.approx((sent["gradients"] + sent["weights"]) / 2e3 - 0.576 + rest)
+
+
+class Tiny(nn.Module):
+    """Two blocks, an embedding outside, and a fused parameter of two matrices in the groups."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(7, 4)
+        self.blocks = nn.ModuleList(nn.Linear(4, 8) for _ in range(2))
+
+
+def test_workload_of_a_model():
+    model = Tiny()
+    fused, other = (block.weight for block in model.blocks)
+    groups = [
+        {"params": [fused], "update": "celo2", "matrices": ((2, 4, 4), (0, 1, 2), (2, 4, 4))},
+        {"params": [other], "update": "celo2", "matrices": None},
+        {"params": [model.embedding.weight, *(block.bias for block in model.blocks)], "update": "adamw", "matrices": None},
+    ]
+    workload = workload_of(model, groups, 16, 1.0, 2.0, 3.0, False)
+    assert workload.hidden == ((4, 4), (4, 4), (8, 4)) and workload.blocks == 2
+    assert (workload.parameters, workload.block_parameters, workload.outside, workload.hidden_parameters) == (108, 80, 28, 64)
+
+
+def gpt3(width, layers):
+    """GPT-3's shapes: four attention projections, and 4 x width in the feed-forward part."""
+    hidden = (((width, width),) * 4 + ((4 * width, width), (width, 4 * width))) * layers
+    blocks = sum(r * c for r, c in hidden) + layers * 13 * width
+    n = blocks + (50304 + 2048) * width
+    activations = 2048 * width * (layers + 16)
+    return Workload(n, hidden, blocks, layers, 2048, 6.0 * n, activations, 3 * 4096 * 50304.0, recompute=True)
+
+
+def test_the_large_sizes():
+    xl = gpt3(2048, 24)
+    # 62 TFLOP of Newton–Schulz a step at 1.3B; accumulators of 19.3 GB.
+    assert sum(newton_schulz_flops(*shape) for shape in xl.hidden) == pytest.approx(62e12, rel=0.01)
+    assert 4 * 4 * xl.hidden_parameters == pytest.approx(19.3e9, rel=0.01)
+    davinci = gpt3(12288, 96)
+    assert davinci.parameters == pytest.approx(175e9, rel=0.01)
+    # Without sharding, 8 accumulators and more a weight fit nowhere; over 1,024 GPUs they do.
+    machine = Machine()
+    assert sum(memory_per_rank(davinci, Setup("ddp", 1024)).values()) > 20 * machine.memory
+    assert sum(memory_per_rank(davinci, Setup("fsdp2", 1024)).values()) < machine.memory
+    # More owners than matrices do not help: the largest matrix is left.
+    largest = newton_schulz_flops(12288, 49152) / (machine.flops * machine.newton_schulz_efficiency)
+    assert optimizer_seconds(davinci, Setup("fsdp2", 1024), machine) == pytest.approx(largest, rel=0.05)
+
+
+def test_the_table():
+    lines = cost_lines(gpt3(2048, 24), Setup("fsdp2", micro_batch=4), 256, Machine())
+    rows = [line.split() for line in lines[2:]]
+    assert [int(row[0]) for row in rows] == [8, 16, 32, 64, 128, 256]  # 256 sequences do not reach 512 GPUs
+    assert rows[0][1:4] == ["8", "x", "4"] and rows[-1][1:4] == ["1", "x", "1"]
+    speeds = [float(row[11].replace(",", "")) for row in rows]
+    assert speeds == sorted(speeds) and all(row[5] == "yes" for row in rows)
+    assert max(map(len, lines[1:])) <= 110
+    assert "divides over none" in cost_lines(gpt3(2048, 24), Setup("ddp"), 7, Machine())[-1]
+
+
+def test_recomputing_costs_a_third():
+    setup, machine = Setup("ddp", 8), Machine()
+    more = Workload(**{**TOY.__dict__, "recompute": True})
+    assert step_time(more, setup, machine).compute == pytest.approx(4 / 3 * step_time(TOY, setup, machine).compute)
