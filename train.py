@@ -32,7 +32,9 @@ from launch.evaluate import evaluate
 from launch.finish import finish
 from launch.heartbeat import STATUS, Heartbeat, RankError
 from launch.metrics import Display, Metrics
+from launch.optimizers import set_mode
 from launch.plan import make_plan
+from launch.probe import StepProbe, hidden_names
 from launch.proof import Proof
 from launch.run import build_from_config, describe_run, folder_of, open_data, open_run, resume, roll_back, saved_state, vocabulary
 from launch.schedule import lr_factor, set_lr
@@ -66,8 +68,10 @@ def pretrain(config: Config, accelerator: Accelerator, heartbeat: Heartbeat) -> 
     model, context = build_from_config(config, vocabulary(config, shards.vocab_size))
     flops, peak_flops, parameters = flops_per_token(model, context), peak(accelerator), model.num_parameters()
     heartbeat.mark("model built")
+    hidden = hidden_names(model)
     strategy = make_strategy(config, accelerator, model)
     optimizer, proof = strategy.optimizer, Proof(strategy)
+    probe = StepProbe(optimizer, [strategy.shards[name].weight for name in hidden], accelerator.device)
 
     # The run's folder, and where the run stands.
     run_dir = open_run(config, accelerator)
@@ -83,6 +87,9 @@ def pretrain(config: Config, accelerator: Accelerator, heartbeat: Heartbeat) -> 
         batches = Batches(shards, context, config.train.batch_size, config.run.seed, state.skipped)
         pin = accelerator.device.type == "cuda"
         return batches, prefetch(batches, state.step, steps, rank, world, micro, pin_memory=pin)
+
+    def logged(step: int) -> bool:
+        return step == 1 or due(step, config.log.every, steps)
 
     def report(checkpoint: dict) -> None:
         if "error" in checkpoint:
@@ -103,6 +110,7 @@ def pretrain(config: Config, accelerator: Accelerator, heartbeat: Heartbeat) -> 
 
         while True:
             if not stop and state.evaluated < state.step and due(state.step, config.eval.every, steps):
+                set_mode(optimizer, "eval")
                 val_loss = evaluate(strategy, validation, context, config, watch.stopping, heartbeat.mark)
                 stop = val_loss is None
                 if not stop:
@@ -112,10 +120,13 @@ def pretrain(config: Config, accelerator: Accelerator, heartbeat: Heartbeat) -> 
             if saver.due(state.step, steps, stop):
                 heartbeat.mark(f"step {state.step}: saving")
                 metrics.flush()
+                set_mode(optimizer, "eval")
                 saver.save(strategy, saved_state(config, state, shards))
             if stop or state.step == steps:
                 break
 
+            set_mode(optimizer, "train")
+            probe.begin(measure=logged(state.step + 1))
             start = time.perf_counter()
             torch.manual_seed(dropout_seed(config.run.seed, state.step, rank))
             factor = lr_factor(config.schedule, state.step, steps)
@@ -144,10 +155,11 @@ def pretrain(config: Config, accelerator: Accelerator, heartbeat: Heartbeat) -> 
                 display.say(f"rolled back to step {state.step}; batches {state.skipped[-1]} are left out")
                 batches, stream = open_batches()
                 since = replace(state)
-            elif state.step == 1 or due(state.step, config.log.every, steps):
+            elif logged(state.step):
                 speed = (state.tokens - since.tokens) / (state.seconds - since.seconds)
                 record = {"step": state.step, "tokens": state.tokens, "loss": verdict.loss, "lr": config.optimizer.lr * factor}
                 record |= {"grad_norm": verdict.grad_norm, "tokens_per_second": speed, "seconds": state.seconds}
+                record |= probe.record()
                 if peak_flops:
                     record["mfu"] = speed * flops / (peak_flops * world)
                 metrics.write(record)

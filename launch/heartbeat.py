@@ -151,7 +151,7 @@ class Heartbeat:
     def fail(self, message: str) -> None:
         """Tell the others that this rank fails; returns once it is told."""
         if self._thread is not None:
-            self._failure = f"{name(self.rank, self._beats[self.rank])} failed: {' '.join(message.split())}"
+            self._failure = f"{name(self.rank, self._own)} failed: {' '.join(message.split())}"
             self._wake.send(b"\0")
             self._found.wait(self.timeout)
 
@@ -200,8 +200,8 @@ class Heartbeat:
 
     def _publish(self, left: bool = False) -> None:
         self._count += 1
-        beat = Beat(self._count, *self._mark, self._host, self._pid, self._alarm, left)
-        self._store.set(f"beat/{self.rank}", json.dumps(asdict(beat)))
+        self._own = Beat(self._count, *self._mark, self._host, self._pid, self._alarm, left)
+        self._store.set(f"beat/{self.rank}", json.dumps(asdict(self._own)))
 
     def _read_beats(self) -> dict[int, Beat]:
         values = self._store.multi_get([f"beat/{rank}" for rank in self.watched])

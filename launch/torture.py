@@ -102,7 +102,7 @@ class Bench:
 
     def metrics(self, name: str) -> list[dict]:
         """What a run logged, without the clock's columns."""
-        clock = ("seconds", "tokens_per_second")
+        clock = ("seconds", "tokens_per_second", "optimizer_seconds")
         records = read_metrics(self.folder / name / "metrics.jsonl")
         return [{key: value for key, value in record.items() if key not in clock} for record in records]
 

@@ -33,6 +33,7 @@ class FSDP2(Strategy):
         replicas = config.distributed.replicas
         if self.world % replicas:
             raise ConfigError(f"distributed.replicas is {replicas}, which does not divide {self.world} processes")
+        self.copies = replicas
         shape, names = (
             ((self.world,), ("shard",)) if replicas == 1 else ((replicas, self.world // replicas), ("replicate", "shard"))
         )

@@ -75,8 +75,12 @@ class Zero(Strategy):
         """Give the model what the flat vectors hold."""
         if hasattr(self.zero, "update_lp_params"):  # stages 1 and 2 compute with a copy
             self.zero.update_lp_params()
-        elif self.zero.persistent_parameters:  # stage 3 keeps small parameters gathered
-            self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
+        else:  # what stage 3 does at the end of a step
+            self.zero._partition_all_parameters()
+            for i in range(len(self.zero.fp16_groups)):
+                self.zero._reassign_or_swap_out_partitioned_parameters(i)
+            if self.zero.persistent_parameters:  # small ones stay gathered
+                self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
 
 
 def import_deepspeed(device: torch.device) -> Any:

@@ -25,6 +25,7 @@ def test_a_run_learns_and_leaves_everything_behind(run):
     assert [r["step"] for r in training] == [1, 10, 20, 30, 40]
     assert [r["step"] for r in records if "val_loss" in r] == [20, 40]
     expected = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "seconds"}
+    expected |= {"optimizer_seconds", "update_rms", "update_ratio"}
     assert all(set(r) == expected for r in training)
     assert training[-1]["tokens"] <= 40 * 8 * 32
     assert training[-1]["loss"] < math.log(257) - 1.5  # measured 2.9 from 5.5
@@ -191,3 +192,24 @@ def test_exported_run_generates_through_transformers(run):
     )
     done = subprocess.run([sys.executable, "-c", script], check=True, cwd=run.tmp_path, capture_output=True, text=True)
     assert "python" in done.stdout
+
+
+def test_optimizer_time_and_update_are_logged(run):
+    """An update of celo2 has RMS 1, so without weight decay a hidden weight moves by the learning rate."""
+    status, records, _ = run("log.every=2", "optimizer.weight_decay=0")
+    training = [r for r in records if "loss" in r]
+    assert status == 0 and [r["step"] for r in training] == [1, 2, 4, 6]
+    for r in training:
+        assert r["update_rms"] == pytest.approx(r["lr"], rel=1e-5)  # worst measured 1.2e-7
+        assert 0 < r["update_ratio"] < 1 and 0 < r["optimizer_seconds"] < 5
+
+
+def test_schedule_free_keeps_its_average_and_continues_exactly(run):
+    pytest.importorskip("schedulefree")
+    options = ["optimizer.name=schedule-free", "schedule.kind=constant", "checkpoint.keep=5", "checkpoint.every=3"]
+    whole = run(*options)[1]
+    first = run.tmp_path / "run" / "checkpoints" / "step_00000003"
+    status, resumed, err = run(*options, f"checkpoint.resume={first}", folder="resumed")
+    assert status == 0, err
+    losses = [{r["step"]: r.get("val_loss", r.get("loss")) for r in records if r["step"] > 3} for records in (whole, resumed)]
+    assert losses[0] == losses[1] and len(losses[0]) == 3

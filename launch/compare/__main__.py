@@ -1,0 +1,277 @@
+"""Which optimizer is better on this model and data, by how much, and is that more than noise?
+
+    python -m launch.compare CONFIG.yaml --optimizers celo2 adamw muon --out runs/compare [section.key=value ...]
+    python -m launch.compare --runs DIR DIR ... --out DIR        runs that are there already
+
+Every optimizer trains the same model on the same batches for the same tokens. First each searches its learning rate with the
+same number of trials; then its best setting runs with several other seeds. The same command continues after any interruption.
+OUT/report.html, report.png and results.json say what came out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from celo2 import RuleError
+from configs.load import ConfigError, load_config
+from data import DataError
+from launch.compare.contestants import Contestant, parse_all
+from launch.compare.curves import label_runs, read_run
+from launch.compare.report import write_report
+from launch.compare.search import FACTOR, MOST_ROUNDS, Search, grid, search
+from launch.compare.summary import summarize
+from launch.compare.trials import Outcome, Pool, Stopped, Trial, TrialError, judge
+from launch.metrics import read_metrics
+from launch.run import open_data
+from launch.watch import STOPPED
+
+FLOPS = "FLOPs are the model's (forward and backward), without the optimizer's own: those are in the seconds."
+
+
+class Comparison:
+    """One comparison: its contestants, its folder, and the trials it asks for."""
+
+    def __init__(self, args: argparse.Namespace, out: Path) -> None:
+        self.args, self.out = args, out
+        self.config = load_config(args.config, args.overrides)
+        self.contestants = parse_all(args.optimizers, self.config)
+        self.check_data()
+        self.pool = Pool(args.parallel)
+
+    def check_data(self) -> None:
+        """Trials of an earlier start on other data must not be taken for trials on these."""
+        fingerprint, path = open_data(self.config)[0].fingerprint, self.out / "comparison.json"
+        if path.exists() and json.loads(path.read_text())["data"] != fingerprint:
+            raise ConfigError(f"{self.out} holds a comparison on other data than {self.config.data.dir}: choose another --out")
+        self.out.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"data": fingerprint}) + "\n")
+
+    def trial(self, contestant: Contestant, lr: float, adamw_lr: float | None, seed: int, keep: bool) -> Trial:
+        """The run of one setting and seed."""
+        name = f"lr_{lr:g}" + (f"_adamw_{adamw_lr:g}" if adamw_lr is not None else "") + f"_seed_{seed}"
+        folder = self.out / "trials" / contestant.slug / name
+        overrides = [*self.args.overrides, *contestant.overrides, f"optimizer.lr={lr:g}"]
+        overrides += [f"optimizer.adamw_lr={adamw_lr:g}"] if adamw_lr is not None else []
+        overrides += [f"run.seed={seed}", f"run.name={contestant.slug}", f"run.dir={folder}"]
+        overrides += ["checkpoint.keep=1", "log.sample_tokens=0"]
+        if self.config.eval.every == 0:  # a curve needs points
+            overrides.append(f"eval.every={max(1, self.config.train.steps // 20)}")
+        return Trial(contestant.label, folder, self.args.config, tuple(overrides), keep)
+
+    def search(self) -> dict[str, Search]:
+        """Every contestant's search, with the seed of the configuration."""
+        by_label = {c.label: c for c in self.contestants}
+        seed = self.config.run.seed
+
+        def evaluate(phase: str, wanted: list[tuple[str, float]]) -> list[float]:
+            trials = [self.trial(by_label[label], lr, None, seed, keep=False) for label, lr in wanted]
+            return [o.loss for o in self.pool.run(phase, trials)]
+
+        grids = {c.label: self.args.lrs or grid(c.lr, self.args.trials) for c in self.contestants}
+        searches = search(grids, evaluate, self.pool.say)
+        wanted = [
+            (c, searches[c.label].lr, adamw_lr)
+            for c in self.contestants
+            for adamw_lr in self.args.adamw_lrs
+            if c.takes_adamw_lr and searches[c.label].lr is not None and adamw_lr != self.config.optimizer.adamw_lr
+        ]
+        if wanted:
+            trials = [self.trial(c, lr, adamw_lr, seed, keep=False) for c, lr, adamw_lr in wanted]
+            outcomes = self.pool.run("search of adamw_lr", trials)
+            for (c, _, adamw_lr), result in zip(wanted, outcomes, strict=True):
+                searches[c.label].adamw[adamw_lr] = result.loss
+        return searches
+
+    def finals(self, searches: dict[str, Search]) -> tuple[list[Trial], list[Outcome]]:
+        """The chosen settings with seeds that the search has not seen."""
+        seeds = [self.config.run.seed + 1 + i for i in range(self.args.seeds)]
+        trials = [
+            self.trial(c, searches[c.label].lr, searches[c.label].adamw_lr, seed, keep=True)
+            for seed in seeds
+            for c in self.contestants
+            if searches[c.label].lr is not None
+        ]
+        return trials, self.pool.run("final seeds", trials)
+
+    def method(self, searches: dict[str, Search]) -> list[str]:
+        """How the numbers came about, in sentences."""
+        c, a = self.config, self.args
+        first, last = c.run.seed + 1, c.run.seed + a.seeds
+        seeds = f"seed {first}" if a.seeds == 1 else f"seeds {first} to {last}"
+        adamw = "that of each trial (tied)" if c.optimizer.adamw_lr is None else f"{c.optimizer.adamw_lr:g}"
+        if a.adamw_lrs:
+            adamw += f", and then searched over {', '.join(f'{v:g}' for v in a.adamw_lrs)} at the chosen learning rate"
+        said = [
+            f"Same model, batches and budget for all: {c.train.steps:,} steps of {c.train.batch_size} sequences. Initial weights "
+            "and data order follow from the seed alone.",
+            f"The learning rate of what AdamW trains beside the hidden matrices (adamw_lr) was {adamw}, the same rule for all.",
+        ]
+        said += [f"{c.label}: {'; '.join(c.special)}." for c in self.contestants if c.special]
+        if any(s.trials for s in searches.values()):
+            begun = ", ".join(f"{lr:g}" for lr in a.lrs) if a.lrs else f"{a.trials} values a factor {FACTOR:g} apart"
+            said += [
+                f"Search: {begun}, the same number of trials for each. While anybody's best was at the edge of its grid, each "
+                f"got one more trial (at most {MOST_ROUNDS}): beyond the edge, or beside its best.",
+                f"The lowest final validation loss with seed {c.run.seed} decided the search. The best of many trials looks "
+                f"better than it is, so none of them counts: all results are from new runs with {seeds}. The validation "
+                "sequences are the same in both.",
+            ]
+        else:
+            said.append(f"The learning rate was given, not searched for; the runs have {seeds}.")
+        if a.seeds > 1:
+            said.append(
+                "Intervals are Student's t over seeds. Differences are paired by seed and tested two-sided, with Holm's "
+                "correction for the number of pairs; without p < 0.05 there is no claim."
+            )
+        side_by_side = f"; {self.pool.parallel} trials ran at a time" if self.pool.parallel > 1 else ""
+        return [
+            *said,
+            f"Seconds are those in training steps, without evaluation and checkpoints{side_by_side}.",
+            FLOPS,
+            "A run whose schedule was made for fewer tokens would often reach a given loss with fewer still: the shares of "
+            "tokens and time to another's loss are cautious.",
+        ]
+
+
+def compare(args: argparse.Namespace, command: str) -> int:
+    """Search, final seeds, report; returns the exit status."""
+    out = Path(args.out or f"runs/compare-{Path(args.config).stem}")
+    comparison = Comparison(args, out)
+    with comparison.pool as pool:
+        searches = comparison.search()
+        trials, outcomes = comparison.finals(searches)
+    groups = {c.label: [] for c in comparison.contestants}
+    for trial, result in zip(trials, outcomes, strict=True):
+        groups[trial.label].append(read_run(trial.folder, trial.label, trial.command, result.status))
+    title = f"{comparison.config.run.name}: {', '.join(groups)}"
+    finish(out, summarize(groups, searches, about(title, command, comparison.method(searches))), pool.say)
+    return 0
+
+
+def compare_runs(folders: Sequence[str], out: Path, command: str) -> int:
+    """A report on runs that are there already."""
+    runs = []
+    for folder in map(Path, folders):
+        run = read_run(folder)
+        run.status = judge(read_metrics(folder / "metrics.jsonl"), run.config.train.steps).status
+        if run.status != "diverged" and not run.validation:
+            raise ConfigError(f"{folder} has no evaluation yet: nothing to compare")
+        run.command = shlex.join(["python", "train.py", str(folder / "config.yaml"), f"run.dir={folder}-again"])
+        runs.append(run)
+    label_runs(runs)
+    groups = {run.label: [r for r in runs if r.label == run.label] for run in runs}
+    method = [
+        "Runs that were there already: what was searched for, and how hard, is not known here.",
+        "Intervals are Student's t over seeds. Differences are paired where two seeds or more are common, else Welch's, and "
+        "tested two-sided with Holm's correction for the number of pairs; without p < 0.05 there is no claim.",
+        FLOPS,
+    ]
+    finish(out, summarize(groups, {}, about(", ".join(groups), command, method)), print)
+    return 0
+
+
+def about(title: str, command: str, method: list[str]) -> dict[str, object]:
+    """What a reader needs to place the numbers."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()}, {os.cpu_count()} CPU cores"
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    return {"title": title, "command": command, "device": device, "versions": versions, "method": method}
+
+
+def finish(out: Path, results: dict, say: object) -> None:
+    """Write the report and say what it says."""
+    page = write_report(out, results)
+    for line in [*results["sentences"], *results["caveats"]]:
+        say(line)
+    say(f"report: {page}")
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+def arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", nargs="?", help="a YAML file, as for train.py")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the file, for all trials")
+    parser.add_argument(
+        "--optimizers",
+        nargs="+",
+        metavar="NAME",
+        help="names of optimizer.name, or dotted paths; options in braces: 'mypackage.Soap{route: hidden, arguments: {...}}'",
+    )
+    parser.add_argument("--lrs", nargs="+", metavar="LR", help="learning rates to begin with, for all (auto: around the usual)")
+    parser.add_argument("--trials", type=positive, default=5, help="learning rates to begin with when they are auto (5)")
+    parser.add_argument("--adamw-lrs", nargs="+", metavar="LR", help="then try these for optimizer.adamw_lr")
+    parser.add_argument("--seeds", type=positive, default=3, help="final runs of each optimizer (3)")
+    parser.add_argument("--parallel", type=positive, help="trials at a time (one for each visible GPU, else 1)")
+    parser.add_argument("--runs", nargs="+", metavar="DIR", help="compare these runs instead of starting any")
+    parser.add_argument("--out", help="folder of trials and report (runs/compare-<name of the file>)")
+    args = parser.parse_intermixed_args(argv)
+    words = [word for word in (args.config, *args.overrides) if word is not None]
+    for key in ("optimizers", "lrs", "adamw_lrs"):  # what stands behind a list is not all part of it
+        listed = getattr(args, key) or []
+        words += [word for word in listed if is_override(word)]
+        setattr(args, key, [word for word in listed if not is_override(word)])
+    args.config, *args.overrides = words or [None]
+    args.lrs = learning_rates("--lrs", [] if args.lrs == ["auto"] else args.lrs)
+    args.adamw_lrs = learning_rates("--adamw-lrs", args.adamw_lrs)
+    if args.runs:
+        if args.config or args.optimizers:
+            raise ConfigError("--runs compares runs that are there: no configuration and no --optimizers with it")
+    elif not args.config or is_override(args.config):
+        raise ConfigError("a configuration is missing: python -m launch.compare CONFIG.yaml --optimizers celo2 adamw")
+    elif not args.optimizers:
+        raise ConfigError("--optimizers is missing, such as --optimizers celo2 adamw muon")
+    return args
+
+
+def learning_rates(option: str, words: list[str]) -> list[float]:
+    """Different positive numbers, ascending."""
+    try:
+        values = sorted({float(word) for word in words})
+    except ValueError:
+        values = [math.nan]
+    if not all(0 < value < math.inf for value in values):
+        raise ConfigError(f"{option} {' '.join(words)}: expected positive numbers" + (" or auto" if option == "--lrs" else ""))
+    return values
+
+
+def is_override(text: str) -> bool:
+    """Whether a word of the command line is section.key=value, not an optimizer."""
+    return "=" in text.partition("{")[0]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status 0: done; 2: bad input or a failed trial, said in one line; 75: saved and stopped by a signal."""
+    argv = sys.argv[1:] if argv is None else argv
+    command = shlex.join(["python", "-m", "launch.compare", *argv])
+    try:
+        args = arguments(argv)
+        return compare_runs(args.runs, Path(args.out or "runs/compare"), command) if args.runs else compare(args, command)
+    except Stopped:
+        print("stopped by a signal, all trials are saved; the same command continues")
+        return STOPPED
+    except (ConfigError, DataError, RuleError, TrialError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

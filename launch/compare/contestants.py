@@ -1,0 +1,109 @@
+"""What is compared: optimizers by name or dotted path, with options of their own, and where their grids begin."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import yaml
+
+from configs.load import ConfigError, build, check_optimizer_name
+from configs.schema import Config, Optimizer
+from launch.foreign import accepted, find_class
+from launch.optimizers import LIBRARIES, check_optimizer
+
+# Where a grid begins, times what the configuration asks of its own optimizer beyond its usual: what authors use for language
+# models. No more than a beginning: grids are extended until the best value lies inside.
+USUAL_LR = {
+    "celo2": 1e-3,  # arXiv 2602.19142: 3e-4 to 1e-3; an update has RMS 1
+    "celo2-base": 1e-3,
+    "adamw": 1e-3,  # 6e-4 at 125M, more for smaller models (arXiv 2005.14165, table 2.1)
+    "muon": 1e-3,  # at AdamW's scale of updates (match_rms_adamw, arXiv 2502.16982)
+    "lion": 2e-4,  # 3 to 10 times below AdamW's (arXiv 2302.06675, section 5)
+    "soap": 3e-3,  # arXiv 2409.11321
+    "adafactor": 1e-2,  # torch's default; relative to the RMS of the weight
+    "schedule-free": 3e-3,  # 1 to 10 times AdamW's (arXiv 2405.15682)
+}
+# Schedule-free averages the weights instead of lowering the learning rate; the warm-up stays.
+NEEDS = {"schedule-free": ["schedule.kind=constant"]}
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One optimizer of the comparison."""
+
+    label: str  # its name, with its options where the name alone would stand for two
+    slug: str  # a name for its folder
+    overrides: tuple[str, ...]  # section.key=value, without learning rates
+    lr: float  # where its grid begins
+    special: tuple[str, ...]  # what a reader must know that is not the same for all
+    takes_adamw_lr: bool  # whether the common optimizer.adamw_lr changes anything
+
+
+def parse(spec: str, config: Config) -> Contestant:
+    """A contestant from `NAME` or `NAME{key: value, ...}`, the keys those of the section `optimizer`.
+
+    Examples: `celo2`, `celo2{rule: mine.safetensors}`, `torch.optim.NAdam`,
+    `mypackage.Soap{route: hidden, lr: 3e-3, arguments: {precondition_frequency: 10}}`.
+
+    Raises:
+        ConfigError: not of this form, an unknown key, or an optimizer that cannot be had.
+    """
+    name, brace, rest = spec.partition("{")
+    name = name.strip()
+    try:
+        own = yaml.safe_load(brace + rest) if brace else {}
+    except yaml.YAMLError:
+        own = None
+    if not isinstance(own, dict) or not name or "name" in own:
+        raise ConfigError(f"--optimizers '{spec}': expected NAME or NAME{{key: value, ...}}")
+    same = name == config.optimizer.name  # then the options of the configuration are meant for it
+    if not same:
+        own = {"rule": None, "arguments": None, "route": Optimizer().route} | own
+    usual = asdict(config.optimizer) if same else {"weight_decay": config.optimizer.weight_decay}
+    section = build(Optimizer, usual | own | {"name": name}, "optimizer.")
+    check_optimizer_name(name)
+    check_optimizer(section)
+    lr = section.lr if same or "lr" in own else usual_lr(name) * config.optimizer.lr / usual_lr(config.optimizer.name)
+    if not lr > 0:
+        raise ConfigError(f"{spec}: a grid of learning rates cannot begin at {lr:g}")
+    given = [f"optimizer.{key}={flow(value)}" for key, value in own.items() if key != "lr"]
+    overrides = (f"optimizer.name={name}", *given, *NEEDS.get(name, []))
+    special = [option for option in overrides[1:] if not option.endswith("=null") and option != "optimizer.route=hidden"]
+    if name == "celo2-base":
+        special.append("trains every parameter with its own learning rate, without adamw_lr")
+    if name in LIBRARIES:
+        library = LIBRARIES[name]
+        special += [f"{key} {value}" for key, value in library.arguments.items()]
+        special += [f"weight decay of matrices times {library.decay:g}"] if library.decay != 1 else []
+    label = spec.strip()
+    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", label).strip("-.")
+    return Contestant(label, slug, overrides, lr, tuple(special), name != "celo2-base" and "adamw_lr" not in own)
+
+
+def parse_all(specs: list[str], config: Config) -> list[Contestant]:
+    """All contestants, each with a folder of its own."""
+    contestants = [parse(spec, config) for spec in specs]
+    names = [spec.partition("{")[0].strip() for spec in specs]
+    contestants = [replace(c, label=n) if names.count(n) == 1 else c for c, n in zip(contestants, names, strict=True)]
+    for attribute in ("label", "slug"):
+        values = [getattr(c, attribute) for c in contestants]
+        twice = next((value for value in values if values.count(value) > 1), None)
+        if twice is not None:
+            raise ConfigError(f"--optimizers names '{twice}' twice")
+    return contestants
+
+
+def usual_lr(name: str) -> float:
+    """Where a grid begins: what authors use, or the default of a library's constructor, or 1e-3 where it has none."""
+    if name in USUAL_LR:
+        return USUAL_LR[name]
+    parameter = accepted(find_class(name)).get("lr")
+    value = getattr(parameter, "default", None)
+    return float(value) if isinstance(value, int | float) and value > 0 else 1e-3
+
+
+def flow(value: Any) -> str:
+    """A value as YAML on one line."""
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("...\n").strip()

@@ -1,0 +1,174 @@
+"""A run as the comparison sees it: curves over tokens, read from the run's folder; interpolation and crossings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from configs.load import ConfigError, load_config
+from configs.schema import Config
+from launch.metrics import flat, read_metrics
+from launch.run import build_from_config, vocabulary
+from models import flops_per_token
+
+Curve = list[tuple[float, float]]  # (x, y), x ascending
+
+
+@dataclass
+class Run:
+    """One run: its configuration and what it logged."""
+
+    label: str
+    folder: Path
+    config: Config
+    command: str
+    training: list[dict[str, Any]]
+    validation: list[dict[str, Any]]
+    status: str = "finished"  # or "unfinished", "diverged"
+    flops_per_token: float | None = None
+    state_bytes: int | None = None
+    clock: Curve = field(default_factory=list)  # (tokens, seconds in training steps)
+
+    @property
+    def seed(self) -> int:
+        """`run.seed`: initial weights and data order."""
+        return self.config.run.seed
+
+    @property
+    def tokens(self) -> float:
+        """Tokens at its last evaluation; 0 without one."""
+        return self.validation[-1]["tokens"] if self.validation else 0
+
+    def losses(self) -> Curve:
+        """Validation loss over tokens."""
+        return [(r["tokens"], r["val_loss"]) for r in self.validation]
+
+    def seconds_at(self, tokens: float) -> float:
+        """Seconds in training steps until `tokens`."""
+        return at(self.clock, tokens)
+
+
+def read_run(folder: Path, label: str = "", command: str = "", status: str = "finished") -> Run:
+    """A run from its folder; evaluations and losses that were not finite are left out.
+
+    Raises:
+        ConfigError: the folder holds no run.
+    """
+    if not (folder / "config.yaml").exists():
+        raise ConfigError(f"{folder} holds no run: config.yaml is missing")
+    config = load_config(folder / "config.yaml")
+    records = read_metrics(folder / "metrics.jsonl")
+    training = [r for r in records if r.get("loss") is not None]
+    validation = [r for r in records if r.get("val_loss") is not None]
+    clock = [(0.0, 0.0)] + [(r["tokens"], r["seconds"]) for r in training]
+    run = Run(label, folder, config, command, training, validation, status, clock=clock)
+    run.flops_per_token = model_flops(folder, config)
+    run.state_bytes = state_bytes(folder)
+    return run
+
+
+def model_flops(folder: Path, config: Config) -> float | None:
+    """Model FLOPs of a token (`models.flops`); None where the run's tokenizer is missing."""
+    if not (folder / "tokenizer.json").exists():
+        return None
+    size = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
+    model, context = build_from_config(config, vocabulary(config, size), device="meta")
+    return flops_per_token(model, context)
+
+
+def state_bytes(folder: Path) -> int | None:
+    """Bytes of optimizer state in the newest checkpoint, from the header of its file; None without one."""
+    files = sorted(folder.glob("checkpoints/step_*/optimizer.safetensors"))
+    if not files:
+        return None
+    with files[-1].open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    return files[-1].stat().st_size - 8 - header
+
+
+def at(curve: Curve, x: float) -> float:
+    """The curve at `x`, by linear interpolation; its end beyond its ends."""
+    xs, ys = zip(*curve, strict=True)
+    return float(np.interp(x, xs, ys))
+
+
+def upto(curve: Curve, x: float) -> Curve:
+    """The curve until `x`, where it ends with an interpolated point if it had none."""
+    kept = [point for point in curve if point[0] <= x]
+    return kept if (kept and kept[-1][0] == x) or curve[-1][0] < x else [*kept, (x, at(curve, x))]
+
+
+def reaches(curve: Curve, target: float) -> float | None:
+    """The x at which the curve first comes down to `target`, by linear interpolation; None if it never does."""
+    before: tuple[float, float] | None = None
+    for x, y in curve:
+        if y <= target:
+            if before is None or before[1] == y:
+                return x
+            return before[0] + (x - before[0]) * (before[1] - target) / (before[1] - y)
+        before = (x, y)
+    return None
+
+
+def thinned(points: Sequence[Any], most: int = 1000) -> list[Any]:
+    """At most about `most` of the points, evenly spread, the first and the last among them."""
+    if len(points) <= most:
+        return list(points)
+    indices = np.unique(np.linspace(0, len(points) - 1, most).round().astype(int))
+    return [points[i] for i in indices]
+
+
+def label_runs(runs: list[Run]) -> None:
+    """Label runs by what tells them apart: the optimizer's name, and options where one name stands for several settings.
+
+    Raises:
+        ConfigError: two runs of the same setting and seed: they are no two samples.
+    """
+    for name in {run.config.optimizer.name for run in runs}:
+        group = [run for run in runs if run.config.optimizer.name == name]
+        options = [setting(run) for run in group]
+        differing = [key for key in sorted(set().union(*options)) if len({o.get(key) for o in options}) > 1]
+        for run, option in zip(group, options, strict=True):
+            given = [key for key in differing if option.get(key, "None") != "None"]
+            extra = ", ".join(f"{key.removeprefix('optimizer.')} {option[key]}" for key in given)
+            run.label = f"{name} ({extra})" if extra else name
+    seen: dict[tuple[str, int], Run] = {}
+    for run in runs:
+        other = seen.setdefault((run.label, run.seed), run)
+        if other is not run:
+            raise ConfigError(f"{other.folder} and {run.folder} are both {run.label} with seed {run.seed}: name one of them")
+
+
+def setting(run: Run) -> dict[str, str]:
+    """The options of a run that make it another contestant."""
+    kept = ("optimizer.", "schedule.", "train.steps")
+    return {key: str(value) for key, value in flat(asdict(run.config)).items() if key.startswith(kept)}
+
+
+def other_differences(runs: list[Run]) -> list[str]:
+    """Sentences on what else differs between runs: then a difference of losses is not the optimizer's alone."""
+    incidental = ("run.", "log.", "checkpoint.", "optimizer.", "schedule.", "train.steps", "distributed.", "data.")
+    incidental += ("train.micro_batch_size", "train.compile", "eval.every")
+    options = [{k: str(v) for k, v in flat(asdict(run.config)).items() if not k.startswith(incidental)} for run in runs]
+    for run, option in zip(runs, options, strict=True):
+        option["the data set"] = data_of(run)
+    sentences = []
+    for key in sorted(set().union(*options)):
+        values = sorted({option.get(key, "none") for option in options})
+        if len(values) > 1:
+            sentences.append(f"The runs differ in {key} ({', '.join(values)}): their losses differ for that reason too.")
+    return sentences
+
+
+def data_of(run: Run) -> str:
+    """What tells a run's data set from others: the fingerprint in its newest checkpoint, else the name of its folder."""
+    states = sorted(run.folder.glob("checkpoints/step_*/state.json"))
+    if states:
+        return str(json.loads(states[-1].read_text()).get("identity", {}).get("data set"))
+    return Path(run.config.data.dir or "none").name

@@ -1,0 +1,83 @@
+"""What an optimizer step takes and does: seconds, and how far it moves the hidden weights. `launch.compare` reports it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from celo2 import param_groups
+
+SAMPLE = 1 << 16  # elements of a matrix that are looked at, evenly spread: a copy of all weights would not fit everywhere
+
+
+class StepProbe:
+    """Looks on at an optimizer: `begin` a step, let it happen, and `record` what the steps since the last record took and did.
+
+    A step of the run may be several of the optimizer: DeepSpeed calls it once for each group.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, weights: Sequence[Tensor], device: torch.device) -> None:
+        """`weights` are the hidden matrices; under sharding, this rank's parts of them."""
+        self.weights, self.device = weights, device
+        self.before: list[Tensor] = []
+        self.started: Any = None
+        self.steps, self.seconds = 0, 0.0
+        self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        optimizer.register_step_pre_hook(self._started)
+        optimizer.register_step_post_hook(self._ended)
+
+    def begin(self, measure: bool) -> None:
+        """A step of the run begins; with `measure` the next record has its change of the weights."""
+        self.steps += 1
+        self.before = [sample(weight).clone() for weight in self.weights] if measure else []
+
+    def record(self) -> dict[str, float]:
+        """Mean `optimizer_seconds` of a step; and if the last one was measured, `update_rms`, the RMS change of a hidden weight
+        in it, and `update_ratio`, the same relative to the RMS of the weights."""
+        if self.events:
+            self.events[-1][1].synchronize()
+            self.seconds += sum(start.elapsed_time(end) for start, end in self.events) / 1e3
+        result = {"optimizer_seconds": self.seconds / self.steps} if self.steps else {}
+        if self.before:
+            pairs = [(before, sample(weight)) for before, weight in zip(self.before, self.weights, strict=True)]
+            moved = sum(float((after - before).double().square().sum()) for before, after in pairs)
+            size = sum(float(before.double().square().sum()) for before, _ in pairs)
+            count = sum(before.numel() for before, _ in pairs)
+            result["update_rms"] = (moved / count) ** 0.5 if count else 0.0
+            result["update_ratio"] = (moved / size) ** 0.5 if size else 0.0
+        self.steps, self.seconds, self.events, self.before = 0, 0.0, [], []
+        return result
+
+    def _started(self, *_: object) -> None:
+        self.started = self._clock()
+
+    def _ended(self, *_: object) -> None:
+        ended = self._clock()
+        if self.device.type == "cuda":
+            self.events.append((self.started, ended))
+        else:
+            self.seconds += ended - self.started
+
+    def _clock(self) -> Any:
+        """The time now: of the device's own queue on a GPU, where the host does not wait."""
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def hidden_names(model: nn.Module) -> list[str]:
+    """Names of the parameters that are hidden matrices, whatever optimizer they get; ask before sharding."""
+    groups = param_groups(model, 0.0, 0.0)
+    return [name for group in groups if group["update"] == "celo2" for name in group["param_names"]]
+
+
+def sample(weight: Tensor) -> Tensor:
+    """Up to about `SAMPLE` elements of a weight, evenly spread; the odd stride does not stay in one column of even width."""
+    local = getattr(weight, "_local_tensor", weight)  # a DTensor's part on this rank
+    return local.detach().reshape(-1)[:: max(1, local.numel() // SAMPLE) | 1]

@@ -1,0 +1,216 @@
+"""Optimizers of libraries: routed, refused in one line, and whole in a checkpoint."""
+
+import sys
+import types
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import nn
+
+from configs.load import ConfigError
+from configs.schema import OPTIMIZERS, Config, Optimizer
+from launch.checkpoint import load_checkpoint, take_snapshot, write_checkpoint
+from launch.foreign import Foreign, pack, unpack
+from launch.optimizers import LIBRARIES, Combined, build_optimizer, check_optimizer, optimizer_groups, set_mode
+from launch.probe import StepProbe, hidden_names
+from launch.strategy import make_strategy
+from models import build_model
+
+NADAM = Optimizer(name="torch.optim.NAdam", arguments={"decoupled_weight_decay": True})
+
+
+def tiny(seed=0):
+    torch.manual_seed(seed)
+    return build_model(layers=1, width=16, heads=2, context=8, vocab_size=64)
+
+
+def optimizer_of(config, model):
+    return build_optimizer(config, optimizer_groups(config, model))
+
+
+def step(model, optimizer, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=generator)
+    optimizer.step()
+
+
+def config_of(name):
+    if name in LIBRARIES:
+        pytest.importorskip(LIBRARIES[name].path.partition(".")[0])
+    return Optimizer(name=name, lr=1e-3)
+
+
+def strategy_of(config, seed):
+    """A model and its optimizer as a run of one process has them."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return make_strategy(Config(optimizer=config), Accelerator(cpu=True), tiny(seed))
+
+
+class Listing(torch.optim.Optimizer):
+    """Keeps numbers, lists, None and a counter in its group, as libraries do."""
+
+    def __init__(self, params, lr=1e-3, weight_decay=0.0, kind="plain"):
+        if kind not in ("plain", "other"):
+            raise ValueError(f"kind {kind!r}\nis unknown")
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "kind": kind})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            group["seen"] = group.get("seen", 0) + 1
+            for p in group["params"]:
+                state = self.state[p]
+                state.setdefault("history", [[], torch.zeros_like(p)])
+                state["history"][1] += p.grad * group["seen"]
+                state["step"] = state.get("step", 0) + 1
+                state["nothing"] = None
+                p -= group["lr"] * state["history"][1] * state["step"]
+
+
+def test_names_of_the_schema_are_those_that_are_built():
+    for name in OPTIMIZERS:
+        check_optimizer(config_of(name))
+    assert set(LIBRARIES) < set(OPTIMIZERS)
+
+
+def test_state_becomes_tensors_and_comes_back():
+    state = {"exp_avg": torch.ones(2), "step": 3, "on": True, "x": 0.1, "none": None, "GG": [torch.eye(2), [], (1, 2.5)]}
+    packed = pack(state)
+    assert all(isinstance(value, torch.Tensor) for value in packed.values())
+    back = unpack(dict(sorted(packed.items())))
+    assert back["GG"][1:] == [[], (1, 2.5)] and torch.equal(back["GG"][0], torch.eye(2))
+    assert torch.equal(back["exp_avg"], torch.ones(2))
+    assert {key: back[key] for key in ("step", "on", "x", "none")} == {"step": 3, "on": True, "x": 0.1, "none": None}
+    with pytest.raises(ConfigError, match=r"keeps a set \('seen'\)"):
+        pack({"seen": {1}})
+
+
+@pytest.mark.parametrize("name", [*LIBRARIES, "torch.optim.NAdam", "torch.optim.Adafactor", f"{__name__}.Listing"])
+def test_a_library_behaves_as_without_the_adapter(name, monkeypatch):
+    """The same steps on the library's own class, over the same groups, are the same bits."""
+    monkeypatch.setitem(sys.modules, __name__, types.SimpleNamespace(Listing=Listing))
+    config = config_of(name)
+    ours, theirs = tiny(), tiny()
+    optimizer = optimizer_of(config, ours)
+    own = optimizer_of(config, theirs)
+    parts = own.optimizers if isinstance(own, Combined) else (own,)
+    bare = [part.inner if isinstance(part, Foreign) else part for part in parts]
+    for part in (optimizer, *bare):
+        set_mode(part, "train")
+    for seed in range(3):
+        step(ours, optimizer, seed)
+        generator = torch.Generator().manual_seed(seed)
+        for p in theirs.parameters():
+            p.grad = torch.randn(p.shape, generator=generator)
+        for part in bare:
+            part.step()
+    for (key, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(a, b), key
+
+
+@pytest.mark.parametrize("name", [*LIBRARIES, "torch.optim.NAdam", f"{__name__}.Listing"])
+def test_a_checkpoint_holds_all_that_a_library_remembers(name, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, __name__, types.SimpleNamespace(Listing=Listing))
+    config = config_of(name)
+    going, resumed = strategy_of(config, 0), strategy_of(config, 1)
+    set_mode(going.optimizer, "train")
+    for seed in range(11):  # beyond SOAP's 10 steps between eigenbases
+        step(going.model, going.optimizer, seed)
+    set_mode(going.optimizer, "eval")
+    path = write_checkpoint(tmp_path, take_snapshot(going, {"step": 11}), keep=1)
+    load_checkpoint(path, resumed)
+    for strategy in (going, resumed):
+        set_mode(strategy.optimizer, "train")
+        for seed in range(11, 23):
+            step(strategy.model, strategy.optimizer, seed)
+    for (key, a), b in zip(going.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b), key
+        assert set(going.optimizer.state[a]) == set(resumed.optimizer.state[b])
+
+
+def test_the_average_of_schedule_free_is_what_is_evaluated():
+    model = tiny()
+    optimizer = optimizer_of(config_of("schedule-free"), model)
+    optimizer.train()
+    for seed in range(5):
+        step(model, optimizer, seed)
+    trained = [p.detach().clone() for p in model.parameters()]
+    optimizer.eval()
+    assert any(not torch.equal(a, b) for a, b in zip(trained, model.parameters(), strict=True))
+    optimizer.train()
+    worst = max((a - b).abs().max().item() for a, b in zip(trained, model.parameters(), strict=True))
+    assert worst < 1e-6  # measured 6e-8: there and back again is rounding
+
+
+def test_routes():
+    everything = optimizer_of(Optimizer(name="torch.optim.NAdam", route="all", lr=1.0, adamw_lr=0.5), tiny())
+    assert isinstance(everything, Foreign) and {group["lr"] for group in everything.param_groups} == {1.0, 0.5}
+    hidden = optimizer_of(Optimizer(name="torch.optim.NAdam", lr=1.0, adamw_lr=0.5), tiny())
+    library, adamw = hidden.optimizers
+    assert {group["lr"] for group in library.param_groups} == {1.0}
+    assert isinstance(adamw, torch.optim.AdamW) and {group["lr"] for group in adamw.param_groups} == {0.5}
+    claimed = [p for group in hidden.param_groups for p in group["params"]]
+    assert len(claimed) == len({id(p) for p in claimed}) == len(list(tiny().parameters()))
+
+
+def test_lion_decays_three_times_as_much():
+    optimizer = optimizer_of(config_of("lion"), tiny())
+    lion, adamw = optimizer.optimizers
+    assert [group["weight_decay"] for group in lion.param_groups] == pytest.approx([0.3])
+    assert max(group["weight_decay"] for group in adamw.param_groups) == 0.1
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (Optimizer(name="no_such_package.Soap"), "cannot import 'no_such_package'"),
+        (Optimizer(name="torch.optim.Nadam"), "'torch.optim' has no Nadam; did you mean NAdam?"),
+        (Optimizer(name="torch.nn.Linear"), "torch.nn.Linear is not a torch.optim.Optimizer"),
+        (Optimizer(name="torch.optim.NAdam", arguments={"beta": 1}), "has no argument 'beta'; did you mean 'betas'?"),
+        (Optimizer(name="torch.optim.NAdam", arguments={"lr": 1}), "give it as optimizer.lr"),
+        (Optimizer(name="torch.optim.NAdam", arguments={"betas": [2, 3]}), "refuses its arguments: Invalid beta parameter"),
+        (Optimizer(name="torch.optim.Rprop"), "knows no weight decay: set optimizer.weight_decay=0"),
+    ],
+)
+def test_mistakes_are_named(config, message):
+    with pytest.raises(ConfigError) as error:
+        check_optimizer(config)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_missing_library_names_its_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "schedulefree", None)
+    with pytest.raises(ConfigError, match="pip install schedulefree"):
+        check_optimizer(Optimizer(name="schedule-free"))
+
+
+def test_arguments_reach_the_built_in_ones():
+    assert optimizer_of(Optimizer(name="adamw", arguments={"betas": [0.8, 0.9]}), tiny()).defaults["betas"] == (0.8, 0.9)
+    with pytest.raises(ConfigError, match="has no argument 'momentun'; did you mean 'momentum'"):
+        optimizer_of(Optimizer(name="muon", arguments={"momentun": 0.9}), tiny())
+
+
+def test_probe_measures_time_and_change():
+    weight = nn.Parameter(torch.full((300, 300), 2.0))
+    weight.grad = torch.ones_like(weight)
+    optimizer = torch.optim.SGD([weight], lr=0.5)
+    probe = StepProbe(optimizer, [weight], torch.device("cpu"))
+    assert probe.record() == {}
+    probe.begin(measure=False)
+    optimizer.step()
+    assert set(probe.record()) == {"optimizer_seconds"}
+    probe.begin(measure=True)
+    optimizer.step()
+    optimizer.step()  # DeepSpeed steps group by group
+    record = probe.record()
+    assert record["update_rms"] == pytest.approx(1.0) and record["update_ratio"] == pytest.approx(1.0 / 1.5)
+    assert 0 < record["optimizer_seconds"] < 1
+    assert probe.record() == {}
+
+
+def test_hidden_matrices_of_a_gpt():
+    names = hidden_names(tiny())
+    assert len(names) == 6 and all((".layers.0." in name and name.endswith("_proj.weight")) or ".mlp" in name for name in names)
