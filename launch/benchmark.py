@@ -1,5 +1,6 @@
 """`python -m launch.benchmark optimizer`: the time of one optimizer step, side by side in one process.
 `python -m launch.benchmark save`: how long training waits for a checkpoint of a 125M model, and how large that is.
+`python -m launch.benchmark strategies`: every strategy on 1, 2 and 4 processes: difference, memory, bytes exchanged.
 
 Every optimizer steps over the same matrices in turn, round after round, so that a busy machine slows all of them alike;
 the ratio of the medians is the result, the spread over the rounds its error.
@@ -24,6 +25,7 @@ from celo2 import Celo2
 from configs.schema import Checkpoint as CheckpointConfig
 from configs.schema import Config
 from launch.checkpoint import Saver
+from launch.equality import table
 from launch.strategy import make_strategy
 from models import build_model
 
@@ -106,13 +108,14 @@ def gpu_name(device: torch.device) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Print the table, and write it as JSON when asked."""
     parser = argparse.ArgumentParser(prog="python -m launch.benchmark", description=__doc__)
-    parser.add_argument("what", choices=["optimizer", "save"])
+    parser.add_argument("what", choices=list(BENCHMARKS))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", help="a file for the result")
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    result = benchmark_save(args.rounds, device) if args.what == "save" else benchmark_optimizers(args.rounds, device)
-    print_saves(result) if args.what == "save" else print_optimizers(result)
+    measure, show = BENCHMARKS[args.what]
+    result = measure(args.rounds, device)
+    show(result)
     if args.json:
         with open(args.json, "w") as file:
             json.dump(result, file, indent=1)
@@ -133,6 +136,22 @@ def print_optimizers(result: dict[str, object]) -> None:
     for row in result["rows"]:
         times = f"{row['milliseconds']:10.1f}{row['fastest']:9.1f}{row['slowest']:9.1f}"
         print(f"{row['optimizer']:32}{times}{row['to_muon']:8.2f}{row['to_adamw']:9.1f}")
+
+
+def print_strategies(records: list[dict[str, object]]) -> None:
+    """A line for each strategy and number of processes; bytes of the rank with the most."""
+    print(f"{'':20}{'processes':>10}{'loss':>10}{'weights':>10}{'state':>12}{'gradients':>12}{'sent a step':>14}{'formula':>14}")
+    for r in records:
+        differences = f"{r['loss_difference']:10.1e}{r['weight_difference']:10.1e}"
+        held = f"{max(r['state_bytes']):12,}{max(r['gradient_bytes']):12,}"
+        print(f"{r['row']:20}{r['processes']:>10}{differences}{held}{r['sent_bytes']:14,.0f}{r['formula_bytes']:14,.0f}")
+
+
+BENCHMARKS = {
+    "optimizer": (benchmark_optimizers, print_optimizers),
+    "save": (benchmark_save, print_saves),
+    "strategies": (lambda rounds, device: table("celo2"), print_strategies),
+}
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from celo2.orthogonalize import newton_schulz_flops
 from celo2.rule import accumulator_shapes
 from configs.schema import Config
 from data.batches import check_batch_size
+from launch.cost import Machine, Setup, cost_lines, workload_of
 from launch.run import build_from_config, open_data, vocabulary
 from launch.schedule import lr_factor
 from models import flops_per_token
@@ -58,6 +59,17 @@ def make_plan(config: Config) -> str:
         "activations (estimate)": activations * (2 if bf16 else 4),
         "loss (estimate)": 4 * loss_elements(model),
     }
+    one = activation_elements(model, 1, context, config.model.gradient_checkpointing)
+    workload = workload_of(model, groups, context, per_token, one, loss_elements(model), config.model.gradient_checkpointing)
+    spread = config.distributed
+    setup = Setup(
+        spread.strategy,
+        micro_batch=config.train.micro_batch_size,
+        optimizer=optimizer.name,
+        bf16=bf16,
+        shard_state=spread.shard_state,
+        replicas=spread.replicas,
+    )
     epochs = f", {tokens / epoch_tokens:.2f} epochs of {epoch_tokens:,}" if epoch_tokens else ""
     warmup = next((s for s in range(config.train.steps) if lr_factor(config.schedule, s, config.train.steps) == 1), 0)
     lines = [
@@ -73,6 +85,8 @@ def make_plan(config: Config) -> str:
         f"schedule    {config.schedule.kind}, peak after step {warmup + 1}, last at {config.schedule.final:g} of the peak",
         f"memory      {sum(memory.values()) / GB:.2f} GB a process under {config.distributed.strategy}: "
         + ", ".join(f"{name} {size / GB:.2f}" for name, size in memory.items()),
+        "",
+        *cost_lines(workload, setup, config.train.batch_size, Machine()),
         "",
         routing_table(groups),
     ]
