@@ -1,6 +1,5 @@
 """Celo2 on shards equals Celo2 on whole parameters: one start of 2 and one of 4 gloo processes, many comparisons in each."""
 
-import math
 import os
 
 import pytest
@@ -71,9 +70,11 @@ def whole_run(names, variant="celo2", **options):
 
 
 def check(pieces, expected, what):
-    """`pieces`: {name: (flat tensor on this rank, start, stop)}. Worst measured over all cases 1.6e-6, in bfloat16 0."""
+    """`pieces`: {name: (flat tensor on this rank, start, stop)}."""
     for name, (values, start, stop) in pieces.items():
-        torch.testing.assert_close(values, expected[name].flatten()[start:stop], rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{what} {n}: {m}")
+        torch.testing.assert_close(
+            values, expected[name].flatten()[start:stop], rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{what} {n}: {m}"
+        )
 
 
 def sharded_run(cut, names, variant="celo2", **options):
@@ -112,14 +113,12 @@ def last_only(numel, rank, world):
 
 def flat_runs(rank, world):
     names = list(PARAMETERS)
-    splittable = [n for n in names if n != "batch"]
     for variant in ("celo2", "celo2-base"):
         for dtype in (torch.float32, torch.bfloat16):
             expected, single = whole_run(names, variant, ns_dtype=dtype)
             for cut in (even, uneven, last_only):
                 pieces, optimizer = sharded_run(cut, names, variant, ns_dtype=dtype)
-                tolerance_matters = variant == "celo2" and dtype == torch.bfloat16
-                if not tolerance_matters:
+                if variant == "celo2-base" or dtype == torch.float32:
                     check(pieces, expected, f"{cut.__name__} {variant} {dtype}")
                 else:  # one rounding of the direction to bfloat16 may fall the other way
                     for name, (values, start, stop) in pieces.items():
@@ -128,7 +127,6 @@ def flat_runs(rank, world):
                 count = torch.tensor(optimizer.orthogonalized)
                 dist.all_reduce(count)
                 assert count == single.orthogonalized, (cut.__name__, variant, count, single.orthogonalized)
-    assert splittable
     # The same run twice is the same bit for bit.
     first, _ = sharded_run(even, names)
     second, _ = sharded_run(even, names)
@@ -166,7 +164,11 @@ def replicas(rank, world):
                 for name, p in params.items():
                     p.grad = gradient(name, step)
                 optimizer.step()
-            check({n: (p.detach().flatten(), 0, p.numel()) for n, p in params.items()}, expected, f"replicas {variant} {shard_state}")
+            check(
+                {n: (p.detach().flatten(), 0, p.numel()) for n, p in params.items()},
+                expected,
+                f"replicas {variant} {shard_state}",
+            )
             count = torch.tensor(optimizer.orthogonalized)
             dist.all_reduce(count)
             assert count == single.orthogonalized
@@ -193,8 +195,10 @@ def refusals(rank, world):
     with pytest.raises(ShardingError, match="ranks 0 and 1 disagree about a parameter"):
         attempt(0 if rank == 0 else edge if rank > 1 else 24, edge, (6, 8) if rank == 0 else (8, 6))
     with pytest.raises(ShardingError, match="ranks 0 and 1 run different rules"):
-        attempt(0 if rank == 0 else 48 if rank > 1 else 24, edge, lr_rule=random_rule() if rank == 0 else random_rule("celo2-base"))
-    with pytest.raises(ShardingError, match="layer.weight, shape .9, 2, 2., is split over ranks.*`matrices`"):
+        attempt(
+            0 if rank == 0 else 48 if rank > 1 else 24, edge, lr_rule=random_rule() if rank == 0 else random_rule("celo2-base")
+        )
+    with pytest.raises(ShardingError, match=r"layer.weight, shape .9, 2, 2., is split over ranks.*`matrices`"):
         attempt(*((0, 10) if rank == 0 else (10, 36) if rank == 1 else (36, 36)), (9, 2, 2))
 
 
@@ -211,9 +215,15 @@ def test_sharded_equals_whole(world, tmp_path):
     mp.spawn(process, (world, os.fspath(tmp_path / "rendezvous")), nprocs=world)
 
 
-def test_uneven_cut_holds_everything():
-    for world in (2, 4):
-        for numel in (1, 5, 66):
-            runs = [uneven(numel, rank, world) for rank in range(world)]
-            assert runs[0][0] == 0 and runs[-1][1] == numel and all(a[1] == b[0] for a, b in zip(runs, runs[1:], strict=False))
-            assert math.prod(PARAMETERS["wide"][0]) == 115
+def test_a_flat_tensor_that_nothing_explains_is_refused():
+    """What DeepSpeed ZeRO does to an optimizer that it was given directly."""
+    layer = nn.Linear(6, 4)
+    optimizer = Celo2(layer.parameters(), lr=0.1, rule=random_rule())
+    flat = torch.zeros(28, requires_grad=True)
+    flat.grad = torch.ones(28)
+    optimizer.param_groups[0]["params"] = [flat]
+    with pytest.raises(
+        ShardingError, match=r"parameter group 0: a tensor of shape \(28,\) that nothing explains.*see celo2.zero"
+    ):
+        optimizer.step()
+    assert not flat.any()

@@ -1,0 +1,260 @@
+"""The unroll, its fast path, and the estimator: each against a plain version of itself."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from celo2 import Rule
+from celo2.metatrain import pes
+from celo2.metatrain import unroll as plain
+from celo2.metatrain.config import Config
+from celo2.metatrain.problems import SHAPES, Problems, draw_episode
+from celo2.metatrain.tasks import load_images
+from celo2.metatrain.train import MetaTraining
+from celo2.metatrain.unroll import initial_state, rule_of, theta_of
+from celo2.rule import accumulator_shapes, factored_axes, update
+from celo2.weights import hand_momentum
+
+SMALL = Config(tasks=["digits"], problems_per_task=3, batch_size=16, truncation=6, min_length=6, max_length=30, engine="plain")
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_images(["digits"])
+
+
+@pytest.fixture(scope="module")
+def fast():
+    return pytest.importorskip("celo2.metatrain.fast")
+
+
+def prepared(config: Config, digits, spread: float = 0.1):
+    """Problems, their first truncation with a reset, a state, and a θ near hand-momentum for every unroll."""
+    problems = Problems(config, digits)
+    truncation = next(t for t in map(problems.truncation, range(20)) if (t.reset_at < config.truncation).any())
+    noise = np.random.default_rng(0).standard_normal((2 * len(problems.task), plain.THETA_SIZE))
+    theta = (theta_of(hand_momentum(config.variant)) + spread * noise).astype(np.float32)
+    return truncation, initial_state(config.variant, problems.first), theta
+
+
+def loop_of_one_unroll(config, digits, state, theta, truncation, u):
+    """One unroll by `celo2.rule.update` and autograd, with nothing batched: its losses and last weights."""
+    n, rule = u // 2, rule_of(theta[u], config.variant, "")
+    weights = {name: torch.from_numpy(state[f"{name}.weight"][u].copy()) for name in SHAPES}
+    scale, losses = truncation.scale_before, []
+    for t in range(config.truncation):
+        if t in (0, truncation.reset_at[n]):
+            if t == truncation.reset_at[n]:
+                scale = truncation.scale_after
+                weights = {name: torch.from_numpy(truncation.fresh[name][n].copy()) for name in SHAPES}
+            zeros = {
+                name: {
+                    key: torch.zeros(s)
+                    for key, s in accumulator_shapes(shape, factored_axes(shape) if len(shape) > 1 else None).items()
+                }
+                for name, shape in SHAPES.items()
+            }
+        leaves = {name: w.clone().requires_grad_() for name, w in weights.items()}
+        real = {name: torch.from_numpy(scale[name][n].copy()) * w for name, w in leaves.items()}
+        rows = truncation.rows[n, t]
+        x, y = torch.from_numpy(digits.pixels[rows]), torch.from_numpy(digits.labels[rows])
+        logits = torch.relu(x @ real["w1"] + real["b1"]) @ real["w2"] + real["b2"]
+        loss = torch.nn.functional.cross_entropy(logits, y)
+        loss.backward()
+        losses.append(loss.item())
+        for name, w in weights.items():
+            g, s = leaves[name].grad, zeros[name]
+            if w.ndim == 1 and config.variant == "celo2":
+                s["momentum"][0].lerp_(g, 0.1)
+                s["second_moment"].lerp_(g * g, 0.05)
+                w -= config.inner_adam_lr * s["momentum"][0] / (s["second_moment"] + 1e-8).sqrt()
+            else:
+                w -= config.inner_lr * update(rule, s, g, w, orthogonalize=config.variant == "celo2")
+    return losses, weights
+
+
+@pytest.mark.parametrize("variant", ["celo2", "celo2-base"])
+def test_unroll_equals_a_loop_with_a_reset(variant, digits):
+    """Scales from 0.1 to 10, since larger ones make six steps chaotic."""
+    config = replace(SMALL, variant=variant, min_scale=0.1, max_scale=10.0)
+    truncation, state, theta = prepared(config, digits)
+    start = {key: x.copy() for key, x in state.items()}
+    losses = plain.unroll(config, digits, state, theta, truncation)
+    for u in range(len(theta)):
+        expected, weights = loop_of_one_unroll(config, digits, start, theta, truncation, u)
+        np.testing.assert_allclose(losses[u], expected, rtol=0, atol=1e-5)  # worst of 4 seeds 7.2e-7
+        for name, w in weights.items():
+            np.testing.assert_allclose(state[f"{name}.weight"][u], w, rtol=0, atol=1e-5)  # worst of 4 seeds 6.0e-8
+
+
+@pytest.mark.parametrize("reparametrization", ["global", "parameter"])
+@pytest.mark.parametrize("variant", ["celo2", "celo2-base"])
+def test_fast_equals_plain(variant, reparametrization, digits, fast):
+    config = replace(SMALL, variant=variant, reparametrization=reparametrization, min_scale=0.1, max_scale=10.0)
+    truncation, state, theta = prepared(config, digits)
+    other = {key: x.copy() for key, x in state.items()}
+    expected = plain.unroll(config, digits, state, theta, truncation)
+    losses = fast.unroll(config, digits, other, theta, truncation)
+    np.testing.assert_allclose(losses, expected, rtol=0, atol=1e-5)  # worst of 10 seeds 7.2e-7
+    for key, x in state.items():
+        # Worst of 10 seeds 5.7e-7 of the bound's scale.
+        np.testing.assert_allclose(other[key], x, rtol=1e-4, atol=1e-5 * max(1e-3, np.abs(x).max()), err_msg=key)
+
+
+def test_fast_stays_close_over_a_published_truncation(digits, fast):
+    """Fifty steps of batch 64 over the whole range of scales: the median over unrolls, since some are chaotic."""
+    config = replace(SMALL, truncation=50, min_length=100, max_length=200, batch_size=64, min_scale=1e-3, max_scale=1e3)
+    truncation, state, theta = prepared(config, digits)
+    other = {key: x.copy() for key, x in state.items()}
+    expected = plain.unroll(config, digits, state, theta, truncation)
+    losses = fast.unroll(config, digits, other, theta, truncation)
+    assert np.median(np.abs(losses - expected)[:, -1]) < 1e-4  # measured 5e-7
+
+
+def test_threads_do_not_change_a_bit(digits, fast):
+    results = []
+    for threads in (1, 3):
+        config = replace(SMALL, threads=threads)
+        truncation, state, theta = prepared(config, digits)
+        results.append((fast.unroll(config, digits, state, theta, truncation), state))
+    (first, first_state), (second, second_state) = results
+    np.testing.assert_array_equal(first, second)
+    for key, x in first_state.items():
+        np.testing.assert_array_equal(x, second_state[key])
+
+
+@pytest.mark.parametrize("reparametrization", ["none", "global", "tensor", "parameter"])
+def test_reparametrization_keeps_the_function(reparametrization, digits):
+    """s · (w / s) is the same network for every s; how many different s there are is the level."""
+    config = replace(SMALL, reparametrization=reparametrization)
+    episodes = [draw_episode(config, 0, e) for e in range(30)]
+    for e in episodes:
+        real = e.scale["w1"].astype(np.float64) * e.weights["w1"]
+        assert 0.5 / 8 < real.std() < 1.0 / 8  # truncated normal of deviation 0.88 / sqrt(64)
+        assert SMALL.min_scale <= e.scale["w1"].min() and e.scale["w1"].max() <= SMALL.max_scale
+        assert SMALL.min_length <= e.length <= SMALL.max_length
+    distinct = {np.unique(np.concatenate([s.ravel() for s in e.scale.values()])).size for e in episodes}
+    count = sum(int(np.prod(shape)) for shape in SHAPES.values())
+    expected = {"none": 1, "global": 1, "tensor": len(SHAPES), "parameter": count}[reparametrization]
+    assert max(distinct) <= expected and min(distinct) >= 0.95 * expected
+
+
+def test_starts_are_staggered_and_lengths_are_kept(digits):
+    """The steps at which one problem starts anew, counted by hand over many truncations."""
+    config = replace(SMALL, problems_per_task=8)
+    problems = Problems(config, digits)
+    left = problems.length - problems.age
+    assert len(set(left)) > 3
+    ends = [[int(steps)] for steps in left]
+    for i in range(40):
+        truncation = problems.truncation(i)
+        for n, t in enumerate(truncation.reset_at):
+            if t < config.truncation:
+                assert i * config.truncation + t == ends[n][-1]
+                ends[n].append(ends[n][-1] + draw_episode(config, n, len(ends[n])).length)
+    assert all(len(e) > 5 for e in ends)
+
+
+def test_problems_do_not_depend_on_their_number(digits):
+    few, many = (Problems(replace(SMALL, problems_per_task=n), digits).truncation(3) for n in (2, 5))
+    np.testing.assert_array_equal(few.rows, many.rows[:2])
+    np.testing.assert_array_equal(few.scale_before["w1"], many.scale_before["w1"][:2])
+
+
+# A toy inner problem of two weights: x <- x - tanh(θ) ∘ x ∘ c, loss |x|² / 2 before each step, over whole episodes.
+CURVATURE = np.array([0.3, 0.25])
+
+
+def toy_losses(theta: np.ndarray, x: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Losses (U, steps) and the last x (U, 2) of unrolls with θ (U, 2)."""
+    losses = []
+    for _ in range(steps):
+        losses.append((x**2).sum(1) / 2)
+        x = x - np.tanh(theta) * x * CURVATURE
+    return np.stack(losses, 1), x
+
+
+def test_pes_is_unbiased_where_truncated_es_is_not():
+    """Four truncations of three steps, 40,000 problems: PES gives the finite-difference gradient of the whole episode's loss."""
+    theta, sigma, steps, count = np.array([0.4, 0.3]), 0.05, 3, 40_000
+    rng = np.random.default_rng(0)
+    x, xi, pes_sum, es_sum = np.ones((2 * count, 2)), np.zeros((count, 2)), 0.0, 0.0
+    never = np.full(count, steps)
+    for _ in range(4):
+        epsilon = sigma * rng.standard_normal((count, 2))
+        losses, x = toy_losses(pes.antithetic(theta, epsilon), x, steps)
+        before, after = pes.differences(losses, never)
+        xi = xi + epsilon
+        pes_sum = pes_sum + pes.estimate(before, after, xi, epsilon, sigma, np.ones(count)) / 4
+        es_sum = es_sum + pes.estimate(before, after, epsilon, epsilon, sigma, np.ones(count)) / 4
+        xi = pes.persisted(xi, epsilon, never, steps)
+    expected = []
+    for i in range(2):
+        h = np.eye(2)[i] * 1e-5
+        high, low = (toy_losses((theta + d)[None], np.ones((1, 2)), 12)[0].mean() for d in (h, -h))
+        expected.append((high - low) / 2e-5)
+    np.testing.assert_allclose(pes_sum, expected, rtol=0.05)  # worst of eight seeds 0.019
+    assert (es_sum / expected).max() < 0.5  # forgets earlier perturbations: measured 0.23 to 0.29
+
+
+def test_pes_of_one_truncation_is_antithetic_es():
+    rng = np.random.default_rng(0)
+    epsilon, losses = 0.1 * rng.standard_normal((7, 5)), rng.standard_normal((14, 4))
+    before, after = pes.differences(losses, np.full(7, 4))
+    expected = ((losses[0::2].mean(1) - losses[1::2].mean(1))[:, None] * epsilon).mean(0) / (2 * 0.1**2)
+    np.testing.assert_allclose(pes.estimate(before, after, epsilon, epsilon, 0.1, np.ones(7)), expected)
+
+
+def test_after_a_reset_only_the_new_perturbation_counts():
+    """A problem that restarts before its third of four steps, written out."""
+    xi_old, epsilon = np.array([[5.0, -3.0]]), np.array([[1.0, 2.0]])
+    losses, reset_at = np.array([[1.0, 2.0, 4.0, 8.0], [0.5, 0.5, 1.0, 1.0]]), np.array([2])
+    before, after = pes.differences(losses, reset_at)
+    assert (before[0], after[0]) == (2.0 / 4, 10.0 / 4)
+    xi = xi_old + epsilon
+    gradient = pes.estimate(before, after, xi, epsilon, 1.0, np.ones(1))
+    np.testing.assert_allclose(gradient, (0.5 * xi[0] + 2.5 * epsilon[0]) / 2)
+    np.testing.assert_array_equal(pes.persisted(xi, epsilon, reset_at, 4), epsilon)
+    np.testing.assert_array_equal(pes.persisted(xi, epsilon, np.array([4]), 4), xi)
+
+
+def test_buckets_weigh_large_and_small_differences_alike():
+    scale, bucket = pes.BucketScale(2), np.array([0, 0, 1, 1])
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        difference = rng.standard_normal(4) * np.array([1e-3, 1e-3, 1e3, 1e3])
+        weighted = difference * scale.weights(bucket, difference)
+    assert scale.mean_square == pytest.approx([1e-6, 1e6], rel=0.5)
+    assert np.abs(weighted).max() < 5
+
+
+def test_meta_training_lowers_the_loss(digits):
+    """A rule that walks uphill is turned round; the fixed seed makes the test exact."""
+    short = replace(SMALL, engine="auto", problems_per_task=8, batch_size=8, truncation=5, min_length=5, max_length=10)
+    config = replace(short, min_scale=10.0, max_scale=10.0, init="hand-momentum", sigma=0.1, outer_lr=0.2, seed=1)
+    training = MetaTraining(config, digits)
+    with torch.no_grad():
+        training.theta.mul_(0.0).add_(torch.from_numpy(uphill_theta()))
+    losses = [training.step()["loss"] for _ in range(60)]
+    assert np.mean(losses[-10:]) < np.mean(losses[:10]) - 0.1
+
+
+@pytest.mark.parametrize("loss_clip", [None, 1.5])
+def test_losses_that_are_not_finite_do_not_spoil_theta(loss_clip, digits):
+    """Clipped they count as the bound; raw, the pair says nothing."""
+    training = MetaTraining(replace(SMALL, loss_clip=loss_clip, init="hand-momentum"), digits)
+    losses = np.ones((2 * len(training.problems.task), SMALL.truncation), np.float32)
+    losses[1, 3:], losses[4, :] = np.nan, np.inf
+    training.unroll = lambda *_: losses
+    record = training.step()
+    assert np.isfinite(training.theta.detach().numpy()).all()
+    assert record["not_finite"] == pytest.approx((3 + 6) / 36)
+    assert (record["gradient_norm"] == 0) == (loss_clip is None)
+
+
+def uphill_theta() -> np.ndarray:
+    """hand-momentum with its output turned round."""
+    rule = hand_momentum()
+    return theta_of(Rule({**rule.weights, "w2": -rule.weights["w2"]}))

@@ -1,0 +1,229 @@
+"""The commands: a whole run, resume after a kill, and what a person is told about a mistake."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from celo2 import load_rule
+from celo2.metatrain import evaluate
+from celo2.metatrain.__main__ import main
+from celo2.metatrain.config import Config, load_config
+from celo2.metatrain.evaluation.suite import TASKS, build_optimizers
+from celo2.metatrain.tasks import load_images
+from celo2.metatrain.train import read_metrics
+
+ROOT = Path(__file__).parents[2]
+TINY = """
+tasks: [digits]
+engine: plain
+problems_per_task: 2
+batch_size: 8
+truncation: 4
+min_length: 4
+max_length: 20
+iterations: 12
+init: hand-momentum
+init_noise: 0.1
+average: 0.9
+scale_buckets: 2
+loss_clip: 1.5
+checkpoint_every: 4
+snapshot_every: 4
+log_every: 2
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY)
+    return path
+
+
+def folder_of(tiny: Path, name: str, *overrides: str) -> Path:
+    folder = tiny.parent / name
+    assert main([str(tiny), f"run_dir={folder}", *overrides]) == 0
+    return folder
+
+
+def numbers(folder: Path) -> list[dict[str, float]]:
+    """The metrics without the times."""
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in read_metrics(folder / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("variant", ["celo2", "celo2-base"])
+def test_run_leaves_metrics_curve_and_a_rule_that_loads(variant, tiny):
+    folder = folder_of(tiny, "run", f"variant={variant}")
+    assert [record["iteration"] for record in numbers(folder)] == [2, 4, 6, 8, 10, 12]
+    assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
+    rule = load_rule(folder / "rule.safetensors")
+    assert rule.variant == variant and "12 iterations on digits" in rule.description
+    assert sorted(path.name for path in (folder / "rules").iterdir()) == [f"{i:08d}.safetensors" for i in (4, 8, 12)]
+    assert load_config(folder / "config.yaml").variant == variant
+
+
+def test_same_seed_same_rule_another_seed_another(tiny):
+    first, again, other = (folder_of(tiny, name, f"seed={seed}") for name, seed in (("a", 0), ("b", 0), ("c", 1)))
+    assert load_rule(first / "rule.safetensors") == load_rule(again / "rule.safetensors")
+    assert load_rule(first / "rule.safetensors") != load_rule(other / "rule.safetensors")
+    assert numbers(first) == numbers(again)
+
+
+def test_resumes_exactly_after_two_stops(tiny):
+    whole = folder_of(tiny, "whole")
+    for iterations in (4, 8, 12):
+        pieces = folder_of(tiny, "pieces", f"iterations={iterations}")
+    assert load_rule(pieces / "rule.safetensors") == load_rule(whole / "rule.safetensors")
+    assert numbers(pieces) == numbers(whole)
+
+
+def test_resumes_exactly_after_a_kill(tiny):
+    """SIGKILL between two checkpoints, so that work is lost and lines of metrics are ahead of the state."""
+    whole = folder_of(tiny, "whole", "iterations=60", "log_every=1", "checkpoint_every=10")
+    folder = tiny.parent / "killed"
+    command = [sys.executable, "-m", "celo2.metatrain", str(tiny), f"run_dir={folder}", "iterations=60", "log_every=1"]
+    process = subprocess.Popen(
+        [*command, "checkpoint_every=10"], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 180
+    while not len(read_metrics(folder / "metrics.jsonl")) > 12:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert (folder / "state.safetensors").exists()
+    assert len(read_metrics(folder / "metrics.jsonl")) < 60
+    folder_of(tiny, "killed", "iterations=60", "log_every=1", "checkpoint_every=10")
+    assert load_rule(folder / "rule.safetensors") == load_rule(whole / "rule.safetensors")
+    assert numbers(folder) == numbers(whole)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["iteration=3"], "unknown key 'iteration'; did you mean 'iterations'?"),
+        (["iterations=abc"], "iterations is 'abc', expected int"),
+        (["iterations=0"], "iterations is 0, expected at least 1"),
+        (["variant=celo3"], "variant is 'celo3', expected one of celo2, celo2-base"),
+        (["tasks=[]"], "tasks is empty"),
+        (["tasks=[cats]"], "task 'cats': expected digits, hub:NAME"),
+        (["tasks=[hub:cats]"], "task 'hub:cats': expected one of mnist"),
+        (["tasks=[missing.npz]"], "task missing.npz: cannot be read"),
+        (["min_length=3"], "min_length is 3, expected at least truncation (4)"),
+        (["min_scale=2", "max_scale=1"], "min_scale is 2.0"),
+        (["sigma=0"], "sigma is 0.0, expected above 0"),
+        (["checkpoint_every=3"], "checkpoint_every is 3, expected a multiple of log_every"),
+        (["init=nothing"], "no rule 'nothing'"),
+        (["engine=fast", "batch_size=9"], "engine fast needs device cpu and a batch_size that 8 divides"),
+        (["sigma"], "'sigma': expected key=value"),
+        (["outer_betas=[0.9]"], "outer_betas is [0.9], expected two numbers"),
+    ],
+)
+def test_a_mistake_is_one_clear_line(overrides, message, tiny, capsys):
+    assert main([str(tiny), f"run_dir={tiny.parent / 'bad'}", *overrides]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1 and errors[0].startswith("error: ") and message in errors[0]
+    assert not (tiny.parent / "bad").exists()
+
+
+def test_another_configuration_does_not_continue_a_run(tiny, capsys):
+    folder = folder_of(tiny, "run")
+    before = (folder / "state.safetensors").read_bytes()
+    assert main([str(tiny), f"run_dir={folder}", "sigma=0.5"]) == 2
+    assert "was written with sigma 0.01, now it is 0.5" in capsys.readouterr().err
+    (folder / "state.safetensors").write_bytes(before[:100])
+    assert main([str(tiny), f"run_dir={folder}"]) == 2
+    assert "not a meta-training state" in capsys.readouterr().err
+
+
+def test_npz_of_images(tmp_path):
+    """All sets of a file or one of them, standardized; bad ones are named."""
+    rng = np.random.default_rng(0)
+    path = tmp_path / "images.npz"
+    sets = {f"{name}_images": rng.integers(0, 255, (20, 8, 8), np.uint8) for name in "ba"}
+    labels = {f"{name}_labels": np.arange(20, dtype=np.uint8) % 10 for name in "ba"}
+    np.savez(path, **sets, **labels)
+    images = load_images([str(path), f"{path}:b"])
+    assert images.names == ("a", "b", "b") and list(images.starts) == [0, 20, 40]
+    assert images.pixels[20:40].std() == pytest.approx(1, abs=1e-5)
+    np.testing.assert_array_equal(images.pixels[20:40], images.pixels[40:])
+    with pytest.raises(ValueError, match="no such data set; the file holds a, b"):
+        load_images([f"{path}:c"])
+    np.savez(path, a_images=sets["a_images"][:, :4], a_labels=labels["a_labels"])
+    with pytest.raises(ValueError, match="expected \\(N, 8, 8\\)"):
+        load_images([str(path)])
+
+
+def test_images_of_the_hub_become_small_and_grey(monkeypatch):
+    """Without a network: a data set of one white and one half-red image, as `datasets` hands it out."""
+    datasets, image = pytest.importorskip("datasets"), pytest.importorskip("PIL.Image")
+    half = np.zeros((32, 32, 3), np.uint8)
+    half[:, :16, 0] = 255
+
+    class Split(dict):
+        column_names = ("img", "label")
+
+    split = Split(img=[image.new("RGB", (32, 32), "white"), image.fromarray(half)], label=[3, 7])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: split)
+    images = load_images(["hub:cifar10"])
+    raw = images.pixels.reshape(2, 8, 8)
+    assert images.names == ("cifar10",) and list(images.labels) == [3, 7]
+    assert np.ptp(raw[0]) == 0 and raw[0, 0, 0] > raw[1, 0, 0] > raw[1, 0, 7]
+    assert np.ptp(raw[1, :, :4]) == 0 and np.ptp(raw[1, :, 4:]) == 0
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "metatrain").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configurations_load(path):
+    assert load_config(path) != Config()
+
+
+def test_evaluation_table_and_continuation(tmp_path, capsys):
+    """Two optimizers on a language model and an image task; the second command runs nothing again."""
+    (tmp_path / "text.txt").write_bytes(bytes(np.random.default_rng(0).integers(97, 105, 12_000, np.uint8)))
+    out = tmp_path / "runs.jsonl"
+    arguments = ["hand-momentum", "--tasks", "gpt-tiny,autoencoder", "--text", str(tmp_path / "text.txt"), "--steps", "3"]
+    arguments += ["--seeds", "2", "--baselines", "adamw", "--out", str(out)]
+    assert evaluate.main(arguments) == 0
+    table = capsys.readouterr().out
+    assert table.count("| gpt-tiny | ") == 2 and table.count("| autoencoder | hand-momentum |") == 1
+    lines = out.read_text()
+    records = [json.loads(line) for line in lines.splitlines()]
+    assert len(records) == 2 * 2 * (4 + 2)
+    assert all(0 < record["loss"] < 10 for record in records)
+    assert evaluate.main(arguments) == 0
+    assert capsys.readouterr().out == table and out.read_text() == lines
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing"], "no rule 'nothing'"),
+        (["--tasks", "gtp"], "task 'gtp': expected one of"),
+        ([], "need --text"),
+        (["--text", "missing.txt"], "text missing.txt: cannot be read"),
+        (["--seeds", "0"], "must be at least 1"),
+    ],
+)
+def test_evaluation_mistakes(arguments, message, capsys):
+    assert evaluate.main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "hand-momentum", "adam-orthogonalized", "celo2-base"])
+@pytest.mark.parametrize("task", sorted(set(TASKS) - {"gpt", "gpt-wide"}))
+def test_every_parameter_of_every_network_is_trained_once(task, optimizer):
+    network = TASKS[task].build()
+    parts = build_optimizers(optimizer, network, 1e-3)
+    claimed = [id(p) for part in parts for group in part.param_groups for p in group["params"]]
+    assert sorted(claimed) == sorted(id(p) for p in network.parameters())
+    if optimizer == "hand-momentum":
+        assert sum(p.ndim == 2 for p in parts[0].param_groups[0]["params"]) >= 2
+    assert torch.is_tensor(next(network.parameters()))
