@@ -1,0 +1,164 @@
+"""The tasks of the evaluation, and the optimizers, each with a grid of four learning rates of its own."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from celo2 import Celo2, Rule, load_rule
+from celo2.metatrain.config import MetatrainError
+from celo2.metatrain.evaluation.networks import Autoencoder, Convolutional, Recurrent, Transformer
+from celo2.metatrain.tasks import CLASSES, load_images
+from celo2.weights import weight_shapes
+
+VALIDATION_SHARE, VALIDATION_BATCHES = 0.1, 16
+WEIGHT_DECAY, ADAMW_LR, ADAMW = 0.1, 3e-3, {"betas": (0.9, 0.95), "eps": 1e-8}
+WARMUP, FINAL = 0.05, 0.1  # shares of the steps and of the learning rate; a cosine between
+
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A network, its kind of data ("text" or "images"), and its batches: sequences of `context` bytes, or images."""
+
+    build: Callable[[], nn.Module]
+    data: str
+    batch: int
+    context: int = 0
+    patches: bool = False
+
+
+TASKS = {
+    "gpt-tiny": Task(lambda: Transformer(64, 2, 2, 64), "text", 16, 64),
+    "gpt": Task(lambda: Transformer(128, 4, 4, 128), "text", 16, 128),
+    "gpt-wide": Task(lambda: Transformer(512, 4, 8, 128), "text", 16, 128),
+    "rnn": Task(lambda: Recurrent(128), "text", 32, 48),
+    "vit": Task(lambda: Transformer(64, 3, 4, 16, patch=4, classes=CLASSES), "images", 64, patches=True),
+    "conv": Task(lambda: Convolutional(32, CLASSES), "images", 64),
+    "autoencoder": Task(Autoencoder, "images", 64),
+}
+
+# Grids in steps of 2. An update of the rules has RMS 1; Muon's singular values are 1, so that its RMS is about width ** -0.5.
+RULE_LRS = (1e-3, 2e-3, 4e-3, 8e-3)
+BASELINE_LRS = {"adamw": (1e-3, 2e-3, 4e-3, 8e-3), "muon": (0.01, 0.02, 0.04, 0.08)}
+BASELINES = ("adamw", "muon", "hand-momentum", "adam-orthogonalized")
+
+
+def adam_orthogonalized() -> Rule:
+    """A rule set by hand: Adam's direction (decays 0.9 and 0.95, no bias correction), to be orthogonalized and normalized."""
+    weights = {name: torch.zeros(shape) for name, shape in weight_shapes(hidden=8).items()}
+    weights["w0__5"][0, 0], weights["w0__5"][0, 1] = 1.0, -1.0  # m / sqrt(v), positive and negative part
+    weights["w1"][0, 0] = weights["w1"][1, 1] = 1.0
+    weights["w2"][0, 0], weights["w2"][1, 0] = 1.0, -1.0
+    return Rule(weights, description="hand-set: Adam's direction")
+
+
+def grid(optimizer: str) -> tuple[float, ...]:
+    """The four learning rates that are tried for an optimizer."""
+    return BASELINE_LRS.get(optimizer, RULE_LRS)
+
+
+def build_optimizers(name: str, network: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
+    """The optimizers of a network: the hidden matrices by `name`, a baseline or a rule, everything else by AdamW at its own lr.
+
+    A rule of Celo2-base takes every parameter.
+    """
+    boundary = {id(p) for module in network.boundary() for p in module.parameters()}
+    hidden = [p for p in network.parameters() if p.ndim == 2 and id(p) not in boundary]
+    rest = [p for p in network.parameters() if p.ndim != 2 or id(p) in boundary]
+    adamw = lambda ps, lr: torch.optim.AdamW(ps, lr=lr, weight_decay=WEIGHT_DECAY, **ADAMW)  # noqa: E731
+    if name == "adamw":
+        return [adamw(hidden, lr), adamw(rest, ADAMW_LR)]
+    if name == "muon":
+        return [torch.optim.Muon(hidden, lr=lr, weight_decay=WEIGHT_DECAY), adamw(rest, ADAMW_LR)]
+    rule = adam_orthogonalized() if name == "adam-orthogonalized" else load_rule(name)
+    if rule.variant == "celo2-base":
+        groups = [{"params": hidden + rest, "update": "celo2"}]
+        return [Celo2(groups, lr=lr, rule=rule, orthogonalize=False, weight_decay=WEIGHT_DECAY)]
+    return [Celo2(hidden, lr=lr, rule=rule, weight_decay=WEIGHT_DECAY), adamw(rest, ADAMW_LR)]
+
+
+def schedule(step: int, steps: int) -> float:
+    """The factor on every learning rate at `step`: linear warm-up, then a cosine to a tenth."""
+    warmup = max(1, round(WARMUP * steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    return FINAL + (1 - FINAL) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def train(task: Task, data: Batch | Tensor, optimizer: str, lr: float, seed: int, steps: int) -> dict[str, object]:
+    """One run: its validation loss at the end and its training losses in twenty equal parts. Inf: it diverged."""
+    torch.manual_seed(seed)
+    network = task.build()
+    optimizers = build_optimizers(optimizer, network, lr)
+    for part in optimizers:
+        for group in part.param_groups:
+            group["peak"] = group["lr"]
+    curve = []
+    for step, (x, y) in enumerate(batches(task, data, "training", seed, steps)):
+        for part in optimizers:
+            for group in part.param_groups:
+                group["lr"] = group["peak"] * schedule(step, steps)
+        loss = network.loss(x, y)
+        if not loss.isfinite():
+            return {"loss": math.inf, "curve": curve}
+        curve.append(loss.item())
+        for part in optimizers:
+            part.zero_grad()
+        loss.backward()
+        for part in optimizers:
+            part.step()
+    with torch.no_grad():
+        losses = [network.loss(x, y).item() for x, y in batches(task, data, "validation", 0, VALIDATION_BATCHES)]
+    parts = [float(np.mean(part)) for part in np.array_split(curve, min(20, len(curve)))]
+    return {"loss": float(np.mean(losses)), "curve": parts}
+
+
+def batches(task: Task, data: Batch | Tensor, split: str, seed: int, count: int) -> Iterator[Batch]:
+    """`count` random batches of the training or the validation part of the data, a function of (split, seed)."""
+    rng = np.random.default_rng([seed, split == "validation"])
+    total = len(data) if task.data == "text" else len(data[0])
+    border = round(total * (1 - VALIDATION_SHARE))
+    low, high = (0, border) if split == "training" else (border, total)
+    for _ in range(count):
+        if task.data == "text":
+            starts = torch.from_numpy(rng.integers(low, high - task.context, task.batch))
+            window = data[starts[:, None] + torch.arange(task.context + 1)].long()  # (B, T + 1)
+            yield window[:, :-1], window[:, 1:]
+        else:
+            rows = torch.from_numpy(rng.integers(low, high, task.batch))
+            x, y = data[0][rows], data[1][rows]
+            if task.patches:  # (B, 64) to sixteen patches of 2 × 2
+                x = x.view(-1, 4, 2, 4, 2).transpose(2, 3).reshape(len(x), 16, 4)
+            yield x, y
+
+
+def read_text(path: str) -> Tensor:
+    """The bytes of a text, or of the `text` of every line of .jsonl or .jsonl.gz, as uint8 (n,)."""
+    try:
+        raw = gzip.decompress(Path(path).read_bytes()) if path.endswith(".gz") else Path(path).read_bytes()
+        if path.removesuffix(".gz").endswith(".jsonl"):
+            raw = "\n\n".join(json.loads(line)["text"] for line in raw.splitlines()).encode()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise MetatrainError(f"text {path}: cannot be read ({type(error).__name__}: {error})") from None
+    if len(raw) * VALIDATION_SHARE < 1000:
+        raise MetatrainError(f"text {path}: {len(raw)} bytes, expected at least {round(1000 / VALIDATION_SHARE)}")
+    return torch.from_numpy(np.frombuffer(raw, np.uint8).copy())
+
+
+def read_images(source: str) -> Batch:
+    """Pixels (N, 64) and labels (N,) of one data set, in an order of their own, so that no split is all of one class."""
+    images = load_images([source])
+    if len(images.names) != 1:
+        raise MetatrainError(f"images {source}: {len(images.names)} data sets, expected one: {source}:{images.names[0]}")
+    order = np.random.default_rng(0).permutation(len(images.labels))
+    return torch.from_numpy(images.pixels[order]), torch.from_numpy(images.labels[order])

@@ -1,0 +1,351 @@
+"""The rule on small matrices and vectors in Numba: the mathematics of `celo2.rule`, one unroll at a time, without temporaries.
+
+Legend: a matrix is held with its longer axis as rows (a square one transposed), `rows` × `cols`, each row padded with zeros
+to `width`, a multiple of 16. `row` accumulators (3, width) are means over the long axis, `col` (3, rows) over the short one.
+A state segment is weight, three momenta, second moment, then row and col, or diag for a vector. K decays (3), H hidden (8).
+
+Two sums are factored out. The twelve row and column channels are constant along one axis, so they enter the first layer as
+one vector per row and one per column; and a channel's 1 / RMS multiplies its row of first-layer weights, not the channel.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from celo2 import rule
+from celo2.metatrain.products import ONE, OPTIONS, ZERO, accumulate, newton_schulz_, sum_of_squares
+from celo2.metatrain.simd import (
+    LANES,
+    add,
+    broadcast,
+    div,
+    floor,
+    fma,
+    lane_sum,
+    larger,
+    load,
+    mul,
+    power_of_two,
+    smaller,
+    splat,
+    square_root,
+    store,
+    sub,
+)
+
+H = 8
+CHANNELS, VECTOR_CHANNELS = sum(rule.GROUP_CHANNELS), sum(rule.GROUP_CHANNELS[: rule.VECTOR_GROUPS])
+B0 = CHANNELS * H  # offsets in the flat weights of the rule
+W1 = B0 + H
+B1 = W1 + H * H
+W2 = B1 + H
+B2 = W2 + 3 * H
+
+CLIP, SMALL_CLIP = np.float32(rule.GRADIENT_CLIP), np.float32(rule.SMALL_CLIP)
+SQUARE_FLOOR, FACTOR_EPS = np.float32(rule.SQUARE_FLOOR), np.float32(rule.FACTOR_EPS)
+RSQRT_EPS, RMS_EPS = np.float32(rule.RSQRT_EPS), np.float32(rule.RMS_EPS)
+MOMENTUM_RATES = tuple(np.float32(1 - beta) for beta in rule.Rule.momentum_decays)
+SECOND_RATE = np.float32(1 - rule.Rule.second_moment_decay)
+FACTORED_RATES = tuple(np.float32(1 - gamma) for gamma in rule.Rule.factored_decays)
+EXP_COEFFICIENTS = tuple(
+    np.float32(c) for c in (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+)
+ADAM_BETA1, ADAM_BETA2, ADAM_EPS = np.float32(0.9), np.float32(0.95), np.float32(1e-8)
+
+
+@njit(**OPTIONS)
+def direction(h, theta):
+    """The rest of the MLP: output 0 from the eight pre-activations of the first layer."""
+    zero = splat(ZERO)
+    k = (
+        broadcast(theta, B1),
+        broadcast(theta, B1 + 1),
+        broadcast(theta, B1 + 2),
+        broadcast(theta, B1 + 3),
+        broadcast(theta, B1 + 4),
+        broadcast(theta, B1 + 5),
+        broadcast(theta, B1 + 6),
+        broadcast(theta, B1 + 7),
+    )
+    k = accumulate(k, larger(h[0], zero), theta, W1, 1)
+    k = accumulate(k, larger(h[1], zero), theta, W1 + 1 * H, 1)
+    k = accumulate(k, larger(h[2], zero), theta, W1 + 2 * H, 1)
+    k = accumulate(k, larger(h[3], zero), theta, W1 + 3 * H, 1)
+    k = accumulate(k, larger(h[4], zero), theta, W1 + 4 * H, 1)
+    k = accumulate(k, larger(h[5], zero), theta, W1 + 5 * H, 1)
+    k = accumulate(k, larger(h[6], zero), theta, W1 + 6 * H, 1)
+    k = accumulate(k, larger(h[7], zero), theta, W1 + 7 * H, 1)
+    u = broadcast(theta, B2)
+    u = fma(larger(k[0], zero), broadcast(theta, W2), u)
+    u = fma(larger(k[1], zero), broadcast(theta, W2 + 3), u)
+    u = fma(larger(k[2], zero), broadcast(theta, W2 + 6), u)
+    u = fma(larger(k[3], zero), broadcast(theta, W2 + 9), u)
+    u = fma(larger(k[4], zero), broadcast(theta, W2 + 12), u)
+    u = fma(larger(k[5], zero), broadcast(theta, W2 + 15), u)
+    u = fma(larger(k[6], zero), broadcast(theta, W2 + 18), u)
+    u = fma(larger(k[7], zero), broadcast(theta, W2 + 21), u)
+    return u
+
+
+@njit(**OPTIONS)
+def reciprocal_root(x):
+    """1 / sqrt(x)."""
+    return div(splat(ONE), square_root(x))
+
+
+@njit(**OPTIONS)
+def exponential(x):
+    """e ** x for -60 <= x <= 0, e ** -60 below: nothing becomes denormal. As Cephes' expf: 2 ** n times a polynomial."""
+    x = larger(x, splat(np.float32(-60)))
+    n = floor(fma(x, splat(np.float32(1.44269504)), splat(np.float32(0.5))))
+    r = fma(n, splat(np.float32(-0.693359375)), x)  # ln 2 in two parts
+    r = fma(n, splat(np.float32(2.12194440e-4)), r)
+    p = splat(EXP_COEFFICIENTS[0])
+    for c in EXP_COEFFICIENTS[1:]:
+        p = fma(p, r, splat(c))
+    return mul(fma(mul(r, r), p, add(r, splat(ONE))), power_of_two(n))
+
+
+@njit(**OPTIONS)
+def moved(x, y, rate):
+    """x + rate (y - x)."""
+    return fma(splat(rate), sub(y, x), x)
+
+
+@njit(**OPTIONS)
+def clipped(x, bound):
+    """x between -bound and bound."""
+    return larger(smaller(x, splat(bound)), splat(-bound))
+
+
+@njit(**OPTIONS)
+def lane_mask(mask, width, n):
+    """mask (width,) = 1 on the first n lanes, 0 on the padding."""
+    for j in range(width):
+        mask[j] = ONE if j < n else ZERO
+
+
+@njit(**OPTIONS)
+def accumulate_elementwise(state, at, size, p, g, q, mask, s, sums):
+    """Steps 1 to 3 on sixteen elements: element p of the segment at `at`, gradient element q. Returns the clipped gradient.
+
+    Stores s = rsqrt(v + eps) at s[q], and adds the squares of the first eleven channels and of g * s (channel 14) to sums.
+    """
+    x = clipped(load(g, q), CLIP)
+    store(g, q, x)
+    v = moved(load(state, at + 4 * size + p), mul(x, x), SECOND_RATE)
+    store(state, at + 4 * size + p, v)
+    r = mul(reciprocal_root(add(v, splat(RSQRT_EPS))), mask)
+    store(s, q, r)
+    add_square(sums, 0, x)
+    add_square(sums, 1, clipped(x, SMALL_CLIP))
+    add_square(sums, 2, load(state, at + p))
+    for k in range(3):
+        place = at + (1 + k) * size + p
+        m = moved(load(state, place), x, MOMENTUM_RATES[k])
+        store(state, place, m)
+        add_square(sums, 3 + k, m)
+        add_square(sums, 7 + k, mul(m, r))
+    add_square(sums, 6, v)
+    add_square(sums, 10, r)
+    add_square(sums, 14, mul(x, r))
+    return x
+
+
+@njit(**OPTIONS)
+def add_square(sums, channel, x):
+    """Add x² to the sixteen partial sums of a channel."""
+    store(sums, channel * LANES, fma(x, x, load(sums, channel * LANES)))
+
+
+@njit(**OPTIONS)
+def elementwise_channels(h, state, at, size, p, x, r, scaled):
+    """First-layer contributions of channels 0 to 10 and 14 for sixteen elements with gradient x and r = rsqrt(v + eps)."""
+    h = accumulate(h, x, scaled, 0, 1)
+    h = accumulate(h, clipped(x, SMALL_CLIP), scaled, H, 1)
+    h = accumulate(h, load(state, at + p), scaled, 2 * H, 1)
+    for k in range(3):
+        m = load(state, at + (1 + k) * size + p)
+        h = accumulate(h, m, scaled, (3 + k) * H, 1)
+        h = accumulate(h, mul(m, r), scaled, (7 + k) * H, 1)
+    h = accumulate(h, load(state, at + 4 * size + p), scaled, 6 * H, 1)
+    h = accumulate(h, r, scaled, 10 * H, 1)
+    return accumulate(h, mul(x, r), scaled, 14 * H, 1)
+
+
+@njit(**OPTIONS)
+def scale_first_layer(theta, scaled, channel, mean_square):
+    """scaled[channel] = w0[channel] / RMS of the channel."""
+    scale = ONE / np.sqrt(mean_square + RMS_EPS)
+    for i in range(channel * H, (channel + 1) * H):
+        scaled[i] = theta[i] * scale
+
+
+@njit(**OPTIONS)
+def matrix_factors(theta, state, row_at, col_at, rows, cols, width, mask, row_factor, col_factor, row_term, col_term, scaled):
+    """The row and col accumulators as factors (3, width), (3, rows), and as first-layer terms (H, width), (rows, H)."""
+    for h in range(H):
+        for j in range(width):
+            row_term[h * width + j] = theta[B0 + h]
+        for i in range(rows):
+            col_term[i * H + h] = ZERO
+    for k in range(3):
+        total = ZERO
+        for j in range(cols):
+            total += state[row_at + k * width + j]
+        mean = total / np.float32(cols) + FACTOR_EPS
+        squares, root_squares = ZERO, ZERO
+        for j in range(cols):
+            x = state[row_at + k * width + j]
+            row_factor[k * width + j] = ONE / np.sqrt(max(x / mean, FACTOR_EPS))
+            squares += x * x
+            root_squares += ONE / (x + RSQRT_EPS)
+        scale_first_layer(theta, scaled, 15 + k, squares / np.float32(cols))
+        scale_first_layer(theta, scaled, 21 + k, root_squares / np.float32(cols))
+        squares, root_squares = ZERO, ZERO
+        for i in range(rows):
+            x = state[col_at + k * rows + i]
+            col_factor[k * rows + i] = ONE / np.sqrt(max(x, FACTOR_EPS))
+            squares += x * x
+            root_squares += ONE / (x + RSQRT_EPS)
+        scale_first_layer(theta, scaled, 18 + k, squares / np.float32(rows))
+        scale_first_layer(theta, scaled, 24 + k, root_squares / np.float32(rows))
+        for j in range(0, width, LANES):
+            x = load(state, row_at + k * width + j)
+            r = reciprocal_root(add(x, splat(RSQRT_EPS)))
+            for h in range(H):
+                t = fma(x, broadcast(scaled, (15 + k) * H + h), load(row_term, h * width + j))
+                store(row_term, h * width + j, fma(r, broadcast(scaled, (21 + k) * H + h), t))
+        for i in range(rows):
+            x = state[col_at + k * rows + i]
+            r = ONE / np.sqrt(x + RSQRT_EPS)
+            for h in range(H):
+                col_term[i * H + h] += scaled[(18 + k) * H + h] * x + scaled[(24 + k) * H + h] * r
+
+
+@njit(**OPTIONS)
+def matrix_direction(theta, state, at, g, u, rows, cols, width):
+    """Steps 1 to 7 for one matrix: moves its accumulators at `at` of `state` and writes the direction into u (rows, width)."""
+    size, n = rows * width, np.float32(rows * cols)
+    row_at, col_at = at + 5 * size, at + 5 * size + 3 * width
+    mask, s = np.empty(width, np.float32), np.empty(size, np.float32)
+    row_sum, sums = np.zeros(width, np.float32), np.zeros(CHANNELS * LANES, np.float32)
+    row_factor, col_factor = np.zeros(3 * width, np.float32), np.empty(3 * rows, np.float32)
+    row_term, col_term = np.empty(H * width, np.float32), np.empty(H * rows, np.float32)
+    scaled = np.empty(CHANNELS * H, np.float32)
+    lane_mask(mask, width, cols)
+
+    for i in range(rows):
+        col_sum = splat(ZERO)
+        for j in range(0, width, LANES):
+            p = i * width + j
+            x = accumulate_elementwise(state, at, size, p, g, p, load(mask, j), s, sums)
+            square = mul(fma(x, x, splat(SQUARE_FLOOR)), load(mask, j))
+            store(row_sum, j, add(load(row_sum, j), square))
+            col_sum = add(col_sum, square)
+        mean = lane_sum(col_sum) / np.float32(cols)
+        for k in range(3):
+            state[col_at + k * rows + i] += FACTORED_RATES[k] * (mean - state[col_at + k * rows + i])
+    for k in range(3):
+        for j in range(width):
+            state[row_at + k * width + j] += FACTORED_RATES[k] * (row_sum[j] / np.float32(rows) - state[row_at + k * width + j])
+
+    matrix_factors(theta, state, row_at, col_at, rows, cols, width, mask, row_factor, col_factor, row_term, col_term, scaled)
+    for i in range(rows):
+        for j in range(0, width, LANES):
+            p = i * width + j
+            x = load(g, p)
+            for k in range(3):
+                f = mul(load(row_factor, k * width + j), broadcast(col_factor, k * rows + i))
+                add_square(sums, 11 + k, mul(x, f))
+                add_square(sums, 27 + k, mul(load(state, at + (1 + k) * size + p), f))
+    for c in range(CHANNELS):
+        if c <= 14 or c >= 27:
+            scale_first_layer(theta, scaled, c, lane_sum(load(sums, c * LANES)) / n)
+
+    for i in range(rows):
+        t = i * H
+        for j in range(0, width, LANES):
+            p = i * width + j
+            x = load(g, p)
+            h = (
+                add(load(row_term, j), broadcast(col_term, t)),
+                add(load(row_term, width + j), broadcast(col_term, t + 1)),
+                add(load(row_term, 2 * width + j), broadcast(col_term, t + 2)),
+                add(load(row_term, 3 * width + j), broadcast(col_term, t + 3)),
+                add(load(row_term, 4 * width + j), broadcast(col_term, t + 4)),
+                add(load(row_term, 5 * width + j), broadcast(col_term, t + 5)),
+                add(load(row_term, 6 * width + j), broadcast(col_term, t + 6)),
+                add(load(row_term, 7 * width + j), broadcast(col_term, t + 7)),
+            )
+            h = elementwise_channels(h, state, at, size, p, x, load(s, p), scaled)
+            for k in range(3):
+                f = mul(load(row_factor, k * width + j), broadcast(col_factor, k * rows + i))
+                h = accumulate(h, mul(x, f), scaled, (11 + k) * H, 1)
+                h = accumulate(h, mul(load(state, at + (1 + k) * size + p), f), scaled, (27 + k) * H, 1)
+            store(u, p, mul(direction(h, theta), load(mask, j)))
+
+
+@njit(**OPTIONS)
+def step_matrix(theta, state, at, g, u, rows, cols, width, orthogonalized, lr):
+    """One step of the rule on a matrix: W <- W - lr u, u of RMS 1. `u` is scratch."""
+    matrix_direction(theta, state, at, g, u, rows, cols, width)
+    if orthogonalized:
+        newton_schulz_(u, rows, width)
+    subtract_normalized(state, at, u, rows * width, rows * cols, lr)
+
+
+@njit(**OPTIONS)
+def subtract_normalized(state, at, u, size, n, lr):
+    """Step 9 and the step itself: the weight loses lr times u divided by its RMS over n elements."""
+    rate = splat(-lr / np.sqrt(sum_of_squares(u, size) / np.float32(n) + RMS_EPS))
+    for i in range(0, size, LANES):
+        store(state, at + i, fma(rate, load(u, i), load(state, at + i)))
+
+
+@njit(**OPTIONS)
+def step_vector(theta, state, at, g, n, width, lr):
+    """One step of the rule on a vector of n elements (Celo2-base): fifteen channels, full accumulators."""
+    mask, s, u = np.empty(width, np.float32), np.empty(width, np.float32), np.empty(width, np.float32)
+    sums, scaled = np.zeros(VECTOR_CHANNELS * LANES, np.float32), np.empty(VECTOR_CHANNELS * H, np.float32)
+    factor = np.empty(3 * width, np.float32)
+    lane_mask(mask, width, n)
+    for j in range(0, width, LANES):
+        x = accumulate_elementwise(state, at, width, j, g, j, load(mask, j), s, sums)
+        for k in range(3):
+            place = at + (5 + k) * width + j
+            d = moved(load(state, place), fma(x, x, splat(SQUARE_FLOOR)), FACTORED_RATES[k])
+            store(state, place, d)
+            f = reciprocal_root(larger(add(d, splat(FACTOR_EPS)), splat(FACTOR_EPS)))
+            store(factor, k * width + j, f)
+            add_square(sums, 11 + k, mul(x, f))
+    for c in range(VECTOR_CHANNELS):
+        scale_first_layer(theta, scaled, c, lane_sum(load(sums, c * LANES)) / np.float32(n))
+    for j in range(0, width, LANES):
+        h = (
+            broadcast(theta, B0),
+            broadcast(theta, B0 + 1),
+            broadcast(theta, B0 + 2),
+            broadcast(theta, B0 + 3),
+            broadcast(theta, B0 + 4),
+            broadcast(theta, B0 + 5),
+            broadcast(theta, B0 + 6),
+            broadcast(theta, B0 + 7),
+        )
+        x = load(g, j)
+        h = elementwise_channels(h, state, at, width, j, x, load(s, j), scaled)
+        for k in range(3):
+            h = accumulate(h, mul(x, load(factor, k * width + j)), scaled, (11 + k) * H, 1)
+        store(u, j, mul(direction(h, theta), load(mask, j)))
+    subtract_normalized(state, at, u, width, n, lr)
+
+
+@njit(**OPTIONS)
+def step_adam(state, at, g, width, lr):
+    """One step of Adam as published for biases: epsilon inside the root, no bias correction. Segment: weight, m, v."""
+    for j in range(at, at + width):
+        x = g[j - at]
+        state[j + width] = ADAM_BETA1 * state[j + width] + (ONE - ADAM_BETA1) * x
+        state[j + 2 * width] = ADAM_BETA2 * state[j + 2 * width] + (ONE - ADAM_BETA2) * x * x
+        state[j] -= lr * state[j + width] / np.sqrt(state[j + 2 * width] + ADAM_EPS)

@@ -1,0 +1,119 @@
+"""The data of the inner problems: small greyscale images of several data sets in one array.
+
+A source is `digits` (1,797 images that come with scikit-learn), `hub:NAME` (an image data set of the Hugging Face hub, resized
+to 8 × 8 greyscale), or `FILE.npz` with arrays `NAME_images` (N, 8, 8) and `NAME_labels` (N,), all of them or `FILE.npz:NAME`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from celo2.metatrain.config import MetatrainError
+
+SIDE, CLASSES = 8, 10
+HUB_IDS = {
+    "mnist": ("ylecun/mnist", None),
+    "fashion_mnist": ("zalando-datasets/fashion_mnist", None),
+    "cifar10": ("uoft-cs/cifar10", None),
+    "svhn": ("ufldl-stanford/svhn", "cropped_digits"),
+}
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images of all tasks, one after the other.
+
+    Attributes:
+        pixels: float32 (N, 64), each data set with mean 0 and standard deviation 1 over all of its pixels.
+        labels: int64 (N,), 0 to 9.
+        starts, counts: first image and number of images of each task.
+        names: one per task.
+    """
+
+    pixels: np.ndarray
+    labels: np.ndarray
+    starts: np.ndarray
+    counts: np.ndarray
+    names: tuple[str, ...]
+
+
+def load_images(sources: Sequence[str]) -> Images:
+    """The data sets of `sources`, in their order.
+
+    Raises:
+        MetatrainError: a source that is unknown, cannot be read, or is not 8 × 8 images with ten classes.
+    """
+    sets = [found for source in sources for found in read_source(source)]
+    pixels, labels = [], []
+    for name, x, y in sets:
+        if x.ndim != 3 or x.shape[1:] != (SIDE, SIDE) or y.shape != x.shape[:1] or len(x) == 0:
+            raise MetatrainError(f"task {name}: images {x.shape} and labels {y.shape}, expected (N, 8, 8) and (N,)")
+        if y.min() < 0 or y.max() >= CLASSES:
+            raise MetatrainError(f"task {name}: labels from {y.min()} to {y.max()}, expected 0 to {CLASSES - 1}")
+        x = x.reshape(len(x), -1).astype(np.float64)
+        if not x.std() > 0:
+            raise MetatrainError(f"task {name}: every pixel has the same value")
+        pixels.append(((x - x.mean()) / x.std()).astype(np.float32))
+        labels.append(y.astype(np.int64))
+    counts = np.array([len(x) for x in pixels])
+    return Images(
+        np.concatenate(pixels), np.concatenate(labels), np.cumsum(counts) - counts, counts, tuple(name for name, _, _ in sets)
+    )
+
+
+def read_source(source: str) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """(name, images (N, 8, 8), labels (N,)) of every data set in a source."""
+    if source == "digits":
+        return [read_digits()]
+    if source.startswith("hub:"):
+        return [read_hub(source.removeprefix("hub:"))]
+    path, separator, name = source.rpartition(":") if not source.endswith(".npz") else (source, "", "")
+    if path.endswith(".npz"):
+        return read_npz(Path(path), name if separator else None)
+    raise MetatrainError(f"task '{source}': expected digits, hub:NAME, FILE.npz or FILE.npz:NAME")
+
+
+def read_digits() -> tuple[str, np.ndarray, np.ndarray]:
+    """The handwritten digits that come with scikit-learn; nothing is downloaded."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise MetatrainError("task 'digits' needs scikit-learn: pip install scikit-learn") from None
+    digits = load_digits()
+    return "digits", digits.images, digits.target
+
+
+def read_npz(path: Path, name: str | None) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """One data set of an .npz file, or all of them in alphabetical order."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            names = sorted(key.removesuffix("_images") for key in arrays if key.endswith("_images"))
+            if name is not None and name not in names:
+                raise MetatrainError(f"task {path}:{name}: no such data set; the file holds {', '.join(names) or 'none'}")
+            if not names:
+                raise MetatrainError(f"task {path}: no array NAME_images in the file")
+            return [(n, arrays[f"{n}_images"], arrays[f"{n}_labels"]) for n in ([name] if name else names)]
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, MetatrainError):
+            raise
+        raise MetatrainError(f"task {path}: cannot be read ({error})") from None
+
+
+def read_hub(name: str) -> tuple[str, np.ndarray, np.ndarray]:
+    """The training split of an image data set of the hub, as 8 × 8 greyscale averaged over the area of each pixel."""
+    if name not in HUB_IDS:
+        raise MetatrainError(f"task 'hub:{name}': expected one of {', '.join(HUB_IDS)}")
+    from datasets import load_dataset
+    from PIL.Image import Resampling
+
+    try:
+        split = load_dataset(*HUB_IDS[name], split="train")
+    except Exception as error:  # datasets raises many types, of several packages, for no network and no such data set
+        raise MetatrainError(f"task 'hub:{name}': cannot be loaded ({type(error).__name__}: {error})") from None
+    image_key, label_key = ("img", "label") if "img" in split.column_names else ("image", "label")
+    images = [np.asarray(image.convert("L").resize((SIDE, SIDE), Resampling.BOX)) for image in split[image_key]]
+    return name, np.stack(images), np.asarray(split[label_key])

@@ -1,0 +1,270 @@
+"""The outer loop: perturb, unroll, estimate, AdamW; metrics, curve, rules, and checkpoints from which it resumes exactly.
+
+run_dir/config.yaml             the configuration as resolved
+run_dir/metrics.jsonl           one JSON object per `log_every` iterations
+run_dir/state.safetensors       the whole meta-state; written beside, flushed, renamed
+run_dir/rules/00002000.safetensors   the rule every `snapshot_every` iterations
+run_dir/rule.safetensors        the rule at the last checkpoint
+run_dir/curve.png
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from celo2.metatrain import pes
+from celo2.metatrain import unroll as plain
+from celo2.metatrain.config import FREE_KEYS, Config, MetatrainError
+from celo2.metatrain.problems import NOISE, SHAPES, START, Problems, random
+from celo2.metatrain.tasks import CLASSES, Images, load_images
+from celo2.metatrain.unroll import RULE_SHAPES, THETA_SIZE, initial_state, rule_of, theta_of
+from celo2.rule import GROUP_CHANNELS, Rule
+from celo2.weights import load_rule, save_rule
+
+FORMAT = "celo2-metatrain"
+UNIFORM_LOSS = math.log(CLASSES)  # cross-entropy of a uniform guess
+Unroll = Callable[..., np.ndarray]
+
+
+def choose_unroll(config: Config) -> Unroll:
+    """The engine that the configuration asks for."""
+    if config.engine == "plain" or (config.engine == "auto" and config.device != "cpu"):
+        return plain.unroll
+    if config.device != "cpu" or config.batch_size % 8:
+        raise MetatrainError("engine fast needs device cpu and a batch_size that 8 divides; engine=plain takes any")
+    try:
+        from celo2.metatrain import fast
+    except ImportError:
+        raise MetatrainError("engine fast needs numba: pip install numba, or use engine=plain (ten times as slow)") from None
+    return fast.unroll
+
+
+def first_theta(config: Config) -> np.ndarray:
+    """θ before the first iteration (347,). `random`: normal weights with deviation 1 / sqrt(inputs), biases zero."""
+    rng = random(config.seed, START)
+    if config.init == "random":
+        fan_in = {"w1": 8, "w2": 8, "b0": math.inf, "b1": math.inf, "b2": math.inf}
+        scales = [
+            np.full(int(np.prod(s)), 1 / math.sqrt(fan_in.get(name, sum(GROUP_CHANNELS)))) for name, s in RULE_SHAPES.items()
+        ]
+        theta = rng.standard_normal(THETA_SIZE) * np.concatenate(scales)
+    else:
+        theta = theta_of(load_rule(config.init)).astype(np.float64)
+        if theta.shape != (THETA_SIZE,):
+            raise MetatrainError(f"init '{config.init}': {theta.size} weights, expected {THETA_SIZE}")
+    return (theta + config.init_noise * rng.standard_normal(THETA_SIZE)).astype(np.float32)
+
+
+class MetaTraining:
+    """The whole meta-state, and one outer iteration.
+
+    Attributes:
+        theta: (347,) the rule's weights, a parameter of the outer AdamW.
+        average: (347,) their running mean; equal to them without averaging.
+        xi: (N, 347) the sum of ε of each problem since it started.
+        problems: where each inner problem stands. state: weights and accumulators of the 2N unrolls.
+        buckets: running scale of the loss differences, or None.
+    """
+
+    def __init__(self, config: Config, data: Images) -> None:
+        self.config, self.data, self.unroll = config, data, choose_unroll(config)
+        self.iteration, self.seconds = 0, 0.0
+        self.theta = torch.nn.Parameter(torch.from_numpy(first_theta(config)))
+        self.average = self.theta.detach().numpy().copy()
+        self.outer = torch.optim.AdamW(
+            [self.theta], lr=config.outer_lr, betas=tuple(config.outer_betas), weight_decay=config.outer_weight_decay
+        )
+        self.outer.state[self.theta] = {"step": torch.zeros(())} | {
+            key: torch.zeros_like(self.theta) for key in ("exp_avg", "exp_avg_sq")
+        }
+        self.problems = Problems(config, data)
+        self.state = initial_state(config.variant, self.problems.first)
+        self.xi = np.zeros((len(self.problems.task), THETA_SIZE))
+        self.buckets = pes.BucketScale(len(data.names) * config.scale_buckets) if config.scale_buckets else None
+
+    def step(self) -> dict[str, float]:
+        """One outer iteration; returns its metrics."""
+        start, config = time.monotonic(), self.config
+        shape = (len(self.problems.task), THETA_SIZE)
+        noise = [random(config.seed, NOISE, self.iteration, n).standard_normal(THETA_SIZE) for n in range(shape[0])]
+        theta = self.theta.detach().numpy()
+        # ε is what float32 makes of it, so that θ + ε and θ - ε lie where the estimate believes.
+        epsilon = (config.sigma * np.stack(noise)).astype(np.float32)
+        scale = self.problems.scale["w1"][:, 0, 0].copy()
+        truncation = self.problems.truncation(self.iteration)
+        raw = self.unroll(config, self.data, self.state, pes.antithetic(theta, epsilon), truncation)
+
+        finite = np.isfinite(raw)
+        if config.loss_clip is None:  # a pair with a loss that is not finite says nothing
+            losses = np.where(np.repeat(finite[0::2] & finite[1::2], 2, axis=0), raw, 0.0)
+        else:
+            bound = config.loss_clip * UNIFORM_LOSS
+            losses = np.minimum(np.where(finite, raw, bound), bound)
+        before, after = pes.differences(losses, truncation.reset_at)
+        xi = self.xi + epsilon
+        weight = np.ones(shape[0])
+        if self.buckets is not None:
+            weight = self.buckets.weights(self.bucket(scale), before + after)
+        gradient = pes.estimate(before, after, xi, epsilon, config.sigma, weight)
+        self.xi = pes.persisted(xi, epsilon, truncation.reset_at, config.truncation)
+        self.theta.grad = torch.from_numpy(gradient.astype(np.float32))
+        self.outer.step()
+        self.iteration += 1
+        decay = min(config.average, 1 - 1 / self.iteration)
+        self.average = decay * self.average + (1 - decay) * self.theta.detach().numpy()
+        self.seconds += time.monotonic() - start
+
+        clipped = np.minimum(losses, UNIFORM_LOSS)
+        per_task = clipped.mean(1).reshape(len(self.data.names), -1).mean(1)
+        return {
+            "loss": float(clipped.mean()),
+            **{f"loss/{name}": float(x) for name, x in zip(self.data.names, per_task, strict=True)},
+            "gradient_norm": float(np.linalg.norm(gradient)),
+            "theta_norm": float(self.theta.detach().norm()),
+            "not_finite": float(1 - finite.mean()),
+        }
+
+    def bucket(self, scale: np.ndarray) -> np.ndarray:
+        """The bucket (N,) of each problem: by task, and by its scale's place between the smallest and the largest."""
+        count, low, high = self.config.scale_buckets, math.log(self.config.min_scale), math.log(self.config.max_scale)
+        if self.config.reparametrization != "global" or high == low:
+            return self.problems.task * count
+        place = np.clip(((np.log(scale) - low) / (high - low) * count).astype(np.int64), 0, count - 1)
+        return self.problems.task * count + place
+
+    def rule(self) -> Rule:
+        """The rule as it stands, with a description that says how it came about."""
+        config = self.config
+        data = ", ".join(self.data.names)
+        text = f"meta-trained: {self.iteration} iterations on {data}; seed {config.seed}, from {config.init}; celo2.metatrain"
+        return rule_of(self.average if config.average else self.theta.detach().numpy(), config.variant, text)
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """Every array of the meta-state by name."""
+        adam = {f"outer.{key}": x.numpy() for key, x in self.outer.state[self.theta].items()}
+        problems = {f"problems.{key}": getattr(self.problems, key) for key in ("episode", "age", "length")}
+        scales = {f"scale.{name}": self.problems.scale[name] for name in SHAPES}
+        buckets = {f"buckets.{key}": x for key, x in vars(self.buckets).items()} if self.buckets is not None else {}
+        state = {f"state.{key}": x for key, x in self.state.items()}
+        own = {"theta": self.theta.detach().numpy(), "average": self.average, "xi": self.xi}
+        return own | adam | problems | scales | buckets | state
+
+    def save(self, path: Path) -> None:
+        """Write the meta-state; a kill at any moment leaves the old file or the new one, whole."""
+        meta = {"iteration": self.iteration, "seconds": self.seconds, "config": asdict(self.config)}
+        payload = save({key: np.array(x, order="C") for key, x in self.tensors().items()}, {FORMAT: json.dumps(meta)})
+        temporary = path.with_suffix(".tmp")
+        with temporary.open("wb") as file:
+            file.write(payload)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+
+    def load(self, path: Path) -> None:
+        """Continue from a file of `save`.
+
+        Raises:
+            MetatrainError: not such a file, or one of another configuration.
+        """
+        try:
+            with safe_open(path, "numpy") as file:
+                meta = json.loads((file.metadata() or {})[FORMAT])
+                arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise MetatrainError(f"{path}: not a meta-training state ({type(error).__name__}: {error})") from None
+        for key, value in asdict(self.config).items():
+            if key not in FREE_KEYS and meta["config"].get(key) != value:
+                raise MetatrainError(f"{path} was written with {key} {meta['config'].get(key)!r}, now it is {value!r}")
+        own = self.tensors()
+        if {k: x.shape for k, x in own.items()} != {k: x.shape for k, x in arrays.items()}:
+            raise MetatrainError(f"{path}: its arrays are not those of this configuration")
+        self.iteration, self.seconds = meta["iteration"], meta["seconds"]
+        with torch.no_grad():
+            self.theta.copy_(torch.from_numpy(arrays["theta"]))
+        for key, x in self.outer.state[self.theta].items():
+            x.copy_(torch.from_numpy(arrays[f"outer.{key}"]))
+        self.average, self.xi = arrays["average"], arrays["xi"]
+        for key in ("episode", "age", "length"):
+            setattr(self.problems, key, arrays[f"problems.{key}"])
+        self.problems.scale = {name: arrays[f"scale.{name}"] for name in SHAPES}
+        self.state = {key: arrays[f"state.{key}"] for key in self.state}
+        if self.buckets is not None:
+            self.buckets.mean_square, self.buckets.count = arrays["buckets.mean_square"], arrays["buckets.count"]
+
+
+def run(config: Config, show: Callable[[int, dict[str, float]], None]) -> Path:
+    """Meta-train, or continue, to `iterations`; `show` gets each record. Returns the path of the rule."""
+    folder = Path(config.run_dir)
+    training = MetaTraining(config, load_images(config.tasks))
+    try:
+        (folder / "rules").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MetatrainError(f"run_dir '{folder}': {error.strerror}") from None
+    state, metrics, rule_path = folder / "state.safetensors", folder / "metrics.jsonl", folder / "rule.safetensors"
+    if state.exists():
+        training.load(state)
+    (folder / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+    records = [record for record in read_metrics(metrics) if record["iteration"] <= training.iteration]
+    metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+    recent: list[dict[str, float]] = []
+    while training.iteration < config.iterations:
+        recent.append(training.step())
+        i, last = training.iteration, training.iteration == config.iterations
+        if i % config.log_every == 0 or last:
+            means = {key: float(np.mean([r[key] for r in recent])) for key in recent[0]}
+            record = {"iteration": i, "seconds": round(training.seconds, 3), **means}
+            recent = []
+            with metrics.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+            show(i, record)
+        if i % config.snapshot_every == 0 or last:
+            save_rule(training.rule(), folder / "rules" / f"{i:08d}.safetensors")
+        if i % config.checkpoint_every == 0 or last:
+            training.save(state)
+            save_rule(training.rule(), rule_path)
+    draw(read_metrics(metrics), folder / "curve.png")
+    return rule_path
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The lines of a metrics.jsonl; a last line that a kill cut short is left out."""
+    records = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return records
+
+
+def draw(records: list[dict[str, float]], path: Path) -> None:
+    """The mean inner loss of each task over the iterations."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for key in (k for k in records[0] if k.startswith("loss")):
+        width = 2 if key == "loss" else 1
+        axes.plot(
+            [r["iteration"] for r in records], [r[key] for r in records], linewidth=width, label=key.partition("/")[2] or "all"
+        )
+    axes.set(xlabel="outer iteration", ylabel="inner training loss, at most ln 10")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path)
