@@ -207,7 +207,7 @@ def load_checkpoint(path: Path, strategy: Strategy) -> None:
         for name, shard in shards.items():
             if not kept_here(strategy, shard):
                 continue
-            state = optimizer.state.get(shard.key)
+            state = optimizer.state.get(shard.weight)
             if state:  # otherwise the optimizer makes it in its first step
                 require_same_names(path, f"optimizer state of '{name}'", state, saved[name])
             for key in saved[name]:
@@ -217,7 +217,7 @@ def load_checkpoint(path: Path, strategy: Strategy) -> None:
                     require_same_shape(path, entry, state[key].shape, value.shape)
                     state[key].copy_(value)
                 else:
-                    optimizer.state[shard.key][key] = value.to(shard.weight.device)
+                    optimizer.state[shard.weight][key] = value.to(shard.weight.device)
     strategy.weights_changed()
 
 

@@ -43,16 +43,16 @@ class Proof:
         """The first parameter of the rule that is split over ranks, or else the first, and its group; on all ranks the same."""
         optimizer = self.strategy.optimizer
         options = {p: group for group in optimizer.param_groups for p in group["params"] if optimizer.takes_rule(p, group)}
-        mine = {n: shard for n, shard in self.strategy.shards.items() if shard.key in options}
+        mine = {n: shard for n, shard in self.strategy.shards.items() if shard.weight in options}
         split = [n for n, shard in mine.items() if sum(stop > start for start, stop in shard.runs) > 1]
         name = (split or list(mine))[0]
-        return name, options[mine[name].key]
+        return name, options[mine[name].weight]
 
     def gathered(self) -> dict[str, Tensor]:
         """Weight, gradient and accumulators of the chosen parameter, whole, on the first rank of its group (DDP: on all)."""
         shard = self.strategy.shards[self.name]
-        state = self.strategy.optimizer.state.get(shard.key, {})
-        values = {"weight": shard.weight.detach(), "gradient": shard.key.grad, **state}
+        state = self.strategy.optimizer.state.get(shard.weight, {})
+        values = {"weight": shard.weight.detach(), "gradient": shard.weight.grad, **state}
         if shard.fragment.whole:
             return {key: value.clone() for key, value in values.items()} if kept_here(self.strategy, shard) else {}
         cut = {key: value for key, value in values.items() if key not in ("row", "col")}
@@ -61,14 +61,14 @@ class Proof:
 
     def look_before(self, *_: object) -> None:
         """Remember what the step starts from."""
-        if self.strategy.shards[self.name].key.grad is not None:
+        if self.strategy.shards[self.name].weight.grad is not None:
             self.before = self.gathered()
 
     @torch.no_grad()
     def look_after(self, *_: object) -> None:
         """Compare with the rule on the whole parameter."""
         shard = self.strategy.shards[self.name]
-        if shard.key.grad is None:
+        if shard.weight.grad is None:
             return
         after = self.gathered()
         if after:

@@ -27,7 +27,7 @@ def collect(strategy: Strategy) -> tuple[Tensors, Tensors]:
     moments: Tensors = {}
     first = strategy.accelerator.is_main_process
     for name, shard in strategy.shards.items():
-        state = dict(strategy.optimizer.state.get(shard.key, {}))
+        state = dict(strategy.optimizer.state.get(shard.weight, {}))
         if shard.fragment.whole:
             whole, entries = shard.weight.detach(), state
         else:
@@ -78,7 +78,7 @@ def gather(shard: Shard, values: list[Tensor]) -> list[Tensor]:
 def kept_here(strategy: Strategy, shard: Shard) -> bool:
     """Whether this rank keeps optimizer state of the shard, if there is any."""
     replicas = getattr(strategy.optimizer, "replicas", None)
-    return replicas is None or shard.key not in replicas.owners or replicas.keeps_state(shard.key)
+    return replicas is None or shard.weight not in replicas.owners or replicas.keeps_state(shard.weight)
 
 
 def collect_owned(strategy: Strategy) -> Tensors:
@@ -87,9 +87,9 @@ def collect_owned(strategy: Strategy) -> Tensors:
     if replicas is None or not replicas.shard_state:
         return {}
     state = strategy.optimizer.state
-    owned = {name: replicas.owners[shard.key] for name, shard in strategy.shards.items() if shard.key in replicas.owners}
+    owned = {name: replicas.owners[shard.weight] for name, shard in strategy.shards.items() if shard.weight in replicas.owners}
     forms = {
-        n: {k: (tuple(v.shape), v.dtype) for k, v in state[strategy.shards[n].key].items()}
+        n: {k: (tuple(v.shape), v.dtype) for k, v in state[strategy.shards[n].weight].items()}
         for n in owned
         if owned[n] == replicas.rank
     }
@@ -99,7 +99,7 @@ def collect_owned(strategy: Strategy) -> Tensors:
         for key, (shape, dtype) in everyone[owner][name].items() if owner else ():
             size = math.prod(shape) * dtype.itemsize
             if replicas.rank == owner:
-                value = state[strategy.shards[name].key][key].contiguous().view(-1).view(torch.uint8)
+                value = state[strategy.shards[name].weight][key].contiguous().view(-1).view(torch.uint8)
                 dist.send(value, group=replicas.group, group_dst=0)
             elif replicas.rank == 0:
                 value = torch.empty(size, dtype=torch.uint8, device=strategy.accelerator.device)

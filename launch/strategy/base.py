@@ -28,9 +28,8 @@ MicroBatches = list[tuple[Tensor, Tensor]]
 class Shard(NamedTuple):
     """One parameter of the model as this rank holds it."""
 
-    weight: Tensor  # what the optimizer updates: the whole parameter, or the flat run that is here
+    weight: Tensor  # what the optimizer updates, and keys its state by: the whole parameter, or the flat run that is here
     fragment: Fragment  # which elements those are
-    key: Tensor  # the parameter under which `optimizer.state` keeps its state
     runs: list[tuple[int, int]]  # (start, stop) of every rank of the fragment's group; empty: whole everywhere
 
 

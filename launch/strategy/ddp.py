@@ -30,7 +30,7 @@ class DDP(Strategy):
         replicas = dist.group.WORLD if self.world > 1 else None
         groups = optimizer_groups(config.optimizer, model)
         self.optimizer = build_optimizer(config.optimizer, groups, replicas, config.distributed.shard_state)
-        self.shards = {n: Shard(p, Fragment(tuple(p.shape), 0, p.numel()), p, []) for n, p in model.named_parameters()}
+        self.shards = {n: Shard(p, Fragment(tuple(p.shape), 0, p.numel()), []) for n, p in model.named_parameters()}
 
     def micro_batch(self, last: bool) -> AbstractContextManager:
         """Gradients travel in the last micro-batch of a step."""

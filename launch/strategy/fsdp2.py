@@ -54,7 +54,7 @@ class FSDP2(Strategy):
             group["params"] = [run_of(p) for p in group["params"]]
         self.optimizer = build_optimizer(config.optimizer, groups)
         runs = named_fragments(groups, self.parameters)
-        self.shards = {name: Shard(run, run.fragment, run, []) for name, run in runs.items()}
+        self.shards = {name: Shard(run, run.fragment, []) for name, run in runs.items()}
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """As under DDP, where Accelerate adds the autocast."""
@@ -67,7 +67,7 @@ class FSDP2(Strategy):
         verdict = judge(norm.full_tensor() if is_dtensor(norm) else norm)
         if verdict.healthy:
             for name, shard in self.shards.items():
-                shard.key.grad = self.parameters[name].grad.to_local().reshape(-1)
+                shard.weight.grad = self.parameters[name].grad.to_local().reshape(-1)
             self.optimizer.step()
         self.optimizer.zero_grad()
         for p in self.parameters.values():

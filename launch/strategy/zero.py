@@ -39,7 +39,7 @@ class Zero(Strategy):
         self.zero = self.engine.optimizer
         self.optimizer = self.client.bind(self.zero, lambda groups: build_optimizer(config.optimizer, groups))
         runs = named_fragments(self.optimizer.param_groups, names)
-        self.shards = {name: Shard(run, run.fragment, run, []) for name, run in runs.items()}
+        self.shards = {name: Shard(run, run.fragment, []) for name, run in runs.items()}
 
     def backward(self, micro_batches: list[tuple[Tensor, Tensor]], n_targets: int) -> Tensor:
         """As everywhere; the engine counts the micro-batches of a step and is told about all but the last here."""
