@@ -30,6 +30,7 @@ from data.prepare import prepare
 from launch import checkpoint
 from launch.checkpoint import find_checkpoint, list_checkpoints
 from launch.metrics import read_metrics
+from launch.strategy import Strategy
 from launch.watch import STOPPED
 
 STEPS = 60
@@ -175,7 +176,7 @@ def signal_in_step(number: signal.Signals, step: int) -> Callable[[], None]:
     """A fault: the process gets a signal in the middle of its `step`-th step."""
 
     def install() -> None:
-        real, calls = train.backward, [0]
+        real, calls = Strategy.backward, [0]
 
         def signalled(*args: object) -> object:
             calls[0] += 1
@@ -183,7 +184,7 @@ def signal_in_step(number: signal.Signals, step: int) -> Callable[[], None]:
                 os.kill(os.getpid(), number)
             return real(*args)
 
-        train.backward = signalled
+        Strategy.backward = signalled
 
     return install
 
@@ -296,16 +297,16 @@ def bad_gradients(bench: Bench) -> list[tuple[str, int, int, str]]:
 
     def poison(from_step: int, to_step: int) -> Callable[[], None]:
         def install() -> None:
-            real, calls = train.backward, [0]
+            real, calls = Strategy.backward, [0]
 
-            def poisoned(accelerator: object, loss_model: torch.nn.Module, *rest: object) -> object:
-                loss = real(accelerator, loss_model, *rest)
+            def poisoned(strategy: Strategy, *rest: object) -> object:
+                loss = real(strategy, *rest)
                 calls[0] += 1
                 if from_step <= calls[0] < to_step:
-                    next(loss_model.parameters()).grad.fill_(float("nan"))
+                    next(strategy.loss_model.parameters()).grad.fill_(float("nan"))
                 return loss
 
-            train.backward = poisoned
+            Strategy.backward = poisoned
 
         return install
 

@@ -5,7 +5,7 @@ import torch
 
 from celo2 import Celo2, Rule, load_rule
 from celo2 import blocked as blocked_module
-from celo2.blocked import Stack, directions_
+from celo2.blocked import directions_, whole
 from celo2.orthogonalize import newton_schulz
 from celo2.rule import accumulator_shapes, factored_axes, update
 from celo2.weights import weight_shapes
@@ -35,7 +35,7 @@ def test_blocked_equals_reference(shape, block_elements, monkeypatch):
         g = torch.randn(3, *shape, generator=generator) * torch.tensor([1e-6, 1.0, 1e3]).view(3, 1, 1)
         g *= torch.randn(3, *shape, generator=generator).mul(2).exp() * (step > 0)  # the first gradient is zero
         stacks = [
-            Stack(g[a:b], w[a:b], *(state[name] for name in names)) for (a, b), state in zip([(0, 1), (1, 3)], fast, strict=True)
+            whole(g[a:b], w[a:b], *(state[name] for name in names)) for (a, b), state in zip([(0, 1), (1, 3)], fast, strict=True)
         ]
         out = torch.empty_like(g)
         directions_(rule, stacks, out)

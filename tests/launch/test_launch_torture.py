@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import train
 from launch import watch as watch_module
+from launch.strategy import Strategy
 
 ROOT = Path(__file__).parents[2]
 
@@ -114,7 +115,7 @@ def test_changed_learning_rate_and_steps_are_allowed_and_said(run):
 
 def poison(monkeypatch, steps):
     """NaN in one gradient of the global steps `steps` (from 1), the first time that they are taken."""
-    real, left = train.backward, set(steps)
+    real, left = Strategy.backward, set(steps)
     current = [0]
     real_seed = train.dropout_seed
 
@@ -122,15 +123,15 @@ def poison(monkeypatch, steps):
         current[0] = step + 1
         return real_seed(value, step, rank)
 
-    def poisoned(accelerator, loss_model, *rest):
-        loss = real(accelerator, loss_model, *rest)
+    def poisoned(strategy, *rest):
+        loss = real(strategy, *rest)
         if current[0] in left:
             left.discard(current[0])
-            next(loss_model.parameters()).grad[0] = float("nan")
+            next(strategy.loss_model.parameters()).grad[0] = float("nan")
         return loss
 
     monkeypatch.setattr(train, "dropout_seed", seed)
-    monkeypatch.setattr(train, "backward", poisoned)
+    monkeypatch.setattr(Strategy, "backward", poisoned)
 
 
 def test_a_bad_step_never_reaches_the_weights(run, monkeypatch):
@@ -180,7 +181,7 @@ def test_rollback_goes_back_and_leaves_the_batches_out(run, monkeypatch):
 
 def test_a_spike_is_noticed(run, monkeypatch):
     monkeypatch.setattr(watch_module, "SPIKE_WINDOW", 5)
-    real = train.backward
+    real = Strategy.backward
     calls = []
 
     def spiked(*args):
@@ -188,7 +189,7 @@ def test_a_spike_is_noticed(run, monkeypatch):
         loss = real(*args)
         return loss + 3 if len(calls) == 8 else loss
 
-    monkeypatch.setattr(train, "backward", spiked)
+    monkeypatch.setattr(Strategy, "backward", spiked)
     status, _, _ = run("train.steps=10")
     assert status == 0
     assert [(e["step"], "spike" in e["problem"]) for e in events(run, "problem")] == [(8, True)]
@@ -214,14 +215,14 @@ def test_training_goes_on_while_a_checkpoint_is_written(run, monkeypatch):
         order.append("written")
         return real(*args)
 
-    real_backward = train.backward
+    real_backward = Strategy.backward
 
     def step(*args):
         order.append(threading.current_thread().name == "MainThread")
         return real_backward(*args)
 
     monkeypatch.setattr(checkpoint, "write_checkpoint", slow)
-    monkeypatch.setattr(train, "backward", step)
+    monkeypatch.setattr(Strategy, "backward", step)
     assert run("train.steps=6", "checkpoint.every=3", "eval.every=0")[0] == 0
     first_save = order[order.index("writing") : order.index("written")]
     assert first_save.count(True) >= 1
