@@ -5,7 +5,8 @@ import pytest
 from launch.equality import ROWS, table
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow  # 80 s on 2 processes; test_train_distributed.py compares results in the main suite
+@pytest.mark.parametrize("world", [2, 4])
 def test_every_strategy(world):
     records = {(r["row"], r["processes"]): r for r in table("celo2", (1, world))}
     assert {row for row, _ in records} == set(ROWS)
