@@ -30,7 +30,7 @@ from data.batches import Batches, check_batch_size, prefetch
 from launch.checkpoint import CheckpointError, Saver, due
 from launch.evaluate import evaluate
 from launch.finish import finish
-from launch.heartbeat import STATUS, Heartbeat, RankError
+from launch.heartbeat import STATUS, Heartbeat, RankError, print_error
 from launch.metrics import Display, Metrics
 from launch.optimizers import set_mode
 from launch.plan import make_plan
@@ -215,10 +215,10 @@ def main(argv: list[str] | None = None) -> int:
         OSError,
     ) as error:
         rank = os.environ.get("RANK", "0")
-        print(f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}", file=sys.stderr)
+        print_error(str(error) if rank == "0" else f"rank {rank}: {error}")
         return 2
     except RankError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(str(error))
         return STATUS
     except KeyboardInterrupt:
         return 130

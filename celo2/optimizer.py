@@ -17,7 +17,7 @@ from celo2 import matrices
 from celo2.checks import check_gradient, check_keys, check_options, check_parameter, check_saved_state
 from celo2.fragment import ShardingError, fragment_of, local
 from celo2.orthogonalize import newton_schulz_flops
-from celo2.plan import Entry, Plan, fingerprint, make_plan
+from celo2.plan import Entry, Plan, fingerprint, gather_runs, make_plan
 from celo2.replicas import Replicas
 from celo2.rule import Rule, accumulator_shapes
 from celo2.weights import load_rule
@@ -203,7 +203,10 @@ class Celo2(torch.optim.Optimizer):
             for name, p in zip(names, group["params"], strict=True):
                 by_rule = self.takes_rule(p, group)
                 entries.append(Entry(name, p, fragment_of(p), by_rule, self._orthogonalizes(group), group["matrices"]))
-        return make_plan(entries, fingerprint(self.rule, self.ns_dtype))
+        recipe = fingerprint(self.rule, self.ns_dtype)
+        if self.replicas is not None:
+            gather_runs(entries, self.replicas.group, recipe)
+        return make_plan(entries, recipe)
 
     def _step_adamw(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """torch's own fused AdamW; parameters of lower precision are updated in the state's precision and rounded once."""

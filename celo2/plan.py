@@ -71,7 +71,17 @@ def make_plan(entries: list[Entry], recipe: str) -> Plan:
 
 
 def agree(members: list[Entry], group: dist.ProcessGroup, recipe: str) -> list[list[tuple[int, int]]]:
-    """The runs (start, stop) of every parameter on every rank of `group`, once all say the same of everything else."""
+    """The runs (start, stop) of every parameter on every rank of `group`, once all say the same of everything else and the
+    runs hold every element once."""
+    by_parameter = gather_runs(members, group, recipe)
+    for entry, of_ranks in zip(members, by_parameter, strict=True):
+        check_cover(entry.fragment.shape, of_ranks, entry.name)
+    return by_parameter
+
+
+def gather_runs(members: list[Entry], group: dist.ProcessGroup, recipe: str) -> list[list[tuple[int, int]]]:
+    """The runs (start, stop) of every parameter on every rank of `group`; ShardingError on all ranks if they disagree about what
+    the parameters are or what is computed."""
     facts = [(e.name, e.fragment.shape, e.by_rule, e.orthogonalize, e.layout) for e in members]
     runs = [(e.fragment.start, e.fragment.stop) for e in members]
     everyone: list[Any] = gather_objects((recipe, facts, runs), group)
@@ -85,10 +95,7 @@ def agree(members: list[Entry], group: dist.ProcessGroup, recipe: str) -> list[l
         for mine, theirs in zip(first_facts, other_facts, strict=True):
             if mine != theirs:
                 raise ShardingError(f"ranks {ranks[0]} and {rank} disagree about a parameter: {mine}, {theirs}")
-    by_parameter = [[tuple(their_runs[i]) for _, _, their_runs in everyone] for i in range(len(members))]
-    for entry, of_ranks in zip(members, by_parameter, strict=True):
-        check_cover(entry.fragment.shape, of_ranks, entry.name)
-    return by_parameter
+    return [[tuple(their_runs[i]) for _, _, their_runs in everyone] for i in range(len(members))]
 
 
 def fingerprint(rule: Rule, ns_dtype: torch.dtype | None) -> str:

@@ -211,8 +211,9 @@ def memory_per_rank(workload: Workload, setup: Setup) -> dict[str, float]:
 
 
 def state_elements(workload: Workload, optimizer: str) -> float:
-    """Elements of optimizer state beside row and column means: four a weight under the rule, two under AdamW, one under Muon."""
-    of_hidden = {"adamw": 2, "muon": 1}.get(optimizer, 4)
+    """Elements of optimizer state beside row and column means: four a weight under the rule, one under Muon, two under AdamW
+    and, for want of knowledge, under the optimizers of libraries."""
+    of_hidden = {"celo2": 4, "celo2-base": 4, "muon": 1}.get(optimizer, 2)
     of_others = 4 if optimizer == "celo2-base" else 2
     return of_hidden * workload.hidden_parameters + of_others * (workload.parameters - workload.hidden_parameters)
 

@@ -111,8 +111,8 @@ def is_communication_error(error: BaseException) -> bool:
 
 
 def print_error(message: str) -> None:
-    """One line on stderr."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    """One line on stderr, in one write, as several processes share it."""
+    print(f"error: {message}\n", end="", file=sys.stderr, flush=True)
 
 
 class Heartbeat:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 
-import torch
 from torch import nn
 
-from celo2 import load_rule, param_groups, routing_table
-from celo2.matrices import stacked_axes, stacked_shape
+from celo2 import routing_table
 from celo2.orthogonalize import newton_schulz_flops
-from celo2.rule import accumulator_shapes
 from configs.schema import Config
 from data.batches import check_batch_size
-from launch.cost import Machine, Setup, cost_lines, workload_of
+from launch.cost import Machine, Setup, cost_lines, memory_per_rank, workload_of
+from launch.optimizers import optimizer_groups
 from launch.run import build_from_config, open_data, vocabulary
 from launch.schedule import lr_factor
 from models import flops_per_token
@@ -37,39 +35,30 @@ def make_plan(config: Config) -> str:
     model, context = build_from_config(config, vocabulary(config, tokenizer_size), device="meta")
 
     optimizer = config.optimizer
-    adamw_lr = optimizer.lr if optimizer.adamw_lr is None else optimizer.adamw_lr
-    by_rule = optimizer.name.startswith("celo2")
-    variant = load_rule(optimizer.rule or optimizer.name).variant if by_rule else "celo2"
-    groups = param_groups(model, optimizer.lr, adamw_lr, optimizer.weight_decay, variant=variant)
+    groups = optimizer_groups(optimizer, model)
 
     parameters = sum(p.numel() for p in model.parameters())
     step_tokens = config.train.batch_size * context
     tokens = step_tokens * config.train.steps
     per_token = flops_per_token(model, context)
-    newton_schulz = orthogonalization_flops(groups) if optimizer.name in ("celo2", "muon") else 0
     accumulation = config.train.batch_size // (world * config.train.micro_batch_size)
-    state = state_elements(groups, optimizer.name)
-    activations = activation_elements(model, config.train.micro_batch_size, context, config.model.gradient_checkpointing)
     bf16 = config.train.precision == "bf16"
-    memory = {
-        "weights": 4 * parameters,
-        "gradients": 4 * parameters,
-        "optimizer state": 4 * state,
-        "bf16 copies of weights": 2 * parameters if bf16 else 0,  # autocast keeps them through a step
-        "activations (estimate)": activations * (2 if bf16 else 4),
-        "loss (estimate)": 4 * loss_elements(model),
-    }
     one = activation_elements(model, 1, context, config.model.gradient_checkpointing)
     workload = workload_of(model, groups, context, per_token, one, loss_elements(model), config.model.gradient_checkpointing)
     spread = config.distributed
     setup = Setup(
         spread.strategy,
-        micro_batch=config.train.micro_batch_size,
-        optimizer=optimizer.name,
-        bf16=bf16,
+        world,
+        accumulation,
+        config.train.micro_batch_size,
+        optimizer.name,
+        bf16,
         shard_state=spread.shard_state,
         replicas=spread.replicas,
     )
+    memory = {name: size for name, size in memory_per_rank(workload, setup).items() if size}
+    orthogonalized = workload.hidden if optimizer.name in ("celo2", "muon") else ()
+    newton_schulz = sum(newton_schulz_flops(rows, cols) for rows, cols in orthogonalized)
     epochs = f", {tokens / epoch_tokens:.2f} epochs of {epoch_tokens:,}" if epoch_tokens else ""
     warmup = next((s for s in range(config.train.steps) if lr_factor(config.schedule, s, config.train.steps) == 1), 0)
     lines = [
@@ -91,32 +80,6 @@ def make_plan(config: Config) -> str:
         routing_table(groups),
     ]
     return "\n".join(lines)
-
-
-def orthogonalization_flops(groups: list[dict]) -> int:
-    """FLOPs of Newton–Schulz over all matrices of the rule's groups, once."""
-    total = 0
-    for group in groups:
-        for p in group["params"] if group["update"] == "celo2" else ():
-            *batch, rows, cols = stacked_shape(p.shape, group["matrices"])
-            total += torch.Size(batch).numel() * newton_schulz_flops(rows, cols)
-    return total
-
-
-def state_elements(groups: list[dict], name: str) -> int:
-    """Elements of optimizer state: four a weight under the rule, two under AdamW, one under Muon, and the factored sums."""
-    total = 0
-    for group in groups:
-        for p in group["params"]:
-            if group["update"] == "adamw" or name == "adamw":
-                total += 2 * p.numel()
-            elif name == "muon":
-                total += p.numel()
-            else:
-                shape = stacked_shape(p.shape, group["matrices"])
-                shapes = accumulator_shapes(shape, stacked_axes(shape, group["matrices"]))
-                total += sum(torch.Size(s).numel() for s in shapes.values())
-    return total
 
 
 def activation_elements(model: nn.Module, micro_batch: int, context: int, checkpointing: bool) -> int:

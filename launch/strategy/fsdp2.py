@@ -67,7 +67,8 @@ class FSDP2(Strategy):
         verdict = judge(norm.full_tensor() if is_dtensor(norm) else norm)
         if verdict.healthy:
             for name, shard in self.shards.items():
-                shard.weight.grad = self.parameters[name].grad.to_local().reshape(-1)
+                if (grad := self.parameters[name].grad) is not None:
+                    shard.weight.grad = grad.to_local().reshape(-1)
             self.optimizer.step()
         self.optimizer.zero_grad()
         for p in self.parameters.values():

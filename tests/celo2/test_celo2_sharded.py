@@ -201,6 +201,12 @@ def refusals(rank, world):
     with pytest.raises(ShardingError, match=r"layer.weight, shape .9, 2, 2., is split over ranks.*`matrices`"):
         attempt(*((0, 10) if rank == 0 else (10, 36) if rank == 1 else (36, 36)), (9, 2, 2))
 
+    with pytest.raises(ShardingError, match=r"ranks 0 and 1 disagree about a parameter: \('layer'.*True.*False"):
+        p = nn.Parameter(torch.ones(4, 3))
+        p.grad = torch.ones_like(p)
+        group = {"params": [p], "param_names": ["layer"], "update": "celo2" if rank == 0 else "adamw"}
+        Celo2([group], lr=0.1, rule=random_rule(), replicas=dist.group.WORLD).step()
+
 
 def process(rank, world, path):
     torch.set_num_threads(1)
