@@ -7,7 +7,6 @@ weights; the published MessagePack file holds the weights alone, so what it is f
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
@@ -47,12 +46,8 @@ def hand_momentum(variant: str = "celo2") -> Rule:
     return Rule(weights, variant=variant, description="hand-set, not learned: passes the momentum of decay 0.9")
 
 
-# Until rules are meta-trained here, the two names stand for the hand-set rule, whose description says so.
-SHIPPED: dict[str, Callable[[], Rule]] = {
-    "celo2": hand_momentum,
-    "celo2-base": lambda: hand_momentum("celo2-base"),
-    "hand-momentum": hand_momentum,
-}
+PRETRAINED = Path(__file__).parent / "pretrained"  # <name>.safetensors, and <name>.md: how it was made and how good it is
+SHIPPED = ("celo2", "celo2-base", "hand-momentum")
 
 
 def weight_shapes(hidden: int) -> dict[str, tuple[int, ...]]:
@@ -75,9 +70,9 @@ def load_rule(source: str | Path | Rule) -> Rule:
     """
     if isinstance(source, Rule):
         return source
-    if str(source) in SHIPPED:
-        return SHIPPED[str(source)]()
-    path = Path(source)
+    if str(source) == "hand-momentum":
+        return hand_momentum()
+    path = PRETRAINED / f"{source}.safetensors" if str(source) in SHIPPED else Path(source)
     if not path.is_file():
         raise RuleError(f"no rule '{source}': neither a shipped rule ({', '.join(SHIPPED)}) nor a file")
     weights, description = read_safetensors(path) if path.suffix == ".safetensors" else read_theta(path)
