@@ -12,9 +12,12 @@ from torch import Tensor
 
 from celo2.exchange import gather_objects
 from celo2.fragment import Fragment
+from celo2.matrices import Layout, matrix_count, regions, stacked_shape
+from celo2.sharded import is_full
 from launch.strategy import Shard, Strategy
 
-REPLICATED = ("row", "col", "step")  # optimizer state that is the same on all ranks, whatever the shards
+MEANS = ("row", "col")  # means over a matrix: every rank moves them where the matrix is split, else the rank that has it whole
+REPLICATED = (*MEANS, "step", "count")  # optimizer state that is not divided like the weights
 Tensors = dict[str, Tensor]
 
 
@@ -26,6 +29,7 @@ def collect(strategy: Strategy) -> tuple[Tensors, Tensors]:
     weights: Tensors = {}
     moments: Tensors = {}
     first = strategy.accelerator.is_main_process
+    layouts = {p: group.get("matrices") for group in strategy.optimizer.param_groups for p in group["params"]}
     for name, shard in strategy.shards.items():
         state = dict(strategy.optimizer.state.get(shard.weight, {}))
         if shard.fragment.whole:
@@ -33,10 +37,11 @@ def collect(strategy: Strategy) -> tuple[Tensors, Tensors]:
         else:
             cut = {key: value for key, value in state.items() if key not in REPLICATED}
             gathered = gather(shard, [shard.weight.detach(), *cut.values()])
+            means = gather_means(shard, layouts.get(shard.weight), {key: state[key] for key in MEANS if key in state})
             if not first:
                 continue
             whole, *values = gathered
-            entries = state | dict(zip(cut, values, strict=True))
+            entries = state | dict(zip(cut, values, strict=True)) | means
         if first:
             weights[name] = to_cpu(whole)
             moments |= {f"{name}/{key}": to_cpu(value) for key, value in entries.items()}
@@ -73,6 +78,32 @@ def gather(shard: Shard, values: list[Tensor]) -> list[Tensor]:
             target[..., start:stop] = data[at : at + size].clone().view(value.dtype).view(*lead, stop - start)
             at += size
     return [v.view(*v.shape[:-1], *shape) for v in whole]
+
+
+def gather_means(shard: Shard, layout: Layout | None, means: Tensors) -> Tensors:
+    """Row and column means (K, N, ·) of all N matrices of a parameter, on the first rank of its group."""
+    group, shape = shard.fragment.group, shard.fragment.shape
+    stack = stacked_shape(shape, layout)
+    if not means or len(stack) < 2:
+        return {}
+    holders = {}  # rank by matrix, of those that lie whole on a rank
+    for rank, (start, stop) in enumerate(shard.runs):
+        for region in regions(shape, layout, start, stop):
+            if is_full(region, *stack[-2:]):
+                holders |= dict.fromkeys(range(region.matrices.start, region.matrices.stop), rank)
+    if not any(holders.values()):
+        return {}
+    first = dist.get_rank(group) == 0
+    newest: Tensors = {}
+    for key, own in means.items():
+        received = [torch.empty_like(own) for _ in shard.runs] if first else None
+        dist.gather(own.contiguous(), received, group=group, group_dst=0)
+        if first:
+            newest[key] = own.clone()
+            matrices = newest[key].view(own.shape[0], matrix_count(stack), -1)
+            for n, rank in holders.items():
+                matrices[:, n] = received[rank].view_as(matrices)[:, n]
+    return newest
 
 
 def kept_here(strategy: Strategy, shard: Shard) -> bool:

@@ -98,7 +98,7 @@ HUNG = f'has hung for {TIMEOUT:g} s, while others wait, at "step 2: reduced"; {C
 def test_torchrun(scenario, world, stops, message, tmp_path):
     output = tmp_path / "output"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", __file__]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     environment |= {"SCENARIO": scenario, "FOLDER": str(tmp_path)}
     with open(output, "w") as file:
         torchrun = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
