@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -34,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=400, help="training steps (default: 400)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds beside the one of the search (default: 3)")
     parser.add_argument("--baselines", default=",".join(BASELINES), help=f"comma-separated (default: {','.join(BASELINES)})")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (what is there)")
     parser.add_argument("--out", default="evaluation.jsonl", help="one line per run (default: evaluation.jsonl)")
     options = parser.parse_args(arguments)
     try:
@@ -54,6 +56,8 @@ def evaluate(options: argparse.Namespace) -> None:
     for name in optimizers:
         if name not in BASELINES:
             load_rule(name)
+    if options.device not in ("cpu", "cuda") or (options.device == "cuda" and not torch.cuda.is_available()):
+        raise MetatrainError(f"--device {options.device}: expected cpu or a cuda that is there")
     if options.seeds < 1 or options.steps < 1:
         raise MetatrainError("--seeds and --steps must be at least 1")
     kinds = {TASKS[name].data for name in tasks}
@@ -70,10 +74,11 @@ def evaluate(options: argparse.Namespace) -> None:
         def loss(task: str, optimizer: str, lr: float, seed: int) -> float:
             source = options.text if TASKS[task].data == "text" else options.images
             key = {"task": task, "data": source, "steps": options.steps, "optimizer": optimizer, "lr": lr, "seed": seed}
+            key["device"] = options.device
             bar.update(progress, description=f"{task} {optimizer} lr {lr:g} seed {seed}")
             result = runs.find(key)
             if result is None:
-                result = train(TASKS[task], data[TASKS[task].data], optimizer, lr, seed, options.steps)
+                result = train(TASKS[task], data[TASKS[task].data], optimizer, lr, seed, options.steps, options.device)
                 runs.add(key | result)
             bar.advance(progress)
             return float(result["loss"])

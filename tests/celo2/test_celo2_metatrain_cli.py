@@ -210,6 +210,7 @@ def test_evaluation_table_and_continuation(tmp_path, capsys):
         ([], "need --text"),
         (["--text", "missing.txt"], "text missing.txt: cannot be read"),
         (["--seeds", "0"], "must be at least 1"),
+        (["--device", "tpu"], "--device tpu: expected cpu or a cuda that is there"),
     ],
 )
 def test_evaluation_mistakes(arguments, message, capsys):

@@ -95,16 +95,18 @@ def schedule(step: int, steps: int) -> float:
     return FINAL + (1 - FINAL) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def train(task: Task, data: Batch | Tensor, optimizer: str, lr: float, seed: int, steps: int) -> dict[str, object]:
+def train(
+    task: Task, data: Batch | Tensor, optimizer: str, lr: float, seed: int, steps: int, device: str = "cpu"
+) -> dict[str, object]:
     """One run: its validation loss at the end and its training losses in twenty equal parts. Inf: it diverged."""
     torch.manual_seed(seed)
-    network = task.build()
+    network = task.build().to(device)  # drawn on the CPU: the same weights on every device
     optimizers = build_optimizers(optimizer, network, lr)
     for part in optimizers:
         for group in part.param_groups:
             group["peak"] = group["lr"]
     curve = []
-    for step, (x, y) in enumerate(batches(task, data, "training", seed, steps)):
+    for step, (x, y) in enumerate(batches(task, data, "training", seed, steps, device)):
         for part in optimizers:
             for group in part.param_groups:
                 group["lr"] = group["peak"] * schedule(step, steps)
@@ -118,13 +120,13 @@ def train(task: Task, data: Batch | Tensor, optimizer: str, lr: float, seed: int
         for part in optimizers:
             part.step()
     with torch.no_grad():
-        losses = [network.loss(x, y).item() for x, y in batches(task, data, "validation", 0, VALIDATION_BATCHES)]
+        losses = [network.loss(x, y).item() for x, y in batches(task, data, "validation", 0, VALIDATION_BATCHES, device)]
     parts = [float(np.mean(part)) for part in np.array_split(curve, min(20, len(curve)))]
     return {"loss": float(np.mean(losses)), "curve": parts}
 
 
-def batches(task: Task, data: Batch | Tensor, split: str, seed: int, count: int) -> Iterator[Batch]:
-    """`count` random batches of the training or the validation part of the data, a function of (split, seed)."""
+def batches(task: Task, data: Batch | Tensor, split: str, seed: int, count: int, device: str) -> Iterator[Batch]:
+    """`count` random batches of the training or the validation part of the data, a function of (split, seed), on `device`."""
     rng = np.random.default_rng([seed, split == "validation"])
     total = len(data) if task.data == "text" else len(data[0])
     border = round(total * (1 - VALIDATION_SHARE))
@@ -132,14 +134,14 @@ def batches(task: Task, data: Batch | Tensor, split: str, seed: int, count: int)
     for _ in range(count):
         if task.data == "text":
             starts = torch.from_numpy(rng.integers(low, high - task.context, task.batch))
-            window = data[starts[:, None] + torch.arange(task.context + 1)].long()  # (B, T + 1)
+            window = data[starts[:, None] + torch.arange(task.context + 1)].long().to(device)  # (B, T + 1)
             yield window[:, :-1], window[:, 1:]
         else:
             rows = torch.from_numpy(rng.integers(low, high, task.batch))
             x, y = data[0][rows], data[1][rows]
             if task.patches:  # (B, 64) to sixteen patches of 2 × 2
                 x = x.view(-1, 4, 2, 4, 2).transpose(2, 3).reshape(len(x), 16, 4)
-            yield x, y
+            yield x.to(device), y.to(device)
 
 
 def read_text(path: str) -> Tensor:
