@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from celo2.rounding import SECOND_MOMENT_SLOT, lerp_, places
 from celo2.rule import (
     FACTOR_EPS,
     GRADIENT_CLIP,
@@ -56,8 +57,8 @@ class Piece(NamedTuple):
 
     g: Tensor  # gradient (N, r, c), any float dtype, before clipping
     w: Tensor  # weight (N, r, c), any float dtype
-    m: Tensor  # momenta (N, K, r, c), float32
-    v: Tensor  # second moment (N, r, c), float32
+    m: Tensor  # momenta (N, K, r, c), float32 or bfloat16
+    v: Tensor  # second moment (N, r, c), like m
     rows: slice  # which of the R rows
     cols: slice  # which of the C columns
 
@@ -73,6 +74,7 @@ class Stack(NamedTuple):
     pieces: list[Piece]
     row: Tensor  # (N, K, R), or (N, K, C) where R > C, float32
     col: Tensor  # (N, K, C), or (N, K, R) where R > C, float32
+    count: Tensor | None = None  # int32 (N,), the number of this step for each matrix; None where m and v are float32
 
 
 class Factors(NamedTuple):
@@ -82,10 +84,10 @@ class Factors(NamedTuple):
     by_col: Tensor  # (N, K, C)
 
 
-def whole(g: Tensor, w: Tensor, m: Tensor, v: Tensor, row: Tensor, col: Tensor) -> Stack:
-    """A stack of matrices that lie in one piece: g, w, v (N, R, C), m (N, K, R, C), row and col as in `Stack`."""
+def whole(g: Tensor, w: Tensor, m: Tensor, v: Tensor, row: Tensor, col: Tensor, count: Tensor | None = None) -> Stack:
+    """A stack of matrices that lie in one piece: g, w, v (N, R, C), m (N, K, R, C), row, col and count as in `Stack`."""
     everything = slice(0, g.shape[1]), slice(0, g.shape[2])
-    return Stack(tuple(g.shape), [Piece(g, w, m, v, *everything)], row, col)
+    return Stack(tuple(g.shape), [Piece(g, w, m, v, *everything)], row, col, count)
 
 
 def batches(stacks: Iterable[Stack], limit: int) -> Iterator[list[tuple[int, Stack]]]:
@@ -97,7 +99,8 @@ def batches(stacks: Iterable[Stack], limit: int) -> Iterator[list[tuple[int, Sta
         while start < n:
             part = slice(start, min(start + room, n))
             pieces = [Piece(*(field[part] for field in piece[:4]), piece.rows, piece.cols) for piece in stack.pieces]
-            batch.append((i, Stack((part.stop - start, rows, cols), pieces, stack.row[part], stack.col[part])))
+            count = None if stack.count is None else stack.count[part]
+            batch.append((i, Stack((part.stop - start, rows, cols), pieces, stack.row[part], stack.col[part], count)))
             room -= part.stop - start
             start = part.stop
             if room == 0:
@@ -120,7 +123,8 @@ def directions_(rule: Rule, stacks: Iterable[Stack], out: Tensor) -> None:
         target = out[done : done + sum(sizes)]
         if len(batch) > 1 and all(len(s.pieces) == 1 for s in batch):
             fields = [(*s.pieces[0][:4], s.row, s.col) for s in batch]
-            gathered = whole(*(torch.cat(tensors) for tensors in zip(*fields, strict=True)))
+            count = None if batch[0].count is None else torch.cat([s.count for s in batch])
+            gathered = whole(*(torch.cat(tensors) for tensors in zip(*fields, strict=True)), count)
             direction_(rule, gathered, target)
             piece = gathered.pieces[0]
             moved = zip(*(f[2:] for f in fields), strict=True)
@@ -169,14 +173,17 @@ def accumulate_(rule: Rule, stack: Stack) -> Tensor:
     n, rows, cols = stack.shape
     sums = torch.zeros(n, rows + cols + len(LOCAL), device=stack.row.device)
     row_sum, col_sum, local_sum = sums.split([rows, cols, len(LOCAL)], 1)
+    count = None if stack.count is None else stack.count[:, None, None]
     for piece in stack.pieces:
         blocks = row_blocks(piece)
         for block, x in tiles(buffer_for(piece, blocks, len(LOCAL)), blocks, piece.g.shape[2]):
             x[:, 0].copy_(piece.g[:, block]).clamp_(-GRADIENT_CLIP, GRADIENT_CLIP)
             square = x[:, 0].square()
+            here = slice(piece.rows.start + block.start, piece.rows.start + block.stop)
+            index = None if count is None else places(here, piece.cols, cols, x.device)
             for k, beta in enumerate(rule.momentum_decays):
-                piece.m[:, k, block].lerp_(x[:, 0], 1 - beta)
-            piece.v[:, block].lerp_(square, 1 - rule.second_moment_decay)
+                lerp_(piece.m[:, k, block], x[:, 0], 1 - beta, index, count, k)
+            lerp_(piece.v[:, block], square, 1 - rule.second_moment_decay, index, count, SECOND_MOMENT_SLOT)
             row_sum[:, piece.rows][:, block] += square.sum(2)
             col_sum[:, piece.cols] += square.sum(1)
             fill_local_(x, piece.w[:, block], piece.m[:, :, block], piece.v[:, block])
@@ -247,10 +254,10 @@ def fill_local_(x: Tensor, w: Tensor, m: Tensor, v: Tensor) -> None:
     g, s = x[:, 0], x[:, 10]
     torch.clamp(g, -SMALL_CLIP, SMALL_CLIP, out=x[:, 1])
     x[:, 2] = w
-    x[:, 3:6] = m
+    x[:, 3:6] = m  # from here on in float32, whatever their dtype
     x[:, 6] = v
-    torch.add(v, RSQRT_EPS, out=s).rsqrt_()
-    torch.mul(m, s[:, None], out=x[:, 7:10])
+    torch.add(x[:, 6], RSQRT_EPS, out=s).rsqrt_()
+    torch.mul(x[:, 3:6], s[:, None], out=x[:, 7:10])
     torch.mul(g, s, out=x[:, 11])
 
 

@@ -44,7 +44,8 @@ class Celo2(torch.optim.Optimizer):
         betas: β1 and β2 of AdamW.
         eps: ε of AdamW.
         ns_dtype: dtype of Newton–Schulz; None is float32 on CPU and bfloat16 elsewhere.
-        state_dtype: dtype of the accumulators: torch.float32.
+        state_dtype: dtype of the four numbers that a matrix under the rule has for every weight: torch.float32 (16 bytes) or
+            torch.bfloat16 (8 bytes; rounded stochastically, see `celo2.rounding`). Everything else is float32.
         replicas: a process group whose ranks hold the same whole parameters and gradients (DDP): every matrix is
             orthogonalized by one of them and sent to the others.
         shard_state: with `replicas`, keep the state of a parameter on the one rank that updates it.
@@ -54,8 +55,10 @@ class Celo2(torch.optim.Optimizer):
 
     State, allocated at construction, for a parameter of shape P and stacked shape S = (..., R, C) (see `celo2.matrices`): by
     the rule, `momentum` (3, *P), `second_moment` P, and `row` and `col`, means over the longer and the shorter axis of a
-    matrix, or `diag` (3, *P) for a vector; by AdamW `step`, `exp_avg`, `exp_avg_sq`. Of a parameter that is sharded, P is the
-    run of elements that this rank holds, while `row` and `col` are the same on all ranks.
+    matrix, or `diag` (3, *P) for a vector; by AdamW `step`, `exp_avg`, `exp_avg_sq`. A matrix with bfloat16 state has `count`,
+    int32 (), its steps so far. Of a parameter that is sharded, P is the run of elements that this rank holds, `count` is the
+    same on all ranks, and `row` and `col` are those of all its matrices: every rank moves them where a matrix is split, one that
+    lies whole on a rank moves there.
 
     Raises:
         ValueError, TypeError: a bad option, naming the parameter group.
@@ -76,8 +79,8 @@ class Celo2(torch.optim.Optimizer):
         replicas: dist.ProcessGroup | None = None,
         shard_state: bool = False,
     ) -> None:
-        if state_dtype is not torch.float32:
-            raise ValueError(f"state_dtype must be torch.float32, not {state_dtype}")
+        if state_dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"state_dtype must be torch.float32 or torch.bfloat16, not {state_dtype}")
         if ns_dtype is not None and not ns_dtype.is_floating_point:
             raise ValueError(f"ns_dtype must be a float dtype, not {ns_dtype}")
         if shard_state and replicas is None:
@@ -147,17 +150,21 @@ class Celo2(torch.optim.Optimizer):
     def _allocate(self, p: Tensor, group: dict[str, Any]) -> None:
         fragment, run = fragment_of(p), local(p)
         size = tuple(run.shape) if fragment.whole else (run.numel(),)
+        dtypes = {"step": torch.float32, "count": torch.int32}
         if self.takes_rule(p, group):
             shape = matrices.stacked_shape(fragment.shape, group["matrices"])
-            shapes = accumulator_shapes(shape, matrices.stacked_axes(shape, group["matrices"]))
+            axes = matrices.stacked_axes(shape, group["matrices"])
+            shapes = accumulator_shapes(shape, axes)
             size = size or (1,)  # a scalar is a vector
             shapes |= {name: (*s[: len(s) - len(shape)], *size) for name, s in shapes.items() if name not in ("row", "col")}
+            if axes is not None and self.state_dtype is torch.bfloat16:
+                shapes["count"] = ()
+                dtypes |= {"momentum": torch.bfloat16, "second_moment": torch.bfloat16}
         else:
             shapes = {"step": (), "exp_avg": size, "exp_avg_sq": size}
-        dtype = torch.promote_types(p.dtype, torch.float32) if "step" in shapes else self.state_dtype
+            dtypes |= dict.fromkeys(("exp_avg", "exp_avg_sq"), torch.promote_types(p.dtype, torch.float32))
         self.state[p] = {
-            name: torch.zeros(s, dtype=torch.float32 if name == "step" else dtype, device=run.device)
-            for name, s in shapes.items()
+            name: torch.zeros(s, dtype=dtypes.get(name, torch.float32), device=run.device) for name, s in shapes.items()
         }
 
     @torch.no_grad()
@@ -181,6 +188,8 @@ class Celo2(torch.optim.Optimizer):
             for p in by_rule:
                 orthogonalize, split = self._orthogonalizes(group), self._plan.get(p, {})
                 owner = self.replicas.owners[p] if self.replicas is not None else None
+                if "count" in self.state.get(p, ()):
+                    self.state[p]["count"] += 1
                 work[p.device].add(p, self.state.get(p), fragment_of(p), group, orthogonalize, split, owner)
         contexts = {d: Context(self._rule(d), self._ns_dtype(d), apply_, self.replicas) for d in work}
         self.orthogonalized += sum(work.do(contexts[device]) for device, work in work.items())
@@ -249,7 +258,10 @@ class Celo2(torch.optim.Optimizer):
         return self._rule_on[device]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load groups and state; unlike torch's own, the state keeps its dtype, whatever the parameters' is.
+        """Load groups and state; unlike torch's own, the state keeps its dtype, whatever the parameters' or the saved one is.
+
+        Saved float32 accumulators are rounded to nearest where this optimizer has bfloat16 ones, whose `count` starts again;
+        saved bfloat16 ones become float32 as they are.
 
         Raises:
             ValueError: groups, state names or shapes that do not fit this optimizer, naming the parameter group.
@@ -259,7 +271,7 @@ class Celo2(torch.optim.Optimizer):
         def check(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             check_saved_state(self, state_dict)
             ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-            saved.update((j, state_dict["state"][i]) for j, i in enumerate(ids))
+            saved.update((j, state_dict["state"].get(i, {})) for j, i in enumerate(ids))
             return {**state_dict, "state": {}}
 
         def restore(optimizer: torch.optim.Optimizer) -> None:
@@ -269,8 +281,11 @@ class Celo2(torch.optim.Optimizer):
                     group["matrices"] = matrices.as_layout(group["matrices"])
                 group["betas"] = tuple(group["betas"])
             for p, values in zip(ordered, saved.values(), strict=True):
-                for name, value in values.items():
-                    own[p][name].copy_(value)
+                for name, value in own.get(p, {}).items():
+                    if name in values:
+                        value.copy_(values[name])
+                    else:
+                        value.zero_()
 
         own = self.state
         ordered = [p for group in self.param_groups for p in group["params"]]

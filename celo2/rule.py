@@ -6,7 +6,7 @@ Source: Moudgil, Knyazev, Belilovsky, "Celo2: Towards Learned Optimization Free 
 reference and serves small parameters; `celo2.blocked` computes the same update of large matrices in bounded memory.
 
 Legend: W weight, g gradient, both (..., R, C): R rows, C columns, leading axes a batch of matrices. K decays (three),
-F channels (thirty), H hidden units (eight). Everything is float32.
+F channels (thirty), H hidden units (eight). Everything is float32, but for momentum and second_moment where they are bfloat16.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from celo2.orthogonalize import newton_schulz
+from celo2.rounding import SECOND_MOMENT_SLOT, lerp_, places
 
 GRADIENT_CLIP = 1000.0
 SMALL_CLIP = 0.1
@@ -91,10 +92,12 @@ def accumulator_shapes(shape: tuple[int, ...], axes: tuple[int, int] | None) -> 
 
 def accumulate_(state: Mapping[str, Tensor], g: Tensor, rule: Rule, axes: tuple[int, int] | None) -> None:
     """Steps 2 to 4: move every accumulator towards the (clipped) gradient g (*shape), in place. No bias correction."""
-    for momentum, beta in zip(state["momentum"], rule.momentum_decays, strict=True):
-        momentum.lerp_(g, 1 - beta)
+    count = state.get("count")
+    index = None if count is None else places(slice(0, g.shape[-2]), slice(0, g.shape[-1]), g.shape[-1], g.device)
+    for slot, (momentum, beta) in enumerate(zip(state["momentum"], rule.momentum_decays, strict=True)):
+        lerp_(momentum, g, 1 - beta, index, count, slot)
     square = g * g
-    state["second_moment"].lerp_(square, 1 - rule.second_moment_decay)
+    lerp_(state["second_moment"], square, 1 - rule.second_moment_decay, index, count, SECOND_MOMENT_SLOT)
     square += SQUARE_FLOOR
     for k, gamma in enumerate(rule.factored_decays):
         if axes is None:
@@ -115,7 +118,7 @@ def factors(row: Tensor, col: Tensor, axes: tuple[int, int]) -> tuple[Tensor, Te
 
 def channels(state: Mapping[str, Tensor], g: Tensor, w: Tensor, axes: tuple[int, int] | None) -> list[Tensor]:
     """Step 5: the input channels in their groups, each (channels of the group, *shape)."""
-    m, v = state["momentum"], state["second_moment"]
+    m, v = state["momentum"].float(), state["second_moment"].float()
     s = (v + RSQRT_EPS).rsqrt()
     clipped = g.clamp(-SMALL_CLIP, SMALL_CLIP)
     groups = [g[None], clipped[None], w[None], m, v[None], m * s, s[None]]
@@ -159,7 +162,8 @@ def update(
 
     Args:
         rule: the learned rule.
-        state: accumulators of `accumulator_shapes`, advanced in place.
+        state: accumulators of `accumulator_shapes`, advanced in place. Of a matrix, momentum and second_moment may be bfloat16,
+            rounded stochastically (`celo2.rounding`); they need `count`, int32 (): the number of this step, 1 for the first.
         g: gradient, float32 (*shape), one axis or more.
         w: weight, float32 (*shape).
         orthogonalize: step 8, for parameters with two axes or more; True is Celo2, False is Celo2-base.

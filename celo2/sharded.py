@@ -18,17 +18,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from celo2.blocked import Stack, accumulate_, emit_, factor, move_means_
+from celo2.backend import Backend
+from celo2.blocked import Stack, move_means_
 from celo2.exchange import add_up_, swap
 from celo2.matrices import Layout, Region, regions
-from celo2.orthogonalize import newton_schulz, newton_schulz_flops
+from celo2.orthogonalize import newton_schulz_flops
 from celo2.rule import GRADIENT_CLIP, RMS_EPS, Rule, channels, mlp
 from celo2.rule import accumulate_ as accumulate_vector_
 
 Runs = list[tuple[int, int]]  # (start, stop) of every rank of a process group
 
-# Newton–Schulz takes matrices of one shape together, up to this many elements (64 MB in float32) or one matrix.
-BATCH_ELEMENTS = 1 << 24
+# Newton–Schulz takes matrices of one shape together, up to this many elements or one matrix. CPU: 64 MB in float32. Elsewhere
+# 256 MB in bfloat16: eight matrices of 2048 x 8192, whose 576 tiles of X Xᵀ (`celo2.kernels.symmetric`) keep 132
+# multiprocessors busy to 87 %; the 72 tiles of one matrix, only to 55 %.
+BATCH_ELEMENTS = {"cpu": 1 << 24}
+DEFAULT_BATCH_ELEMENTS = 1 << 27
+
+
+def batch_elements(device: torch.device) -> int:
+    """Elements that Newton–Schulz takes at once on `device`."""
+    return BATCH_ELEMENTS.get(device.type, DEFAULT_BATCH_ELEMENTS)
 
 
 @dataclass
@@ -85,7 +94,7 @@ def orthogonalize_split(
     pieces: Sequence[Sequence[Tensor]],
     empty: Tensor,
     group: dist.ProcessGroup,
-    orthogonalize: Callable[[Tensor], Tensor] = newton_schulz,
+    orthogonalize: Callable[[Tensor], Tensor],
 ) -> list[list[Tensor]]:
     """`orthogonalize` on matrices of which every rank of `group` holds `pieces` (matrix by matrix, in the order of its regions).
 
@@ -135,7 +144,7 @@ def gathered_orthogonalize(
                 u[region.rows, region.cols] = part.view(region.rows.stop - region.rows.start, -1)
         whole.append(u)
         batches = by_shape[matrix.rows, matrix.cols]
-        if batches[-1] and (len(batches[-1]) + 1) * matrix.rows * matrix.cols > BATCH_ELEMENTS:
+        if batches[-1] and (len(batches[-1]) + 1) * matrix.rows * matrix.cols > batch_elements(u.device):
             batches.append([])
         batches[-1].append(i)
     for batches in by_shape.values():
@@ -174,15 +183,21 @@ class Split:
     parts: list[Part] = field(default_factory=list)
     vectors: list[VectorPart] = field(default_factory=list)
 
-    def update(self, rule: Rule, ns_dtype: torch.dtype, apply_: Callable[[Tensor, Tensor, dict[str, Any]], None]) -> None:
-        """Steps 2 to 9 of the rule, and `apply_(w, u, options)` for everything that is here."""
+    def update(
+        self,
+        rule: Rule,
+        ns_dtype: torch.dtype,
+        backend: Backend,
+        apply_: Callable[[Tensor, Tensor, dict[str, Any]], None],
+    ) -> None:
+        """Steps 2 to 10 of the rule on everything that is here; `apply_(w, u, options)` updates the vectors."""
         device = self.parts[0].stack.row.device if self.parts else self.vectors[0].g.device
-        sums = [accumulate_(rule, part.stack) for part in self.parts]
+        sums = [backend.accumulate_(rule, part.stack) for part in self.parts]
         add_up_(sums, self.group)
         for part, total in zip(self.parts, sums, strict=True):
             move_means_(rule, part.stack, total)
 
-        factored = [factor(part.stack) for part in self.parts]
+        factored = [backend.factor(part.stack) for part in self.parts]
         inputs = [vector_channels(rule, vector) for vector in self.vectors]
         squares = [x.square().sum(1) for x in inputs]
         add_up_([*(s for _, s in factored), *squares], self.group)
@@ -190,7 +205,7 @@ class Split:
         for part, total, (factors, factored_sums) in zip(self.parts, sums, factored, strict=True):
             dtype = ns_dtype if part.orthogonalize else torch.float32
             outs = [torch.empty_like(piece.v, dtype=dtype) for piece in part.stack.pieces]
-            emit_(rule, part.stack, total, factors, factored_sums, outs)
+            backend.emit_(rule, part.stack, total, factors, factored_sums, outs)
             directions.append(outs)
         for vector, x, square in zip(self.vectors, inputs, squares, strict=True):
             directions.append([mlp(rule, x * (square / vector.numel + RMS_EPS).rsqrt()[:, None])])
@@ -199,7 +214,7 @@ class Split:
         if chosen:
             matrices, pieces = [self.parts[i].matrix for i in chosen], [directions[i] for i in chosen]
             empty = torch.empty(0, dtype=ns_dtype, device=device)
-            for i, u in zip(chosen, orthogonalize_split(matrices, pieces, empty, self.group), strict=True):
+            for i, u in zip(chosen, orthogonalize_split(matrices, pieces, empty, self.group, backend.newton_schulz), strict=True):
                 directions[i] = u
         norms = torch.zeros(len(directions), device=device)
         for i, parts in enumerate(directions):
@@ -209,7 +224,7 @@ class Split:
         for i, part in enumerate(self.parts):
             scale = (norms[i] / math.prod(part.stack.shape) + RMS_EPS).rsqrt()
             for piece, u in zip(part.stack.pieces, directions[i], strict=True):
-                apply_(piece.w, u * scale, part.options)
+                backend.apply_(piece.w, u, scale, part.options)
         for vector, norm, (u,) in zip(self.vectors, norms[len(self.parts) :], directions[len(self.parts) :], strict=True):
             apply_(vector.w, u * (norm / vector.numel + RMS_EPS).rsqrt(), vector.options)
 

@@ -6,23 +6,21 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from celo2 import matrices
-from celo2.blocked import Piece, Stack, accumulate_, batches, directions_, move_means_
+from celo2.backend import Backend, Options, backend
+from celo2.blocked import Piece, Stack, batches, move_means_
 from celo2.exchange import broadcast_
 from celo2.fragment import Fragment, local
 from celo2.matrices import Region
-from celo2.orthogonalize import newton_schulz
 from celo2.replicas import Replicas
 from celo2.rule import RMS_EPS, Rule, update
-from celo2.sharded import BATCH_ELEMENTS, Part, Split, SplitMatrix, VectorPart, is_full
+from celo2.sharded import Part, Split, SplitMatrix, VectorPart, batch_elements, is_full
 
-Options = dict[str, Any]  # a param group
 Apply = Callable[[Tensor, Tensor, Options], None]  # apply_(w, u, options): w and u of one shape
 
 
@@ -34,6 +32,11 @@ class Context:
     ns_dtype: torch.dtype
     apply_: Apply
     replicas: Replicas | None
+
+    @property
+    def backend(self) -> Backend:
+        """The passes of the rule on the device of the matrices."""
+        return backend(self.rule.weights["b0"].device)
 
 
 @dataclass
@@ -111,11 +114,15 @@ class Work:
 
     def do(self, context: Context) -> int:
         """Update everything; returns how many matrices this rank has orthogonalized."""
+        with torch.cuda.device_of(context.rule.weights["b0"]):  # kernels start on the current device
+            return self._do(context)
+
+    def _do(self, context: Context) -> int:
         count = update_whole(self.whole, context)
         for odd in self.odd:
             count += update_odd(odd, context)
         for split in self.splits.values():
-            split.update(context.rule, context.ns_dtype, context.apply_)
+            split.update(context.rule, context.ns_dtype, context.backend, context.apply_)
             count += sum(part.orthogonalize and part.matrix.owner == dist.get_rank(split.group) for part in split.parts)
         for w, run in self.copies:
             w.copy_(run.view(w.shape))
@@ -139,9 +146,11 @@ class Source:
             nothing = torch.zeros((), device=self.w.device)
             m, v = nothing.expand(3, len(self.w)), nothing.expand(len(self.w))
             row, col = nothing.expand(n, 3, min(rows, cols)), nothing.expand(n, 3, max(rows, cols))
+            count = None
         else:
             m, v = self.state["momentum"].view(3, -1), self.state["second_moment"].view(-1)
             row, col = (self.state[name].view(3, self.shape[0], -1).transpose(0, 1)[which] for name in ("row", "col"))
+            count = self.state["count"].expand(n) if "count" in self.state else None
         pieces = [
             Piece(
                 *(region.view(run, self.start) for run in (self.g, self.w)),
@@ -152,7 +161,7 @@ class Source:
             )
             for region in regions
         ]
-        return Stack((n, rows, cols), pieces, row, col)
+        return Stack((n, rows, cols), pieces, row, col, count)
 
     def whole(self, held: list[Region]) -> list[Stack]:
         """Stacks of all matrices: one where every region holds a part of all of them, else one for each matrix."""
@@ -180,7 +189,7 @@ def update_whole(items: list[Whole], context: Context) -> int:
                 mine.append(directions(batch, context).contiguous())
             elif not replicas.shard_state:
                 for _, stack in batch:
-                    move_means_(context.rule, stack, accumulate_(context.rule, stack))
+                    move_means_(context.rule, stack, context.backend.accumulate_(context.rule, stack))
     results = iter(mine)
     for owner in range(replicas.world):
         for batch in batched([item for item in items if item.owner == owner]):
@@ -195,12 +204,13 @@ Batch = list[tuple[Whole, Stack]]  # matrices of one shape: what they belong to,
 
 
 def batched(items: list[Whole]) -> Iterator[Batch]:
-    """All matrices of `items`, those of one shape together, in batches of at most BATCH_ELEMENTS or one matrix."""
+    """All matrices of `items`, those of one shape together, in batches of at most `batch_elements` or one matrix."""
     buckets: dict[tuple, list[Whole]] = defaultdict(list)
     for item in items:
         buckets[(*item.stack.shape[1:], item.orthogonalize)].append(item)
     for (rows, cols, _), bucket in buckets.items():
-        for batch in batches([item.stack for item in bucket], max(1, BATCH_ELEMENTS // (rows * cols))):
+        limit = batch_elements(bucket[0].stack.row.device) // (rows * cols)
+        for batch in batches([item.stack for item in bucket], max(1, limit)):
             yield [(bucket[i], stack) for i, stack in batch]
 
 
@@ -215,8 +225,8 @@ def empty_directions(batch: Batch, context: Context) -> Tensor:
 def directions(batch: Batch, context: Context) -> Tensor:
     """Steps 2 to 8: the orthogonalized directions (N, R, C), not yet of RMS 1."""
     u = empty_directions(batch, context)
-    directions_(context.rule, [stack for _, stack in batch], u)
-    return newton_schulz(u) if batch[0][0].orthogonalize else u
+    context.backend.directions_(context.rule, [stack for _, stack in batch], u)
+    return context.backend.newton_schulz(u) if batch[0][0].orthogonalize else u
 
 
 def apply_directions(batch: Batch, u: Tensor, context: Context) -> int:
@@ -227,7 +237,7 @@ def apply_directions(batch: Batch, u: Tensor, context: Context) -> int:
     counts = [stack.shape[0] for _, stack in batch]
     for (item, stack), n_u, n_scale in zip(batch, u.split(counts), scale.split(counts), strict=True):
         for piece in stack.pieces:
-            context.apply_(piece.w, n_u[:, piece.rows, piece.cols] * n_scale, item.options)
+            context.backend.apply_(piece.w, n_u[:, piece.rows, piece.cols], n_scale, item.options)
     return n if batch[0][0].orthogonalize else 0
 
 

@@ -55,6 +55,7 @@ class Optimizer:
     adamw_lr: float | None = option(None, "peak learning rate of embeddings, output layer, biases and norms; null: lr")
     weight_decay: float = option(0.1, "decoupled decay of matrices and embeddings; biases and norms have none")
     rule: str | None = option(None, "for celo2 and celo2-base: a shipped rule or the path of a rule file; null: the name's own")
+    state_dtype: Literal["fp32", "bf16"] = option("fp32", "celo2, celo2-base: state of matrices, 16 or 8 bytes a weight")
     arguments: dict[str, Any] | None = option(None, "further arguments of the optimizer's constructor {betas: [0.9, 0.99]}")
     route: Literal["hidden", "all"] = option("hidden", "for a dotted path: hidden matrices, AdamW the rest; all: everything")
 
@@ -73,7 +74,7 @@ class Train:
     batch_size: int = option(32, "sequences in one optimizer step, over all ranks")
     micro_batch_size: int = option(32, "sequences in one forward pass of one rank; the rest is gradient accumulation")
     grad_clip: float = option(1.0, "largest norm of the whole gradient; 0: no clipping")
-    precision: Literal["fp32", "bf16"] = option("fp32", "bf16: autocast, with float32 weights and optimizer state")
+    precision: Literal["fp32", "bf16"] = option("fp32", "bf16: autocast, with float32 weights (for the optimizer: state_dtype)")
     compile: bool = option(False, "torch.compile of the model")
     max_bad_steps: int = option(10, "stop after so many steps in a row whose loss or gradient norm is not finite")
     spike: float = option(1.0, "a loss this many nats above the median of the last 50 steps is a spike; 0: no monitor")

@@ -207,17 +207,21 @@ def load_checkpoint(path: Path, strategy: Strategy) -> None:
         for name, shard in shards.items():
             if not kept_here(strategy, shard):
                 continue
-            state = optimizer.state.get(shard.weight)
-            if state:  # otherwise the optimizer makes it in its first step
-                require_same_names(path, f"optimizer state of '{name}'", state, saved[name])
+            state = optimizer.state.get(shard.weight) or None
+            if state is not None:  # otherwise the optimizer makes it in its first step
+                # State keeps its dtype here, whatever was saved. `count` goes with bfloat16 accumulators and else starts again.
+                names = state.keys() - {"count"}, set(saved[name]) - {"count"}
+                require_same_names(path, f"optimizer state of '{name}'", *names)
+                if "count" in state:
+                    state["count"].zero_()
             for key in saved[name]:
                 entry = f"{name}/{key}"
                 value = file.get_tensor(entry) if key in REPLICATED else read_run(file, entry, shard.fragment)
-                if state:
+                if state is None:
+                    optimizer.state[shard.weight][key] = value.to(shard.weight.device)
+                elif key in state:
                     require_same_shape(path, entry, state[key].shape, value.shape)
                     state[key].copy_(value)
-                else:
-                    optimizer.state[shard.weight][key] = value.to(shard.weight.device)
     strategy.weights_changed()
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from celo2.matrices import matrix_count, stacked_shape
 from celo2.orthogonalize import newton_schulz_flops
 
-FP32 = 4
+FP32, BF16 = 4, 2  # bytes
 WORLDS = tuple(8 << i for i in range(8))  # 8 .. 1024
 
 
@@ -84,6 +84,7 @@ class Setup:
     bf16: bool = True
     shard_state: bool = False
     replicas: int = 1  # fsdp2
+    state_bf16: bool = False  # celo2 and celo2-base
 
     @property
     def shards(self) -> int:
@@ -91,9 +92,14 @@ class Setup:
         return self.world // self.replicas if self.strategy == "fsdp2" else self.world
 
     @property
+    def state_bytes(self) -> int:
+        """Of each of the rule's four numbers for a weight of a matrix."""
+        return BF16 if self.state_bf16 else FP32
+
+    @property
     def direction_bytes(self) -> int:
         """Of an element of a direction: bfloat16 on GPUs, and always where torch's Muon computes it."""
-        return 2 if self.optimizer == "muon" or (self.optimizer == "celo2" and self.bf16) else FP32
+        return BF16 if self.optimizer == "muon" or (self.optimizer == "celo2" and self.bf16) else FP32
 
 
 def all_reduce(size: float, world: int) -> float:
@@ -166,7 +172,7 @@ def exchanged_bytes(workload: Workload, setup: Setup, zero_reduce: str = "all_re
         sent["gradients"] = micro * reduce_scatter(FP32 * n, world)
         sent["weights"] = 2 * micro * all_gather(FP32 * n, world)
     else:  # fsdp2 keeps what is outside the blocks gathered from the forward to the backward pass
-        travelling = (2 if setup.bf16 else FP32) * block
+        travelling = (BF16 if setup.bf16 else FP32) * block
         sent["gradients"] = micro * (reduce_scatter(FP32 * n, shards) + all_reduce(FP32 * n / shards, setup.replicas))
         sent["weights"] = micro * (2 * all_gather(travelling, shards) + all_gather(FP32 * outside, shards))
 
@@ -190,13 +196,13 @@ def memory_per_rank(workload: Workload, setup: Setup) -> dict[str, float]:
     memory = {
         "weights": FP32 * n / over,
         "gradients": FP32 * n / (shards if setup.strategy == "zero2" else over),
-        "optimizer state": FP32 * state_elements(workload, setup.optimizer) / state_over,
+        "optimizer state": state_bytes(workload, setup) / state_over,
         # Every rank that holds a part of a matrix has all of these.
         "row and column means": FP32 * factored_elements(workload, setup.optimizer) / (state_over if over == 1 else 1),
         "flat copies": 0.0,
         "gathered (estimate)": 0.0,
-        "bf16 copies": 2 * n if setup.bf16 and over == 1 else 0.0,  # autocast keeps them through a pass
-        "activations (estimate)": setup.micro_batch * workload.activations * (2 if setup.bf16 else FP32),
+        "bf16 copies": BF16 * n if setup.bf16 and over == 1 else 0.0,  # autocast keeps them through a pass
+        "activations (estimate)": setup.micro_batch * workload.activations * (BF16 if setup.bf16 else FP32),
         "loss (estimate)": FP32 * workload.loss,
         "directions": directions_held(workload, setup),
     }
@@ -205,16 +211,17 @@ def memory_per_rank(workload: Workload, setup: Setup) -> dict[str, float]:
         run = FP32 * n / shards if setup.strategy != "zero3" else 0.0  # what the optimizer updates, beside the whole weights
         memory["flat copies"] = bucket + run
     if setup.strategy in ("zero3", "fsdp2"):  # this block and the next, and the gradient of one; what is outside the blocks
-        each = 2 if setup.bf16 and setup.strategy == "fsdp2" else FP32
+        each = BF16 if setup.bf16 and setup.strategy == "fsdp2" else FP32
         memory["gathered (estimate)"] = (2 * each + FP32) * block + 2 * FP32 * workload.outside
     return memory
 
 
-def state_elements(workload: Workload, optimizer: str) -> float:
-    """Elements of optimizer state beside row and column means: four a weight under the rule, one under Muon, two under AdamW
+def state_bytes(workload: Workload, setup: Setup) -> float:
+    """Bytes of optimizer state beside row and column means: four numbers a weight under the rule, one under Muon, two under AdamW
     and, for want of knowledge, under the optimizers of libraries."""
-    of_hidden = {"celo2": 4, "celo2-base": 4, "muon": 1}.get(optimizer, 2)
-    of_others = 4 if optimizer == "celo2-base" else 2
+    by_rule = 4 * setup.state_bytes
+    of_hidden = {"celo2": by_rule, "celo2-base": by_rule, "muon": FP32}.get(setup.optimizer, 2 * FP32)
+    of_others = FP32 * (4 if setup.optimizer == "celo2-base" else 2)
     return of_hidden * workload.hidden_parameters + of_others * (workload.parameters - workload.hidden_parameters)
 
 
@@ -254,7 +261,8 @@ def optimizer_seconds(workload: Workload, setup: Setup, machine: Machine) -> flo
     # Bytes moved for a weight. AdamW reads w, g, m, v and writes w, m, v. The rule: reads g, w, three m, v and writes three m
     # and v; reads g and three m; reads g, w, three m, v and writes a direction; at last reads it and w and writes w.
     adamw, muon = 7 * FP32, 6 * FP32 + 2 * setup.direction_bytes
-    accumulate, direct, apply = 10 * FP32, 10 * FP32 + setup.direction_bytes, 2 * FP32 + setup.direction_bytes
+    accumulate, direct = 2 * FP32 + 8 * setup.state_bytes, 3 * FP32 + 7 * setup.state_bytes + setup.direction_bytes
+    apply = 2 * FP32 + setup.direction_bytes
     hidden, others = workload.hidden_parameters, workload.parameters - workload.hidden_parameters
     own = 1 / setup.shards  # share of the weights whose state is here, or whose direction is computed here
     kept = own if setup.shard_state or setup.strategy != "ddp" else 1

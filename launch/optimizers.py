@@ -77,6 +77,7 @@ class Library:
     decay: float = 1.0  # factor on the weight decay of what it updates
 
 
+STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LIBRARIES = {
     # arXiv 2302.06675, section 5: these betas for language models, a weight decay 3 to 10 times AdamW's.
     "lion": Library("pytorch_optimizer.Lion", "pytorch_optimizer", arguments={"betas": (0.95, 0.98)}, decay=3.0),
@@ -91,6 +92,7 @@ LIBRARIES = {
 
 def optimizer_groups(config: OptimizerConfig, model: nn.Module) -> Groups:
     """The parameter groups of `model` with the learning rates and decay of `config`, routed for its optimizer."""
+    check_state_dtype(config)
     variant = celo2_rule(config).variant if config.name in ("celo2", "celo2-base") else "celo2"
     adamw_lr = config.lr if config.adamw_lr is None else config.adamw_lr
     return param_groups(model, config.lr, adamw_lr, config.weight_decay, variant=variant)
@@ -104,7 +106,8 @@ def build_optimizer(
     """
     if config.name in ("celo2", "celo2-base"):
         division = {} if replicas is None else {"replicas": replicas, "shard_state": shard_state}
-        options = {"rule": celo2_rule(config)} | division | (config.arguments or {})
+        own = {"rule": celo2_rule(config), "state_dtype": STATE_DTYPES[config.state_dtype]}
+        options = own | division | (config.arguments or {})
         optimizer: torch.optim.Optimizer = construct(Celo2, groups, options)
     elif shard_state:
         raise ConfigError(f"distributed.shard_state divides the state of celo2 and celo2-base, not of {config.name}")
@@ -171,12 +174,19 @@ def library_of(config: OptimizerConfig) -> Library:
 
 def check_optimizer(config: OptimizerConfig) -> None:
     """Raise ConfigError for an optimizer that cannot be had, before any model is built."""
+    check_state_dtype(config)
     if config.name in ("celo2", "celo2-base"):
         celo2_rule(config)
     elif config.name not in BUILDERS:
         library = library_of(config)
         group = {"params": [nn.Parameter(torch.zeros(2, 2))], "lr": config.lr, "weight_decay": config.weight_decay}
         construct(find_class(library.path, library.package), [group], library.arguments | (config.arguments or {}))
+
+
+def check_state_dtype(config: OptimizerConfig) -> None:
+    """Raise ConfigError if the optimizer has float32 state only and another is asked for."""
+    if config.state_dtype != "fp32" and config.name not in ("celo2", "celo2-base"):
+        raise ConfigError(f"optimizer.state_dtype {config.state_dtype} is for celo2 and celo2-base, not for {config.name}")
 
 
 def set_mode(optimizer: torch.optim.Optimizer, mode: Literal["train", "eval"]) -> None:

@@ -55,6 +55,7 @@ def make_plan(config: Config) -> str:
         bf16,
         shard_state=spread.shard_state,
         replicas=spread.replicas,
+        state_bf16=optimizer.state_dtype == "bf16",
     )
     memory = {name: size for name, size in memory_per_rank(workload, setup).items() if size}
     orthogonalized = workload.hidden if optimizer.name in ("celo2", "muon") else ()

@@ -29,10 +29,10 @@ def fresh_accelerator():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def trained(name: str, steps: int = 2, seed: int = 0):
+def trained(name: str, steps: int = 2, seed: int = 0, state_dtype: str = "fp32"):
     torch.manual_seed(seed)
     model = build_model(layers=1, width=16, heads=2, context=8, vocab_size=64)
-    strategy = make_strategy(Config(optimizer=Optimizer(name=name)), Accelerator(cpu=True), model)
+    strategy = make_strategy(Config(optimizer=Optimizer(name=name, state_dtype=state_dtype)), Accelerator(cpu=True), model)
     for _ in range(steps):
         step(strategy)
     return strategy
@@ -49,11 +49,14 @@ def step(strategy, seed=3):
     strategy.optimizer.step()
 
 
-@pytest.mark.parametrize("name", ["celo2", "celo2-base", "adamw", "muon"])
-def test_everything_comes_back(name, tmp_path):
-    strategy = trained(name)
+@pytest.mark.parametrize(
+    ("name", "state_dtype"),
+    [("celo2", "fp32"), ("celo2", "bf16"), ("celo2-base", "fp32"), ("celo2-base", "bf16"), ("adamw", "fp32"), ("muon", "fp32")],
+)
+def test_everything_comes_back(name, state_dtype, tmp_path):
+    strategy = trained(name, state_dtype=state_dtype)
     path = save_checkpoint(tmp_path, strategy, {"step": 2}, keep=1)
-    other = trained(name, steps=0, seed=1)
+    other = trained(name, steps=0, seed=1, state_dtype=state_dtype)
     load_checkpoint(path, other)
     assert read_state(path) == {"step": 2}
     for s in (strategy, other):
@@ -63,6 +66,21 @@ def test_everything_comes_back(name, tmp_path):
         for entry, value in strategy.optimizer.state[a].items():
             assert torch.equal(value, other.optimizer.state[b][entry])
             assert value.dtype == other.optimizer.state[b][entry].dtype
+
+
+@pytest.mark.parametrize(("saved", "here"), [("fp32", "bf16"), ("bf16", "fp32")])
+def test_accumulators_keep_their_dtype_whatever_was_saved(saved, here, tmp_path):
+    """float32 into bfloat16 rounds to nearest once and counts steps from the start; the other way nothing changes."""
+    strategy, other = trained("celo2", state_dtype=saved), trained("celo2", steps=1, seed=1, state_dtype=here)
+    load_checkpoint(save_checkpoint(tmp_path, strategy, {"step": 2}, keep=1), other)
+    weight = "model.layers.0.attn.q_proj.weight"
+    old, new = (s.optimizer.state[dict(s.model.named_parameters())[weight]] for s in (strategy, other))
+    assert (old.keys() ^ new.keys()) == {"count"}
+    for name in old.keys() & new.keys():
+        assert torch.equal(new[name], old[name].to(new[name].dtype)), name
+    assert new["momentum"].dtype == (torch.bfloat16 if here == "bf16" else torch.float32)
+    assert "count" not in new or new["count"] == 0
+    step(other)
 
 
 def test_names_shapes_and_bytes(tmp_path):

@@ -1,5 +1,7 @@
 """The cost model against numbers worked out by hand, on a toy model and on GPT-3's shapes."""
 
+from dataclasses import replace
+
 import pytest
 from torch import nn
 
@@ -20,7 +22,7 @@ from launch.cost import (
     optimizer_seconds,
     reduce_scatter,
     split_matrices,
-    state_elements,
+    state_bytes,
     step_time,
     workload_of,
 )
@@ -89,7 +91,10 @@ def test_which_matrices_are_split():
 def test_memory_by_hand():
     ddp = memory_per_rank(TOY, Setup("ddp", 4, micro_batch=2))
     # Four accumulators for 800, two for 200; three decays of 10 + 20 means of 4 matrices.
-    assert state_elements(TOY, "celo2") == 3600 and state_elements(TOY, "adamw") == 2000 and state_elements(TOY, "muon") == 1200
+    held = {name: state_bytes(TOY, Setup(optimizer=name)) for name in ("celo2", "celo2-base", "adamw", "muon")}
+    assert held == {"celo2": 14400, "celo2-base": 16000, "adamw": 8000, "muon": 4800}
+    in_bfloat16 = [state_bytes(TOY, Setup(optimizer=name, state_bf16=True)) for name in ("celo2", "celo2-base")]
+    assert in_bfloat16 == [8 * 800 + 8 * 200, 8 * 800 + 16 * 200]
     assert (ddp["weights"], ddp["gradients"], ddp["optimizer state"], ddp["row and column means"]) == (4000, 4000, 14400, 1440)
     assert (ddp["bf16 copies"], ddp["activations (estimate)"], ddp["loss (estimate)"], ddp["directions"]) == (
         2000,
@@ -136,6 +141,9 @@ def test_seconds_by_hand():
     expected = 0.1 + (800 * 40 + 200 * 42 + 800 * 10 + 200 * 28) / 1e4
     assert time.optimizer == optimizer_seconds(TOY, setup, machine) == pytest.approx(expected)
     assert time.total == pytest.approx(0.576 + time.exposed + expected)
+    # With bfloat16 state 24 and 28 bytes instead.
+    low = (0.1 * 1e4 + 800 * 24 + 200 * 28 + 800 * 10 + 200 * 28) / 1e4
+    assert optimizer_seconds(TOY, replace(setup, state_bf16=True), machine) == pytest.approx(low)
     assert StepTime(1, 2, 3, 4).total == 8  # what is hidden takes no time
     # In one node the ring is ten times as fast, and zero3 hides weights and gradients behind all of computing.
     inside = step_time(TOY, Setup("zero3", 2, 3, 2), machine)

@@ -172,6 +172,7 @@ def test_lion_decays_three_times_as_much():
         (Optimizer(name="torch.optim.NAdam", arguments={"beta": 1}), "has no argument 'beta'; did you mean 'betas'?"),
         (Optimizer(name="torch.optim.NAdam", arguments={"lr": 1}), "give it as optimizer.lr"),
         (Optimizer(name="torch.optim.NAdam", arguments={"betas": [2, 3]}), "refuses its arguments: Invalid beta parameter"),
+        (Optimizer(name="lion", state_dtype="bf16"), "state_dtype bf16 is for celo2 and celo2-base, not for lion"),
         (Optimizer(name="torch.optim.Rprop"), "knows no weight decay: set optimizer.weight_decay=0"),
     ],
 )

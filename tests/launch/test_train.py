@@ -70,10 +70,16 @@ def test_gradient_accumulation_changes_nothing(run):
     assert whole[-1]["tokens"] < full  # a shorter last sequence was among them
 
 
-@pytest.mark.parametrize("optimizer", ["celo2", "adamw", "muon"])
-def test_resume_is_exact(run, optimizer):
+@pytest.mark.parametrize(("optimizer", "state"), [("celo2", "fp32"), ("celo2", "bf16"), ("adamw", "fp32"), ("muon", "fp32")])
+def test_resume_is_exact(run, optimizer, state):
     """Stopped after three of nine steps, with dropout: every later loss is the uninterrupted run's, bit for bit."""
-    options = [f"optimizer.name={optimizer}", "model.dropout=0.1", "schedule.kind=constant", "schedule.warmup=0"]
+    options = [
+        f"optimizer.name={optimizer}",
+        f"optimizer.state_dtype={state}",
+        "model.dropout=0.1",
+        "schedule.kind=constant",
+        "schedule.warmup=0",
+    ]
     _, whole, _ = run(*options, "train.steps=9", folder="whole")
     run(*options, "train.steps=3", folder="parts")
     _, parts, _ = run(*options, "train.steps=9", folder="parts")
@@ -127,6 +133,9 @@ def test_trackers_get_the_same_numbers(run):
         (["model.vocab_size=100"], "model.vocab_size is 100, but the data has tokens up to 256"),
         (["optimizer.rule=nothing"], "no rule 'nothing'"),
         (["optimizer.rule=celo2-base"], "is a celo2-base rule"),
+        (["optimizer.name=muon", "optimizer.state_dtype=bf16"], "optimizer.state_dtype bf16 is for celo2 and celo2-base"),
+        (["optimizer.state_dtype=fp16"], "optimizer.state_dtype"),
+        (["--plan", "optimizer.name=adamw", "optimizer.state_dtype=bf16"], "not for adamw"),
         (
             ["distributed.strategy=fsdp2", "distributed.replicas=2"],
             "distributed.replicas is 2, which does not divide 1 processes",

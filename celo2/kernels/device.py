@@ -1,0 +1,286 @@
+"""What runs on the GPU for the three passes of the rule and for its last step: one program for each tile of a matrix.
+
+Legend: a piece of N matrices has A places along its major axis and B along its minor axis, the one along which memory is
+contiguous: rows and columns, or columns and rows where a parameter stores its matrices transposed. H hidden units,
+K = 3 decays. A `view` is a tuple (pointer, strides...): of a field (N, A, B), of the momenta (N, K, A, B), of something
+along one axis (N, F, A).
+
+NaN travels as in torch: minimum and maximum are told to propagate it. Sums go to a place of their own for each tile, and
+torch adds those in a fixed order: no atomics, the same bits in every run.
+"""
+
+import triton
+import triton.language as tl
+
+from celo2 import rounding, rule
+
+GRADIENT_CLIP = tl.constexpr(rule.GRADIENT_CLIP)
+SMALL_CLIP = tl.constexpr(rule.SMALL_CLIP)
+RSQRT_EPS = tl.constexpr(rule.RSQRT_EPS)
+SECOND_MOMENT_SLOT = tl.constexpr(rounding.SECOND_MOMENT_SLOT)
+STEP_FACTOR = tl.constexpr(rounding.STEP_FACTOR % (1 << 32))
+SLOT_FACTOR = tl.constexpr(rounding.SLOT_FACTOR)
+HASH_FACTOR_0 = tl.constexpr(rounding.HASH_FACTORS[0] % (1 << 32))
+HASH_FACTOR_1 = tl.constexpr(rounding.HASH_FACTORS[1] % (1 << 32))
+
+# Integers that only offset a result: a kernel of its own for 1 or for multiples of 16 would buy nothing.
+UNSPECIALIZED = ["index_start", "index_a", "index_b"]
+
+
+@triton.jit
+def tile_of(A, B, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr):
+    """This program's matrix n, its tile's place (of how many) along both axes, and the tile's places a and b, all int64."""
+    program = tl.program_id(0).to(tl.int64)
+    across = tl.cdiv(B, BLOCK_B)
+    per_matrix = tl.cdiv(A, BLOCK_A) * across
+    n, tile = program // per_matrix, program % per_matrix
+    tile_a, tile_b = tile // across, tile % across
+    a = tile_a * BLOCK_A + tl.arange(0, BLOCK_A)
+    b = tile_b * BLOCK_B + tl.arange(0, BLOCK_B)
+    return n, tile, tile_a, tile_b, a, b
+
+
+@triton.jit
+def at(view, n, a, b):
+    """Pointers to the places a x b of matrix n of a view (N, A, B)."""
+    return view[0] + n * view[1] + a[:, None] * view[2] + b[None, :] * view[3]
+
+
+@triton.jit
+def momentum_at(view, n, k: tl.constexpr, a, b):
+    """Pointers to the places a x b of momentum k of matrix n of a view (N, K, A, B)."""
+    return view[0] + n * view[1] + tl.full((), k, tl.int64) * view[2] + a[:, None] * view[3] + b[None, :] * view[4]
+
+
+@triton.jit
+def along(view, n, f: tl.constexpr, places, size):
+    """The numbers of feature f of matrix n at `places` below `size` of a view (N, F, size), in float32."""
+    return tl.load(view[0] + n * view[1] + tl.full((), f, tl.int64) * view[2] + places * view[3], mask=places < size, other=0.0)
+
+
+@triton.jit
+def load(pointers, mask):
+    return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def clip(x, limit: tl.constexpr):
+    return tl.clamp(x, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def relu(x):
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def noise(index, count, slot: tl.constexpr):
+    """`celo2.rounding.noise`, from uint32 index and count."""
+    x = index ^ (count * STEP_FACTOR) ^ ((slot * SLOT_FACTOR) % 4294967296)
+    x ^= x >> 16
+    x *= HASH_FACTOR_0
+    x ^= x >> 15
+    x *= HASH_FACTOR_1
+    x ^= x >> 16
+    return x & 0xFFFF
+
+
+@triton.jit
+def is_finite(bits):
+    return (bits & 0x7F800000) != 0x7F800000
+
+
+# Integers throughout: a conversion of single numbers from float32 to bfloat16 runs at an eighth of the speed.
+@triton.jit
+def stochastic_round(x, noise):
+    """`celo2.rounding.stochastic_round` of float32 x, a result of arithmetic: the upper 16 bits are the bfloat16."""
+    bits = x.to(tl.uint32, bitcast=True)
+    nearest = 0x7FFF + ((bits >> 16) & 1)
+    return bits + tl.where(is_finite(bits), tl.where(is_finite(bits + noise), noise, nearest), 0)
+
+
+@triton.jit
+def moved(pointers, mask, target, weight, index, count, slot: tl.constexpr):
+    """Move an accumulator by `weight` of the way to `target`; -> what is stored now, in float32. `celo2.rounding.lerp_`."""
+    old = load(pointers, mask)
+    new = old + weight * (target - old)
+    if count is None:
+        tl.store(pointers, new, mask=mask)
+        return new
+    else:
+        bits = stochastic_round(new, noise(index, count, slot))
+        tl.store(pointers, (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=mask)
+        return (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def square_sum(x):
+    return tl.sum(x * x)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def accumulate_kernel(
+    g,  # views (N, A, B)
+    w,
+    m,  # view (N, K, A, B)
+    v,  # view (N, A, B)
+    counts,  # view (N,) of int32, or None
+    by_a,  # (N, tiles along B, A): sums of g² over the columns of a tile
+    by_b,  # (N, tiles along A, B)
+    local,  # (N, tiles, 12): square sums of the local channels
+    A,
+    B,
+    index_start,  # the place of (a, b) in its matrix, row by row, is index_start + a * index_a + b * index_b
+    index_a,
+    index_b,
+    momentum_weights,  # 1 - decay
+    second_moment_weight,
+    BLOCK_A: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    n, tile, tile_a, tile_b, a, b = tile_of(A, B, BLOCK_A, BLOCK_B)
+    mask = (a < A)[:, None] & (b < B)[None, :]
+    if counts is not None:
+        index = (index_start + a[:, None] * index_a + b[None, :] * index_b).to(tl.uint32)
+        count = tl.load(counts[0] + n * counts[1]).to(tl.uint32, bitcast=True)
+    else:
+        index = None
+        count = None
+    local += (n * tl.cdiv(A, BLOCK_A) * tl.cdiv(B, BLOCK_B) + tile) * 12
+
+    grad = clip(load(at(g, n, a, b), mask), GRADIENT_CLIP)
+    square = grad * grad
+    tl.store(by_a + (n * tl.cdiv(B, BLOCK_B) + tile_b) * A + a, tl.sum(square, 1), mask=a < A)
+    tl.store(by_b + (n * tl.cdiv(A, BLOCK_A) + tile_a) * B + b, tl.sum(square, 0), mask=b < B)
+    tl.store(local, tl.sum(square))
+    tl.store(local + 1, square_sum(clip(grad, SMALL_CLIP)))
+    tl.store(local + 2, square_sum(load(at(w, n, a, b), mask)))
+    second = moved(at(v, n, a, b), mask, square, second_moment_weight, index, count, SECOND_MOMENT_SLOT)
+    s = tl.where(mask, tl.rsqrt(second + RSQRT_EPS), 0.0)
+    tl.store(local + 6, square_sum(second))
+    tl.store(local + 10, square_sum(s))
+    tl.store(local + 11, square_sum(grad * s))
+    for k in tl.static_range(3):
+        momentum = moved(momentum_at(m, n, k, a, b), mask, grad, momentum_weights[k], index, count, k)
+        tl.store(local + 3 + k, square_sum(momentum))
+        tl.store(local + 7 + k, square_sum(momentum * s))
+
+
+@triton.jit
+def factor_kernel(
+    g,  # view (N, A, B)
+    m,  # view (N, K, A, B)
+    factor_a,  # view (N, K, A)
+    factor_b,  # view (N, K, B)
+    factored,  # (N, tiles, 6): square sums of the factored channels
+    A,
+    B,
+    BLOCK_A: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    n, tile, _, _, a, b = tile_of(A, B, BLOCK_A, BLOCK_B)
+    mask = (a < A)[:, None] & (b < B)[None, :]
+    factored += (n * tl.cdiv(A, BLOCK_A) * tl.cdiv(B, BLOCK_B) + tile) * 6
+    grad = clip(load(at(g, n, a, b), mask), GRADIENT_CLIP)
+    for k in tl.static_range(3):
+        factor = along(factor_a, n, k, a, A)[:, None] * along(factor_b, n, k, b, B)[None, :]
+        momentum = load(momentum_at(m, n, k, a, b), mask)
+        tl.store(factored + k, square_sum(grad * factor))
+        tl.store(factored + 3 + k, square_sum(momentum * factor))
+
+
+@triton.jit
+def with_channel(h, x, weights, H: tl.constexpr):
+    """The H sums of the first layer with one more channel x, whose weights (H,) begin at `weights`."""
+    new = ()
+    for j in tl.static_range(H):
+        new += (h[j] + x * tl.load(weights + j),)
+    return new
+
+
+# The first layer by multiplications on the CUDA cores, not by tl.dot: 18 channels x 8 units + 8 x 8 + 8 = 216 fused
+# multiply-adds a weight. At 29.6e12 a second (132 multiprocessors x 128 lanes x 1.75 GHz) that is 7.3 ps, and 11.4 ps with every
+# other instruction (2,704 for 256 elements, counted in the code for compute capability 9.0); the 26 bytes of this pass take
+# 6.0 ps at 4.3 TB/s. So the pass is bound by arithmetic, by less than a factor of two. Tensor cores would need three TF32
+# products to keep float32's accuracy (one is wrong by 5e-4), on shapes padded to 32 x 16: 1,536 multiply-adds at 2.5e14 a
+# second, 6.2 ps, and the channels would travel through shared memory first. Each channel is added to all H sums as soon as it
+# exists, so that about 18 numbers an element are alive at once, not 18 channels and 8 sums.
+@triton.jit
+def emit_kernel(
+    g,  # views (N, A, B)
+    w,
+    m,  # view (N, K, A, B)
+    v,  # view (N, A, B)
+    factor_a,  # view (N, K, A)
+    factor_b,  # view (N, K, B)
+    share_a,  # view (N, H, A): what the channels that depend on a alone add to the first layer
+    share_b,  # view (N, H, B), with the bias
+    element,  # (N, 18, H): first-layer weights of the local and factored channels, normalizers folded in
+    layers,  # w1 (H, H), b1 (H,), w2 (H,), b2 (1,) in a row
+    out,  # view (N, A, B)
+    A,
+    B,
+    H: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    n, _, _, _, a, b = tile_of(A, B, BLOCK_A, BLOCK_B)
+    mask = (a < A)[:, None] & (b < B)[None, :]
+    element += n * 18 * H
+    # All loads before the first use, so that they are under way together.
+    grad = clip(load(at(g, n, a, b), mask), GRADIENT_CLIP)
+    second = load(at(v, n, a, b), mask)
+    weight = load(at(w, n, a, b), mask)
+    momenta = ()
+    for k in tl.static_range(3):
+        momenta += (load(momentum_at(m, n, k, a, b), mask),)
+    h = ()
+    for j in tl.static_range(H):
+        h += (along(share_a, n, j, a, A)[:, None] + along(share_b, n, j, b, B)[None, :],)
+
+    s = tl.rsqrt(second + RSQRT_EPS)
+    h = with_channel(h, weight, element + 2 * H, H)
+    h = with_channel(h, second, element + 6 * H, H)
+    h = with_channel(h, s, element + 10 * H, H)
+    h = with_channel(h, grad, element, H)
+    h = with_channel(h, clip(grad, SMALL_CLIP), element + H, H)
+    h = with_channel(h, grad * s, element + 11 * H, H)
+    for k in tl.static_range(3):
+        factor = along(factor_a, n, k, a, A)[:, None] * along(factor_b, n, k, b, B)[None, :]
+        h = with_channel(h, momenta[k], element + (3 + k) * H, H)
+        h = with_channel(h, momenta[k] * s, element + (7 + k) * H, H)
+        h = with_channel(h, grad * factor, element + (12 + k) * H, H)
+        h = with_channel(h, momenta[k] * factor, element + (15 + k) * H, H)
+
+    hidden = ()
+    for j in tl.static_range(H):
+        hidden += (relu(h[j]),)
+    u = tl.load(layers + H * H + 2 * H) + tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
+    for i in tl.static_range(H):
+        unit = tl.load(layers + H * H + i) + hidden[0] * tl.load(layers + i)
+        for j in tl.static_range(1, H):
+            unit += hidden[j] * tl.load(layers + j * H + i)
+        u += relu(unit) * tl.load(layers + H * H + H + i)
+    tl.store(at(out, n, a, b), u.to(out[0].dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def apply_kernel(
+    w,  # views (N, A, B)
+    u,
+    scale,  # (N,): 1 / RMS of u
+    lr,  # a number, which counts where there is no pointer to one
+    lr_pointer,  # or None
+    weight_decay,
+    A,
+    B,
+    BLOCK_A: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    n, _, _, _, a, b = tile_of(A, B, BLOCK_A, BLOCK_B)
+    mask = (a < A)[:, None] & (b < B)[None, :]
+    rate = lr if lr_pointer is None else tl.load(lr_pointer).to(tl.float32)
+    weight = load(at(w, n, a, b), mask)
+    update = load(at(u, n, a, b), mask) * tl.load(scale + n)
+    weight = weight * (1 - rate * weight_decay) - rate * update
+    tl.store(at(w, n, a, b), weight.to(w[0].dtype.element_ty), mask=mask)

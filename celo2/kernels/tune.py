@@ -1,0 +1,102 @@
+"""Times of the kernels by tile size on this GPU, the measurements behind the tables of `passes` and `symmetric`.
+
+    python -m celo2.kernels.tune ROWS COLS [MATRICES]
+
+The tables are fixed, not searched while training: a search waits for the GPU in the first steps and may choose differently
+on two ranks.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import torch
+
+from celo2 import backend, orthogonalize
+from celo2.blocked import Stack, whole
+from celo2.rule import Rule
+from celo2.weights import load_rule
+
+PASS_TILES = ((1024, 4), (2048, 4), (2048, 8), (4096, 8), (8192, 8))
+EMIT_TILES = ((512, 2), (512, 4), (1024, 4), (1024, 8), (2048, 8))
+PRODUCT_TILES = ((128, 128, 64, 4, 3), (128, 128, 64, 4, 4), (128, 128, 64, 8, 4), (128, 256, 64, 8, 3), (128, 256, 64, 8, 4))
+
+
+def random_stack(n: int, rows: int, cols: int) -> Stack:
+    """N matrices (R, C) with accumulators, all in float32."""
+    draw = lambda *shape: torch.randn(shape, device="cuda").square()  # noqa: E731
+    short, long = sorted((rows, cols))
+    fields = draw(n, rows, cols), draw(n, rows, cols), draw(n, 3, rows, cols), draw(n, rows, cols)
+    return whole(*fields, draw(n, 3, short), draw(n, 3, long))
+
+
+def pass_times(rule: Rule, stack: Stack) -> Iterator[tuple[str, object, float, str]]:
+    """(kernel, tile, milliseconds, rate) of the passes and the last step."""
+    from triton.testing import do_bench
+
+    from celo2.kernels import passes
+
+    elements = stack.pieces[0].g.numel()
+    sums = passes.accumulate_(rule, stack)
+    factors, factored = passes.factor(stack)
+    u = torch.empty_like(stack.pieces[0].g, dtype=torch.bfloat16)
+    scale, options = torch.ones(len(u), 1, 1, device="cuda"), {"lr": 0.0, "weight_decay": 0.1}
+    runs = {  # name -> (bytes a weight, the constant that holds its tile, tiles to try, what to run)
+        "accumulate": (40, "TILE", PASS_TILES, lambda: passes.accumulate_(rule, stack)),
+        "factor": (16, "TILE", PASS_TILES, lambda: passes.factor(stack)),
+        "emit": (26, "EMIT_TILE", EMIT_TILES, lambda: passes.emit_(rule, stack, sums, factors, factored, [u])),
+        "apply": (10, "TILE", PASS_TILES, lambda: passes.apply_(stack.pieces[0].w, u, scale, options)),
+    }
+    for name, (size, constant, tiles, run) in runs.items():
+        chosen = getattr(passes, constant)
+        for tile in tiles:
+            setattr(passes, constant, passes.Tile(*tile))
+            milliseconds = do_bench(run)
+            yield name, tile, milliseconds, f"{size * elements / milliseconds / 1e9:.2f} TB/s"
+        setattr(passes, constant, chosen)
+
+
+def product_times(n: int, rows: int, cols: int) -> Iterator[tuple[str, object, float, str]]:
+    """(product, tile, milliseconds, rate) of X Xᵀ by the kernel and by cuBLAS, and of all of Newton–Schulz.
+
+    The rate counts the FLOPs of the whole product, so that both can be compared.
+    """
+    from triton.testing import do_bench
+
+    from celo2.kernels import symmetric
+
+    short, long = sorted((rows, cols))
+    x = torch.randn(n, short, long, device="cuda", dtype=torch.bfloat16)
+    flops = 2 * n * short * short * long
+    runs = {tile: lambda tile=tile: symmetric.symmetric_product(x, 1.0, symmetric.Tile(*tile)) for tile in PRODUCT_TILES}
+    for tile, run in {"cuBLAS": lambda: x @ x.mT, **runs}.items():
+        milliseconds = do_bench(run)
+        yield "product", tile, milliseconds, f"{flops / milliseconds / 1e9:.0f} TFLOP/s"
+    flops = n * orthogonalize.newton_schulz_flops(rows, cols)
+    for name, functions in (("plain", backend.PLAIN), ("kernel", backend.triton_backend())):
+        milliseconds = do_bench(lambda f=functions.newton_schulz: f(x))
+        yield "Newton-Schulz", name, milliseconds, f"{flops / milliseconds / 1e9:.0f} TFLOP/s"
+
+
+def main(argv: list[str]) -> int:
+    """Print a line for every kernel and tile; 2 for bad arguments or without a GPU."""
+    try:
+        rows, cols, n = (int(a) for a in (argv if len(argv) == 3 else [*argv, "1"]))
+        if min(rows, cols, n) < 1:
+            raise ValueError
+    except ValueError:
+        print("usage: python -m celo2.kernels.tune ROWS COLS [MATRICES], positive integers", file=sys.stderr)
+        return 2
+    if not torch.cuda.is_available():
+        print("celo2.kernels.tune needs a CUDA GPU", file=sys.stderr)
+        return 2
+    rule = load_rule("celo2").to("cuda")
+    for times in (pass_times(rule, random_stack(n, rows, cols)), product_times(n, rows, cols)):
+        for name, tile, milliseconds, rate in times:
+            print(f"{name:14} {tile!s:24} {milliseconds:9.3f} ms  {rate}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

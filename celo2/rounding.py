@@ -1,0 +1,74 @@
+"""Stochastic rounding to bfloat16, so that accumulators of half the size do not stall.
+
+A momentum of decay 0.999 moves by a thousandth of its distance in one step; bfloat16 keeps 8 bits, a step of 1/256 at best.
+Rounded to nearest, most such moves are lost, again and again. Rounded up or down with the probabilities that make the mean
+exact, none is lost on average.
+
+The noise is a hash of the element's place, the number of the step and the accumulator, so the same run gives the same bits,
+however its matrices are sharded or batched. Source of the hash: Wellons, "lowbias32", https://nullprogram.com/blog/2018/07/31/.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SECOND_MOMENT_SLOT = 3  # the slots of the three momenta are 0, 1, 2
+
+
+def int32(bits: int) -> int:
+    """The int32 with the lowest 32 bits of `bits`."""
+    return (bits + (1 << 31)) % (1 << 32) - (1 << 31)
+
+
+STEP_FACTOR, SLOT_FACTOR = int32(0x9E3779B9), 0x85EBCA6B
+HASH_FACTORS = int32(0x7FEB352D), int32(0x846CA68B)
+
+
+def places(rows: slice, cols: slice, width: int, device: torch.device) -> Tensor:
+    """row * width + col, int32 (r, c), of the elements `rows` x `cols` of a matrix that has `width` columns."""
+    row = torch.arange(rows.start, rows.stop, dtype=torch.int32, device=device)
+    return row[:, None] * width + torch.arange(cols.start, cols.stop, dtype=torch.int32, device=device)
+
+
+def noise(index: Tensor, count: Tensor, slot: int) -> Tensor:
+    """Pseudo-random int32 in [0, 65536), of the shape that `index` and `count` broadcast to.
+
+    Args:
+        index: int32, the element's place in its own matrix, of `places`.
+        count: int32, the number of the step, 1 for the first.
+        slot: which accumulator: 0, 1, 2 for the momenta, 3 for the second moment.
+    """
+    x = index ^ (count * STEP_FACTOR ^ int32(slot * SLOT_FACTOR))
+    x ^= shifted(x, 16)
+    x *= HASH_FACTORS[0]
+    x ^= shifted(x, 15)
+    x *= HASH_FACTORS[1]
+    x ^= shifted(x, 16)
+    return x.bitwise_and_(0xFFFF)
+
+
+def shifted(x: Tensor, bits: int) -> Tensor:
+    """x >> bits for int32 as if it were unsigned: zeros come in."""
+    return (x >> bits).bitwise_and_((1 << (32 - bits)) - 1)
+
+
+def stochastic_round(x: Tensor, noise: Tensor) -> Tensor:
+    """bfloat16 neighbours of float32 x: the upper one where `noise` [0, 65536) says so, with mean x over all noise.
+
+    Without a finite neighbour there, as for infinity and NaN, x rounds to nearest.
+    """
+    rounded = ((x.view(torch.int32) + noise).bitwise_and_(-0x10000)).view(torch.float32)
+    return torch.where(x.isfinite() & rounded.isfinite(), rounded, x).to(torch.bfloat16)
+
+
+def lerp_(stored: Tensor, target: Tensor, weight: float, index: Tensor | None, count: Tensor | None, slot: int) -> None:
+    """Move an accumulator by `weight` of the way towards float32 `target`, in place.
+
+    Without `count` as `Tensor.lerp_` does; with it `stored` is bfloat16, moves in float32 and is rounded stochastically, by the
+    `noise` of `index`, `count` and `slot`.
+    """
+    if count is None:
+        stored.lerp_(target, weight)
+    else:
+        stored.copy_(stochastic_round(stored.float().lerp_(target, weight), noise(index, count, slot)))
