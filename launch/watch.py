@@ -66,7 +66,15 @@ class Watch:
     def agree(self, *values: torch.Tensor | float) -> list[float]:
         """The sums of `values` over all ranks, and last how many ranks got a signal."""
         device = self.accelerator.device
-        mine = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in (*values, float(self.signalled))])
+        # `full` is a kernel; a number that is copied to a GPU would make the host wait once more.
+        mine = torch.stack(
+            [
+                v.to(device, torch.float64)
+                if isinstance(v, torch.Tensor)
+                else torch.full((), v, dtype=torch.float64, device=device)
+                for v in (*values, float(self.signalled))
+            ]
+        )
         return self.accelerator.reduce(mine, "sum").tolist()
 
     def stopping(self) -> bool:

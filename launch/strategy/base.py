@@ -18,6 +18,7 @@ from celo2.fragment import Fragment, check_cover
 from celo2.matrices import matrix_count, stacked_shape
 from configs.schema import Config
 from launch.optimizers import Groups, optimizer_groups
+from launch.strategy.blocks import compile_blocks
 from launch.watch import Verdict
 
 Judge = Callable[[Tensor], Verdict]  # grad_norm -> what happens with the step
@@ -59,7 +60,7 @@ class Strategy:
             backend = "nccl" if accelerator.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         if config.train.compile:
-            model.base_model.compile()
+            compile_blocks(model, accelerator.device)
 
     @property
     def counter(self) -> Any:

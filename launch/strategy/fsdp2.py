@@ -17,6 +17,7 @@ from configs.load import ConfigError
 from configs.schema import Config
 from launch.optimizers import build_optimizer, optimizer_groups
 from launch.strategy.base import Judge, Shard, Strategy, named_fragments
+from launch.strategy.blocks import blocks_of
 from launch.watch import Verdict
 from models import CausalLMLoss
 
@@ -40,7 +41,10 @@ class FSDP2(Strategy):
         mesh = init_device_mesh(accelerator.device.type, shape, mesh_dim_names=names)
         bf16 = config.train.precision == "bf16"
         halved = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        for block in blocks_of(model):
+        blocks = blocks_of(model)
+        if not blocks:
+            raise ConfigError(f"distributed.strategy fsdp2: {type(model).__name__} has no list of blocks to shard")
+        for block in blocks:
             for part in block.children() if bf16 else ():
                 if has(part, nn.Linear) and not has(part, nn.LayerNorm):
                     fully_shard(part, mesh=mesh, mp_policy=halved)
@@ -74,14 +78,6 @@ class FSDP2(Strategy):
         for p in self.parameters.values():
             p.grad = None
         return verdict
-
-
-def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
-    """The transformer blocks: the largest ModuleList of the model."""
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-    if not lists:
-        raise ConfigError(f"distributed.strategy fsdp2: {type(model).__name__} has no list of blocks to shard")
-    return list(max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters())))
 
 
 def has(module: nn.Module, kind: type[nn.Module]) -> bool:

@@ -1,0 +1,205 @@
+"""`python -m launch.benchmark train`: a whole training step, made of what `train.py` makes it of, compiled and not.
+
+Random tokens stand for a corpus; they cost the same. "At 0.5M tokens" is computed, not measured: forward and backward take their
+time a token, the optimizer its time a step, and a step has 524,288 tokens, as gpt3-125m to -760m are trained.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from configs.schema import Config, Model, Optimizer, Train
+from data.batches import Batches, prefetch
+from launch.benchmark.measure import TIMES, Column, Row, environment, peak_bytes, summary, synchronize, time_rounds
+from launch.probe import StepProbe
+from launch.strategy import make_accelerator, make_strategy, peak
+from launch.watch import Watch
+from models import build_model, flops_per_token
+
+FULL_STEP = 524288  # tokens
+PROFILED_STEPS, LARGEST = 3, 15
+
+
+class Batch(NamedTuple):
+    """What a size is measured with."""
+
+    sequences: int
+    vocabulary: int
+
+
+# Sequences of a micro-batch as in configs/; the small one is a quarter of configs/demo.yaml.
+BATCHES = {
+    "gpt3-mini": Batch(4, 2048),
+    "gpt3-125m": Batch(16, 50304),
+    "gpt3-350m": Batch(8, 50304),
+    "gpt3-760m": Batch(8, 50304),
+    "gpt3-1.3b": Batch(4, 50304),
+}
+DEFAULT_SIZES = {"cpu": ("gpt3-mini",), "cuda": ("gpt3-125m", "gpt3-350m", "gpt3-1.3b")}
+
+COLUMNS = (
+    Column("size", "model"),
+    Column("compiled", "compiled"),
+    *TIMES,
+    Column("tokens_per_second", "tokens/s", ",.0f"),
+    Column("mfu", "MFU", ".3f"),
+    Column("optimizer_share", "optimizer", ".1%"),
+    Column("full_share", "at 0.5M tokens", ".1%"),
+    Column("loading_share", "waiting for data", ".2%"),
+    Column("syncs", "host syncs", "d"),
+    Column("peak_mib", "peak MiB beyond weights and state", ",.0f"),
+    Column("first_seconds", "first step s", ".1f"),
+)
+
+
+class RandomTokens:
+    """A split of uniformly random tokens, as `data.batches` reads it."""
+
+    eot_id, folder, split = 0, Path("random"), "train"
+
+    def __init__(self, n_tokens: int, vocab_size: int) -> None:
+        self.n_tokens, self.vocab_size = n_tokens, vocab_size
+        self.tokens = np.random.default_rng(0).integers(vocab_size, size=n_tokens, dtype=np.uint16)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop)."""
+        return self.tokens[start:stop]
+
+
+@dataclass
+class Trainer:
+    """A run as `train.py` sets it up, without folder, evaluation and checkpoints; what its steps took."""
+
+    config: Config
+    batch: Batch
+    loading: list[float] = field(default_factory=list)  # s, until the next batch was there
+    updating: list[float] = field(default_factory=list)  # s, in the optimizer
+
+    def __post_init__(self) -> None:
+        self.accelerator = make_accelerator(self.config, tempfile.gettempdir())
+        torch.manual_seed(0)
+        device = self.accelerator.device  # a billion random numbers take half a minute on a CPU
+        model = build_model(size=self.config.model.size, vocab_size=self.batch.vocabulary, device=device)
+        self.context = model.config.max_position_embeddings
+        self.flops = flops_per_token(model, self.context)
+        self.strategy = make_strategy(self.config, self.accelerator, model)
+        self.device, self.peak = device, peak(self.accelerator)
+        self.probe = StepProbe(self.strategy.optimizer, [], self.device)
+        self.watch = Watch(self.accelerator, self.config.train)
+        self.tokens = self.batch.sequences * self.context
+        batches = Batches(RandomTokens(64 * self.tokens + 1, self.batch.vocabulary), self.context, self.batch.sequences, seed=0)
+        pin = self.device.type == "cuda"
+        self.stream = prefetch(batches, 0, 1 << 30, 0, 1, self.batch.sequences, pin_memory=pin)
+        self.first_seconds = self.timed_step()
+
+    def step(self) -> None:
+        """What the loop of `train.py` does in a step."""
+        self.probe.begin(measure=False)
+        start = time.perf_counter()
+        with record_function("1 batch"):
+            micro_batches = next(self.stream)
+        self.loading.append(time.perf_counter() - start)
+        with record_function("2 forward and backward"):
+            loss = self.strategy.backward(micro_batches, self.tokens)
+        with record_function("3 clip, judge, update"):
+            self.strategy.step(lambda norm: self.watch.judge(loss, norm, save=False))
+        self.updating.append(self.probe.record()["optimizer_seconds"])
+
+    def timed_step(self) -> float:
+        """Seconds of a step."""
+        start = time.perf_counter()
+        self.step()
+        synchronize(self.device)
+        return time.perf_counter() - start
+
+    def syncs(self) -> int | None:
+        """How often the host waits for the device in a step; None where there is nothing to wait for."""
+        if self.device.type != "cuda":
+            return None
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                self.step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        return sum("synchroniz" in str(warning.message) for warning in caught)
+
+    def row(self, seconds: list[float]) -> Row:
+        """What a line of the table says, from the seconds of a step in every round."""
+        updating = statistics.median(self.updating[-len(seconds) :])
+        loading = statistics.median(self.loading[-len(seconds) :])
+        typical = statistics.median(seconds)
+        speed = self.tokens / typical
+        full = (typical - updating) * FULL_STEP / self.tokens + updating
+        return {
+            "size": self.config.model.size,
+            "compiled": "yes" if self.config.train.compile else "no",
+            **summary(seconds),
+            "tokens_per_step": self.tokens,
+            "tokens_per_second": speed,
+            "mfu": speed * self.flops / self.peak if self.peak else None,
+            "optimizer_share": updating / typical,
+            "full_share": updating / full,
+            "loading_share": loading / typical,
+            "syncs": self.syncs(),
+            "peak_mib": peak_bytes(self.step, self.device) / 2**20,
+            "first_seconds": self.first_seconds,
+        }
+
+
+def make_trainer(size: str, compiled: bool, device: torch.device, sequences: int | None) -> Trainer:
+    """A run of `size` in bfloat16 on a GPU and in float32 on the CPU; `sequences` replaces those of its micro-batch."""
+    batch = BATCHES[size] if sequences is None else BATCHES[size]._replace(sequences=sequences)
+    config = Config(
+        model=Model(size=size),
+        optimizer=Optimizer(name="celo2", lr=1e-4),
+        train=Train(
+            batch_size=batch.sequences,
+            micro_batch_size=batch.sequences,
+            precision="bf16" if device.type == "cuda" else "fp32",
+            compile=compiled,
+        ),
+    )
+    return Trainer(config, batch)
+
+
+def measure_training(rounds: int, device: torch.device, sizes: list[str], sequences: int | None, profile_path: str | None) -> Row:
+    """Two rows a size, not compiled and compiled, in turns; `profile_path`: a file for where the time of the first goes."""
+    rows = []
+    for size in sizes:
+        trainers = {compiled: make_trainer(size, compiled, device, sequences) for compiled in (False, True)}
+        seconds = time_rounds({str(compiled): trainer.step for compiled, trainer in trainers.items()}, rounds, device)
+        rows += [trainer.row(seconds[str(compiled)]) for compiled, trainer in trainers.items()]
+        if profile_path is not None and size == sizes[0]:
+            Path(profile_path).write_text(profile_steps(trainers[False]))
+        for trainer in trainers.values():
+            trainer.stream.close()
+        del trainers, trainer  # two models of the next size would not fit beside these
+    batches = ", ".join(f"{size} {sequences or BATCHES[size].sequences} sequences" for size in sizes)
+    return {**environment(device, rounds), "note": f"one micro-batch a step: {batches}", "rows": rows}
+
+
+def profile_steps(trainer: Trainer) -> str:
+    """A table of the operations that take most of a step's time, by themselves."""
+    cuda = trainer.device.type == "cuda"
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
+    with profile(activities=activities) as recorded:
+        for _ in range(PROFILED_STEPS):
+            trainer.step()
+        synchronize(trainer.device)
+    largest = "self_device_time_total" if cuda else "self_cpu_time_total"
+    averages = recorded.key_averages()
+    milliseconds = {e.key: e.cpu_time_total / PROFILED_STEPS / 1e3 for e in averages if e.key[:2] in ("1 ", "2 ", "3 ")}
+    parts = "\n".join(f"{name}: {time:,.1f} ms of the host" for name, time in sorted(milliseconds.items()))
+    return f"{PROFILED_STEPS} steps\n{parts}\n\n{averages.table(sort_by=largest, row_limit=LARGEST)}\n"

@@ -1,0 +1,41 @@
+"""The transformer blocks of a model, which sharding and compilation take one by one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from configs.load import ConfigError
+
+
+def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
+    """The transformer blocks: the largest ModuleList of the model; empty where there is none."""
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    return list(max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()), default=()))
+
+
+def compile_blocks(model: PreTrainedModel, device: torch.device) -> None:
+    """torch.compile of every block by itself: equal blocks share one compilation, however many layers there are.
+
+    ConfigError without blocks, or without the compiler that torch calls for the code it has written.
+    """
+    names = compilers(device)
+    if not any(shutil.which(name) for name in names):
+        raise ConfigError(
+            f"train.compile needs the compiler {' or '.join(names)}, which was not found; train.compile=false needs none"
+        )
+    blocks = blocks_of(model)
+    if not blocks:
+        raise ConfigError(f"train.compile: {type(model).__name__} has no list of blocks to compile")
+    for block in blocks:
+        block.compile()
+
+
+def compilers(device: torch.device) -> list[str]:
+    """The compilers of which torch.compile calls one: for the CPU it writes C++, for a GPU Triton builds a launcher in C."""
+    chosen = os.environ.get("CXX" if device.type == "cpu" else "CC", "").split()
+    return chosen[:1] or (["g++"] if device.type == "cpu" else ["gcc", "clang"])
