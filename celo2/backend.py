@@ -30,13 +30,13 @@ class Backend:
     apply_: Callable[[Tensor, Tensor, Tensor, Options], None]
 
 
-def apply_(w: Tensor, u: Tensor, scale: Tensor, options: Options) -> None:
+def apply_(w: Tensor, u: Tensor, scale: Tensor | float, options: Options) -> None:
     """Step 10, in place: `W <- W - lr (u scale + weight_decay W)`, in float32 whatever the dtype of w.
 
     Args:
         w: weights (..., r, c).
         u: direction of the same shape, any float dtype.
-        scale: 1 / RMS of u over a whole matrix, float32, of a shape that broadcasts.
+        scale: 1 / RMS of u over a whole matrix or vector, float32, of a shape that broadcasts.
         options: the param group; its `lr` is a number or a tensor of one element.
     """
     lr, weight_decay = options["lr"], options["weight_decay"]

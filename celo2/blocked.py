@@ -34,11 +34,12 @@ from celo2.rule import (
     Rule,
 )
 
-# Where the channels of each kind stand among the thirty of `rule.channels`.
-LOCAL = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 14)  # g, clipped g, w, m, v, m s, s, g s
-FACTORED = (11, 12, 13, 27, 28, 29)  # g and m times row_factor times col_factor
-ROW = (15, 16, 17, 21, 22, 23)  # row, rsqrt(row)
-COL = (18, 19, 20, 24, 25, 26)  # col, rsqrt(col)
+# The groups of `rule.channels` by what their channels depend on, and how many channels those are. Weights are gathered by group:
+# indexing them by numbers on the host would make the host wait for a GPU.
+LOCAL_GROUPS = (0, 1, 2, 3, 4, 5, 6, 8)  # g, clipped g, w, m, v, m s, s, g s
+FACTORED_GROUPS = (7, 13)  # g and m times row_factor times col_factor
+ROW_GROUPS, COL_GROUPS = (9, 11), (10, 12)  # row and rsqrt(row), col and rsqrt(col)
+LOCAL, FACTORED = (sum(GROUP_CHANNELS[i] for i in groups) for groups in (LOCAL_GROUPS, FACTORED_GROUPS))
 
 # Elements of a block. CPU: measured best of 2^13 to 2^18 on two cores with 2 MB of second-level cache each (eighteen
 # float32 channels of 65,536 elements are 4.7 MB). Elsewhere a block must be large enough to hide the launches: 4 M
@@ -171,12 +172,12 @@ def accumulate_(rule: Rule, stack: Stack) -> Tensor:
     Sums over what is here: they are complete when the sums of all ranks that hold pieces of these matrices are added.
     """
     n, rows, cols = stack.shape
-    sums = torch.zeros(n, rows + cols + len(LOCAL), device=stack.row.device)
-    row_sum, col_sum, local_sum = sums.split([rows, cols, len(LOCAL)], 1)
+    sums = torch.zeros(n, rows + cols + LOCAL, device=stack.row.device)
+    row_sum, col_sum, local_sum = sums.split([rows, cols, LOCAL], 1)
     count = None if stack.count is None else stack.count[:, None, None]
     for piece in stack.pieces:
         blocks = row_blocks(piece)
-        for block, x in tiles(buffer_for(piece, blocks, len(LOCAL)), blocks, piece.g.shape[2]):
+        for block, x in tiles(buffer_for(piece, blocks, LOCAL), blocks, piece.g.shape[2]):
             x[:, 0].copy_(piece.g[:, block]).clamp_(-GRADIENT_CLIP, GRADIENT_CLIP)
             square = x[:, 0].square()
             here = slice(piece.rows.start + block.start, piece.rows.start + block.stop)
@@ -200,51 +201,70 @@ def move_means_(rule: Rule, stack: Stack, sums: Tensor) -> None:
         by_col[:, k].lerp_(sums[:, rows : rows + cols] / rows + SQUARE_FLOOR, 1 - gamma)
 
 
-def factor(stack: Stack) -> tuple[Factors, Tensor]:
-    """-> factors, and (N, 6): the sums of the squared factored channels, over what is here."""
-    n, rows, cols = stack.shape
+def factors_of(stack: Stack) -> Factors:
+    """Adafactor's factors from the means of a stack."""
     row_factor = (stack.row / (stack.row.mean(2, keepdim=True) + FACTOR_EPS)).clamp_min(FACTOR_EPS).rsqrt()
     col_factor = stack.col.clamp_min(FACTOR_EPS).rsqrt()
-    factors = Factors(col_factor, row_factor) if rows > cols else Factors(row_factor, col_factor)
-    sums = torch.zeros(n, len(FACTORED), device=stack.row.device)
+    return Factors(col_factor, row_factor) if stack.shape[1] > stack.shape[2] else Factors(row_factor, col_factor)
+
+
+def factor(stack: Stack) -> tuple[Factors, Tensor]:
+    """-> factors, and (N, 6): the sums of the squared factored channels, over what is here."""
+    factors = factors_of(stack)
+    sums = torch.zeros(stack.shape[0], FACTORED, device=stack.row.device)
     for piece in stack.pieces:
         blocks = row_blocks(piece)
         by_row, by_col = factors.by_row[:, :, piece.rows], factors.by_col[:, :, piece.cols]
-        for block, x in tiles(buffer_for(piece, blocks, 1 + len(FACTORED)), blocks, piece.g.shape[2]):
+        for block, x in tiles(buffer_for(piece, blocks, 1 + FACTORED), blocks, piece.g.shape[2]):
             g = x[:, 0].copy_(piece.g[:, block]).clamp_(-GRADIENT_CLIP, GRADIENT_CLIP)
             fill_factored_(x[:, 1:], g, piece.m[:, :, block], by_row[:, :, block], by_col)
             sums += square_sums(x[:, 1:])
     return factors, sums
 
 
-def emit_(rule: Rule, stack: Stack, sums: Tensor, factors: Factors, factored_sums: Tensor, outs: list[Tensor]) -> None:
-    """Write the direction of every piece into its tensor of `outs` (N, r, c), from the complete sums of both passes."""
-    n, rows, cols = stack.shape
-    # The first layer with the channel normalizers folded in, and the share of the row and column channels.
+class FirstLayer(NamedTuple):
+    """The first layer for channels that were not normalized, and the share of those that depend on the row or column alone."""
+
+    element: Tensor  # weights (N, H, L)
+    by_row: Tensor  # (N, H, R)
+    by_col: Tensor  # (N, H, C)
+
+
+def first_layer(rule: Rule, stack: Stack, sums: Tensor, factored_sums: Tensor) -> FirstLayer:
+    """The first layer with the channel normalizers folded in, from the complete sums of both passes."""
+    _, rows, cols = stack.shape
     row_x = torch.cat([stack.row, (stack.row + RSQRT_EPS).rsqrt()], 1)  # (N, 2K, ·)
     col_x = torch.cat([stack.col, (stack.col + RSQRT_EPS).rsqrt()], 1)
-    w0 = torch.cat([rule.weights[f"w0__{i}"] for i in range(len(GROUP_CHANNELS))])  # (30, H)
     element_mean = torch.cat([sums[:, rows + cols :], factored_sums], 1) / (rows * cols)  # (N, L)
-    w_element = fold(w0[[*LOCAL, *FACTORED]], element_mean)  # (N, H, L)
-    row_share = fold(w0[list(ROW)], row_x.square().mean(2)) @ row_x  # (N, H, ·)
-    col_share = fold(w0[list(COL)], col_x.square().mean(2)) @ col_x + rule.weights["b0"][:, None]
-    by_row_share, by_col_share = (col_share, row_share) if rows > cols else (row_share, col_share)
+    w0_element, w0_row, w0_col = (
+        torch.cat([rule.weights[f"w0__{i}"] for i in groups])
+        for groups in (LOCAL_GROUPS + FACTORED_GROUPS, ROW_GROUPS, COL_GROUPS)
+    )
+    row_share = fold(w0_row, row_x.square().mean(2)) @ row_x  # (N, H, ·)
+    col_share = fold(w0_col, col_x.square().mean(2)) @ col_x + rule.weights["b0"][:, None]
+    by_row, by_col = (col_share, row_share) if rows > cols else (row_share, col_share)
+    return FirstLayer(fold(w0_element, element_mean), by_row, by_col)
 
+
+def emit_(rule: Rule, stack: Stack, sums: Tensor, factors: Factors, factored_sums: Tensor, outs: list[Tensor]) -> None:
+    """Write the direction of every piece into its tensor of `outs` (N, r, c), from the complete sums of both passes."""
+    n = stack.shape[0]
+    layer = first_layer(rule, stack, sums, factored_sums)
     w1 = rule.weights["w1"].T.expand(n, -1, -1)
     b1 = rule.weights["b1"][:, None].expand(n, -1, 1)
     w2, b2 = rule.weights["w2"][:, 0], rule.weights["b2"][0]
     for piece, out in zip(stack.pieces, outs, strict=True):
         blocks, width = row_blocks(piece), piece.g.shape[2]
         by_row, by_col = factors.by_row[:, :, piece.rows], factors.by_col[:, :, piece.cols]
-        row_h, col_h = by_row_share[:, :, piece.rows], by_col_share[:, :, None, piece.cols]
-        x_tiles = tiles(buffer_for(piece, blocks, len(LOCAL) + len(FACTORED)), blocks, width)
+        row_h, col_h = layer.by_row[:, :, piece.rows], layer.by_col[:, :, None, piece.cols]
+        x_tiles = tiles(buffer_for(piece, blocks, LOCAL + FACTORED), blocks, width)
         h_tiles = tiles(buffer_for(piece, blocks, rule.hidden), blocks, width)
         for (block, x), (_, h) in zip(x_tiles, h_tiles, strict=True):
             x[:, 0].copy_(piece.g[:, block]).clamp_(-GRADIENT_CLIP, GRADIENT_CLIP)
-            fill_local_(x[:, : len(LOCAL)], piece.w[:, block], piece.m[:, :, block], piece.v[:, block])
-            fill_factored_(x[:, len(LOCAL) :], x[:, 0], piece.m[:, :, block], by_row[:, :, block], by_col)
+            fill_local_(x[:, :LOCAL], piece.w[:, block], piece.m[:, :, block], piece.v[:, block])
+            fill_factored_(x[:, LOCAL:], x[:, 0], piece.m[:, :, block], by_row[:, :, block], by_col)
             torch.add(row_h[:, :, block, None], col_h, out=h)
-            h = h.flatten(2).baddbmm_(w_element, x.flatten(2)).relu_()  # (N, H, n)
+            h = h.flatten(2).baddbmm_(layer.element, x.flatten(2)).relu_()  # (N, H, n)
             h = torch.baddbmm(b1, w1, h).relu_()
             out[:, block] = torch.matmul(w2, h).add_(b2).unflatten(1, (-1, width))
 

@@ -184,14 +184,14 @@ class Celo2(torch.optim.Optimizer):
                 check_gradient(p, f"parameter group {index}")
             by_rule = [p for p in params if self.takes_rule(p, group)]
             taken = set(by_rule)
+            if counts := [self.state[p]["count"] for p in by_rule if "count" in self.state.get(p, ())]:
+                torch._foreach_add_(counts, 1)
             self._step_adamw([p for p in params if p not in taken], group)
             for p in by_rule:
                 orthogonalize, split = self._orthogonalizes(group), self._plan.get(p, {})
                 owner = self.replicas.owners[p] if self.replicas is not None else None
-                if "count" in self.state.get(p, ()):
-                    self.state[p]["count"] += 1
                 work[p.device].add(p, self.state.get(p), fragment_of(p), group, orthogonalize, split, owner)
-        contexts = {d: Context(self._rule(d), self._ns_dtype(d), apply_, self.replicas) for d in work}
+        contexts = {d: Context(self._rule(d), self._ns_dtype(d), self.replicas) for d in work}
         self.orthogonalized += sum(work.do(contexts[device]) for device, work in work.items())
         return loss
 
@@ -298,11 +298,3 @@ class Celo2(torch.optim.Optimizer):
         finally:
             for hook in hooks:
                 hook.remove()
-
-
-def apply_(w: Tensor, u: Tensor, group: dict[str, Any]) -> None:
-    """Step 10, in place: `W <- W - lr (u + weight_decay W)`, in float32 whatever the dtype of w (same shape as u)."""
-    lr, weight_decay = group["lr"], group["weight_decay"]
-    updated = w.to(torch.promote_types(w.dtype, torch.float32)).mul_(1 - lr * weight_decay).sub_(u.mul_(lr))
-    if updated is not w:
-        w.copy_(updated)

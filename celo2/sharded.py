@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from celo2.backend import Backend
+from celo2.backend import Backend, apply_
 from celo2.blocked import Stack, move_means_
 from celo2.exchange import add_up_, swap
 from celo2.matrices import Layout, Region, regions
@@ -183,14 +183,8 @@ class Split:
     parts: list[Part] = field(default_factory=list)
     vectors: list[VectorPart] = field(default_factory=list)
 
-    def update(
-        self,
-        rule: Rule,
-        ns_dtype: torch.dtype,
-        backend: Backend,
-        apply_: Callable[[Tensor, Tensor, dict[str, Any]], None],
-    ) -> None:
-        """Steps 2 to 10 of the rule on everything that is here; `apply_(w, u, options)` updates the vectors."""
+    def update(self, rule: Rule, ns_dtype: torch.dtype, backend: Backend) -> None:
+        """Steps 2 to 10 of the rule on everything that is here."""
         device = self.parts[0].stack.row.device if self.parts else self.vectors[0].g.device
         sums = [backend.accumulate_(rule, part.stack) for part in self.parts]
         add_up_(sums, self.group)
@@ -226,7 +220,7 @@ class Split:
             for piece, u in zip(part.stack.pieces, directions[i], strict=True):
                 backend.apply_(piece.w, u, scale, part.options)
         for vector, norm, (u,) in zip(self.vectors, norms[len(self.parts) :], directions[len(self.parts) :], strict=True):
-            apply_(vector.w, u * (norm / vector.numel + RMS_EPS).rsqrt(), vector.options)
+            apply_(vector.w, u, (norm / vector.numel + RMS_EPS).rsqrt(), vector.options)
 
 
 def vector_channels(rule: Rule, vector: VectorPart) -> Tensor:

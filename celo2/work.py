@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from celo2 import matrices
-from celo2.backend import Backend, Options, backend
+from celo2.backend import Backend, Options, apply_, backend
 from celo2.blocked import Piece, Stack, batches, move_means_
 from celo2.exchange import broadcast_
 from celo2.fragment import Fragment, local
@@ -21,8 +21,6 @@ from celo2.replicas import Replicas
 from celo2.rule import RMS_EPS, Rule, update
 from celo2.sharded import Part, Split, SplitMatrix, VectorPart, batch_elements, is_full
 
-Apply = Callable[[Tensor, Tensor, Options], None]  # apply_(w, u, options): w and u of one shape
-
 
 @dataclass
 class Context:
@@ -30,7 +28,6 @@ class Context:
 
     rule: Rule  # on the device of the matrices
     ns_dtype: torch.dtype
-    apply_: Apply
     replicas: Replicas | None
 
     @property
@@ -122,7 +119,7 @@ class Work:
         for odd in self.odd:
             count += update_odd(odd, context)
         for split in self.splits.values():
-            split.update(context.rule, context.ns_dtype, context.backend, context.apply_)
+            split.update(context.rule, context.ns_dtype, context.backend)
             count += sum(part.orthogonalize and part.matrix.owner == dist.get_rank(split.group) for part in split.parts)
         for w, run in self.copies:
             w.copy_(run.view(w.shape))
@@ -251,6 +248,6 @@ def update_odd(odd: Odd, context: Context) -> int:
         u = update(context.rule, odd.state, odd.g.float(), odd.w.float(), **options)
     if replicas is not None and replicas.shard_state:
         broadcast_(u, odd.owner, replicas.group)
-    context.apply_(odd.w, u, odd.options)
+    apply_(odd.w, u, 1.0, odd.options)
     counts = alone and (replicas is None or odd.owner == replicas.rank) and odd.orthogonalize
     return matrices.matrix_count(tuple(odd.w.shape)) if counts else 0

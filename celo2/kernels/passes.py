@@ -20,14 +20,9 @@ import triton
 from torch import Tensor
 
 from celo2 import backend
-from celo2.blocked import FACTORED, LOCAL, Factors, Piece, Stack, fold, move_means_
+from celo2.blocked import FACTORED, LOCAL, Factors, FirstLayer, Piece, Stack, factors_of, first_layer, move_means_
 from celo2.kernels.device import accumulate_kernel, apply_kernel, emit_kernel, factor_kernel
-from celo2.rule import FACTOR_EPS, RSQRT_EPS, Rule
-
-# Groups of first-layer weights by the kind of their channels, in the order of LOCAL, FACTORED, ROW and COL of `celo2.blocked`.
-# Weights are gathered by group: an index on the host would be a copy to the GPU that waits.
-ELEMENT_GROUPS = (0, 1, 2, 3, 4, 5, 6, 8, 7, 13)
-ROW_GROUPS, COL_GROUPS = (9, 11), (10, 12)
+from celo2.rule import Rule
 
 
 class Tile(NamedTuple):
@@ -83,8 +78,8 @@ def accumulate_all_(rule: Rule, stacks: Sequence[Stack]) -> Tensor:
     """`accumulate_` of several stacks whose matrices have one shape and are cut into the same pieces: (N of all, R + C + 12)."""
     _, rows, cols = stacks[0].shape
     total = sum(stack.shape[0] for stack in stacks)
-    sums = torch.zeros(total, rows + cols + len(LOCAL), device=stacks[0].row.device)
-    row_sum, col_sum, local_sum = sums.split([rows, cols, len(LOCAL)], 1)
+    sums = torch.zeros(total, rows + cols + LOCAL, device=stacks[0].row.device)
+    row_sum, col_sum, local_sum = sums.split([rows, cols, LOCAL], 1)
     momentum_weights = tuple(1 - decay for decay in rule.momentum_decays)
     for same in zip(*(stack.pieces for stack in stacks), strict=True):
         transposed = is_transposed(same[0].g)
@@ -95,7 +90,7 @@ def accumulate_all_(rule: Rule, stacks: Sequence[Stack]) -> Tensor:
         tiles_a, tiles_b = grid(first.g.shape, block)
         by_a = sums.new_empty(total, tiles_b, a)
         by_b = sums.new_empty(total, tiles_a, b)
-        local = sums.new_empty(total, tiles_a * tiles_b, len(LOCAL))
+        local = sums.new_empty(total, tiles_a * tiles_b, LOCAL)
         done = 0
         for stack, piece in zip(stacks, same, strict=True):
             p, n = turned(piece, transposed), stack.shape[0]
@@ -130,23 +125,16 @@ def factor(stack: Stack) -> tuple[Factors, Tensor]:
     return factors, factor_all([stack], factors)
 
 
-def factors_of(stack: Stack) -> Factors:
-    """Adafactor's factors of a stack."""
-    row_factor = (stack.row / (stack.row.mean(2, keepdim=True) + FACTOR_EPS)).clamp_min(FACTOR_EPS).rsqrt()
-    col_factor = stack.col.clamp_min(FACTOR_EPS).rsqrt()
-    return Factors(col_factor, row_factor) if stack.shape[1] > stack.shape[2] else Factors(row_factor, col_factor)
-
-
 def factor_all(stacks: Sequence[Stack], factors: Factors) -> Tensor:
     """Sums of the squared factored channels of several stacks, as in `accumulate_all_`: (N of all, 6)."""
     total = len(factors.by_row)
-    sums = torch.zeros(total, len(FACTORED), device=factors.by_row.device)
+    sums = torch.zeros(total, FACTORED, device=factors.by_row.device)
     for same in zip(*(stack.pieces for stack in stacks), strict=True):
         transposed = is_transposed(same[0].g)
         first = turned(same[0], transposed)
         (_, a, b), block = first.g.shape, blocks(first.g.shape, TILE)
         tiles_a, tiles_b = grid(first.g.shape, block)
-        partial = sums.new_empty(total, tiles_a * tiles_b, len(FACTORED))
+        partial = sums.new_empty(total, tiles_a * tiles_b, FACTORED)
         done = 0
         for stack, piece in zip(stacks, same, strict=True):
             p, n = turned(piece, transposed), stack.shape[0]
@@ -173,29 +161,6 @@ def turned_pair(by_row: Tensor, by_col: Tensor, piece: Piece, transposed: bool) 
     return here[::-1] if transposed else here
 
 
-class FirstLayer(NamedTuple):
-    """The first layer for channels that were not normalized, and the share of those that depend on the row or column alone."""
-
-    element: Tensor  # weights (N, L, H)
-    by_row: Tensor  # (N, H, R)
-    by_col: Tensor  # (N, H, C)
-
-
-def first_layer(rule: Rule, stack: Stack, sums: Tensor, factored_sums: Tensor) -> FirstLayer:
-    """The first layer with the channel normalizers folded in, from the complete sums of both passes."""
-    _, rows, cols = stack.shape
-    row_x = torch.cat([stack.row, (stack.row + RSQRT_EPS).rsqrt()], 1)  # (N, 2K, ·)
-    col_x = torch.cat([stack.col, (stack.col + RSQRT_EPS).rsqrt()], 1)
-    element_mean = torch.cat([sums[:, rows + cols :], factored_sums], 1) / (rows * cols)  # (N, L)
-    element, w0_row, w0_col = (
-        torch.cat([rule.weights[f"w0__{i}"] for i in groups]) for groups in (ELEMENT_GROUPS, ROW_GROUPS, COL_GROUPS)
-    )
-    row_share = fold(w0_row, row_x.square().mean(2)) @ row_x  # (N, H, ·)
-    col_share = fold(w0_col, col_x.square().mean(2)) @ col_x + rule.weights["b0"][:, None]
-    by_row, by_col = (col_share, row_share) if rows > cols else (row_share, col_share)
-    return FirstLayer(fold(element, element_mean).mT.contiguous(), by_row, by_col)
-
-
 def emit_(rule: Rule, stack: Stack, sums: Tensor, factors: Factors, factored_sums: Tensor, outs: list[Tensor]) -> None:
     """`celo2.blocked.emit_`."""
     emit_all_(rule, [stack], factors, first_layer(rule, stack, sums, factored_sums), [outs])
@@ -205,6 +170,7 @@ def emit_all_(rule: Rule, stacks: Sequence[Stack], factors: Factors, layer: Firs
     """Write the direction of every piece of every stack into its tensor of `outs`."""
     weights = rule.weights
     layers = torch.cat([weights["w1"].flatten(), weights["b1"], weights["w2"][:, 0], weights["b2"][:1]])
+    element = layer.element.mT.contiguous()  # (N, L, H)
     done = 0
     for stack, targets in zip(stacks, outs, strict=True):
         for piece, out in zip(stack.pieces, targets, strict=True):
@@ -223,7 +189,7 @@ def emit_all_(rule: Rule, stacks: Sequence[Stack], factors: Factors, layer: Firs
                 view(factor_b[done:]),
                 view(share_a[done:]),
                 view(share_b[done:]),
-                layer.element[done:],
+                element[done:],
                 layers,
                 view(out.mT if transposed else out),
                 *p.g.shape[1:],
