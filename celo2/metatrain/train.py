@@ -41,7 +41,7 @@ Unroll = Callable[..., np.ndarray]
 def choose_unroll(config: Config) -> Unroll:
     """The engine that the configuration asks for."""
     if config.engine == "plain" or (config.engine == "auto" and config.device != "cpu"):
-        return plain.unroll
+        return plain.GraphUnroll() if torch.device(config.device).type == "cuda" else plain.unroll
     if config.device != "cpu" or config.batch_size % 8:
         raise MetatrainError("engine fast needs device cpu and a batch_size that 8 divides; engine=plain takes any")
     try:

@@ -6,7 +6,8 @@ Legend: N problems, U = 2N unrolls (signs +, - of each problem in turn), T steps
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from celo2.rule import Rule
 from celo2.weights import weight_shapes
 
 ADAM_BETAS, ADAM_EPS = (0.9, 0.95), 1e-8
+WARM_UP = 3  # steps before a CUDA graph is captured: libraries allocate in their first ones
 RULE_SHAPES = weight_shapes(hidden=8)
 THETA_SIZE = sum(int(np.prod(shape)) for shape in RULE_SHAPES.values())
 
@@ -62,37 +64,121 @@ def initial_state(variant: str, weights: Weights) -> State:
     return state
 
 
-def unroll(config: Config, data: Images, state: State, theta: np.ndarray, truncation: Truncation) -> np.ndarray:
-    """T steps of every unroll under its own θ (U, 347): inner losses (U, T). Moves `state` in place.
+@dataclass
+class Unrolls:
+    """Everything that a step of all unrolls reads and writes, on the device."""
+
+    live: dict[str, Tensor]  # `state`
+    scale: dict[str, Tensor]  # (U, *shape) of each weight, now
+    after: dict[str, Tensor]  # the same, and the weights, from a reset on
+    fresh: dict[str, Tensor]
+    reset_at: Tensor  # (U,), the step at which a problem starts anew
+    rows: Tensor  # (N, T, B), examples by number
+    networks: dict[str, Tensor]
+    losses: Tensor  # (T, U)
+    t: Tensor  # (1,), the next step
+
+    def tensors(self) -> list[Tensor]:
+        """All of them, in a fixed order."""
+        groups = [field if isinstance(field, dict) else {"": field} for field in vars(self).values()]
+        return [tensor for group in groups for tensor in group.values()]
+
+
+def on_device(state: State, theta: np.ndarray, truncation: Truncation, device: torch.device) -> Unrolls:
+    """The unrolls of a truncation before their first step."""
+    put = lambda x: torch.from_numpy(np.ascontiguousarray(x)).to(device, copy=True)  # noqa: E731
+    twice = lambda w: {name: put(np.repeat(x, 2, axis=0)) for name, x in w.items()}  # noqa: E731
+    rows = put(truncation.rows)
+    return Unrolls(
+        live={key: put(x) for key, x in state.items()},
+        scale=twice(truncation.scale_before),
+        after=twice(truncation.scale_after),
+        fresh=twice(truncation.fresh),
+        reset_at=put(np.repeat(truncation.reset_at, 2)),
+        rows=rows,
+        networks=batched_mlp(put(theta)),
+        losses=torch.empty(rows.shape[1], len(theta), device=device),
+        t=torch.zeros(1, dtype=torch.int64, device=device),
+    )
+
+
+def advance_(config: Config, images: tuple[Tensor, Tensor], unrolls: Unrolls) -> None:
+    """One step of every unroll: resets, losses, gradients, updates. Nothing in it depends on what the host can see.
 
     A loss is measured before the step that learns from it. A problem that starts anew at step t loses its weights and
     accumulators before the loss of step t.
     """
+    pixels, labels = images
+    starts = unrolls.reset_at == unrolls.t  # (U,)
+    for name in SHAPES:
+        own = {key: x for key, x in unrolls.live.items() if key.startswith(f"{name}.")}
+        news = {key: unrolls.fresh[name] if key == f"{name}.weight" else torch.zeros_like(x) for key, x in own.items()}
+        for old, new in [(unrolls.scale[name], unrolls.after[name]), *((own[key], news[key]) for key in own)]:
+            old.copy_(torch.where(starts.view(-1, *[1] * (old.ndim - 1)), new, old))
+    batch = unrolls.rows.index_select(1, unrolls.t)[:, 0].repeat_interleave(2, 0)  # (U, B)
+    weights = {name: unrolls.scale[name] * unrolls.live[f"{name}.weight"] for name in SHAPES}
+    losses, gradients = loss_and_gradients(weights, pixels[batch], labels[batch])
+    unrolls.losses.index_copy_(0, unrolls.t, losses[None])
+    for name in SHAPES:
+        parameter = {key.removeprefix(f"{name}."): x for key, x in unrolls.live.items() if key.startswith(f"{name}.")}
+        step_(config, unrolls.networks, parameter, unrolls.scale[name] * gradients[name], by_adam(config.variant, name))
+    unrolls.t += 1
+
+
+def unroll(config: Config, data: Images, state: State, theta: np.ndarray, truncation: Truncation) -> np.ndarray:
+    """T steps of every unroll under its own θ (U, 347): inner losses (U, T). Moves `state` in place."""
     device = torch.device(config.device)
-    put = lambda x: torch.from_numpy(np.ascontiguousarray(x)).to(device)  # noqa: E731
-    twice = lambda w: {name: put(np.repeat(x, 2, axis=0)) for name, x in w.items()}  # noqa: E731
-    live = {key: put(x) for key, x in state.items()}
-    scale, after, fresh = twice(truncation.scale_before), twice(truncation.scale_after), twice(truncation.fresh)
-    reset_at = np.repeat(truncation.reset_at, 2)
-    pixels, labels, rows = put(data.pixels), put(data.labels), put(truncation.rows)
-    networks = batched_mlp(put(theta))
-    losses = torch.empty(rows.shape[1], len(theta), device=device)
-    for t in range(rows.shape[1]):
-        for u in np.flatnonzero(reset_at == t):
-            for name in SHAPES:
-                scale[name][u] = after[name][u]
-                for key, x in live.items():
-                    if key.startswith(f"{name}."):
-                        x[u] = fresh[name][u] if key == f"{name}.weight" else 0
-        batch = rows[:, t].repeat_interleave(2, 0)  # (U, B)
-        weights = {name: scale[name] * live[f"{name}.weight"] for name in SHAPES}
-        losses[t], gradients = loss_and_gradients(weights, pixels[batch], labels[batch])
-        for name in SHAPES:
-            parameter = {key.removeprefix(f"{name}."): x for key, x in live.items() if key.startswith(f"{name}.")}
-            step_(config, networks, parameter, scale[name] * gradients[name], by_adam(config.variant, name))
-    for key, x in live.items():
+    unrolls = on_device(state, theta, truncation, device)
+    images = torch.from_numpy(data.pixels).to(device), torch.from_numpy(data.labels).to(device)
+    for _ in range(len(unrolls.losses)):
+        advance_(config, images, unrolls)
+    return results(unrolls, state)
+
+
+def results(unrolls: Unrolls, state: State) -> np.ndarray:
+    """The inner losses (U, T), once `state` holds what the unrolls have come to."""
+    for key, x in unrolls.live.items():
         state[key][:] = x.cpu().numpy()
-    return losses.T.cpu().numpy()
+    return unrolls.losses.T.cpu().numpy()
+
+
+class GraphUnroll:
+    """`unroll` on a GPU: a step is captured in a CUDA graph once, and replayed T times for every truncation.
+
+    A step is about a thousand small kernels; started one by one they would take as long as the host needs to start them.
+    """
+
+    def __init__(self) -> None:
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.unrolls: Unrolls
+        self.images: tuple[Tensor, Tensor]
+
+    def __call__(self, config: Config, data: Images, state: State, theta: np.ndarray, truncation: Truncation) -> np.ndarray:
+        """As `unroll`, with the same configuration and data in every call."""
+        device = torch.device(config.device)
+        unrolls = on_device(state, theta, truncation, device)
+        if self.graph is None:
+            self.images = torch.from_numpy(data.pixels).to(device), torch.from_numpy(data.labels).to(device)
+            self.unrolls = on_device(state, theta, truncation, device)
+            self.graph = captured(lambda: advance_(config, self.images, self.unrolls), min(WARM_UP, len(unrolls.losses)))
+        torch._foreach_copy_(self.unrolls.tensors(), unrolls.tensors())
+        for _ in range(len(unrolls.losses)):
+            self.graph.replay()
+        return results(self.unrolls, state)
+
+
+def captured(step: Callable[[], None], warm_up: int) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of `step`, which runs `warm_up` times before, on a stream of its own as capturing wants it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(warm_up):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
 
 
 def loss_and_gradients(weights: Mapping[str, Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

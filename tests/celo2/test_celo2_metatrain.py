@@ -1,6 +1,7 @@
 """The unroll, its fast path, and the estimator: each against a plain version of itself."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -87,6 +88,24 @@ def test_unroll_equals_a_loop_with_a_reset(variant, digits):
         np.testing.assert_allclose(losses[u], expected, rtol=0, atol=1e-5)  # worst of 4 seeds 7.2e-7
         for name, w in weights.items():
             np.testing.assert_allclose(state[f"{name}.weight"][u], w, rtol=0, atol=1e-5)  # worst of 4 seeds 6.0e-8
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_replayed_steps_equal_the_unroll(device, digits, monkeypatch):
+    """Two truncations after each other; without a GPU, a plain call of the step stands for the replay of its graph."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    if device == "cpu":
+        monkeypatch.setattr(plain, "captured", lambda step, warm_up: SimpleNamespace(replay=step))
+    config = replace(SMALL, device=device, min_scale=0.1, max_scale=10.0)
+    truncation, state, theta = prepared(config, digits)
+    other, replayed = {key: x.copy() for key, x in state.items()}, plain.GraphUnroll()
+    for factor in (1.0, 1.1):
+        expected = plain.unroll(config, digits, state, np.float32(factor) * theta, truncation)
+        losses = replayed(config, digits, other, np.float32(factor) * theta, truncation)
+        np.testing.assert_allclose(losses, expected, rtol=0, atol=0 if device == "cpu" else 1e-5)
+        for key, x in state.items():
+            np.testing.assert_allclose(other[key], x, rtol=0, atol=0 if device == "cpu" else 1e-5)
 
 
 @pytest.mark.parametrize("reparametrization", ["global", "parameter"])
