@@ -14,6 +14,7 @@ from launch.compare.search import Search
 from launch.compare.statistics import CONFIDENCE, Difference, difference, estimate, holm
 
 LEVEL = 1 - CONFIDENCE
+SAME_LENGTH = 1e-3  # runs of as many steps differ by a few tokens, since the last sequence of an epoch is shorter
 TRAINING = ("step", "tokens", "seconds", "loss", "grad_norm", "update_rms", "update_ratio", "optimizer_seconds")
 
 Groups = Mapping[str, Sequence[Run]]  # the final runs of each optimizer, by label
@@ -120,8 +121,8 @@ def divergence(label: str, count: int, of: int) -> str:
 def caveats(runs: Sequence[Run], tokens: float) -> list[str]:
     """What a reader must know before believing the numbers."""
     said = other_differences(list(runs)) if runs else []
-    if any(run.tokens != tokens for run in runs):
-        longest = max(run.tokens for run in runs)
+    longest = max((run.tokens for run in runs), default=0)
+    if longest > tokens * (1 + SAME_LENGTH):
         said.append(
             f"The runs have different lengths: they are compared at {tokens:,.0f} tokens, the shortest (the longest has "
             f"{longest:,.0f}), where the learning-rate schedules of the longer ones were not at their end."
