@@ -22,7 +22,7 @@ from celo2.rounding import SECOND_MOMENT_SLOT, lerp_, places
 
 GRADIENT_CLIP = 1000.0
 SMALL_CLIP = 0.1
-SQUARE_FLOOR = 1e-30  # added to g² before the factored means
+SQUARE_FLOOR = 1e-30  # added to g² before the factored means, and to its mean before the gradient is divided by its RMS
 FACTOR_EPS = 1e-9  # beside the mean of the row accumulator, and the floor under both factors
 RSQRT_EPS = 1e-8  # inside rsqrt(v + eps), rsqrt(row + eps), rsqrt(col + eps)
 RMS_EPS = 1e-9  # inside every RMS: of the channels, and of the final update
@@ -42,6 +42,8 @@ class Rule:
         momentum_decays: the three β of the momenta.
         second_moment_decay: the decay of v.
         factored_decays: the three γ of the factored second moment.
+        normalize_gradient: the gradient of a matrix is divided by its RMS over the last two axes before anything else, so that
+            no epsilon and no clip depends on its scale; False: as published.
         description: how the rule was made, for people.
     """
 
@@ -50,10 +52,11 @@ class Rule:
     momentum_decays: tuple[float, float, float] = (0.9, 0.99, 0.999)
     second_moment_decay: float = 0.95
     factored_decays: tuple[float, float, float] = (0.9, 0.99, 0.999)
+    normalize_gradient: bool = False
     description: str = field(default="", compare=False)
 
     def __eq__(self, other: object) -> bool:
-        """Equal weights, variant and decays; a description may differ."""
+        """Equal weights, and everything else but the description."""
         if not isinstance(other, Rule) or self.weights.keys() != other.weights.keys():
             return False
         compared = [f.name for f in fields(self) if f.compare and f.name != "weights"]
@@ -88,6 +91,12 @@ def accumulator_shapes(shape: tuple[int, ...], axes: tuple[int, int] | None) -> 
     d1, d0 = axes
     without = lambda axis: tuple(n for i, n in enumerate(shape) if i != axis)  # noqa: E731
     return shapes | {"row": (3, *without(d0)), "col": (3, *without(d1))}
+
+
+def normalized_gradient(g: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """Step 0 of a rule with `normalize_gradient`: g in float32, divided by its root mean square over `axes`. Zeros stay zero."""
+    g = g.float()
+    return g * (g.square().mean(axes, keepdim=True) + SQUARE_FLOOR).rsqrt()
 
 
 def accumulate_(state: Mapping[str, Tensor], g: Tensor, rule: Rule, axes: tuple[int, int] | None) -> None:
@@ -175,6 +184,8 @@ def update(
         axes = factored_axes(g.shape)
     last_two = (-1,) if is_vector else (-2, -1)
 
+    if rule.normalize_gradient:
+        g = normalized_gradient(g, last_two)
     g = g.clamp(-GRADIENT_CLIP, GRADIENT_CLIP)
     accumulate_(state, g, rule, axes)
     x = torch.cat([rms_normalized(group, last_two) for group in channels(state, g, w, axes)])  # (F, *shape)
