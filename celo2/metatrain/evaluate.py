@@ -1,28 +1,31 @@
 """`python -m celo2.metatrain.evaluate RULE ... --text FILE`: rules against AdamW, Muon and hand-set rules on unseen tasks.
 
-Every optimizer gets the same search: each learning rate of its grid of four with one seed, then the best with the other seeds.
-What is reported is the mean and the standard deviation over those other seeds. Each run is a line of `--out`; a second
-command with the same file adds what is missing.
+Every optimizer gets the same search: five learning rates with one seed (`next_lr`), then the best with the other seeds. What is
+reported is the mean and the standard deviation over those other seeds. Each run is a line of `--out`; a second command with
+the same file adds what is missing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from celo2.metatrain.config import MetatrainError
-from celo2.metatrain.evaluation.suite import BASELINES, TASKS, grid, read_images, read_text, train
+from celo2.metatrain.evaluation.suite import BASELINES, TASKS, first_lr, read_images, read_text, train
 from celo2.weights import RuleError, load_rule
 
-SEARCH_SEED = 0
+SEARCH_SEED, SEARCH_TRIALS = 0, 5
+REFERENCE = "hand-momentum"  # what a learned rule must be held against
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--text", help="text for the language models: a text file, .jsonl or .jsonl.gz with `text`")
     parser.add_argument("--images", default="digits", help="images for the others, as in meta-training (default: digits)")
     parser.add_argument("--steps", type=int, default=400, help="training steps (default: 400)")
+    parser.add_argument("--search-steps", type=int, help="training steps of the search (default: as --steps)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds beside the one of the search (default: 3)")
     parser.add_argument("--baselines", default=",".join(BASELINES), help=f"comma-separated (default: {','.join(BASELINES)})")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (what is there)")
@@ -58,8 +62,9 @@ def evaluate(options: argparse.Namespace) -> None:
             load_rule(name)
     if options.device not in ("cpu", "cuda") or (options.device == "cuda" and not torch.cuda.is_available()):
         raise MetatrainError(f"--device {options.device}: expected cpu or a cuda that is there")
-    if options.seeds < 1 or options.steps < 1:
-        raise MetatrainError("--seeds and --steps must be at least 1")
+    search_steps = options.steps if options.search_steps is None else options.search_steps
+    if min(options.seeds, options.steps, search_steps) < 1:
+        raise MetatrainError("--seeds, --steps and --search-steps must be at least 1")
     kinds = {TASKS[name].data for name in tasks}
     if "text" in kinds and not options.text:
         raise MetatrainError("language models need --text FILE")
@@ -68,17 +73,16 @@ def evaluate(options: argparse.Namespace) -> None:
     console = Console(file=sys.stdout)
     columns = (BarColumn(20), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        total = sum(len(grid(name)) + options.seeds for name in optimizers) * len(tasks)
-        progress = bar.add_task("", total=total)
+        progress = bar.add_task("", total=(SEARCH_TRIALS + options.seeds) * len(optimizers) * len(tasks))
 
-        def loss(task: str, optimizer: str, lr: float, seed: int) -> float:
+        def loss(task: str, optimizer: str, lr: float, seed: int, steps: int) -> float:
             source = options.text if TASKS[task].data == "text" else options.images
-            key = {"task": task, "data": source, "steps": options.steps, "optimizer": optimizer, "lr": lr, "seed": seed}
+            key = {"task": task, "data": source, "steps": steps, "optimizer": optimizer, "lr": lr, "seed": seed}
             key["device"] = options.device
             bar.update(progress, description=f"{task} {optimizer} lr {lr:g} seed {seed}")
             result = runs.find(key)
             if result is None:
-                result = train(TASKS[task], data[TASKS[task].data], optimizer, lr, seed, options.steps, options.device)
+                result = train(TASKS[task], data[TASKS[task].data], optimizer, lr, seed, steps, options.device)
                 runs.add(key | result)
             bar.advance(progress)
             return float(result["loss"])
@@ -86,11 +90,46 @@ def evaluate(options: argparse.Namespace) -> None:
         rows = []
         for task in tasks:
             for optimizer in optimizers:
-                search = {lr: loss(task, optimizer, lr, SEARCH_SEED) for lr in grid(optimizer)}
-                best = min(search, key=search.__getitem__)
+                found: dict[float, float] = {}
+                while len(found) < SEARCH_TRIALS:
+                    lr = next_lr(found, first_lr(optimizer))
+                    found[lr] = loss(task, optimizer, lr, SEARCH_SEED, search_steps)
+                best = min(sorted(found), key=found.__getitem__)
                 seeds = range(SEARCH_SEED + 1, SEARCH_SEED + 1 + options.seeds)
-                rows.append((task, optimizer, best, [loss(task, optimizer, best, seed) for seed in seeds]))
+                losses = [loss(task, optimizer, best, seed, options.steps) for seed in seeds]
+                rows.append(Row(task, optimizer, best, best in (min(found), max(found)), losses))
     print(table(rows, options.steps))
+
+
+def next_lr(found: dict[float, float], first: float) -> float:
+    """The learning rate to try next: first, its double and its half, then beyond the best while that is the largest or the
+    smallest, else between the best and its neighbours.
+
+    Args:
+        found: the loss of every learning rate tried so far.
+        first: where to begin.
+    """
+    for lr in (first, 2 * first, first / 2):
+        if lr not in found:
+            return lr
+    lrs = sorted(found)
+    best = lrs.index(min(lrs, key=found.__getitem__))
+    if best == 0:
+        return lrs[0] / 2
+    if best == len(lrs) - 1:
+        return lrs[-1] * 2
+    wider = best if lrs[best + 1] / lrs[best] >= lrs[best] / lrs[best - 1] else best - 1
+    return math.sqrt(lrs[wider] * lrs[wider + 1])
+
+
+class Row(NamedTuple):
+    """What became of one optimizer on one task: its best learning rate, at the edge of those tried or not, a loss per seed."""
+
+    task: str
+    optimizer: str
+    lr: float
+    edge: bool
+    losses: list[float]
 
 
 class Runs:
@@ -115,14 +154,23 @@ class Runs:
             file.write(json.dumps(record) + "\n")
 
 
-def table(rows: Sequence[tuple[str, str, float, list[float]]], steps: int) -> str:
-    """A Markdown table: validation loss, mean ± standard deviation over seeds; an lr at the edge of its grid is marked."""
-    lines = [f"| task ({steps} steps) | optimizer | lr | validation loss | n |", "|---|---|---|---|---|"]
-    for task, optimizer, lr, losses in rows:
-        edge = "" if grid(optimizer)[0] < lr < grid(optimizer)[-1] else " (edge)"
-        spread = statistics.stdev(losses) if len(losses) > 1 else float("nan")
-        lines.append(f"| {task} | {optimizer} | {lr:g}{edge} | {statistics.mean(losses):.4f} ± {spread:.4f} | {len(losses)} |")
+def table(rows: Sequence[Row], steps: int) -> str:
+    """A Markdown table: validation loss, and its difference to `REFERENCE` seed by seed, mean ± standard deviation over seeds."""
+    reference = {row.task: row.losses for row in rows if row.optimizer == REFERENCE}
+    lines = [f"| task ({steps} steps) | optimizer | lr | validation loss | minus {REFERENCE} | n |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        lr = f"{row.lr:.3g}{' (edge)' if row.edge else ''}"
+        difference = ""
+        if row.task in reference and row.optimizer != REFERENCE:
+            difference = spread([a - b for a, b in zip(row.losses, reference[row.task], strict=True)], sign="+")
+        lines.append(f"| {row.task} | {row.optimizer} | {lr} | {spread(row.losses)} | {difference} | {len(row.losses)} |")
     return "\n".join(lines)
+
+
+def spread(values: Sequence[float], sign: str = "") -> str:
+    """Mean ± standard deviation."""
+    deviation = statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else math.nan
+    return f"{statistics.mean(values):{sign}.4f} ± {deviation:.4f}"
 
 
 if __name__ == "__main__":

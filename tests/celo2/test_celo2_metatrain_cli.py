@@ -1,6 +1,5 @@
 """The commands: a whole run, resume after a kill, and what a person is told about a mistake."""
 
-import json
 import os
 import signal
 import subprocess
@@ -10,13 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from celo2 import load_rule
-from celo2.metatrain import evaluate
 from celo2.metatrain.__main__ import main
 from celo2.metatrain.config import Config, load_config
-from celo2.metatrain.evaluation.suite import TASKS, build_optimizers
 from celo2.metatrain.tasks import load_images
 from celo2.metatrain.train import read_metrics
 
@@ -183,48 +179,3 @@ def test_images_of_the_hub_become_small_and_grey(monkeypatch):
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "metatrain").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configurations_load(path):
     assert load_config(path) != Config()
-
-
-def test_evaluation_table_and_continuation(tmp_path, capsys):
-    """Two optimizers on a language model and an image task; the second command runs nothing again."""
-    (tmp_path / "text.txt").write_bytes(bytes(np.random.default_rng(0).integers(97, 105, 12_000, np.uint8)))
-    out = tmp_path / "runs.jsonl"
-    arguments = ["hand-momentum", "--tasks", "gpt-tiny,autoencoder", "--text", str(tmp_path / "text.txt"), "--steps", "3"]
-    arguments += ["--seeds", "2", "--baselines", "adamw", "--out", str(out)]
-    assert evaluate.main(arguments) == 0
-    table = capsys.readouterr().out
-    assert table.count("| gpt-tiny | ") == 2 and table.count("| autoencoder | hand-momentum |") == 1
-    lines = out.read_text()
-    records = [json.loads(line) for line in lines.splitlines()]
-    assert len(records) == 2 * 2 * (4 + 2)
-    assert all(0 < record["loss"] < 10 for record in records)
-    assert evaluate.main(arguments) == 0
-    assert capsys.readouterr().out == table and out.read_text() == lines
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["nothing"], "no rule 'nothing'"),
-        (["--tasks", "gtp"], "task 'gtp': expected one of"),
-        ([], "need --text"),
-        (["--text", "missing.txt"], "text missing.txt: cannot be read"),
-        (["--seeds", "0"], "must be at least 1"),
-        (["--device", "tpu"], "--device tpu: expected cpu or a cuda that is there"),
-    ],
-)
-def test_evaluation_mistakes(arguments, message, capsys):
-    assert evaluate.main(arguments) == 2
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "muon", "hand-momentum", "adam-orthogonalized", "celo2-base"])
-@pytest.mark.parametrize("task", sorted(set(TASKS) - {"gpt", "gpt-wide"}))
-def test_every_parameter_of_every_network_is_trained_once(task, optimizer):
-    network = TASKS[task].build()
-    parts = build_optimizers(optimizer, network, 1e-3)
-    claimed = [id(p) for part in parts for group in part.param_groups for p in group["params"]]
-    assert sorted(claimed) == sorted(id(p) for p in network.parameters())
-    if optimizer == "hand-momentum":
-        assert sum(p.ndim == 2 for p in parts[0].param_groups[0]["params"]) >= 2
-    assert torch.is_tensor(next(network.parameters()))

@@ -1,0 +1,86 @@
+"""The evaluation of rules on tasks that they never saw: search, table, continuation, mistakes."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from celo2.metatrain import evaluate
+from celo2.metatrain.evaluate import Row, next_lr
+from celo2.metatrain.evaluation.suite import TASKS, build_optimizers
+
+
+@pytest.mark.parametrize("best", [1e-4, 5e-4, 1.3e-3, 2e-3, 3e-3, 1e-2])
+def test_search_brackets_the_best_learning_rate(best):
+    """With a loss that is lowest at `best`: five trials, and the best of them within a factor of sqrt 2, or at an edge."""
+    found: dict[float, float] = {}
+    for _ in range(5):
+        lr = next_lr(found, 2e-3)
+        assert lr not in found
+        found[lr] = abs(math.log(lr / best))
+    chosen = min(found, key=found.__getitem__)
+    edge = chosen in (min(found), max(found))
+    assert edge == (best in (1e-4,))
+    assert edge or found[chosen] <= math.log(2) / 2 + 1e-9
+
+
+def test_search_survives_divergence():
+    """Everything above the smallest learning rate diverges: the search goes down."""
+    found: dict[float, float] = {}
+    for _ in range(5):
+        lr = next_lr(found, 2e-3)
+        found[lr] = 1.0 if lr < 6e-4 else math.inf
+    assert min(found) == 2e-3 / 8
+
+
+def test_table_pairs_by_seed():
+    rows = [Row("gpt", "hand-momentum", 2e-3, False, [2.0, 3.0]), Row("gpt", "celo2", 1e-3, True, [1.9, 2.9])]
+    lines = evaluate.table(rows, 400).splitlines()
+    assert lines[2] == "| gpt | hand-momentum | 0.002 | 2.5000 ± 0.7071 |  | 2 |"
+    assert lines[3] == "| gpt | celo2 | 0.001 (edge) | 2.4000 ± 0.7071 | -0.1000 ± 0.0000 | 2 |"
+
+
+def test_evaluation_table_and_continuation(tmp_path, capsys):
+    """Two optimizers on a language model and an image task; the second command runs nothing again."""
+    (tmp_path / "text.txt").write_bytes(bytes(np.random.default_rng(0).integers(97, 105, 12_000, np.uint8)))
+    out = tmp_path / "runs.jsonl"
+    arguments = ["hand-momentum", "--tasks", "gpt-tiny,autoencoder", "--text", str(tmp_path / "text.txt"), "--steps", "3"]
+    arguments += ["--search-steps", "2", "--seeds", "2", "--baselines", "adamw", "--out", str(out)]
+    assert evaluate.main(arguments) == 0
+    table = capsys.readouterr().out
+    assert table.count("| gpt-tiny | ") == 2 and table.count("| autoencoder | hand-momentum |") == 1
+    lines = out.read_text()
+    records = [json.loads(line) for line in lines.splitlines()]
+    assert len(records) == 2 * 2 * (5 + 2)
+    assert all(0 < record["loss"] < 10 for record in records)
+    assert evaluate.main(arguments) == 0
+    assert capsys.readouterr().out == table and out.read_text() == lines
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing"], "no rule 'nothing'"),
+        (["--tasks", "gtp"], "task 'gtp': expected one of"),
+        ([], "need --text"),
+        (["--text", "missing.txt"], "text missing.txt: cannot be read"),
+        (["--seeds", "0"], "must be at least 1"),
+        (["--search-steps", "0"], "must be at least 1"),
+        (["--device", "tpu"], "--device tpu: expected cpu or a cuda that is there"),
+    ],
+)
+def test_evaluation_mistakes(arguments, message, capsys):
+    assert evaluate.main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "hand-momentum", "adam-orthogonalized", "celo2-base"])
+@pytest.mark.parametrize("task", sorted(set(TASKS) - {"gpt", "gpt-wide"}))
+def test_every_parameter_of_every_network_is_trained_once(task, optimizer):
+    network = TASKS[task].build()
+    parts = build_optimizers(optimizer, network, 1e-3)
+    claimed = [id(p) for part in parts for group in part.param_groups for p in group["params"]]
+    assert sorted(claimed) == sorted(id(p) for p in network.parameters())
+    if optimizer == "hand-momentum":
+        assert sum(p.ndim == 2 for p in parts[0].param_groups[0]["params"]) >= 2
