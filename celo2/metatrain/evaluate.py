@@ -1,6 +1,6 @@
 """`python -m celo2.metatrain.evaluate RULE ... --text FILE`: rules against AdamW, Muon and hand-set rules on unseen tasks.
 
-Every optimizer gets the same search: five learning rates with one seed (`next_lr`), then the best with the other seeds. What is
+Every optimizer gets the same search: six learning rates with one seed (`next_lr`), then the best with the other seeds. What is
 reported is the mean and the standard deviation over those other seeds. Each run is a line of `--out`; a second command with
 the same file adds what is missing.
 """
@@ -24,7 +24,7 @@ from celo2.metatrain.config import MetatrainError
 from celo2.metatrain.evaluation.suite import BASELINES, TASKS, first_lr, read_images, read_text, train
 from celo2.weights import RuleError, load_rule
 
-SEARCH_SEED, SEARCH_TRIALS = 0, 5
+SEARCH_SEED, SEARCH_TRIALS = 0, 6
 REFERENCE = "hand-momentum"  # what a learned rule must be held against
 
 

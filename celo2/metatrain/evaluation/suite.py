@@ -50,7 +50,7 @@ TASKS = {
 # Where the search for a learning rate starts. An update of the rules has RMS 1; Muon's singular values are 1, so that its RMS is
 # about width ** -0.5.
 RULE_LR = 2e-3
-BASELINE_LRS = {"adamw": 1e-3, "muon": 0.02}
+BASELINE_LRS = {"adamw": 2e-3, "muon": 0.02}
 BASELINES = ("adamw", "muon", "hand-momentum", "adam-orthogonalized")
 
 
