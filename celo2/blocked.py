@@ -16,7 +16,8 @@ buffer, r rows and c columns of a piece, n elements in a block.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -109,6 +110,37 @@ def batches(stacks: Iterable[Stack], limit: int) -> Iterator[list[tuple[int, Sta
                 batch, room = [], limit
     if batch:
         yield batch
+
+
+def gradient_squares(stack: Stack) -> Tensor:
+    """(N,): the sums of g² before any clip, over what is here."""
+    squares = torch.zeros(stack.shape[0], device=stack.row.device)
+    for piece in stack.pieces:
+        dtype = torch.promote_types(piece.g.dtype, torch.float32)
+        squares += torch.linalg.vector_norm(piece.g, dim=(1, 2), dtype=dtype).square()
+    return squares
+
+
+def gradient_scale(squares: Tensor, numel: int) -> Tensor:
+    """1 / RMS of gradients of `numel` elements, from the complete sums of their squares."""
+    return (squares / numel + SQUARE_FLOOR).rsqrt()
+
+
+def scaled(stack: Stack, scale: Tensor | None) -> Stack:
+    """The stack with float32 copies of its gradients, times `scale` (N,); None leaves it as it is."""
+    if scale is None:
+        return stack
+    pieces = [piece._replace(g=(piece.g * scale[:, None, None]).float()) for piece in stack.pieces]
+    return stack._replace(pieces=pieces)
+
+
+def normalized(rule: Rule, stacks: Sequence[Stack]) -> list[Stack]:
+    """Step 0, `celo2.rule.normalized_gradient`, on whole matrices of one shape; the stacks themselves where the rule has none."""
+    if not rule.normalize_gradient:
+        return list(stacks)
+    squares = torch.cat([gradient_squares(stack) for stack in stacks])
+    scale = gradient_scale(squares, math.prod(stacks[0].shape[1:]))
+    return [scaled(s, n_scale) for s, n_scale in zip(stacks, scale.split([s.shape[0] for s in stacks]), strict=True)]
 
 
 def directions_(rule: Rule, stacks: Iterable[Stack], out: Tensor) -> None:

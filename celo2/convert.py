@@ -24,7 +24,8 @@ def main(argv: list[str] | None = None) -> int:
     except (RuleError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{args.output}: {rule.variant}, {rule.hidden} hidden units; {rule.description}")
+    normalized = ", gradients normalized" if rule.normalize_gradient else ""
+    print(f"{args.output}: {rule.variant}, {rule.hidden} hidden units{normalized}; {rule.description}")
     return 0
 
 

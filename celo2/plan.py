@@ -16,6 +16,7 @@ from celo2.fragment import Fragment, ShardingError, check_cover
 from celo2.orthogonalize import newton_schulz_flops
 from celo2.rule import Rule
 from celo2.sharded import SplitMatrix, assign_owners, split_matrices
+from celo2.weights import describe
 
 
 @dataclass
@@ -100,9 +101,7 @@ def gather_runs(members: list[Entry], group: dist.ProcessGroup, recipe: str) -> 
 
 def fingerprint(rule: Rule, ns_dtype: torch.dtype | None) -> str:
     """A hash of what the rule computes."""
-    digest = hashlib.sha256(
-        repr((rule.variant, rule.momentum_decays, rule.second_moment_decay, rule.factored_decays, ns_dtype)).encode()
-    )
+    digest = hashlib.sha256(repr((describe(rule) | {"description": None}, ns_dtype)).encode())
     for name, weight in sorted(rule.weights.items()):
         digest.update(name.encode() + weight.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:12]

@@ -94,7 +94,10 @@ def accumulator_shapes(shape: tuple[int, ...], axes: tuple[int, int] | None) -> 
 
 
 def normalized_gradient(g: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """Step 0 of a rule with `normalize_gradient`: g in float32, divided by its root mean square over `axes`. Zeros stay zero."""
+    """Step 0 of a rule with `normalize_gradient`: g in float32, divided by its root mean square over `axes`.
+
+    Zeros stay zero. One infinite number makes the others zero and itself NaN: the clip comes too late for it.
+    """
     g = g.float()
     return g * (g.square().mean(axes, keepdim=True) + SQUARE_FLOOR).rsqrt()
 

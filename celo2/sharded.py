@@ -2,8 +2,8 @@
 
 The rule is elementwise except for four sums over a matrix, which need a few numbers of every rank, and Newton–Schulz, which
 needs the whole direction. So the accumulators stay where they are; `Split.update` completes the sums of all split matrices in
-three all-reduces and sends the direction alone, in the dtype of Newton–Schulz, to one owner for each matrix and back. Matrices
-that lie whole on a rank are no part of this.
+three all-reduces (four for a rule that normalizes gradients) and sends the direction alone, in the dtype of Newton–Schulz, to
+one owner for each matrix and back. Matrices that lie whole on a rank are no part of this.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from celo2.backend import Backend, apply_
-from celo2.blocked import Stack, move_means_
+from celo2.blocked import Stack, gradient_scale, gradient_squares, move_means_, scaled
 from celo2.exchange import add_up_, swap
 from celo2.matrices import Layout, Region, regions
 from celo2.orthogonalize import newton_schulz_flops
@@ -184,22 +184,23 @@ class Split:
     vectors: list[VectorPart] = field(default_factory=list)
 
     def update(self, rule: Rule, ns_dtype: torch.dtype, backend: Backend) -> None:
-        """Steps 2 to 10 of the rule on everything that is here."""
+        """Steps 0 to 10 of the rule on everything that is here."""
         device = self.parts[0].stack.row.device if self.parts else self.vectors[0].g.device
-        sums = [backend.accumulate_(rule, part.stack) for part in self.parts]
+        scales, vector_scales = self.gradient_scales(rule)  # applied in every pass anew, so that one scaled copy exists at a time
+        sums = [backend.accumulate_(rule, scaled(part.stack, scale)) for part, scale in zip(self.parts, scales, strict=True)]
         add_up_(sums, self.group)
         for part, total in zip(self.parts, sums, strict=True):
             move_means_(rule, part.stack, total)
 
-        factored = [backend.factor(part.stack) for part in self.parts]
-        inputs = [vector_channels(rule, vector) for vector in self.vectors]
+        factored = [backend.factor(scaled(part.stack, scale)) for part, scale in zip(self.parts, scales, strict=True)]
+        inputs = [vector_channels(rule, vector, scale) for vector, scale in zip(self.vectors, vector_scales, strict=True)]
         squares = [x.square().sum(1) for x in inputs]
         add_up_([*(s for _, s in factored), *squares], self.group)
         directions: list[list[Tensor]] = []
-        for part, total, (factors, factored_sums) in zip(self.parts, sums, factored, strict=True):
+        for part, scale, total, (factors, factored_sums) in zip(self.parts, scales, sums, factored, strict=True):
             dtype = ns_dtype if part.orthogonalize else torch.float32
             outs = [torch.empty_like(piece.v, dtype=dtype) for piece in part.stack.pieces]
-            backend.emit_(rule, part.stack, total, factors, factored_sums, outs)
+            backend.emit_(rule, scaled(part.stack, scale), total, factors, factored_sums, outs)
             directions.append(outs)
         for vector, x, square in zip(self.vectors, inputs, squares, strict=True):
             directions.append([mlp(rule, x * (square / vector.numel + RMS_EPS).rsqrt()[:, None])])
@@ -222,9 +223,21 @@ class Split:
         for vector, norm, (u,) in zip(self.vectors, norms[len(self.parts) :], directions[len(self.parts) :], strict=True):
             apply_(vector.w, u, (norm / vector.numel + RMS_EPS).rsqrt(), vector.options)
 
+    def gradient_scales(self, rule: Rule) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """1 / RMS of the gradients of parts (1,) and of vectors (); None for each where the rule takes them as they are."""
+        n = len(self.parts)
+        if not rule.normalize_gradient:
+            return [None] * n, [None] * len(self.vectors)
+        squares = [*(gradient_squares(p.stack) for p in self.parts), *(v.g.float().square().sum() for v in self.vectors)]
+        add_up_(squares, self.group)
+        sizes = [*(math.prod(part.stack.shape) for part in self.parts), *(vector.numel for vector in self.vectors)]
+        scales = [gradient_scale(square, size) for square, size in zip(squares, sizes, strict=True)]
+        return scales[:n], scales[n:]
 
-def vector_channels(rule: Rule, vector: VectorPart) -> Tensor:
-    """Move the accumulators of a vector; -> its channels (15, n), not normalized."""
-    g = vector.g.float().clamp(-GRADIENT_CLIP, GRADIENT_CLIP)
+
+def vector_channels(rule: Rule, vector: VectorPart, scale: Tensor | None) -> Tensor:
+    """Move the accumulators of a vector, whose gradient times `scale` counts; -> its channels (15, n), not normalized."""
+    g = vector.g.float() if scale is None else vector.g.float() * scale
+    g = g.clamp(-GRADIENT_CLIP, GRADIENT_CLIP)
     accumulate_vector_(vector.state, g, rule, None)
     return torch.cat(channels(vector.state, g, vector.w.float(), None))

@@ -97,7 +97,7 @@ def save_rule(rule: Rule, path: str | Path) -> None:
         path.write_bytes(save({name: w.detach().contiguous().cpu() for name, w in rule.weights.items()}, metadata))
     elif path.suffix == ".state":
         published = Rule(rule.weights)
-        for name in ("momentum_decays", "second_moment_decay", "factored_decays"):
+        for name in ("momentum_decays", "second_moment_decay", "factored_decays", "normalize_gradient"):
             if getattr(rule, name) != getattr(published, name):
                 raise RuleError(f"{path}: the published format cannot hold {name} {getattr(rule, name)}; write .safetensors")
         arrays = {name: pack_array(w.detach().cpu().numpy()) for name, w in sorted(rule.weights.items())}
@@ -131,7 +131,7 @@ def check_weights(weights: dict[str, Tensor], path: Path) -> None:
 
 
 def check_description(rule: Rule, path: Path) -> None:
-    """Raise RuleError unless variant and decays are a rule's."""
+    """Raise RuleError unless variant, decays and what is normalized are a rule's."""
     if rule.variant not in VARIANTS:
         raise RuleError(f"{path}: variant '{rule.variant}' is none of {', '.join(VARIANTS)}")
     for name, values, count in (
@@ -141,6 +141,8 @@ def check_description(rule: Rule, path: Path) -> None:
     ):
         if len(values) != count or not all(0 <= value < 1 for value in values):
             raise RuleError(f"{path}: {name} must be {count} in [0, 1), not {values}")
+    if not isinstance(rule.normalize_gradient, bool):
+        raise RuleError(f"{path}: normalize_gradient must be True or False, not {rule.normalize_gradient!r}")
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict]:
@@ -161,6 +163,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict]:
             "momentum_decays": decays(metadata["momentum_decays"], 3),
             "second_moment_decay": decays(f"[{metadata['second_moment_decay']}]", 1)[0],
             "factored_decays": decays(metadata["factored_decays"], 3),
+            "normalize_gradient": json.loads(metadata.get("normalize_gradient", "false")),
             "description": metadata.get("description", ""),
         }
     except (KeyError, ValueError, TypeError, RecursionError) as error:

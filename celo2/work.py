@@ -13,7 +13,7 @@ from torch import Tensor
 
 from celo2 import matrices
 from celo2.backend import Backend, Options, apply_, backend
-from celo2.blocked import Piece, Stack, batches, move_means_
+from celo2.blocked import Piece, Stack, batches, move_means_, normalized
 from celo2.exchange import broadcast_
 from celo2.fragment import Fragment, local
 from celo2.matrices import Region
@@ -170,7 +170,7 @@ class Source:
 
 
 def update_whole(items: list[Whole], context: Context) -> int:
-    """Steps 2 to 10 on whole matrices, those of one shape together; -> how many this rank has orthogonalized.
+    """Steps 0 to 10 on whole matrices, those of one shape together; -> how many this rank has orthogonalized.
 
     Replicas work on their own matrices first, then everybody sends its results round.
     """
@@ -185,7 +185,7 @@ def update_whole(items: list[Whole], context: Context) -> int:
             if owner == replicas.rank:
                 mine.append(directions(batch, context).contiguous())
             elif not replicas.shard_state:
-                for _, stack in batch:
+                for stack in normalized(context.rule, [stack for _, stack in batch]):
                     move_means_(context.rule, stack, context.backend.accumulate_(context.rule, stack))
     results = iter(mine)
     for owner in range(replicas.world):
@@ -220,9 +220,9 @@ def empty_directions(batch: Batch, context: Context) -> Tensor:
 
 
 def directions(batch: Batch, context: Context) -> Tensor:
-    """Steps 2 to 8: the orthogonalized directions (N, R, C), not yet of RMS 1."""
+    """Steps 0 to 8: the orthogonalized directions (N, R, C), not yet of RMS 1."""
     u = empty_directions(batch, context)
-    context.backend.directions_(context.rule, [stack for _, stack in batch], u)
+    context.backend.directions_(context.rule, normalized(context.rule, [stack for _, stack in batch]), u)
     return context.backend.newton_schulz(u) if batch[0][0].orthogonalize else u
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -193,13 +194,14 @@ def last_step_equals_plain(device):
                 torch.testing.assert_close(w, plain, rtol=tolerance, atol=tolerance)
 
 
-def run_optimizer(device, functions, **options):
+def run_optimizer(device, functions, normalize_gradient=False, **options):
     """Weights after two steps of Celo2 on PARAMETERS with `functions` as the backend."""
     params = {name: nn.Parameter(randn(*shape, seed=len(name)).to(device)) for name, (shape, _) in PARAMETERS.items()}
     groups = [{"params": [p], **PARAMETERS[name][1]} for name, p in params.items()]
     chosen, work.backend = work.backend, lambda _: functions
+    rule = replace(random_rule(), normalize_gradient=normalize_gradient)
     try:
-        optimizer = Celo2(groups, lr=0.05, rule=random_rule(), weight_decay=0.1, ns_dtype=torch.float32, **options)
+        optimizer = Celo2(groups, lr=0.05, rule=rule, weight_decay=0.1, ns_dtype=torch.float32, **options)
         for step in range(2):
             for name, p in params.items():
                 p.grad = (0.1 * randn(*p.shape, seed=100 * step + len(name))).to(device)
@@ -232,6 +234,7 @@ CASES = {
     "newton_schulz bfloat16": lambda device: newton_schulz_equals_plain(device, torch.bfloat16),
     "last step": last_step_equals_plain,
     "optimizer": lambda device: optimizer_equals_plain(device, 1e-5),  # worst measured 6e-7
+    "optimizer that normalizes gradients": lambda device: optimizer_equals_plain(device, 1e-5, normalize_gradient=True),
     "optimizer with bfloat16 accumulators": lambda device: optimizer_equals_plain(device, 1e-5, state_dtype=torch.bfloat16),
 }
 

@@ -35,6 +35,7 @@ DESCRIBED = {
     "momentum_decays": (0.8, 0.95, 0.99),
     "second_moment_decay": 0.9,
     "factored_decays": (0.1, 0.2, 0.30000000000000004),
+    "normalize_gradient": True,
     "description": "meta-trained on nothing, β = 0.9,\n“quoted” and in two lines",
 }
 
@@ -168,6 +169,18 @@ def test_state_never_loses_decays_silently(tmp_path):
         assert load_rule(tmp_path / "rule.state").momentum_decays == rule.momentum_decays
 
 
+def test_state_never_loses_the_normalization_silently(tmp_path):
+    with pytest.raises(RuleError, match=r"rule\.state: the published format cannot hold normalize_gradient True"):
+        save_rule(random_rule(normalize_gradient=True), tmp_path / "rule.state")
+    assert not (tmp_path / "rule.state").exists()
+
+
+def test_a_file_that_does_not_say_whether_it_normalizes_is_as_published(tmp_path):
+    for said, expected in ((None, False), ("false", False), ("true", True)):
+        write_safetensors(tmp_path / "rule.safetensors", normalize_gradient=said)
+        assert load_rule(tmp_path / "rule.safetensors").normalize_gradient is expected
+
+
 def test_rules_compare_by_weights_and_decays():
     rule = random_rule()
     assert rule == random_rule(description="another word for it")
@@ -175,6 +188,7 @@ def test_rules_compare_by_weights_and_decays():
     assert rule != random_rule(hidden=5)
     assert rule != random_rule(variant="celo2-base")
     assert rule != random_rule(second_moment_decay=0.9)
+    assert rule != random_rule(normalize_gradient=True)
     assert rule != "celo2"
 
 
@@ -270,6 +284,10 @@ DAMAGED_DESCRIPTIONS = {
     "second moment decay of 2": ({"second_moment_decay": "2"}, "decays"),
     "second moment decay empty": ({"second_moment_decay": ""}, "decays|description"),
     "two second moment decays": ({"second_moment_decay": "0.9, 0.95"}, "decays"),
+    "normalization a number": ({"normalize_gradient": "1"}, "normalize_gradient must be True or False, not 1"),
+    "normalization null": ({"normalize_gradient": "null"}, "normalize_gradient.*None"),
+    "normalization text": ({"normalize_gradient": '"true"'}, "normalize_gradient.*'true'"),
+    "normalization not JSON": ({"normalize_gradient": "True"}, "description"),
 }
 
 # What stands in the place of a `.state` file.
@@ -441,6 +459,7 @@ UNSAVABLE = {
     "decay of 1": random_rule(momentum_decays=(0.9, 0.99, 1.0)),
     "two decays": random_rule(factored_decays=(0.9, 0.99)),
     "negative decay": random_rule(second_moment_decay=-0.5),
+    "normalization a number": random_rule(normalize_gradient=1),
 }
 
 
@@ -488,13 +507,14 @@ def test_convert_records_what_theta_does_not_say(tmp_path):
     assert (load_rule(out).variant, load_rule(out).description) == ("celo2-base", "downloaded")
 
 
-def test_convert_keeps_the_description(tmp_path):
+def test_convert_keeps_the_description(tmp_path, capsys):
     first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
     save_rule(random_rule(5, **DESCRIBED), first)
     assert main([str(first), str(second)]) == 0
     again = load_rule(second)
     assert again.hidden == 5
     assert {name: getattr(again, name) for name in DESCRIBED} == DESCRIBED
+    assert "celo2-base, 5 hidden units, gradients normalized; meta-trained" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "state"])
