@@ -85,6 +85,7 @@ class Setup:
     shard_state: bool = False
     replicas: int = 1  # fsdp2
     state_bf16: bool = False  # celo2 and celo2-base
+    normalize_gradient: bool = False  # what the rule says
 
     @property
     def shards(self) -> int:
@@ -181,8 +182,9 @@ def exchanged_bytes(workload: Workload, setup: Setup, zero_reduce: str = "all_re
         held = setup.direction_bytes * sum(rows * cols for rows, cols in split) / shards
         sent["directions"] += 2 * all_to_all(held, shards)  # to the owner and back
     if setup.optimizer.startswith("celo2"):
-        # Rows, columns and 12 channels; 6 channels; the norm of the direction.
-        sent["sums"] = all_reduce(FP32 * sum(rows + cols + 12 + 6 + 1 for rows, cols in split), shards)
+        # Rows, columns and 12 channels; 6 channels; the norm of the direction; where the rule asks for it that of the gradient.
+        numbers = 12 + 6 + 1 + setup.normalize_gradient
+        sent["sums"] = all_reduce(FP32 * sum(rows + cols + numbers for rows, cols in split), shards)
     sent["agreement"] = all_reduce(3 * 8, world)  # loss, save, signalled: float64
     return sent
 
@@ -262,6 +264,8 @@ def optimizer_seconds(workload: Workload, setup: Setup, machine: Machine) -> flo
     # and v; reads g and three m; reads g, w, three m, v and writes a direction; at last reads it and w and writes w.
     adamw, muon = 7 * FP32, 6 * FP32 + 2 * setup.direction_bytes
     accumulate, direct = 2 * FP32 + 8 * setup.state_bytes, 3 * FP32 + 7 * setup.state_bytes + setup.direction_bytes
+    if setup.normalize_gradient:  # reads g; reads g and writes a copy, once or, of what is split, in each of three passes
+        accumulate += (7 if setup.strategy in ("zero3", "fsdp2") else 3) * FP32
     apply = 2 * FP32 + setup.direction_bytes
     hidden, others = workload.hidden_parameters, workload.parameters - workload.hidden_parameters
     own = 1 / setup.shards  # share of the weights whose state is here, or whose direction is computed here
@@ -303,7 +307,8 @@ def step_time(workload: Workload, setup: Setup, machine: Machine) -> StepTime:
     streamed = setup.strategy in ("zero3", "fsdp2")
     collectives = workload.blocks * (1 if once else setup.accumulation) * (3 if streamed else 1)
     overlappable = sent["gradients"] / ring + collectives * hop
-    waited = (sent["sums"] + sent["agreement"]) / ring + 6 * hop  # three sums, two exchanges, one agreement
+    hops = 6 + setup.normalize_gradient  # three sums or four, two exchanges, one agreement
+    waited = (sent["sums"] + sent["agreement"]) / ring + hops * hop
     if setup.strategy == "ddp":
         waited += sent["directions"] / ring
     else:

@@ -22,7 +22,7 @@ from torch import Tensor
 from configs.schema import Config, Distributed, Train
 from configs.schema import Optimizer as OptimizerConfig
 from launch.cost import Setup, exchanged_bytes, workload_of
-from launch.optimizers import optimizer_groups
+from launch.optimizers import celo2_rule, optimizer_groups
 from launch.shards import collect
 from launch.strategy import Strategy, make_accelerator, make_strategy
 from launch.strategy import zero as zero_module
@@ -51,7 +51,14 @@ def measure(row: str, optimizer: str, folder: Path) -> dict[str, Any]:
     model = build_model(**MODEL)
     groups = optimizer_groups(config.optimizer, model)
     setup = Setup(
-        config.distributed.strategy, world, ACCUMULATION, micro, optimizer, shard_state="shard_state" in row, bf16=False
+        config.distributed.strategy,
+        world,
+        ACCUMULATION,
+        micro,
+        optimizer,
+        shard_state="shard_state" in row,
+        bf16=False,
+        normalize_gradient=optimizer.startswith("celo2") and celo2_rule(config.optimizer).normalize_gradient,
     )
     formula = exchanged_bytes(workload_of(model, groups, MODEL["context"], 0.0, 0.0, 0.0, False), setup)
     strategy = make_strategy(config, accelerator, model)

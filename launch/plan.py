@@ -11,7 +11,7 @@ from celo2.orthogonalize import newton_schulz_flops
 from configs.schema import Config
 from data.batches import check_batch_size
 from launch.cost import Machine, Setup, cost_lines, memory_per_rank, workload_of
-from launch.optimizers import optimizer_groups
+from launch.optimizers import celo2_rule, optimizer_groups
 from launch.run import build_from_config, open_data, vocabulary
 from launch.schedule import lr_factor
 from models import flops_per_token
@@ -56,6 +56,7 @@ def make_plan(config: Config) -> str:
         shard_state=spread.shard_state,
         replicas=spread.replicas,
         state_bf16=optimizer.state_dtype == "bf16",
+        normalize_gradient=optimizer.name.startswith("celo2") and celo2_rule(optimizer).normalize_gradient,
     )
     memory = {name: size for name, size in memory_per_rank(workload, setup).items() if size}
     orthogonalized = workload.hidden if optimizer.name in ("celo2", "muon") else ()

@@ -99,7 +99,7 @@ def contestants(params: list[torch.nn.Parameter], device: torch.device) -> list[
     flops = sum(newton_schulz_flops(*p.shape) for p in params)
 
     def celo2(name: str, step: Step, state_bytes: int = 4, ns_dtype: torch.dtype = torch.bfloat16) -> Contestant:
-        moved = bytes_moved(weights, 4, 4, state_bytes, ns_dtype.itemsize)
+        moved = bytes_moved(weights, 4, 4, state_bytes, ns_dtype.itemsize, half.rule.normalize_gradient)
         return Contestant(f"Celo2, {name}", step, moved, flops + MLP_FLOPS * weights, ns_dtype)
 
     half = Celo2(params, LR, ns_dtype=torch.bfloat16)

@@ -63,6 +63,7 @@ def test_what_a_collective_sends():
         # A rank holds 200 elements of directions; 3/4 go to other owners, and as many come back: 2 x 400 bytes x 3/4.
         # 10 + 20 + 12 + 6 + 1 = 49 sums of each of 4 matrices: 784 bytes.
         (Setup("zero3", 4, 3), {"gradients": 9000, "weights": 18000, "directions": 600, "sums": 1176}),
+        (Setup("zero3", 4, 3, normalize_gradient=True), {"gradients": 9000, "weights": 18000, "directions": 600, "sums": 1200}),
         (Setup("zero3", 4, 3, optimizer="muon"), {"gradients": 9000, "weights": 18000, "directions": 600, "sums": 0}),
         # Blocks in bf16 twice (2 x 1700 x 3/4), the other 150 in float32 once (600 x 3/4), in each of 3 micro-batches.
         (Setup("fsdp2", 4, 3), {"gradients": 9000, "weights": 9000, "directions": 600, "sums": 1176}),
@@ -144,6 +145,11 @@ def test_seconds_by_hand():
     # With bfloat16 state 24 and 28 bytes instead.
     low = (0.1 * 1e4 + 800 * 24 + 200 * 28 + 800 * 10 + 200 * 28) / 1e4
     assert optimizer_seconds(TOY, replace(setup, state_bf16=True), machine) == pytest.approx(low)
+    # A rule that normalizes gradients: 12 bytes more of each weight, or 28 of each of the 200 that a rank has of split matrices.
+    for strategy, more in (("ddp", 12 * 800), ("zero3", 28 * 200)):
+        plain = Setup(strategy, 4, 3, 2)
+        seconds = [optimizer_seconds(TOY, replace(plain, normalize_gradient=on), machine) for on in (False, True)]
+        assert seconds[1] - seconds[0] == pytest.approx(more / 1e4)
     assert StepTime(1, 2, 3, 4).total == 8  # what is hidden takes no time
     # In one node the ring is ten times as fast, and zero3 hides weights and gradients behind all of computing.
     inside = step_time(TOY, Setup("zero3", 2, 3, 2), machine)
