@@ -36,12 +36,16 @@ class Config:
 
     tasks: list[str] = option(
         ["hub:mnist", "hub:fashion_mnist", "hub:cifar10", "hub:svhn"],
-        "data sets: digits, hub:NAME, FILE.npz (all of its sets), FILE.npz:NAME",
+        "images: digits, hub:NAME, FILE.npz (all of its sets), FILE.npz:NAME; text: text:FILE, FILE a .txt, .jsonl, .jsonl.gz",
     )
     problems_per_task: int = option(8, "inner problems per task, each with both signs")
-    batch_size: int = option(64, "examples per inner step")
-    inner_lr: float = option(1e-3, "inner learning rate of matrices (celo2-base: of everything)")
-    inner_adam_lr: float = option(0.02, "inner learning rate of biases and embeddings under Adam (celo2)")
+    batch_size: int = option(64, "images per inner step; of text always 8 sequences of 32 bytes")
+    inner_lr: float = option(1e-3, "inner learning rate of an image network's matrices (celo2-base: of everything)")
+    inner_adam_lr: float = option(0.02, "inner learning rate of an image network's biases under Adam (celo2)")
+    inner_schedule: Literal["constant", "cosine"] = option(
+        "constant", "cosine: warm-up over 5 % of an inner problem, then down to a tenth; constant: published"
+    )
+    normalize_gradient: bool = option(False, "the rule divides a gradient by its RMS before all else; the rule's file says so")
     truncation: int = option(50, "inner steps per outer iteration")
     min_length: int = option(100, "shortest inner problem, in steps; lengths are log-uniform")
     max_length: int = option(2000, "longest inner problem, in steps")
@@ -50,6 +54,11 @@ class Config:
     )
     min_scale: float = option(1e-3, "smallest s; s is log-uniform, the optimizer sees w / s")
     max_scale: float = option(1e3, "largest s")
+    text_layers: int = option(1, "blocks of the transformer that text tasks train, of width 32")
+    text_lr: float = option(2e-3, "inner learning rate of a transformer's hidden matrices (celo2-base: of everything)")
+    text_adam_lr: float = option(3e-3, "inner learning rate of its embeddings and its head under Adam (celo2)")
+    text_min_scale: float = option(0.5, "smallest s of text problems; s multiplies their learning rates, too")
+    text_max_scale: float = option(2.0, "largest s of text problems")
 
     sigma: float = option(0.01, "standard deviation of the perturbation ε")
     loss_clip: float | None = option(None, "inner losses count at most this many times the loss of a uniform guess; null: raw")
@@ -80,6 +89,9 @@ AT_LEAST = {
     "min_length": 1,
     "inner_lr": 0,
     "inner_adam_lr": 0,
+    "text_layers": 1,
+    "text_lr": 0,
+    "text_adam_lr": 0,
     "scale_buckets": 0,
     "outer_lr": 0,
     "outer_weight_decay": 0,
@@ -134,7 +146,7 @@ def build(tree: dict[str, Any]) -> Config:
         raise MetatrainError(
             f"min_length is {config.min_length}, expected at least truncation ({config.truncation}): one reset a truncation"
         )
-    for low, high in (("min_length", "max_length"), ("min_scale", "max_scale")):
+    for low, high in (("min_length", "max_length"), ("min_scale", "max_scale"), ("text_min_scale", "text_max_scale")):
         if not 0 < getattr(config, low) <= getattr(config, high):
             raise MetatrainError(f"{low} is {getattr(config, low)}, expected above 0 and at most {high}")
     if config.checkpoint_every % config.log_every:
@@ -171,7 +183,7 @@ def checked(kind: Any, value: Any, key: str) -> Any:
             value = float(value)
         except ValueError:
             raise MetatrainError(f"{key} is '{value}', expected a number") from None
-    if not isinstance(value, kind) or isinstance(value, bool):
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise MetatrainError(f"{key} is {value!r}, expected {kind.__name__}")
     return value
 

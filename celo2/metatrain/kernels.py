@@ -14,7 +14,7 @@ import numpy as np
 from numba import njit
 
 from celo2 import rule
-from celo2.metatrain.products import ONE, OPTIONS, ZERO, accumulate, newton_schulz_, sum_of_squares
+from celo2.metatrain.products import ONE, OPTIONS, ZERO, accumulate, newton_schulz_, scale_, sum_of_squares
 from celo2.metatrain.simd import (
     LANES,
     add,
@@ -51,6 +51,8 @@ FACTORED_RATES = tuple(np.float32(1 - gamma) for gamma in rule.Rule.factored_dec
 EXP_COEFFICIENTS = tuple(
     np.float32(c) for c in (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
 )
+MATRIX, VECTOR, ADAM = range(3)  # what a weight takes: the rule, the rule on a vector, Adam
+
 ADAM_BETA1, ADAM_BETA2, ADAM_EPS = np.float32(0.9), np.float32(0.95), np.float32(1e-8)
 
 
@@ -349,3 +351,41 @@ def step_adam(state, at, g, width, lr):
         state[j + width] = ADAM_BETA1 * state[j + width] + (ONE - ADAM_BETA1) * x
         state[j + 2 * width] = ADAM_BETA2 * state[j + 2 * width] + (ONE - ADAM_BETA2) * x * x
         state[j] -= lr * state[j + width] / np.sqrt(state[j + 2 * width] + ADAM_EPS)
+
+
+@njit(**OPTIONS)
+def multiply(a, a_at, b, b_at, c, c_at, size):
+    """c = a * b on `size` elements from the three offsets."""
+    for i in range(0, size, LANES):
+        store(c, c_at + i, mul(load(a, a_at + i), load(b, b_at + i)))
+
+
+@njit(**OPTIONS)
+def scaled_weights(table, scale, state, w):
+    """w = scale * weight, for the weights of `table` (see `step_all`); scale and w are packed like a gradient."""
+    for p in range(len(table)):
+        _, at, g_at, rows, _, width = table[p]
+        multiply(scale, g_at, state, at, w, g_at, rows * width)
+
+
+@njit(**OPTIONS)
+def step_all(table, theta, scale, state, g, u, orthogonalized, normalized, lr, adam_lr):
+    """One step of every weight with packed gradient g in the scaled weights. `u` is scratch as large as the largest weight.
+
+    A row of `table` (P, 6), int64, is one weight: what it takes (MATRIX, VECTOR or ADAM), offset of its segment in the state,
+    offset in g, rows, columns, width. `normalized`: the rule divides a gradient by its RMS first.
+    """
+    multiply(scale, 0, g, 0, g, 0, len(g))
+    for p in range(len(table)):
+        kind, at, g_at, rows, cols, width = table[p]
+        size = rows * width
+        own = g[g_at : g_at + size]
+        if kind == ADAM:
+            step_adam(state, at, own, size, adam_lr)
+            continue
+        if normalized:
+            scale_(own, size, ONE / np.sqrt(sum_of_squares(own, size) / np.float32(rows * cols) + SQUARE_FLOOR))
+        if kind == MATRIX:
+            step_matrix(theta, state, at, own, u, rows, cols, width, orthogonalized, lr)
+        else:
+            step_vector(theta, state, at, own, cols, width, lr)

@@ -1,4 +1,4 @@
-"""Inner problems: which network, how long, how scaled, on which data. Everything random is a pure function of the seed.
+"""Inner problems: how long, how scaled, on which data. Everything random is a pure function of the seed.
 
 Problem n runs episodes, one after the other. An episode has a length L, a scale s and initial weights that depend on
 (seed, n, episode); the data of a truncation depend on (seed, iteration, n). So a resumed run repeats exactly, threads do not
@@ -15,10 +15,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from celo2.metatrain.config import Config
-from celo2.metatrain.tasks import CLASSES, SIDE, Images
+from celo2.metatrain.families import Family
 
-HIDDEN = 32
-SHAPES = {"w1": (SIDE * SIDE, HIDDEN), "b1": (HIDDEN,), "w2": (HIDDEN, CLASSES), "b2": (CLASSES,)}
+WARM_UP, FINAL = 0.05, 0.1  # of inner_schedule cosine: shares of an episode and of the learning rate
 EPISODE, DATA, NOISE, START = range(4)  # purposes of random numbers: no two share a stream
 
 Weights = dict[str, np.ndarray]
@@ -43,31 +42,30 @@ class Episode:
     weights: Weights
 
 
-def draw_episode(config: Config, problem: int, episode: int) -> Episode:
-    """The episode of (seed, problem, episode). Weights: normal within two deviations of 1 / sqrt(fan-in); biases zero."""
+def draw_episode(config: Config, family: Family, problem: int, episode: int) -> Episode:
+    """The episode of (seed, problem, episode)."""
+    low, high = family.scales
     rng = random(config.seed, EPISODE, problem, episode)
     length = round(float(log_uniform(rng, config.min_length, config.max_length)))
-    shared = log_uniform(rng, config.min_scale, config.max_scale)
+    shared = log_uniform(rng, low, high)
     scale, weights = {}, {}
-    for name, shape in SHAPES.items():
+    for name, shape in family.shapes.items():
         if config.reparametrization == "parameter":
-            s = log_uniform(rng, config.min_scale, config.max_scale, shape)
+            s = log_uniform(rng, low, high, shape)
         elif config.reparametrization == "tensor":
-            s = log_uniform(rng, config.min_scale, config.max_scale)
+            s = log_uniform(rng, low, high)
         else:
             s = shared if config.reparametrization == "global" else 1.0
         scale[name] = np.broadcast_to(np.float32(s), shape)
-        w = truncated_normal(rng, shape) / math.sqrt(shape[0]) if len(shape) == 2 else np.zeros(shape)
-        weights[name] = (w / s).astype(np.float32)
+        weights[name] = (family.draw(rng, name, shape) / s).astype(np.float32)
     return Episode(length, scale, weights)
 
 
-def truncated_normal(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """Standard normal samples, drawn again while beyond two standard deviations."""
-    x = rng.standard_normal(shape)
-    while (far := np.abs(x) > 2).any():
-        x[far] = rng.standard_normal(int(far.sum()))
-    return x
+def cosine(age: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """The factor on the learning rates at `age` steps into episodes of `length`: linear warm-up, then a cosine to a tenth."""
+    warm_up = np.maximum(1, np.round(WARM_UP * length))
+    angle = np.pi * (age - warm_up) / np.maximum(1, length - warm_up)
+    return np.where(age < warm_up, (age + 1) / warm_up, FINAL + (1 - FINAL) * 0.5 * (1 + np.cos(angle)))
 
 
 @dataclass(frozen=True)
@@ -75,12 +73,14 @@ class Truncation:
     """What T steps of all problems need, beside weights and rule.
 
     Attributes:
-        rows: (N, T, B) int64, the examples of each step.
+        rows: (N, T, B) int64, the examples of each step: images, or the first bytes of sequences.
+        rate: (N, T) float32, what multiplies the inner learning rates.
         reset_at: (N,) int64, the step before which a problem starts anew; T: not in this truncation.
         fresh: weights (N, *shape) from there on; scale_before, scale_after: the scales s (N, *shape) until and from there.
     """
 
     rows: np.ndarray
+    rate: np.ndarray
     reset_at: np.ndarray
     fresh: Weights
     scale_before: Weights
@@ -89,10 +89,15 @@ class Truncation:
 
 @dataclass
 class Problems:
-    """Where every problem stands: its task, episode, age in steps and length (N,), and its scales (N, *shape)."""
+    """Where every problem of a family stands: task, episode, age in steps and length (N,), and its scales (N, *shape).
+
+    `first_number` is the number of the first of them among the problems of all families, on which random numbers depend.
+    """
 
     config: Config
-    data: Images
+    family: Family
+    first_number: int = 0
+    number: np.ndarray = field(init=False)
     task: np.ndarray = field(init=False)
     episode: np.ndarray = field(init=False)
     age: np.ndarray = field(init=False)
@@ -102,38 +107,45 @@ class Problems:
 
     def __post_init__(self) -> None:
         """All problems at their first episode, at ages drawn between 0 and its length, so that they do not end together."""
-        tasks = len(self.data.names)
+        tasks = len(self.family.data.names)
         count = tasks * self.config.problems_per_task
+        self.number = self.first_number + np.arange(count)
         self.task = np.repeat(np.arange(tasks), self.config.problems_per_task)
         self.episode = np.zeros(count, np.int64)
-        episodes = [draw_episode(self.config, n, 0) for n in range(count)]
+        episodes = [draw_episode(self.config, self.family, int(n), 0) for n in self.number]
         self.length = np.array([e.length for e in episodes])
-        self.age = np.array([random(self.config.seed, START, n).integers(self.length[n]) for n in range(count)])
+        starts = [random(self.config.seed, START, int(n)) for n in self.number]
+        self.age = np.array([rng.integers(length) for rng, length in zip(starts, self.length, strict=True)])
         self.scale = stacked([e.scale for e in episodes])
         self.first = stacked([e.weights for e in episodes])
 
     def truncation(self, iteration: int) -> Truncation:
         """The next T steps; moves every problem past them."""
-        config, steps = self.config, self.config.truncation
-        count = len(self.task)
-        rows = np.empty((count, steps, config.batch_size), np.int64)
+        config, family, steps = self.config, self.family, self.config.truncation
+        rows = np.empty((len(self.task), steps, family.batch), np.int64)
         for n, task in enumerate(self.task):
-            drawn = random(config.seed, DATA, iteration, n).integers(self.data.counts[task], size=rows.shape[1:])
-            rows[n] = self.data.starts[task] + drawn
+            rng = random(config.seed, DATA, iteration, int(self.number[n]))
+            rows[n] = family.data.starts[task] + rng.integers(family.data.counts[task], size=rows.shape[1:])
         left = self.length - self.age
         reset_at = np.where(left < steps, left, steps)
         before = self.scale
         after = {name: s.copy() for name, s in before.items()}
         fresh = {name: np.zeros_like(s) for name, s in before.items()}
-        self.age = self.age + steps
+        age, length = self.age, self.length
+        self.age, self.length = age + steps, length.copy()
         for n in np.flatnonzero(left < steps):
             self.episode[n] += 1
-            episode = draw_episode(config, int(n), int(self.episode[n]))
+            episode = draw_episode(config, family, int(self.number[n]), int(self.episode[n]))
             self.length[n], self.age[n] = episode.length, steps - left[n]
-            for name in SHAPES:
+            for name in family.shapes:
                 after[name][n], fresh[name][n] = episode.scale[name], episode.weights[name]
         self.scale = after
-        return Truncation(rows, reset_at, fresh, before, after)
+        t = np.arange(steps)
+        is_new = t >= reset_at[:, None]
+        ages = np.where(is_new, t - reset_at[:, None], age[:, None] + t)
+        lengths = np.where(is_new, self.length[:, None], length[:, None])
+        rate = cosine(ages, lengths) if config.inner_schedule == "cosine" else np.ones(ages.shape)
+        return Truncation(rows, rate.astype(np.float32), reset_at, fresh, before, after)
 
 
 def stacked(weights: list[Weights]) -> Weights:

@@ -1,11 +1,14 @@
-"""The data of the inner problems: small greyscale images of several data sets in one array.
+"""The data of the inner problems: small greyscale images of several data sets in one array, and texts in another.
 
 A source is `digits` (1,797 images that come with scikit-learn), `hub:NAME` (an image data set of the Hugging Face hub, resized
-to 8 × 8 greyscale), or `FILE.npz` with arrays `NAME_images` (N, 8, 8) and `NAME_labels` (N,), all of them or `FILE.npz:NAME`.
+to 8 × 8 greyscale), or `FILE.npz` with arrays `NAME_images` (N, 8, 8) and `NAME_labels` (N,), all of them or `FILE.npz:NAME`;
+or `text:FILE`, a .txt, or a .jsonl or .jsonl.gz whose lines have "text". A text is its ASCII bytes; all others become 0.
 """
 
 from __future__ import annotations
 
+import gzip
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +18,8 @@ import numpy as np
 from celo2.metatrain.config import MetatrainError
 
 SIDE, CLASSES = 8, 10
+CONTEXT, VOCABULARY = 32, 128  # positions of a sequence; bytes that are told apart
+TEXT = "text:"
 HUB_IDS = {
     "mnist": ("ylecun/mnist", None),
     "fashion_mnist": ("zalando-datasets/fashion_mnist", None),
@@ -41,6 +46,33 @@ class Images:
     names: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Texts:
+    """Texts of all tasks, one after the other.
+
+    Attributes:
+        tokens: uint8 (n,), below VOCABULARY.
+        starts, counts: first byte of each task, and number of its windows of CONTEXT inputs and their targets.
+        names: one per task.
+    """
+
+    tokens: np.ndarray
+    starts: np.ndarray
+    counts: np.ndarray
+    names: tuple[str, ...]
+
+
+def load_data(sources: Sequence[str]) -> list[Images | Texts]:
+    """The images of `sources`, if any, then the texts, if any.
+
+    Raises:
+        MetatrainError: as `load_images` and `load_texts`.
+    """
+    texts = [source for source in sources if source.startswith(TEXT)]
+    images = [source for source in sources if not source.startswith(TEXT)]
+    return [load(found) for load, found in ((load_images, images), (load_texts, texts)) if found]
+
+
 def load_images(sources: Sequence[str]) -> Images:
     """The data sets of `sources`, in their order.
 
@@ -65,6 +97,36 @@ def load_images(sources: Sequence[str]) -> Images:
     )
 
 
+def load_texts(sources: Sequence[str]) -> Texts:
+    """The texts of the sources `text:FILE`, in their order.
+
+    Raises:
+        MetatrainError: a file of another kind, that cannot be read, or that is shorter than a window.
+    """
+    texts = [read_text(source) for source in sources]
+    sizes = np.array([len(tokens) for tokens in texts])
+    names = tuple(Path(source.removeprefix(TEXT)).name.partition(".")[0] for source in sources)
+    return Texts(np.concatenate(texts), np.cumsum(sizes) - sizes, sizes - CONTEXT, names)
+
+
+def read_text(source: str) -> np.ndarray:
+    """The tokens (n,) of a source `text:FILE`."""
+    path = Path(source.removeprefix(TEXT))
+    name = path.name.removesuffix(".gz")
+    if not (path.name.endswith(".txt") or name.endswith(".jsonl")):
+        raise MetatrainError(f"task '{source}': expected text:FILE with FILE a .txt, .jsonl or .jsonl.gz")
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        if name.endswith(".jsonl"):
+            raw = "\n\n".join(json.loads(line)["text"] for line in raw.splitlines()).encode()
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        raise MetatrainError(f"task {source}: cannot be read ({type(error).__name__}: {error})") from None
+    if len(raw) <= CONTEXT:
+        raise MetatrainError(f"task {source}: {len(raw)} bytes, expected more than {CONTEXT}")
+    tokens = np.frombuffer(raw, np.uint8)
+    return np.where(tokens < VOCABULARY, tokens, 0).astype(np.uint8)
+
+
 def read_source(source: str) -> list[tuple[str, np.ndarray, np.ndarray]]:
     """(name, images (N, 8, 8), labels (N,)) of every data set in a source."""
     if source == "digits":
@@ -74,7 +136,7 @@ def read_source(source: str) -> list[tuple[str, np.ndarray, np.ndarray]]:
     path, separator, name = source.rpartition(":") if not source.endswith(".npz") else (source, "", "")
     if path.endswith(".npz"):
         return read_npz(Path(path), name if separator else None)
-    raise MetatrainError(f"task '{source}': expected digits, hub:NAME, FILE.npz or FILE.npz:NAME")
+    raise MetatrainError(f"task '{source}': expected digits, hub:NAME, FILE.npz, FILE.npz:NAME or text:FILE")
 
 
 def read_digits() -> tuple[str, np.ndarray, np.ndarray]:

@@ -15,7 +15,7 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,14 +27,14 @@ from safetensors.numpy import save
 from celo2.metatrain import pes
 from celo2.metatrain import unroll as plain
 from celo2.metatrain.config import FREE_KEYS, Config, MetatrainError
-from celo2.metatrain.problems import NOISE, SHAPES, START, Problems, random
-from celo2.metatrain.tasks import CLASSES, Images, load_images
-from celo2.metatrain.unroll import RULE_SHAPES, THETA_SIZE, initial_state, rule_of, theta_of
+from celo2.metatrain.families import family_of
+from celo2.metatrain.problems import NOISE, START, Problems, random
+from celo2.metatrain.tasks import Images, Texts, load_data
+from celo2.metatrain.unroll import RULE_SHAPES, THETA_SIZE, State, initial_state, rule_of, theta_of
 from celo2.rule import GROUP_CHANNELS, Rule
 from celo2.weights import load_rule, save_rule
 
 FORMAT = "celo2-metatrain"
-UNIFORM_LOSS = math.log(CLASSES)  # cross-entropy of a uniform guess
 Unroll = Callable[..., np.ndarray]
 
 
@@ -67,19 +67,46 @@ def first_theta(config: Config) -> np.ndarray:
     return (theta + config.init_noise * rng.standard_normal(THETA_SIZE)).astype(np.float32)
 
 
+@dataclass
+class Group:
+    """The problems of one family: where they stand, weights and accumulators of their unrolls, and what advances them."""
+
+    problems: Problems
+    state: State
+    unroll: Unroll
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """Every array of it by name."""
+        name, problems = self.problems.family.name, self.problems
+        places = {f"{name}.problems.{key}": getattr(problems, key) for key in ("episode", "age", "length")}
+        scales = {f"{name}.scale.{key}": x for key, x in problems.scale.items()}
+        return places | scales | {f"{name}.state.{key}": x for key, x in self.state.items()}
+
+    def load(self, arrays: dict[str, np.ndarray]) -> None:
+        """Continue from the arrays of `tensors`."""
+        name, problems = self.problems.family.name, self.problems
+        for key in ("episode", "age", "length"):
+            setattr(problems, key, arrays[f"{name}.problems.{key}"])
+        problems.scale = {key: arrays[f"{name}.scale.{key}"] for key in problems.scale}
+        self.state = {key: arrays[f"{name}.state.{key}"] for key in self.state}
+
+
 class MetaTraining:
     """The whole meta-state, and one outer iteration.
+
+    `data`: what `load_data` returned. Problems, losses and ε are in the order of the groups.
 
     Attributes:
         theta: (347,) the rule's weights, a parameter of the outer AdamW.
         average: (347,) their running mean; equal to them without averaging.
         xi: (N, 347) the sum of ε of each problem since it started.
-        problems: where each inner problem stands. state: weights and accumulators of the 2N unrolls.
+        groups: the problems of each family.
+        tasks: the names of all tasks. task, uniform_loss: of each problem (N,), its task and the loss of a uniform guess.
         buckets: running scale of the loss differences, or None.
     """
 
-    def __init__(self, config: Config, data: Images) -> None:
-        self.config, self.data, self.unroll = config, data, choose_unroll(config)
+    def __init__(self, config: Config, *data: Images | Texts) -> None:
+        self.config = config
         self.iteration, self.seconds = 0, 0.0
         self.theta = torch.nn.Parameter(torch.from_numpy(first_theta(config)))
         self.average = self.theta.detach().numpy().copy()
@@ -89,36 +116,41 @@ class MetaTraining:
         self.outer.state[self.theta] = {"step": torch.zeros(())} | {
             key: torch.zeros_like(self.theta) for key in ("exp_avg", "exp_avg_sq")
         }
-        self.problems = Problems(config, data)
-        self.state = initial_state(config.variant, self.problems.first)
-        self.xi = np.zeros((len(self.problems.task), THETA_SIZE))
-        self.buckets = pes.BucketScale(len(data.names) * config.scale_buckets) if config.scale_buckets else None
+        self.groups: list[Group] = []
+        self.tasks = [name for found in data for name in found.names]
+        for found in data:
+            family = family_of(config, found)
+            problems = Problems(config, family, sum(len(group.problems.task) for group in self.groups))
+            state = initial_state(config.variant, family, problems.first)
+            self.groups.append(Group(problems, state, choose_unroll(config)))
+        self.task = np.repeat(np.arange(len(self.tasks)), config.problems_per_task)
+        self.uniform_loss = np.concatenate([np.full(len(g.problems.task), g.problems.family.uniform_loss) for g in self.groups])
+        self.xi = np.zeros((len(self.task), THETA_SIZE))
+        self.buckets = pes.BucketScale(len(self.tasks) * config.scale_buckets) if config.scale_buckets else None
 
     def step(self) -> dict[str, float]:
         """One outer iteration; returns its metrics."""
         start, config = time.monotonic(), self.config
-        shape = (len(self.problems.task), THETA_SIZE)
-        noise = [random(config.seed, NOISE, self.iteration, n).standard_normal(THETA_SIZE) for n in range(shape[0])]
+        noise = [random(config.seed, NOISE, self.iteration, n).standard_normal(THETA_SIZE) for n in range(len(self.task))]
         theta = self.theta.detach().numpy()
         # ε is what float32 makes of it, so that θ + ε and θ - ε lie where the estimate believes.
         epsilon = (config.sigma * np.stack(noise)).astype(np.float32)
-        scale = self.problems.scale["w1"][:, 0, 0].copy()
-        truncation = self.problems.truncation(self.iteration)
-        raw = self.unroll(config, self.data, self.state, pes.antithetic(theta, epsilon), truncation)
+        bucket = np.concatenate([self.bucket(group.problems) for group in self.groups])
+        raw, reset_at = self.advance(pes.antithetic(theta, epsilon))
 
-        finite = np.isfinite(raw)
+        finite, uniform = np.isfinite(raw), np.repeat(self.uniform_loss, 2)[:, None]
         if config.loss_clip is None:  # a pair with a loss that is not finite says nothing
             losses = np.where(np.repeat(finite[0::2] & finite[1::2], 2, axis=0), raw, 0.0)
         else:
-            bound = config.loss_clip * UNIFORM_LOSS
+            bound = (config.loss_clip * uniform).astype(np.float32)
             losses = np.minimum(np.where(finite, raw, bound), bound)
-        before, after = pes.differences(losses, truncation.reset_at)
+        before, after = pes.differences(losses, reset_at)
         xi = self.xi + epsilon
-        weight = np.ones(shape[0])
+        weight = np.ones(len(self.task))
         if self.buckets is not None:
-            weight = self.buckets.weights(self.bucket(scale), before + after)
+            weight = self.buckets.weights(bucket, before + after)
         gradient = pes.estimate(before, after, xi, epsilon, config.sigma, weight)
-        self.xi = pes.persisted(xi, epsilon, truncation.reset_at, config.truncation)
+        self.xi = pes.persisted(xi, epsilon, reset_at, config.truncation)
         self.theta.grad = torch.from_numpy(gradient.astype(np.float32))
         self.outer.step()
         self.iteration += 1
@@ -126,40 +158,51 @@ class MetaTraining:
         self.average = decay * self.average + (1 - decay) * self.theta.detach().numpy()
         self.seconds += time.monotonic() - start
 
-        clipped = np.minimum(losses, UNIFORM_LOSS)
-        per_task = clipped.mean(1).reshape(len(self.data.names), -1).mean(1)
+        clipped = np.minimum(losses, uniform.astype(np.float32))
+        per_task = clipped.mean(1).reshape(len(self.tasks), -1).mean(1)
         return {
             "loss": float(clipped.mean()),
-            **{f"loss/{name}": float(x) for name, x in zip(self.data.names, per_task, strict=True)},
+            **{f"loss/{name}": float(x) for name, x in zip(self.tasks, per_task, strict=True)},
             "gradient_norm": float(np.linalg.norm(gradient)),
             "theta_norm": float(self.theta.detach().norm()),
             "not_finite": float(1 - finite.mean()),
         }
 
-    def bucket(self, scale: np.ndarray) -> np.ndarray:
-        """The bucket (N,) of each problem: by task, and by its scale's place between the smallest and the largest."""
-        count, low, high = self.config.scale_buckets, math.log(self.config.min_scale), math.log(self.config.max_scale)
+    def advance(self, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The next truncation of every problem under θ (2N, 347): inner losses (2N, T), and where problems start anew (N,)."""
+        losses, resets = [], []
+        for group in self.groups:
+            problems = group.problems
+            truncation = problems.truncation(self.iteration)
+            own = theta[2 * problems.number[0] : 2 * problems.number[-1] + 2]
+            losses.append(group.unroll(self.config, problems.family, group.state, own, truncation))
+            resets.append(truncation.reset_at)
+        return np.concatenate(losses), np.concatenate(resets)
+
+    def bucket(self, problems: Problems) -> np.ndarray:
+        """The bucket of each of the problems: by task, and by its scale's place between the smallest and the largest."""
+        count, (low, high) = self.config.scale_buckets, map(math.log, problems.family.scales)
+        first = self.task[problems.number] * count
         if self.config.reparametrization != "global" or high == low:
-            return self.problems.task * count
+            return first
+        scale = next(iter(problems.scale.values())).reshape(len(first), -1)[:, 0]
         place = np.clip(((np.log(scale) - low) / (high - low) * count).astype(np.int64), 0, count - 1)
-        return self.problems.task * count + place
+        return first + place
 
     def rule(self) -> Rule:
         """The rule as it stands, with a description that says how it came about."""
         config = self.config
-        data = ", ".join(self.data.names)
+        data = ", ".join(self.tasks)
         text = f"meta-trained: {self.iteration} iterations on {data}; seed {config.seed}, from {config.init}; celo2.metatrain"
-        return rule_of(self.average if config.average else self.theta.detach().numpy(), config.variant, text)
+        return rule_of(self.average if config.average else self.theta.detach().numpy(), config, text)
 
     def tensors(self) -> dict[str, np.ndarray]:
         """Every array of the meta-state by name."""
         adam = {f"outer.{key}": x.numpy() for key, x in self.outer.state[self.theta].items()}
-        problems = {f"problems.{key}": getattr(self.problems, key) for key in ("episode", "age", "length")}
-        scales = {f"scale.{name}": self.problems.scale[name] for name in SHAPES}
         buckets = {f"buckets.{key}": x for key, x in vars(self.buckets).items()} if self.buckets is not None else {}
-        state = {f"state.{key}": x for key, x in self.state.items()}
+        groups = {key: x for group in self.groups for key, x in group.tensors().items()}
         own = {"theta": self.theta.detach().numpy(), "average": self.average, "xi": self.xi}
-        return own | adam | problems | scales | buckets | state
+        return own | adam | buckets | groups
 
     def save(self, path: Path) -> None:
         """Write the meta-state; a kill at any moment leaves the old file or the new one, whole."""
@@ -196,10 +239,8 @@ class MetaTraining:
         for key, x in self.outer.state[self.theta].items():
             x.copy_(torch.from_numpy(arrays[f"outer.{key}"]))
         self.average, self.xi = arrays["average"], arrays["xi"]
-        for key in ("episode", "age", "length"):
-            setattr(self.problems, key, arrays[f"problems.{key}"])
-        self.problems.scale = {name: arrays[f"scale.{name}"] for name in SHAPES}
-        self.state = {key: arrays[f"state.{key}"] for key in self.state}
+        for group in self.groups:
+            group.load(arrays)
         if self.buckets is not None:
             self.buckets.mean_square, self.buckets.count = arrays["buckets.mean_square"], arrays["buckets.count"]
 
@@ -207,7 +248,7 @@ class MetaTraining:
 def run(config: Config, show: Callable[[int, dict[str, float]], None]) -> Path:
     """Meta-train, or continue, to `iterations`; `show` gets each record. Returns the path of the rule."""
     folder = Path(config.run_dir)
-    training = MetaTraining(config, load_images(config.tasks))
+    training = MetaTraining(config, *load_data(config.tasks))
     try:
         (folder / "rules").mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -264,7 +305,7 @@ def draw(records: list[dict[str, float]], path: Path) -> None:
         axes.plot(
             [r["iteration"] for r in records], [r[key] for r in records], linewidth=width, label=key.partition("/")[2] or "all"
         )
-    axes.set(xlabel="outer iteration", ylabel="inner training loss, at most ln 10")
+    axes.set(xlabel="outer iteration", ylabel="inner training loss, at most that of a uniform guess")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from celo2 import rule as rules
 from celo2.metatrain.config import Config
-from celo2.metatrain.problems import SHAPES, Truncation, Weights
-from celo2.metatrain.tasks import Images
+from celo2.metatrain.families import Family
+from celo2.metatrain.problems import Truncation, Weights
 from celo2.orthogonalize import newton_schulz
 from celo2.rule import Rule
 from celo2.weights import weight_shapes
@@ -34,32 +34,32 @@ def theta_of(rule: Rule) -> np.ndarray:
     return np.concatenate([rule.weights[name].numpy().ravel() for name in RULE_SHAPES])
 
 
-def rule_of(theta: np.ndarray, variant: str, description: str) -> Rule:
-    """The rule with the weights θ (347,)."""
+def rule_of(theta: np.ndarray, config: Config, description: str) -> Rule:
+    """The rule with the weights θ (347,), as the configuration uses it."""
     parts = np.split(theta.astype(np.float32), np.cumsum([int(np.prod(s)) for s in RULE_SHAPES.values()])[:-1])
     weights = {n: torch.from_numpy(p.reshape(s).copy()) for (n, s), p in zip(RULE_SHAPES.items(), parts, strict=True)}
-    return Rule(weights, variant=variant, description=description)
+    return Rule(weights, variant=config.variant, normalize_gradient=config.normalize_gradient, description=description)
 
 
-def by_adam(variant: str, name: str) -> bool:
-    """Whether a weight takes Adam: biases in Celo2, nothing in Celo2-base."""
-    return variant == "celo2" and len(SHAPES[name]) < 2
+def by_adam(variant: str, family: Family, name: str) -> bool:
+    """Whether a weight takes Adam: in Celo2 biases, embeddings and a head; in Celo2-base nothing."""
+    return variant == "celo2" and name in family.boundary
 
 
-def accumulator_shapes(variant: str, name: str) -> dict[str, tuple[int, ...]]:
+def accumulator_shapes(variant: str, family: Family, name: str) -> dict[str, tuple[int, ...]]:
     """Accumulators of one weight of one unroll."""
-    shape = SHAPES[name]
-    if by_adam(variant, name):
+    shape = family.shapes[name]
+    if by_adam(variant, family, name):
         return {"m": shape, "v": shape}
     return rules.accumulator_shapes(shape, rules.factored_axes(shape) if len(shape) > 1 else None)
 
 
-def initial_state(variant: str, weights: Weights) -> State:
+def initial_state(variant: str, family: Family, weights: Weights) -> State:
     """Both unrolls of every problem at its initial weights (N, *shape): `NAME.weight` (U, *shape), accumulators (U, ...) zero."""
     state = {}
     for name, w in weights.items():
         state[f"{name}.weight"] = np.repeat(w, 2, axis=0)
-        for key, shape in accumulator_shapes(variant, name).items():
+        for key, shape in accumulator_shapes(variant, family, name).items():
             state[f"{name}.{key}"] = np.zeros((2 * len(w), *shape), np.float32)
     return state
 
@@ -74,6 +74,7 @@ class Unrolls:
     fresh: dict[str, Tensor]
     reset_at: Tensor  # (U,), the step at which a problem starts anew
     rows: Tensor  # (N, T, B), examples by number
+    rate: Tensor  # (T, U), on the learning rates
     networks: dict[str, Tensor]
     losses: Tensor  # (T, U)
     t: Tensor  # (1,), the next step
@@ -96,42 +97,47 @@ def on_device(state: State, theta: np.ndarray, truncation: Truncation, device: t
         fresh=twice(truncation.fresh),
         reset_at=put(np.repeat(truncation.reset_at, 2)),
         rows=rows,
+        rate=put(np.repeat(truncation.rate, 2, axis=0).T),
         networks=batched_mlp(put(theta)),
         losses=torch.empty(rows.shape[1], len(theta), device=device),
         t=torch.zeros(1, dtype=torch.int64, device=device),
     )
 
 
-def advance_(config: Config, images: tuple[Tensor, Tensor], unrolls: Unrolls) -> None:
+def advance_(config: Config, family: Family, arrays: tuple[Tensor, ...], unrolls: Unrolls) -> None:
     """One step of every unroll: resets, losses, gradients, updates. Nothing in it depends on what the host can see.
 
     A loss is measured before the step that learns from it. A problem that starts anew at step t loses its weights and
     accumulators before the loss of step t.
     """
-    pixels, labels = images
     starts = unrolls.reset_at == unrolls.t  # (U,)
-    for name in SHAPES:
+    for name in family.shapes:
         own = {key: x for key, x in unrolls.live.items() if key.startswith(f"{name}.")}
         news = {key: unrolls.fresh[name] if key == f"{name}.weight" else torch.zeros_like(x) for key, x in own.items()}
         for old, new in [(unrolls.scale[name], unrolls.after[name]), *((own[key], news[key]) for key in own)]:
             old.copy_(torch.where(starts.view(-1, *[1] * (old.ndim - 1)), new, old))
     batch = unrolls.rows.index_select(1, unrolls.t)[:, 0].repeat_interleave(2, 0)  # (U, B)
-    weights = {name: unrolls.scale[name] * unrolls.live[f"{name}.weight"] for name in SHAPES}
-    losses, gradients = loss_and_gradients(weights, pixels[batch], labels[batch])
+    rate = unrolls.rate.index_select(0, unrolls.t)[0]  # (U,)
+    weights = {name: unrolls.scale[name] * unrolls.live[f"{name}.weight"] for name in family.shapes}
+    losses, gradients = loss_and_gradients(family, weights, arrays, batch)
     unrolls.losses.index_copy_(0, unrolls.t, losses[None])
-    for name in SHAPES:
+    for name in family.shapes:
         parameter = {key.removeprefix(f"{name}."): x for key, x in unrolls.live.items() if key.startswith(f"{name}.")}
-        step_(config, unrolls.networks, parameter, unrolls.scale[name] * gradients[name], by_adam(config.variant, name))
+        g = unrolls.scale[name] * gradients[name]
+        if by_adam(config.variant, family, name):
+            adam_(parameter, g, family.adam_lr * rate)
+        else:
+            step_(config, unrolls.networks, parameter, g, family.lr * rate)
     unrolls.t += 1
 
 
-def unroll(config: Config, data: Images, state: State, theta: np.ndarray, truncation: Truncation) -> np.ndarray:
+def unroll(config: Config, family: Family, state: State, theta: np.ndarray, truncation: Truncation) -> np.ndarray:
     """T steps of every unroll under its own θ (U, 347): inner losses (U, T). Moves `state` in place."""
     device = torch.device(config.device)
     unrolls = on_device(state, theta, truncation, device)
-    images = torch.from_numpy(data.pixels).to(device), torch.from_numpy(data.labels).to(device)
+    arrays = tuple(torch.from_numpy(x).to(device) for x in family.arrays)
     for _ in range(len(unrolls.losses)):
-        advance_(config, images, unrolls)
+        advance_(config, family, arrays, unrolls)
     return results(unrolls, state)
 
 
@@ -151,16 +157,17 @@ class GraphUnroll:
     def __init__(self) -> None:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.unrolls: Unrolls
-        self.images: tuple[Tensor, Tensor]
+        self.arrays: tuple[Tensor, ...]
 
-    def __call__(self, config: Config, data: Images, state: State, theta: np.ndarray, truncation: Truncation) -> np.ndarray:
-        """As `unroll`, with the same configuration and data in every call."""
+    def __call__(self, config: Config, family: Family, state: State, theta: np.ndarray, truncation: Truncation) -> np.ndarray:
+        """As `unroll`, with the same configuration and family in every call."""
         device = torch.device(config.device)
         unrolls = on_device(state, theta, truncation, device)
         if self.graph is None:
-            self.images = torch.from_numpy(data.pixels).to(device), torch.from_numpy(data.labels).to(device)
+            self.arrays = tuple(torch.from_numpy(x).to(device) for x in family.arrays)
             self.unrolls = on_device(state, theta, truncation, device)
-            self.graph = captured(lambda: advance_(config, self.images, self.unrolls), min(WARM_UP, len(unrolls.losses)))
+            step = lambda: advance_(config, family, self.arrays, self.unrolls)  # noqa: E731
+            self.graph = captured(step, min(WARM_UP, len(unrolls.losses)))
         torch._foreach_copy_(self.unrolls.tensors(), unrolls.tensors())
         for _ in range(len(unrolls.losses)):
             self.graph.replay()
@@ -181,12 +188,12 @@ def captured(step: Callable[[], None], warm_up: int) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def loss_and_gradients(weights: Mapping[str, Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean cross-entropies (U,) of the networks 64-32-10 on x (U, B, 64), y (U, B), and the gradient of each in its weights."""
+def loss_and_gradients(
+    family: Family, weights: Mapping[str, Tensor], arrays: tuple[Tensor, ...], rows: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Losses (U,) of the networks with weights (U, *shape) on the examples `rows` (U, B), and the gradient of each in its own."""
     leaves = {name: w.detach().requires_grad_() for name, w in weights.items()}
-    h = torch.relu(x @ leaves["w1"] + leaves["b1"][:, None])  # (U, B, 32)
-    logits = h @ leaves["w2"] + leaves["b2"][:, None]  # (U, B, 10)
-    losses = torch.nn.functional.cross_entropy(logits.mT, y, reduction="none").mean(1)
+    losses = family.losses(leaves, arrays, rows)
     gradients = torch.autograd.grad(losses.sum(), list(leaves.values()))
     return losses.detach(), dict(zip(leaves, gradients, strict=True))
 
@@ -210,22 +217,38 @@ def directions(networks: Mapping[str, Tensor], x: Tensor) -> Tensor:
     return u.view(x.shape[1:])
 
 
-def step_(config: Config, networks: Mapping[str, Tensor], parameter: dict[str, Tensor], g: Tensor, adam: bool) -> None:
-    """One step of one weight of every unroll, in place: `parameter` holds its weight and accumulators, g (U, *shape)."""
+def adam_(parameter: dict[str, Tensor], g: Tensor, lr: Tensor) -> None:
+    """One step of Adam, without bias correction, as `step_`."""
+    parameter["m"].lerp_(g, 1 - ADAM_BETAS[0])
+    parameter["v"].lerp_(g * g, 1 - ADAM_BETAS[1])
+    parameter["weight"] -= across(lr, g) * parameter["m"] / (parameter["v"] + ADAM_EPS).sqrt()
+
+
+def across(lr: Tensor, g: Tensor) -> Tensor:
+    """lr (U,), to be multiplied with g (U, *shape)."""
+    return lr.view(-1, *[1] * (g.ndim - 1))
+
+
+def step_(config: Config, networks: Mapping[str, Tensor], parameter: dict[str, Tensor], g: Tensor, lr: Tensor) -> None:
+    """One step of one weight of every unroll by the rule, in place.
+
+    Args:
+        networks: what `batched_mlp` made of θ.
+        parameter: the weight (U, *shape) and its accumulators.
+        g: gradient (U, *shape).
+        lr: learning rates (U,).
+    """
     w = parameter.pop("weight")
-    if adam:
-        parameter["m"].lerp_(g, 1 - ADAM_BETAS[0])
-        parameter["v"].lerp_(g * g, 1 - ADAM_BETAS[1])
-        w -= config.inner_adam_lr * parameter["m"] / (parameter["v"] + ADAM_EPS).sqrt()
-        return
     is_vector = g.ndim < 3  # leading axis U
     axes = None if is_vector else tuple(1 + axis for axis in rules.factored_axes(g.shape[1:]))
     last = (-1,) if is_vector else (-2, -1)
     accumulators = {key: x if key == "second_moment" else x.transpose(0, 1) for key, x in parameter.items()}  # K leads
+    if config.normalize_gradient:
+        g = rules.normalized_gradient(g, last)
     g = g.clamp(-rules.GRADIENT_CLIP, rules.GRADIENT_CLIP)
     rules.accumulate_(accumulators, g, Rule, axes)  # the class carries the published decays
     groups = [group.expand(-1, *g.shape) for group in rules.channels(accumulators, g, w, axes)]
     u = directions(networks, torch.cat([rules.rms_normalized(group, last) for group in groups]))
     if config.variant == "celo2":
         u = newton_schulz(u)
-    w -= config.inner_lr * rules.rms_normalized(u, last)
+    w -= across(lr, g) * rules.rms_normalized(u, last)

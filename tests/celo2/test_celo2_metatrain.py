@@ -1,29 +1,41 @@
 """The unroll, its fast path, and the estimator: each against a plain version of itself."""
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from celo2 import Rule
 from celo2.metatrain import pes
 from celo2.metatrain import unroll as plain
 from celo2.metatrain.config import Config
-from celo2.metatrain.problems import SHAPES, Problems, draw_episode
-from celo2.metatrain.tasks import load_images
+from celo2.metatrain.families import family_of
+from celo2.metatrain.problems import Problems, cosine, draw_episode
+from celo2.metatrain.tasks import load_data
 from celo2.metatrain.train import MetaTraining
 from celo2.metatrain.unroll import initial_state, rule_of, theta_of
 from celo2.rule import accumulator_shapes, factored_axes, update
 from celo2.weights import hand_momentum
 
-SMALL = Config(tasks=["digits"], problems_per_task=3, batch_size=16, truncation=6, min_length=6, max_length=30, engine="plain")
+SIZES = {"problems_per_task": 3, "batch_size": 16, "truncation": 6, "min_length": 6, "max_length": 30}
+SMALL = Config(tasks=["digits"], min_scale=0.1, max_scale=10.0, engine="plain", **SIZES)
 
 
 @pytest.fixture(scope="module")
-def digits():
-    return load_images(["digits"])
+def data(tmp_path_factory):
+    """Images and text, by family."""
+    path = tmp_path_factory.mktemp("text") / "code.txt"
+    path.write_bytes(Path(__file__).read_bytes())
+    return dict(zip(("images", "text"), load_data([f"text:{path}", "digits"]), strict=True))
+
+
+@pytest.fixture(scope="module")
+def digits(data):
+    return data["images"]
 
 
 @pytest.fixture(scope="module")
@@ -31,113 +43,151 @@ def fast():
     return pytest.importorskip("celo2.metatrain.fast")
 
 
-def prepared(config: Config, digits, spread: float = 0.1):
-    """Problems, their first truncation with a reset, a state, and a θ near hand-momentum for every unroll."""
-    problems = Problems(config, digits)
+def prepared(config: Config, family, spread: float = 0.1):
+    """The first truncation with a reset, a state, and a θ near hand-momentum for every unroll."""
+    problems = Problems(config, family)
     truncation = next(t for t in map(problems.truncation, range(20)) if (t.reset_at < config.truncation).any())
     noise = np.random.default_rng(0).standard_normal((2 * len(problems.task), plain.THETA_SIZE))
     theta = (theta_of(hand_momentum(config.variant)) + spread * noise).astype(np.float32)
-    return truncation, initial_state(config.variant, problems.first), theta
+    return truncation, initial_state(config.variant, family, problems.first), theta
 
 
-def loop_of_one_unroll(config, digits, state, theta, truncation, u):
+def image_loss(data, weights, rows):
+    """Of one network 64-32-10."""
+    x, y = torch.from_numpy(data.pixels[rows]), torch.from_numpy(data.labels[rows])
+    return F.cross_entropy(torch.relu(x @ weights["w1"] + weights["b1"]) @ weights["w2"] + weights["b2"], y)
+
+
+def text_loss(data, weights, rows):
+    """Of one transformer, sequence by sequence, out of torch's own pieces."""
+    losses = []
+    for row in rows:
+        tokens = torch.from_numpy(data.tokens[row : row + 33].astype(np.int64))
+        x = F.embedding(tokens[:-1], weights["embedding"]) + weights["position"]
+        for i in range(sum(name.startswith("q") for name in weights)):
+            h = F.rms_norm(x, (32,), eps=1e-6)
+            q, k, v = (F.linear(h, weights[f"{name}{i}"])[None] for name in "qkv")
+            x = x + F.linear(F.scaled_dot_product_attention(q, k, v, is_causal=True)[0], weights[f"o{i}"])
+            h = F.relu(F.linear(F.rms_norm(x, (32,), eps=1e-6), weights[f"up{i}"])) ** 2
+            x = x + F.linear(h, weights[f"down{i}"])
+        losses.append(F.cross_entropy(F.linear(F.rms_norm(x, (32,), eps=1e-6), weights["head"]), tokens[1:]))
+    return torch.stack(losses).mean()
+
+
+def loop_of_one_unroll(config, family, state, theta, truncation, u):
     """One unroll by `celo2.rule.update` and autograd, with nothing batched: its losses and last weights."""
-    n, rule = u // 2, rule_of(theta[u], config.variant, "")
-    weights = {name: torch.from_numpy(state[f"{name}.weight"][u].copy()) for name in SHAPES}
+    n, rule = u // 2, rule_of(theta[u], config, "")
+    weights = {name: torch.from_numpy(state[f"{name}.weight"][u].copy()) for name in family.shapes}
     scale, losses = truncation.scale_before, []
     for t in range(config.truncation):
         if t in (0, truncation.reset_at[n]):
             if t == truncation.reset_at[n]:
                 scale = truncation.scale_after
-                weights = {name: torch.from_numpy(truncation.fresh[name][n].copy()) for name in SHAPES}
+                weights = {name: torch.from_numpy(truncation.fresh[name][n].copy()) for name in family.shapes}
             zeros = {
                 name: {
                     key: torch.zeros(s)
                     for key, s in accumulator_shapes(shape, factored_axes(shape) if len(shape) > 1 else None).items()
                 }
-                for name, shape in SHAPES.items()
+                for name, shape in family.shapes.items()
             }
         leaves = {name: w.clone().requires_grad_() for name, w in weights.items()}
         real = {name: torch.from_numpy(scale[name][n].copy()) * w for name, w in leaves.items()}
-        rows = truncation.rows[n, t]
-        x, y = torch.from_numpy(digits.pixels[rows]), torch.from_numpy(digits.labels[rows])
-        logits = torch.relu(x @ real["w1"] + real["b1"]) @ real["w2"] + real["b2"]
-        loss = torch.nn.functional.cross_entropy(logits, y)
+        loss = (image_loss if family.name == "images" else text_loss)(family.data, real, truncation.rows[n, t])
         loss.backward()
         losses.append(loss.item())
         for name, w in weights.items():
-            g, s = leaves[name].grad, zeros[name]
-            if w.ndim == 1 and config.variant == "celo2":
+            g, s, rate = leaves[name].grad, zeros[name], float(truncation.rate[n, t])
+            if name in family.boundary and config.variant == "celo2":
                 s["momentum"][0].lerp_(g, 0.1)
                 s["second_moment"].lerp_(g * g, 0.05)
-                w -= config.inner_adam_lr * s["momentum"][0] / (s["second_moment"] + 1e-8).sqrt()
+                w -= rate * family.adam_lr * s["momentum"][0] / (s["second_moment"] + 1e-8).sqrt()
             else:
-                w -= config.inner_lr * update(rule, s, g, w, orthogonalize=config.variant == "celo2")
+                w -= rate * family.lr * update(rule, s, g, w, orthogonalize=config.variant == "celo2")
     return losses, weights
 
 
+@pytest.mark.parametrize("scale_free", [False, True])
 @pytest.mark.parametrize("variant", ["celo2", "celo2-base"])
-def test_unroll_equals_a_loop_with_a_reset(variant, digits):
+@pytest.mark.parametrize("name", ["images", "text"])
+def test_unroll_equals_a_loop_with_a_reset(name, variant, scale_free, data):
     """Scales from 0.1 to 10, since larger ones make six steps chaotic."""
-    config = replace(SMALL, variant=variant, min_scale=0.1, max_scale=10.0)
-    truncation, state, theta = prepared(config, digits)
+    schedule = "cosine" if scale_free else "constant"
+    config = replace(SMALL, variant=variant, problems_per_task=2, normalize_gradient=scale_free, inner_schedule=schedule)
+    family = family_of(config, data[name])
+    truncation, state, theta = prepared(config, family)
     start = {key: x.copy() for key, x in state.items()}
-    losses = plain.unroll(config, digits, state, theta, truncation)
+    losses = plain.unroll(config, family, state, theta, truncation)
     for u in range(len(theta)):
-        expected, weights = loop_of_one_unroll(config, digits, start, theta, truncation, u)
-        np.testing.assert_allclose(losses[u], expected, rtol=0, atol=1e-5)  # worst of 4 seeds 7.2e-7
-        for name, w in weights.items():
-            np.testing.assert_allclose(state[f"{name}.weight"][u], w, rtol=0, atol=1e-5)  # worst of 4 seeds 6.0e-8
+        expected, weights = loop_of_one_unroll(config, family, start, theta, truncation, u)
+        np.testing.assert_allclose(losses[u], expected, rtol=0, atol=1e-5)
+        for key, w in weights.items():
+            np.testing.assert_allclose(state[f"{key}.weight"][u], w, rtol=0, atol=1e-5, err_msg=key)
 
 
+@pytest.mark.parametrize("name", ["images", "text"])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_replayed_steps_equal_the_unroll(device, digits, monkeypatch):
+def test_replayed_steps_equal_the_unroll(device, name, data, monkeypatch):
     """Two truncations after each other; without a GPU, a plain call of the step stands for the replay of its graph."""
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     if device == "cpu":
         monkeypatch.setattr(plain, "captured", lambda step, warm_up: SimpleNamespace(replay=step))
-    config = replace(SMALL, device=device, min_scale=0.1, max_scale=10.0)
-    truncation, state, theta = prepared(config, digits)
+    config = replace(SMALL, device=device)
+    family = family_of(config, data[name])
+    truncation, state, theta = prepared(config, family)
     other, replayed = {key: x.copy() for key, x in state.items()}, plain.GraphUnroll()
     for factor in (1.0, 1.1):
-        expected = plain.unroll(config, digits, state, np.float32(factor) * theta, truncation)
-        losses = replayed(config, digits, other, np.float32(factor) * theta, truncation)
+        expected = plain.unroll(config, family, state, np.float32(factor) * theta, truncation)
+        losses = replayed(config, family, other, np.float32(factor) * theta, truncation)
         np.testing.assert_allclose(losses, expected, rtol=0, atol=0 if device == "cpu" else 1e-5)
         for key, x in state.items():
             np.testing.assert_allclose(other[key], x, rtol=0, atol=0 if device == "cpu" else 1e-5)
 
 
-@pytest.mark.parametrize("reparametrization", ["global", "parameter"])
 @pytest.mark.parametrize("variant", ["celo2", "celo2-base"])
-def test_fast_equals_plain(variant, reparametrization, digits, fast):
-    config = replace(SMALL, variant=variant, reparametrization=reparametrization, min_scale=0.1, max_scale=10.0)
-    truncation, state, theta = prepared(config, digits)
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("images", {}),
+        ("images", {"reparametrization": "parameter"}),
+        ("images", {"normalize_gradient": True, "inner_schedule": "cosine"}),
+        ("text", {"text_layers": 2}),
+        ("text", {"reparametrization": "parameter"}),
+        ("text", {"normalize_gradient": True, "inner_schedule": "cosine"}),
+    ],
+)
+def test_fast_equals_plain(name, changes, variant, data, fast):
+    config = replace(SMALL, variant=variant, **changes)
+    family = family_of(config, data[name])
+    truncation, state, theta = prepared(config, family)
     other = {key: x.copy() for key, x in state.items()}
-    expected = plain.unroll(config, digits, state, theta, truncation)
-    losses = fast.unroll(config, digits, other, theta, truncation)
-    np.testing.assert_allclose(losses, expected, rtol=0, atol=1e-5)  # worst of 10 seeds 7.2e-7
+    expected = plain.unroll(config, family, state, theta, truncation)
+    losses = fast.unroll(config, family, other, theta, truncation)
+    np.testing.assert_allclose(losses, expected, rtol=0, atol=1e-5)
     for key, x in state.items():
-        # Worst of 10 seeds 5.7e-7 of the bound's scale.
         np.testing.assert_allclose(other[key], x, rtol=1e-4, atol=1e-5 * max(1e-3, np.abs(x).max()), err_msg=key)
 
 
 def test_fast_stays_close_over_a_published_truncation(digits, fast):
     """Fifty steps of batch 64 over the whole range of scales: the median over unrolls, since some are chaotic."""
     config = replace(SMALL, truncation=50, min_length=100, max_length=200, batch_size=64, min_scale=1e-3, max_scale=1e3)
-    truncation, state, theta = prepared(config, digits)
+    family = family_of(config, digits)
+    truncation, state, theta = prepared(config, family)
     other = {key: x.copy() for key, x in state.items()}
-    expected = plain.unroll(config, digits, state, theta, truncation)
-    losses = fast.unroll(config, digits, other, theta, truncation)
+    expected = plain.unroll(config, family, state, theta, truncation)
+    losses = fast.unroll(config, family, other, theta, truncation)
     assert np.median(np.abs(losses - expected)[:, -1]) < 1e-4  # measured 5e-7
 
 
-def test_threads_do_not_change_a_bit(digits, fast):
+@pytest.mark.parametrize("name", ["images", "text"])
+def test_threads_do_not_change_a_bit(name, data, fast):
     results = []
     for threads in (1, 3):
         config = replace(SMALL, threads=threads)
-        truncation, state, theta = prepared(config, digits)
-        results.append((fast.unroll(config, digits, state, theta, truncation), state))
+        family = family_of(config, data[name])
+        truncation, state, theta = prepared(config, family)
+        results.append((fast.unroll(config, family, state, theta, truncation), state))
     (first, first_state), (second, second_state) = results
     np.testing.assert_array_equal(first, second)
     for key, x in first_state.items():
@@ -148,22 +198,24 @@ def test_threads_do_not_change_a_bit(digits, fast):
 def test_reparametrization_keeps_the_function(reparametrization, digits):
     """s · (w / s) is the same network for every s; how many different s there are is the level."""
     config = replace(SMALL, reparametrization=reparametrization)
-    episodes = [draw_episode(config, 0, e) for e in range(30)]
+    family = family_of(config, digits)
+    episodes = [draw_episode(config, family, 0, e) for e in range(30)]
     for e in episodes:
         real = e.scale["w1"].astype(np.float64) * e.weights["w1"]
         assert 0.5 / 8 < real.std() < 1.0 / 8  # truncated normal of deviation 0.88 / sqrt(64)
         assert SMALL.min_scale <= e.scale["w1"].min() and e.scale["w1"].max() <= SMALL.max_scale
         assert SMALL.min_length <= e.length <= SMALL.max_length
     distinct = {np.unique(np.concatenate([s.ravel() for s in e.scale.values()])).size for e in episodes}
-    count = sum(int(np.prod(shape)) for shape in SHAPES.values())
-    expected = {"none": 1, "global": 1, "tensor": len(SHAPES), "parameter": count}[reparametrization]
+    count = sum(int(np.prod(shape)) for shape in family.shapes.values())
+    expected = {"none": 1, "global": 1, "tensor": len(family.shapes), "parameter": count}[reparametrization]
     assert max(distinct) <= expected and min(distinct) >= 0.95 * expected
 
 
 def test_starts_are_staggered_and_lengths_are_kept(digits):
     """The steps at which one problem starts anew, counted by hand over many truncations."""
     config = replace(SMALL, problems_per_task=8)
-    problems = Problems(config, digits)
+    family = family_of(config, digits)
+    problems = Problems(config, family)
     left = problems.length - problems.age
     assert len(set(left)) > 3
     ends = [[int(steps)] for steps in left]
@@ -172,12 +224,32 @@ def test_starts_are_staggered_and_lengths_are_kept(digits):
         for n, t in enumerate(truncation.reset_at):
             if t < config.truncation:
                 assert i * config.truncation + t == ends[n][-1]
-                ends[n].append(ends[n][-1] + draw_episode(config, n, len(ends[n])).length)
+                ends[n].append(ends[n][-1] + draw_episode(config, family, n, len(ends[n])).length)
     assert all(len(e) > 5 for e in ends)
 
 
+def test_cosine_follows_the_episode(digits):
+    """A twentieth of warm-up, then down to a tenth at the end; anew from a reset on; on the scale of the published constant."""
+    ages = cosine(np.arange(100), np.full(100, 100))
+    np.testing.assert_allclose(ages[:5], [0.2, 0.4, 0.6, 0.8, 1.0])
+    assert (np.diff(ages[5:]) < 0).all() and ages[-1] == pytest.approx(0.1, abs=1e-3)
+    config = replace(SMALL, inner_schedule="cosine")
+    problems = Problems(config, family_of(config, digits))
+    for i in range(20):
+        age, length = problems.age, problems.length
+        truncation = problems.truncation(i)
+        for n, reset in enumerate(truncation.reset_at):
+            expected = cosine(np.arange(age[n], age[n] + reset), np.full(reset, length[n]))
+            np.testing.assert_allclose(truncation.rate[n, :reset], expected, rtol=1e-6)
+            fresh = np.arange(config.truncation - reset)
+            expected = cosine(fresh, np.full(len(fresh), problems.length[n]))
+            np.testing.assert_allclose(truncation.rate[n, reset:], expected, rtol=1e-6)
+    assert (Problems(SMALL, family_of(SMALL, digits)).truncation(0).rate == 1).all()
+
+
 def test_problems_do_not_depend_on_their_number(digits):
-    few, many = (Problems(replace(SMALL, problems_per_task=n), digits).truncation(3) for n in (2, 5))
+    family = family_of(SMALL, digits)
+    few, many = (Problems(replace(SMALL, problems_per_task=n), family).truncation(3) for n in (2, 5))
     np.testing.assert_array_equal(few.rows, many.rows[:2])
     np.testing.assert_array_equal(few.scale_before["w1"], many.scale_before["w1"][:2])
 
@@ -264,13 +336,33 @@ def test_meta_training_lowers_the_loss(digits):
 def test_losses_that_are_not_finite_do_not_spoil_theta(loss_clip, digits):
     """Clipped they count as the bound; raw, the pair says nothing."""
     training = MetaTraining(replace(SMALL, loss_clip=loss_clip, init="hand-momentum"), digits)
-    losses = np.ones((2 * len(training.problems.task), SMALL.truncation), np.float32)
+    losses = np.ones((2 * len(training.task), SMALL.truncation), np.float32)
     losses[1, 3:], losses[4, :] = np.nan, np.inf
-    training.unroll = lambda *_: losses
+    training.groups[0].unroll = lambda *_: losses
     record = training.step()
     assert np.isfinite(training.theta.detach().numpy()).all()
     assert record["not_finite"] == pytest.approx((3 + 6) / 36)
     assert (record["gradient_norm"] == 0) == (loss_clip is None)
+
+
+def test_both_families_make_one_gradient(data):
+    """Images are what they are alone; the estimate is of all problems, each loss bounded by its own uniform guess."""
+    config = replace(SMALL, init="hand-momentum", loss_clip=1.5, scale_buckets=2)
+    alone, both = MetaTraining(config, data["images"]), MetaTraining(config, data["images"], data["text"])
+    theta = pes.antithetic(both.theta.detach().numpy(), np.zeros((6, plain.THETA_SIZE), np.float32))
+    np.testing.assert_array_equal(both.advance(theta)[0][:6], alone.advance(theta[:6])[0])
+    np.testing.assert_allclose(both.uniform_loss, np.log([10] * 3 + [128] * 3))
+    assert set(np.concatenate([both.bucket(group.problems) for group in both.groups])) <= {0, 1, 2, 3}
+    for group in both.groups:
+        group.unroll = lambda config, family, state, theta, truncation: np.full((6, config.truncation), 1e9, np.float32)
+    record = both.step()
+    assert record["loss/digits"] == pytest.approx(np.log(10)) and record["loss/code"] == pytest.approx(np.log(128))
+    assert record["loss"] == pytest.approx(np.log(1280) / 2)
+
+
+def test_the_rule_says_that_it_normalizes_gradients(digits):
+    assert MetaTraining(replace(SMALL, normalize_gradient=True), digits).rule().normalize_gradient
+    assert not MetaTraining(SMALL, digits).rule().normalize_gradient
 
 
 def uphill_theta() -> np.ndarray:

@@ -1,5 +1,7 @@
 """The commands: a whole run, resume after a kill, and what a person is told about a mistake."""
 
+import gzip
+import json
 import os
 import signal
 import subprocess
@@ -13,7 +15,7 @@ import pytest
 from celo2 import load_rule
 from celo2.metatrain.__main__ import main
 from celo2.metatrain.config import Config, load_config
-from celo2.metatrain.tasks import load_images
+from celo2.metatrain.tasks import load_images, load_texts
 from celo2.metatrain.train import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -73,10 +75,13 @@ def test_same_seed_same_rule_another_seed_another(tiny):
     assert numbers(first) == numbers(again)
 
 
-def test_resumes_exactly_after_two_stops(tiny):
-    whole = folder_of(tiny, "whole")
+@pytest.mark.parametrize("tasks", ["[digits]", "[text:{text},digits]"])
+def test_resumes_exactly_after_two_stops(tasks, tiny, tmp_path):
+    (tmp_path / "code.txt").write_bytes(Path(__file__).read_bytes())
+    overrides = (f"tasks={tasks.format(text=tmp_path / 'code.txt')}", "inner_schedule=cosine")
+    whole = folder_of(tiny, "whole", *overrides)
     for iterations in (4, 8, 12):
-        pieces = folder_of(tiny, "pieces", f"iterations={iterations}")
+        pieces = folder_of(tiny, "pieces", *overrides, f"iterations={iterations}")
     assert load_rule(pieces / "rule.safetensors") == load_rule(whole / "rule.safetensors")
     assert numbers(pieces) == numbers(whole)
 
@@ -113,6 +118,12 @@ def test_resumes_exactly_after_a_kill(tiny):
         (["tasks=[cats]"], "task 'cats': expected digits, hub:NAME"),
         (["tasks=[hub:cats]"], "task 'hub:cats': expected one of mnist"),
         (["tasks=[missing.npz]"], "task missing.npz: cannot be read"),
+        (["tasks=[text:missing.jsonl.gz]"], "task text:missing.jsonl.gz: cannot be read"),
+        (["tasks=[text:novel.pdf]"], "task 'text:novel.pdf': expected text:FILE with FILE a .txt, .jsonl or .jsonl.gz"),
+        (["text_layers=0"], "text_layers is 0, expected at least 1"),
+        (["text_min_scale=0"], "text_min_scale is 0.0, expected above 0"),
+        (["normalize_gradient=1"], "normalize_gradient is 1, expected bool"),
+        (["inner_schedule=linear"], "inner_schedule is 'linear', expected one of constant, cosine"),
         (["min_length=3"], "min_length is 3, expected at least truncation (4)"),
         (["min_scale=2", "max_scale=1"], "min_scale is 2.0"),
         (["sigma=0"], "sigma is 0.0, expected above 0"),
@@ -135,6 +146,8 @@ def test_another_configuration_does_not_continue_a_run(tiny, capsys):
     before = (folder / "state.safetensors").read_bytes()
     assert main([str(tiny), f"run_dir={folder}", "sigma=0.5"]) == 2
     assert "was written with sigma 0.01, now it is 0.5" in capsys.readouterr().err
+    assert main([str(tiny), f"run_dir={folder}", "normalize_gradient=true"]) == 2
+    assert "was written with normalize_gradient False, now it is True" in capsys.readouterr().err
     (folder / "state.safetensors").write_bytes(before[:100])
     assert main([str(tiny), f"run_dir={folder}"]) == 2
     assert "not a meta-training state" in capsys.readouterr().err
@@ -156,6 +169,27 @@ def test_npz_of_images(tmp_path):
     np.savez(path, a_images=sets["a_images"][:, :4], a_labels=labels["a_labels"])
     with pytest.raises(ValueError, match="expected \\(N, 8, 8\\)"):
         load_images([str(path)])
+
+
+def test_texts_of_all_kinds(tmp_path):
+    """The same bytes from three kinds of file, one after the other; bytes beyond ASCII are all one; bad files are named."""
+    lines = [{"text": "straight on " * 4, "id": 1}, {"text": "über"}]
+    raw = "\n".join(json.dumps(line) for line in lines).encode()
+    plain = "\n\n".join(line["text"] for line in lines).encode()
+    for name, content in (("a.txt", plain), ("b.jsonl", raw), ("c.jsonl.gz", gzip.compress(raw))):
+        (tmp_path / name).write_bytes(content)
+    texts = load_texts([f"text:{tmp_path / name}" for name in ("a.txt", "b.jsonl", "c.jsonl.gz")])
+    n = len(plain)
+    assert texts.names == ("a", "b", "c") and list(texts.starts) == [0, n, 2 * n] and list(texts.counts) == [n - 32] * 3
+    for k in range(3):
+        assert bytes(texts.tokens[k * n : (k + 1) * n]) == bytes(byte if byte < 128 else 0 for byte in plain)
+    for content, message in ((b"{}", "KeyError"), (b'{"text": "short"}', "5 bytes, expected more than 32")):
+        (tmp_path / "b.jsonl").write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            load_texts([f"text:{tmp_path / 'b.jsonl'}"])
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(raw)[:-9])
+    with pytest.raises(ValueError, match="EOFError"):
+        load_texts([f"text:{tmp_path / 'c.jsonl.gz'}"])
 
 
 def test_images_of_the_hub_become_small_and_grey(monkeypatch):
