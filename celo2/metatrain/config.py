@@ -49,6 +49,9 @@ class Config:
     truncation: int = option(50, "inner steps per outer iteration")
     min_length: int = option(100, "shortest inner problem, in steps; lengths are log-uniform")
     max_length: int = option(2000, "longest inner problem, in steps")
+    staggered: bool = option(
+        True, "inner problems start at ages spread over their lengths; false: at 0, and a truncation of one length is an episode"
+    )
     reparametrization: Literal["none", "global", "tensor", "parameter"] = option(
         "global", "what shares one scale s: all weights of a problem, a tensor, or nothing"
     )

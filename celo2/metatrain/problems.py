@@ -106,7 +106,7 @@ class Problems:
     first: Weights = field(init=False)
 
     def __post_init__(self) -> None:
-        """All problems at their first episode, at ages drawn between 0 and its length, so that they do not end together."""
+        """All problems at their first episode: at ages drawn between 0 and its length, so that they do not end together, or at 0."""
         tasks = len(self.family.data.names)
         count = tasks * self.config.problems_per_task
         self.number = self.first_number + np.arange(count)
@@ -116,6 +116,7 @@ class Problems:
         self.length = np.array([e.length for e in episodes])
         starts = [random(self.config.seed, START, int(n)) for n in self.number]
         self.age = np.array([rng.integers(length) for rng, length in zip(starts, self.length, strict=True)])
+        self.age *= self.config.staggered
         self.scale = stacked([e.scale for e in episodes])
         self.first = stacked([e.weights for e in episodes])
 
