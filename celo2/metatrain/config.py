@@ -29,7 +29,7 @@ class Config:
 
     run_dir: str = option("runs/metatrain", "folder of checkpoints, metrics, curve and rules; the same command continues it")
     variant: Literal["celo2", "celo2-base"] = option(
-        "celo2", "celo2: orthogonalized, Adam for biases; celo2-base: the rule alone"
+        "celo2", "celo2: orthogonalized, Adam for biases, embeddings and head; celo2-base: the rule alone"
     )
     seed: int = option(0, "every random number is a function of this, the iteration and the inner problem")
     iterations: int = option(100_000, "outer iterations")

@@ -106,7 +106,7 @@ class Problems:
     first: Weights = field(init=False)
 
     def __post_init__(self) -> None:
-        """All problems at their first episode: at ages drawn between 0 and its length, so that they do not end together, or at 0."""
+        """All problems at their first episode: at ages below its length, drawn so that they do not end together, or at 0."""
         tasks = len(self.family.data.names)
         count = tasks * self.config.problems_per_task
         self.number = self.first_number + np.arange(count)

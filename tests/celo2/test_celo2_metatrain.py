@@ -120,8 +120,9 @@ def test_unroll_equals_a_loop_with_a_reset(name, variant, scale_free, data):
     losses = plain.unroll(config, family, state, theta, truncation)
     for u in range(len(theta)):
         expected, weights = loop_of_one_unroll(config, family, start, theta, truncation, u)
-        np.testing.assert_allclose(losses[u], expected, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(losses[u], expected, rtol=0, atol=1e-5)  # worst of 4 seeds 9.5e-7
         for key, w in weights.items():
+            # Worst of 4 seeds 1.7e-6.
             np.testing.assert_allclose(state[f"{key}.weight"][u], w, rtol=0, atol=1e-5, err_msg=key)
 
 
@@ -164,9 +165,12 @@ def test_fast_equals_plain(name, changes, variant, data, fast):
     other = {key: x.copy() for key, x in state.items()}
     expected = plain.unroll(config, family, state, theta, truncation)
     losses = fast.unroll(config, family, other, theta, truncation)
-    np.testing.assert_allclose(losses, expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(losses, expected, rtol=0, atol=1e-5)  # worst of 10 seeds 9.5e-7
+    # Beyond rtol, worst of 10 seeds 7.1e-8 of an array's largest number; text 2.6e-6, with normalized gradients 4.3e-5: those of
+    # q and k start a thousand times smaller than the others.
+    share = 1e-5 if name == "images" else 2e-4
     for key, x in state.items():
-        np.testing.assert_allclose(other[key], x, rtol=1e-4, atol=1e-5 * max(1e-3, np.abs(x).max()), err_msg=key)
+        np.testing.assert_allclose(other[key], x, rtol=1e-4, atol=share * max(1e-3, np.abs(x).max()), err_msg=key)
 
 
 def test_fast_stays_close_over_a_published_truncation(digits, fast):
