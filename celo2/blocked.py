@@ -92,17 +92,25 @@ def whole(g: Tensor, w: Tensor, m: Tensor, v: Tensor, row: Tensor, col: Tensor, 
     return Stack(tuple(g.shape), [Piece(g, w, m, v, *everything)], row, col, count)
 
 
+def part_of(stack: Stack, part: slice) -> Stack:
+    """The matrices `part` of a stack."""
+    n, rows, cols = stack.shape
+    if part == slice(0, n):
+        return stack
+    pieces = [Piece(*(field[part] for field in piece[:4]), piece.rows, piece.cols) for piece in stack.pieces]
+    count = None if stack.count is None else stack.count[part]
+    return Stack((part.stop - part.start, rows, cols), pieces, stack.row[part], stack.col[part], count)
+
+
 def batches(stacks: Iterable[Stack], limit: int) -> Iterator[list[tuple[int, Stack]]]:
     """The matrices of all stacks in order, in lists of (number of the stack, slice of it) with at most `limit` matrices."""
     batch: list[tuple[int, Stack]] = []
     room = limit
     for i, stack in enumerate(stacks):
-        start, (n, rows, cols) = 0, stack.shape
+        start, n = 0, stack.shape[0]
         while start < n:
             part = slice(start, min(start + room, n))
-            pieces = [Piece(*(field[part] for field in piece[:4]), piece.rows, piece.cols) for piece in stack.pieces]
-            count = None if stack.count is None else stack.count[part]
-            batch.append((i, Stack((part.stop - start, rows, cols), pieces, stack.row[part], stack.col[part], count)))
+            batch.append((i, part_of(stack, part)))
             room -= part.stop - start
             start = part.stop
             if room == 0:

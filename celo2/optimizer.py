@@ -15,7 +15,7 @@ from torch.optim.adamw import adamw
 
 from celo2 import matrices
 from celo2.checks import check_gradient, check_keys, check_options, check_parameter, check_saved_state
-from celo2.fragment import ShardingError, fragment_of, local
+from celo2.fragment import Fragment, ShardingError, fragment_of, local
 from celo2.orthogonalize import newton_schulz_flops
 from celo2.plan import Entry, Plan, fingerprint, gather_runs, make_plan
 from celo2.replicas import Replicas
@@ -179,18 +179,24 @@ class Celo2(torch.optim.Optimizer):
             self._plan = self._make_plan()
         work: dict[torch.device, Work] = defaultdict(Work)
         for index, group in enumerate(self.param_groups):
-            params = [p for p in group["params"] if p.grad is not None and math.prod(fragment_of(p).shape)]
-            for p in params:
+            by_rule: list[tuple[Tensor, Fragment]] = []
+            by_adamw: list[Tensor] = []
+            for p in group["params"]:
+                if p.grad is None or not math.prod((fragment := fragment_of(p)).shape):
+                    continue
                 check_gradient(p, f"parameter group {index}")
-            by_rule = [p for p in params if self.takes_rule(p, group)]
-            taken = set(by_rule)
-            if counts := [self.state[p]["count"] for p in by_rule if "count" in self.state.get(p, ())]:
+                if self.takes_rule(p, group):
+                    by_rule.append((p, fragment))
+                else:
+                    by_adamw.append(p)
+            if counts := [self.state[p]["count"] for p, _ in by_rule if "count" in self.state.get(p, ())]:
                 torch._foreach_add_(counts, 1)
-            self._step_adamw([p for p in params if p not in taken], group)
-            for p in by_rule:
-                orthogonalize, split = self._orthogonalizes(group), self._plan.get(p, {})
+            self._step_adamw(by_adamw, group)
+            orthogonalize = self._orthogonalizes(group)
+            for p, fragment in by_rule:
+                split = self._plan.get(p, {})
                 owner = self.replicas.owners[p] if self.replicas is not None else None
-                work[p.device].add(p, self.state.get(p), fragment_of(p), group, orthogonalize, split, owner)
+                work[p.device].add(p, self.state.get(p), fragment, group, orthogonalize, split, owner)
         contexts = {d: Context(self._rule(d), self._ns_dtype(d), self.replicas) for d in work}
         self.orthogonalized += sum(work.do(contexts[device]) for device, work in work.items())
         return loss

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,7 +18,7 @@ from celo2.backend import Backend, Options, apply_, backend
 from celo2.blocked import Piece, Stack, batches, move_means_, normalized
 from celo2.exchange import broadcast_
 from celo2.fragment import Fragment, local
-from celo2.matrices import Region
+from celo2.matrices import Layout, Region
 from celo2.replicas import Replicas
 from celo2.rule import RMS_EPS, Rule, update
 from celo2.sharded import Part, Split, SplitMatrix, VectorPart, batch_elements, is_full
@@ -79,31 +81,25 @@ class Work:
         owner: int | None,
     ) -> None:
         """Add what is here of `p`; `split`: its matrices that no rank holds whole; `state`: None where another rank keeps it."""
-        layout = options["matrices"]
-        shape = matrices.stacked_shape(fragment.shape, layout)
-        axes = matrices.stacked_axes(shape, layout)
+        form = form_of(fragment.shape, options["matrices"], fragment.start, fragment.stop, fragment.whole)
         w, g = local(p).detach(), local(p.grad)
-        if fragment.whole and (axes is None or min(axes) < len(shape) - 2):
+        if form.odd:
             w, g = (w, g) if w.ndim else (w.view(1), g.view(1))
-            self.odd.append(Odd(w, g, state, axes, options, orthogonalize, owner))
+            self.odd.append(Odd(w, g, state, form.axes, options, orthogonalize, owner))
             return
-        run = w.contiguous().view(-1)
-        if not w.is_contiguous():
+        g, run = g.contiguous(), w.contiguous()
+        if run is not w:
             self.copies.append((w, run))
-        if axes is None:
-            self.split(fragment).vectors.append(VectorPart(g.reshape(-1), run, state, math.prod(fragment.shape), options))
+        if form.axes is None:
+            self.split(fragment).vectors.append(VectorPart(g.view(-1), run.view(-1), state, math.prod(fragment.shape), options))
             return
-        source = Source(g.reshape(-1), run, state, fragment.start, (matrices.matrix_count(shape), *shape[-2:]))
-        held = matrices.regions(fragment.shape, layout, fragment.start, fragment.stop)
-        if fragment.whole:
-            stacks = source.whole(held)
-        else:
-            stacks = [source.stack(r.matrices, [r]) for r in held if is_full(r, *shape[-2:])]
-            me = dist.get_rank(fragment.group)
-            for n, matrix in split.items():
-                stack = source.stack(slice(n, n + 1), matrix.held[me])
-                self.split(fragment).parts.append(Part(matrix, stack, options, orthogonalize))
-        self.whole += [Whole(stack, options, orthogonalize, owner) for stack in stacks]
+        for which, places in form.whole:
+            self.whole.append(Whole(stack_of(g, run, state, form.stack, which, places), options, orthogonalize, owner))
+        me = None if fragment.whole else dist.get_rank(fragment.group)
+        for n, matrix in split.items():
+            places = [place_of(region, fragment.start) for region in matrix.held[me]]
+            stack = stack_of(g, run, state, form.stack, slice(n, n + 1), places)
+            self.split(fragment).parts.append(Part(matrix, stack, options, orthogonalize))
 
     def split(self, fragment: Fragment) -> Split:
         """The work that the ranks of the fragment's group do together."""
@@ -122,51 +118,82 @@ class Work:
             split.update(context.rule, context.ns_dtype, context.backend)
             count += sum(part.orthogonalize and part.matrix.owner == dist.get_rank(split.group) for part in split.parts)
         for w, run in self.copies:
-            w.copy_(run.view(w.shape))
+            w.copy_(run)
         return count
 
 
-@dataclass
-class Source:
-    """The run of a parameter that is here, with its gradient and accumulators, and views of it as parts of its stack."""
+class Place(NamedTuple):
+    """Where a part of equal matrices lies in the run of a parameter: a region as `as_strided` takes it."""
 
-    g: Tensor  # (E,)
-    w: Tensor  # (E,)
-    state: dict[str, Tensor] | None
-    start: int  # of the run in the flattened parameter
-    shape: tuple[int, int, int]  # (N, R, C)
+    rows: slice
+    cols: slice
+    size: tuple[int, int, int]  # (n, r, c)
+    strides: tuple[int, int, int]
+    offset: int
 
-    def stack(self, which: slice, regions: list[Region]) -> Stack:
-        """The matrices `which` of the stack, of which `regions` are here."""
-        n, (_, rows, cols) = which.stop - which.start, self.shape
-        if self.state is None:  # kept by another rank: of the right shape, without memory, and never read
-            nothing = torch.zeros((), device=self.w.device)
-            m, v = nothing.expand(3, len(self.w)), nothing.expand(len(self.w))
-            row, col = nothing.expand(n, 3, min(rows, cols)), nothing.expand(n, 3, max(rows, cols))
-            count = None
-        else:
-            m, v = self.state["momentum"].view(3, -1), self.state["second_moment"].view(-1)
-            row, col = (self.state[name].view(3, self.shape[0], -1).transpose(0, 1)[which] for name in ("row", "col"))
-            count = self.state["count"].expand(n) if "count" in self.state else None
-        pieces = [
-            Piece(
-                *(region.view(run, self.start) for run in (self.g, self.w)),
-                region.view(m, self.start).transpose(0, 1),
-                region.view(v, self.start),
-                region.rows,
-                region.cols,
-            )
-            for region in regions
-        ]
-        return Stack((n, rows, cols), pieces, row, col, count)
+    def of(self, run: Tensor) -> Tensor:
+        """It (n, r, c) in a contiguous run."""
+        return run.as_strided(self.size, self.strides, run.storage_offset() + self.offset)
 
-    def whole(self, held: list[Region]) -> list[Stack]:
-        """Stacks of all matrices: one where every region holds a part of all of them, else one for each matrix."""
-        everything = slice(0, self.shape[0])
-        if all(region.matrices == everything for region in held):
-            return [self.stack(everything, held)]
+    def of_each(self, runs: Tensor) -> Tensor:
+        """It (n, K, r, c) in K contiguous runs, one after the other."""
+        (n, *size), (by_n, *strides) = self.size, self.strides
+        return runs.as_strided((n, len(runs), *size), (by_n, runs.stride(0), *strides), runs.storage_offset() + self.offset)
+
+
+def place_of(region: Region, start: int) -> Place:
+    """The place of a region in the run that begins with element `start` of the parameter."""
+    size = tuple(s.stop - s.start for s in (region.matrices, region.rows, region.cols))
+    return Place(region.rows, region.cols, size, region.strides, region.offset - start)
+
+
+class Form(NamedTuple):
+    """What a run of a parameter is to the rule."""
+
+    stack: tuple[int, int, int]  # (N, R, C); of a vector (0, 0, 0)
+    axes: tuple[int, int] | None  # of the factored second moment, in the stacked shape
+    odd: bool  # whole, but not matrices one by one
+    whole: tuple[tuple[slice, tuple[Place, ...]], ...]  # equal matrices that are whole here: which ones, and where they lie
+
+
+@functools.lru_cache(maxsize=1 << 12)  # the same numbers in every step; worked out anew they take a fifth of the host's time
+def form_of(shape: tuple[int, ...], layout: Layout | None, start: int, stop: int, alone: bool) -> Form:
+    """The form of the elements [start, stop) of a parameter of `shape`; `alone`: no other rank holds a part of it."""
+    stacked = matrices.stacked_shape(shape, layout)
+    axes = matrices.stacked_axes(stacked, layout)
+    if axes is None:
+        return Form((0, 0, 0), None, alone, ())
+    n_matrices, rows, cols = stack = (matrices.matrix_count(stacked), *stacked[-2:])
+    if alone and min(axes) < len(stacked) - 2:
+        return Form(stack, axes, True, ())
+    held = matrices.regions(shape, layout, start, stop)
+    if not alone:
+        whole = [(r.matrices, [r]) for r in held if is_full(r, rows, cols)]
+    elif all(r.matrices == slice(0, n_matrices) for r in held):
+        whole = [(slice(0, n_matrices), held)]
+    else:  # matrix by matrix
         single = [r.of_matrix(n) for r in held for n in range(r.matrices.start, r.matrices.stop)]
-        return [self.stack(slice(n, n + 1), [r for r in single if r.matrices.start == n]) for n in range(self.shape[0])]
+        whole = [(slice(n, n + 1), [r for r in single if r.matrices.start == n]) for n in range(n_matrices)]
+    return Form(stack, axes, False, tuple((which, tuple(place_of(r, start) for r in parts)) for which, parts in whole))
+
+
+def stack_of(
+    g: Tensor, w: Tensor, state: dict[str, Tensor] | None, shape: tuple[int, int, int], which: slice, places: Iterable[Place]
+) -> Stack:
+    """The matrices `which` of the stack of `shape` (N, R, C), of which `places` are here, in the contiguous runs g and w (E,)."""
+    n, (total, rows, cols) = which.stop - which.start, shape
+    if state is None:  # kept by another rank: of the right shape, without memory, and never read
+        nothing = torch.zeros((), device=w.device)
+        pieces = [
+            Piece(p.of(g), p.of(w), nothing.expand(n, 3, *p.size[1:]), nothing.expand(p.size), p.rows, p.cols) for p in places
+        ]
+        return Stack((n, rows, cols), pieces, nothing.expand(n, 3, min(rows, cols)), nothing.expand(n, 3, max(rows, cols)))
+    m, v = state["momentum"].view(3, -1), state["second_moment"].view(-1)
+    pieces = [Piece(p.of(g), p.of(w), p.of_each(m), p.of(v), p.rows, p.cols) for p in places]
+    row, col = state["row"].view(3, total, -1).transpose(0, 1), state["col"].view(3, total, -1).transpose(0, 1)
+    if n < total:
+        row, col = row[which], col[which]
+    return Stack((n, rows, cols), pieces, row, col, state["count"].expand(n) if "count" in state else None)
 
 
 def update_whole(items: list[Whole], context: Context) -> int:
