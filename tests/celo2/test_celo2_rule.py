@@ -114,6 +114,25 @@ def test_hand_momentum_is_muon_normalized_to_rms_1(shape):
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
+def test_hand_nesterov_written_out(shape):
+    """Momentum and gradient over Adafactor's second moment, each divided by its RMS, 1 to 0.8."""
+    p = torch.nn.Parameter(torch.zeros(shape))
+    optimizer = Celo2([p], lr=1.0, rule="hand-nesterov", orthogonalize=False)
+    momentum, rows, cols = torch.zeros(shape), torch.zeros(shape[0], 1), torch.zeros(1, shape[1])
+    for step in range(10):
+        p.grad = torch.randn(shape, generator=torch.Generator().manual_seed(step))
+        before = p.detach().clone()
+        optimizer.step()
+        momentum = 0.9 * momentum + 0.1 * p.grad
+        rows = 0.9 * rows + 0.1 * p.grad.square().mean(1, keepdim=True)
+        cols = 0.9 * cols + 0.1 * p.grad.square().mean(0, keepdim=True)
+        root = (rows * cols / rows.mean()).sqrt()
+        normalized = lambda x: x / x.square().mean().sqrt()  # noqa: E731
+        u = normalized(normalized(momentum / root) + 0.8 * normalized(p.grad / root))
+        torch.testing.assert_close(before - p.data, u, rtol=0, atol=1e-5)  # worst measured 1.7e-6
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
 def test_hand_momentum_against_torch_muon(shape):
     """torch's Muon works in bfloat16, its updates are not normalized; after both are, the directions agree to bfloat16."""
     start = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -151,7 +170,8 @@ def test_update_has_rms_one():
 
 
 @pytest.mark.parametrize(
-    ("name", "origin"), [("celo2", "meta-trained"), ("celo2-base", "meta-trained"), ("hand-momentum", "hand-set")]
+    ("name", "origin"),
+    [("celo2", "meta-trained"), ("celo2-base", "meta-trained"), ("hand-momentum", "hand-set"), ("hand-nesterov", "hand-set")],
 )
 def test_shipped_rules_say_where_they_come_from(name, origin):
     assert load_rule(name).description.startswith(origin)

@@ -17,7 +17,7 @@ from celo2 import Celo2, Rule, load_rule
 from celo2.metatrain.config import MetatrainError
 from celo2.metatrain.evaluation.networks import Autoencoder, Convolutional, Recurrent, Transformer
 from celo2.metatrain.tasks import CLASSES, load_images
-from celo2.weights import weight_shapes
+from celo2.weights import hand_set
 
 VALIDATION_SHARE, VALIDATION_BATCHES = 0.1, 16
 WEIGHT_DECAY, ADAMW_LR, ADAMW = 0.1, 3e-3, {"betas": (0.9, 0.95), "eps": 1e-8}
@@ -51,16 +51,12 @@ TASKS = {
 # about width ** -0.5.
 RULE_LR = 2e-3
 BASELINE_LRS = {"adamw": 2e-3, "muon": 0.02}
-BASELINES = ("adamw", "muon", "hand-momentum", "adam-orthogonalized")
+BASELINES = ("adamw", "muon", "hand-momentum", "hand-nesterov", "adam-orthogonalized")
 
 
 def adam_orthogonalized() -> Rule:
-    """A rule set by hand: Adam's direction (decays 0.9 and 0.95, no bias correction), to be orthogonalized and normalized."""
-    weights = {name: torch.zeros(shape) for name, shape in weight_shapes(hidden=8).items()}
-    weights["w0__5"][0, 0], weights["w0__5"][0, 1] = 1.0, -1.0  # m / sqrt(v), positive and negative part
-    weights["w1"][0, 0] = weights["w1"][1, 1] = 1.0
-    weights["w2"][0, 0], weights["w2"][1, 0] = 1.0, -1.0
-    return Rule(weights, description="hand-set: Adam's direction")
+    """Adam's direction (decays 0.9 and 0.95, no bias correction), to be orthogonalized and normalized."""
+    return hand_set({(5, 0): 1.0}, "Adam's direction")
 
 
 def first_lr(optimizer: str) -> float:
