@@ -1,81 +1,171 @@
-"""The report as a picture: validation loss over tokens and seconds, the final losses, the learning-rate searches."""
+"""The report as pictures: report.png has validation loss over tokens and seconds, the final losses and the learning-rate
+searches; details.png the same loss over steps and FLOPs, the training loss, gradient norms and updates."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-COLORS = ("#0072b2", "#d55e00", "#00855f", "#b04f8b", "#a87400", "#2f94cf", "#6b4fc4", "#55606b")  # as in page.css
-DASHES = ("-", "--", ":", "-.")
+COLORS = ("#126fb8", "#d65b1d", "#5a9f84", "#b20360", "#a770fb", "#150090", "#4e4a00", "#580934")  # as in page.css
+DASHES = ("-", (0, (4, 2)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2)), (0, (3, 1)), (0, (1, 2.4)), (0, (8, 2)), (0, (2.5, 2.5)))
+MARKERS = "os^DvPX"  # 7, so that with 8 colours and dashes 56 optimizers differ in something
+SMOOTHING = 0.6  # of what is logged while training, as on the page
+X_NAMES = {"tokens": "tokens", "step": "optimizer steps", "seconds": "seconds in training steps", "flops": "model FLOPs"}
+NAME = 28  # letters of an optimizer's name
+
+Labels = list[str]
+Panel = Callable[[Axes], None]
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Write the picture."""
-    figure = Figure(figsize=(11, 8), dpi=110, layout="constrained")
+    """Write the picture of the answer."""
+    runs, rows, labels = parts(results)
+    lines = [lambda axes, x=x: validation(axes, runs, labels, x) for x in ("tokens", "seconds")]
+    sheet(path, labels, [*lines, lambda axes: final_losses(axes, rows, labels), lambda axes: sensitivity(axes, rows, labels)])
+
+
+def draw_details(results: dict[str, Any], path: Path) -> None:
+    """Write the picture of everything else that was logged."""
+    runs, _, labels = parts(results)
+    panels: list[Panel] = [lambda axes, x=x: validation(axes, runs, labels, x) for x in ("step", "flops")]
+    for column, title, tail in (
+        ("loss", "training loss, nats per token", True),
+        ("grad_norm", "norm of the gradient, before clipping", True),
+        ("update_rms", "RMS change of a hidden weight in one step", False),
+        ("update_ratio", "the same relative to the RMS of the weight", False),
+    ):
+        panels.append(lambda axes, c=column, t=title, late=tail: curves(axes, runs, labels, "training", c, "tokens", t, late))
+    sheet(path, labels, panels)
+
+
+def parts(results: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]], Labels]:
+    """Runs, rows and labels of the optimizers."""
+    return results["runs"], results["optimizers"], [row["label"] for row in results["optimizers"]]
+
+
+def sheet(path: Path, labels: Labels, panels: list[Panel]) -> None:
+    """Panels two by two under one legend."""
+    rows = -(-len(panels) // 2)
+    figure = Figure(figsize=(11, 3.9 * rows + 0.4), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    (tokens, seconds), (finals, search) = figure.subplots(2, 2)
-    labels = [row["label"] for row in results["optimizers"]]
-    for axes, x in ((tokens, "tokens"), (seconds, "seconds")):
-        losses(axes, results["runs"], labels, x)
-        axes.set(xlabel="seconds in training steps" if x == "seconds" else x, ylabel="validation loss, nats per token")
-    final_losses(finals, results["optimizers"], labels)
-    sensitivity(search, results["optimizers"], labels)
-    for axes in (tokens, seconds, finals, search):
-        axes.grid(alpha=0.3)
-    handles, names = tokens.get_legend_handles_labels()
-    if names:
-        figure.legend(handles, names, loc="outside upper center", ncols=min(4, len(names)), frameon=False)
+    for axes, panel in zip(figure.subplots(rows, 2).flat, panels, strict=True):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25, linewidth=0.7)
+        axes.tick_params(labelsize=9)
+        panel(axes)
+    proxies = [figure.axes[0].plot([], [], markersize=5, linewidth=1.8, **style(label, labels))[0] for label in labels]
+    names = [short(label) for label in labels]
+    figure.legend(proxies, names, loc="outside upper center", ncols=min(4, len(labels)), frameon=False, handlelength=3.5)
     figure.savefig(path)
 
 
-def style(label: str, labels: list[str]) -> dict[str, Any]:
-    """Colour and dashes of an optimizer."""
-    index = labels.index(label)
-    return {"color": COLORS[index % len(COLORS)], "linestyle": DASHES[index % len(DASHES)]}
+def style(label: str, labels: Labels) -> dict[str, Any]:
+    """Colour, dashes and marks of an optimizer."""
+    i = labels.index(label)
+    return {"color": COLORS[i % len(COLORS)], "linestyle": DASHES[i % len(DASHES)], "marker": MARKERS[i % len(MARKERS)]}
 
 
-def losses(axes: Axes, runs: list[dict[str, Any]], labels: list[str], x: str) -> None:
-    """Every seed's validation loss; the axis leaves out what the first tenth of training alone shows."""
-    late = []
-    for run in runs:
-        xs, ys = run["validation"][x], run["validation"]["val_loss"]
-        if not xs:
+def short(label: str) -> str:
+    """A name that fits; `$` would begin a formula."""
+    return (label if len(label) <= NAME else label[: NAME - 1] + "…").replace("$", r"\$")
+
+
+def validation(axes: Axes, runs: list[dict[str, Any]], labels: Labels, x: str) -> None:
+    """Validation loss over `x`."""
+    curves(axes, runs, labels, "validation", "val_loss", x, "validation loss, nats per token", True)
+
+
+def curves(
+    axes: Axes, runs: list[dict[str, Any]], labels: Labels, kind: str, column: str, x: str, title: str, tail: bool
+) -> None:
+    """One logged quantity: each seed thin, the mean thick; with `tail`, the axis leaves out what the first fifth alone shows."""
+    late: list[float] = []
+    for label in labels:
+        seeds = [points(run, kind, column, x) for run in runs if run["label"] == label and run["status"] != "diverged"]
+        seeds = [seed for seed in seeds if seed]
+        for seed in seeds if len(seeds) > 1 else []:
+            xs, ys = zip(*seed.values(), strict=True)
+            axes.plot(xs, ys, linewidth=0.7, alpha=0.4, color=style(label, labels)["color"])
+        common = [step for step in seeds[0] if all(step in seed for seed in seeds)] if seeds else []
+        if not common:
             continue
-        first = run["label"] not in axes.get_legend_handles_labels()[1]
-        axes.plot(xs, ys, linewidth=1.2, label=run["label"] if first else None, **style(run["label"], labels))
-        late += [y for value, y in zip(xs, ys, strict=True) if value >= 0.1 * xs[-1]]
+        xs = [mean(seed[step][0] for seed in seeds) for step in common]
+        ys = [mean(seed[step][1] for seed in seeds) for step in common]
+        every = max(1, len(xs) // 8)
+        axes.plot(xs, ys, linewidth=1.8, markersize=4.5, markevery=((len(xs) - 1) % every, every), **style(label, labels))
+        late += [y for seed in seeds for v, y in seed.values() if not tail or v >= 0.2 * xs[-1]]
     if late:
-        margin = 0.05 * (max(late) - min(late)) or 0.05
-        axes.set_ylim(min(late) - margin, max(late) + margin)
+        margin = 0.05 * (max(late) - min(late)) or 0.05 * abs(late[0]) or 0.05
+        axes.set_ylim(max(0.0, min(late) - margin) if min(late) >= 0 else min(late) - margin, max(late) + margin)
+        axes.set_xlim(left=0)
+    else:
+        axes.text(0.5, 0.5, "nothing to show", transform=axes.transAxes, ha="center", color="gray")
+    if x != "seconds":  # which would be told in milliseconds below 1
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.set(xlabel=X_NAMES[x], ylabel=title)
 
 
-def final_losses(axes: Axes, rows: list[dict[str, Any]], labels: list[str]) -> None:
-    """Each seed's final loss, with mean and interval."""
-    shown = [row for row in rows if row["loss"]]
-    for height, row in enumerate(reversed(shown)):
+def points(run: dict[str, Any], kind: str, column: str, x: str) -> dict[int, tuple[float, float]]:
+    """(x, y) by step; what was logged while training is smoothed as on the page."""
+    table = run[kind]
+    xs, ys = table.get("tokens" if x == "flops" else x, []), table.get(column, [])
+    if x == "flops":
+        xs = [v * run["flops_per_token"] for v in xs] if run["flops_per_token"] else []
+    weight, total, norm = SMOOTHING if kind == "training" else 0.0, 0.0, 0.0
+    found = {}
+    for step, v, y in zip(table["step"], xs, ys, strict=False):
+        if v is None or y is None:
+            continue
+        total, norm = weight * total + (1 - weight) * y, weight * norm + (1 - weight)
+        found[step] = (v, total / norm)
+    return found
+
+
+def final_losses(axes: Axes, rows: list[dict[str, Any]], labels: Labels) -> None:
+    """Each seed's final loss, with mean and interval; the lowest is on top."""
+    shown = sorted((row for row in rows if row["loss"]), key=lambda row: -row["loss"]["mean"])
+    for height, row in enumerate(shown):
         color, loss = style(row["label"], labels)["color"], row["loss"]
-        axes.plot(list(row["final"].values()), [height] * len(row["final"]), "o", color=color, alpha=0.5, markersize=5)
-        axes.errorbar(loss["mean"], height, xerr=loss["half"], fmt="|", color=color, markersize=16, capsize=5)
-    axes.set_yticks(range(len(shown)), [row["label"] for row in reversed(shown)])
-    axes.set(xlabel="final validation loss: seeds, mean, 95 % interval", ylim=(-0.6, max(len(shown), 1) - 0.4))
+        if loss["half"] is not None:
+            axes.barh(height, 2 * loss["half"], left=loss["mean"] - loss["half"], height=0.3, color=color, alpha=0.25)
+        axes.plot(list(row["final"].values()), [height] * len(row["final"]), "o", color=color, alpha=0.75, markersize=4.5, mew=0)
+        axes.plot([loss["mean"]] * 2, [height - 0.26, height + 0.26], "-", color=color, linewidth=2)
+        axes.annotate(f"{loss['mean']:.3f}", (loss["mean"], height + 0.28), ha="center", va="bottom", fontsize=9, color=color)
+    axes.set_yticks(range(len(shown)), [short(row["label"]) for row in shown])
+    axes.grid(visible=False, axis="y")
+    axes.use_sticky_edges = False  # bars would else end at the frame
+    axes.margins(x=0.08)
+    axes.set(xlabel="final validation loss: seeds, mean, 95 % interval", ylim=(-0.5, max(len(shown), 1) - 0.35))
 
 
-def sensitivity(axes: Axes, rows: list[dict[str, Any]], labels: list[str]) -> None:
-    """Validation loss by learning rate; crosses at the top diverged."""
+def sensitivity(axes: Axes, rows: list[dict[str, Any]], labels: Labels) -> None:
+    """Validation loss by learning rate; the chosen one is hollow, crosses at the top diverged."""
     searched = [row for row in rows if row["search"] and row["search"]["lr"]]
+    if not searched:
+        axes.set_axis_off()
+        return
     for row in searched:
-        points = [(p["value"], p["loss"]) for p in row["search"]["lr"] if p["loss"] is not None]
-        if points:
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=4, **style(row["label"], labels))
+        tried = [(p["value"], p["loss"]) for p in row["search"]["lr"] if p["loss"] is not None]
+        if tried:
+            own = style(row["label"], labels)
+            axes.plot(*zip(*tried, strict=True), markersize=5, **own)
+            chosen = [point for point in tried if point[0] == row["lr"]]
+            if chosen:
+                axes.plot(*chosen[0], **own, markersize=9, markerfacecolor="white", markeredgewidth=2)
     top = axes.get_ylim()[1]
     for row in searched:
         for lost in (p["value"] for p in row["search"]["lr"] if p["loss"] is None):
-            axes.plot(lost, top, "x", color=style(row["label"], labels)["color"], clip_on=False)
-    if searched:
-        axes.set(xscale="log", xlabel="learning rate (crosses: diverged)", ylabel="validation loss of the search")
-    else:
-        axes.set_axis_off()
+            axes.plot(lost, top, "x", color=style(row["label"], labels)["color"], clip_on=False, markeredgewidth=2)
+    axes.set(xscale="log", xlabel="learning rate (hollow: chosen; ×: diverged)", ylabel="validation loss of the search")
+    tried = [p["value"] for row in searched for p in row["search"]["lr"]]
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(tried) < 300 * min(tried) else (1,), numticks=12))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_locator(MaxNLocator(6))

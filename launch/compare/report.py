@@ -1,4 +1,4 @@
-"""The report: one self-contained page, the same as a picture, and its numbers as JSON."""
+"""The report: one self-contained page, the same as pictures, and its numbers as JSON."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from launch.compare.picture import draw
+from launch.compare.picture import draw, draw_details
+from launch.compare.summary import asked_about
 
 HERE = Path(__file__).parent
 CONTROLS = """<div class="controls" role="group" aria-label="What the charts show">
@@ -17,27 +18,32 @@ CONTROLS = """<div class="controls" role="group" aria-label="What the charts sho
 <label><input type="checkbox" id="log-x"> log x</label>
 <label><input type="checkbox" id="log-y"> log y</label>
 <label><input type="checkbox" id="seeds" checked> each seed</label>
-<label>smoothing <input type="range" id="smooth" min="0" max="0.98" step="0.02" value="0.6"></label>
+<label>smoothing <input type="range" id="smooth" min="0" max="0.98" step="0.02" value="0.6"><output>0.60</output></label>
 <button type="button" id="reset">whole range</button>
 </div>"""
 HELP = (
-    "Thick: the mean over seeds. Point at a chart for values; drag to zoom, double-click to zoom out. With the keyboard: "
-    "arrows move, + and − zoom, Escape shows all. Smoothing is for what is logged while training."
+    "Thick: the mean over seeds. Point at or tap a chart for values, with the smallest and the largest seed; drag to zoom, or "
+    "Ctrl and the wheel; double-click for the whole range. With the keyboard: arrows move, + and − zoom, Escape shows all. "
+    "Smoothing is for what is logged while training. Click a name to hide it."
 )
 
 
 def write_report(out: Path, results: dict[str, Any]) -> Path:
-    """Write results.json, report.png and report.html into `out`; returns the page's path."""
+    """Write results.json, report.png, details.png and report.html into `out`; returns the page's path."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+    page, numbers = render(results), json.dumps(results, indent=1, allow_nan=False) + "\n"
     draw(results, out / "report.png")
-    (out / "report.html").write_text(render(results))
+    draw_details(results, out / "details.png")
+    (out / "results.json").write_text(numbers)
+    (out / "report.html").write_text(page)
     return out / "report.html"
 
 
 def render(results: dict[str, Any]) -> str:
     """The page. Every text from outside is escaped, and no text can end the script that holds the data."""
-    drawn = {**results, "runs": [{k: v for k, v in run.items() if k not in ("config", "command")} for run in results["runs"]]}
+    unused = ("config", "command", "folder")
+    drawn = {key: results[key] for key in ("title", "compared_at_tokens", "optimizers")}
+    drawn["runs"] = [{k: v for k, v in run.items() if k not in unused} for run in results["runs"]]
     parts = {
         "title": escape(results["title"]),
         "style": (HERE / "page.css").read_text(),
@@ -51,9 +57,8 @@ def render(results: dict[str, Any]) -> str:
 def body(results: dict[str, Any]) -> str:
     """All sections, readable without scripts but for the charts."""
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    first = results["optimizers"][0]["label"]  # the one that was named first is the one that is asked about
     kinds = ["claim" if pair["claim"] else "plain" for pair in results["pairs"]]
-    asked = [first in (pair["a"], pair["b"]) for pair in results["pairs"]]
+    asked = asked_about(results)
     said, others = [], []
     for index, text in enumerate(results["sentences"]):
         kind = kinds[index] if index < len(kinds) else "caveat"
@@ -65,31 +70,34 @@ def body(results: dict[str, Any]) -> str:
         f"<h1>{escape(results['title'])}</h1>",
         f'<p class="soft">Compared at {tokens:,.0f} tokens; {escape(results["device"])}; {escape(versions)}</p>',
         f'<ul class="said">{"".join(said)}</ul>{rest}',
-        finals(results),
+        *finals(results),
         "<h2>Curves</h2>",
         CONTROLS,
         '<div class="legend" role="group" aria-label="Optimizers"></div>',
         '<div class="charts" id="curves"></div>',
-        f'<p class="soft">{escape(HELP)}</p>',
+        f'<p class="soft" id="help">{escape(HELP)}</p>',
+        *costs(results),
         *searches(results),
         *differences(results),
         "<h2>How it was made</h2>",
         f"<ul>{''.join(f'<li>{escape(text)}</li>' for text in results['method'])}</ul>",
-        f"<pre>{escape(results['command'])}</pre>",
+        f'<pre class="command">{escape(results["command"])}</pre>',
         "<p>Every run behind the curves, with its whole configuration:</p>",
         *(
-            f"<details><summary>{escape(run['label'])}, seed {run['seed']}</summary><pre>{escape(run['command'])}</pre>"
-            f"<pre>{escape(run['config'])}</pre></details>"
+            f"<details><summary>{escape(run['label'])}, seed {run['seed']}</summary>"
+            f'<pre class="command">{escape(run["command"])}</pre><pre>{escape(run["config"])}</pre></details>'
             for run in results["runs"]
         ),
+        *searched(results.get("search_commands", [])),
     ]
     return "\n".join(sections)
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
     """A table that scrolls by itself where it is wide; the cells are HTML, the first of a row is its name."""
-    texts = {index for row in rows for index, cell in enumerate(row) if cell.startswith("<td")}
-    cells = "".join(f'<th scope="col"{" class=text" if i in texts else ""}>{title}</th>' for i, title in enumerate(head))
+    classes = [re.match(r'<td( class="\w+")', cell) for cell in rows[0]]
+    kinds = [found[1] if found else "" for found in classes]
+    cells = "".join(f'<th scope="col"{kind}>{title}</th>' for kind, title in zip(kinds, head, strict=True))
     lines = "".join(
         f'<tr><th scope="row">{first}</th>'
         + "".join(cell if cell.startswith("<td") else f"<td>{cell}</td>" for cell in rest)
@@ -101,53 +109,105 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def name(results: dict[str, Any], label: str) -> str:
     """An optimizer's name with the colour of its lines."""
-    index = [row["label"] for row in results["optimizers"]].index(label)
-    return f'<span class="key" style="background:var(--c{index % 8})"></span>{escape(label)}'
+    key = f'<span class="key" style="background:var(--c{colour(results, label)})"></span>'
+    return f'<span class="label">{key}<span>{breakable(label)}</span></span>'
 
 
-def finals(results: dict[str, Any]) -> str:
-    """The tables of final losses, and of what each optimizer costs and needs to come to the common target."""
-    losses, costs = [], []
-    for row in sorted(results["optimizers"], key=lambda r: r["loss"]["mean"] if r["loss"] else float("inf")):
-        loss, reached, lost = row["loss"], row["to_target"], len(row["diverged_seeds"])
-        title = name(results, row["label"])
+def breakable(label: str) -> str:
+    """A name as HTML that may end a line within a dotted path, which is one long word."""
+    return re.sub(r"(?<=[._/-])(?=[A-Za-z])", "<wbr>", escape(label))
+
+
+def colour(results: dict[str, Any], label: str) -> int:
+    """The number of an optimizer's colour."""
+    return [row["label"] for row in results["optimizers"]].index(label) % 8
+
+
+def finals(results: dict[str, Any]) -> list[str]:
+    """The section on final losses, the lowest first: each seed, mean and interval as a picture, and the numbers."""
+    rows = sorted(results["optimizers"], key=lambda r: r["loss"]["mean"] if r["loss"] else float("inf"))
+    ends = [end for row in rows if row["loss"] for end in reach_of(row)]
+    low, high = (min(ends), max(ends)) if ends else (0.0, 1.0)
+    lines = []
+    for row in rows:
+        loss, lost = row["loss"], len(row["diverged_seeds"])
         mean, half, sd = (value(loss and loss[key], ".4f") for key in ("mean", "half", "sd"))
-        seeds = f"{loss['n'] if loss else 0}" + (f" ({lost} diverged)" if lost else "")
-        trials = str(row["search"]["trials"]) if row["search"] else "–"
-        losses.append(
+        lines.append(
             [
-                title,
+                name(results, row["label"]),
+                interval(results, row, low, high),
                 mean,
                 half if half == "–" else f"± {half}",
                 sd,
-                seeds,
+                f"{loss['n'] if loss else 0}" + (f" ({lost} diverged)" if lost else ""),
                 value(row["lr"], "g"),
                 value(row["adamw_lr"], "g"),
-                trials,
+                str(row["search"]["trials"]) if row["search"] else "–",
             ]
         )
-        to_target = [format(reached[key], spec) if reached else "never" for key, spec in TO_TARGET.items()]
+    scale = f'<span class="scale"><span>{low:.3f}</span><span>{high:.3f}</span></span>' if ends else ""
+    head = ["optimizer", scale, "mean", "95 % interval", "sd", "seeds", "lr", "adamw_lr", "search trials"]
+    note = "Final loss: validation, nats per token, mean over seeds. Dots: seeds; bars: 95 % intervals of the means."
+    return ["<h2>Final loss</h2>", table(head, lines), f'<p class="soft">{note}</p>']
+
+
+def reach_of(row: dict[str, Any]) -> list[float]:
+    """What the picture of an optimizer's final losses must have room for."""
+    half = row["loss"]["half"] or 0.0
+    return [*row["final"].values(), row["loss"]["mean"] - half, row["loss"]["mean"] + half]
+
+
+def interval(results: dict[str, Any], row: dict[str, Any], low: float, high: float) -> str:
+    """The cell that shows seeds, mean and interval between `low` and `high`, without any script."""
+    if not row["loss"]:
+        return '<td class="plot"></td>'
+    at = lambda loss: 100 * (loss - low) / (high - low) if high > low else 50.0  # noqa: E731
+    mean, half = row["loss"]["mean"], row["loss"]["half"] or 0.0
+    width = at(mean + half) - at(mean - half) if half else 0.0
+    dots = "".join(f'<i class="seed" style="left:{at(loss):.2f}%"></i>' for loss in row["final"].values())
+    bar = f'<i class="bar" style="left:{at(mean - half):.2f}%;width:{width:.2f}%"></i>'
+    style = f"color:var(--c{colour(results, row['label'])})"
+    return f'<td class="plot"><span style="{style}">{bar}{dots}<i class="mean" style="left:{at(mean):.2f}%"></i></span></td>'
+
+
+def costs(results: dict[str, Any]) -> list[str]:
+    """The section on what each optimizer costs, and needs to come down to a loss that all of them reach."""
+    if results["target_loss"] is None:
+        return []
+    lines = []
+    for index, row in enumerate(results["optimizers"]):
+        reached = row["to_target"]
+        bound = "≤ " if reached and reached.get("at_most") else ""
+        cells = {key: bound + shown(reached[key]) if reached else "never" for key, shown in TO_TARGET.items()}
         if reached and reached["reached"] < reached["asked"]:
-            to_target[0] += f" ({reached['reached']} of {reached['asked']} runs)"
+            cells["tokens"] += f" ({reached['reached']} of {reached['asked']} runs)"
+        asked = [f'<td data-cost="{index} {COLUMNS[key]}">{text}</td>' for key, text in cells.items()]
         own = milliseconds(row["optimizer_seconds"])
-        costs.append([title, *to_target, milliseconds(row["step_seconds"]), own, size(row["state_bytes"])])
-    results_head = ["optimizer", "final loss", "95 % interval", "sd", "seeds", "lr", "adamw_lr", "search trials"]
-    costs_head = ["optimizer", "tokens to target", "steps", "seconds", "whole step", "optimizer step", "optimizer state"]
-    note = ""
-    if results["target_loss"] is not None:
-        note = f"Target: {results['target_loss']:.4f}, the highest final loss of any seed of those that never diverged."
-    return "\n".join(
-        [
-            "<h2>Results</h2>",
-            table(results_head, losses),
-            '<p class="soft">Final loss: validation, nats per token, mean over seeds.</p>',
-            table(costs_head, costs),
-            f'<p class="soft">{note}</p>',
-        ]
-    )
+        lines.append([name(results, row["label"]), *asked, milliseconds(row["step_seconds"]), own, size(row["state_bytes"])])
+    head = ["optimizer", "tokens to loss", "steps", "seconds", "whole step", "optimizer step", "optimizer state"]
+    target = results["target_loss"]
+    return [
+        "<h2>Cost</h2>",
+        '<p><label>Loss to reach <input type="number" id="target" step="0.01" min="0" inputmode="decimal" '
+        f'value="{target:.4f}"></label></p>',
+        table(head, lines),
+        f'<p class="soft">{target:.4f} is the highest final loss of any seed of those that never diverged: all of them reach it. '
+        "Means over the seeds that do, interpolated between evaluations; ≤: there already at the first one.</p>",
+    ]
 
 
-TO_TARGET = {"tokens": ",.0f", "steps": ",.0f", "seconds": ",.1f"}
+TO_TARGET = {"tokens": "{:,.0f}".format, "steps": "{:,.0f}".format, "seconds": lambda s: f"{s:,.{2 if s < 10 else 1}f}"}
+COLUMNS = {"tokens": "tokens", "steps": "step", "seconds": "seconds"}  # what page.js knows them by
+
+
+def searched(commands: list[str]) -> list[str]:
+    """The commands of the trials that only the search has seen."""
+    if not commands:
+        return []
+    return [
+        f"<details><summary>The {len(commands)} trials of the search</summary>",
+        f"<pre>{escape(chr(10).join(commands))}</pre></details>",
+    ]
 
 
 def searches(results: dict[str, Any]) -> list[str]:
@@ -188,10 +248,11 @@ def differences(results: dict[str, Any]) -> list[str]:
         share = ["never", "never"]
         if r["reached"]:
             share = [f"{r[key]:.2f} ({r[f'{key}_range'][0]:.2f} to {r[f'{key}_range'][1]:.2f})" for key in ("tokens", "seconds")]
+            share = [f"≤ {text}" for text in share] if r.get("at_most") else share
             share[0] += f", {r['reached']} of {r['asked']} runs" if r["reached"] < r["asked"] else ""
         lines.append(
             [
-                f"{escape(pair['a'])} − {escape(pair['b'])}",
+                f"{breakable(pair['a'])} − {breakable(pair['b'])}",
                 f"{pair['mean']:.4f}".replace("-", "−"),
                 "–" if pair["half"] is None else f"± {pair['half']:.4f}",
                 f"{pair['n']} {'paired' if pair['paired'] else 'each'}",

@@ -32,7 +32,7 @@ def summarize(groups: Groups, searches: Mapping[str, Search], about: dict[str, A
     pairs = pairwise(sound, finals, sorted(whole, key=means.get), tokens)
     target = max((loss for label in whole for loss in finals[label].values()), default=None)
     missing = [label for label in groups if label not in whole]
-    sentences = [sentence(pair) for pair in pairs]
+    sentences = [sentence(pair, len(pairs)) for pair in pairs]
     sentences += [divergence(label, len(diverged[label]), len(groups[label])) for label in missing]
     return about | {
         "confidence": CONFIDENCE,
@@ -67,12 +67,13 @@ def reach(runs: Sequence[Run], others: Sequence[Run], paired: bool, tokens: floa
     """With what share of the others' tokens and seconds `runs` come down to the others' loss at `tokens`.
 
     By seed if `paired`; else each run against the mean of the others. Shares are means over the runs that get there, with
-    the smallest and the largest.
+    the smallest and the largest. `at_most`: some run was there already at its first evaluation.
     """
     by_seed = {run.seed: run for run in others}
     level = mean(at(run.losses(), tokens) for run in others)
     clock = mean(run.seconds_at(tokens) for run in others)
     shares: list[tuple[float, float]] = []
+    at_most = False
     asked = [run for run in runs if not paired or run.seed in by_seed]
     for run in asked:
         other = by_seed.get(run.seed) if paired else None
@@ -80,14 +81,21 @@ def reach(runs: Sequence[Run], others: Sequence[Run], paired: bool, tokens: floa
         x = reaches(upto(run.losses(), tokens), goal)
         if x is not None:
             shares.append((x / tokens, run.seconds_at(x) / seconds))
-    result: dict[str, Any] = {"asked": len(asked), "reached": len(shares)}
+            at_most |= x == run.losses()[0][0]
+    result: dict[str, Any] = {"asked": len(asked), "reached": len(shares), "at_most": at_most}
     for key, values in zip(("tokens", "seconds"), zip(*shares, strict=True), strict=False):
         result |= {key: mean(values), f"{key}_range": [min(values), max(values)]}
     return result
 
 
-def sentence(pair: dict[str, Any]) -> str:
-    """What may be said about a pair: a claim only where the corrected test carries it."""
+def asked_about(results: Mapping[str, Any]) -> list[bool]:
+    """Of every pair, whether the optimizer that was named first, which is the one asked about, takes part."""
+    first = results["optimizers"][0]["label"]
+    return [first in (pair["a"], pair["b"]) for pair in results["pairs"]]
+
+
+def sentence(pair: dict[str, Any], pairs: int = 1) -> str:
+    """What may be said about one of so many pairs: a claim only where the corrected test carries it."""
     a, b, n = pair["a"], pair["b"], pair["n"]
     if pair["p"] is None:
         return f"{a} and {b}: one seed tells no difference from noise, so nothing is claimed (measured {number(pair['mean'])})."
@@ -95,13 +103,15 @@ def sentence(pair: dict[str, Any]) -> str:
     seeds = f"{n} seeds" if pair["paired"] else f"{n} seeds each, unpaired"
     p = "p < 0.001" if pair["p_corrected"] < 1e-3 else f"p = {pair['p_corrected']:.2g}"
     if not pair["claim"]:
+        p += f" when corrected for {pairs} pairs" if pair["p"] < LEVEL else ""  # the interval alone would make it a claim
         return f"{a} and {b}: no difference beyond the noise ({number(pair['mean'])} ± {spread}, {seeds}, {p})."
     said = f"{a} is lower than {b} by {number(-pair['mean'])} ± {spread} ({seeds}, {p})"
     r = pair["reach"]
     if not r["reached"]:
         return f"{said}; it never reaches {b}'s final loss in a single run."
     where = "" if r["reached"] == r["asked"] else f" in {r['reached']} of {r['asked']} runs"
-    return f"{said}; it reaches {b}'s final loss with {r['tokens']:.2f} of its tokens and {r['seconds']:.2f} of its time{where}."
+    shares = f"{r['tokens']:.2f} of its tokens and {r['seconds']:.2f} of its time"
+    return f"{said}; it reaches {b}'s final loss with {'at most ' if r['at_most'] else ''}{shares}{where}."
 
 
 def number(value: float) -> str:
@@ -168,6 +178,7 @@ def row(
         result["to_target"] = {
             "reached": len(hits),
             "asked": len(sound),
+            "at_most": any(x == run.losses()[0][0] for run, x in hits),
             "tokens": mean(x for _, x in hits),
             "steps": mean(step_at(run, x) for run, x in hits),
             "seconds": mean(run.seconds_at(x) for run, x in hits),

@@ -2,13 +2,17 @@
 
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from configs.load import ConfigError
 from configs.schema import Config
+from launch.compare import report
 from launch.compare.curves import Run, label_runs, other_differences, reaches, thinned, upto
+from launch.compare.picture import COLORS, style
 from launch.compare.report import render, write_report
 from launch.compare.search import Search
 from launch.compare.summary import summarize
@@ -68,8 +72,11 @@ def test_a_difference_inside_the_noise_is_none():
 def test_a_pair_that_only_the_correction_rejects():
     """p = 0.03 alone would be a claim; among three pairs, of which it is the best, it is none."""
     groups = {"a": seeds("a", [4.00, 4.00, 4.00]), "b": seeds("b", [4.04, 4.05, 4.07]), "c": seeds("c", [3.9, 4.3, 4.0])}
-    pair = next(p for p in results_of(groups)["pairs"] if {p["a"], p["b"]} == {"a", "b"})
+    results = results_of(groups)
+    pair = next(p for p in results["pairs"] if {p["a"], p["b"]} == {"a", "b"})
     assert pair["p"] < 0.05 < pair["p_corrected"] and not pair["claim"]
+    said = results["sentences"][results["pairs"].index(pair)]
+    assert re.fullmatch(r"a and b: no difference beyond the noise \(.*, p = 0\.\d+ when corrected for 3 pairs\)\.", said), said
 
 
 def test_one_seed_claims_nothing():
@@ -121,9 +128,30 @@ def test_targets_and_costs():
     results = results_of({"a": seeds("a", [4.0, 4.2]), "b": seeds("b", [3.0, 3.0], seconds=3.0)})
     a, b = results["optimizers"]
     assert results["target_loss"] == pytest.approx(4.2)  # the worst seed's
-    assert b["to_target"] == pytest.approx({"reached": 2, "asked": 2, "tokens": 760, "steps": 76, "seconds": 228})
+    assert b["to_target"] == pytest.approx(
+        {"reached": 2, "asked": 2, "at_most": False, "tokens": 760, "steps": 76, "seconds": 228}
+    )
     assert a["to_target"]["tokens"] == pytest.approx((950 + 1000) / 2)
     assert (a["step_seconds"], b["step_seconds"], a["state_bytes"]) == (1.0, 3.0, 1_500_000)
+
+
+def test_what_is_reached_before_the_first_evaluation_is_a_bound():
+    """The first evaluation is at 200 of 1,000 tokens; a is below b's final loss there already, so 0.20 is no estimate."""
+    groups = {"a": seeds("a", [1.0, 1.1], start=2.0), "b": seeds("b", [4.0, 4.2])}
+    results = results_of(groups)
+    assert results["pairs"][0]["reach"] | {"at_most": True, "tokens": 0.2} == results["pairs"][0]["reach"]
+    assert "it reaches b's final loss with at most 0.20 of its tokens and 0.20 of its time." in results["sentences"][0]
+    assert [row["to_target"]["at_most"] for row in results["optimizers"]] == [True, False]
+    assert ">≤ 200</td>" in render(results)
+
+
+def test_tokens_to_a_loss_by_hand():
+    """From 8 to 4 in 1,000 tokens: 5 is reached at 750, and 4.5 by a run that is cut at 800 tokens never."""
+    run = make_run("a", 1, 4.0)
+    assert reaches(run.losses(), 5.0) == pytest.approx(750)
+    assert reaches(upto(run.losses(), 800), 4.5) is None
+    assert reaches([(0, 4.0), (10, 5.0), (20, 3.0)], 4.0) == 0  # the first time counts, not the last
+    assert reaches([(10, 4.0), (20, 4.0), (30, 4.0)], 4.0) == 10
 
 
 def test_crossings_and_thinning():
@@ -163,7 +191,8 @@ def test_the_page_is_one_file_and_holds_no_foreign_markup(tmp_path):
     drawn = json.loads(embedded)
     assert drawn["title"] == EVIL and drawn["runs"][0]["validation"]["val_loss"][-1] == 4.0
     assert json.loads((tmp_path / "results.json").read_text())["runs"][0]["config"].startswith("run:")
-    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("report.png", "details.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert "b is lower than" in page and "Its optimizer" not in page
 
 
@@ -172,3 +201,65 @@ def test_the_script_needs_nothing_that_the_page_lacks():
     page = render(results_of({"a": seeds("a", [4.0])}, {"a": Search(losses={1e-3: 4.0})}))
     for name in set(re.findall(r'(?:getElementById|control)\("([\w-]+)"', page)):
         assert f'id="{name}"' in page, name
+
+
+def test_many_optimizers_few_runs_and_holes(tmp_path):
+    """More optimizers than colours, names that are long, a run that diverged, numbers that are missing."""
+    groups = {f"library.optimizers.Name{i}{{arguments: {{betas: [0.9, 0.9{i}]}}}}": [] for i in range(10)}
+    for i, label in enumerate(groups):
+        groups[label] += seeds(label, [4.0 + i / 10])
+    label = list(groups)[3]
+    groups[label].append(make_run(label, 2, 1e9, status="diverged"))
+    for record in groups[label][0].training[2:5]:
+        record["grad_norm"] = None
+    results = summarize(groups, {}, ABOUT)
+    looks = [tuple(map(str, style(label, list(groups)).values())) for label in groups]
+    assert len(set(looks)) == 10
+    page = write_report(tmp_path, results).read_text()
+    assert page.count('class="mean"') == 9 + 1 and "1 diverged" in page
+    alone = write_report(tmp_path / "alone", results_of({"a": seeds("a", [4.0])})).read_text()
+    assert '<i class="mean" style="left:50.00%">' in alone and "<h2>Differences" not in alone
+    none = results_of({"a": [make_run("a", 1, 9.0, status="diverged")]})
+    assert "<h2>Cost" not in write_report(tmp_path / "none", none).read_text()
+
+
+def test_the_picture_has_the_colours_of_the_page():
+    css = (Path(report.__file__).parent / "page.css").read_text().partition("@media")[0]
+    assert tuple(re.findall(r"--c\d: (#\w{6})", css)) == COLORS
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node runs the page's script here")
+def test_the_script_counts_as_python_does(tmp_path):
+    """`crossing` is `reaches`, and ticks are named with one unit and as many decimals as they need."""
+    source = (Path(report.__file__).parent / "page.js").read_text()
+    functions = [
+        re.search(rf"^function {name}\(.*?^}}$", source, re.M | re.S)[0] for name in ("short", "tickNames", "ticks", "crossing")
+    ]
+    curve = [(10, 5.0), (20, 4.0), (30, 4.5), (40, 3.0)]
+    xs, ys = map(list, zip(*curve, strict=True))
+    targets = [6, 5, 4.25, 3.75, 2]
+    asked = [f"{targets}.map((t) => crossing({xs}, {ys}, t))"]
+    spans = [(0, 1.07e6, False), (4.4, 6.1, False), (1e-4, 0.1, True), (4, 6, True), (0, 2.1e-4, False)]
+    asked += [f"tickNames(ticks({low}, {high}, {str(log).lower()}, 6))" for low, high, log in spans]
+    (tmp_path / "script.js").write_text("\n".join([*functions, f"console.log(JSON.stringify([{', '.join(asked)}]))"]))
+    said = subprocess.run(["node", str(tmp_path / "script.js")], capture_output=True, text=True, check=True).stdout
+    crossings, *names = json.loads(said)
+    assert crossings == [reaches(curve, target) for target in targets]
+    assert names[0] == ["0", "0.2M", "0.4M", "0.6M", "0.8M", "1.0M"]
+    assert names[1] == ["4.5", "5.0", "5.5", "6.0"]
+    assert names[2] == ["1e−4", "0.001", "0.01", "0.1"]
+    assert names[3] == ["4", "5", "6"]
+    assert names[4] == ["0", "0.5e−4", "1.0e−4", "1.5e−4", "2.0e−4"]
+
+
+def test_the_committed_comparison_is_what_the_readme_says():
+    root = Path(report.__file__).parents[2]
+    results = json.loads((root / "docs" / "compare.json").read_text())
+    readme = (root / "README.md").read_text()
+    for text in results["sentences"]:
+        if text.startswith(("celo2 is lower than muon", "celo2 is lower than adamw")):
+            assert text in readme
+    for row in results["optimizers"]:
+        assert f"| {row['label']} | {row['loss']['mean']:.3f} ± {row['loss']['sd']:.3f} | {row['lr']:g} |" in readme
+    assert all(pair["claim"] == (pair["p_corrected"] < 0.05) for pair in results["pairs"])
+    assert render(results).count("<h2>") == 6
