@@ -2,10 +2,11 @@
 
     python -m launch.compare CONFIG.yaml --optimizers celo2 adamw muon --out runs/compare [section.key=value ...]
     python -m launch.compare --runs DIR DIR ... --out DIR        runs that are there already
+    python -m launch.compare --results FILE --out DIR            the page and the pictures of a results.json, drawn again
 
 Every optimizer trains the same model on the same batches for the same tokens. First each searches its learning rate with the
 same number of trials; then its best setting runs with several other seeds. The same command continues after any interruption.
-OUT/report.html, report.png and results.json say what came out.
+OUT/report.html, report.png, details.png and results.json say what came out.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import platform
 import shlex
 import sys
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 
@@ -29,12 +32,15 @@ from launch.compare.contestants import Contestant, parse_all
 from launch.compare.curves import label_runs, read_run
 from launch.compare.report import write_report
 from launch.compare.search import FACTOR, MOST_ROUNDS, Search, grid, search
-from launch.compare.summary import summarize
+from launch.compare.summary import asked_about, summarize
 from launch.compare.trials import Outcome, Pool, Stopped, Trial, TrialError, judge
 from launch.metrics import read_metrics
 from launch.run import open_data
 from launch.watch import STOPPED
+from models import ModelError
 
+POINTS = 20  # evaluations that a curve has at least: tokens to a loss are interpolated between them
+LIBRARIES = ("torch", "transformers", "pytorch_optimizer", "schedulefree")  # whose versions change the numbers
 FLOPS = "FLOPs are the model's (forward and backward), without the optimizer's own: those are in the seconds."
 
 
@@ -47,14 +53,25 @@ class Comparison:
         self.contestants = parse_all(args.optimizers, self.config)
         self.check_data()
         self.pool = Pool(args.parallel)
+        self.searched: list[Trial] = []
 
     def check_data(self) -> None:
         """Trials of an earlier start on other data must not be taken for trials on these."""
-        fingerprint, path = open_data(self.config)[0].fingerprint, self.out / "comparison.json"
-        if path.exists() and json.loads(path.read_text())["data"] != fingerprint:
+        said, path = json.dumps({"data": open_data(self.config)[0].fingerprint}) + "\n", make_folder(self.out) / "comparison.json"
+        if path.exists() and path.read_text() != said:
             raise ConfigError(f"{self.out} holds a comparison on other data than {self.config.data.dir}: choose another --out")
-        self.out.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"data": fingerprint}) + "\n")
+        rewritten = path.with_suffix(".tmp")  # a kill in between must not leave half of it
+        rewritten.write_text(said)
+        rewritten.replace(path)
+
+    @property
+    def eval_every(self) -> int:
+        """Steps between evaluations: what the command line says, else at most a twentieth of the run."""
+        given = self.config.eval.every
+        if given and any(word.startswith("eval.every=") for word in self.args.overrides):
+            return given
+        most = max(1, self.config.train.steps // POINTS)
+        return min(given, most) if given else most
 
     def trial(self, contestant: Contestant, lr: float, adamw_lr: float | None, seed: int, keep: bool) -> Trial:
         """The run of one setting and seed."""
@@ -64,8 +81,8 @@ class Comparison:
         overrides += [f"optimizer.adamw_lr={adamw_lr:g}"] if adamw_lr is not None else []
         overrides += [f"run.seed={seed}", f"run.name={contestant.slug}", f"run.dir={folder}"]
         overrides += ["checkpoint.keep=1", "log.sample_tokens=0"]
-        if self.config.eval.every == 0:  # a curve needs points
-            overrides.append(f"eval.every={max(1, self.config.train.steps // 20)}")
+        if self.eval_every != self.config.eval.every:
+            overrides.append(f"eval.every={self.eval_every}")
         return Trial(contestant.label, folder, self.args.config, tuple(overrides), keep)
 
     def search(self) -> dict[str, Search]:
@@ -75,6 +92,7 @@ class Comparison:
 
         def evaluate(phase: str, wanted: list[tuple[str, float]]) -> list[float]:
             trials = [self.trial(by_label[label], lr, None, seed, keep=False) for label, lr in wanted]
+            self.searched += trials
             return [o.loss for o in self.pool.run(phase, trials)]
 
         grids = {c.label: self.args.lrs or grid(c.lr, self.args.trials) for c in self.contestants}
@@ -87,6 +105,7 @@ class Comparison:
         ]
         if wanted:
             trials = [self.trial(c, lr, adamw_lr, seed, keep=False) for c, lr, adamw_lr in wanted]
+            self.searched += trials
             outcomes = self.pool.run("search of adamw_lr", trials)
             for (c, _, adamw_lr), result in zip(wanted, outcomes, strict=True):
                 searches[c.label].adamw[adamw_lr] = result.loss
@@ -113,7 +132,7 @@ class Comparison:
             adamw += f", and then searched over {', '.join(f'{v:g}' for v in a.adamw_lrs)} at the chosen learning rate"
         said = [
             f"Same model, batches and budget for all: {c.train.steps:,} steps of {c.train.batch_size} sequences. Initial weights "
-            "and data order follow from the seed alone.",
+            f"and data order follow from the seed alone. Evaluated every {self.eval_every} steps.",
             f"The learning rate of what AdamW trains beside the hidden matrices (adamw_lr) was {adamw}, the same rule for all.",
         ]
         said += [f"{c.label}: {'; '.join(c.special)}." for c in self.contestants if c.special]
@@ -133,6 +152,7 @@ class Comparison:
                 "Intervals are Student's t over seeds. Differences are paired by seed and tested two-sided, with Holm's "
                 "correction for the number of pairs; without p < 0.05 there is no claim."
             )
+        said.append("A run counts as diverged if its numbers stop being finite, or if it ends no lower than it began.")
         side_by_side = f"; {self.pool.parallel} trials ran at a time" if self.pool.parallel > 1 else ""
         return [
             *said,
@@ -154,7 +174,8 @@ def compare(args: argparse.Namespace, command: str) -> int:
     for trial, result in zip(trials, outcomes, strict=True):
         groups[trial.label].append(read_run(trial.folder, trial.label, trial.command, result.status))
     title = f"{comparison.config.run.name}: {', '.join(groups)}"
-    finish(out, summarize(groups, searches, about(title, command, comparison.method(searches))), pool.say)
+    said = about(title, command, comparison.method(searches)) | {"search_commands": [t.command for t in comparison.searched]}
+    finish(out, summarize(groups, searches, said), pool.say)
     return 0
 
 
@@ -165,10 +186,12 @@ def compare_runs(folders: Sequence[str], out: Path, command: str) -> int:
         run = read_run(folder)
         run.status = judge(read_metrics(folder / "metrics.jsonl"), run.config.train.steps).status
         if run.status != "diverged" and not run.validation:
-            raise ConfigError(f"{folder} has no evaluation yet: nothing to compare")
-        run.command = shlex.join(["python", "train.py", str(folder / "config.yaml"), f"run.dir={folder}-again"])
+            raise ConfigError(f"{folder} has no evaluation (val_loss in metrics.jsonl): nothing to compare")
+        whole = folder.resolve()  # the command is typed beside train.py, which need not be here
+        run.command = shlex.join(["python", "train.py", str(whole / "config.yaml"), f"run.dir={whole}-again"])
         runs.append(run)
     label_runs(runs)
+    make_folder(out)
     groups = {run.label: [r for r in runs if r.label == run.label] for run in runs}
     method = [
         "Runs that were there already: what was searched for, and how hard, is not known here.",
@@ -183,31 +206,66 @@ def compare_runs(folders: Sequence[str], out: Path, command: str) -> int:
 def about(title: str, command: str, method: list[str]) -> dict[str, object]:
     """What a reader needs to place the numbers."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()}, {os.cpu_count()} CPU cores"
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions = {"python": platform.python_version()}
+    for library in LIBRARIES:
+        try:
+            versions[library] = torch.__version__ if library == "torch" else version(library)
+        except PackageNotFoundError:
+            continue
     return {"title": title, "command": command, "device": device, "versions": versions, "method": method}
 
 
-def finish(out: Path, results: dict, say: object) -> None:
+def make_folder(out: Path) -> Path:
+    """The folder of the report, which a file cannot be."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ConfigError(f"--out {out}: a file is in the way") from None
+    return out
+
+
+def draw_again(path: str, out: Path | None) -> int:
+    """The report of a results.json that is there, beside it or in `out`."""
+    try:
+        results = json.loads(Path(path).read_text())
+        page = write_report(make_folder(out or Path(path).parent), results)
+    except OSError as error:
+        raise ConfigError(f"cannot read results '{path}' ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise ConfigError(f"{path} is no results.json of a comparison") from None
+    print(f"report: {page}")
+    return 0
+
+
+def finish(out: Path, results: dict, say: Any) -> None:
     """Write the report and say what it says."""
     page = write_report(out, results)
-    for line in [*results["sentences"], *results["caveats"]]:
+    asked = asked_about(results)
+    said = [text for text, first in zip(results["sentences"], asked, strict=False) if first]
+    for line in [*said, *results["sentences"][len(asked) :], *results["caveats"]]:
         say(line)
+    if not all(asked):
+        say(f"and {asked.count(False)} more pair{'s' * (asked.count(False) > 1)}, in the report")
     say(f"report: {page}")
 
 
 def positive(text: str) -> int:
     """An integer of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number of at least 1")
+    return int(text)
+
+
+class Parser(argparse.ArgumentParser):
+    """Mistakes are one line, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message.removeprefix('argument ')} (all options: python -m launch.compare --help)")
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="python -m launch.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", help="a YAML file, as for train.py")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the file, for all trials")
     parser.add_argument(
@@ -222,8 +280,10 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", type=positive, default=3, help="final runs of each optimizer (3)")
     parser.add_argument("--parallel", type=positive, help="trials at a time (one for each visible GPU, else 1)")
     parser.add_argument("--runs", nargs="+", metavar="DIR", help="compare these runs instead of starting any")
+    parser.add_argument("--results", metavar="FILE", help="draw the report of this results.json again")
     parser.add_argument("--out", help="folder of trials and report (runs/compare-<name of the file>)")
     args = parser.parse_intermixed_args(argv)
+    given = {word.partition("=")[0] for word in argv if word.startswith("--")}
     words = [word for word in (args.config, *args.overrides) if word is not None]
     for key in ("optimizers", "lrs", "adamw_lrs"):  # what stands behind a list is not all part of it
         listed = getattr(args, key) or []
@@ -232,9 +292,11 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     args.config, *args.overrides = words or [None]
     args.lrs = learning_rates("--lrs", [] if args.lrs == ["auto"] else args.lrs)
     args.adamw_lrs = learning_rates("--adamw-lrs", args.adamw_lrs)
-    if args.runs:
-        if args.config or args.optimizers:
-            raise ConfigError("--runs compares runs that are there: no configuration and no --optimizers with it")
+    if args.runs or args.results:
+        kind = "--runs" if args.runs else "--results"
+        if args.config or given - {kind, "--out"}:
+            others = [*(["a configuration"] if args.config else []), *sorted(given - {kind, "--out"})]
+            raise ConfigError(f"{kind} takes what is there already: nothing else but --out goes with it, not {', '.join(others)}")
     elif not args.config or is_override(args.config):
         raise ConfigError("a configuration is missing: python -m launch.compare CONFIG.yaml --optimizers celo2 adamw")
     elif not args.optimizers:
@@ -259,16 +321,22 @@ def is_override(text: str) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 0: done; 2: bad input or a failed trial, said in one line; 75: saved and stopped by a signal."""
+    """Exit status 0: done; 2: bad input or a failed trial, said in one line; 75: saved and stopped by a signal;
+    130: interrupted while no trial ran."""
     argv = sys.argv[1:] if argv is None else argv
     command = shlex.join(["python", "-m", "launch.compare", *argv])
     try:
         args = arguments(argv)
+        if args.results:
+            return draw_again(args.results, Path(args.out) if args.out else None)
         return compare_runs(args.runs, Path(args.out or "runs/compare"), command) if args.runs else compare(args, command)
     except Stopped:
         print("stopped by a signal, all trials are saved; the same command continues")
         return STOPPED
-    except (ConfigError, DataError, RuleError, TrialError, OSError) as error:
+    except KeyboardInterrupt:
+        print("interrupted; finished trials are kept, the same command continues", file=sys.stderr)
+        return 130
+    except (ConfigError, DataError, ModelError, RuleError, TrialError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -6,12 +6,14 @@ import re
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
 import yaml
+from torch import nn
 
 from configs.load import ConfigError, build, check_optimizer_name
 from configs.schema import Config, Optimizer
 from launch.foreign import accepted, find_class
-from launch.optimizers import LIBRARIES, check_optimizer
+from launch.optimizers import LIBRARIES, build_optimizer, check_optimizer
 
 # Where a grid begins, times what the configuration asks of its own optimizer beyond its usual: what authors use for language
 # models. No more than a beginning: grids are extended until the best value lies inside.
@@ -59,12 +61,17 @@ def parse(spec: str, config: Config) -> Contestant:
     if not isinstance(own, dict) or not name or "name" in own:
         raise ConfigError(f"--optimizers '{spec}': expected NAME or NAME{{key: value, ...}}")
     same = name == config.optimizer.name  # then the options of the configuration are meant for it
+    if own.get("arguments"):
+        own["arguments"] = with_numbers(own["arguments"])
     if not same:
         own = {"rule": None, "arguments": None, "route": Optimizer().route} | own
+        if name not in ("celo2", "celo2-base") and config.optimizer.state_dtype != Optimizer().state_dtype:
+            own.setdefault("state_dtype", Optimizer().state_dtype)  # the others have no other state
     usual = asdict(config.optimizer) if same else {"weight_decay": config.optimizer.weight_decay}
     section = build(Optimizer, usual | own | {"name": name}, "optimizer.")
     check_optimizer_name(name)
     check_optimizer(section)
+    try_out(section)
     lr = section.lr if same or "lr" in own else usual_lr(name) * config.optimizer.lr / usual_lr(config.optimizer.name)
     if not lr > 0:
         raise ConfigError(f"{spec}: a grid of learning rates cannot begin at {lr:g}")
@@ -93,6 +100,25 @@ def parse_all(specs: list[str], config: Config) -> list[Contestant]:
         if twice is not None:
             raise ConfigError(f"--optimizers names '{twice}' twice")
     return contestants
+
+
+def with_numbers(value: Any) -> Any:
+    """YAML 1.1 takes 1e-6 for a word, PyYAML as well: numbers, wherever they stand in the arguments."""
+    if isinstance(value, dict):
+        return {key: with_numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [with_numbers(item) for item in value]
+    return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value) else value
+
+
+def try_out(section: Optimizer) -> None:
+    """Raise ConfigError if the optimizer refuses its arguments: now, not after the trials of the others."""
+    common = {"lr": section.lr, "weight_decay": section.weight_decay, "matrices": None}
+    groups = [
+        common | {"params": [nn.Parameter(torch.zeros(4, 4))], "param_names": ["matrix"], "update": "celo2"},
+        common | {"params": [nn.Parameter(torch.zeros(4))], "param_names": ["vector"], "update": "adamw"},
+    ]
+    build_optimizer(section, groups)
 
 
 def usual_lr(name: str) -> float:

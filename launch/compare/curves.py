@@ -15,7 +15,7 @@ from configs.load import ConfigError, load_config
 from configs.schema import Config
 from launch.metrics import flat, read_metrics
 from launch.run import build_from_config, vocabulary
-from models import flops_per_token
+from models import ModelError, flops_per_token
 
 Curve = list[tuple[float, float]]  # (x, y), x ascending
 
@@ -58,12 +58,15 @@ def read_run(folder: Path, label: str = "", command: str = "", status: str = "fi
     """A run from its folder; evaluations and losses that were not finite are left out.
 
     Raises:
-        ConfigError: the folder holds no run.
+        ConfigError: the folder holds no run, or one whose files are damaged.
     """
     if not (folder / "config.yaml").exists():
         raise ConfigError(f"{folder} holds no run: config.yaml is missing")
     config = load_config(folder / "config.yaml")
     records = read_metrics(folder / "metrics.jsonl")
+    for number, record in enumerate(records, 1):
+        if not is_record(record):
+            raise ConfigError(f"{folder / 'metrics.jsonl'}, line {number}: neither a training record nor an evaluation")
     training = [r for r in records if r.get("loss") is not None]
     validation = [r for r in records if r.get("val_loss") is not None]
     clock = [(0.0, 0.0)] + [(r["tokens"], r["seconds"]) for r in training]
@@ -73,23 +76,36 @@ def read_run(folder: Path, label: str = "", command: str = "", status: str = "fi
     return run
 
 
+def is_record(record: Any) -> bool:
+    """Whether a line of metrics.jsonl is what train.py writes; other keys, as of a later version, may stand there, too."""
+    known = ("step", "tokens", *(("val_loss",) if isinstance(record, dict) and "val_loss" in record else ("loss", "seconds")))
+    return isinstance(record, dict) and all(isinstance(record.get(k, ""), int | float | None) for k in known)
+
+
 def model_flops(folder: Path, config: Config) -> float | None:
     """Model FLOPs of a token (`models.flops`); None where the run's tokenizer is missing."""
     if not (folder / "tokenizer.json").exists():
         return None
-    size = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
-    model, context = build_from_config(config, vocabulary(config, size), device="meta")
+    try:
+        size = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
+    except Exception as error:  # the library raises nothing narrower
+        raise ConfigError(f"{folder / 'tokenizer.json'} is damaged ({error})") from None
+    try:
+        model, context = build_from_config(config, vocabulary(config, size), device="meta")
+    except (ModelError, ConfigError) as error:
+        raise ConfigError(f"{folder / 'config.yaml'}: {error}") from None
     return flops_per_token(model, context)
 
 
 def state_bytes(folder: Path) -> int | None:
-    """Bytes of optimizer state in the newest checkpoint, from the header of its file; None without one."""
+    """Bytes of optimizer state in the newest checkpoint, from the header of its file; None without a whole one."""
     files = sorted(folder.glob("checkpoints/step_*/optimizer.safetensors"))
     if not files:
         return None
     with files[-1].open("rb") as file:
         header = int.from_bytes(file.read(8), "little")
-    return files[-1].stat().st_size - 8 - header
+    size = files[-1].stat().st_size - 8 - header
+    return size if size >= 0 else None
 
 
 def at(curve: Curve, x: float) -> float:
@@ -170,5 +186,8 @@ def data_of(run: Run) -> str:
     """What tells a run's data set from others: the fingerprint in its newest checkpoint, else the name of its folder."""
     states = sorted(run.folder.glob("checkpoints/step_*/state.json"))
     if states:
-        return str(json.loads(states[-1].read_text()).get("identity", {}).get("data set"))
+        try:
+            return str(json.loads(states[-1].read_text())["identity"]["data set"])
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError(f"{states[-1]} is damaged") from None
     return Path(run.config.data.dir or "none").name

@@ -6,6 +6,7 @@ Most tests put a stand-in for train.py in place that writes what a run writes, i
 import fcntl
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -114,11 +115,54 @@ def test_search_seeds_and_report(start, tmp_path):
     again = json.loads((tmp_path / "out" / "results.json").read_text())
     assert again["sentences"] == results["sentences"]
 
+    assert len(results["search_commands"]) == 8 and "The 8 trials of the search" in (tmp_path / "out" / "report.html").read_text()
+
     folders = [str(path) for label in ("adamw", "muon") for path in (tmp_path / "out" / "trials" / label).glob("*seed_[12]")]
     assert compare.main(["--runs", *folders, "--out", str(tmp_path / "runs")]) == 0
     found = json.loads((tmp_path / "runs" / "results.json").read_text())
     assert found["sentences"][0].startswith("muon is lower than adamw by 0.20") and found["optimizers"][0]["search"] is None
     assert "not known here" in (tmp_path / "runs" / "report.html").read_text()
+
+    for name in ("report.html", "report.png", "details.png"):  # drawn again from the numbers alone
+        (tmp_path / "runs" / name).unlink()
+    assert compare.main(["--results", str(tmp_path / "runs" / "results.json"), "--out", str(tmp_path / "again")]) == 0
+    assert {p.name for p in (tmp_path / "again").iterdir()} == {"report.html", "report.png", "details.png", "results.json"}
+    assert json.loads((tmp_path / "again" / "results.json").read_text()) == found
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("metrics.jsonl", "123\n", "metrics.jsonl, line 1: neither a training record nor an evaluation"),
+        ("metrics.jsonl", '{"loss": 2}\n', "line 1: neither"),
+        ("metrics.jsonl", '{"step": 1, "tokens": "8", "loss": 2, "seconds": 1}\n', "line 1: neither"),
+        ("metrics.jsonl", '{"step": 1, "tokens": 8, "loss": 2, "seconds": 1}\n', "has no evaluation"),
+        ("tokenizer.json", "{", "tokenizer.json is damaged"),
+        ("config.yaml", "model: {layers: 1, width: 32, heads: 3, context: 8}", "config.yaml: 3 heads do not divide the width 32"),
+    ],
+)
+def test_damaged_runs_are_named_in_one_line(start, prepared, tmp_path, monkeypatch, capsys, name, content, message):
+    model = ["model.layers=1", "model.width=32", "model.heads=2", "model.context=8"]
+    assert start("--optimizers", "adamw", "--lrs", "1e-3", "--seeds", "2", *model)[0] == 0
+    monkeypatch.chdir(tmp_path / "out")  # from anywhere, relative or not
+    folders = ["trials/adamw/lr_0.001_seed_1", str(tmp_path / "out" / "trials/adamw/lr_0.001_seed_2")]
+    shutil.copy(Path(prepared) / "tokenizer.json", folders[0])
+    assert compare.main(["--runs", *folders, "--out", "again"]) == 0
+    runs = json.loads(Path("again/results.json").read_text())["runs"]
+    assert runs[0]["command"].startswith(f"python train.py {tmp_path / 'out' / folders[0]}/config.yaml run.dir=")
+    (Path(folders[0]) / name).write_text(content)
+    capsys.readouterr()
+    assert compare.main(["--runs", *folders, "--out", "third"]) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1 and not Path("third").exists()
+
+
+def test_an_interrupt_while_no_trial_runs_is_one_line(monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, "compare_runs", interrupt)
+    assert compare.main(["--runs", "a"]) == 130 and capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_folder_of_another_comparison_is_refused(start, tmp_path):
@@ -127,8 +171,27 @@ def test_a_folder_of_another_comparison_is_refused(start, tmp_path):
     status, _, err = start(*words, "train.steps=11")
     assert status == 2 and err.count("\n") == 1
     assert "lr_0.001_seed_1 holds a run with train.steps=10, this comparison has 11: choose another --out" in err
-    (tmp_path / "out" / "comparison.json").write_text('{"data": "other"}')
-    assert "holds a comparison on other data" in start(*words)[2]
+    for text in ('{"data": "other"}', '{"da'):
+        (tmp_path / "out" / "comparison.json").write_text(text)
+        status, _, err = start(*words)
+        assert status == 2 and err.count("\n") == 1 and "holds a comparison on other data" in err
+    (tmp_path / "file").touch()
+    assert compare.main([str(tmp_path / "run.yaml"), "--optimizers", "adamw", "--out", str(tmp_path / "file")]) == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["train.steps=100"], 5),  # the default, 100, would draw one point
+        (["train.steps=100", "eval.every=50"], 50),  # asked for
+        (["train.steps=10000"], 100),
+        (["train.steps=7", "eval.every=0"], 1),
+    ],
+)
+def test_a_curve_has_twenty_points_unless_told_otherwise(start, tmp_path, overrides, expected):
+    assert start("--optimizers", "adamw", "--lrs", "1e-3", "--seeds", "1", *overrides)[0] == 0
+    trial = tmp_path / "out" / "trials" / "adamw" / "lr_0.001_seed_1"
+    assert load_config(trial / "config.yaml").eval.every == expected
 
 
 def test_divergence_is_counted_and_others_go_on(start, tmp_path):
@@ -253,6 +316,7 @@ def test_divergence_is_recognized_by_what_train_says():
         ("torch.optim.NAdam{route: all, lr: 3e-3}", "torch.optim.NAdam", 3e-3, ("optimizer.route=all",)),
         ("adamw{arguments: {betas: [0.8, 0.9]}}", "adamw", 5e-3, ("optimizer.arguments={betas: [0.8, 0.9]}",)),
         ("adamw{adamw_lr: 0.5}", "adamw", 5e-3, ("optimizer.adamw_lr=0.5",)),
+        ("adamw{arguments: {eps: 1e-6}}", "adamw", 5e-3, ("optimizer.arguments={eps: 1.0e-06}",)),  # a word in YAML 1.1
     ],
 )  # fmt: skip
 def test_contestants(spec, label, lr, overrides, tmp_path):
@@ -264,6 +328,13 @@ def test_contestants(spec, label, lr, overrides, tmp_path):
     (tmp_path / "c.yaml").write_text("")
     assert load_config(tmp_path / "c.yaml", contestant.overrides).optimizer.name == label
     assert "/" not in contestant.slug and contestant.slug
+
+
+def test_only_celo2_has_state_in_bfloat16():
+    config = Config()
+    config.optimizer.state_dtype = "bf16"
+    assert "optimizer.state_dtype=fp32" in parse("muon", config).overrides
+    assert not any("state_dtype" in word for word in parse("celo2-base", config).overrides)
 
 
 def test_schedule_free_gets_no_schedule():
@@ -296,7 +367,18 @@ def test_the_same_name_twice_is_told_apart():
         (["c.yaml", "--optimizers", "celo2{rule: nowhere.safetensors}"], "nowhere.safetensors"),
         (["c.yaml", "--optimizers", "adamw", "data.dir=nowhere"], "nowhere"),
         (["--runs", "nowhere"], "nowhere holds no run: config.yaml is missing"),
-        (["c.yaml", "--runs", "nowhere"], "--runs compares runs that are there"),
+        (
+            ["c.yaml", "--runs", "nowhere"],
+            "--runs takes what is there already: nothing else but --out goes with it, not a config",
+        ),
+        (["--runs", "nowhere", "--seeds", "2"], "not --seeds"),
+        (["--results", "nowhere.json"], "cannot read results 'nowhere.json' (No such file or directory)"),
+        (["--results", "c.yaml"], "c.yaml is no results.json of a comparison"),
+        (["c.yaml", "--optimizers", "adamw", "--seeds", "0"], "--seeds: 0 is no whole number of at least 1"),
+        (["c.yaml", "--optimizers", "adamw", "--trials", "many"], "--trials: many is no whole number of at least 1"),
+        (["c.yaml", "--optimizers", "adamw", "--no-such"], "unrecognized arguments: --no-such"),
+        (["c.yaml", "--optimizers", "adamw{arguments: {eps: small}}"], "refuses its arguments"),
+        (["c.yaml", "--optimizers", "muon{arguments: {betas: 1}}"], "has no argument 'betas'"),
     ],
 )
 def test_mistakes_are_named_in_one_line(words, message, tmp_path, monkeypatch, capsys):
@@ -327,4 +409,4 @@ def test_a_real_comparison(prepared, tmp_path):
         assert row["state_bytes"] > 100_000
     for run in results["runs"]:
         assert run["flops_per_token"] > 6 * 30_000
-        assert run["validation"]["step"] == [2, 4, 6, 8] and run["training"]["step"] == [1, 2, 4, 6, 8]
+        assert run["validation"]["step"] == [1, 2, 3, 4, 5, 6, 7, 8] and run["training"]["step"] == [1, 2, 4, 6, 8]
