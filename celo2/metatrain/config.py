@@ -46,6 +46,7 @@ class Config:
         "constant", "cosine: warm-up over 5 % of an inner problem, then down to a tenth; constant: published"
     )
     normalize_gradient: bool = option(False, "the rule divides a gradient by its RMS before all else; the rule's file says so")
+    odd: bool = option(False, "keep the rule odd: -g and -W give -u, as in every optimizer set by hand; half of θ is free then")
     truncation: int = option(50, "inner steps per outer iteration")
     min_length: int = option(100, "shortest inner problem, in steps; lengths are log-uniform")
     max_length: int = option(2000, "longest inner problem, in steps")

@@ -28,6 +28,7 @@ from celo2.metatrain import pes
 from celo2.metatrain import unroll as plain
 from celo2.metatrain.config import FREE_KEYS, Config, MetatrainError
 from celo2.metatrain.families import family_of
+from celo2.metatrain.odd import odd_part
 from celo2.metatrain.problems import NOISE, START, Problems, random
 from celo2.metatrain.tasks import Images, Texts, load_data
 from celo2.metatrain.unroll import RULE_SHAPES, THETA_SIZE, State, initial_state, rule_of, theta_of
@@ -64,7 +65,8 @@ def first_theta(config: Config) -> np.ndarray:
         theta = theta_of(load_rule(config.init)).astype(np.float64)
         if theta.shape != (THETA_SIZE,):
             raise MetatrainError(f"init '{config.init}': {theta.size} weights, expected {THETA_SIZE}")
-    return (theta + config.init_noise * rng.standard_normal(THETA_SIZE)).astype(np.float32)
+    theta = theta + config.init_noise * rng.standard_normal(THETA_SIZE)
+    return (odd_part(theta) if config.odd else theta).astype(np.float32)
 
 
 @dataclass
@@ -133,8 +135,9 @@ class MetaTraining:
         start, config = time.monotonic(), self.config
         noise = [random(config.seed, NOISE, self.iteration, n).standard_normal(THETA_SIZE) for n in range(len(self.task))]
         theta = self.theta.detach().numpy()
+        noise = math.sqrt(2) * odd_part(np.stack(noise)) if config.odd else np.stack(noise)  # deviation 1 either way
         # ε is what float32 makes of it, so that θ + ε and θ - ε lie where the estimate believes.
-        epsilon = (config.sigma * np.stack(noise)).astype(np.float32)
+        epsilon = (config.sigma * noise).astype(np.float32)
         bucket = np.concatenate([self.bucket(group.problems) for group in self.groups])
         raw, reset_at = self.advance(pes.antithetic(theta, epsilon))
 

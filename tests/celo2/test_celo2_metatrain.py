@@ -14,10 +14,11 @@ from celo2.metatrain import pes
 from celo2.metatrain import unroll as plain
 from celo2.metatrain.config import Config
 from celo2.metatrain.families import family_of
+from celo2.metatrain.odd import odd_part
 from celo2.metatrain.problems import Problems, cosine, draw_episode
 from celo2.metatrain.tasks import load_data
 from celo2.metatrain.train import MetaTraining
-from celo2.metatrain.unroll import initial_state, rule_of, theta_of
+from celo2.metatrain.unroll import THETA_SIZE, initial_state, rule_of, theta_of
 from celo2.rule import accumulator_shapes, factored_axes, update
 from celo2.weights import hand_momentum
 
@@ -373,3 +374,32 @@ def uphill_theta() -> np.ndarray:
     """hand-momentum with its output turned round."""
     rule = hand_momentum()
     return theta_of(Rule({**rule.weights, "w2": -rule.weights["w2"]}))
+
+
+def test_odd_rules_turn_with_their_input():
+    """The update of -g and -W is minus that of g and W; for θ drawn at random it is not."""
+    rng = np.random.default_rng(0)
+    theta = rng.standard_normal(THETA_SIZE)
+    g, w = (torch.from_numpy(rng.standard_normal((3, 12, 20)).astype(np.float32)) for _ in range(2))
+
+    def updates(theta, sign):
+        rule = rule_of(theta, Config(), "")
+        state = {name: torch.zeros(shape) for name, shape in accumulator_shapes((12, 20), factored_axes((12, 20))).items()}
+        return torch.stack([update(rule, state, sign * g[i], sign * w[i], orthogonalize=False) for i in range(3)])
+
+    odd = odd_part(theta)
+    torch.testing.assert_close(updates(odd, -1), -updates(odd, 1), rtol=0, atol=1e-5)  # worst of 20 draws 1.4e-6
+    assert (updates(theta, -1) + updates(theta, 1)).square().mean() > 0.1
+    np.testing.assert_array_equal(odd_part(odd), odd)
+    np.testing.assert_array_equal(odd_part(theta_of(hand_momentum())), theta_of(hand_momentum()))
+
+
+def test_an_odd_rule_stays_odd(digits):
+    training = MetaTraining(replace(SMALL, odd=True, init="hand-momentum", init_noise=0.1, outer_lr=0.01), digits)
+    start = training.theta.detach().numpy().copy()
+    for _ in range(3):
+        training.step()
+    theta = training.theta.detach().numpy()
+    np.testing.assert_allclose(odd_part(theta), theta, rtol=0, atol=1e-7)  # float32 rounding
+    moved = np.abs(theta - start) > 1e-3
+    assert moved.mean() > 0.9  # the weights of unused outputs only decay
