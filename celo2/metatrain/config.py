@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 import yaml
 
+from celo2.weights import weight_shapes
+
 
 class MetatrainError(ValueError):
     """A meta-training or evaluation that cannot run as asked; the message names what is wrong."""
@@ -47,6 +49,7 @@ class Config:
     )
     normalize_gradient: bool = option(False, "the rule divides a gradient by its RMS before all else; the rule's file says so")
     odd: bool = option(False, "keep the rule odd: -g and -W give -u, as in every optimizer set by hand; half of θ is free then")
+    frozen: list[str] = option([], "weights of the rule that keep the value they have in `init`, such as w0__2: the channel of W")
     truncation: int = option(50, "inner steps per outer iteration")
     min_length: int = option(100, "shortest inner problem, in steps; lengths are log-uniform")
     max_length: int = option(2000, "longest inner problem, in steps")
@@ -146,6 +149,11 @@ def build(tree: dict[str, Any]) -> Config:
             raise MetatrainError(f"{key} is {getattr(config, key)}, expected at least {minimum}")
     if not config.tasks:
         raise MetatrainError("tasks is empty, expected at least one data set")
+    for name in config.frozen:
+        if name not in weight_shapes(hidden=8):
+            raise MetatrainError(
+                f"frozen: the rule has no weight '{name}', expected some of {', '.join(weight_shapes(hidden=8))}"
+            )
     if config.min_length < config.truncation:
         raise MetatrainError(
             f"min_length is {config.min_length}, expected at least truncation ({config.truncation}): one reset a truncation"

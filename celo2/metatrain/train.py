@@ -65,8 +65,13 @@ def first_theta(config: Config) -> np.ndarray:
         theta = theta_of(load_rule(config.init)).astype(np.float64)
         if theta.shape != (THETA_SIZE,):
             raise MetatrainError(f"init '{config.init}': {theta.size} weights, expected {THETA_SIZE}")
-    theta = theta + config.init_noise * rng.standard_normal(THETA_SIZE)
+    theta = theta + config.init_noise * free(config) * rng.standard_normal(THETA_SIZE)
     return (odd_part(theta) if config.odd else theta).astype(np.float32)
+
+
+def free(config: Config) -> np.ndarray:
+    """(347,): 1 for the weights that are trained, 0 for the frozen ones."""
+    return np.concatenate([np.full(math.prod(shape), float(name not in config.frozen)) for name, shape in RULE_SHAPES.items()])
 
 
 @dataclass
@@ -137,7 +142,7 @@ class MetaTraining:
         theta = self.theta.detach().numpy()
         noise = math.sqrt(2) * odd_part(np.stack(noise)) if config.odd else np.stack(noise)  # deviation 1 either way
         # ε is what float32 makes of it, so that θ + ε and θ - ε lie where the estimate believes.
-        epsilon = (config.sigma * noise).astype(np.float32)
+        epsilon = (config.sigma * free(config) * noise).astype(np.float32)
         bucket = np.concatenate([self.bucket(group.problems) for group in self.groups])
         raw, reset_at = self.advance(pes.antithetic(theta, epsilon))
 

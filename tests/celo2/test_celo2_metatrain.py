@@ -20,7 +20,7 @@ from celo2.metatrain.tasks import load_data
 from celo2.metatrain.train import MetaTraining
 from celo2.metatrain.unroll import THETA_SIZE, initial_state, rule_of, theta_of
 from celo2.rule import accumulator_shapes, factored_axes, update
-from celo2.weights import hand_momentum
+from celo2.weights import hand_momentum, load_rule
 
 SIZES = {"problems_per_task": 3, "batch_size": 16, "truncation": 6, "min_length": 6, "max_length": 30}
 SMALL = Config(tasks=["digits"], min_scale=0.1, max_scale=10.0, engine="plain", **SIZES)
@@ -403,3 +403,11 @@ def test_an_odd_rule_stays_odd(digits):
     np.testing.assert_allclose(odd_part(theta), theta, rtol=0, atol=1e-7)  # float32 rounding
     moved = np.abs(theta - start) > 1e-3
     assert moved.mean() > 0.9  # the weights of unused outputs only decay
+
+
+def test_frozen_weights_keep_their_value(digits):
+    training = MetaTraining(replace(SMALL, frozen=["w0__2", "w1"], init="celo2", init_noise=0.1, outer_lr=0.01), digits)
+    for _ in range(2):
+        training.step()
+    first, last = load_rule("celo2").weights, training.rule().weights
+    assert {name for name, w in last.items() if torch.equal(w, first[name])} == {"w0__2", "w1"}
