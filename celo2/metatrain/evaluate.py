@@ -1,6 +1,6 @@
 """`python -m celo2.metatrain.evaluate RULE ... --text FILE`: rules against AdamW, Muon and hand-set rules on unseen tasks.
 
-Every optimizer gets the same search: six learning rates with one seed (`next_lr`), then the best with the other seeds. What is
+Every optimizer gets the same search: as many learning rates with one seed (`next_lr`), then the best with the other seeds. What is
 reported is the mean and the standard deviation over those other seeds. Each run is a line of `--out`; a second command with
 the same file adds what is missing.
 """
@@ -24,7 +24,7 @@ from celo2.metatrain.config import MetatrainError
 from celo2.metatrain.evaluation.suite import BASELINES, TASKS, first_lr, read_images, read_text, train
 from celo2.weights import RuleError, load_rule
 
-SEARCH_SEED, SEARCH_TRIALS = 0, 6
+SEARCH_SEED = 0
 REFERENCE = "hand-momentum"  # what a learned rule must be held against
 
 
@@ -36,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--text", help="text for the language models: a text file, .jsonl or .jsonl.gz with `text`")
     parser.add_argument("--images", default="digits", help="images for the others, as in meta-training (default: digits)")
     parser.add_argument("--steps", type=int, default=400, help="training steps (default: 400)")
+    parser.add_argument("--trials", type=int, default=6, help="learning rates that are tried for every optimizer (default: 6)")
     parser.add_argument("--search-steps", type=int, help="training steps of the search (default: as --steps)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds beside the one of the search (default: 3)")
     parser.add_argument("--baselines", default=",".join(BASELINES), help=f"comma-separated (default: {','.join(BASELINES)})")
@@ -63,8 +64,8 @@ def evaluate(options: argparse.Namespace) -> None:
     if options.device not in ("cpu", "cuda") or (options.device == "cuda" and not torch.cuda.is_available()):
         raise MetatrainError(f"--device {options.device}: expected cpu or a cuda that is there")
     search_steps = options.steps if options.search_steps is None else options.search_steps
-    if min(options.seeds, options.steps, search_steps) < 1:
-        raise MetatrainError("--seeds, --steps and --search-steps must be at least 1")
+    if min(options.seeds, options.steps, options.trials, search_steps) < 1:
+        raise MetatrainError("--seeds, --steps, --trials and --search-steps must be at least 1")
     kinds = {TASKS[name].data for name in tasks}
     if "text" in kinds and not options.text:
         raise MetatrainError("language models need --text FILE")
@@ -73,7 +74,7 @@ def evaluate(options: argparse.Namespace) -> None:
     console = Console(file=sys.stdout)
     columns = (BarColumn(20), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        progress = bar.add_task("", total=(SEARCH_TRIALS + options.seeds) * len(optimizers) * len(tasks))
+        progress = bar.add_task("", total=(options.trials + options.seeds) * len(optimizers) * len(tasks))
 
         def loss(task: str, optimizer: str, lr: float, seed: int, steps: int) -> float:
             source = options.text if TASKS[task].data == "text" else options.images
@@ -91,7 +92,7 @@ def evaluate(options: argparse.Namespace) -> None:
         for task in tasks:
             for optimizer in optimizers:
                 found: dict[float, float] = {}
-                while len(found) < SEARCH_TRIALS:
+                while len(found) < options.trials:
                     lr = next_lr(found, first_lr(optimizer))
                     found[lr] = loss(task, optimizer, lr, SEARCH_SEED, search_steps)
                 best = min(sorted(found), key=found.__getitem__)
