@@ -1,8 +1,8 @@
 """`python -m celo2.metatrain.evaluate RULE ... --text FILE`: rules against AdamW, Muon and hand-set rules on unseen tasks.
 
-Every optimizer gets the same search: as many learning rates with one seed (`next_lr`), then the best with the other seeds. What is
-reported is the mean and the standard deviation over those other seeds. Each run is a line of `--out`; a second command with
-the same file adds what is missing.
+Every optimizer gets the same search: as many learning rates with one seed (`next_lr`), then the best with the other seeds.
+What is reported is the mean and the standard deviation over those other seeds. Each run is a line of `--out`; a second
+command with the same file adds what is missing.
 """
 
 from __future__ import annotations
