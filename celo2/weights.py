@@ -63,7 +63,7 @@ def hand_nesterov() -> Rule:
 
 PRETRAINED = Path(__file__).parent / "pretrained"  # <name>.safetensors, and <name>.md: how it was made and how good it is
 HAND_SET = {"hand-momentum": hand_momentum, "hand-nesterov": hand_nesterov}
-SHIPPED = ("celo2", "celo2-base", *HAND_SET)
+SHIPPED = ("celo2", "celo2-base", "celo2-lm", *HAND_SET)
 
 
 def weight_shapes(hidden: int) -> dict[str, tuple[int, ...]]:

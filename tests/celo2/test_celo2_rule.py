@@ -171,7 +171,13 @@ def test_update_has_rms_one():
 
 @pytest.mark.parametrize(
     ("name", "origin"),
-    [("celo2", "meta-trained"), ("celo2-base", "meta-trained"), ("hand-momentum", "hand-set"), ("hand-nesterov", "hand-set")],
+    [
+        ("celo2", "meta-trained"),
+        ("celo2-base", "meta-trained"),
+        ("celo2-lm", "meta-trained"),
+        ("hand-momentum", "hand-set"),
+        ("hand-nesterov", "hand-set"),
+    ],
 )
 def test_shipped_rules_say_where_they_come_from(name, origin):
     assert load_rule(name).description.startswith(origin)

@@ -106,7 +106,7 @@ def test_safetensors_carries_everything(tmp_path, hidden):
         assert type(getattr(again, name)) is type(value)
 
 
-@pytest.mark.parametrize("name", ["celo2", "celo2-base", "hand-momentum", "hand-nesterov"])
+@pytest.mark.parametrize("name", ["celo2", "celo2-base", "celo2-lm", "hand-momentum", "hand-nesterov"])
 def test_shipped_rule_survives_a_file(tmp_path, name):
     rule = load_rule(name)
     save_rule(rule, tmp_path / "rule.safetensors")
@@ -416,7 +416,7 @@ def test_any_flipped_byte_is_a_rule_or_a_rule_error(tmp_path, ending):
 @pytest.mark.parametrize("name", ["missing.state", "missing.safetensors", "celo3", "", "."])
 def test_missing_file_or_unknown_name(tmp_path, capsys, name, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(RuleError, match=rf"'{name}'.*celo2, celo2-base, hand-momentum, hand-nesterov"):
+    with pytest.raises(RuleError, match=rf"'{name}'.*celo2, celo2-base, celo2-lm, hand-momentum, hand-nesterov"):
         load_rule(name)
     with pytest.raises(RuleError):
         load_rule(tmp_path / name)
@@ -604,7 +604,7 @@ IMPORT = """
     for module in pkgutil.walk_packages(celo2.__path__, "celo2."):
         if not module.name.startswith(("celo2.metatrain", "celo2.kernels")):
             importlib.import_module(module.name)
-    for name in ("celo2", "celo2-base", "hand-momentum", "hand-nesterov"):
+    for name in ("celo2", "celo2-base", "celo2-lm", "hand-momentum", "hand-nesterov"):
         celo2.load_rule(name)
     celo2.Celo2(celo2.param_groups(torch.nn.Linear(2, 2), 0.1, 0.1), lr=0.1)
 
