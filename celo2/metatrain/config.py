@@ -154,6 +154,8 @@ def build(tree: dict[str, Any]) -> Config:
             raise MetatrainError(
                 f"frozen: the rule has no weight '{name}', expected some of {', '.join(weight_shapes(hidden=8))}"
             )
+    if config.frozen and config.outer_weight_decay:
+        raise MetatrainError(f"outer_weight_decay is {config.outer_weight_decay}, expected 0 with frozen weights")
     if config.min_length < config.truncation:
         raise MetatrainError(
             f"min_length is {config.min_length}, expected at least truncation ({config.truncation}): one reset a truncation"

@@ -123,6 +123,7 @@ def test_resumes_exactly_after_a_kill(tiny):
         (["text_layers=0"], "text_layers is 0, expected at least 1"),
         (["text_min_scale=0"], "text_min_scale is 0.0, expected above 0"),
         (["frozen=[w0__14]"], "frozen: the rule has no weight 'w0__14', expected some of w0__0, w0__1"),
+        (["frozen=[w1]", "outer_weight_decay=0.1"], "outer_weight_decay is 0.1, expected 0 with frozen weights"),
         (["normalize_gradient=1"], "normalize_gradient is 1, expected bool"),
         (["inner_schedule=linear"], "inner_schedule is 'linear', expected one of constant, cosine"),
         (["min_length=3"], "min_length is 3, expected at least truncation (4)"),
