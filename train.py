@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -31,6 +30,7 @@ from launch.checkpoint import CheckpointError, Saver, due
 from launch.evaluate import evaluate
 from launch.finish import finish
 from launch.heartbeat import STATUS, Heartbeat, RankError, print_error
+from launch.leave import leave
 from launch.metrics import Display, Metrics
 from launch.optimizers import set_mode
 from launch.plan import make_plan
@@ -226,4 +226,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -22,6 +22,7 @@ from torch import Tensor
 from configs.schema import Config, Distributed, Train
 from configs.schema import Optimizer as OptimizerConfig
 from launch.cost import Setup, exchanged_bytes, workload_of
+from launch.leave import leave
 from launch.optimizers import celo2_rule, optimizer_groups
 from launch.shards import collect
 from launch.strategy import Strategy, make_accelerator, make_strategy
@@ -152,4 +153,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

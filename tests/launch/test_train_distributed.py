@@ -207,6 +207,7 @@ def main():
     import train
     from celo2 import work
     from celo2.backend import PLAIN
+    from launch.leave import leave
     from launch.strategy import Strategy
 
     dist.destroy_process_group = lambda *_: None  # the runs of one start share the group: a new one would meet stale addresses
@@ -234,6 +235,7 @@ def main():
         statuses.append(train.main(arguments))
         AcceleratorState._reset_state(reset_partial_state=True)
     os.write(1, f"\nrank {rank}: {statuses}\n".encode())  # one write: the ranks share the pipe
+    leave(0)
 
 
 if __name__ == "__main__":
