@@ -41,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3, help="seeds beside the one of the search (default: 3)")
     parser.add_argument("--baselines", default=",".join(BASELINES), help=f"comma-separated (default: {','.join(BASELINES)})")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (what is there)")
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="bf16: autocast (default: fp32)")
     parser.add_argument("--out", default="evaluation.jsonl", help="one line per run (default: evaluation.jsonl)")
     options = parser.parse_args(arguments)
     try:
@@ -79,11 +80,11 @@ def evaluate(options: argparse.Namespace) -> None:
         def loss(task: str, optimizer: str, lr: float, seed: int, steps: int) -> float:
             source = options.text if TASKS[task].data == "text" else options.images
             key = {"task": task, "data": source, "steps": steps, "optimizer": optimizer, "lr": lr, "seed": seed}
-            key["device"] = options.device
+            key |= {"device": options.device, "precision": options.precision}
             bar.update(progress, description=f"{task} {optimizer} lr {lr:g} seed {seed}")
             result = runs.find(key)
             if result is None:
-                result = train(TASKS[task], data[TASKS[task].data], optimizer, lr, seed, steps, options.device)
+                result = train(TASKS[task], data[TASKS[task].data], optimizer, lr, seed, steps, options.device, options.precision)
                 runs.add(key | result)
             bar.advance(progress)
             return float(result["loss"])

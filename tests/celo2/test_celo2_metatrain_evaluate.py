@@ -58,6 +58,19 @@ def test_evaluation_table_and_continuation(tmp_path, capsys):
     assert capsys.readouterr().out == table and out.read_text() == lines
 
 
+def test_evaluation_in_bfloat16(tmp_path, capsys):
+    """Runs of their own, which differ from those in float32 by rounding."""
+    (tmp_path / "text.txt").write_bytes(bytes(np.random.default_rng(0).integers(97, 105, 12_000, np.uint8)))
+    arguments = ["hand-momentum", "--tasks", "gpt-tiny", "--text", str(tmp_path / "text.txt"), "--steps", "3", "--trials", "1"]
+    arguments += ["--seeds", "1", "--baselines", "muon", "--out", str(tmp_path / "runs.jsonl")]
+    assert evaluate.main(arguments) == evaluate.main([*arguments, "--precision", "bf16"]) == 0
+    full, low = np.array_split([json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()], 2)
+    for a, b in zip(full, low, strict=True):
+        assert (a["optimizer"], a["seed"], a["precision"], b["precision"]) == (b["optimizer"], b["seed"], "fp32", "bf16")
+        assert 0 < abs(a["loss"] - b["loss"]) < 0.01  # worst measured 0.001
+    capsys.readouterr()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -64,10 +65,12 @@ def first_lr(optimizer: str) -> float:
     return BASELINE_LRS.get(optimizer, RULE_LR)
 
 
-def build_optimizers(name: str, network: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
+def build_optimizers(
+    name: str, network: nn.Module, lr: float, ns_dtype: torch.dtype | None = None
+) -> list[torch.optim.Optimizer]:
     """The optimizers of a network: the hidden matrices by `name`, a baseline or a rule, everything else by AdamW at its own lr.
 
-    A rule of Celo2-base takes every parameter.
+    A rule of Celo2-base takes every parameter. `ns_dtype` is that of the rules' Newton–Schulz; torch's Muon has bfloat16 always.
     """
     boundary = {id(p) for module in network.boundary() for p in module.parameters()}
     hidden = [p for p in network.parameters() if p.ndim == 2 and id(p) not in boundary]
@@ -81,7 +84,7 @@ def build_optimizers(name: str, network: nn.Module, lr: float) -> list[torch.opt
     if rule.variant == "celo2-base":
         groups = [{"params": hidden + rest, "update": "celo2"}]
         return [Celo2(groups, lr=lr, rule=rule, orthogonalize=False, weight_decay=WEIGHT_DECAY)]
-    return [Celo2(hidden, lr=lr, rule=rule, weight_decay=WEIGHT_DECAY), adamw(rest, ADAMW_LR)]
+    return [Celo2(hidden, lr=lr, rule=rule, weight_decay=WEIGHT_DECAY, ns_dtype=ns_dtype), adamw(rest, ADAMW_LR)]
 
 
 def schedule(step: int, steps: int) -> float:
@@ -93,12 +96,24 @@ def schedule(step: int, steps: int) -> float:
 
 
 def train(
-    task: Task, data: Batch | Tensor, optimizer: str, lr: float, seed: int, steps: int, device: str = "cpu"
+    task: Task,
+    data: Batch | Tensor,
+    optimizer: str,
+    lr: float,
+    seed: int,
+    steps: int,
+    device: str = "cpu",
+    precision: str = "fp32",
 ) -> dict[str, object]:
-    """One run: its validation loss at the end and its training losses in twenty equal parts. Inf: it diverged."""
+    """One run: its validation loss at the end and its training losses in twenty equal parts. Inf: it diverged.
+
+    With `precision` "bf16" the forward pass runs under torch's autocast and Newton–Schulz in bfloat16.
+    """
     torch.manual_seed(seed)
     network = task.build().to(device)  # drawn on the CPU: the same weights on every device
-    optimizers = build_optimizers(optimizer, network, lr)
+    bf16 = precision == "bf16"
+    optimizers = build_optimizers(optimizer, network, lr, torch.bfloat16 if bf16 else None)
+    autocast = partial(torch.autocast, device, torch.bfloat16, enabled=bf16)
     for part in optimizers:
         for group in part.param_groups:
             group["peak"] = group["lr"]
@@ -107,7 +122,8 @@ def train(
         for part in optimizers:
             for group in part.param_groups:
                 group["lr"] = group["peak"] * schedule(step, steps)
-        loss = network.loss(x, y)
+        with autocast():
+            loss = network.loss(x, y)
         if not loss.isfinite():
             return {"loss": math.inf, "curve": curve}
         curve.append(loss.item())
@@ -116,7 +132,7 @@ def train(
         loss.backward()
         for part in optimizers:
             part.step()
-    with torch.no_grad():
+    with torch.no_grad(), autocast():
         losses = [network.loss(x, y).item() for x, y in batches(task, data, "validation", 0, VALIDATION_BATCHES, device)]
     parts = [float(np.mean(part)) for part in np.array_split(curve, min(20, len(curve)))]
     return {"loss": float(np.mean(losses)), "curve": parts}
