@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from launch.heartbeat import ALERT, CONTINUES, STATUS, Beat, Heartbeat, RankError, blame, is_communication_error
+from launch.heartbeat import ALERT, CONTINUES, STATUS, Beat, Heartbeat, RankError, blame, is_communication_error, print_error
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 3.0  # s
@@ -239,7 +239,7 @@ def work(scenario, folder, rank, world, timeout, store=None):
                 dist.all_reduce(torch.ones(1))
                 heartbeat.mark(f"step {step}: reduced")
     except RankError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print_error(str(error))
         return STATUS
     except RuntimeError as error:
         print("original:", error)
