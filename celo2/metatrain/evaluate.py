@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from celo2.metatrain.config import MetatrainError
-from celo2.metatrain.evaluation.suite import BASELINES, TASKS, first_lr, read_images, read_text, train
+from celo2.metatrain.evaluation.suite import ADAMW_LR, BASELINES, TASKS, first_lr, read_images, read_text, train
 from celo2.weights import RuleError, load_rule
 
 SEARCH_SEED = 0
@@ -39,6 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--trials", type=int, default=6, help="learning rates that are tried for every optimizer (default: 6)")
     parser.add_argument("--search-steps", type=int, help="training steps of the search (default: as --steps)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds beside the one of the search (default: 3)")
+    parser.add_argument(
+        "--adamw-lr", type=float, default=ADAMW_LR, help=f"of embeddings, heads and vectors, under AdamW (default: {ADAMW_LR:g})"
+    )
     parser.add_argument("--baselines", default=",".join(BASELINES), help=f"comma-separated (default: {','.join(BASELINES)})")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (what is there)")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="bf16: autocast (default: fp32)")
@@ -67,6 +70,8 @@ def evaluate(options: argparse.Namespace) -> None:
     search_steps = options.steps if options.search_steps is None else options.search_steps
     if min(options.seeds, options.steps, options.trials, search_steps) < 1:
         raise MetatrainError("--seeds, --steps, --trials and --search-steps must be at least 1")
+    if not (math.isfinite(options.adamw_lr) and options.adamw_lr >= 0):
+        raise MetatrainError(f"--adamw-lr {options.adamw_lr}: expected at least 0")
     kinds = {TASKS[name].data for name in tasks}
     if "text" in kinds and not options.text:
         raise MetatrainError("language models need --text FILE")
@@ -80,11 +85,12 @@ def evaluate(options: argparse.Namespace) -> None:
         def loss(task: str, optimizer: str, lr: float, seed: int, steps: int) -> float:
             source = options.text if TASKS[task].data == "text" else options.images
             key = {"task": task, "data": source, "steps": steps, "optimizer": optimizer, "lr": lr, "seed": seed}
-            key |= {"device": options.device, "precision": options.precision}
+            key |= {"adamw_lr": options.adamw_lr, "device": options.device, "precision": options.precision}
             bar.update(progress, description=f"{task} {optimizer} lr {lr:g} seed {seed}")
             result = runs.find(key)
             if result is None:
-                result = train(TASKS[task], data[TASKS[task].data], optimizer, lr, seed, steps, options.device, options.precision)
+                how = options.device, options.precision, options.adamw_lr
+                result = train(TASKS[task], data[TASKS[task].data], optimizer, lr, seed, steps, *how)
                 runs.add(key | result)
             bar.advance(progress)
             return float(result["loss"])

@@ -71,6 +71,22 @@ def test_evaluation_in_bfloat16(tmp_path, capsys):
     capsys.readouterr()
 
 
+def test_evaluation_with_another_adamw_lr(tmp_path, capsys):
+    """Runs of their own; without it the table is as it was before."""
+    (tmp_path / "text.txt").write_bytes(bytes(np.random.default_rng(0).integers(97, 105, 12_000, np.uint8)))
+    arguments = ["--tasks", "gpt-tiny", "--text", str(tmp_path / "text.txt"), "--steps", "3", "--trials", "1", "--seeds", "1"]
+    arguments += ["--baselines", "hand-momentum", "--out", str(tmp_path / "runs.jsonl")]
+    tables = []
+    for more in ([], ["--adamw-lr", "0.03"], []):
+        assert evaluate.main([*arguments, *more]) == 0
+        tables.append(capsys.readouterr().out)
+    assert tables[0] == tables[2] != tables[1]
+    records = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert [(record["adamw_lr"], record["lr"]) for record in records] == 2 * [(0.003, 0.002)] + 2 * [(0.03, 0.002)]
+    rule, adamw = build_optimizers("hand-momentum", TASKS["gpt-tiny"].build(), 1e-3, 0.5)
+    assert [group["lr"] for group in rule.param_groups + adamw.param_groups] == [1e-3, 0.5]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -80,6 +96,7 @@ def test_evaluation_in_bfloat16(tmp_path, capsys):
         (["--text", "missing.txt"], "text missing.txt: cannot be read"),
         (["--seeds", "0"], "must be at least 1"),
         (["--search-steps", "0"], "must be at least 1"),
+        (["--adamw-lr", "nan"], "--adamw-lr nan: expected at least 0"),
         (["--device", "tpu"], "--device tpu: expected cpu or a cuda that is there"),
     ],
 )

@@ -66,9 +66,9 @@ def first_lr(optimizer: str) -> float:
 
 
 def build_optimizers(
-    name: str, network: nn.Module, lr: float, ns_dtype: torch.dtype | None = None
+    name: str, network: nn.Module, lr: float, adamw_lr: float = ADAMW_LR, ns_dtype: torch.dtype | None = None
 ) -> list[torch.optim.Optimizer]:
-    """The optimizers of a network: the hidden matrices by `name`, a baseline or a rule, everything else by AdamW at its own lr.
+    """The optimizers of a network: the hidden matrices by `name`, a baseline or a rule, everything else by AdamW at `adamw_lr`.
 
     A rule of Celo2-base takes every parameter. `ns_dtype` is that of the rules' Newton–Schulz; torch's Muon has bfloat16 always.
     """
@@ -77,14 +77,14 @@ def build_optimizers(
     rest = [p for p in network.parameters() if p.ndim != 2 or id(p) in boundary]
     adamw = lambda ps, lr: torch.optim.AdamW(ps, lr=lr, weight_decay=WEIGHT_DECAY, **ADAMW)  # noqa: E731
     if name == "adamw":
-        return [adamw(hidden, lr), adamw(rest, ADAMW_LR)]
+        return [adamw(hidden, lr), adamw(rest, adamw_lr)]
     if name == "muon":
-        return [torch.optim.Muon(hidden, lr=lr, weight_decay=WEIGHT_DECAY), adamw(rest, ADAMW_LR)]
+        return [torch.optim.Muon(hidden, lr=lr, weight_decay=WEIGHT_DECAY), adamw(rest, adamw_lr)]
     rule = adam_orthogonalized() if name == "adam-orthogonalized" else load_rule(name)
     if rule.variant == "celo2-base":
         groups = [{"params": hidden + rest, "update": "celo2"}]
         return [Celo2(groups, lr=lr, rule=rule, orthogonalize=False, weight_decay=WEIGHT_DECAY)]
-    return [Celo2(hidden, lr=lr, rule=rule, weight_decay=WEIGHT_DECAY, ns_dtype=ns_dtype), adamw(rest, ADAMW_LR)]
+    return [Celo2(hidden, lr=lr, rule=rule, weight_decay=WEIGHT_DECAY, ns_dtype=ns_dtype), adamw(rest, adamw_lr)]
 
 
 def schedule(step: int, steps: int) -> float:
@@ -104,6 +104,7 @@ def train(
     steps: int,
     device: str = "cpu",
     precision: str = "fp32",
+    adamw_lr: float = ADAMW_LR,
 ) -> dict[str, object]:
     """One run: its validation loss at the end and its training losses in twenty equal parts. Inf: it diverged.
 
@@ -112,7 +113,7 @@ def train(
     torch.manual_seed(seed)
     network = task.build().to(device)  # drawn on the CPU: the same weights on every device
     bf16 = precision == "bf16"
-    optimizers = build_optimizers(optimizer, network, lr, torch.bfloat16 if bf16 else None)
+    optimizers = build_optimizers(optimizer, network, lr, adamw_lr, torch.bfloat16 if bf16 else None)
     autocast = partial(torch.autocast, device, torch.bfloat16, enabled=bf16)
     for part in optimizers:
         for group in part.param_groups:
