@@ -1,7 +1,7 @@
 """`python -m celo2.metatrain.evaluate RULE ... --text FILE`: rules against AdamW, Muon and hand-set rules on unseen tasks.
 
-Every optimizer gets the same search: as many learning rates with one seed (`next_lr`), then the best with the other seeds.
-What is reported is the mean and the standard deviation over those other seeds. Each run is a line of `--out`; a second
+Every optimizer gets the same search: as many learning rates with the first seeds (`next_lr`), then the best with others.
+What is reported is the mean and the standard deviation over those others. Each run is a line of `--out`; a second
 command with the same file adds what is missing.
 """
 
@@ -24,7 +24,6 @@ from celo2.metatrain.config import MetatrainError
 from celo2.metatrain.evaluation.suite import ADAMW_LR, BASELINES, TASKS, first_lr, read_images, read_text, train
 from celo2.weights import RuleError, load_rule
 
-SEARCH_SEED = 0
 REFERENCE = "hand-momentum"  # what a learned rule must be held against
 
 
@@ -38,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=400, help="training steps (default: 400)")
     parser.add_argument("--trials", type=int, default=6, help="learning rates that are tried for every optimizer (default: 6)")
     parser.add_argument("--search-steps", type=int, help="training steps of the search (default: as --steps)")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds beside the one of the search (default: 3)")
+    parser.add_argument("--search-seeds", type=int, default=1, help="seeds of each of them, their mean counts (default: 1)")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds beside those of the search (default: 3)")
     parser.add_argument(
         "--adamw-lr", type=float, default=ADAMW_LR, help=f"of embeddings, heads and vectors, under AdamW (default: {ADAMW_LR:g})"
     )
@@ -68,8 +68,8 @@ def evaluate(options: argparse.Namespace) -> None:
     if options.device not in ("cpu", "cuda") or (options.device == "cuda" and not torch.cuda.is_available()):
         raise MetatrainError(f"--device {options.device}: expected cpu or a cuda that is there")
     search_steps = options.steps if options.search_steps is None else options.search_steps
-    if min(options.seeds, options.steps, options.trials, search_steps) < 1:
-        raise MetatrainError("--seeds, --steps, --trials and --search-steps must be at least 1")
+    if min(options.seeds, options.steps, options.trials, options.search_seeds, search_steps) < 1:
+        raise MetatrainError("--seeds, --steps, --trials, --search-seeds and --search-steps must be at least 1")
     if not (math.isfinite(options.adamw_lr) and options.adamw_lr >= 0):
         raise MetatrainError(f"--adamw-lr {options.adamw_lr}: expected at least 0")
     kinds = {TASKS[name].data for name in tasks}
@@ -79,8 +79,9 @@ def evaluate(options: argparse.Namespace) -> None:
     runs = Runs(Path(options.out))
     console = Console(file=sys.stdout)
     columns = (BarColumn(20), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    each = options.trials * options.search_seeds + options.seeds
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        progress = bar.add_task("", total=(options.trials + options.seeds) * len(optimizers) * len(tasks))
+        progress = bar.add_task("", total=each * len(optimizers) * len(tasks))
 
         def loss(task: str, optimizer: str, lr: float, seed: int, steps: int) -> float:
             source = options.text if TASKS[task].data == "text" else options.images
@@ -101,9 +102,10 @@ def evaluate(options: argparse.Namespace) -> None:
                 found: dict[float, float] = {}
                 while len(found) < options.trials:
                     lr = next_lr(found, first_lr(optimizer))
-                    found[lr] = loss(task, optimizer, lr, SEARCH_SEED, search_steps)
+                    tried = [loss(task, optimizer, lr, seed, search_steps) for seed in range(options.search_seeds)]
+                    found[lr] = statistics.fmean(tried)
                 best = min(sorted(found), key=found.__getitem__)
-                seeds = range(SEARCH_SEED + 1, SEARCH_SEED + 1 + options.seeds)
+                seeds = range(options.search_seeds, options.search_seeds + options.seeds)
                 losses = [loss(task, optimizer, best, seed, options.steps) for seed in seeds]
                 rows.append(Row(task, optimizer, best, best in (min(found), max(found)), losses))
     print(table(rows, options.steps))

@@ -87,6 +87,19 @@ def test_evaluation_with_another_adamw_lr(tmp_path, capsys):
     assert [group["lr"] for group in rule.param_groups + adamw.param_groups] == [1e-3, 0.5]
 
 
+def test_search_with_several_seeds(tmp_path, capsys):
+    """Every learning rate of the search with each of its seeds; the one of the lowest mean, with other seeds."""
+    (tmp_path / "text.txt").write_bytes(bytes(np.random.default_rng(0).integers(97, 105, 12_000, np.uint8)))
+    arguments = ["--tasks", "gpt-tiny", "--text", str(tmp_path / "text.txt"), "--steps", "3", "--trials", "3", "--seeds", "1"]
+    arguments += ["--search-seeds", "2", "--baselines", "hand-momentum", "--out", str(tmp_path / "runs.jsonl")]
+    assert evaluate.main(arguments) == 0
+    capsys.readouterr()
+    *search, last = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert [(r["lr"], r["seed"]) for r in search] == [(lr, seed) for lr in (2e-3, 4e-3, 1e-3) for seed in (0, 1)]
+    means = {a["lr"]: a["loss"] + b["loss"] for a, b in zip(search[::2], search[1::2], strict=True)}
+    assert (last["lr"], last["seed"]) == (min(means, key=means.__getitem__), 2)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -96,6 +109,7 @@ def test_evaluation_with_another_adamw_lr(tmp_path, capsys):
         (["--text", "missing.txt"], "text missing.txt: cannot be read"),
         (["--seeds", "0"], "must be at least 1"),
         (["--search-steps", "0"], "must be at least 1"),
+        (["--search-seeds", "0"], "must be at least 1"),
         (["--adamw-lr", "nan"], "--adamw-lr nan: expected at least 0"),
         (["--device", "tpu"], "--device tpu: expected cpu or a cuda that is there"),
     ],
