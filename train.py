@@ -26,20 +26,30 @@ from configs.load import ConfigError, load_config, options
 from configs.schema import Config
 from data import DataError
 from data.batches import Batches, check_batch_size, prefetch
-from launch.checkpoint import CheckpointError, Saver, due
-from launch.evaluate import evaluate
-from launch.finish import finish
-from launch.heartbeat import STATUS, Heartbeat, RankError, print_error
-from launch.leave import leave
-from launch.metrics import Display, Metrics
-from launch.optimizers import set_mode
-from launch.plan import make_plan
-from launch.probe import StepProbe, hidden_names
-from launch.proof import Proof
-from launch.run import build_from_config, describe_run, folder_of, open_data, open_run, resume, roll_back, saved_state, vocabulary
-from launch.schedule import lr_factor, set_lr
-from launch.strategy import make_accelerator, make_strategy, peak
-from launch.watch import STOPPED, TrainingError, Watch
+from launch.checkpoint.save import CheckpointError, Saver, due
+from launch.distributed.heartbeat import STATUS, Heartbeat, RankError, print_error
+from launch.distributed.leave import leave
+from launch.distributed.setup import make_accelerator, make_strategy, peak
+from launch.distributed.verification import Proof
+from launch.monitoring.guard import STOPPED, TrainingError, Watch
+from launch.monitoring.metrics import Display, Metrics
+from launch.monitoring.step_statistics import StepProbe, hidden_names
+from launch.optimizers.build import set_mode
+from launch.planning.plan import make_plan
+from launch.run.evaluation import evaluate
+from launch.run.schedule import lr_factor, set_lr
+from launch.run.setup import (
+    build_from_config,
+    describe_run,
+    folder_of,
+    open_data,
+    open_run,
+    resume,
+    roll_back,
+    saved_state,
+    vocabulary,
+)
+from launch.run.summary import finish
 from models import LossMismatch, ModelError, flops_per_token
 
 

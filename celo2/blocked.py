@@ -25,22 +25,22 @@ from torch import Tensor
 
 from celo2.rounding import SECOND_MOMENT_SLOT, lerp_, places
 from celo2.rule import (
+    COLUMN,
+    ELEMENT,
     FACTOR_EPS,
+    FACTORED,
+    FIRST_LAYER,
     GRADIENT_CLIP,
-    GROUP_CHANNELS,
     RMS_EPS,
+    ROW,
     RSQRT_EPS,
     SMALL_CLIP,
     SQUARE_FLOOR,
     Rule,
+    groups_of,
 )
 
-# The groups of `rule.channels` by what their channels depend on, and how many channels those are. Weights are gathered by group:
-# indexing them by numbers on the host would make the host wait for a GPU.
-LOCAL_GROUPS = (0, 1, 2, 3, 4, 5, 6, 8)  # g, clipped g, w, m, v, m s, s, g s
-FACTORED_GROUPS = (7, 13)  # g and m times row_factor times col_factor
-ROW_GROUPS, COL_GROUPS = (9, 11), (10, 12)  # row and rsqrt(row), col and rsqrt(col)
-LOCAL, FACTORED = (sum(GROUP_CHANNELS[i] for i in groups) for groups in (LOCAL_GROUPS, FACTORED_GROUPS))
+N_LOCAL, N_FACTORED = (sum(group.count for group in groups_of(kind)) for kind in (ELEMENT, FACTORED))
 
 # Elements of a block. CPU: measured best of 2^13 to 2^18 on two cores with 2 MB of second-level cache each (eighteen
 # float32 channels of 65,536 elements are 4.7 MB). Elsewhere a block must be large enough to hide the launches: 4 M
@@ -212,12 +212,12 @@ def accumulate_(rule: Rule, stack: Stack) -> Tensor:
     Sums over what is here: they are complete when the sums of all ranks that hold pieces of these matrices are added.
     """
     n, rows, cols = stack.shape
-    sums = torch.zeros(n, rows + cols + LOCAL, device=stack.row.device)
-    row_sum, col_sum, local_sum = sums.split([rows, cols, LOCAL], 1)
+    sums = torch.zeros(n, rows + cols + N_LOCAL, device=stack.row.device)
+    row_sum, col_sum, local_sum = sums.split([rows, cols, N_LOCAL], 1)
     count = None if stack.count is None else stack.count[:, None, None]
     for piece in stack.pieces:
         blocks = row_blocks(piece)
-        for block, x in tiles(buffer_for(piece, blocks, LOCAL), blocks, piece.g.shape[2]):
+        for block, x in tiles(buffer_for(piece, blocks, N_LOCAL), blocks, piece.g.shape[2]):
             x[:, 0].copy_(piece.g[:, block]).clamp_(-GRADIENT_CLIP, GRADIENT_CLIP)
             square = x[:, 0].square()
             here = slice(piece.rows.start + block.start, piece.rows.start + block.stop)
@@ -251,11 +251,11 @@ def factors_of(stack: Stack) -> Factors:
 def factor(stack: Stack) -> tuple[Factors, Tensor]:
     """-> factors, and (N, 6): the sums of the squared factored channels, over what is here."""
     factors = factors_of(stack)
-    sums = torch.zeros(stack.shape[0], FACTORED, device=stack.row.device)
+    sums = torch.zeros(stack.shape[0], N_FACTORED, device=stack.row.device)
     for piece in stack.pieces:
         blocks = row_blocks(piece)
         by_row, by_col = factors.by_row[:, :, piece.rows], factors.by_col[:, :, piece.cols]
-        for block, x in tiles(buffer_for(piece, blocks, 1 + FACTORED), blocks, piece.g.shape[2]):
+        for block, x in tiles(buffer_for(piece, blocks, 1 + N_FACTORED), blocks, piece.g.shape[2]):
             g = x[:, 0].copy_(piece.g[:, block]).clamp_(-GRADIENT_CLIP, GRADIENT_CLIP)
             fill_factored_(x[:, 1:], g, piece.m[:, :, block], by_row[:, :, block], by_col)
             sums += square_sums(x[:, 1:])
@@ -277,8 +277,8 @@ def first_layer(rule: Rule, stack: Stack, sums: Tensor, factored_sums: Tensor) -
     col_x = torch.cat([stack.col, (stack.col + RSQRT_EPS).rsqrt()], 1)
     element_mean = torch.cat([sums[:, rows + cols :], factored_sums], 1) / (rows * cols)  # (N, L)
     w0_element, w0_row, w0_col = (
-        torch.cat([rule.weights[f"w0__{i}"] for i in groups])
-        for groups in (LOCAL_GROUPS + FACTORED_GROUPS, ROW_GROUPS, COL_GROUPS)
+        torch.cat([rule.weights[FIRST_LAYER[group.name]] for group in groups_of(*kinds)])
+        for kinds in ((ELEMENT, FACTORED), (ROW,), (COLUMN,))
     )
     row_share = fold(w0_row, row_x.square().mean(2)) @ row_x  # (N, H, ·)
     col_share = fold(w0_col, col_x.square().mean(2)) @ col_x + rule.weights["b0"][:, None]
@@ -297,12 +297,12 @@ def emit_(rule: Rule, stack: Stack, sums: Tensor, factors: Factors, factored_sum
         blocks, width = row_blocks(piece), piece.g.shape[2]
         by_row, by_col = factors.by_row[:, :, piece.rows], factors.by_col[:, :, piece.cols]
         row_h, col_h = layer.by_row[:, :, piece.rows], layer.by_col[:, :, None, piece.cols]
-        x_tiles = tiles(buffer_for(piece, blocks, LOCAL + FACTORED), blocks, width)
+        x_tiles = tiles(buffer_for(piece, blocks, N_LOCAL + N_FACTORED), blocks, width)
         h_tiles = tiles(buffer_for(piece, blocks, rule.hidden), blocks, width)
         for (block, x), (_, h) in zip(x_tiles, h_tiles, strict=True):
             x[:, 0].copy_(piece.g[:, block]).clamp_(-GRADIENT_CLIP, GRADIENT_CLIP)
-            fill_local_(x[:, :LOCAL], piece.w[:, block], piece.m[:, :, block], piece.v[:, block])
-            fill_factored_(x[:, LOCAL:], x[:, 0], piece.m[:, :, block], by_row[:, :, block], by_col)
+            fill_local_(x[:, :N_LOCAL], piece.w[:, block], piece.m[:, :, block], piece.v[:, block])
+            fill_factored_(x[:, N_LOCAL:], x[:, 0], piece.m[:, :, block], by_row[:, :, block], by_col)
             torch.add(row_h[:, :, block, None], col_h, out=h)
             h = h.flatten(2).baddbmm_(layer.element, x.flatten(2)).relu_()  # (N, H, n)
             h = torch.baddbmm(b1, w1, h).relu_()

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from celo2 import matrices
-from celo2.fragment import fragment_of
+from celo2 import layout as matrices
+from celo2.distributed.shard import local_shard_of
 
 if TYPE_CHECKING:
     from celo2.optimizer import Celo2
@@ -56,7 +56,7 @@ def check_parameter(p: Tensor, group: dict[str, Any], where: str) -> None:
     if not p.is_floating_point():
         raise TypeError(f"{where}: a parameter of shape {tuple(p.shape)} is {p.dtype}; only real float parameters can be updated")
     layout = group["matrices"]
-    if layout is not None and torch.Size(layout[0]).numel() != torch.Size(fragment_of(p).shape).numel():
+    if layout is not None and torch.Size(layout[0]).numel() != torch.Size(local_shard_of(p).shape).numel():
         raise ValueError(f"{where}: matrices {layout} do not fit a parameter of shape {tuple(p.shape)}")
 
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 from dataclasses import replace
 
-from celo2.weights import VARIANTS, RuleError, load_rule, save_rule
+from celo2.rule_files import VARIANTS, RuleError, load_rule, save_rule
 
 
 def main(argv: list[str] | None = None) -> int:

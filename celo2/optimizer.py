@@ -13,14 +13,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from celo2 import matrices
+from celo2 import layout as matrices
 from celo2.checks import check_gradient, check_keys, check_options, check_parameter, check_saved_state
-from celo2.fragment import Fragment, ShardingError, fragment_of, local
+from celo2.distributed.plan import Entry, Plan, fingerprint, gather_runs, make_plan
+from celo2.distributed.shard import LocalShard, ShardingError, local, local_shard_of
 from celo2.orthogonalize import newton_schulz_flops
-from celo2.plan import Entry, Plan, fingerprint, gather_runs, make_plan
 from celo2.replicas import Replicas
 from celo2.rule import Rule, accumulator_shapes
-from celo2.weights import load_rule
+from celo2.rule_files import load_rule
 from celo2.work import Context, Work
 
 
@@ -34,7 +34,7 @@ class Celo2(torch.optim.Optimizer):
     Args:
         params: parameters, or groups. Give a whole model as `celo2.param_groups(model, lr, adamw_lr, weight_decay)`: embeddings
             and the output projection have two axes as well, and only routing by module keeps them from the rule. A group may
-            carry `lr`, `weight_decay`, `betas` and `eps` (for AdamW), `orthogonalize`, `matrices` (see `celo2.matrices`) and
+            carry `lr`, `weight_decay`, `betas` and `eps` (for AdamW), `orthogonalize`, `matrices` (see `celo2.layout`) and
             `update`: "celo2" or "adamw". Without `update`, parameters with two or more axes take the rule and the others
             AdamW; a rule of the variant "celo2-base" takes them all.
         lr: learning rate of groups without their own; a float or a tensor of one element.
@@ -50,10 +50,10 @@ class Celo2(torch.optim.Optimizer):
             orthogonalized by one of them and sent to the others.
         shard_state: with `replicas`, keep the state of a parameter on the one rank that updates it.
 
-    Sharded parameters (see `celo2.fragment`): DTensors of FSDP2 as they are; for DeepSpeed ZeRO see `celo2.zero`. The first
-    step compares the ranks and raises `ShardingError` on all of them if they disagree.
+    Sharded parameters (see `celo2.distributed.shard`): DTensors of FSDP2 as they are; for DeepSpeed ZeRO see
+    `celo2.distributed.deepspeed`. The first step compares the ranks and raises `ShardingError` on all of them if they disagree.
 
-    State, allocated at construction, for a parameter of shape P and stacked shape S = (..., R, C) (see `celo2.matrices`): by
+    State, allocated at construction, for a parameter of shape P and stacked shape S = (..., R, C) (see `celo2.layout`): by
     the rule, `momentum` (3, *P), `second_moment` P, and `row` and `col`, means over the longer and the shorter axis of a
     matrix, or `diag` (3, *P) for a vector; by AdamW `step`, `exp_avg`, `exp_avg_sq`. A matrix with bfloat16 state has `count`,
     int32 (), its steps so far. Of a parameter that is sharded, P is the run of elements that this rank holds, `count` is the
@@ -138,7 +138,7 @@ class Celo2(torch.optim.Optimizer):
     def takes_rule(self, p: Tensor, group: dict[str, Any]) -> bool:
         """Whether the rule, and not AdamW, updates `p` of `group`."""
         if group["update"] is None:
-            return len(fragment_of(p).shape) >= 2 or self.rule.variant == "celo2-base"
+            return len(local_shard_of(p).shape) >= 2 or self.rule.variant == "celo2-base"
         return group["update"] == "celo2"
 
     def _cost(self, p: Tensor, group: dict[str, Any]) -> float:
@@ -148,11 +148,11 @@ class Celo2(torch.optim.Optimizer):
         return matrices.matrix_count(shape) * newton_schulz_flops(*shape[-2:])
 
     def _allocate(self, p: Tensor, group: dict[str, Any]) -> None:
-        fragment, run = fragment_of(p), local(p)
-        size = tuple(run.shape) if fragment.whole else (run.numel(),)
+        local_shard, run = local_shard_of(p), local(p)
+        size = tuple(run.shape) if local_shard.whole else (run.numel(),)
         dtypes = {"step": torch.float32, "count": torch.int32}
         if self.takes_rule(p, group):
-            shape = matrices.stacked_shape(fragment.shape, group["matrices"])
+            shape = matrices.stacked_shape(local_shard.shape, group["matrices"])
             axes = matrices.stacked_axes(shape, group["matrices"])
             shapes = accumulator_shapes(shape, axes)
             size = size or (1,)  # a scalar is a vector
@@ -179,24 +179,24 @@ class Celo2(torch.optim.Optimizer):
             self._plan = self._make_plan()
         work: dict[torch.device, Work] = defaultdict(Work)
         for index, group in enumerate(self.param_groups):
-            by_rule: list[tuple[Tensor, Fragment]] = []
+            by_rule: list[tuple[Tensor, LocalShard]] = []
             by_adamw: list[Tensor] = []
             for p in group["params"]:
-                if p.grad is None or not math.prod((fragment := fragment_of(p)).shape):
+                if p.grad is None or not math.prod((local_shard := local_shard_of(p)).shape):
                     continue
                 check_gradient(p, f"parameter group {index}")
                 if self.takes_rule(p, group):
-                    by_rule.append((p, fragment))
+                    by_rule.append((p, local_shard))
                 else:
                     by_adamw.append(p)
             if counts := [self.state[p]["count"] for p, _ in by_rule if "count" in self.state.get(p, ())]:
                 torch._foreach_add_(counts, 1)
             self._step_adamw(by_adamw, group)
             orthogonalize = self._orthogonalizes(group)
-            for p, fragment in by_rule:
+            for p, local_shard in by_rule:
                 split = self._plan.get(p, {})
                 owner = self.replicas.owners[p] if self.replicas is not None else None
-                work[p.device].add(p, self.state.get(p), fragment, group, orthogonalize, split, owner)
+                work[p.device].add(p, self.state.get(p), local_shard, group, orthogonalize, split, owner)
         contexts = {d: Context(self._rule(d), self._ns_dtype(d), self.replicas) for d in work}
         self.orthogonalized += sum(work.do(contexts[device]) for device, work in work.items())
         return loss
@@ -208,7 +208,7 @@ class Celo2(torch.optim.Optimizer):
                 if p not in self.state and (self.replicas is None or p not in self.replicas.owners):
                     raise ShardingError(
                         f"parameter group {index}: a tensor of shape {tuple(p.shape)} that nothing explains has replaced its "
-                        "parameters; if DeepSpeed ZeRO put it there, see celo2.zero"
+                        "parameters; if DeepSpeed ZeRO put it there, see celo2.distributed.deepspeed"
                     )
 
     def _make_plan(self) -> Plan:
@@ -217,7 +217,7 @@ class Celo2(torch.optim.Optimizer):
             names = group.get("param_names") or [f"parameter {i} of group {index}" for i in range(len(group["params"]))]
             for name, p in zip(names, group["params"], strict=True):
                 by_rule = self.takes_rule(p, group)
-                entries.append(Entry(name, p, fragment_of(p), by_rule, self._orthogonalizes(group), group["matrices"]))
+                entries.append(Entry(name, p, local_shard_of(p), by_rule, self._orthogonalizes(group), group["matrices"]))
         recipe = fingerprint(self.rule, self.ns_dtype)
         if self.replicas is not None:
             gather_runs(entries, self.replicas.group, recipe)

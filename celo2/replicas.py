@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from celo2.exchange import broadcast_
+from celo2.distributed.collectives import broadcast_
 
 
 class Replicas:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,11 +26,47 @@ SMALL_CLIP = 0.1
 SQUARE_FLOOR = 1e-30  # added to g² before the factored means, and to its mean before the gradient is divided by its RMS
 FACTOR_EPS = 1e-9  # beside the mean of the row accumulator, and the floor under both factors
 RSQRT_EPS = 1e-8  # inside rsqrt(v + eps), rsqrt(row + eps), rsqrt(col + eps)
+OUTPUTS = 3  # of the MLP: the direction, and two that have no effect
 RMS_EPS = 1e-9  # inside every RMS: of the channels, and of the final update
 
-# Channels in each group of first-layer weights w0__0 .. w0__13; a vector has the first nine groups only.
-GROUP_CHANNELS = (1, 1, 1, 3, 1, 3, 1, 3, 1, 3, 3, 3, 3, 3)
-VECTOR_GROUPS = 9
+ELEMENT, FACTORED, ROW, COLUMN = "element", "element, row and column", "row", "column"
+
+
+class ChannelGroup(NamedTuple):
+    """Input channels of the MLP that are alike: one, or one for each of the K decays."""
+
+    name: str
+    formula: str
+    depends_on: str  # ELEMENT, FACTORED, ROW or COLUMN
+    count: int
+    in_vectors: bool  # a vector has it, too; of FACTORED ones with `diag` in place of the two factors
+    odd: bool  # its sign turns with those of g and W
+
+
+# Step 5: what the MLP sees of every weight, in the order of the first-layer weights w0__0 .. w0__13 of a rule file. Every other
+# module takes names and places of channels from here.
+CHANNEL_GROUPS = (
+    ChannelGroup("gradient", "g", ELEMENT, 1, True, True),
+    ChannelGroup("clipped_gradient", "clip(g, -0.1, 0.1)", ELEMENT, 1, True, True),
+    ChannelGroup("weight", "W", ELEMENT, 1, True, True),
+    ChannelGroup("momentum", "m_k", ELEMENT, 3, True, True),
+    ChannelGroup("second_moment", "v", ELEMENT, 1, True, False),
+    ChannelGroup("scaled_momentum", "m_k s", ELEMENT, 3, True, True),
+    ChannelGroup("scale", "s = rsqrt(v + 1e-8)", ELEMENT, 1, True, False),
+    ChannelGroup("factored_gradient", "g row_factor_k col_factor_k", FACTORED, 3, True, True),
+    ChannelGroup("scaled_gradient", "g s", ELEMENT, 1, True, True),
+    ChannelGroup("row_mean", "row_k", ROW, 3, False, False),
+    ChannelGroup("column_mean", "col_k", COLUMN, 3, False, False),
+    ChannelGroup("row_scale", "rsqrt(row_k + 1e-8)", ROW, 3, False, False),
+    ChannelGroup("column_scale", "rsqrt(col_k + 1e-8)", COLUMN, 3, False, False),
+    ChannelGroup("factored_momentum", "m_k row_factor_k col_factor_k", FACTORED, 3, False, True),
+)
+FIRST_LAYER = {group.name: f"w0__{i}" for i, group in enumerate(CHANNEL_GROUPS)}  # its weights (count, H) in `Rule.weights`
+
+
+def groups_of(*depends_on: str) -> list[ChannelGroup]:
+    """The groups whose channels depend on one of these, in the order of the arguments and then of the table."""
+    return [group for what in depends_on for group in CHANNEL_GROUPS if group.depends_on == what]
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +109,12 @@ class Rule:
     def to(self, device: torch.device | str) -> Rule:
         """The same rule with its weights on `device`."""
         return Rule(**{**self.__dict__, "weights": {name: w.to(device) for name, w in self.weights.items()}})
+
+
+def weight_shapes(hidden: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a rule's weights: 347 numbers at hidden = 8."""
+    first = {FIRST_LAYER[group.name]: (group.count, hidden) for group in CHANNEL_GROUPS}
+    return first | {"b0": (hidden,), "w1": (hidden, hidden), "b1": (hidden,), "w2": (hidden, OUTPUTS), "b2": (OUTPUTS,)}
 
 
 def factored_axes(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -153,7 +196,7 @@ def rms_normalized(x: Tensor, axes: tuple[int, ...]) -> Tensor:
 def mlp(rule: Rule, x: Tensor) -> Tensor:
     """Step 7: the direction u (*shape) from normalized channels x (F, *shape). Outputs 1 and 2 have no effect."""
     weights = rule.weights
-    w0 = torch.cat([weights[f"w0__{i}"] for i in range(len(GROUP_CHANNELS)) if f"w0__{i}" in weights])[: len(x)]  # (F, H)
+    w0 = torch.cat([weights[name] for name in FIRST_LAYER.values()])[: len(x)]  # (F, H); the channels of a vector come first
     h = torch.relu(w0.T @ x.flatten(1) + weights["b0"][:, None])  # (H, n)
     h = torch.relu(weights["w1"].T @ h + weights["b1"][:, None])  # (H, n)
     u = weights["w2"][:, 0] @ h + weights["b2"][0]  # (n,)

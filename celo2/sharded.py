@@ -20,8 +20,8 @@ from torch import Tensor
 
 from celo2.backend import Backend, apply_
 from celo2.blocked import Stack, gradient_scale, gradient_squares, move_means_, scaled
-from celo2.exchange import add_up_, swap
-from celo2.matrices import Layout, Region, regions
+from celo2.distributed.collectives import add_up_, swap
+from celo2.layout import Layout, Region, regions
 from celo2.orthogonalize import newton_schulz_flops
 from celo2.rule import GRADIENT_CLIP, RMS_EPS, Rule, channels, mlp
 from celo2.rule import accumulate_ as accumulate_vector_

@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from celo2 import matrices
+from celo2 import layout as matrices
 from celo2.backend import Backend, Options, apply_, backend
 from celo2.blocked import Piece, Stack, batches, move_means_, normalized
-from celo2.exchange import broadcast_
-from celo2.fragment import Fragment, local
-from celo2.matrices import Layout, Region
+from celo2.distributed.collectives import broadcast_
+from celo2.distributed.shard import LocalShard, local
+from celo2.layout import Layout, Region
 from celo2.replicas import Replicas
 from celo2.rule import RMS_EPS, Rule, update
 from celo2.sharded import Part, Split, SplitMatrix, VectorPart, batch_elements, is_full
@@ -74,14 +74,14 @@ class Work:
         self,
         p: Tensor,
         state: dict[str, Tensor] | None,
-        fragment: Fragment,
+        local_shard: LocalShard,
         options: Options,
         orthogonalize: bool,
         split: dict[int, SplitMatrix],
         owner: int | None,
     ) -> None:
         """Add what is here of `p`; `split`: its matrices that no rank holds whole; `state`: None where another rank keeps it."""
-        form = form_of(fragment.shape, options["matrices"], fragment.start, fragment.stop, fragment.whole)
+        form = form_of(local_shard.shape, options["matrices"], local_shard.start, local_shard.stop, local_shard.whole)
         w, g = local(p).detach(), local(p.grad)
         if form.odd:
             w, g = (w, g) if w.ndim else (w.view(1), g.view(1))
@@ -91,19 +91,21 @@ class Work:
         if run is not w:
             self.copies.append((w, run))
         if form.axes is None:
-            self.split(fragment).vectors.append(VectorPart(g.view(-1), run.view(-1), state, math.prod(fragment.shape), options))
+            self.split(local_shard).vectors.append(
+                VectorPart(g.view(-1), run.view(-1), state, math.prod(local_shard.shape), options)
+            )
             return
         for which, places in form.whole:
             self.whole.append(Whole(stack_of(g, run, state, form.stack, which, places), options, orthogonalize, owner))
-        me = None if fragment.whole else dist.get_rank(fragment.group)
+        me = None if local_shard.whole else dist.get_rank(local_shard.group)
         for n, matrix in split.items():
-            places = [place_of(region, fragment.start) for region in matrix.held[me]]
+            places = [place_of(region, local_shard.start) for region in matrix.held[me]]
             stack = stack_of(g, run, state, form.stack, slice(n, n + 1), places)
-            self.split(fragment).parts.append(Part(matrix, stack, options, orthogonalize))
+            self.split(local_shard).parts.append(Part(matrix, stack, options, orthogonalize))
 
-    def split(self, fragment: Fragment) -> Split:
-        """The work that the ranks of the fragment's group do together."""
-        return self.splits.setdefault(fragment.group, Split(fragment.group))
+    def split(self, local_shard: LocalShard) -> Split:
+        """The work that the ranks of the local shard's group do together."""
+        return self.splits.setdefault(local_shard.group, Split(local_shard.group))
 
     def do(self, context: Context) -> int:
         """Update everything; returns how many matrices this rank has orthogonalized."""

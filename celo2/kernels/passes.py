@@ -20,7 +20,7 @@ import triton
 from torch import Tensor
 
 from celo2 import backend
-from celo2.blocked import FACTORED, LOCAL, Factors, FirstLayer, Piece, Stack, factors_of, first_layer, move_means_
+from celo2.blocked import N_FACTORED, N_LOCAL, Factors, FirstLayer, Piece, Stack, factors_of, first_layer, move_means_
 from celo2.kernels.device import accumulate_kernel, apply_kernel, emit_kernel, factor_kernel
 from celo2.rule import Rule
 
@@ -78,8 +78,8 @@ def accumulate_all_(rule: Rule, stacks: Sequence[Stack]) -> Tensor:
     """`accumulate_` of several stacks whose matrices have one shape and are cut into the same pieces: (N of all, R + C + 12)."""
     _, rows, cols = stacks[0].shape
     total = sum(stack.shape[0] for stack in stacks)
-    sums = torch.zeros(total, rows + cols + LOCAL, device=stacks[0].row.device)
-    row_sum, col_sum, local_sum = sums.split([rows, cols, LOCAL], 1)
+    sums = torch.zeros(total, rows + cols + N_LOCAL, device=stacks[0].row.device)
+    row_sum, col_sum, local_sum = sums.split([rows, cols, N_LOCAL], 1)
     momentum_weights = tuple(1 - decay for decay in rule.momentum_decays)
     for same in zip(*(stack.pieces for stack in stacks), strict=True):
         transposed = is_transposed(same[0].g)
@@ -90,7 +90,7 @@ def accumulate_all_(rule: Rule, stacks: Sequence[Stack]) -> Tensor:
         tiles_a, tiles_b = grid(first.g.shape, block)
         by_a = sums.new_empty(total, tiles_b, a)
         by_b = sums.new_empty(total, tiles_a, b)
-        local = sums.new_empty(total, tiles_a * tiles_b, LOCAL)
+        local = sums.new_empty(total, tiles_a * tiles_b, N_LOCAL)
         done = 0
         for stack, piece in zip(stacks, same, strict=True):
             p, n = turned(piece, transposed), stack.shape[0]
@@ -128,13 +128,13 @@ def factor(stack: Stack) -> tuple[Factors, Tensor]:
 def factor_all(stacks: Sequence[Stack], factors: Factors) -> Tensor:
     """Sums of the squared factored channels of several stacks, as in `accumulate_all_`: (N of all, 6)."""
     total = len(factors.by_row)
-    sums = torch.zeros(total, FACTORED, device=factors.by_row.device)
+    sums = torch.zeros(total, N_FACTORED, device=factors.by_row.device)
     for same in zip(*(stack.pieces for stack in stacks), strict=True):
         transposed = is_transposed(same[0].g)
         first = turned(same[0], transposed)
         (_, a, b), block = first.g.shape, blocks(first.g.shape, TILE)
         tiles_a, tiles_b = grid(first.g.shape, block)
-        partial = sums.new_empty(total, tiles_a * tiles_b, FACTORED)
+        partial = sums.new_empty(total, tiles_a * tiles_b, N_FACTORED)
         done = 0
         for stack, piece in zip(stacks, same, strict=True):
             p, n = turned(piece, transposed), stack.shape[0]

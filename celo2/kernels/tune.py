@@ -16,7 +16,7 @@ import torch
 from celo2 import backend, orthogonalize
 from celo2.blocked import Stack, whole
 from celo2.rule import Rule
-from celo2.weights import load_rule
+from celo2.rule_files import load_rule
 
 PASS_TILES = ((1024, 4), (2048, 4), (2048, 8), (4096, 8), (8192, 8))
 EMIT_TILES = ((512, 2), (512, 4), (1024, 4), (1024, 8), (2048, 8))

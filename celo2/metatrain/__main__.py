@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from celo2.metatrain.config import Config, MetatrainError, help_text, load_config
 from celo2.metatrain.train import run
-from celo2.weights import RuleError
+from celo2.rule_files import RuleError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
-from celo2.weights import weight_shapes
+from celo2.rule import weight_shapes
 
 
 class MetatrainError(ValueError):

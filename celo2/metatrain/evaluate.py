@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from celo2.metatrain.config import MetatrainError
 from celo2.metatrain.evaluation.suite import ADAMW_LR, BASELINES, TASKS, first_lr, read_images, read_text, train
-from celo2.weights import RuleError, load_rule
+from celo2.rule_files import RuleError, load_rule
 
 REFERENCE = "hand-momentum"  # what a learned rule must be held against
 

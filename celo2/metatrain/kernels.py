@@ -35,7 +35,8 @@ from celo2.metatrain.simd import (
 )
 
 H = 8
-CHANNELS, VECTOR_CHANNELS = sum(rule.GROUP_CHANNELS), sum(rule.GROUP_CHANNELS[: rule.VECTOR_GROUPS])
+CHANNELS = sum(group.count for group in rule.CHANNEL_GROUPS)
+VECTOR_CHANNELS = sum(group.count for group in rule.CHANNEL_GROUPS if group.in_vectors)
 B0 = CHANNELS * H  # offsets in the flat weights of the rule
 W1 = B0 + H
 B1 = W1 + H * H

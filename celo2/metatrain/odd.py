@@ -11,8 +11,9 @@ import functools
 import numpy as np
 
 from celo2.metatrain.unroll import RULE_SHAPES, THETA_SIZE
+from celo2.rule import CHANNEL_GROUPS, FIRST_LAYER
 
-ODD_GROUPS = (0, 1, 2, 3, 5, 7, 8, 13)  # of channels: they change their sign with g and W
+ODD = {FIRST_LAYER[group.name] for group in CHANNEL_GROUPS if group.odd} | {"w2", "b2"}  # weights whose sign turns
 
 
 @functools.cache
@@ -22,14 +23,13 @@ def mirror() -> tuple[np.ndarray, np.ndarray]:
     partner = np.arange(8) ^ 1  # of each hidden unit
     place, sign = [], []
     for (name, shape), here in zip(RULE_SHAPES.items(), places, strict=True):
-        group = int(name.removeprefix("w0__")) if name.startswith("w0__") else None
         here = here.reshape(shape)
         if name != "b2":  # the axis of what a weight comes from, where that is a hidden unit
-            here = here[:, partner] if group is not None else here[partner]
+            here = here[:, partner] if name in FIRST_LAYER.values() else here[partner]
         if name == "w1":  # the axis of what it leads to
             here = here[:, partner]
         place.append(here.ravel())
-        sign.append(np.full(here.size, -1.0 if name in ("w2", "b2") or group in ODD_GROUPS else 1.0))
+        sign.append(np.full(here.size, -1.0 if name in ODD else 1.0))
     return np.concatenate(place), np.concatenate(sign)
 
 

@@ -32,8 +32,8 @@ from celo2.metatrain.odd import odd_part
 from celo2.metatrain.problems import NOISE, START, Problems, random
 from celo2.metatrain.tasks import Images, Texts, load_data
 from celo2.metatrain.unroll import RULE_SHAPES, THETA_SIZE, State, initial_state, rule_of, theta_of
-from celo2.rule import GROUP_CHANNELS, Rule
-from celo2.weights import load_rule, save_rule
+from celo2.rule import CHANNEL_GROUPS, Rule
+from celo2.rule_files import load_rule, save_rule
 
 FORMAT = "celo2-metatrain"
 Unroll = Callable[..., np.ndarray]
@@ -58,7 +58,8 @@ def first_theta(config: Config) -> np.ndarray:
     if config.init == "random":
         fan_in = {"w1": 8, "w2": 8, "b0": math.inf, "b1": math.inf, "b2": math.inf}
         scales = [
-            np.full(int(np.prod(s)), 1 / math.sqrt(fan_in.get(name, sum(GROUP_CHANNELS)))) for name, s in RULE_SHAPES.items()
+            np.full(int(np.prod(s)), 1 / math.sqrt(fan_in.get(name, sum(g.count for g in CHANNEL_GROUPS))))
+            for name, s in RULE_SHAPES.items()
         ]
         theta = rng.standard_normal(THETA_SIZE) * np.concatenate(scales)
     else:

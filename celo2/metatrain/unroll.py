@@ -18,8 +18,7 @@ from celo2.metatrain.config import Config
 from celo2.metatrain.families import Family
 from celo2.metatrain.problems import Truncation, Weights
 from celo2.orthogonalize import newton_schulz
-from celo2.rule import Rule
-from celo2.weights import weight_shapes
+from celo2.rule import Rule, weight_shapes
 
 ADAM_BETAS, ADAM_EPS = (0.9, 0.95), 1e-8
 WARM_UP = 3  # steps before a CUDA graph is captured: libraries allocate in their first ones

@@ -15,7 +15,7 @@ import torch
 from configs.load import ConfigError
 from launch.benchmark import gpu, loss, optimizer, precision, save, strategies, train, unroll
 from launch.benchmark.measure import Column, Row, available_device, table
-from launch.heartbeat import print_error
+from launch.distributed.heartbeat import print_error
 
 
 class Subject(NamedTuple):

@@ -12,8 +12,8 @@ from accelerate import Accelerator
 from configs.schema import Checkpoint as CheckpointConfig
 from configs.schema import Config
 from launch.benchmark.measure import Column, Row, environment
-from launch.checkpoint import Saver
-from launch.strategy import make_strategy
+from launch.checkpoint.save import Saver
+from launch.distributed.setup import make_strategy
 from models import build_model
 
 COLUMNS = (

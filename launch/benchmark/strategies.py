@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from launch.benchmark.equality import STEPS, table
 from launch.benchmark.measure import Column, Row, environment
-from launch.equality import STEPS, table
 
 COLUMNS = (
     Column("row", "strategy"),

@@ -21,9 +21,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from configs.schema import Config, Model, Optimizer, Train
 from data.batches import Batches, prefetch
 from launch.benchmark.measure import TIMES, Column, Row, environment, peak_bytes, summary, synchronize, time_rounds
-from launch.probe import StepProbe
-from launch.strategy import make_accelerator, make_strategy, peak
-from launch.watch import Watch
+from launch.distributed.setup import make_accelerator, make_strategy, peak
+from launch.monitoring.guard import Watch
+from launch.monitoring.step_statistics import StepProbe
 from models import build_model, flops_per_token
 
 FULL_STEP = 524288  # tokens

@@ -34,9 +34,9 @@ from launch.compare.report import write_report
 from launch.compare.search import FACTOR, MOST_ROUNDS, Search, grid, search
 from launch.compare.summary import asked_about, summarize
 from launch.compare.trials import Outcome, Pool, Stopped, Trial, TrialError, judge
-from launch.metrics import read_metrics
-from launch.run import open_data
-from launch.watch import STOPPED
+from launch.monitoring.guard import STOPPED
+from launch.monitoring.metrics import read_metrics
+from launch.run.setup import open_data
 from models import ModelError
 
 POINTS = 20  # evaluations that a curve has at least: tokens to a loss are interpolated between them

@@ -12,8 +12,8 @@ from torch import nn
 
 from configs.load import ConfigError, build, check_optimizer_name
 from configs.schema import Config, Optimizer
-from launch.foreign import accepted, find_class
-from launch.optimizers import LIBRARIES, build_optimizer, check_optimizer
+from launch.optimizers.build import LIBRARIES, build_optimizer, check_optimizer
+from launch.optimizers.third_party import accepted, find_class
 
 # Where a grid begins, times what the configuration asks of its own optimizer beyond its usual: what authors use for language
 # models. No more than a beginning: grids are extended until the best value lies inside.

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer
 
 from configs.load import ConfigError, load_config
 from configs.schema import Config
-from launch.metrics import flat, read_metrics
-from launch.run import build_from_config, vocabulary
+from launch.monitoring.metrics import flat, read_metrics
+from launch.run.setup import build_from_config, vocabulary
 from models import ModelError, flops_per_token
 
 Curve = list[tuple[float, float]]  # (x, y), x ascending

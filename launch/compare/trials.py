@@ -24,12 +24,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from configs.load import ConfigError, load_config
 from configs.schema import Config
-from launch.metrics import flat, read_metrics
-from launch.watch import STOPPED
+from launch.monitoring.guard import STOPPED
+from launch.monitoring.metrics import flat, read_metrics
 
 ROOT = Path(__file__).parents[2]
 POLL_SECONDS = 0.2
-# What train.py says last when a run cannot go on because of its numbers (launch.watch, launch.run).
+# What train.py says last when a run cannot go on because of its numbers (launch.monitoring.guard, launch.run.setup).
 DIVERGED = re.compile(r"^error: .*(steps in a row were not finite|no checkpoint to roll back to|rollbacks did not help)", re.M)
 # May differ between a trial and what it would be today: where it lies and how it is kept, not what it computes.
 INCIDENTAL = ("run.dir", "run.name", "checkpoint.", "log.trackers", "log.sample_")

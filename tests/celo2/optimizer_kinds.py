@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from celo2 import Celo2, Rule
-from celo2.weights import weight_shapes
+from celo2.rule import weight_shapes
 
 ROOT = Path(__file__).resolve().parents[2]
 FUSED = ((8, 3, 6), (1, 2, 0), (3, 6, 8))  # a (8, 18) weight, inputs first, that holds three (6, 8) matrices

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from celo2 import Rule
-from celo2.weights import weight_shapes
+from celo2.rule import weight_shapes
 
 VECTORS = Path(__file__).parent / "vectors"
 ROOT = Path(__file__).resolve().parents[2]

@@ -18,12 +18,12 @@ import pytest
 import torch
 from torch import nn
 
-from celo2 import Celo2, Rule, blocked, matrices, orthogonalize, work
+from celo2 import Celo2, Rule, blocked, orthogonalize, work
 from celo2 import backend as backends
+from celo2 import layout as matrices
 from celo2.blocked import Piece, Stack, whole
 from celo2.kernels.traffic import bytes_moved
-from celo2.rule import accumulator_shapes, factored_axes, update
-from celo2.weights import weight_shapes
+from celo2.rule import accumulator_shapes, factored_axes, update, weight_shapes
 
 pytest.importorskip("triton", reason="Triton, which there is for Linux only, cannot be imported")
 ROOT = Path(__file__).parents[2]
@@ -118,7 +118,7 @@ def cut_stack(device, shape, layout, n, cuts, state_dtype) -> Stack:
 
 
 def pieces_equal_the_plain_passes(device, state_dtype):
-    """Every pass on matrices that are cut into fragments, stored as they are, transposed and fused."""
+    """Every pass on matrices that are cut into local shards, stored as they are, transposed and fused."""
     rule = random_rule().to(device)
     for shape, layout, n, cuts in [
         ((11, 13), None, 0, (20, 77, 78)),

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from celo2 import Rule
+from celo2.baselines import hand_momentum
 from celo2.metatrain import pes
 from celo2.metatrain import unroll as plain
 from celo2.metatrain.config import Config
@@ -20,7 +21,7 @@ from celo2.metatrain.tasks import load_data
 from celo2.metatrain.train import MetaTraining
 from celo2.metatrain.unroll import THETA_SIZE, initial_state, rule_of, theta_of
 from celo2.rule import accumulator_shapes, factored_axes, update
-from celo2.weights import hand_momentum, load_rule
+from celo2.rule_files import load_rule
 
 SIZES = {"problems_per_task": 3, "batch_size": 16, "truncation": 6, "min_length": 6, "max_length": 30}
 SMALL = Config(tasks=["digits"], min_scale=0.1, max_scale=10.0, engine="plain", **SIZES)

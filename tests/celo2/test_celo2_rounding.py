@@ -8,8 +8,7 @@ from celo2 import Celo2, Rule
 from celo2 import blocked as blocked_module
 from celo2.blocked import directions_, whole
 from celo2.rounding import noise, places, stochastic_round
-from celo2.rule import accumulator_shapes, factored_axes, update
-from celo2.weights import weight_shapes
+from celo2.rule import accumulator_shapes, factored_axes, update, weight_shapes
 
 FUSED = ((7, 3, 5), (1, 2, 0), (3, 5, 7))  # GPT-2's c_attn: a (7, 15) weight, inputs first, that holds three (5, 7) matrices
 

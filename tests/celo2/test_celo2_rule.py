@@ -7,10 +7,10 @@ import torch
 
 from celo2 import Celo2, Rule, load_rule
 from celo2 import blocked as blocked_module
+from celo2.baselines import hand_momentum
 from celo2.blocked import directions_, whole
 from celo2.orthogonalize import newton_schulz
-from celo2.rule import accumulator_shapes, factored_axes, normalized_gradient, update
-from celo2.weights import hand_momentum, weight_shapes
+from celo2.rule import accumulator_shapes, factored_axes, normalized_gradient, update, weight_shapes
 
 
 def random_rule(seed: int = 0, hidden: int = 8) -> Rule:

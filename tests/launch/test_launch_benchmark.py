@@ -16,7 +16,7 @@ from launch.benchmark import gpu, optimizer, train
 from launch.benchmark.__main__ import main
 from launch.benchmark.gpu import Part
 from launch.benchmark.measure import Column, peak_bytes, table, time_rounds
-from launch.strategy.blocks import blocks_of, compile_blocks
+from launch.distributed.blocks import blocks_of, compile_blocks
 from models import CausalLMLoss, build_model
 
 CPU = torch.device("cpu")

@@ -8,8 +8,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from configs.schema import Config, Optimizer
-from launch import checkpoint as checkpoint_module
-from launch.checkpoint import (
+from launch.checkpoint import save as checkpoint_module
+from launch.checkpoint.save import (
     CheckpointError,
     find_checkpoint,
     load_checkpoint,
@@ -18,7 +18,7 @@ from launch.checkpoint import (
     verify,
     write_checkpoint,
 )
-from launch.strategy import make_strategy
+from launch.distributed.setup import make_strategy
 from models import build_model
 
 

@@ -20,7 +20,7 @@ from launch.compare import __main__ as compare
 from launch.compare import trials
 from launch.compare.contestants import parse, parse_all
 from launch.compare.trials import judge
-from launch.watch import STOPPED, TrainingError, Watch
+from launch.monitoring.guard import STOPPED, TrainingError, Watch
 
 ROOT = Path(__file__).parents[2]
 STAND_IN = f"""

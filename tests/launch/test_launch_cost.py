@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from celo2.orthogonalize import newton_schulz_flops
-from launch.cost import (
+from launch.planning.cost import (
     Machine,
     Setup,
     StepTime,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch.equality import ROWS, table
+from launch.benchmark.equality import ROWS, table
 
 
 @pytest.mark.slow  # 80 s on 2 processes; test_train_distributed.py compares results in the main suite

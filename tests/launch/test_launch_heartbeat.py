@@ -17,7 +17,17 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from launch.heartbeat import ALERT, CONTINUES, STATUS, Beat, Heartbeat, RankError, blame, is_communication_error, print_error
+from launch.distributed.heartbeat import (
+    ALERT,
+    CONTINUES,
+    STATUS,
+    Beat,
+    Heartbeat,
+    RankError,
+    blame,
+    is_communication_error,
+    print_error,
+)
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 3.0  # s

@@ -23,7 +23,7 @@ def main(rank, path):
     import torch
     import torch.distributed as dist
 
-    from launch.leave import leave
+    from launch.distributed.leave import leave
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=WORLD)

@@ -11,11 +11,11 @@ from torch import nn
 
 from configs.load import ConfigError
 from configs.schema import OPTIMIZERS, Config, Optimizer
-from launch.checkpoint import load_checkpoint, take_snapshot, write_checkpoint
-from launch.foreign import Foreign, pack, unpack
-from launch.optimizers import LIBRARIES, Combined, build_optimizer, check_optimizer, optimizer_groups, set_mode
-from launch.probe import StepProbe, hidden_names
-from launch.strategy import make_strategy
+from launch.checkpoint.save import load_checkpoint, take_snapshot, write_checkpoint
+from launch.distributed.setup import make_strategy
+from launch.monitoring.step_statistics import StepProbe, hidden_names
+from launch.optimizers.build import LIBRARIES, Combined, build_optimizer, check_optimizer, optimizer_groups, set_mode
+from launch.optimizers.third_party import Foreign, pack, unpack
 from models import build_model
 
 NADAM = Optimizer(name="torch.optim.NAdam", arguments={"decoupled_weight_decay": True})

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 
 from configs.schema import Schedule
-from launch.schedule import lr_factor
+from launch.run.schedule import lr_factor
 
 
 def curve(kind, steps=100, **options):

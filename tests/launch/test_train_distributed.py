@@ -207,8 +207,8 @@ def main():
     import train
     from celo2 import work
     from celo2.backend import PLAIN
-    from launch.leave import leave
-    from launch.strategy import Strategy
+    from launch.distributed.leave import leave
+    from launch.distributed.strategy import Strategy
 
     dist.destroy_process_group = lambda *_: None  # the runs of one start share the group: a new one would meet stale addresses
     real, rank, statuses = train.dropout_seed, int(os.environ["RANK"]), []

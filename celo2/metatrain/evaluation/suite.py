@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from celo2 import Celo2, Rule, load_rule
+from celo2.baselines import hand_set
 from celo2.metatrain.config import MetatrainError
 from celo2.metatrain.evaluation.networks import Autoencoder, Convolutional, Recurrent, Transformer
 from celo2.metatrain.tasks import CLASSES, load_images
-from celo2.weights import hand_set
 
 VALIDATION_SHARE, VALIDATION_BATCHES = 0.1, 16
 WEIGHT_DECAY, ADAMW_LR, ADAMW = 0.1, 3e-3, {"betas": (0.9, 0.95), "eps": 1e-8}
@@ -57,7 +57,7 @@ BASELINES = ("adamw", "muon", "hand-momentum", "hand-nesterov", "adam-orthogonal
 
 def adam_orthogonalized() -> Rule:
     """Adam's direction (decays 0.9 and 0.95, no bias correction), to be orthogonalized and normalized."""
-    return hand_set({(5, 0): 1.0}, "Adam's direction")
+    return hand_set({"scaled_momentum": (1.0,)}, "Adam's direction")
 
 
 def first_lr(optimizer: str) -> float:

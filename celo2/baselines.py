@@ -1,0 +1,45 @@
+"""Rules set by hand: what a learned rule must be held against. They run through the same code as every rule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from celo2.rule import FIRST_LAYER, Rule, weight_shapes
+
+
+def hand_set(channels: Mapping[str, tuple[float, ...]], description: str, variant: str = "celo2") -> Rule:
+    """A rule set by hand: u is a sum of RMS-normalized channels, passed through the ReLU MLP exactly.
+
+    Two hidden units a layer carry the positive and the negative part; every other weight is zero.
+
+    Args:
+        channels: factors of the channels, by the name of their group in `celo2.rule.CHANNEL_GROUPS`; missing ones are zero.
+    """
+    weights = {name: torch.zeros(shape) for name, shape in weight_shapes(hidden=8).items()}
+    for unit, sign in enumerate((1.0, -1.0)):
+        for group, factors in channels.items():
+            weights[FIRST_LAYER[group]][: len(factors), unit] = sign * torch.tensor(factors)
+        weights["w1"][unit, unit] = 1.0
+        weights["w2"][unit, 0] = sign
+    return Rule(weights, variant=variant, description=f"hand-set, not learned: {description}")
+
+
+def hand_momentum(variant: str = "celo2") -> Rule:
+    """The momentum of decay 0.9. Orthogonalized, it is Muon without Nesterov momentum, normalized to RMS 1."""
+    return hand_set({"momentum": (1.0,)}, "passes the momentum of decay 0.9", variant)
+
+
+def hand_nesterov() -> Rule:
+    """The momentum of decay 0.9 plus 0.8 of the gradient, both over the root of Adafactor's second moment of decay 0.9.
+
+    On a two-layer byte-level GPT none of 25 sums of channels was better (docs/metatraining.md): the strongest baseline.
+    """
+    return hand_set(
+        {"factored_momentum": (1.0,), "factored_gradient": (0.8,)},
+        "Nesterov's momentum of decay 0.9, over Adafactor's second moment",
+    )
+
+
+HAND_SET = {"hand-momentum": hand_momentum, "hand-nesterov": hand_nesterov}

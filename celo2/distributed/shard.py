@@ -1,0 +1,91 @@
+"""Which part of a parameter is on this rank.
+
+Every sharding scheme in use gives a rank a contiguous run of the elements of a flattened parameter: all of them (DDP), a run
+of whole rows (FSDP2, a DTensor with `Shard(0)`), or any run (the flat partitions of DeepSpeed ZeRO, which cut matrices
+anywhere). The rule works on runs; `celo2.distributed.collectives` completes what a run alone cannot know.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch import Tensor
+
+
+class ShardingError(RuntimeError):
+    """Shards that the optimizer cannot use: elements that no rank or two ranks hold, ranks that disagree, an unknown layout."""
+
+
+@dataclass(frozen=True)
+class LocalShard:
+    """The elements [start, stop) of a flattened parameter of `shape`; the ranks of `group` hold the others.
+
+    Without a group the parameter is whole on this rank. A rank may hold nothing (start == stop).
+    """
+
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    group: dist.ProcessGroup | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether this rank holds every element and nobody else does."""
+        return self.group is None
+
+
+def local_shard_of(p: Tensor) -> LocalShard:
+    """The local shard that parameter `p` is: its attribute `local_shard` says it, its placements if it is a
+    DTensor, and otherwise all of it.
+
+    Raises:
+        ShardingError: a DTensor that is not sharded along its first axis alone, over one axis of its mesh.
+    """
+    if (said := getattr(p, "local_shard", None)) is not None:
+        return said
+    shape = tuple(p.shape)
+    if not is_dtensor(p):
+        return LocalShard(shape, 0, p.numel())
+    sharded = [i for i, placement in enumerate(p.placements) if not placement.is_replicate()]
+    if not sharded:
+        return LocalShard(shape, 0, p.numel())
+    placement = p.placements[sharded[0]]
+    if len(sharded) > 1 or type(placement).__name__ != "Shard" or placement.dim != 0:
+        raise ShardingError(
+            f"a parameter of shape {shape} is placed as {p.placements}; only Shard(0) over one mesh axis is known"
+        )
+    mesh, axis = p.device_mesh, sharded[0]
+    chunk = -(-shape[0] // mesh.size(axis))
+    first = min(mesh.get_local_rank(axis) * chunk, shape[0])
+    last = min(first + chunk, shape[0])
+    if p.to_local().numel() and tuple(p.to_local().shape) != (last - first, *shape[1:]):
+        raise ShardingError(
+            f"a parameter of shape {shape} has a local shard of {tuple(p.to_local().shape)}, not {last - first} rows"
+        )
+    row = math.prod(shape[1:])
+    return LocalShard(shape, first * row, last * row, mesh.get_group(axis))
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether `tensor` is a DTensor, without importing its module."""
+    return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What of `tensor` is on this rank, sharing its memory: a DTensor's local shard, any other tensor itself."""
+    return tensor.to_local() if is_dtensor(tensor) else tensor
+
+
+def check_cover(shape: tuple[int, ...], runs: list[tuple[int, int]], name: str) -> None:
+    """Raise ShardingError unless the runs of all ranks hold every element of a parameter exactly once."""
+    numel, at = math.prod(shape), 0
+    for start, stop in sorted(run for run in runs if run[0] < run[1]):
+        if start != at:
+            what = "no rank updates" if start > at else "two ranks update"
+            raise ShardingError(f"{what} elements {min(at, start)} to {max(at, start) - 1} of {name}, shape {shape}")
+        at = stop
+    if at != numel:
+        what = f"no rank updates elements {at} to {numel - 1}" if at < numel else f"there are more than {numel} elements"
+        raise ShardingError(f"{what} of {name}, shape {shape}")

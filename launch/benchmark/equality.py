@@ -1,0 +1,157 @@
+"""The table "strategy x processes": how far the result is from one process, what a rank holds, and what it sends.
+
+`python -m launch.benchmark strategies` prints it. `table` starts this module under torchrun, where `main` measures all rows.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from configs.schema import Config, Distributed, Train
+from configs.schema import Optimizer as OptimizerConfig
+from launch.benchmark.traffic import Traffic
+from launch.checkpoint.gather import collect
+from launch.distributed import zero as zero_module
+from launch.distributed.leave import leave
+from launch.distributed.setup import make_accelerator, make_strategy
+from launch.distributed.strategy import Strategy
+from launch.monitoring.guard import Verdict
+from launch.optimizers.build import celo2_rule, optimizer_groups
+from launch.planning.cost import Setup, exchanged_bytes, workload_of
+from models import build_model
+
+MODEL = {"layers": 4, "width": 66, "heads": 3, "context": 32, "vocab_size": 261}  # sizes that 2 and 4 do not divide
+BATCH, ACCUMULATION, STEPS, LR = 8, 2, 20, 2e-3
+ROWS = {"ddp": {}, "ddp, shard_state": {"shard_state": True}, "zero1": {}, "zero2": {}, "zero3": {}, "fsdp2": {}}
+# Parameters that DeepSpeed keeps gathered because a model is small would hide what travels for a large one.
+NOTHING_STAYS = {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 0}
+
+
+def measure(row: str, optimizer: str, folder: Path) -> dict[str, Any]:
+    """The losses of STEPS steps, and what the last of them took on this rank; every rank must call it."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    micro = BATCH // world // ACCUMULATION
+    config = Config(
+        train=Train(batch_size=BATCH, micro_batch_size=micro),
+        optimizer=OptimizerConfig(name=optimizer, lr=LR),
+        distributed=Distributed(strategy=row.split(",")[0], **ROWS[row]),
+    )
+    accelerator = make_accelerator(config, str(folder))
+    torch.manual_seed(0)
+    model = build_model(**MODEL)
+    groups = optimizer_groups(config.optimizer, model)
+    setup = Setup(
+        config.distributed.strategy,
+        world,
+        ACCUMULATION,
+        micro,
+        optimizer,
+        shard_state="shard_state" in row,
+        bf16=False,
+        normalize_gradient=optimizer.startswith("celo2") and celo2_rule(config.optimizer).normalize_gradient,
+    )
+    formula = exchanged_bytes(workload_of(model, groups, MODEL["context"], 0.0, 0.0, 0.0, False), setup)
+    strategy = make_strategy(config, accelerator, model)
+
+    generator = torch.Generator().manual_seed(1)
+    losses, gradients = [], 0
+    with Traffic() as traffic:
+        for _ in range(STEPS):
+            traffic.sent.clear()
+            tokens = torch.randint(0, MODEL["vocab_size"], (BATCH, MODEL["context"] + 1), generator=generator)
+            mine = [(t[:, :-1], t[:, 1:]) for t in tokens[rank::world].split(micro)]
+            loss = strategy.backward(mine, BATCH * MODEL["context"])
+            gradients = gradient_bytes(strategy)
+            strategy.step(lambda norm: Verdict(0.0, float(norm), stop=False, save=False))
+            losses.append(loss)
+        sent = dict(traffic.sent)
+    total = accelerator.reduce(torch.stack(losses), "sum").tolist()
+    counts = torch.tensor([state_bytes(strategy), gradients, sum(sent.values())], dtype=torch.float64)
+    everyone = accelerator.gather(counts[None]).tolist()
+    weights, _ = collect(strategy)
+    result = {
+        "row": row,
+        "processes": world,
+        "losses": total,
+        "state_bytes": [int(r[0]) for r in everyone],
+        "gradient_bytes": [int(r[1]) for r in everyone],
+        "sent_bytes": sum(r[2] for r in everyone) / world,
+        "formula_bytes": sum(formula.values()) - formula["agreement"],
+        "kinds": sent,
+    }
+    if accelerator.is_main_process:
+        save_file(weights, folder / f"{row}-{world}.safetensors")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return result
+
+
+def state_bytes(strategy: Strategy) -> int:
+    """Bytes of optimizer state on this rank."""
+    return sum(value.nbytes for state in strategy.optimizer.state.values() for value in state.values())
+
+
+def gradient_bytes(strategy: Strategy) -> int:
+    """Bytes of gradients on this rank between the backward pass and the step."""
+    zero = getattr(strategy, "zero", None)
+    found: list[Tensor] = [getattr(p.grad, "_local_tensor", p.grad) for p in strategy.model.parameters() if p.grad is not None]
+    if zero is not None:
+        found += [g for group in zero.averaged_gradients.values() for g in group or () if g is not None]
+    return sum({g.data_ptr(): g.nbytes for g in found if g.numel()}.values())
+
+
+def table(optimizer: str, worlds: tuple[int, ...] = (1, 2, 4)) -> list[dict[str, Any]]:
+    """Start this module on each number of processes and compare everything with one process under DDP.
+
+    Each record also has `loss_difference`, the largest relative one of a step, and `weight_difference`, the largest at the end.
+    """
+    records: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for world in worlds:
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            subprocess.run([*command, "-m", "launch.benchmark.equality", folder, optimizer], env=environment, check=True)
+            records += json.loads((Path(folder) / f"{world}.json").read_text())
+        reference, weights = records[0], load_file(Path(folder) / "ddp-1.safetensors")
+        for record in records:
+            own = load_file(Path(folder) / f"{record['row']}-{record['processes']}.safetensors")
+            pairs = zip(record["losses"], reference["losses"], strict=True)
+            record["loss_difference"] = max(abs(a / b - 1) for a, b in pairs)
+            record["weight_difference"] = max((own[name] - value).abs().max().item() for name, value in weights.items())
+    return records
+
+
+def main(argv: list[str]) -> int:
+    """Measure every row in this process of torchrun and write FOLDER/<processes>.json on the first rank."""
+    folder, optimizer = Path(argv[0]), argv[1]
+    torch.set_num_threads(1)
+    end, real = dist.destroy_process_group, zero_module.engine_config
+    dist.destroy_process_group = lambda *_: None  # all rows share the group
+
+    def engine_config(config: Config, world: int) -> dict[str, Any]:
+        options = real(config, world)
+        return options | {"zero_optimization": options["zero_optimization"] | NOTHING_STAYS}
+
+    zero_module.engine_config = engine_config
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    results = [measure(row, optimizer, folder) for row in ROWS]
+    if dist.get_rank() == 0:
+        (folder / f"{dist.get_world_size()}.json").write_text(json.dumps(results))
+    dist.barrier()
+    end()
+    return 0
+
+
+if __name__ == "__main__":
+    leave(main(sys.argv[1:]))

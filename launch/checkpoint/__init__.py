@@ -1,0 +1,1 @@
+"""The checkpoint format: everything that writes or reads one is here."""

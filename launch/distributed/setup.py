@@ -1,0 +1,86 @@
+"""How a run is spread over processes: `distributed.strategy` -> processes that see each other, and a `Strategy` that trains.
+
+Every strategy takes the same model, batches and optimizers and leads to the same weights; they differ in what each rank holds
+and in what the ranks send each other.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from transformers import PreTrainedModel
+
+from configs.load import ConfigError
+from configs.schema import Config
+from launch.distributed.ddp import DDP
+from launch.distributed.fsdp2 import FSDP2
+from launch.distributed.strategy import Shard, Strategy
+from launch.distributed.zero import Zero
+from models import peak_flops
+
+STRATEGIES: dict[str, type[Strategy]] = {"ddp": DDP, "zero1": Zero, "zero2": Zero, "zero3": Zero, "fsdp2": FSDP2}
+
+__all__ = ["Shard", "Strategy", "make_accelerator", "make_strategy", "peak"]
+
+
+def make_strategy(config: Config, accelerator: Accelerator, model: PreTrainedModel) -> Strategy:
+    """The strategy of `config` with `model`, whole and alike on every rank, in it, checked over all ranks.
+
+    Raises:
+        ConfigError: a package that is missing, or an optimizer that the strategy does not know.
+        ShardingError: shards that are not what was asked for.
+    """
+    strategy = STRATEGIES[config.distributed.strategy](config, accelerator, model)
+    strategy.check()
+    return strategy
+
+
+def make_accelerator(config: Config, logging_dir: str) -> Accelerator:
+    """The Accelerator of this process: one process, or one of those that torchrun, `accelerate launch` or `deepspeed` started.
+
+    It finds the processes, their devices, the precision and the trackers. Sharding is the strategy's: Accelerate's own plugins
+    are not used, since they are silently ignored where there is no GPU and know nothing of local shards.
+
+    Raises:
+        ConfigError: a tracker that is not installed, a plugin that contradicts `distributed.strategy`, or processes that do not
+            see each other.
+    """
+    for variable, name in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_FSDP", "FSDP")):
+        if os.environ.get(variable, "false").lower() in ("true", "1"):
+            raise ConfigError(
+                f"accelerate launch was told to use {name}; start plain processes (launch/cluster/accelerate.yaml) and "
+                f"choose with distributed.strategy, which is {config.distributed.strategy}"
+            )
+    accelerator = Accelerator(
+        mixed_precision="bf16" if config.train.precision == "bf16" else "no",
+        cpu=not torch.cuda.is_available(),  # without it, processes on a machine without GPUs do not find each other
+        log_with=available_trackers(config.log.trackers) or None,
+        project_dir=logging_dir,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.distributed.timeout))],
+    )
+    expected = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != expected:
+        raise ConfigError(f"{expected} processes were started, but Accelerate sees {accelerator.num_processes}")
+    return accelerator
+
+
+def available_trackers(names: list[str]) -> list[str]:
+    """`names` if all of them can be imported; ConfigError otherwise."""
+    from accelerate.utils import is_tensorboard_available, is_wandb_available
+
+    for name, available in (("tensorboard", is_tensorboard_available), ("wandb", is_wandb_available)):
+        if name in names and not available():
+            raise ConfigError(f"log.trackers asks for {name}, which is not installed (pip install {name})")
+    return names
+
+
+def peak(accelerator: Accelerator) -> float | None:
+    """Peak FLOP/s of this process's device in the precision of the run, where it is known."""
+    if accelerator.device.type != "cuda":
+        return None
+    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+    return peak_flops(torch.cuda.get_device_name(accelerator.device), dtype)

@@ -1,0 +1,131 @@
+"""What every strategy does for the training loop, and how it says what of each parameter is on this rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from celo2 import ShardingError
+from celo2.distributed.collectives import gather_objects
+from celo2.distributed.shard import LocalShard, check_cover
+from celo2.layout import matrix_count, stacked_shape
+from configs.schema import Config
+from launch.distributed.blocks import compile_blocks
+from launch.monitoring.guard import Verdict
+from launch.optimizers.build import Groups, optimizer_groups
+
+Judge = Callable[[Tensor], Verdict]  # grad_norm -> what happens with the step
+ORTHOGONALIZING = ("celo2", "muon")
+MicroBatches = list[tuple[Tensor, Tensor]]
+
+
+class Shard(NamedTuple):
+    """One parameter of the model as this rank holds it."""
+
+    weight: Tensor  # what the optimizer updates, and keys its state by: the whole parameter, or the flat run that is here
+    local_shard: LocalShard  # which elements those are
+    runs: list[tuple[int, int]]  # (start, stop) of every rank of the local shard's group; empty: whole everywhere
+
+
+class Strategy:
+    """A model, its optimizer, and the processes they are spread over.
+
+    Attributes:
+        model: the transformers model; under sharding its parameters are only whole while a forward pass runs.
+        optimizer: updates `shards`.
+        shards: every parameter by name, a tied weight once.
+        matrices: hidden matrices of the model that its optimizer orthogonalizes.
+        buffers: buffers that belong to the model's weights, by name, whole on every rank.
+    """
+
+    def __init__(self, config: Config, accelerator: Accelerator, model: PreTrainedModel) -> None:
+        self.config, self.accelerator, self.model = config, accelerator, model
+        self.world = accelerator.num_processes
+        self.loss_model: nn.Module
+        self.optimizer: torch.optim.Optimizer
+        self.shards: dict[str, Shard] = {}
+        self.copies = 1  # ranks that hold the same shard and orthogonalize it each for itself
+        self.matrices = matrices_of(optimizer_groups(config.optimizer, model)) if config.optimizer.name in ORTHOGONALIZING else 0
+        model.to(accelerator.device)
+        persistent = model.state_dict(keep_vars=True).keys()
+        self.buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+        if not dist.is_initialized() and config.distributed.strategy != "ddp":  # sharding over one process needs a group too
+            backend = "nccl" if accelerator.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        if config.train.compile:
+            compile_blocks(model, accelerator.device)
+
+    @property
+    def counter(self) -> Any:
+        """The optimizer that knows how many matrices it has orthogonalized in a step, if there is one."""
+        return getattr(self.optimizer, "optimizers", [self.optimizer])[0]
+
+    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Sum of the cross-entropy (nats) over the targets of a micro-batch (B, T), both on any device."""
+        device = self.accelerator.device
+        return self.loss_model(inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True))
+
+    def backward(self, micro_batches: MicroBatches, n_targets: int) -> Tensor:
+        """Accumulate the gradient of the mean loss over the `n_targets` of the global batch; -> this rank's share of the loss.
+
+        Every rank sums the losses of its tokens and divides by the global count; gradients are averaged over the ranks, hence
+        the factor.
+        """
+        total = torch.zeros((), device=self.accelerator.device)
+        for i, (inputs, targets) in enumerate(micro_batches):
+            with self.micro_batch(last=i == len(micro_batches) - 1):
+                loss = self.loss(inputs, targets) / n_targets
+                self.differentiate(loss * self.world)
+            total += loss.detach()
+        return total
+
+    def micro_batch(self, last: bool) -> AbstractContextManager:
+        """What one forward and backward pass runs in; `last` of its step."""
+        return nullcontext()
+
+    def differentiate(self, loss: Tensor) -> None:
+        """Add the gradient of `loss`."""
+        loss.backward()
+
+    def step(self, judge: Judge) -> Verdict:
+        """Clip the gradient, ask `judge`, update if it agrees, and forget the gradient."""
+        raise NotImplementedError
+
+    def weights_changed(self) -> None:
+        """Somebody has written into the weights of `shards`: bring what the model computes with in line."""
+
+    def check(self) -> None:
+        """Compare the shards over all ranks.
+
+        Raises:
+            ShardingError: on every rank alike, for an element that no rank or two ranks hold.
+        """
+        groups = {shard.local_shard.group for shard in self.shards.values() if shard.local_shard.group is not None}
+        for group in sorted(groups, key=dist.get_process_group_ranks):
+            mine = {n: (s.local_shard.start, s.local_shard.stop) for n, s in self.shards.items() if s.local_shard.group is group}
+            everyone = gather_objects(mine, group)
+            if any(other.keys() != mine.keys() for other in everyone):
+                raise ShardingError("the ranks do not hold shards of the same parameters")
+            for name in mine:
+                runs = [other[name] for other in everyone]
+                check_cover(self.shards[name].local_shard.shape, runs, name)
+                self.shards[name] = self.shards[name]._replace(runs=runs)
+
+
+def matrices_of(groups: Groups) -> int:
+    """Matrices in the groups that take the rule."""
+    hidden = [(p, group["matrices"]) for group in groups if group["update"] == "celo2" for p in group["params"]]
+    return sum(matrix_count(stacked_shape(tuple(p.shape), layout)) for p, layout in hidden)
+
+
+def named_shards(groups: list[dict], names: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters of an optimizer's groups by the names that the model gives them."""
+    found = {name: p for group in groups for name, p in zip(group["param_names"], group["params"], strict=True)}
+    return {name: found[name] for name in names if name in found}

@@ -1,0 +1,1 @@
+"""What a training run logs and watches: metrics, step statistics, and the guard against bad steps."""

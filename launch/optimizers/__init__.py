@@ -1,0 +1,1 @@
+"""Optimizers by the name in the configuration."""

@@ -1,0 +1,93 @@
+"""torch's Muon on sharded matrices: the momentum stays where the weights are, only the update travels to be orthogonalized.
+
+Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024, as `torch.optim.Muon` with
+`adjust_lr_fn="match_rms_adamw"`, which takes whole matrices only. The orthogonalization is torch's own function.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C, DEFAULT_NS_STEPS, EPS, _zeropower_via_newtonschulz
+
+from celo2.distributed.plan import Entry, Plan, make_plan
+from celo2.distributed.shard import local_shard_of
+from celo2.layout import regions
+from celo2.sharded import is_full, orthogonalize_split
+
+
+class ShardedMuon(torch.optim.Optimizer):
+    """Muon over local shards of matrices (R, C): parameters are this rank's flat runs. Equals torch.optim.Muon.
+
+    State, allocated at construction: `momentum_buffer`, as long as the run.
+    """
+
+    def __init__(self, params: list[dict[str, Any]], momentum: float = 0.95, weight_decay: float = 0.1) -> None:
+        super().__init__(params, {"lr": 1e-3, "weight_decay": weight_decay, "momentum": momentum})
+        self.orthogonalized = 0  # matrices that this rank has orthogonalized so far
+        self.plan: Plan | None = None
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One update of every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self.plan is None:
+            members = [
+                (name, p) for group in self.param_groups for name, p in zip(group["param_names"], group["params"], strict=True)
+            ]
+            self.plan = make_plan([Entry(name, p, local_shard_of(p), True, True, None) for name, p in members], "muon")
+        split: dict[dist.ProcessGroup, list[tuple]] = {}
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._update(p, group, split)
+        for process_group, items in split.items():
+            matrices = [matrix for matrix, *_ in items]
+            pieces = [views for _, views, *_ in items]
+            empty = torch.empty(0, dtype=torch.bfloat16, device=items[0][2].device)
+            results = orthogonalize_split(matrices, pieces, empty, process_group, orthogonalize)
+            me = dist.get_rank(process_group)
+            for (matrix, _, p, held, group), parts in zip(items, results, strict=True):
+                self.orthogonalized += matrix.owner == me
+                for region, u in zip(held, parts, strict=True):
+                    apply_(region.view(p, local_shard_of(p).start), u, (matrix.rows, matrix.cols), group)
+        return loss
+
+    def _update(self, p: Tensor, group: dict[str, Any], split: dict[dist.ProcessGroup, list[tuple]]) -> None:
+        """Move the momentum of `p`, update it if it is whole here, and otherwise add it to `split`."""
+        local_shard, momentum = local_shard_of(p), group["momentum"]
+        buffer = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+        direction = p.grad.lerp(buffer, momentum).bfloat16()
+        for region in regions(local_shard.shape, None, local_shard.start, local_shard.stop):
+            if is_full(region, *local_shard.shape):
+                u = orthogonalize(region.view(direction, local_shard.start))
+                apply_(region.view(p, local_shard.start), u, local_shard.shape, group)
+                self.orthogonalized += 1
+        for matrix in self.plan.get(p, {}).values():
+            held = matrix.held[dist.get_rank(local_shard.group)]
+            views = [region.view(direction, local_shard.start) for region in held]
+            split.setdefault(local_shard.group, []).append((matrix, views, p, held, group))
+
+
+def orthogonalize(u: Tensor) -> Tensor:
+    """torch's Newton–Schulz, which takes one matrix at a time, on u (N, R, C)."""
+    coefficients = (DEFAULT_A, DEFAULT_B, DEFAULT_C)
+    return torch.stack([_zeropower_via_newtonschulz(m, coefficients, DEFAULT_NS_STEPS, EPS) for m in u])
+
+
+def apply_(w: Tensor, u: Tensor, shape: tuple[int, int], group: dict[str, Any]) -> None:
+    """torch's update of a weight of `shape`, in place, on a part w of it."""
+    lr = group["lr"]
+    w.mul_(1 - lr * group["weight_decay"])
+    w.add_(u, alpha=-lr * 0.2 * math.sqrt(max(shape)))

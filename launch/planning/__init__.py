@@ -1,0 +1,1 @@
+"""`train.py --plan`: what a training run would take."""

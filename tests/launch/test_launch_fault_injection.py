@@ -1,0 +1,293 @@
+"""Fault injection: the command that users run, with fewer kills; and what a resumed run may and may not change."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from launch.distributed.strategy import Strategy
+from launch.monitoring import guard as watch_module
+
+ROOT = Path(__file__).parents[2]
+
+
+def losses(records):
+    return [r["loss"] for r in records if "loss" in r]
+
+
+def events(run, kind):
+    lines = (run.tmp_path / "run" / "events.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["event"] == kind]
+
+
+def test_every_fault_is_survived(tmp_path):
+    """Two kills at random moments and two in each phase of a save, damage, signals, a full disk, NaN."""
+    command = [sys.executable, "-m", "launch.torture", "--kills", "14", "--dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    injected, survived = done.stdout.splitlines()[-1].split()[-2:]
+    assert injected == survived
+    assert int(injected) >= 30
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("optimizer", ["celo2", "celo2-base", "adamw", "muon"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_two_resumes_across_an_epoch_are_exact(run, optimizer, precision):
+    """Stopped by signals at steps 5 and 20 of 50, with an epoch's edge between: bit for bit, and no line more or less."""
+    options = [f"optimizer.name={optimizer}", f"train.precision={precision}", "model.dropout=0.1", "train.steps=50"]
+    options += ["train.batch_size=16", "eval.every=5", "checkpoint.every=7"]
+    _, whole, _ = run(*options, folder="whole")
+    for step in (5, 20):
+        with signal_in_step(step):
+            assert run(*options)[0] == watch_module.STOPPED
+    status, parts, _ = run(*options)
+    assert status == 0
+    clock = ("seconds", "tokens_per_second", "optimizer_seconds")
+    assert [drop(r, clock) for r in parts] == [drop(r, clock) for r in whole]
+
+
+def drop(record, keys):
+    return {key: value for key, value in record.items() if key not in keys}
+
+
+class signal_in_step:
+    """While it is open, this process gets a signal in the backward pass of global step `step`."""
+
+    def __init__(self, step, number=signal.SIGTERM):
+        self.step, self.number = step, number
+
+    def __enter__(self):
+        self.real = train.dropout_seed
+
+        def signalled(seed, step, rank):
+            if step + 1 == self.step:
+                os.kill(os.getpid(), self.number)
+            return self.real(seed, step, rank)
+
+        train.dropout_seed = signalled
+
+    def __exit__(self, *_):
+        train.dropout_seed = self.real
+
+
+def test_handlers_are_put_back(run):
+    before = [signal.getsignal(number) for number in watch_module.STOP_SIGNALS]
+    run("train.steps=2")
+    assert [signal.getsignal(number) for number in watch_module.STOP_SIGNALS] == before
+
+
+def test_second_interrupt_stops_at_once_and_harms_nothing(run, monkeypatch):
+    options = ["train.steps=12", "checkpoint.every=4"]
+    _, whole, _ = run(*options, folder="whole")
+    real = train.dropout_seed
+
+    def twice(seed, step, rank):
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(seed, step, rank)
+
+    monkeypatch.setattr(train, "dropout_seed", twice)
+    assert run(*options)[0] == 130
+    monkeypatch.undo()
+    status, parts, _ = run(*options)
+    assert status == 0
+    assert losses(parts) == losses(whole)
+
+
+def test_changed_learning_rate_and_steps_are_allowed_and_said(run):
+    run("train.steps=3")
+    status, _, _ = run("train.steps=5", "optimizer.lr=1e-3")
+    assert status == 0
+    assert "train.steps 3 -> 5" in run.out
+    assert "optimizer.lr 0.005 -> 0.001" in run.out
+
+
+def poison(monkeypatch, steps):
+    """NaN in one gradient of the global steps `steps` (from 1), the first time that they are taken."""
+    real, left = Strategy.backward, set(steps)
+    current = [0]
+    real_seed = train.dropout_seed
+
+    def seed(value, step, rank):
+        current[0] = step + 1
+        return real_seed(value, step, rank)
+
+    def poisoned(strategy, *rest):
+        loss = real(strategy, *rest)
+        if current[0] in left:
+            left.discard(current[0])
+            next(strategy.loss_model.parameters()).grad[0] = float("nan")
+        return loss
+
+    monkeypatch.setattr(train, "dropout_seed", seed)
+    monkeypatch.setattr(Strategy, "backward", poisoned)
+
+
+def test_a_bad_step_never_reaches_the_weights(run, monkeypatch):
+    poison(monkeypatch, [4])
+    status, records, _ = run("checkpoint.every=1", "checkpoint.keep=10")
+    assert status == 0
+    assert [r["step"] for r in records if "loss" in r] == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in records if "grad_norm" in r and r["grad_norm"] is None] == [4]
+    folder = run.tmp_path / "run" / "checkpoints"
+    three, four, five = (load_file(folder / f"step_0000000{n}" / "model.safetensors") for n in (3, 4, 5))
+    assert all(torch.equal(three[name], four[name]) for name in three)
+    assert not all(torch.equal(four[name], five[name]) for name in four)
+    (problem,) = events(run, "problem")
+    assert problem["step"] == 4
+    assert len(problem["sequences"]) == 8
+    assert json.loads((folder / "step_00000006" / "state.json").read_text())["bad_steps"] == 1
+
+
+def test_too_many_bad_steps_stop_the_run_with_the_last_good_checkpoint(run, monkeypatch):
+    poison(monkeypatch, range(3, 100))
+    status, _, err = run("train.steps=30", "train.max_bad_steps=4", "checkpoint.every=2")
+    assert status == 2
+    assert "4 steps in a row were not finite" in err
+    monkeypatch.undo()
+    status, records, _ = run("train.steps=30", "train.max_bad_steps=4", "checkpoint.every=2")
+    assert status == 0
+    assert all(torch.isfinite(torch.tensor(loss)) for loss in losses(records)[-5:])
+
+
+def test_rollback_goes_back_and_leaves_the_batches_out(run, monkeypatch):
+    poison(monkeypatch, [9, 10])
+    options = ["train.steps=14", "train.max_bad_steps=2", "train.on_spike=rollback", "checkpoint.every=4", "eval.every=0"]
+    status, records, _ = run(*options)
+    assert status == 0
+    assert [r["step"] for r in records if "loss" in r] == list(range(1, 15))
+    assert all(r["loss"] is not None and r["grad_norm"] is not None for r in records if "loss" in r)
+    newest = sorted((run.tmp_path / "run" / "checkpoints").iterdir())[-1]
+    state = json.loads((newest / "state.json").read_text())
+    assert (state["skipped"], state["rollbacks"], state["bad_steps"]) == ([[8, 10]], 1, 2)
+    assert "rolled back to step 8" in run.out
+    # The same steps on the batches that are left: what a run that never saw the bad ones does.
+    monkeypatch.undo()
+    _, again, _ = run(*options, folder="again")
+    assert losses(again)[:8] == losses(records)[:8]
+    assert losses(again)[8] != losses(records)[8]
+
+
+def test_a_spike_is_noticed(run, monkeypatch):
+    monkeypatch.setattr(watch_module, "SPIKE_WINDOW", 5)
+    real = Strategy.backward
+    calls = []
+
+    def spiked(*args):
+        calls.append(1)
+        loss = real(*args)
+        return loss + 3 if len(calls) == 8 else loss
+
+    monkeypatch.setattr(Strategy, "backward", spiked)
+    status, _, _ = run("train.steps=10")
+    assert status == 0
+    assert [(e["step"], "spike" in e["problem"]) for e in events(run, "problem")] == [(8, True)]
+
+
+def test_checkpoints_by_the_clock(run):
+    status, _, _ = run("checkpoint.every=0", "checkpoint.minutes=1e-9", "checkpoint.keep=10", "eval.every=0")
+    assert status == 0
+    saved = [e["step"] for e in events(run, "checkpoint")]
+    assert len(saved) >= 3
+    assert saved[-1] == 6
+    assert all(e["stall_seconds"] >= 0 and e["bytes"] > 0 and e["write_seconds"] > 0 for e in events(run, "checkpoint"))
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(run, monkeypatch):
+    from launch.checkpoint import save as checkpoint
+
+    real, order = checkpoint.write_checkpoint, []
+
+    def slow(*args):
+        order.append("writing")
+        time.sleep(0.5)
+        order.append("written")
+        return real(*args)
+
+    real_backward = Strategy.backward
+
+    def step(*args):
+        order.append(threading.current_thread().name == "MainThread")
+        return real_backward(*args)
+
+    monkeypatch.setattr(checkpoint, "write_checkpoint", slow)
+    monkeypatch.setattr(Strategy, "backward", step)
+    assert run("train.steps=6", "checkpoint.every=3", "eval.every=0")[0] == 0
+    first_save = order[order.index("writing") : order.index("written")]
+    assert first_save.count(True) >= 1
+
+
+def test_a_save_that_fails_does_not_end_the_run(run, monkeypatch):
+    from launch.checkpoint import save as checkpoint
+
+    real, calls = checkpoint.save_file, []
+
+    def sometimes(*args):
+        calls.append(1)
+        if len(calls) == 1:
+            raise OSError(28, "No space left on device")
+        return real(*args)
+
+    monkeypatch.setattr(checkpoint, "save_file", sometimes)
+    assert run("train.steps=6", "checkpoint.every=3")[0] == 0
+    assert "warning: cannot write checkpoint" in run.out
+    first, last = events(run, "checkpoint")
+    assert "No space left" in first["error"]
+    assert last["step"] == 6
+    assert "error" not in last
+
+
+def test_a_refused_start_leaves_the_run_as_it_was(run):
+    run("train.steps=3")
+    folder = run.tmp_path / "run"
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for change in ("model.width=64", "run.seed=7", "optimizer.name=adamw"):
+        assert run(change)[0] == 2
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_anew(run):
+    run("train.steps=6", "checkpoint.every=3")
+    for path in (run.tmp_path / "run" / "checkpoints").iterdir():
+        (path / "model.safetensors").unlink()
+    _, records, err = run("train.steps=9")
+    assert "no checkpoint is whole" in err
+    assert "step_00000003" in err
+    assert [r["step"] for r in records if "loss" in r] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_checkpoint_set_aside_by_a_killed_rewrite_comes_back(run):
+    _, whole, _ = run("train.steps=6", "checkpoint.every=3", folder="whole")
+    with signal_in_step(4):
+        assert run("train.steps=6", "checkpoint.every=0")[0] == watch_module.STOPPED
+    folder = run.tmp_path / "run" / "checkpoints"
+    (folder / "step_00000004").rename(folder / ".step_00000004.old")
+    (folder / ".step_00000004.tmp").mkdir()
+    status, parts, _ = run("train.steps=6", "checkpoint.every=3")
+    assert status == 0
+    assert "resumed from" in run.out
+    assert losses(parts) == losses(whole)
+    assert not list(folder.glob(".step_*"))
+
+
+def test_a_full_disk_under_the_metrics_is_one_line(run, monkeypatch):
+    from launch.monitoring.metrics import Metrics
+
+    def full(*_):
+        raise OSError(28, "No space left on device", "metrics.jsonl")
+
+    monkeypatch.setattr(Metrics, "write", full)
+    status, _, err = run("train.steps=3")
+    assert status == 2
+    assert err == "error: [Errno 28] No space left on device: 'metrics.jsonl'\n"
