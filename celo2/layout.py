@@ -1,28 +1,26 @@
-"""How one parameter is a stack of matrices, and where the elements of a part of it lie.
+"""How one parameter is a stack of matrices.
 
 A layout is a plain tuple `(split, order, shape)`: `parameter.view(split).permute(order).reshape(shape)` is the stack (N, R, C)
 of matrices that the rule updates, each as if it were a parameter of its own. It is needed where a module fuses several
 matrices in one parameter (GPT-2's c_attn), stores them transposed (Conv1D) or flattens them (convolutions). Without a layout,
 a parameter (..., R, C) is a batch of matrices as it stands, and its second moment is factored over its two longest axes.
 
-Nothing is ever copied into the order of the stack: `regions` names the strided views of the parameter's own elements that
-make it up. A run of those elements, which is what sharding leaves on a rank, is made up of such views as well.
+In a step, a `Stack` holds equal matrices as views of gradient, weight and accumulators: what the passes of the rule work on.
 """
 
 from __future__ import annotations
 
-import itertools
+import functools
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from celo2.regions import Layout, Region, merged_axes, regions
 from celo2.rule import factored_axes
-
-Layout = tuple[tuple[int, ...], tuple[int, ...], tuple[int, int, int]]
-Range = tuple[int, int]  # first index and the one after the last
 
 
 def as_layout(value: object) -> Layout:
@@ -60,109 +58,140 @@ def stacked_axes(shape: tuple[int, ...], layout: Layout | None) -> tuple[int, in
     return d1 + 1, d0 + 1
 
 
+def is_factored_over_batch(shape: tuple[int, ...], layout: Layout | None) -> bool:
+    """Whether the second moment of a stacked `shape` is factored over a batch axis, as of a (64, 8, 8) without a layout."""
+    axes = stacked_axes(shape, layout)
+    return axes is not None and min(axes) < len(shape) - 2
+
+
 def matrix_count(shape: tuple[int, ...]) -> int:
     """Matrices in a stacked `shape` (..., R, C); a vector has none."""
     return math.prod(shape[:-2]) if len(shape) >= 2 else 0
 
 
-class Region(NamedTuple):
-    """A block of a stack (N, R, C), and where its elements lie in the flattened parameter."""
+class Form(NamedTuple):
+    """What a local shard of a parameter is to the rule."""
 
-    matrices: slice
-    rows: slice
-    cols: slice
-    offset: int  # of its first element
-    strides: tuple[int, int, int]  # between its matrices, rows and columns
-
-    def view(self, run: Tensor, start: int) -> Tensor:
-        """The region (..., n, r, c) in `run` (..., E), which holds the E elements of the flattened parameter from `start` on."""
-        size = [s.stop - s.start for s in (self.matrices, self.rows, self.cols)]
-        unit = run.stride(-1)
-        strides = [*run.stride()[:-1], *(unit * stride for stride in self.strides)]
-        return run.as_strided([*run.shape[:-1], *size], strides, run.storage_offset() + unit * (self.offset - start))
-
-    def of_matrix(self, n: int) -> Region:
-        """The part of it in matrix `n` of the stack."""
-        return self._replace(matrices=slice(n, n + 1), offset=self.offset + (n - self.matrices.start) * self.strides[0])
+    stack: tuple[int, int, int]  # (N, R, C) of the whole parameter; of a vector of E elements (1, 1, E)
+    axes: tuple[int, int] | None  # of the factored second moment, in the stacked shape; None for a vector
+    by_reference: bool  # a vector, or matrices whose second moment is factored over the batch: no stack of equal matrices
+    whole: tuple[tuple[slice, tuple[Region, ...]], ...] = ()  # equal matrices that lie whole here: which ones, and their regions
+    split: Mapping[int, tuple[Region, ...]] = {}  # regions of matrices that other ranks hold parts of, by number
 
 
-def regions(shape: tuple[int, ...], layout: Layout | None, start: int, stop: int) -> list[Region]:
-    """What the elements [start, stop) of the flattened parameter of `shape` are in its stack (N, R, C), each exactly once.
-
-    A whole parameter without a layout is one region. A run that begins and ends within rows is up to five: the rest of a
-    row, the rest of a matrix, whole matrices, whole rows, the beginning of a row.
-    """
-    if layout is None:
-        stack = (math.prod(shape[:-2]), *shape[-2:])
-        layout = (stack, (0, 1, 2), stack)
-    if start >= stop:
-        return []
-    axes = merged_axes(layout)
-    return [region for box in boxes(layout[0], start, stop) for region in mergeable(layout[0], axes, box)]
+@functools.lru_cache(maxsize=1 << 12)  # the same numbers in every step: worked out anew they take a fifth of the host's time
+def form_of(shape: tuple[int, ...], layout: Layout | None, start: int, stop: int, alone: bool) -> Form:
+    """The form of the elements [start, stop) of a parameter of `shape`; `alone`: no other rank holds a part of it."""
+    stacked = stacked_shape(shape, layout)
+    axes = stacked_axes(stacked, layout)
+    if axes is None:
+        return Form((1, 1, math.prod(shape)), None, by_reference=True)
+    n_matrices, rows, cols = stack = (matrix_count(stacked), *stacked[-2:])
+    if is_factored_over_batch(stacked, layout):
+        return Form(stack, axes, by_reference=True)
+    here = regions(shape, layout, start, stop)
+    if alone and all(region.matrices == slice(0, n_matrices) for region in here):
+        return Form(stack, axes, False, ((slice(0, n_matrices), tuple(here)),))
+    whole = []
+    parts: dict[int, list[Region]] = {}
+    for region in here:
+        if region.is_full(rows, cols):
+            whole.append((region.matrices, (region,)))
+        else:
+            for n in range(region.matrices.start, region.matrices.stop):
+                parts.setdefault(n, []).append(region.of_matrix(n))
+    cut = {n: tuple(of_matrix) for n, of_matrix in parts.items()}
+    if alone:  # in pieces, but all of them are here
+        return Form(stack, axes, False, (*whole, *((slice(n, n + 1), of_matrix) for n, of_matrix in cut.items())))
+    return Form(stack, axes, False, tuple(whole), cut)
 
 
 def to_stack(tensor: Tensor, shape: tuple[int, ...], layout: Layout | None) -> Tensor:
     """A copy of `tensor` (..., *shape), elements of a whole parameter of `shape`, in its stacked shape (..., *stacked)."""
     if layout is None:
         return tensor.clone()
+    split, order, stacked = layout
     lead = tensor.shape[: tensor.ndim - len(shape)]
-    stack = tensor.new_empty(*lead, *layout[2])
-    run = tensor.reshape(*lead, -1)
-    for region in regions(shape, layout, 0, math.prod(shape)):
-        stack[..., region.matrices, region.rows, region.cols] = region.view(run, 0)
-    return stack
+    permuted = tensor.reshape(*lead, *split).permute(*range(len(lead)), *(len(lead) + axis for axis in order))
+    return permuted.reshape(*lead, *stacked).clone()
 
 
-def merged_axes(layout: Layout) -> list[list[int]]:
-    """Which axes of `split` make up N, R and C; ValueError where `shape` is not a merging of adjacent permuted axes."""
-    split, order, shape = layout
-    left, axes = list(order), []
-    for size in shape:
-        axis: list[int] = []
-        while math.prod(split[i] for i in axis) < size and left:
-            axis.append(left.pop(0))
-        if math.prod(split[i] for i in axis) != size:
-            raise ValueError(f"matrices {layout}: {shape} does not merge adjacent axes of {tuple(split[i] for i in order)}")
-        axes.append(axis)
-    return axes
+Direction = Tensor | list[Tensor]  # of whole matrices (N, R, C); of what is here of a split one, a tensor (1, r, c) a piece
 
 
-def boxes(dims: tuple[int, ...], start: int, stop: int) -> Iterator[list[Range]]:
-    """The run [start, stop) of the elements of an array of `dims` in row-major order, as boxes of one range for each axis."""
-    if start >= stop:
-        return
-    if not dims:
-        yield []
-        return
-    inner = math.prod(dims[1:])
-    (first, head), (last, tail) = divmod(start, inner), divmod(stop, inner)
-    if first == last:
-        yield from ([(first, first + 1), *box] for box in boxes(dims[1:], head, tail))
-        return
-    if head:
-        yield from ([(first, first + 1), *box] for box in boxes(dims[1:], head, inner))
-        first += 1
-    if first < last:
-        yield [(first, last), *((0, n) for n in dims[1:])]
-    yield from ([(last, last + 1), *box] for box in boxes(dims[1:], 0, tail))
+class Piece(NamedTuple):
+    """A part of N equal matrices: some of their rows and columns, the same ones of every matrix."""
+
+    g: Tensor  # gradient (N, r, c), any float dtype, before clipping
+    w: Tensor  # weight (N, r, c), any float dtype
+    m: Tensor  # momenta (N, K, r, c), float32 or bfloat16
+    v: Tensor  # second moment (N, r, c), like m
+    rows: slice  # which of the R rows
+    cols: slice  # which of the C columns
 
 
-def mergeable(split: tuple[int, ...], axes: list[list[int]], box: list[Range]) -> Iterator[Region]:
-    """`box` cut until each of its N, R and C is one slice with one stride."""
-    steps = [math.prod(split[i + 1 :]) for i in range(len(split))]
-    slices, strides = [], []
-    for axis in axes:
-        long = [i for i in axis if box[i][1] - box[i][0] > 1]
-        inner = axis[axis.index(long[0]) + 1 :] if long else []
-        full = all(box[i] == (0, split[i]) for i in inner)
-        adjacent = all(steps[a] == steps[b] * split[b] for a, b in itertools.pairwise(long))
-        if not (full and adjacent):
-            for i in range(*box[long[0]]):
-                yield from mergeable(split, axes, [(i, i + 1) if j == long[0] else r for j, r in enumerate(box)])
-            return
-        first = 0
-        for i in axis:
-            first = first * split[i] + box[i][0]
-        slices.append(slice(first, first + math.prod(box[i][1] - box[i][0] for i in axis)))
-        strides.append(steps[long[-1]] if long else 1)
-    yield Region(*slices, sum(r[0] * step for r, step in zip(box, steps, strict=True)), tuple(strides))
+class Stack(NamedTuple):
+    """N equal matrices with their accumulators: whole, or those pieces of them that are here.
+
+    `row` holds the means over the longer axis of a matrix, `col` the means over the shorter one, so that `row` runs along
+    the R rows, except where R > C: there it runs along the C columns.
+    """
+
+    shape: tuple[int, int, int]  # (N, R, C)
+    pieces: Sequence[Piece]
+    row: Tensor  # (N, K, R), or (N, K, C) where R > C, float32
+    col: Tensor  # (N, K, C), or (N, K, R) where R > C, float32
+    count: Tensor | None = None  # int32 (N,), the number of this step for each matrix; None where m and v are float32
+    scale: Tensor | None = None  # (N,), 1 / RMS of the gradient, for a rule that normalizes it
+
+
+def whole(g: Tensor, w: Tensor, m: Tensor, v: Tensor, row: Tensor, col: Tensor, count: Tensor | None = None) -> Stack:
+    """A stack of matrices that lie in one piece: g, w, v (N, R, C), m (N, K, R, C), row, col and count as in `Stack`."""
+    n, rows, cols = g.shape
+    return Stack((n, rows, cols), [Piece(g, w, m, v, slice(0, rows), slice(0, cols))], row, col, count)
+
+
+def stack_of(
+    g: Tensor, w: Tensor, state: Mapping[str, Tensor] | None, shape: tuple[int, int, int], which: slice, regions: Sequence[Region]
+) -> Stack:
+    """The matrices `which` of the stack of `shape` (N, R, C), of which `regions` are here, in contiguous local shards g and w."""
+    n, (total, rows, cols) = which.stop - which.start, shape
+    if state is None:  # kept by another rank: of the right shape, without memory, and never read
+        zero = torch.zeros((), device=w.device)
+        pieces = [Piece(r.of(g), r.of(w), zero.expand(n, 3, *r.size[1:]), zero.expand(r.size), r.rows, r.cols) for r in regions]
+        return Stack((n, rows, cols), pieces, zero.expand(n, 3, min(rows, cols)), zero.expand(n, 3, max(rows, cols)))
+    m, v = state["momentum"].view(3, -1), state["second_moment"].view(-1)
+    pieces = [Piece(r.of(g), r.of(w), r.of_each(m), r.of(v), r.rows, r.cols) for r in regions]
+    row, col = (state[name].view(3, total, -1).transpose(0, 1) for name in ("row", "col"))
+    if n < total:
+        row, col = row[which], col[which]
+    return Stack((n, rows, cols), pieces, row, col, state["count"].expand(n) if "count" in state else None)
+
+
+def part_of(stack: Stack, part: slice) -> Stack:
+    """The matrices `part` of a stack."""
+    _, rows, cols = stack.shape
+    pieces = [Piece(*(field[part] for field in piece[:4]), piece.rows, piece.cols) for piece in stack.pieces]
+    count = None if stack.count is None else stack.count[part]
+    return Stack((part.stop - part.start, rows, cols), pieces, stack.row[part], stack.col[part], count)
+
+
+def gathered(stacks: Sequence[Stack], elements: bool) -> Stack:
+    """One stack of copies of stacks whose matrices lie in one piece; without `elements`, of their means alone."""
+    _, rows, cols = stacks[0].shape
+    pieces = []
+    if elements:
+        fields = zip(*(stack.pieces[0][:4] for stack in stacks), strict=True)
+        pieces = [Piece(*(torch.cat(tensors) for tensors in fields), slice(0, rows), slice(0, cols))]
+    counts = [stack.count for stack in stacks if stack.count is not None]
+    row, col = torch.cat([stack.row for stack in stacks]), torch.cat([stack.col for stack in stacks])
+    return Stack((len(row), rows, cols), pieces, row, col, torch.cat(counts) if counts else None)
+
+
+def scatter_(together: Stack, stacks: Sequence[Stack]) -> None:
+    """Copy accumulators that were `gathered` back to where they belong."""
+    moved = [(together.row, [s.row for s in stacks]), (together.col, [s.col for s in stacks])]
+    for piece in together.pieces:
+        moved += [(piece.m, [s.pieces[0].m for s in stacks]), (piece.v, [s.pieces[0].v for s in stacks])]
+    for new, own in moved:
+        torch._foreach_copy_(own, list(new.split([s.shape[0] for s in stacks])))

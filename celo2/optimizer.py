@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -11,17 +12,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.optim.adamw import adamw
 
-from celo2 import layout as matrices
-from celo2.checks import check_gradient, check_keys, check_options, check_parameter, check_saved_state
-from celo2.distributed.plan import Entry, Plan, fingerprint, gather_runs, make_plan
-from celo2.distributed.shard import LocalShard, ShardingError, local, local_shard_of
+from celo2.adamw import adamw_
+from celo2.blocked import Passes
+from celo2.distributed.owners import orthogonalized_by_owners, orthogonalized_over
+from celo2.distributed.plan import Entry, Plan, Replicas, fingerprint, gather_ranges, make_plan
+from celo2.distributed.shard import LocalShard, ShardingError, local_shard_of
+from celo2.layout import matrix_count, stacked_shape
 from celo2.orthogonalize import newton_schulz_flops
-from celo2.replicas import Replicas
-from celo2.rule import Rule, accumulator_shapes
+from celo2.rule import Rule
 from celo2.rule_files import load_rule
-from celo2.work import Context, Work
+from celo2.state import check_gradient, check_keys, check_options, check_parameter, keeping_dtypes, new_state
+from celo2.step import Context, Work, orthogonalized_here, passes_for
 
 
 class Celo2(torch.optim.Optimizer):
@@ -56,7 +58,7 @@ class Celo2(torch.optim.Optimizer):
     State, allocated at construction, for a parameter of shape P and stacked shape S = (..., R, C) (see `celo2.layout`): by
     the rule, `momentum` (3, *P), `second_moment` P, and `row` and `col`, means over the longer and the shorter axis of a
     matrix, or `diag` (3, *P) for a vector; by AdamW `step`, `exp_avg`, `exp_avg_sq`. A matrix with bfloat16 state has `count`,
-    int32 (), its steps so far. Of a parameter that is sharded, P is the run of elements that this rank holds, `count` is the
+    int32 (), its steps so far. Of a parameter that is sharded, P is its local shard, `count` is the
     same on all ranks, and `row` and `col` are those of all its matrices: every rank moves them where a matrix is split, one that
     lies whole on a rank moves there.
 
@@ -89,6 +91,7 @@ class Celo2(torch.optim.Optimizer):
         self.ns_dtype = ns_dtype
         self.state_dtype = state_dtype
         self.replicas = Replicas(replicas, shard_state) if replicas is not None else None
+        self.passes: Passes | None = None  # those of every device; None: `celo2.step.passes_for` chooses
         self.orthogonalized = 0  # matrices that this rank has orthogonalized so far
         self._rule_on: dict[torch.device, Rule] = {}
         self._plan: Plan | None = None
@@ -104,7 +107,7 @@ class Celo2(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {name: getattr(self, name) for name in ("rule", "ns_dtype", "state_dtype", "replicas", "orthogonalized")}
+        own = {name: getattr(self, name) for name in ("rule", "ns_dtype", "state_dtype", "replicas", "passes", "orthogonalized")}
         return {**super().__getstate__(), **own, "_rule_on": {}, "_plan": None}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -133,7 +136,7 @@ class Celo2(torch.optim.Optimizer):
                 self.replicas.add(params, [self._cost(p, group) for p in params], "celo2" if by_rule else "adamw")
         for p in group["params"]:
             if self.replicas is None or self.replicas.keeps_state(p):
-                self._allocate(p, group)
+                self.state[p] = new_state(p, group, self.takes_rule(p, group), self.state_dtype)
 
     def takes_rule(self, p: Tensor, group: dict[str, Any]) -> bool:
         """Whether the rule, and not AdamW, updates `p` of `group`."""
@@ -142,30 +145,10 @@ class Celo2(torch.optim.Optimizer):
         return group["update"] == "celo2"
 
     def _cost(self, p: Tensor, group: dict[str, Any]) -> float:
-        shape = matrices.stacked_shape(p.shape, group["matrices"])
+        shape = stacked_shape(p.shape, group["matrices"])
         if not self.takes_rule(p, group) or len(shape) < 2 or not self._orthogonalizes(group):
             return p.numel()
-        return matrices.matrix_count(shape) * newton_schulz_flops(*shape[-2:])
-
-    def _allocate(self, p: Tensor, group: dict[str, Any]) -> None:
-        local_shard, run = local_shard_of(p), local(p)
-        size = tuple(run.shape) if local_shard.whole else (run.numel(),)
-        dtypes = {"step": torch.float32, "count": torch.int32}
-        if self.takes_rule(p, group):
-            shape = matrices.stacked_shape(local_shard.shape, group["matrices"])
-            axes = matrices.stacked_axes(shape, group["matrices"])
-            shapes = accumulator_shapes(shape, axes)
-            size = size or (1,)  # a scalar is a vector
-            shapes |= {name: (*s[: len(s) - len(shape)], *size) for name, s in shapes.items() if name not in ("row", "col")}
-            if axes is not None and self.state_dtype is torch.bfloat16:
-                shapes["count"] = ()
-                dtypes |= {"momentum": torch.bfloat16, "second_moment": torch.bfloat16}
-        else:
-            shapes = {"step": (), "exp_avg": size, "exp_avg_sq": size}
-            dtypes |= dict.fromkeys(("exp_avg", "exp_avg_sq"), torch.promote_types(p.dtype, torch.float32))
-        self.state[p] = {
-            name: torch.zeros(s, dtype=dtypes.get(name, torch.float32), device=run.device) for name, s in shapes.items()
-        }
+        return matrix_count(shape) * newton_schulz_flops(*shape[-2:])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -182,23 +165,27 @@ class Celo2(torch.optim.Optimizer):
             by_rule: list[tuple[Tensor, LocalShard]] = []
             by_adamw: list[Tensor] = []
             for p in group["params"]:
-                if p.grad is None or not math.prod((local_shard := local_shard_of(p)).shape):
+                if p.grad is None or not math.prod((shard := local_shard_of(p)).shape):
                     continue
                 check_gradient(p, f"parameter group {index}")
                 if self.takes_rule(p, group):
-                    by_rule.append((p, local_shard))
+                    by_rule.append((p, shard))
                 else:
                     by_adamw.append(p)
             if counts := [self.state[p]["count"] for p, _ in by_rule if "count" in self.state.get(p, ())]:
                 torch._foreach_add_(counts, 1)
-            self._step_adamw(by_adamw, group)
-            orthogonalize = self._orthogonalizes(group)
-            for p, local_shard in by_rule:
-                split = self._plan.get(p, {})
+            adamw_(by_adamw, self.state, group, self.replicas)
+            for p, shard in by_rule:
                 owner = self.replicas.owners[p] if self.replicas is not None else None
-                work[p.device].add(p, self.state.get(p), local_shard, group, orthogonalize, split, owner)
-        contexts = {d: Context(self._rule(d), self._ns_dtype(d), self.replicas) for d in work}
-        self.orthogonalized += sum(work.do(contexts[device]) for device, work in work.items())
+                work[p.device].add(p, self.state.get(p), shard, group, self._orthogonalizes(group), self._plan.get(p, {}), owner)
+        whole = orthogonalized_here
+        if self.replicas is not None:
+            whole = functools.partial(orthogonalized_by_owners, replicas=self.replicas)
+        for device, of_device in work.items():
+            context = Context(self._rule(device), self.passes or passes_for(device), self._ns_dtype(device))
+            with torch.cuda.device_of(context.rule.weights["b0"]):  # kernels start on the current device
+                of_device.update_(context, whole, orthogonalized_over)
+            self.orthogonalized += context.orthogonalized
         return loss
 
     def _check_known(self) -> None:
@@ -220,37 +207,8 @@ class Celo2(torch.optim.Optimizer):
                 entries.append(Entry(name, p, local_shard_of(p), by_rule, self._orthogonalizes(group), group["matrices"]))
         recipe = fingerprint(self.rule, self.ns_dtype)
         if self.replicas is not None:
-            gather_runs(entries, self.replicas.group, recipe)
+            gather_ranges(entries, self.replicas.group, recipe)
         return make_plan(entries, recipe)
-
-    def _step_adamw(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        """torch's own fused AdamW; parameters of lower precision are updated in the state's precision and rounded once."""
-        mine = [p for p in params if self.replicas is None or self.replicas.keeps_state(p)]
-        if mine:
-            states = [self.state[p] for p in mine]
-            # The fused kernel walks storage: every tensor must be contiguous, as the state is.
-            weights = [local(p).to(s["exp_avg"].dtype).contiguous() for p, s in zip(mine, states, strict=True)]
-            adamw(
-                weights,
-                [local(p.grad).to(w.dtype).contiguous() for p, w in zip(mine, weights, strict=True)],
-                [s["exp_avg"] for s in states],
-                [s["exp_avg_sq"] for s in states],
-                [],
-                [s["step"] for s in states],
-                fused=True,
-                amsgrad=False,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-            )
-            for p, weight in zip(mine, weights, strict=True):
-                if weight is not local(p):
-                    local(p).copy_(weight.view(local(p).shape))
-        if params and self.replicas is not None and self.replicas.shard_state:
-            self.replicas.share_weights_(params)
 
     def _orthogonalizes(self, group: dict[str, Any]) -> bool:
         return group["orthogonalize"] and self.rule.variant != "celo2-base"
@@ -272,35 +230,5 @@ class Celo2(torch.optim.Optimizer):
         Raises:
             ValueError: groups, state names or shapes that do not fit this optimizer, naming the parameter group.
         """
-        saved: dict[int, dict[str, Any]] = {}
-
-        def check(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            check_saved_state(self, state_dict)
-            ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-            saved.update((j, state_dict["state"].get(i, {})) for j, i in enumerate(ids))
-            return {**state_dict, "state": {}}
-
-        def restore(optimizer: torch.optim.Optimizer) -> None:
-            optimizer.state = own
-            for group in optimizer.param_groups:
-                if group["matrices"] is not None:
-                    group["matrices"] = matrices.as_layout(group["matrices"])
-                group["betas"] = tuple(group["betas"])
-            for p, values in zip(ordered, saved.values(), strict=True):
-                for name, value in own.get(p, {}).items():
-                    if name in values:
-                        value.copy_(values[name])
-                    else:
-                        value.zero_()
-
-        own = self.state
-        ordered = [p for group in self.param_groups for p in group["params"]]
-        hooks = [  # `check` after the user's pre-hooks, which may adapt what is saved; `restore` before the user's post-hooks
-            self.register_load_state_dict_pre_hook(check),
-            self.register_load_state_dict_post_hook(restore, prepend=True),
-        ]
-        try:
+        with keeping_dtypes(self):
             super().load_state_dict(state_dict)
-        finally:
-            for hook in hooks:
-                hook.remove()

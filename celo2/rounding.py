@@ -60,15 +60,3 @@ def stochastic_round(x: Tensor, noise: Tensor) -> Tensor:
     """
     rounded = ((x.view(torch.int32) + noise).bitwise_and_(-0x10000)).view(torch.float32)
     return torch.where(x.isfinite() & rounded.isfinite(), rounded, x).to(torch.bfloat16)
-
-
-def lerp_(stored: Tensor, target: Tensor, weight: float, index: Tensor | None, count: Tensor | None, slot: int) -> None:
-    """Move an accumulator by `weight` of the way towards float32 `target`, in place.
-
-    Without `count` as `Tensor.lerp_` does; with it `stored` is bfloat16, moves in float32 and is rounded stochastically, by the
-    `noise` of `index`, `count` and `slot`.
-    """
-    if count is None:
-        stored.lerp_(target, weight)
-    else:
-        stored.copy_(stochastic_round(stored.float().lerp_(target, weight), noise(index, count, slot)))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from celo2.orthogonalize import newton_schulz
-from celo2.rounding import SECOND_MOMENT_SLOT, lerp_, places
+from celo2.rounding import SECOND_MOMENT_SLOT, noise, places, stochastic_round
 
 GRADIENT_CLIP = 1000.0
 SMALL_CLIP = 0.1
@@ -117,6 +117,15 @@ def weight_shapes(hidden: int) -> dict[str, tuple[int, ...]]:
     return first | {"b0": (hidden,), "w1": (hidden, hidden), "b1": (hidden,), "w2": (hidden, OUTPUTS), "b2": (OUTPUTS,)}
 
 
+def places_of(*depends_on: str) -> dict[str, slice]:
+    """Where the channels of each of `groups_of` lie when they stand one after the other."""
+    found, start = {}, 0
+    for group in groups_of(*depends_on):
+        found[group.name] = slice(start, start + group.count)
+        start += group.count
+    return found
+
+
 def factored_axes(shape: tuple[int, ...]) -> tuple[int, int]:
     """(d1, d0): the second longest and the longest axis over all axes, the later one of equals counting as longer."""
     order = sorted(range(len(shape)), key=lambda axis: shape[axis])  # stable, like the published argsort
@@ -143,6 +152,18 @@ def normalized_gradient(g: Tensor, axes: tuple[int, ...]) -> Tensor:
     """
     g = g.float()
     return g * (g.square().mean(axes, keepdim=True) + SQUARE_FLOOR).rsqrt()
+
+
+def lerp_(stored: Tensor, target: Tensor, weight: float, index: Tensor | None, count: Tensor | None, slot: int) -> None:
+    """Move an accumulator by `weight` of the way towards float32 `target`, in place.
+
+    Without `count` as `Tensor.lerp_` does. With it `stored` is bfloat16, moves in float32 and is rounded stochastically, by the
+    `celo2.rounding.noise` of `index`, `count` and `slot`.
+    """
+    if count is None:
+        stored.lerp_(target, weight)
+    else:
+        stored.copy_(stochastic_round(stored.float().lerp_(target, weight), noise(index, count, slot)))
 
 
 def accumulate_(state: Mapping[str, Tensor], g: Tensor, rule: Rule, axes: tuple[int, int] | None) -> None:

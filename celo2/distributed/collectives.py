@@ -1,12 +1,17 @@
-"""Everything that ranks send each other for the rule: sums, directions, and what they must agree on. No mathematics."""
+"""Everything that ranks send each other for the rule: sums, directions, weights, and what they must agree on. No mathematics."""
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from celo2.distributed.shard import SplitMatrix
 
 
 def gather_objects(value: Any, group: dist.ProcessGroup) -> list[Any]:
@@ -47,3 +52,83 @@ def swap(outgoing: list[Tensor], incoming: list[int], group: dist.ProcessGroup) 
 def broadcast_(tensor: Tensor, owner: int, group: dist.ProcessGroup) -> None:
     """Fill `tensor` (contiguous, any dtype) with what rank `owner` of `group` has in it."""
     dist.broadcast(tensor.view(-1).view(torch.uint8), group=group, group_src=owner)
+
+
+def broadcast_by_owner_(tensors: Sequence[Tensor], owners: Mapping[Tensor, int], group: dist.ProcessGroup) -> None:
+    """Fill every tensor with what its owner among the ranks has in it, in one broadcast for each owner and dtype."""
+    by_owner: dict[tuple[int, str], list[Tensor]] = defaultdict(list)
+    for tensor in tensors:
+        by_owner[owners[tensor], str(tensor.dtype)].append(tensor)
+    for (owner, _), owned in sorted(by_owner.items(), key=lambda item: item[0]):
+        flat = torch.cat([t.detach().flatten() for t in owned])
+        broadcast_(flat, owner, group)
+        for t, values in zip(owned, flat.split([t.numel() for t in owned]), strict=True):
+            t.copy_(values.view(t.shape))
+
+
+def orthogonalize_split(
+    matrices: Sequence[SplitMatrix],
+    pieces: Sequence[Sequence[Tensor]],
+    empty: Tensor,
+    group: dist.ProcessGroup,
+    orthogonalize: Callable[[Tensor], Tensor],
+    most_elements: int,
+) -> list[list[Tensor]]:
+    """`orthogonalize` on matrices of which every rank of `group` holds `pieces`; every matrix is worked on once, by its owner.
+
+    Args:
+        matrices: the same ones in the same order on all ranks.
+        pieces: of each matrix, what is here, in the order of its regions.
+        empty: (0,), of the dtype and on the device of the pieces, of which a rank may have none.
+        orthogonalize: takes matrices of one shape (N, R, C).
+        most_elements: that it gets at once, or one matrix.
+
+    Returns:
+        Pieces of the results, like those that came in.
+    """
+    me, world = dist.get_rank(group), dist.get_world_size(group)
+    owned = [m for m in matrices if m.owner == me]
+    outgoing: list[list[Tensor]] = [[] for _ in range(world)]
+    for matrix, parts in zip(matrices, pieces, strict=True):
+        outgoing[matrix.owner] += [part.reshape(-1) for part in parts]
+    incoming = [sum(m.elements(rank) for m in owned) for rank in range(world)]
+    received = swap(joined(outgoing, empty), incoming, group)
+    arrived = []
+    for rank, values in enumerate(received):
+        sizes = [math.prod(region.size) for m in owned for region in m.held[rank]]
+        arrived.append(iter(values.split(sizes)))
+    whole = [put_together(m, arrived, empty) for m in owned]
+    by_shape: dict[torch.Size, list[int]] = defaultdict(list)
+    for i, u in enumerate(whole):
+        by_shape[u.shape].append(i)
+    for shape, indices in by_shape.items():
+        at_once = max(1, most_elements // max(1, shape.numel()))
+        for start in range(0, len(indices), at_once):
+            batch = indices[start : start + at_once]
+            for i, u in zip(batch, orthogonalize(torch.stack([whole[i] for i in batch])), strict=True):
+                whole[i] = u
+
+    outgoing = [[] for _ in range(world)]
+    for matrix, u in zip(owned, whole, strict=True):
+        for rank, regions in enumerate(matrix.held):
+            outgoing[rank] += [u[region.rows, region.cols].reshape(-1) for region in regions]
+    incoming = [sum(m.elements(me) for m in matrices if m.owner == rank) for rank in range(world)]
+    returned = []
+    for rank, values in enumerate(swap(joined(outgoing, empty), incoming, group)):
+        sizes = [math.prod(region.size) for m in matrices if m.owner == rank for region in m.held[me]]
+        returned.append(iter(values.split(sizes)))
+    return [[next(returned[m.owner]).view(part.shape) for part in parts] for m, parts in zip(matrices, pieces, strict=True)]
+
+
+def joined(parts: list[list[Tensor]], empty: Tensor) -> list[Tensor]:
+    """One vector for each list of vectors."""
+    return [torch.cat(tensors) if tensors else empty for tensors in parts]
+
+
+def put_together(matrix: SplitMatrix, arrived: Sequence[Iterator[Tensor]], empty: Tensor) -> Tensor:
+    """A matrix (R, C) from the next parts of it that arrived from every rank."""
+    u = empty.new_empty(matrix.rows, matrix.cols)
+    for rank, regions in enumerate(matrix.held):
+        for region in regions:
+            u[region.rows, region.cols] = next(arrived[rank]).view(region.size[1:])
+    return u

@@ -1,8 +1,10 @@
-"""What all ranks of a process group must agree on before the first step: who holds what, and who orthogonalizes what."""
+"""Who does what: what all ranks must agree on before the first step, and the rank that orthogonalizes each matrix."""
 
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +12,47 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from celo2 import layout as matrices
 from celo2.distributed.collectives import gather_objects
-from celo2.distributed.shard import LocalShard, ShardingError, check_cover
+from celo2.distributed.shard import LocalShard, Ranges, ShardingError, SplitMatrix, check_cover
+from celo2.layout import is_factored_over_batch, matrix_count, stacked_shape
 from celo2.orthogonalize import newton_schulz_flops
+from celo2.regions import Layout, Region, regions
 from celo2.rule import Rule
 from celo2.rule_files import describe
-from celo2.sharded import SplitMatrix, assign_owners, split_matrices
+
+
+def balance(costs: Sequence[float], loads: list[float]) -> list[int]:
+    """Load balancing: a rank for each cost, the most expensive first, each to the rank with the least to do.
+
+    `loads` is what the ranks do already, and is raised by what they get.
+    """
+    owners = [0] * len(costs)
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        owners[i] = min(range(len(loads)), key=loads.__getitem__)
+        loads[owners[i]] += costs[i]
+    return owners
+
+
+class Replicas:
+    """Ranks that hold the same whole parameters (DDP) and divide the work on them: every parameter has one owner.
+
+    The owner computes the direction and orthogonalizes it; the others receive it. With `shard_state` the owner alone keeps the
+    optimizer state, and the owner of an AdamW parameter sends its new weights.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, shard_state: bool) -> None:
+        self.group, self.shard_state = group, shard_state
+        self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
+        self.owners: dict[Tensor, int] = {}
+        self.loads: dict[str, list[float]] = defaultdict(lambda: [0.0] * self.world)  # by update
+
+    def add(self, params: Sequence[Tensor], costs: Sequence[float], update: str) -> None:
+        """Give each of `params`, which take the same update, an owner."""
+        self.owners |= zip(params, balance(costs, self.loads[update]), strict=True)
+
+    def keeps_state(self, p: Tensor) -> bool:
+        """Whether this rank keeps the optimizer state of `p`."""
+        return not self.shard_state or self.owners[p] == self.rank
 
 
 @dataclass
@@ -28,7 +64,7 @@ class Entry:
     local_shard: LocalShard
     by_rule: bool
     orthogonalize: bool
-    layout: matrices.Layout | None
+    layout: Layout | None
 
 
 Plan = dict[Tensor, dict[int, SplitMatrix]]  # the split matrices of a parameter, by their number in its stack
@@ -36,11 +72,11 @@ Plan = dict[Tensor, dict[int, SplitMatrix]]  # the split matrices of a parameter
 
 def make_plan(entries: list[Entry], recipe: str) -> Plan:
     """Compare `entries` and `recipe`, what the optimizer computes, over the ranks of every process group among the local shards,
-    and divide the split matrices.
+    and give every split matrix an owner.
 
     Raises:
-        ShardingError: on every rank alike, for ranks that disagree, elements that no rank or two ranks hold, or a batch of
-            matrices that is split although its second moment is factored over the batch.
+        ShardingError: on every rank alike, for ranks that disagree, elements that no rank or two ranks hold, or matrices over
+            ranks whose second moment is factored over the batch.
     """
     plan: Plan = {}
     groups: dict[dist.ProcessGroup, list[Entry]] = {}
@@ -48,44 +84,57 @@ def make_plan(entries: list[Entry], recipe: str) -> Plan:
         if entry.local_shard.group is not None:
             groups.setdefault(entry.local_shard.group, []).append(entry)
     for group, members in groups.items():
-        runs = agree(members, group, recipe)
+        ranges = gather_ranges(members, group, recipe)
         loads = [0.0] * dist.get_world_size(group)
         split: list[SplitMatrix] = []
-        for i, entry in enumerate(members):
-            shape = matrices.stacked_shape(entry.local_shard.shape, entry.layout)
+        for entry, of_ranks in zip(members, ranges, strict=True):
+            check_cover(entry.local_shard.shape, of_ranks, entry.name)
+            shape = stacked_shape(entry.local_shard.shape, entry.layout)
             if not entry.by_rule or len(shape) < 2:
                 continue
-            stack = (matrices.matrix_count(shape), *shape[-2:])
-            of_parameter, whole = split_matrices(entry.local_shard.shape, stack, entry.layout, runs[i])
-            if of_parameter and min(matrices.stacked_axes(shape, entry.layout)) < len(shape) - 2:
+            if is_factored_over_batch(shape, entry.layout):
                 raise ShardingError(
                     f"{entry.name}, shape {shape}, is split over ranks, but its second moment is factored over a batch axis; "
                     "give its param group `matrices`"
                 )
+            of_parameter, whole = split_matrices(entry.local_shard.shape, entry.layout, of_ranks)
             plan[entry.p] = of_parameter
             if entry.orthogonalize:
                 split += of_parameter.values()
                 cost = newton_schulz_flops(*shape[-2:])
                 loads = [load + count * cost for load, count in zip(loads, whole, strict=True)]
-        assign_owners(split, loads)
+        owners = balance([newton_schulz_flops(matrix.rows, matrix.cols) for matrix in split], loads)
+        for matrix, owner in zip(split, owners, strict=True):
+            matrix.owner = owner
     return plan
 
 
-def agree(members: list[Entry], group: dist.ProcessGroup, recipe: str) -> list[list[tuple[int, int]]]:
-    """The runs (start, stop) of every parameter on every rank of `group`, once all say the same of everything else and the
-    runs hold every element once."""
-    by_parameter = gather_runs(members, group, recipe)
-    for entry, of_ranks in zip(members, by_parameter, strict=True):
-        check_cover(entry.local_shard.shape, of_ranks, entry.name)
-    return by_parameter
+def split_matrices(shape: tuple[int, ...], layout: Layout | None, ranges: Ranges) -> tuple[dict[int, SplitMatrix], list[int]]:
+    """The matrices of a parameter of `shape` that are split, by number, and how many every rank holds whole."""
+    stacked = stacked_shape(shape, layout)
+    rows, cols = stacked[-2:]
+    held: dict[int, list[list[Region]]] = {n: [[] for _ in ranges] for n in range(matrix_count(stacked))}
+    whole = [0] * len(ranges)
+    for rank, (start, stop) in enumerate(ranges):
+        for region in regions(shape, layout, start, stop):
+            for n in range(region.matrices.start, region.matrices.stop):
+                if region.is_full(rows, cols):
+                    del held[n]
+                    whole[rank] += 1
+                else:
+                    held[n][rank].append(region.of_matrix(n))
+    return {n: SplitMatrix(rows, cols, by_rank) for n, by_rank in held.items()}, whole
 
 
-def gather_runs(members: list[Entry], group: dist.ProcessGroup, recipe: str) -> list[list[tuple[int, int]]]:
-    """The runs (start, stop) of every parameter on every rank of `group`; ShardingError on all ranks if they disagree about what
-    the parameters are or what is computed."""
+def gather_ranges(members: list[Entry], group: dist.ProcessGroup, recipe: str) -> list[Ranges]:
+    """The local shard (start, stop) of every parameter on every rank of `group`.
+
+    Raises:
+        ShardingError: on all ranks, if they disagree about what the parameters are or what is computed.
+    """
     facts = [(e.name, e.local_shard.shape, e.by_rule, e.orthogonalize, e.layout) for e in members]
-    runs = [(e.local_shard.start, e.local_shard.stop) for e in members]
-    everyone: list[Any] = gather_objects((recipe, facts, runs), group)
+    ranges = [(e.local_shard.start, e.local_shard.stop) for e in members]
+    everyone: list[Any] = gather_objects((recipe, facts, ranges), group)
     ranks = dist.get_process_group_ranks(group)
     first_recipe, first_facts, _ = everyone[0]
     for rank, (other_recipe, other_facts, _) in zip(ranks, everyone, strict=True):
@@ -96,7 +145,7 @@ def gather_runs(members: list[Entry], group: dist.ProcessGroup, recipe: str) -> 
         for mine, theirs in zip(first_facts, other_facts, strict=True):
             if mine != theirs:
                 raise ShardingError(f"ranks {ranks[0]} and {rank} disagree about a parameter: {mine}, {theirs}")
-    return [[tuple(their_runs[i]) for _, _, their_runs in everyone] for i in range(len(members))]
+    return [[tuple(theirs[i]) for _, _, theirs in everyone] for i in range(len(members))]
 
 
 def fingerprint(rule: Rule, ns_dtype: torch.dtype | None) -> str:

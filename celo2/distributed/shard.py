@@ -1,8 +1,8 @@
 """Which part of a parameter is on this rank.
 
-Every sharding scheme in use gives a rank a contiguous run of the elements of a flattened parameter: all of them (DDP), a run
-of whole rows (FSDP2, a DTensor with `Shard(0)`), or any run (the flat partitions of DeepSpeed ZeRO, which cut matrices
-anywhere). The rule works on runs; `celo2.distributed.collectives` completes what a run alone cannot know.
+Every sharding scheme in use gives a rank a contiguous range of the elements of a flattened parameter: all of them (DDP), whole
+rows (FSDP2, a DTensor with `Shard(0)`), or any range (the flat partitions of DeepSpeed ZeRO, which cut matrices anywhere). That
+range is the rank's local shard. What a local shard alone cannot know, `celo2.distributed.collectives` completes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,10 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 from torch import Tensor
+
+from celo2.regions import Region
+
+Ranges = list[tuple[int, int]]  # (start, stop) of the local shard of every rank of a process group
 
 
 class ShardingError(RuntimeError):
@@ -78,10 +82,24 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
-def check_cover(shape: tuple[int, ...], runs: list[tuple[int, int]], name: str) -> None:
-    """Raise ShardingError unless the runs of all ranks hold every element of a parameter exactly once."""
+@dataclass
+class SplitMatrix:
+    """One matrix (R, C) that no rank holds whole: which regions of it every rank holds, in the order in which they travel."""
+
+    rows: int
+    cols: int
+    held: list[list[Region]]  # by rank of the group
+    owner: int = 0  # the rank that orthogonalizes it
+
+    def elements(self, rank: int) -> int:
+        """Elements of it on `rank`."""
+        return sum(math.prod(region.size) for region in self.held[rank])
+
+
+def check_cover(shape: tuple[int, ...], ranges: Ranges, name: str) -> None:
+    """Raise ShardingError unless the local shards of all ranks hold every element of a parameter exactly once."""
     numel, at = math.prod(shape), 0
-    for start, stop in sorted(run for run in runs if run[0] < run[1]):
+    for start, stop in sorted(held for held in ranges if held[0] < held[1]):
         if start != at:
             what = "no rank updates" if start > at else "two ranks update"
             raise ShardingError(f"{what} elements {min(at, start)} to {max(at, start) - 1} of {name}, shape {shape}")

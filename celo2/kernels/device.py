@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from celo2 import rounding, rule
+from celo2.blocked import FACTORED_PLACES, LOCAL_PLACES, N_FACTORED, N_LOCAL
 
 GRADIENT_CLIP = tl.constexpr(rule.GRADIENT_CLIP)
 SMALL_CLIP = tl.constexpr(rule.SMALL_CLIP)
@@ -22,6 +23,21 @@ STEP_FACTOR = tl.constexpr(rounding.STEP_FACTOR % (1 << 32))
 SLOT_FACTOR = tl.constexpr(rounding.SLOT_FACTOR)
 HASH_FACTOR_0 = tl.constexpr(rounding.HASH_FACTORS[0] % (1 << 32))
 HASH_FACTOR_1 = tl.constexpr(rounding.HASH_FACTORS[1] % (1 << 32))
+
+# Where the channels stand: the local ones, and the factored ones, first among their own and then behind the local ones.
+LOCAL = tl.constexpr(N_LOCAL)
+FACTORED = tl.constexpr(N_FACTORED)
+ELEMENTS = tl.constexpr(N_LOCAL + N_FACTORED)
+GRADIENT = tl.constexpr(LOCAL_PLACES["gradient"].start)
+CLIPPED_GRADIENT = tl.constexpr(LOCAL_PLACES["clipped_gradient"].start)
+WEIGHT = tl.constexpr(LOCAL_PLACES["weight"].start)
+MOMENTUM = tl.constexpr(LOCAL_PLACES["momentum"].start)
+SECOND_MOMENT = tl.constexpr(LOCAL_PLACES["second_moment"].start)
+SCALED_MOMENTUM = tl.constexpr(LOCAL_PLACES["scaled_momentum"].start)
+SCALE = tl.constexpr(LOCAL_PLACES["scale"].start)
+SCALED_GRADIENT = tl.constexpr(LOCAL_PLACES["scaled_gradient"].start)
+FACTORED_GRADIENT = tl.constexpr(FACTORED_PLACES["factored_gradient"].start)
+FACTORED_MOMENTUM = tl.constexpr(FACTORED_PLACES["factored_momentum"].start)
 
 # Integers that only offset a result: a kernel of its own for 1 or for multiples of 16 would buy nothing.
 UNSPECIALIZED = ["index_start", "index_a", "index_b"]
@@ -66,6 +82,15 @@ def load(pointers, mask):
 @triton.jit
 def clip(x, limit: tl.constexpr):
     return tl.clamp(x, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def load_gradient(g, scale, n, a, b, mask):
+    """`celo2.blocked.load_gradient_`: the gradient at the places a x b, normalized if there is a scale, and clipped."""
+    grad = load(at(g, n, a, b), mask)
+    if scale is not None:
+        grad *= tl.load(scale[0] + n * scale[1])
+    return clip(grad, GRADIENT_CLIP)
 
 
 @triton.jit
@@ -125,6 +150,7 @@ def accumulate_kernel(
     m,  # view (N, K, A, B)
     v,  # view (N, A, B)
     counts,  # view (N,) of int32, or None
+    scale,  # view (N,): what gradients are multiplied by, or None
     by_a,  # (N, tiles along B, A): sums of g² over the columns of a tile
     by_b,  # (N, tiles along A, B)
     local,  # (N, tiles, 12): square sums of the local channels
@@ -146,30 +172,31 @@ def accumulate_kernel(
     else:
         index = None
         count = None
-    local += (n * tl.cdiv(A, BLOCK_A) * tl.cdiv(B, BLOCK_B) + tile) * 12
+    local += (n * tl.cdiv(A, BLOCK_A) * tl.cdiv(B, BLOCK_B) + tile) * LOCAL
 
-    grad = clip(load(at(g, n, a, b), mask), GRADIENT_CLIP)
+    grad = load_gradient(g, scale, n, a, b, mask)
     square = grad * grad
     tl.store(by_a + (n * tl.cdiv(B, BLOCK_B) + tile_b) * A + a, tl.sum(square, 1), mask=a < A)
     tl.store(by_b + (n * tl.cdiv(A, BLOCK_A) + tile_a) * B + b, tl.sum(square, 0), mask=b < B)
-    tl.store(local, tl.sum(square))
-    tl.store(local + 1, square_sum(clip(grad, SMALL_CLIP)))
-    tl.store(local + 2, square_sum(load(at(w, n, a, b), mask)))
+    tl.store(local + GRADIENT, tl.sum(square))
+    tl.store(local + CLIPPED_GRADIENT, square_sum(clip(grad, SMALL_CLIP)))
+    tl.store(local + WEIGHT, square_sum(load(at(w, n, a, b), mask)))
     second = moved(at(v, n, a, b), mask, square, second_moment_weight, index, count, SECOND_MOMENT_SLOT)
     s = tl.where(mask, tl.rsqrt(second + RSQRT_EPS), 0.0)
-    tl.store(local + 6, square_sum(second))
-    tl.store(local + 10, square_sum(s))
-    tl.store(local + 11, square_sum(grad * s))
+    tl.store(local + SECOND_MOMENT, square_sum(second))
+    tl.store(local + SCALE, square_sum(s))
+    tl.store(local + SCALED_GRADIENT, square_sum(grad * s))
     for k in tl.static_range(3):
         momentum = moved(momentum_at(m, n, k, a, b), mask, grad, momentum_weights[k], index, count, k)
-        tl.store(local + 3 + k, square_sum(momentum))
-        tl.store(local + 7 + k, square_sum(momentum * s))
+        tl.store(local + MOMENTUM + k, square_sum(momentum))
+        tl.store(local + SCALED_MOMENTUM + k, square_sum(momentum * s))
 
 
 @triton.jit
 def factor_kernel(
     g,  # view (N, A, B)
     m,  # view (N, K, A, B)
+    scale,  # view (N,), or None
     factor_a,  # view (N, K, A)
     factor_b,  # view (N, K, B)
     factored,  # (N, tiles, 6): square sums of the factored channels
@@ -180,13 +207,13 @@ def factor_kernel(
 ):
     n, tile, _, _, a, b = tile_of(A, B, BLOCK_A, BLOCK_B)
     mask = (a < A)[:, None] & (b < B)[None, :]
-    factored += (n * tl.cdiv(A, BLOCK_A) * tl.cdiv(B, BLOCK_B) + tile) * 6
-    grad = clip(load(at(g, n, a, b), mask), GRADIENT_CLIP)
+    factored += (n * tl.cdiv(A, BLOCK_A) * tl.cdiv(B, BLOCK_B) + tile) * FACTORED
+    grad = load_gradient(g, scale, n, a, b, mask)
     for k in tl.static_range(3):
         factor = along(factor_a, n, k, a, A)[:, None] * along(factor_b, n, k, b, B)[None, :]
         momentum = load(momentum_at(m, n, k, a, b), mask)
-        tl.store(factored + k, square_sum(grad * factor))
-        tl.store(factored + 3 + k, square_sum(momentum * factor))
+        tl.store(factored + FACTORED_GRADIENT + k, square_sum(grad * factor))
+        tl.store(factored + FACTORED_MOMENTUM + k, square_sum(momentum * factor))
 
 
 @triton.jit
@@ -211,6 +238,7 @@ def emit_kernel(
     w,
     m,  # view (N, K, A, B)
     v,  # view (N, A, B)
+    scale,  # view (N,), or None
     factor_a,  # view (N, K, A)
     factor_b,  # view (N, K, B)
     share_a,  # view (N, H, A): what the channels that depend on a alone add to the first layer
@@ -226,9 +254,9 @@ def emit_kernel(
 ):
     n, _, _, _, a, b = tile_of(A, B, BLOCK_A, BLOCK_B)
     mask = (a < A)[:, None] & (b < B)[None, :]
-    element += n * 18 * H
+    element += n * ELEMENTS * H
     # All loads before the first use, so that they are under way together.
-    grad = clip(load(at(g, n, a, b), mask), GRADIENT_CLIP)
+    grad = load_gradient(g, scale, n, a, b, mask)
     second = load(at(v, n, a, b), mask)
     weight = load(at(w, n, a, b), mask)
     momenta = ()
@@ -239,18 +267,18 @@ def emit_kernel(
         h += (along(share_a, n, j, a, A)[:, None] + along(share_b, n, j, b, B)[None, :],)
 
     s = tl.rsqrt(second + RSQRT_EPS)
-    h = with_channel(h, weight, element + 2 * H, H)
-    h = with_channel(h, second, element + 6 * H, H)
-    h = with_channel(h, s, element + 10 * H, H)
-    h = with_channel(h, grad, element, H)
-    h = with_channel(h, clip(grad, SMALL_CLIP), element + H, H)
-    h = with_channel(h, grad * s, element + 11 * H, H)
+    h = with_channel(h, weight, element + WEIGHT * H, H)
+    h = with_channel(h, second, element + SECOND_MOMENT * H, H)
+    h = with_channel(h, s, element + SCALE * H, H)
+    h = with_channel(h, grad, element + GRADIENT * H, H)
+    h = with_channel(h, clip(grad, SMALL_CLIP), element + CLIPPED_GRADIENT * H, H)
+    h = with_channel(h, grad * s, element + SCALED_GRADIENT * H, H)
     for k in tl.static_range(3):
         factor = along(factor_a, n, k, a, A)[:, None] * along(factor_b, n, k, b, B)[None, :]
-        h = with_channel(h, momenta[k], element + (3 + k) * H, H)
-        h = with_channel(h, momenta[k] * s, element + (7 + k) * H, H)
-        h = with_channel(h, grad * factor, element + (12 + k) * H, H)
-        h = with_channel(h, momenta[k] * factor, element + (15 + k) * H, H)
+        h = with_channel(h, momenta[k], element + (MOMENTUM + k) * H, H)
+        h = with_channel(h, momenta[k] * s, element + (SCALED_MOMENTUM + k) * H, H)
+        h = with_channel(h, grad * factor, element + (LOCAL + FACTORED_GRADIENT + k) * H, H)
+        h = with_channel(h, momenta[k] * factor, element + (LOCAL + FACTORED_MOMENTUM + k) * H, H)
 
     hidden = ()
     for j in tl.static_range(H):

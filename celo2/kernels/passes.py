@@ -1,7 +1,7 @@
 """The three passes of `celo2.blocked` and the last step of the rule as Triton kernels: same signatures, same meaning.
 
 A pass over a stack is one launch for each of its pieces, whatever the number of matrices. What is of size O(R + C), the means,
-the factors, the first layer with its normalizers, stays plain torch; `directions_` does it once for all stacks of a batch, so
+the factors, the first layer with its normalizers, stays plain torch; `celo2.step` does it once for all stacks of a batch, so
 that a stack costs four launches (three passes and `apply_`) and a batch about ninety small ones, Newton–Schulz among them.
 
 Nothing here waits for the GPU or depends on what it computed, so a step can be captured in a CUDA graph.
@@ -12,16 +12,17 @@ rows and c columns, A places along its major and B along its minor axis (see `ce
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from celo2 import backend
-from celo2.blocked import N_FACTORED, N_LOCAL, Factors, FirstLayer, Piece, Stack, factors_of, first_layer, move_means_
+from celo2 import blocked
+from celo2.blocked import N_FACTORED, N_LOCAL, Factors, FirstLayer, Passes, Piece, Stack
 from celo2.kernels.device import accumulate_kernel, apply_kernel, emit_kernel, factor_kernel
+from celo2.kernels.symmetric import newton_schulz
 from celo2.rule import Rule
 
 
@@ -57,6 +58,11 @@ def view(tensor: Tensor) -> tuple[Any, ...]:
     return (tensor, *tensor.stride())
 
 
+def view_or_none(tensor: Tensor | None) -> tuple[Any, ...] | None:
+    """The same, where there may be none."""
+    return None if tensor is None else view(tensor)
+
+
 def is_transposed(tensor: Tensor) -> bool:
     """Whether the rows of (N, r, c), not its columns, lie beside each other in memory."""
     return tensor.stride(2) != 1 and tensor.stride(1) == 1
@@ -69,13 +75,8 @@ def turned(piece: Piece, transposed: bool) -> Piece:
     return Piece(piece.g.mT, piece.w.mT, piece.m.mT, piece.v.mT, piece.cols, piece.rows)
 
 
-def accumulate_(rule: Rule, stack: Stack) -> Tensor:
+def accumulate_(rule: Rule, stacks: Sequence[Stack], tile: Tile = TILE) -> Tensor:
     """`celo2.blocked.accumulate_`."""
-    return accumulate_all_(rule, [stack])
-
-
-def accumulate_all_(rule: Rule, stacks: Sequence[Stack]) -> Tensor:
-    """`accumulate_` of several stacks whose matrices have one shape and are cut into the same pieces: (N of all, R + C + 12)."""
     _, rows, cols = stacks[0].shape
     total = sum(stack.shape[0] for stack in stacks)
     sums = torch.zeros(total, rows + cols + N_LOCAL, device=stacks[0].row.device)
@@ -86,7 +87,7 @@ def accumulate_all_(rule: Rule, stacks: Sequence[Stack]) -> Tensor:
         a_sum, b_sum = (col_sum, row_sum) if transposed else (row_sum, col_sum)
         index_strides = (1, cols) if transposed else (cols, 1)
         first = turned(same[0], transposed)
-        (_, a, b), block = first.g.shape, blocks(first.g.shape, TILE)
+        (_, a, b), block = first.g.shape, blocks(first.g.shape, tile)
         tiles_a, tiles_b = grid(first.g.shape, block)
         by_a = sums.new_empty(total, tiles_b, a)
         by_b = sums.new_empty(total, tiles_a, b)
@@ -99,7 +100,8 @@ def accumulate_all_(rule: Rule, stacks: Sequence[Stack]) -> Tensor:
                 view(p.w),
                 view(p.m),
                 view(p.v),
-                None if stack.count is None else view(stack.count),
+                view_or_none(stack.count),
+                view_or_none(stack.scale),
                 by_a[done:],
                 by_b[done:],
                 local[done:],
@@ -110,7 +112,7 @@ def accumulate_all_(rule: Rule, stacks: Sequence[Stack]) -> Tensor:
                 momentum_weights,
                 1 - rule.second_moment_decay,
                 *block,
-                num_warps=TILE.warps,
+                num_warps=tile.warps,
             )
             done += n
         a_sum[:, first.rows] += by_a.sum(1)
@@ -119,20 +121,14 @@ def accumulate_all_(rule: Rule, stacks: Sequence[Stack]) -> Tensor:
     return sums
 
 
-def factor(stack: Stack) -> tuple[Factors, Tensor]:
+def factor(stacks: Sequence[Stack], factors: Factors, tile: Tile = TILE) -> Tensor:
     """`celo2.blocked.factor`."""
-    factors = factors_of(stack)
-    return factors, factor_all([stack], factors)
-
-
-def factor_all(stacks: Sequence[Stack], factors: Factors) -> Tensor:
-    """Sums of the squared factored channels of several stacks, as in `accumulate_all_`: (N of all, 6)."""
     total = len(factors.by_row)
     sums = torch.zeros(total, N_FACTORED, device=factors.by_row.device)
     for same in zip(*(stack.pieces for stack in stacks), strict=True):
         transposed = is_transposed(same[0].g)
         first = turned(same[0], transposed)
-        (_, a, b), block = first.g.shape, blocks(first.g.shape, TILE)
+        (_, a, b), block = first.g.shape, blocks(first.g.shape, tile)
         tiles_a, tiles_b = grid(first.g.shape, block)
         partial = sums.new_empty(total, tiles_a * tiles_b, N_FACTORED)
         done = 0
@@ -142,13 +138,14 @@ def factor_all(stacks: Sequence[Stack], factors: Factors) -> Tensor:
             factor_kernel[(n * tiles_a * tiles_b,)](
                 view(p.g),
                 view(p.m),
+                view_or_none(stack.scale),
                 view(factor_a[done:]),
                 view(factor_b[done:]),
                 partial[done:],
                 a,
                 b,
                 *block,
-                num_warps=TILE.warps,
+                num_warps=tile.warps,
             )
             done += n
         sums += partial.sum(1)
@@ -161,13 +158,15 @@ def turned_pair(by_row: Tensor, by_col: Tensor, piece: Piece, transposed: bool) 
     return here[::-1] if transposed else here
 
 
-def emit_(rule: Rule, stack: Stack, sums: Tensor, factors: Factors, factored_sums: Tensor, outs: list[Tensor]) -> None:
+def emit_(
+    rule: Rule,
+    stacks: Sequence[Stack],
+    factors: Factors,
+    layer: FirstLayer,
+    outs: Sequence[Sequence[Tensor]],
+    tile: Tile = EMIT_TILE,
+) -> None:
     """`celo2.blocked.emit_`."""
-    emit_all_(rule, [stack], factors, first_layer(rule, stack, sums, factored_sums), [outs])
-
-
-def emit_all_(rule: Rule, stacks: Sequence[Stack], factors: Factors, layer: FirstLayer, outs: Sequence[Sequence[Tensor]]) -> None:
-    """Write the direction of every piece of every stack into its tensor of `outs`."""
     weights = rule.weights
     layers = torch.cat([weights["w1"].flatten(), weights["b1"], weights["w2"][:, 0], weights["b2"][:1]])
     element = layer.element.mT.contiguous()  # (N, L, H)
@@ -176,7 +175,7 @@ def emit_all_(rule: Rule, stacks: Sequence[Stack], factors: Factors, layer: Firs
         for piece, out in zip(stack.pieces, targets, strict=True):
             transposed = is_transposed(piece.g)
             p = turned(piece, transposed)
-            block = blocks(p.g.shape, EMIT_TILE)
+            block = blocks(p.g.shape, tile)
             tiles_a, tiles_b = grid(p.g.shape, block)
             factor_a, factor_b = turned_pair(*factors, piece, transposed)
             share_a, share_b = turned_pair(layer.by_row, layer.by_col, piece, transposed)
@@ -185,6 +184,7 @@ def emit_all_(rule: Rule, stacks: Sequence[Stack], factors: Factors, layer: Firs
                 view(p.w),
                 view(p.m),
                 view(p.v),
+                view_or_none(stack.scale),
                 view(factor_a[done:]),
                 view(factor_b[done:]),
                 view(share_a[done:]),
@@ -195,42 +195,23 @@ def emit_all_(rule: Rule, stacks: Sequence[Stack], factors: Factors, layer: Firs
                 *p.g.shape[1:],
                 rule.hidden,
                 *block,
-                num_warps=EMIT_TILE.warps,
+                num_warps=tile.warps,
             )
         done += stack.shape[0]
 
 
-def directions_(rule: Rule, stacks: Sequence[Stack], out: Tensor) -> None:
-    """`celo2.blocked.directions_`: the large tensors are worked on where they are, the small ones of all stacks together."""
-    if any(len(stack.pieces) > 1 for stack in stacks) and len(stacks) > 1:
-        for stack, u in zip(stacks, out.split([s.shape[0] for s in stacks]), strict=True):
-            directions_(rule, [stack], u)
-        return
-    sizes = [stack.shape[0] for stack in stacks]
-    row, col = torch.cat([s.row for s in stacks]), torch.cat([s.col for s in stacks])
-    together = Stack(tuple(out.shape), [], row, col)
-    sums = accumulate_all_(rule, stacks)
-    move_means_(rule, together, sums)
-    torch._foreach_copy_([s.row for s in stacks], list(row.split(sizes)))
-    torch._foreach_copy_([s.col for s in stacks], list(col.split(sizes)))
-    factors = factors_of(together)
-    layer = first_layer(rule, together, sums, factor_all(stacks, factors))
-    outs = [[u[:, p.rows, p.cols] for p in s.pieces] for s, u in zip(stacks, out.split(sizes), strict=True)]
-    emit_all_(rule, stacks, factors, layer, outs)
-
-
-def apply_(w: Tensor, u: Tensor, scale: Tensor, options: dict[str, Any]) -> None:
-    """`celo2.backend.apply_` on w, u (N, r, c), scale (N, 1, 1); a learning rate on the GPU stays there.
+def apply_(w: Tensor, u: Tensor, scale: Tensor, options: Mapping[str, Any], tile: Tile = TILE) -> None:
+    """`celo2.blocked.apply_` on w, u (N, r, c), scale (N, 1, 1); a learning rate on the GPU stays there.
 
     The kernel computes in float32; float64 weights take the plain path.
     """
     if w.dtype is torch.float64:
-        backend.apply_(w, u, scale, options)
+        blocked.apply_(w, u, scale, options)
         return
     lr = options["lr"]
     on_device = isinstance(lr, Tensor) and lr.device == w.device
     w, u = (w.mT, u.mT) if is_transposed(w) else (w, u)
-    block = blocks(w.shape, TILE)
+    block = blocks(w.shape, tile)
     tiles_a, tiles_b = grid(w.shape, block)
     apply_kernel[(len(w) * tiles_a * tiles_b,)](
         view(w),
@@ -241,5 +222,8 @@ def apply_(w: Tensor, u: Tensor, scale: Tensor, options: dict[str, Any]) -> None
         float(options["weight_decay"]),
         *w.shape[1:],
         *block,
-        num_warps=TILE.warps,
+        num_warps=tile.warps,
     )
+
+
+TRITON = Passes(accumulate_, factor, emit_, newton_schulz, apply_, gathers=False)

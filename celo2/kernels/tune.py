@@ -8,12 +8,13 @@ on two ranks.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterator
 
 import torch
 
-from celo2 import backend, orthogonalize
+from celo2 import blocked, orthogonalize
 from celo2.blocked import Stack, whole
 from celo2.rule import Rule
 from celo2.rule_files import load_rule
@@ -38,23 +39,20 @@ def pass_times(rule: Rule, stack: Stack) -> Iterator[tuple[str, object, float, s
     from celo2.kernels import passes
 
     elements = stack.pieces[0].g.numel()
-    sums = passes.accumulate_(rule, stack)
-    factors, factored = passes.factor(stack)
+    stacks, factors = [stack], blocked.factors_of(stack)
+    layer = blocked.first_layer(rule, stack, passes.accumulate_(rule, stacks), passes.factor(stacks, factors))
     u = torch.empty_like(stack.pieces[0].g, dtype=torch.bfloat16)
     scale, options = torch.ones(len(u), 1, 1, device="cuda"), {"lr": 0.0, "weight_decay": 0.1}
-    runs = {  # name -> (bytes a weight, the constant that holds its tile, tiles to try, what to run)
-        "accumulate": (40, "TILE", PASS_TILES, lambda: passes.accumulate_(rule, stack)),
-        "factor": (16, "TILE", PASS_TILES, lambda: passes.factor(stack)),
-        "emit": (26, "EMIT_TILE", EMIT_TILES, lambda: passes.emit_(rule, stack, sums, factors, factored, [u])),
-        "apply": (10, "TILE", PASS_TILES, lambda: passes.apply_(stack.pieces[0].w, u, scale, options)),
+    runs = {  # name -> (bytes a weight, tiles to try, what to run)
+        "accumulate": (40, PASS_TILES, lambda tile: passes.accumulate_(rule, stacks, tile)),
+        "factor": (16, PASS_TILES, lambda tile: passes.factor(stacks, factors, tile)),
+        "emit": (26, EMIT_TILES, lambda tile: passes.emit_(rule, stacks, factors, layer, [[u]], tile)),
+        "apply": (10, PASS_TILES, lambda tile: passes.apply_(stack.pieces[0].w, u, scale, options, tile)),
     }
-    for name, (size, constant, tiles, run) in runs.items():
-        chosen = getattr(passes, constant)
+    for name, (size, tiles, run) in runs.items():
         for tile in tiles:
-            setattr(passes, constant, passes.Tile(*tile))
-            milliseconds = do_bench(run)
+            milliseconds = do_bench(functools.partial(run, passes.Tile(*tile)))
             yield name, tile, milliseconds, f"{size * elements / milliseconds / 1e9:.2f} TB/s"
-        setattr(passes, constant, chosen)
 
 
 def product_times(n: int, rows: int, cols: int) -> Iterator[tuple[str, object, float, str]]:
@@ -65,6 +63,7 @@ def product_times(n: int, rows: int, cols: int) -> Iterator[tuple[str, object, f
     from triton.testing import do_bench
 
     from celo2.kernels import symmetric
+    from celo2.kernels.passes import TRITON
 
     short, long = sorted((rows, cols))
     x = torch.randn(n, short, long, device="cuda", dtype=torch.bfloat16)
@@ -74,7 +73,7 @@ def product_times(n: int, rows: int, cols: int) -> Iterator[tuple[str, object, f
         milliseconds = do_bench(run)
         yield "product", tile, milliseconds, f"{flops / milliseconds / 1e9:.0f} TFLOP/s"
     flops = n * orthogonalize.newton_schulz_flops(rows, cols)
-    for name, functions in (("plain", backend.PLAIN), ("kernel", backend.triton_backend())):
+    for name, functions in (("plain", blocked.PLAIN), ("kernel", TRITON)):
         milliseconds = do_bench(lambda f=functions.newton_schulz: f(x))
         yield "Newton-Schulz", name, milliseconds, f"{flops / milliseconds / 1e9:.0f} TFLOP/s"
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from celo2.distributed.collectives import gather_objects
 from celo2.distributed.shard import LocalShard
-from celo2.layout import Layout, matrix_count, regions, stacked_shape
-from celo2.sharded import is_full
+from celo2.layout import matrix_count, stacked_shape
+from celo2.regions import Layout, regions
 from launch.distributed.strategy import Shard, Strategy
 
 MEANS = ("row", "col")  # means over a matrix: every rank moves them where the matrix is split, else the rank that has it whole
@@ -89,7 +89,7 @@ def gather_means(shard: Shard, layout: Layout | None, means: Tensors) -> Tensors
     holders = {}  # rank by matrix, of those that lie whole on a rank
     for rank, (start, stop) in enumerate(shard.runs):
         for region in regions(shape, layout, start, stop):
-            if is_full(region, *stack[-2:]):
+            if region.is_full(*stack[-2:]):
                 holders |= dict.fromkeys(range(region.matrices.start, region.matrices.stop), rank)
     if not any(holders.values()):
         return {}

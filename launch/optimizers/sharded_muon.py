@@ -15,10 +15,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C, DEFAULT_NS_STEPS, EPS, _zeropower_via_newtonschulz
 
+from celo2.distributed.collectives import orthogonalize_split
 from celo2.distributed.plan import Entry, Plan, make_plan
 from celo2.distributed.shard import local_shard_of
-from celo2.layout import regions
-from celo2.sharded import is_full, orthogonalize_split
+from celo2.regions import regions
+from celo2.step import batch_elements
 
 
 class ShardedMuon(torch.optim.Optimizer):
@@ -56,12 +57,12 @@ class ShardedMuon(torch.optim.Optimizer):
             matrices = [matrix for matrix, *_ in items]
             pieces = [views for _, views, *_ in items]
             empty = torch.empty(0, dtype=torch.bfloat16, device=items[0][2].device)
-            results = orthogonalize_split(matrices, pieces, empty, process_group, orthogonalize)
+            results = orthogonalize_split(matrices, pieces, empty, process_group, orthogonalize, batch_elements(empty.device))
             me = dist.get_rank(process_group)
             for (matrix, _, p, held, group), parts in zip(items, results, strict=True):
                 self.orthogonalized += matrix.owner == me
                 for region, u in zip(held, parts, strict=True):
-                    apply_(region.view(p, local_shard_of(p).start), u, (matrix.rows, matrix.cols), group)
+                    apply_(region.of(p), u, (matrix.rows, matrix.cols), group)
         return loss
 
     def _update(self, p: Tensor, group: dict[str, Any], split: dict[dist.ProcessGroup, list[tuple]]) -> None:
@@ -70,13 +71,13 @@ class ShardedMuon(torch.optim.Optimizer):
         buffer = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
         direction = p.grad.lerp(buffer, momentum).bfloat16()
         for region in regions(local_shard.shape, None, local_shard.start, local_shard.stop):
-            if is_full(region, *local_shard.shape):
-                u = orthogonalize(region.view(direction, local_shard.start))
-                apply_(region.view(p, local_shard.start), u, local_shard.shape, group)
+            if region.is_full(*local_shard.shape):
+                u = orthogonalize(region.of(direction))
+                apply_(region.of(p), u, local_shard.shape, group)
                 self.orthogonalized += 1
         for matrix in self.plan.get(p, {}).values():
             held = matrix.held[dist.get_rank(local_shard.group)]
-            views = [region.view(direction, local_shard.start) for region in held]
+            views = [region.of(direction) for region in held]
             split.setdefault(local_shard.group, []).append((matrix, views, p, held, group))
 
 

@@ -6,7 +6,10 @@ import torch
 from torch import nn
 
 from celo2 import Celo2, Rule
+from celo2.blocked import PLAIN, Passes
+from celo2.layout import Stack
 from celo2.rule import weight_shapes
+from celo2.step import Context, Item, direction_of
 
 ROOT = Path(__file__).resolve().parents[2]
 FUSED = ((8, 3, 6), (1, 2, 0), (3, 6, 8))  # a (8, 18) weight, inputs first, that holds three (6, 8) matrices
@@ -31,6 +34,11 @@ KINDS = {
 }
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 STATE_DTYPES = [torch.float32, torch.bfloat16]
+
+
+def directions_(rule: Rule, stacks: list[Stack], out: torch.Tensor, passes: Passes = PLAIN) -> None:
+    """Steps 0 to 7 on stacks of matrices of one shape, as the driver does them, into `out` (N, R, C)."""
+    out.copy_(direction_of([Item(stack, {}, False) for stack in stacks], Context(rule, passes, torch.float32)))
 
 
 def random_rule(seed: int = 0, hidden: int = 5) -> Rule:

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from optimizer_kinds import directions_
 from torch import nn
 
-from celo2 import Celo2, Rule, blocked, orthogonalize, work
-from celo2 import backend as backends
-from celo2 import layout as matrices
-from celo2.blocked import Piece, Stack, whole
+from celo2 import Celo2, Rule, blocked, orthogonalize
 from celo2.kernels.traffic import bytes_moved
+from celo2.layout import Piece, Stack, stacked_shape, whole
+from celo2.regions import regions
 from celo2.rule import accumulator_shapes, factored_axes, update, weight_shapes
 
 pytest.importorskip("triton", reason="Triton, which there is for Linux only, cannot be imported")
@@ -76,7 +76,7 @@ def updates_equal_the_reference(device, shape, n=3, hidden=8, dtype=torch.float3
         g = (g * randn(n, *shape, seed=20 + step).mul(2).exp() * (step > 0)).to(dtype).to(device)
         stacks = [whole(g[a:b], w[a:b], *(s[name] for name in NAMES)) for (a, b), s in zip(cuts, fast, strict=True)]
         out = torch.empty(g.shape, device=device)
-        passes.directions_(rule.to(device), stacks, out)
+        directions_(rule.to(device), stacks, out, passes.TRITON)
         expected = torch.stack(
             [update(rule, s, *gw, orthogonalize=True) for s, *gw in zip(states, g.float().cpu(), w.float().cpu(), strict=True)]
         )
@@ -104,14 +104,13 @@ def cut_stack(device, shape, layout, n, cuts, state_dtype) -> Stack:
     numel = torch.Size(shape).numel()
     g, w, m, v = (t.to(device) for t in (randn(numel, seed=1), randn(numel, seed=2), randn(3, numel, seed=3), randn(numel)))
     m, v = (0.1 * m).to(state_dtype), (0.1 * v.abs()).to(state_dtype)
-    rows, cols = matrices.stacked_shape(shape, layout)[-2:]
+    rows, cols = stacked_shape(shape, layout)[-2:]
     pieces = []
     for start, stop in itertools.pairwise([0, *cuts, numel]):
-        for region in matrices.regions(shape, layout, start, stop):
+        for region in regions(shape, layout, start, stop):
             if region.matrices.start <= n < region.matrices.stop:
                 r, run = region.of_matrix(n), slice(start, stop)
-                views = [r.view(g[run], start), r.view(w[run], start), r.view(m[:, run], start).transpose(0, 1)]
-                pieces.append(Piece(*views, r.view(v[run], start), r.rows, r.cols))
+                pieces.append(Piece(r.of(g[run]), r.of(w[run]), r.of_each(m[:, run]), r.of(v[run]), r.rows, r.cols))
     row, col = (randn(1, 3, s, seed=5 + s).square().to(device) for s in sorted((rows, cols)))
     count = None if state_dtype is torch.float32 else torch.tensor([7], dtype=torch.int32, device=device).expand(1)
     return Stack((1, rows, cols), pieces, row, col, count)
@@ -130,12 +129,14 @@ def pieces_equal_the_plain_passes(device, state_dtype):
         plain = cut_stack(device, shape, layout, n, cuts, state_dtype)
         fast = copied(plain)
         results = []
-        for functions, stack in ((backends.PLAIN, plain), (backends.triton_backend(), fast)):
-            sums = functions.accumulate_(rule, stack)
+        for functions, stack in ((blocked.PLAIN, plain), (kernels()[0].TRITON, fast)):
+            sums = functions.accumulate_(rule, [stack])
             blocked.move_means_(rule, stack, sums)
-            factors, factored_sums = functions.factor(stack)
+            factors = blocked.factors_of(stack)
+            factored_sums = functions.factor([stack], factors)
+            layer = blocked.first_layer(rule, stack, sums, factored_sums)
             outs = [torch.full(p.g.shape, torch.nan, device=device) for p in stack.pieces]
-            functions.emit_(rule, stack, sums, factors, factored_sums, outs)
+            functions.emit_(rule, [stack], factors, layer, [outs])
             results.append([sums, *factors, factored_sums, *outs])
         for got, expected in zip(results[1], results[0], strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)  # worst measured 3.3e-6 of 1 + the number
@@ -156,8 +157,8 @@ def faults_travel_as_in_the_plain_passes(device):
             plain = cut_stack(device, (6, 9), None, 0, (), state_dtype)
             plain.pieces[0].g[0, 2, 3] = fault
             fast, outs = copied(plain), [torch.empty(1, 6, 9, device=device) for _ in range(2)]
-            blocked.direction_(random_rule().to(device), plain, outs[0])
-            passes.directions_(random_rule().to(device), [fast], outs[1])
+            directions_(random_rule().to(device), [plain], outs[0])
+            directions_(random_rule().to(device), [fast], outs[1], passes.TRITON)
             pairs = [(fast.row, plain.row), (fast.col, plain.col), (outs[1], outs[0])]
             pairs += [(a.float(), b.float()) for a, b in zip(fast.pieces[0][2:4], plain.pieces[0][2:4], strict=True)]
             for got, expected in pairs:
@@ -189,31 +190,28 @@ def last_step_equals_plain(device):
             for w in (randn(3, 20, 33, seed=1), randn(3, 33, 20, seed=1).mT):
                 w, options = w.to(dtype).to(device), {"lr": lr, "weight_decay": 0.1}
                 plain = w.clone()
-                backends.apply_(plain, u, scale, options)
+                blocked.apply_(plain, u, scale, options)
                 passes.apply_(w, u, scale, options)
                 torch.testing.assert_close(w, plain, rtol=tolerance, atol=tolerance)
 
 
 def run_optimizer(device, functions, normalize_gradient=False, **options):
-    """Weights after two steps of Celo2 on PARAMETERS with `functions` as the backend."""
+    """Weights after two steps of Celo2 on PARAMETERS with `functions` as the passes."""
     params = {name: nn.Parameter(randn(*shape, seed=len(name)).to(device)) for name, (shape, _) in PARAMETERS.items()}
     groups = [{"params": [p], **PARAMETERS[name][1]} for name, p in params.items()]
-    chosen, work.backend = work.backend, lambda _: functions
     rule = replace(random_rule(), normalize_gradient=normalize_gradient)
-    try:
-        optimizer = Celo2(groups, lr=0.05, rule=rule, weight_decay=0.1, ns_dtype=torch.float32, **options)
-        for step in range(2):
-            for name, p in params.items():
-                p.grad = (0.1 * randn(*p.shape, seed=100 * step + len(name))).to(device)
-            optimizer.step()
-    finally:
-        work.backend = chosen
+    optimizer = Celo2(groups, lr=0.05, rule=rule, weight_decay=0.1, ns_dtype=torch.float32, **options)
+    optimizer.passes = functions
+    for step in range(2):
+        for name, p in params.items():
+            p.grad = (0.1 * randn(*p.shape, seed=100 * step + len(name))).to(device)
+        optimizer.step()
     return {name: p.detach().cpu() for name, p in params.items()}
 
 
 def optimizer_equals_plain(device, tolerance, **options):
-    fast = run_optimizer(device, backends.triton_backend(), **options)
-    plain = run_optimizer(device, backends.PLAIN, **options)
+    fast = run_optimizer(device, kernels()[0].TRITON, **options)
+    plain = run_optimizer(device, blocked.PLAIN, **options)
     for name in PARAMETERS:
         torch.testing.assert_close(fast[name], plain[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
@@ -304,7 +302,7 @@ def compile_for_hopper() -> dict[str, dict[str, bool]]:
     for state_dtype, layout in ((torch.float32, None), (torch.bfloat16, ((256, 512), (1, 0), (1, 512, 256)))):
         stack = cut_stack("cpu", (256, 512), layout, 0, (), state_dtype)
         u = torch.empty(stack.shape, dtype=torch.bfloat16)
-        passes.directions_(random_rule(), [stack], u)
+        directions_(random_rule(), [stack], u, passes.TRITON)
         for lr in (0.1, torch.tensor(0.1)):
             passes.apply_(stack.pieces[0].w, u, torch.ones(1, 1, 1), {"lr": lr, "weight_decay": 0.1})
     for side in (256, 2048):
@@ -317,7 +315,7 @@ def compile_for_hopper() -> dict[str, dict[str, bool]]:
 
 def in_own_process(function: str, **variables: str):
     """What `function` of this file returns in a process with these environment variables."""
-    environment = os.environ | variables | {"PYTHONPATH": os.fspath(ROOT)}
+    environment = os.environ | variables | {"PYTHONPATH": os.pathsep.join(map(os.fspath, (ROOT, Path(__file__).parent)))}
     command = [sys.executable, __file__, function]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
@@ -343,9 +341,9 @@ def test_kernels_compile_for_hopper(tmp_path):
         assert found == {"spills": False, "wgmma": product, "copies tiles": product}, name
 
 
-def test_backend_of_the_cpu_is_plain_and_imports_no_kernel():
+def test_passes_of_the_cpu_is_plain_and_imports_no_kernel():
     program = (
-        "import sys, torch; from celo2.backend import PLAIN, backend; assert backend(torch.device('cpu')) is PLAIN; "
+        "import sys, torch; from celo2.step import PLAIN, passes_for; assert passes_for(torch.device('cpu')) is PLAIN; "
         "assert 'celo2.kernels.passes' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=120)

@@ -24,7 +24,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from celo2 import Celo2, load_rule, save_rule
-from celo2 import sharded as sharded_module
+from celo2 import step as step_module
 
 # --- groups -----------------------------------------------------------------------------------------------------------------
 
@@ -238,7 +238,7 @@ def test_same_seed_same_bits(state_dtype):
 @pytest.mark.parametrize("batch_elements", [1, 200, 1 << 24])
 def test_matrices_of_one_shape_together_equal_each_alone(batch_elements, state_dtype, monkeypatch):
     """Matrices, batches of matrices and layouts that meet in the shape (6, 8), in three precisions, batched at several sizes."""
-    monkeypatch.setitem(sharded_module.BATCH_ELEMENTS, "cpu", batch_elements)
+    monkeypatch.setitem(step_module.BATCH_ELEMENTS, "cpu", batch_elements)
     shapes = [(6, 8), (6, 8), (2, 6, 8), (6, 8), (2, 2, 6, 8), (6, 8)]
     dtypes = [torch.float32, torch.bfloat16, torch.float32, torch.float16, torch.float32, torch.float32]
     weights = [randn(*shape, seed=i).to(dtype) for i, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True))]

@@ -29,7 +29,7 @@ from optimizer_kinds import (
 from torch import nn
 
 from celo2 import Celo2, load_rule, param_groups
-from celo2.work import form_of
+from celo2.layout import form_of
 
 # --- precision --------------------------------------------------------------------------------------------------------------
 

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from optimizer_kinds import directions_
 from torch import nn
 
 from celo2 import Celo2, Rule
 from celo2 import blocked as blocked_module
-from celo2.blocked import directions_, whole
+from celo2.layout import whole
 from celo2.rounding import noise, places, stochastic_round
 from celo2.rule import accumulator_shapes, factored_axes, update, weight_shapes
 

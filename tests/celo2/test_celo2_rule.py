@@ -4,11 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from optimizer_kinds import directions_
 
 from celo2 import Celo2, Rule, load_rule
 from celo2 import blocked as blocked_module
 from celo2.baselines import hand_momentum
-from celo2.blocked import directions_, whole
+from celo2.layout import whole
 from celo2.orthogonalize import newton_schulz
 from celo2.rule import accumulator_shapes, factored_axes, normalized_gradient, update, weight_shapes
 

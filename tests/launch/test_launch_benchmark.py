@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from celo2 import Celo2, work
-from celo2.backend import PLAIN
+from celo2 import Celo2
+from celo2 import optimizer as optimizer_module
+from celo2.blocked import PLAIN
 from celo2.kernels.traffic import bytes_moved
 from configs.load import ConfigError
 from launch.benchmark import gpu, optimizer, train
@@ -85,7 +86,7 @@ def test_plain_path_is_forced(monkeypatch):
     def unexpected(device):
         raise AssertionError("asked for the path of the device")
 
-    monkeypatch.setattr(work, "backend", unexpected)
+    monkeypatch.setattr(optimizer_module, "passes_for", unexpected)
     params = optimizer.make_params("host", CPU)[:1]
     with pytest.raises(AssertionError):
         Celo2(params, 1e-5).step()

@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -205,8 +204,8 @@ def main():
     from accelerate.state import AcceleratorState
 
     import train
-    from celo2 import work
-    from celo2.backend import PLAIN
+    from celo2 import optimizer
+    from celo2.blocked import PLAIN
     from launch.distributed.leave import leave
     from launch.distributed.strategy import Strategy
 
@@ -214,12 +213,12 @@ def main():
     real, rank, statuses = train.dropout_seed, int(os.environ["RANK"]), []
     poisoned, real_loss = [False], Strategy.loss
     Strategy.loss = lambda self, *batch: real_loss(self, *batch) * (math.nan if poisoned[0] and torch.is_grad_enabled() else 1.0)
-    backend = work.backend
+    passes_for = optimizer.passes_for
     for arguments in json.loads(os.environ["RUNS"]):
-        train.dropout_seed, work.backend = real, backend
+        train.dropout_seed, optimizer.passes_for = real, passes_for
         if arguments[0] == "tamper":
             arguments.pop(0)
-            work.backend = lambda device: replace(PLAIN, newton_schulz=lambda u: u)
+            optimizer.passes_for = lambda device: PLAIN._replace(newton_schulz=lambda u: u)
         if arguments[0].startswith(("signal", "hang", "NaN")):
             fault = arguments.pop(0)
 

@@ -1,16 +1,19 @@
-"""Is what a user or a saved state gives an optimizer usable? Every answer is an error that names the parameter group."""
+"""State of the optimizer, and checks of what a user or a saved state gives it: every error names the parameter group."""
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from celo2 import layout as matrices
-from celo2.distributed.shard import local_shard_of
+from celo2.distributed.shard import local, local_shard_of
+from celo2.layout import as_layout, stacked_axes, stacked_shape
+from celo2.rule import accumulator_shapes
 
 if TYPE_CHECKING:
     from celo2.optimizer import Celo2
@@ -18,6 +21,26 @@ if TYPE_CHECKING:
 UPDATES = ("celo2", "adamw")
 GROUP_KEYS = ("params", "param_names", "lr", "weight_decay", "betas", "eps", "update", "orthogonalize", "matrices")
 SCHEDULER_KEYS = ("initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum")  # torch's schedulers write them
+
+
+def new_state(p: Tensor, group: dict[str, Any], by_rule: bool, state_dtype: torch.dtype) -> dict[str, Tensor]:
+    """Accumulators of `p`, all zero: the rule's (`celo2.rule.accumulator_shapes`) over what is here of it, or AdamW's."""
+    shard, here = local_shard_of(p), local(p)
+    size = tuple(here.shape) if shard.whole else (here.numel(),)
+    dtypes = {"step": torch.float32, "count": torch.int32}
+    if by_rule:
+        shape = stacked_shape(shard.shape, group["matrices"])
+        axes = stacked_axes(shape, group["matrices"])
+        shapes = accumulator_shapes(shape, axes)
+        for name in shapes.keys() - {"row", "col"}:
+            shapes[name] = (*shapes[name][: len(shapes[name]) - len(shape)], *(size or (1,)))  # a scalar is a vector
+        if axes is not None and state_dtype is torch.bfloat16:
+            shapes["count"] = ()
+            dtypes |= {"momentum": torch.bfloat16, "second_moment": torch.bfloat16}
+    else:
+        shapes = {"step": (), "exp_avg": size, "exp_avg_sq": size}
+        dtypes |= dict.fromkeys(("exp_avg", "exp_avg_sq"), torch.promote_types(p.dtype, torch.float32))
+    return {name: torch.zeros(s, dtype=dtypes.get(name, torch.float32), device=here.device) for name, s in shapes.items()}
 
 
 def check_keys(group: dict[str, Any], where: str) -> None:
@@ -46,7 +69,7 @@ def check_options(group: dict[str, Any], where: str) -> None:
         raise ValueError(f"{where}: unknown update '{group['update']}', expected one of {', '.join(UPDATES)}")
     if group["matrices"] is not None:
         try:
-            group["matrices"] = matrices.as_layout(group["matrices"])
+            group["matrices"] = as_layout(group["matrices"])
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
 
@@ -99,3 +122,40 @@ def check_saved_state(optimizer: Celo2, state_dict: dict[str, Any]) -> None:
                 if name in saved and value.shape != torch.as_tensor(saved[name]).shape:
                     shapes = f"{tuple(torch.as_tensor(saved[name]).shape)}, expected {tuple(value.shape)}"
                     raise ValueError(f"{where}: saved {name} has shape {shapes}")
+
+
+@contextmanager
+def keeping_dtypes(optimizer: Celo2) -> Iterator[None]:
+    """While it lasts, torch's `load_state_dict` checks what is saved and fills the optimizer's own state, in its own dtypes."""
+    saved: dict[int, dict[str, Any]] = {}
+    own = optimizer.state
+    ordered = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def check(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        check_saved_state(optimizer, state_dict)
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        saved.update((j, state_dict["state"].get(i, {})) for j, i in enumerate(ids))
+        return {**state_dict, "state": {}}
+
+    def restore(_: torch.optim.Optimizer) -> None:
+        optimizer.state = own
+        for group in optimizer.param_groups:
+            if group["matrices"] is not None:
+                group["matrices"] = as_layout(group["matrices"])
+            group["betas"] = tuple(group["betas"])
+        for p, values in zip(ordered, saved.values(), strict=True):
+            for name, value in own.get(p, {}).items():
+                if name in values:
+                    value.copy_(values[name])
+                else:
+                    value.zero_()
+
+    hooks = [  # `check` after the user's pre-hooks, which may adapt what is saved; `restore` before the user's post-hooks
+        optimizer.register_load_state_dict_pre_hook(check),
+        optimizer.register_load_state_dict_post_hook(restore, prepend=True),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
