@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from celo2.regions import Layout, Region, merged_axes, regions
+from celo2.cutting import Layout, cut, merged_axes
 from celo2.rule import factored_axes
 
 
@@ -67,6 +67,65 @@ def is_factored_over_batch(shape: tuple[int, ...], layout: Layout | None) -> boo
 def matrix_count(shape: tuple[int, ...]) -> int:
     """Matrices in a stacked `shape` (..., R, C); a vector has none."""
     return math.prod(shape[:-2]) if len(shape) >= 2 else 0
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether `tensor` is a DTensor, without importing its module."""
+    return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What of `tensor` is on this rank, sharing its memory: a DTensor's local shard, any other tensor itself."""
+    return tensor.to_local() if is_dtensor(tensor) else tensor
+
+
+class Region(NamedTuple):
+    """A block of a stack (N, R, C), and where its elements lie in a local shard of the flattened parameter."""
+
+    matrices: slice
+    rows: slice
+    cols: slice
+    size: tuple[int, int, int]  # (n, r, c)
+    strides: tuple[int, int, int]  # between its matrices, rows and columns
+    offset: int  # of its first element in the local shard
+
+    def of(self, shard: Tensor) -> Tensor:
+        """It (n, r, c) in the elements (E,) of the local shard, without a copy."""
+        step = shard.stride(-1)
+        strides = self.strides if step == 1 else [step * stride for stride in self.strides]
+        return shard.as_strided(self.size, strides, shard.storage_offset() + step * self.offset)
+
+    def of_each(self, shards: Tensor) -> Tensor:
+        """It (n, K, r, c) in K tensors (K, E) of the local shard's elements, each contiguous."""
+        (n, *size), (by_n, *strides) = self.size, self.strides
+        return shards.as_strided(
+            (n, len(shards), *size), (by_n, shards.stride(0), *strides), shards.storage_offset() + self.offset
+        )
+
+    def is_full(self, rows: int, cols: int) -> bool:
+        """Whether it holds whole matrices of this size."""
+        return self.size[1:] == (rows, cols)
+
+    def of_matrix(self, n: int) -> Region:
+        """The part of it in matrix `n` of the stack."""
+        offset = self.offset + (n - self.matrices.start) * self.strides[0]
+        return self._replace(matrices=slice(n, n + 1), size=(1, *self.size[1:]), offset=offset)
+
+
+def regions(shape: tuple[int, ...], layout: Layout | None, start: int, stop: int) -> list[Region]:
+    """The elements [start, stop) of the flattened parameter of `shape` as regions of its stack (N, R, C), each element once."""
+    if start >= stop:
+        return []
+    if layout is None:
+        n, rows, cols = stack = (math.prod(shape[:-2]), *shape[-2:])
+        if stop - start == math.prod(stack):
+            return [Region(slice(0, n), slice(0, rows), slice(0, cols), stack, (rows * cols, cols, 1), 0)]
+        layout = (stack, (0, 1, 2), stack)
+    found = []
+    for slices, strides, first in cut(layout, start, stop):
+        size = tuple(s.stop - s.start for s in slices)
+        found.append(Region(*slices, size, tuple(strides), first - start))
+    return found
 
 
 class Form(NamedTuple):

@@ -5,24 +5,25 @@ from __future__ import annotations
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.optim.adamw import adamw
 
-from celo2.adamw import adamw_
 from celo2.blocked import Passes
+from celo2.distributed.collectives import broadcast_by_owner_
 from celo2.distributed.owners import orthogonalized_by_owners, orthogonalized_over
-from celo2.distributed.plan import Entry, Plan, Replicas, fingerprint, gather_ranges, make_plan
-from celo2.distributed.shard import LocalShard, ShardingError, local_shard_of
-from celo2.layout import matrix_count, stacked_shape
+from celo2.distributed.plan import Entry, Replicas, fingerprint, gather_ranges, make_plan
+from celo2.distributed.shard import ShardingError, local_shard_of
+from celo2.layout import local, matrix_count, stacked_shape
 from celo2.orthogonalize import newton_schulz_flops
 from celo2.rule import Rule
 from celo2.rule_files import load_rule
-from celo2.state import check_gradient, check_keys, check_options, check_parameter, keeping_dtypes, new_state
+from celo2.state import check_keys, check_options, check_parameter, keeping_dtypes, new_state
 from celo2.step import Context, Work, orthogonalized_here, passes_for
 
 
@@ -94,7 +95,7 @@ class Celo2(torch.optim.Optimizer):
         self.passes: Passes | None = None  # those of every device; None: `celo2.step.passes_for` chooses
         self.orthogonalized = 0  # matrices that this rank has orthogonalized so far
         self._rule_on: dict[torch.device, Rule] = {}
-        self._plan: Plan | None = None
+        self._entries: dict[Tensor, Entry] = {}  # found at the first step
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -108,7 +109,7 @@ class Celo2(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in ("rule", "ns_dtype", "state_dtype", "replicas", "passes", "orthogonalized")}
-        return {**super().__getstate__(), **own, "_rule_on": {}, "_plan": None}
+        return {**super().__getstate__(), **own, "_rule_on": {}, "_entries": {}}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Check and add a group, and allocate its state."""
@@ -129,7 +130,7 @@ class Celo2(torch.optim.Optimizer):
         except (ValueError, TypeError):
             del self.param_groups[count:]
             raise
-        self._plan = None
+        self._entries = {}
         if self.replicas is not None:
             for by_rule in (True, False):
                 params = [p for p in group["params"] if self.takes_rule(p, group) is by_rule]
@@ -158,26 +159,27 @@ class Celo2(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_known()
-        if self._plan is None:
-            self._plan = self._make_plan()
+        if not self._entries:
+            self._entries = self._find_entries()
         work: dict[torch.device, Work] = defaultdict(Work)
         for index, group in enumerate(self.param_groups):
-            by_rule: list[tuple[Tensor, LocalShard]] = []
+            by_rule: list[Tensor] = []
             by_adamw: list[Tensor] = []
             for p in group["params"]:
-                if p.grad is None or not math.prod((shard := local_shard_of(p)).shape):
+                if p.grad is None or not math.prod(self._entries[p].local_shard.shape):
                     continue
-                check_gradient(p, f"parameter group {index}")
-                if self.takes_rule(p, group):
-                    by_rule.append((p, shard))
-                else:
-                    by_adamw.append(p)
-            if counts := [self.state[p]["count"] for p, _ in by_rule if "count" in self.state.get(p, ())]:
+                if p.grad.is_sparse or p.grad.is_complex():
+                    kind = "sparse" if p.grad.is_sparse else "complex"
+                    raise RuntimeError(
+                        f"parameter group {index}: {kind} gradient of shape {tuple(p.grad.shape)}; use a dense one"
+                    )
+                (by_rule if self._entries[p].by_rule else by_adamw).append(p)
+            if counts := [self.state[p]["count"] for p in by_rule if "count" in self.state.get(p, ())]:
                 torch._foreach_add_(counts, 1)
             adamw_(by_adamw, self.state, group, self.replicas)
-            for p, shard in by_rule:
+            for p in by_rule:
                 owner = self.replicas.owners[p] if self.replicas is not None else None
-                work[p.device].add(p, self.state.get(p), shard, group, self._orthogonalizes(group), self._plan.get(p, {}), owner)
+                work[p.device].add(self._entries[p], self.state.get(p), group, self._orthogonalizes(group), owner)
         whole = orthogonalized_here
         if self.replicas is not None:
             whole = functools.partial(orthogonalized_by_owners, replicas=self.replicas)
@@ -198,17 +200,19 @@ class Celo2(torch.optim.Optimizer):
                         "parameters; if DeepSpeed ZeRO put it there, see celo2.distributed.deepspeed"
                     )
 
-    def _make_plan(self) -> Plan:
+    def _find_entries(self) -> dict[Tensor, Entry]:
         entries = []
         for index, group in enumerate(self.param_groups):
             names = group.get("param_names") or [f"parameter {i} of group {index}" for i in range(len(group["params"]))]
             for name, p in zip(names, group["params"], strict=True):
                 by_rule = self.takes_rule(p, group)
                 entries.append(Entry(name, p, local_shard_of(p), by_rule, self._orthogonalizes(group), group["matrices"]))
-        recipe = fingerprint(self.rule, self.ns_dtype)
-        if self.replicas is not None:
-            gather_ranges(entries, self.replicas.group, recipe)
-        return make_plan(entries, recipe)
+        if self.replicas is not None or not all(entry.local_shard.whole for entry in entries):
+            recipe = fingerprint(self.rule, self.ns_dtype)
+            if self.replicas is not None:
+                gather_ranges(entries, self.replicas.group, recipe)
+            make_plan(entries, recipe)
+        return {entry.p: entry for entry in entries}
 
     def _orthogonalizes(self, group: dict[str, Any]) -> bool:
         return group["orthogonalize"] and self.rule.variant != "celo2-base"
@@ -232,3 +236,35 @@ class Celo2(torch.optim.Optimizer):
         """
         with keeping_dtypes(self):
             super().load_state_dict(state_dict)
+
+
+def adamw_(
+    params: Sequence[Tensor], state: Mapping[Tensor, dict[str, Tensor]], group: Mapping[str, Any], replicas: Replicas | None
+) -> None:
+    """torch's own fused AdamW, in place; parameters of lower precision are updated in the state's precision and rounded once."""
+    mine = [p for p in params if replicas is None or replicas.keeps_state(p)]
+    if mine:
+        states = [state[p] for p in mine]
+        # The fused kernel walks storage: every tensor must be contiguous, as the state is.
+        weights = [local(p).to(s["exp_avg"].dtype).contiguous() for p, s in zip(mine, states, strict=True)]
+        adamw(
+            weights,
+            [local(p.grad).to(w.dtype).contiguous() for p, w in zip(mine, weights, strict=True)],
+            [s["exp_avg"] for s in states],
+            [s["exp_avg_sq"] for s in states],
+            [],
+            [s["step"] for s in states],
+            fused=True,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+        for p, weight in zip(mine, weights, strict=True):
+            if weight is not local(p):
+                local(p).copy_(weight.view(local(p).shape))
+    if params and replicas is not None and replicas.shard_state:
+        broadcast_by_owner_(params, replicas.owners, replicas.group)

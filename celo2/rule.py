@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -100,6 +100,10 @@ class Rule:
         return all(getattr(self, n) == getattr(other, n) for n in compared) and all(
             torch.equal(w, other.weights[name]) for name, w in self.weights.items()
         )
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that it holds beside its weights."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "weights"}
 
     @property
     def hidden(self) -> int:

@@ -7,7 +7,6 @@ weights; the published MessagePack file holds the weights alone, so what it is f
 from __future__ import annotations
 
 import json
-from dataclasses import fields
 from pathlib import Path
 
 import msgpack
@@ -64,7 +63,7 @@ def save_rule(rule: Rule, path: str | Path) -> None:
     check_weights(rule.weights, path)
     check_description(rule, path)
     if path.suffix == ".safetensors":
-        description = {name: value if isinstance(value, str) else json.dumps(value) for name, value in describe(rule).items()}
+        description = {name: value if isinstance(value, str) else json.dumps(value) for name, value in rule.settings().items()}
         metadata = {"format": FORMAT, "version": VERSION, **description}
         path.write_bytes(save({name: w.detach().contiguous().cpu() for name, w in rule.weights.items()}, metadata))
     elif path.suffix == ".state":
@@ -76,11 +75,6 @@ def save_rule(rule: Rule, path: str | Path) -> None:
         path.write_bytes(msgpack.packb({"ff_mod_stack": {"~": arrays}}))
     else:
         raise RuleError(f"{path}: a rule is written as .safetensors or .state, not '{path.suffix}'")
-
-
-def describe(rule: Rule) -> dict[str, object]:
-    """Everything a rule holds beside its weights."""
-    return {f.name: getattr(rule, f.name) for f in fields(rule) if f.name != "weights"}
 
 
 def check_weights(weights: dict[str, Tensor], path: Path) -> None:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from celo2.distributed.shard import local, local_shard_of
-from celo2.layout import as_layout, stacked_axes, stacked_shape
+from celo2.distributed.shard import local_shard_of
+from celo2.layout import as_layout, local, stacked_axes, stacked_shape
 from celo2.rule import accumulator_shapes
 
 if TYPE_CHECKING:
@@ -81,13 +81,6 @@ def check_parameter(p: Tensor, group: dict[str, Any], where: str) -> None:
     layout = group["matrices"]
     if layout is not None and torch.Size(layout[0]).numel() != torch.Size(local_shard_of(p).shape).numel():
         raise ValueError(f"{where}: matrices {layout} do not fit a parameter of shape {tuple(p.shape)}")
-
-
-def check_gradient(p: Tensor, where: str) -> None:
-    """Raise RuntimeError for a gradient that neither update can take."""
-    if p.grad.is_sparse or p.grad.is_complex():
-        kind = "sparse" if p.grad.is_sparse else "complex"
-        raise RuntimeError(f"{where}: {kind} gradient of shape {tuple(p.grad.shape)}; use a dense one")
 
 
 def check_saved_group(group: dict[str, Any], saved: dict[str, Any], where: str) -> None:

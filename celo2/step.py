@@ -24,8 +24,9 @@ from torch import Tensor
 from celo2 import blocked
 from celo2.blocked import PLAIN, Passes
 from celo2.distributed.collectives import add_up_
-from celo2.distributed.shard import LocalShard, SplitMatrix, local
-from celo2.layout import Direction, Stack, form_of, gathered, part_of, scatter_, stack_of
+from celo2.distributed.plan import Entry
+from celo2.distributed.shard import SplitMatrix
+from celo2.layout import Direction, Stack, form_of, gathered, local, part_of, scatter_, stack_of
 from celo2.rule import RMS_EPS, SQUARE_FLOOR, Rule
 from celo2.vectors import Vector, VectorPasses, vector_of
 
@@ -94,17 +95,16 @@ class Work:
 
     def add(
         self,
-        p: Tensor,
+        entry: Entry,
         state: Mapping[str, Tensor] | None,
-        shard: LocalShard,
         options: Mapping[str, Any],
         orthogonalize: bool,
-        split: Mapping[int, SplitMatrix],
         owner: int | None,
     ) -> None:
-        """Add what is here of `p`; `split`: its matrices that no rank holds whole; `state`: None where another rank keeps it."""
-        form = form_of(shard.shape, options["matrices"], shard.start, shard.stop, shard.whole)
-        weight, g = local(p).detach(), local(p.grad).contiguous()
+        """Add what is here of a parameter; `state` is None where another rank keeps it."""
+        shard = entry.local_shard
+        form = form_of(shard.shape, options["matrices"], shard.start, shard.stop, shard.group is None)
+        weight, g = local(entry.p).detach(), local(entry.p.grad).contiguous()
         w = weight.contiguous()
         if w is not weight:
             self.copies.append((weight, w))
@@ -114,7 +114,7 @@ class Work:
             return
         for which, regions in form.whole:
             self.whole.append(Item(stack_of(g, w, state, form.stack, which, regions), options, orthogonalize, owner))
-        for n, matrix in split.items():
+        for n, matrix in entry.split.items():
             stack = stack_of(g, w, state, form.stack, slice(n, n + 1), form.split.get(n, ()))
             self.split[shard.group].append(Item(stack, options, orthogonalize, split=matrix))
 

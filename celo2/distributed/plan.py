@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,11 +14,9 @@ from torch import Tensor
 
 from celo2.distributed.collectives import gather_objects
 from celo2.distributed.shard import LocalShard, Ranges, ShardingError, SplitMatrix, check_cover
-from celo2.layout import is_factored_over_batch, matrix_count, stacked_shape
+from celo2.layout import Layout, Region, is_factored_over_batch, matrix_count, regions, stacked_shape
 from celo2.orthogonalize import newton_schulz_flops
-from celo2.regions import Layout, Region, regions
 from celo2.rule import Rule
-from celo2.rule_files import describe
 
 
 def balance(costs: Sequence[float], loads: list[float]) -> list[int]:
@@ -57,7 +55,7 @@ class Replicas:
 
 @dataclass
 class Entry:
-    """One parameter as a rank sees it."""
+    """One parameter as a rank sees it, and what of it is split over ranks."""
 
     name: str
     p: Tensor
@@ -65,20 +63,17 @@ class Entry:
     by_rule: bool
     orthogonalize: bool
     layout: Layout | None
+    split: dict[int, SplitMatrix] = field(default_factory=dict)  # by the number of the matrix in the stack
 
 
-Plan = dict[Tensor, dict[int, SplitMatrix]]  # the split matrices of a parameter, by their number in its stack
-
-
-def make_plan(entries: list[Entry], recipe: str) -> Plan:
+def make_plan(entries: Sequence[Entry], recipe: str) -> None:
     """Compare `entries` and `recipe`, what the optimizer computes, over the ranks of every process group among the local shards,
-    and give every split matrix an owner.
+    and find the split matrices of each entry and their owners.
 
     Raises:
         ShardingError: on every rank alike, for ranks that disagree, elements that no rank or two ranks hold, or matrices over
             ranks whose second moment is factored over the batch.
     """
-    plan: Plan = {}
     groups: dict[dist.ProcessGroup, list[Entry]] = {}
     for entry in entries:
         if entry.local_shard.group is not None:
@@ -98,7 +93,7 @@ def make_plan(entries: list[Entry], recipe: str) -> Plan:
                     "give its param group `matrices`"
                 )
             of_parameter, whole = split_matrices(entry.local_shard.shape, entry.layout, of_ranks)
-            plan[entry.p] = of_parameter
+            entry.split = of_parameter
             if entry.orthogonalize:
                 split += of_parameter.values()
                 cost = newton_schulz_flops(*shape[-2:])
@@ -106,7 +101,6 @@ def make_plan(entries: list[Entry], recipe: str) -> Plan:
         owners = balance([newton_schulz_flops(matrix.rows, matrix.cols) for matrix in split], loads)
         for matrix, owner in zip(split, owners, strict=True):
             matrix.owner = owner
-    return plan
 
 
 def split_matrices(shape: tuple[int, ...], layout: Layout | None, ranges: Ranges) -> tuple[dict[int, SplitMatrix], list[int]]:
@@ -150,7 +144,7 @@ def gather_ranges(members: list[Entry], group: dist.ProcessGroup, recipe: str) -
 
 def fingerprint(rule: Rule, ns_dtype: torch.dtype | None) -> str:
     """A hash of what the rule computes."""
-    digest = hashlib.sha256(repr((describe(rule) | {"description": None}, ns_dtype)).encode())
+    digest = hashlib.sha256(repr((rule.settings() | {"description": None}, ns_dtype)).encode())
     for name, weight in sorted(rule.weights.items()):
         digest.update(name.encode() + weight.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:12]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch import Tensor
 
-from celo2.regions import Region
+from celo2.layout import Region, is_dtensor
 
 Ranges = list[tuple[int, int]]  # (start, stop) of the local shard of every rank of a process group
 
@@ -70,16 +70,6 @@ def local_shard_of(p: Tensor) -> LocalShard:
         )
     row = math.prod(shape[1:])
     return LocalShard(shape, first * row, last * row, mesh.get_group(axis))
-
-
-def is_dtensor(tensor: Tensor) -> bool:
-    """Whether `tensor` is a DTensor, without importing its module."""
-    return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
-
-
-def local(tensor: Tensor) -> Tensor:
-    """What of `tensor` is on this rank, sharing its memory: a DTensor's local shard, any other tensor itself."""
-    return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 @dataclass

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from celo2.distributed.collectives import gather_objects
 from celo2.distributed.shard import LocalShard
-from celo2.layout import matrix_count, stacked_shape
-from celo2.regions import Layout, regions
+from celo2.layout import Layout, matrix_count, regions, stacked_shape
 from launch.distributed.strategy import Shard, Strategy
 
 MEANS = ("row", "col")  # means over a matrix: every rank moves them where the matrix is split, else the rank that has it whole

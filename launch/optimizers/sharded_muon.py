@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C, DEFAULT_NS_STEPS, EPS, _zeropower_via_newtonschulz
 
 from celo2.distributed.collectives import orthogonalize_split
-from celo2.distributed.plan import Entry, Plan, make_plan
+from celo2.distributed.plan import Entry, make_plan
 from celo2.distributed.shard import local_shard_of
-from celo2.regions import regions
+from celo2.layout import regions
 from celo2.step import batch_elements
 
 
@@ -31,7 +31,7 @@ class ShardedMuon(torch.optim.Optimizer):
     def __init__(self, params: list[dict[str, Any]], momentum: float = 0.95, weight_decay: float = 0.1) -> None:
         super().__init__(params, {"lr": 1e-3, "weight_decay": weight_decay, "momentum": momentum})
         self.orthogonalized = 0  # matrices that this rank has orthogonalized so far
-        self.plan: Plan | None = None
+        self.entries: dict[Tensor, Entry] = {}  # found at the first step
         for group in self.param_groups:
             for p in group["params"]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -43,11 +43,11 @@ class ShardedMuon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self.plan is None:
-            members = [
-                (name, p) for group in self.param_groups for name, p in zip(group["param_names"], group["params"], strict=True)
-            ]
-            self.plan = make_plan([Entry(name, p, local_shard_of(p), True, True, None) for name, p in members], "muon")
+        if not self.entries:
+            for group in self.param_groups:
+                for name, p in zip(group["param_names"], group["params"], strict=True):
+                    self.entries[p] = Entry(name, p, local_shard_of(p), by_rule=True, orthogonalize=True, layout=None)
+            make_plan(list(self.entries.values()), "muon")
         split: dict[dist.ProcessGroup, list[tuple]] = {}
         for group in self.param_groups:
             for p in group["params"]:
@@ -75,7 +75,7 @@ class ShardedMuon(torch.optim.Optimizer):
                 u = orthogonalize(region.of(direction))
                 apply_(region.of(p), u, local_shard.shape, group)
                 self.orthogonalized += 1
-        for matrix in self.plan.get(p, {}).values():
+        for matrix in self.entries[p].split.values():
             held = matrix.held[dist.get_rank(local_shard.group)]
             views = [region.of(direction) for region in held]
             split.setdefault(local_shard.group, []).append((matrix, views, p, held, group))

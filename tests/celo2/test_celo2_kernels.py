@@ -21,8 +21,7 @@ from torch import nn
 
 from celo2 import Celo2, Rule, blocked, orthogonalize
 from celo2.kernels.traffic import bytes_moved
-from celo2.layout import Piece, Stack, stacked_shape, whole
-from celo2.regions import regions
+from celo2.layout import Piece, Stack, regions, stacked_shape, whole
 from celo2.rule import accumulator_shapes, factored_axes, update, weight_shapes
 
 pytest.importorskip("triton", reason="Triton, which there is for Linux only, cannot be imported")
