@@ -16,7 +16,7 @@ factored), F features of a buffer, r rows and c columns of a piece, n elements i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -84,7 +84,7 @@ class Passes(NamedTuple):
     factor: Callable[[Sequence[Stack], Factors], Tensor]
     emit_: Callable[[Rule, Sequence[Stack], Factors, FirstLayer, Sequence[Sequence[Tensor]]], None]
     newton_schulz: Callable[[Tensor], Tensor]
-    apply_: Callable[[Tensor, Tensor, Tensor, dict[str, Any]], None]
+    apply_: Callable[[Tensor, Tensor, Tensor, Mapping[str, Any]], None]
     gathers: bool  # small matrices are copied together until they fill a block
 
 
@@ -221,7 +221,7 @@ def emit_(rule: Rule, stacks: Sequence[Stack], factors: Factors, layer: FirstLay
                 out[:, block] = torch.matmul(w2, h).add_(b2).unflatten(1, (-1, piece.g.shape[2]))
 
 
-def apply_(w: Tensor, u: Tensor, scale: Tensor | float, options: dict[str, Any]) -> None:
+def apply_(w: Tensor, u: Tensor, scale: Tensor | float, options: Mapping[str, Any]) -> None:
     """Step 10, in place: `W <- W - lr (u scale + weight_decay W)`, in float32 whatever the dtype of w.
 
     Args:

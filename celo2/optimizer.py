@@ -152,7 +152,7 @@ class Celo2(torch.optim.Optimizer):
         return matrix_count(shape) * newton_schulz_flops(*shape[-2:])
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One update of every parameter that has a gradient; returns what `closure` returns."""
         loss = None
         if closure is not None:
@@ -178,7 +178,7 @@ class Celo2(torch.optim.Optimizer):
                 torch._foreach_add_(counts, 1)
             adamw_(by_adamw, self.state, group, self.replicas)
             for p in by_rule:
-                owner = self.replicas.owners[p] if self.replicas is not None else None
+                owner = 0 if self.replicas is None else self.replicas.owners[p]
                 work[p.device].add(self._entries[p], self.state.get(p), group, self._orthogonalizes(group), owner)
         whole = orthogonalized_here
         if self.replicas is not None:
@@ -249,7 +249,7 @@ def adamw_(
         weights = [local(p).to(s["exp_avg"].dtype).contiguous() for p, s in zip(mine, states, strict=True)]
         adamw(
             weights,
-            [local(p.grad).to(w.dtype).contiguous() for p, w in zip(mine, weights, strict=True)],
+            [local(p.grad).to(w.dtype).contiguous() for p, w in zip(mine, weights, strict=True) if p.grad is not None],
             [s["exp_avg"] for s in states],
             [s["exp_avg_sq"] for s in states],
             [],

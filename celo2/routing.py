@@ -101,7 +101,7 @@ def is_vector(p: Tensor) -> bool:
 
 def boundary_modules(model: nn.Module, also_adamw: Sequence[nn.Module]) -> tuple[set[nn.Module], set[nn.Module]]:
     """The modules that are input layers and those that are output layers."""
-    inputs = {module for module in model.modules() if isinstance(module, EMBEDDINGS)}
+    inputs: set[nn.Module] = {module for module in model.modules() if isinstance(module, EMBEDDINGS)}
     outputs = {inner for module in also_adamw for inner in module.modules()}
     parents = {child: module for module in model.modules() for child in module.children()}
     knows_itself = False
@@ -137,7 +137,7 @@ def plain_output(model: nn.Module, claimed: set[nn.Module]) -> set[nn.Module]:
     """The output projection of a module that does not name it: tied to an embedding, or else of the shape of one."""
     embeddings = [module.weight for module in model.modules() if isinstance(module, EMBEDDINGS)]
     linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    tied = {module for _, module in linears if any(module.weight is weight for weight in embeddings)}
+    tied: set[nn.Module] = {module for _, module in linears if any(module.weight is weight for weight in embeddings)}
     alike = [(name, module) for name, module in linears if any(module.weight.shape == w.shape for w in embeddings)]
     if tied or any(module in claimed for _, module in alike):
         return tied
@@ -190,7 +190,7 @@ def is_experts(module: nn.Module) -> bool:
     return hasattr(module, "is_transposed") and hasattr(module, "is_concatenated")
 
 
-def hidden_layout(module: nn.Module, attribute: str, p: Tensor, parent: nn.Module | None, name: str) -> Layout | None:
+def hidden_layout(module: nn.Module, attribute: str, p: Tensor, parent: Any, name: str) -> Layout | None:
     """How a hidden weight is a stack of (outputs, inputs) matrices; None where it is one matrix as it stands."""
     shape = tuple(p.shape)
     fused = FUSED.get((type(parent).__name__, name))
@@ -212,7 +212,7 @@ def hidden_layout(module: nn.Module, attribute: str, p: Tensor, parent: nn.Modul
     return None
 
 
-def expert_layout(module: nn.Module, attribute: str, shape: tuple[int, ...]) -> Layout:
+def expert_layout(module: Any, attribute: str, shape: tuple[int, ...]) -> Layout:
     """Expert weights (E, outputs, inputs) of transformers, or (E, inputs, outputs), with gate and up projection fused."""
     experts, outputs, inputs = (shape[0], shape[2], shape[1]) if module.is_transposed else shape
     n = 2 if attribute.startswith("gate_up") else 1

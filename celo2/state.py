@@ -63,7 +63,7 @@ def check_options(group: dict[str, Any], where: str) -> None:
     if not isinstance(group["orthogonalize"], bool):
         raise ValueError(f"{where}: orthogonalize must be True or False, not {group['orthogonalize']!r}")
     betas = group["betas"] if isinstance(group["betas"], (tuple, list)) else ()
-    if len(betas) != 2 or not all(isinstance(beta, (Real, Tensor)) and 0 <= beta < 1 for beta in betas):
+    if len(betas) != 2 or not all(isinstance(beta, (Real, Tensor)) and 0 <= float(beta) < 1 for beta in betas):
         raise ValueError(f"{where}: betas must be two numbers in [0, 1), not {group['betas']}")
     if group["update"] not in (None, *UPDATES):
         raise ValueError(f"{where}: unknown update '{group['update']}', expected one of {', '.join(UPDATES)}")

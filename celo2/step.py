@@ -76,7 +76,7 @@ class Item(NamedTuple):
     part: Stack | Vector
     options: Mapping[str, Any]  # the param group, whose `lr` and `weight_decay` count
     orthogonalize: bool
-    owner: int | None = None  # the rank that orthogonalizes it, among replicas
+    owner: int = 0  # the rank among replicas that orthogonalizes it
     split: SplitMatrix | None = None  # of a matrix that no rank holds whole
 
 
@@ -99,11 +99,12 @@ class Work:
         state: Mapping[str, Tensor] | None,
         options: Mapping[str, Any],
         orthogonalize: bool,
-        owner: int | None,
+        owner: int,
     ) -> None:
         """Add what is here of a parameter; `state` is None where another rank keeps it."""
         shard = entry.local_shard
         form = form_of(shard.shape, options["matrices"], shard.start, shard.stop, shard.group is None)
+        assert entry.p.grad is not None
         weight, g = local(entry.p).detach(), local(entry.p.grad).contiguous()
         w = weight.contiguous()
         if w is not weight:
@@ -115,6 +116,7 @@ class Work:
         for which, regions in form.whole:
             self.whole.append(Item(stack_of(g, w, state, form.stack, which, regions), options, orthogonalize, owner))
         for n, matrix in entry.split.items():
+            assert shard.group is not None
             stack = stack_of(g, w, state, form.stack, slice(n, n + 1), form.split.get(n, ()))
             self.split[shard.group].append(Item(stack, options, orthogonalize, split=matrix))
 
@@ -284,7 +286,11 @@ def sliced(items: list[Item], limit: int) -> Iterator[Batch]:
         start, n = 0, item.part.shape[0]
         while start < n:
             stop = min(start + room, n)
-            batch.append(item if stop - start == n else item._replace(part=part_of(item.part, slice(start, stop))))
+            if stop - start < n:
+                assert isinstance(item.part, Stack)
+                batch.append(item._replace(part=part_of(item.part, slice(start, stop))))
+            else:
+                batch.append(item)
             room -= stop - start
             start = stop
             if room == 0:
@@ -296,8 +302,9 @@ def sliced(items: list[Item], limit: int) -> Iterator[Batch]:
 
 def passes_over(batch: Batch, context: Context) -> MatrixPasses | VectorPasses:
     """A batch on its way through the passes."""
-    part = batch[0].part
-    return VectorPasses(part) if isinstance(part, Vector) else MatrixPasses([item.part for item in batch], context.passes)
+    if isinstance(batch[0].part, Vector):
+        return VectorPasses(batch[0].part)
+    return MatrixPasses([item.part for item in batch if isinstance(item.part, Stack)], context.passes)
 
 
 def pieces_of(stacks: Sequence[Stack | Vector], direction: Direction) -> list[list[Tensor]]:

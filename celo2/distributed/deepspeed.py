@@ -25,7 +25,7 @@ from celo2.distributed.shard import LocalShard, ShardingError
 
 
 class Held(NamedTuple):
-    """Where the run of one parameter lies that this rank updates."""
+    """Where the local shard of one parameter lies, the part of it that this rank updates."""
 
     flat: Tensor
     offset: int  # in `flat`
@@ -69,7 +69,7 @@ class ZeroClient(torch.optim.Optimizer):
         return self.inner
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Called by DeepSpeed with one or some of the flat vectors in the groups, their gradients averaged and clipped."""
         flats = [flat for group in self.param_groups for flat in group["params"]]
         for flat in flats:
@@ -77,7 +77,7 @@ class ZeroClient(torch.optim.Optimizer):
                 raise ShardingError(
                     f"DeepSpeed gave the optimizer a flat vector of {flat.numel()} elements that nothing explains"
                 )
-        if not self.gate():
+        if self.inner is None or not self.gate():
             return
         for flat in flats:
             for view, offset in self.views[flat]:
@@ -89,7 +89,7 @@ class ZeroClient(torch.optim.Optimizer):
 
 
 def find_held(zero: Any) -> Iterator[tuple[Tensor, Held]]:
-    """(parameter, the run of it that this rank updates) of a ZeRO optimizer; a run may be empty."""
+    """(parameter, its local shard) of a ZeRO optimizer; a local shard may be empty."""
     if hasattr(zero, "single_partition_of_fp32_groups"):  # stages 1 and 2
         for i, flat in enumerate(zero.single_partition_of_fp32_groups):
             for p in zero.bit16_groups[i]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from celo2.distributed.collectives import broadcast_, orthogonalize_split
 from celo2.distributed.plan import Replicas
@@ -48,19 +49,23 @@ def orthogonalized_by_owners(items: list[Item], context: Context, replicas: Repl
 
 def orthogonalized_over(items: list[Item], context: Context, group: dist.ProcessGroup, reduce: Reduce) -> list[Direction]:
     """Split matrices: the ranks of `group` complete each other's sums, and directions travel to an owner and back."""
-    directions: list[Direction] = []
+    directions: list[list[Tensor]] = []
     for item in items:
         dtype = context.ns_dtype if item.orthogonalize else torch.float32
         directions.append([torch.empty(piece.w.shape, dtype=dtype, device=piece.w.device) for piece in item.part.pieces])
     directions_([passes_over([item], context) for item in items], directions, context.rule, reduce)
-    chosen = [i for i, item in enumerate(items) if item.orthogonalize and item.split is not None]
-    if chosen:
+    matrices = {i: item.split for i, item in enumerate(items) if item.orthogonalize and item.split is not None}
+    if matrices:
         empty = torch.empty(0, dtype=context.ns_dtype, device=context.rule.weights["b0"].device)
-        matrices = [items[i].split for i in chosen]
-        pieces = [directions[i] for i in chosen]
-        most = batch_elements(empty.device)
-        results = orthogonalize_split(matrices, pieces, empty, group, context.passes.newton_schulz, most)
-        for i, result in zip(chosen, results, strict=True):
+        results = orthogonalize_split(
+            list(matrices.values()),
+            [directions[i] for i in matrices],
+            empty,
+            group,
+            context.passes.newton_schulz,
+            batch_elements(empty.device),
+        )
+        for i, result in zip(matrices, results, strict=True):
             directions[i] = result
-        context.orthogonalized += sum(matrix.owner == dist.get_rank(group) for matrix in matrices)
-    return directions
+        context.orthogonalized += sum(matrix.owner == dist.get_rank(group) for matrix in matrices.values())
+    return list(directions)

@@ -41,14 +41,15 @@ class LocalShard:
 
 
 def local_shard_of(p: Tensor) -> LocalShard:
-    """The local shard that parameter `p` is: its attribute `local_shard` says it, its placements if it is a
-    DTensor, and otherwise all of it.
+    """The local shard that parameter `p` is: its attribute `local_shard` if it has one, what its placements
+    say if it is a DTensor, and otherwise all of it.
 
     Raises:
         ShardingError: a DTensor that is not sharded along its first axis alone, over one axis of its mesh.
     """
-    if (said := getattr(p, "local_shard", None)) is not None:
-        return said
+    given = getattr(p, "local_shard", None)
+    if given is not None:
+        return given
     shape = tuple(p.shape)
     if not is_dtensor(p):
         return LocalShard(shape, 0, p.numel())
