@@ -1,5 +1,5 @@
 # make demo   trains a small GPT on real text with Celo2 and shows the result
-# make test   style and tests
+# make test   style, types and tests
 # Both create .venv from requirements.txt first, and reuse it. PYTHON=python3.12 chooses the interpreter (3.11 or newer).
 
 PYTHON ?= python3
@@ -14,6 +14,7 @@ demo: .venv/ready
 test: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/python -m pytest -m "not slow"
 
 test-slow: .venv/ready
