@@ -5,14 +5,14 @@ T context, B sequences of a step over all ranks, M sequences of a micro batch. S
 The last sequence is filled up with end-of-text inputs and targets IGNORE.
 """
 
-import queue
-import threading
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 
-from data.errors import DataError
+from data import DataError
 from data.order import data_step, sequence_ids
 from data.shards import TokenShards
 
@@ -143,46 +143,28 @@ def prefetch(
     rank: int,
     world_size: int,
     micro_batch_size: int,
-    depth: int = 2,
+    depth: int = 3,
     pin_memory: bool = False,
-) -> Iterator[list[MicroBatch]]:
+) -> Generator[list[MicroBatch]]:
     """The micro batches of steps [start, stop), up to `depth` steps prepared ahead by one background thread.
 
-    An error of the thread is raised by next(). close(), an error or the end of the loop end the thread.
+    An error in the thread is raised by next(). close(), an error or the end of the loop end the thread.
     """
-    ready: queue.Queue = queue.Queue(depth)
-    closed = threading.Event()
 
-    def put(item) -> None:
-        while not closed.is_set():
-            try:
-                return ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
+    def load(step: int) -> list[MicroBatch]:
+        found = batches.micro_batches(step, rank, world_size, micro_batch_size)
+        return [(inputs.pin_memory(), targets.pin_memory()) for inputs, targets in found] if pin_memory else found
 
-    def work() -> None:
-        try:
-            for step in range(start, stop):
-                step_batches = batches.micro_batches(step, rank, world_size, micro_batch_size)
-                if pin_memory:
-                    step_batches = [(inputs.pin_memory(), targets.pin_memory()) for inputs, targets in step_batches]
-                put(step_batches)
-                if closed.is_set():
-                    return
-        except BaseException as error:  # handed to the consumer
-            put(error)
-
-    thread = threading.Thread(target=work, name="prefetch", daemon=True)
-    thread.start()
+    thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
     try:
-        for _ in range(start, stop):
-            item = ready.get()
-            if isinstance(item, BaseException):
-                raise item
-            yield item
+        ahead = deque(thread.submit(load, step) for step in range(start, min(start + depth, stop)))
+        for step in range(start, stop):
+            ready = ahead.popleft().result()
+            if step + depth < stop:
+                ahead.append(thread.submit(load, step + depth))
+            yield ready
     finally:
-        closed.set()
-        thread.join()
+        thread.shutdown(cancel_futures=True)
 
 
 def _bad_token(shards: TokenShards, start: int, tokens: np.ndarray) -> None:

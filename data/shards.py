@@ -11,14 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from data.errors import DataError
-from data.preparation.assemble import docs_path
+from data import DataError
 from data.tokenizer import json_hash
 
 FORMAT = "token-shards"
 VERSION = 1
 VERIFY_BYTES = 10**9  # a split of at most this size is hashed whenever it is opened: a second or two
-DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+DTYPES: dict[str, np.dtype] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 
 class TokenShards:
@@ -116,7 +115,8 @@ def check_sizes(folder: Path, index: dict, split: str) -> None:
 def verify_shards(folder: Path, index: dict, split: str) -> Iterator[tuple[str, int]]:
     """Hash every file of a split; yields (name, bytes) of each that is whole."""
     for path, size, sha256 in _files(folder, index, split):
-        found = _sha256(path)
+        with open(path, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != sha256:
             raise DataError(f"{path}: damaged, its sha256 is {found[:12]}... instead of {sha256[:12]}...")
         yield path.name, size
@@ -129,12 +129,9 @@ def fingerprint(index: dict) -> str:
     return json_hash(json.dumps([{key: index[key] for key in keys}, parts]))
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+def docs_path(shard: Path) -> Path:
+    """The file beside a shard with the starts of its documents."""
+    return shard.with_suffix(".docs.bin")
 
 
 def _files(folder: Path, index: dict, split: str) -> Iterator[tuple[Path, int, str]]:

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from data.errors import DataError
+from data import DataError
 from data.shards import check_sizes, check_tokenizer, read_index, verify_shards
 
 
