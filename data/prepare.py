@@ -25,7 +25,7 @@ from data.preparation.output import begin, is_finished, locked, publish, summary
 from data.preparation.progress import progress
 from data.preparation.sources import Source, Unit, open_source, total_bytes
 from data.preparation.workers import cores, encode_units, save_bpe, save_tokenizer, unit_path
-from data.shards import DTYPES, FORMAT, VERSION
+from data.shards import FORMAT, VERSION
 from data.tokenizer import byte_tokenizer, end_of_text_id, is_byte_tokenizer, load_tokenizer, tokenizer_hash, vocabulary_size
 
 BPE_BYTES_PER_TOKEN = 3  # of English text, a low estimate; the byte tokenizer has 1
@@ -149,7 +149,7 @@ def _write_shards(partial: Path, arguments: dict, source: Source, tok: Tokenizer
     return {
         "format": FORMAT,
         "version": VERSION,
-        "dtype": next(name for name in DTYPES if DTYPES[name] == dtype),
+        "dtype": dtype.name,
         "vocab_size": vocabulary_size(tok),
         "end_of_text_id": end_of_text_id(tok),
         "tokenizer_sha256": tokenizer_hash(tok),

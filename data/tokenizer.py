@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from data import DataError
+from data import DataError, first_line
 
 END_OF_TEXT = "<|endoftext|>"
 # What published tokenizers call the end of a document.
@@ -98,7 +98,7 @@ def _from_file(path: Path) -> Tokenizer:
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises nothing narrower
-        raise DataError(f"{path} is not a tokenizer.json: {_first_line(error)}") from None
+        raise DataError(f"{path} is not a tokenizer.json: {first_line(error)}") from None
 
 
 def _from_hub(name: str) -> Tokenizer:
@@ -107,12 +107,8 @@ def _from_hub(name: str) -> Tokenizer:
     except Exception as error:  # tokenizers raises nothing narrower
         raise DataError(
             f"tokenizer {name!r} is no file or folder here and cannot be read from the Hugging Face hub "
-            f"({_first_line(error)}); without a network, give the path of a tokenizer.json"
+            f"({first_line(error)}); without a network, give the path of a tokenizer.json"
         ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _byte_characters() -> list[str]:

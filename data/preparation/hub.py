@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Iterator
 
-from data import DataError
+from data import DataError, first_line
 
 
 def hub_revision(name: str, revision: str | None) -> str:
@@ -41,5 +41,4 @@ def hub_rows(name: str, config: str | None, split: str, revision: str, parts: in
 def _unreadable(name: str, error: Exception) -> DataError:
     if isinstance(error, ImportError) and error.name in ("datasets", "huggingface_hub"):
         return DataError(f"hub:{name} needs the package datasets: pip install datasets")
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return DataError(f"hub:{name} cannot be read from the Hugging Face hub: {reason}")
+    return DataError(f"hub:{name} cannot be read from the Hugging Face hub: {first_line(error)}")

@@ -16,7 +16,7 @@ from pathlib import Path
 from data import DataError
 from data.files import replacing
 from data.preparation.sources import Source, open_source
-from data.shards import VERSION, check_sizes, check_tokenizer, fingerprint, read_index
+from data.shards import VERSION, check_files, fingerprint, read_index
 from data.tokenizer import load_tokenizer, tokenizer_hash
 
 
@@ -34,9 +34,7 @@ def is_finished(out: Path, arguments: dict, log: Callable[[str], None]) -> bool:
     from_file = tokenizer not in ("bytes", "bpe") and Path(tokenizer).exists()
     if from_file and tokenizer_hash(load_tokenizer(tokenizer)) != index["tokenizer_sha256"]:
         raise DataError(f"{out} is already prepared, but the tokenizer in {tokenizer} changed; {advice}")
-    check_tokenizer(out, index)
-    for split in index["splits"]:
-        check_sizes(out, index, split)
+    check_files(out, index, *index["splits"])
     shutil.rmtree(out / ".partial", ignore_errors=True)
     log(f"already prepared: {out}, {summary(index)}")
     return True

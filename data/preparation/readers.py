@@ -101,7 +101,7 @@ def _read_json_lines(piece: Piece, key: str) -> Iterator[str]:
         if piece.start:
             position += len(file.readline())
         while position < piece.stop and (line := file.readline()):
-            yield _json_text(line, key, piece.path, f"byte {position}")
+            yield _json_text(line, key, f"{piece.path}: byte {position}")
             position += len(line)
 
 
@@ -109,22 +109,22 @@ def _read_json_lines_gzip(piece: Piece, key: str) -> Iterator[str]:
     try:
         with gzip.open(piece.path, "rb") as file:
             for number, line in enumerate(file, start=1):
-                yield _json_text(line, key, piece.path, f"line {number}")
+                yield _json_text(line, key, f"{piece.path}: line {number}")
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{piece.path}: damaged gzip file: {error}") from None
 
 
-def _json_text(line: bytes, key: str, path: str, place: str) -> str:
+def _json_text(line: bytes, key: str, place: str) -> str:
     """The text of one line; an empty line is an empty document."""
     if line.isspace():
         return ""
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise DataError(f"{path}: {place} is not a JSON line: {error}") from None
+        raise DataError(f"{place} is not a JSON line: {error}") from None
     if not isinstance(row, dict):
-        raise DataError(f"{path}: {place} holds {type(row).__name__}, not a JSON object with the key {key!r}")
-    return _value(row, key, f"{path}: {place}")
+        raise DataError(f"{place} holds {type(row).__name__}, not a JSON object with the key {key!r}")
+    return _value(row, key, place)
 
 
 def _read_parquet(piece: Piece, key: str) -> Iterator[str]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from itertools import islice
 from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -60,18 +61,18 @@ def encode_units(
             encode_unit(documents(unit, text_key), unit_path(folder, i), encode, update)
             update(0, i)
         return
-    waiting = list(reversed(units.items()))
+    waiting = iter(units.items())
     running: dict[Future, int] = {}
-    seen = 0
+    finished = counted = 0
     with _processes(workers, max(1, cores() // workers)) as (pool, counter):
-        while waiting or running:
-            while waiting and len(running) < 4 * workers:
-                i, unit = waiting.pop()
+        while finished < len(units):
+            for i, unit in islice(waiting, 4 * workers - len(running)):
                 running[pool.submit(_encode, unit, unit_path(folder, i), tokenizer, text_key)] = i
             done, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
-            now = counter.value
-            update(now - seen)
-            seen = now
+            total = counter.value
+            update(total - counted)
+            counted = total
+            finished += len(done)
             for future in done:
                 future.result()
                 update(0, running.pop(future))
