@@ -145,7 +145,7 @@ def _write_shards(partial: Path, arguments: dict, source: Source, tok: Tokenizer
     splits = assemble(units, folder, dtype, arguments["val_fraction"], arguments["shard_tokens"])
     if not splits["train"]["documents"]:
         shutil.rmtree(partial)
-        raise DataError(f"source {arguments['source']}: no text in it")
+        raise DataError(f"source {arguments['source']}: it holds no text")
     return {
         "format": FORMAT,
         "version": VERSION,

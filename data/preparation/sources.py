@@ -83,7 +83,7 @@ def open_source(name: str, hub_config: str | None = None, hub_split: str = "trai
 
 
 def local_files(name: str) -> tuple[Path, list[str]]:
-    """A folder, and the sorted names below it of the files that a path or glob stands for; folder links are left."""
+    """A folder, and the sorted names below it of the files that a path or glob stands for. Links to folders are skipped."""
     path = Path(name)
     if path.is_file():
         return path.parent, [path.name]
@@ -95,7 +95,7 @@ def local_files(name: str) -> tuple[Path, list[str]]:
         if not found and not glob.has_magic(name):
             raise DataError(f"source {name}: no such file or folder, nor hub:NAME or stdlib")
     if not found:
-        raise DataError(f"source {name}: no file in it")
+        raise DataError(f"source {name}: it holds no file")
     return base, sorted(match.relative_to(base).as_posix() for match in found)
 
 
@@ -122,7 +122,7 @@ def _file_pieces(path: Path, size: int) -> list[Piece]:
     if name.endswith(JSON_LINES_GZIP):
         return [Piece("jsonl.gz", str(path), 0, size, size * GZIP_FACTOR)]
     if name.endswith(COMPRESSED):
-        raise DataError(f"{path}: compressed, and of such files only {', '.join(JSON_LINES_GZIP)} are read: unpack it")
+        raise DataError(f"{path}: of compressed files only {', '.join(JSON_LINES_GZIP)} are read; unpack it")
     if name.endswith(JSON_LINES):
         kind = "jsonl"
     elif size > LARGE_TEXT:
@@ -158,7 +158,7 @@ def _open_hub(name: str, config: str | None, split: str) -> Source:
 
 
 def _group(pieces: list[Piece]) -> list[Unit]:
-    """Consecutive pieces together until they hold UNIT_BYTES: many small files make one unit."""
+    """Joins consecutive pieces until they hold UNIT_BYTES: many small files make one unit."""
     units: list[Unit] = []
     unit: list[Piece] = []
     held = 0

@@ -110,11 +110,11 @@ def test_sizes_that_do_not_divide(train):
     for sizes, message in (
         (
             (10, 2, 4),
-            "batch_size 10 is not a multiple of world_size 2 times micro_batch_size 4, 8; the nearest that would do: 8 and 16",
+            "batch_size 10 is not a multiple of world_size 2 times micro_batch_size 4, 8; the nearest that are: 8 and 16",
         ),
         (
             (3, 4, 1),
-            "batch_size 3 is not a multiple of world_size 4 times micro_batch_size 1, 4; the nearest that would do: 4",
+            "batch_size 3 is not a multiple of world_size 4 times micro_batch_size 1, 4; the nearest that are: 4",
         ),
         ((8, 1, 0), "batch_size 8, world_size 1 and micro_batch_size 0 must be positive"),
     ):

@@ -317,7 +317,7 @@ def test_command_line_errors_are_one_line(tmp_path, texts, write_jsonl, monkeypa
     Usage = namedtuple("Usage", "total used free")
     for arguments, message in (
         ([tmp_path / "none", out], f"source {tmp_path / 'none'}: no such file or folder, nor hub:NAME or stdlib"),
-        ([tmp_path / "folder", out, "--tokenizer", "bytes"], f"source {tmp_path / 'folder'}: no text in it"),
+        ([tmp_path / "folder", out, "--tokenizer", "bytes"], f"source {tmp_path / 'folder'}: it holds no text"),
         ([corpus, corpus], f"{corpus}: not a folder"),
         ([tmp_path, out], f"{out} lies inside the source {tmp_path}: choose a folder outside it"),
         ([corpus, out, "--val-fraction", "1"], "val_fraction 1.0 is not in [0, 1)"),
