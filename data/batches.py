@@ -1,18 +1,18 @@
 """Batches of training and validation tokens, the same whatever the number of processes and the micro batch.
 
 T context, B sequences of a step over all ranks, M sequences of a micro batch. Sequence i of a split has the inputs
-[i T, (i + 1) T) and the targets [i T + 1, (i + 1) T + 1): every token but the split's first is a target once an epoch.
+[i T, (i + 1) T) and the targets [i T + 1, (i + 1) T + 1). So every token but the split's first is a target once an epoch.
 The last sequence is filled up with end-of-text inputs and targets IGNORE.
 """
 
-import queue
-import threading
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 
-from data.errors import DataError
+from data import DataError
 from data.order import data_step, sequence_ids
 from data.shards import TokenShards
 
@@ -21,11 +21,11 @@ MicroBatch = tuple[torch.Tensor, torch.Tensor]  # inputs, targets: (M, T) int64 
 
 
 class Batches:
-    """The training batches of a split: each a pure function of (seed, step).
+    """The training batches of a split. Each is a pure function of (seed, step).
 
-    batch_size is B; it must be a multiple of world_size * micro_batch_size. A step's batch holds the B sequences of
-    data.order; rank r has the r-th of world_size contiguous parts of it, cut into micro batches in order. The batches
-    in the ranges `skipped` are left out: later steps move up.
+    batch_size is B; it must be a multiple of world_size * micro_batch_size. A step's batch holds the B sequences that
+    data.order gives. Rank r has the r-th of world_size contiguous parts of it, cut into micro batches in order. The
+    batches in the ranges `skipped` (start, stop) are left out, and later steps take the batches after them.
     """
 
     def __init__(
@@ -44,14 +44,14 @@ class Batches:
         self.n_sequences = sequence_count(shards, context)
 
     def micro_batches(self, step: int, rank: int, world_size: int, micro_batch_size: int) -> list[MicroBatch]:
-        """This rank's micro batches of a step. DataError if the sizes do not divide or a token is no token."""
+        """This rank's micro batches of a step. DataError if the sizes do not divide, or a token is not in the vocabulary."""
         check_batch_size(self.batch_size, world_size, micro_batch_size)
         ids = self.sequences(step)
         mine = ids.reshape(world_size, -1, micro_batch_size)[rank]
         return [read_sequences(self.shards, self.context, part) for part in mine]
 
     def n_targets(self, step: int) -> int:
-        """Targets in the whole batch of a step: B T, less what the last sequence lacks. Reads no tokens."""
+        """Targets in the whole batch of a step: B T, minus those that the last sequence lacks. Reads no tokens."""
         ids = self.sequences(step)
         lacking = self.n_sequences * self.context - self.tokens_per_epoch
         return self.batch_size * self.context - lacking * int((ids == self.n_sequences - 1).sum())
@@ -61,7 +61,7 @@ class Batches:
         return self.data_step(step) * self.batch_size // self.n_sequences
 
     def data_step(self, step: int) -> int:
-        """The number of the batch that a step takes: the step itself until something is skipped."""
+        """The number of the batch that a step takes. It is the step itself until batches are skipped."""
         return data_step(step, self.skipped)
 
     def sequences(self, step: int) -> np.ndarray:
@@ -75,13 +75,13 @@ def check_batch_size(batch_size: int, world_size: int, micro_batch_size: int) ->
         raise DataError(
             f"batch_size {batch_size}, world_size {world_size} and micro_batch_size {micro_batch_size} must be positive"
         )
-    unit = world_size * micro_batch_size
-    below = batch_size // unit * unit
+    multiple = world_size * micro_batch_size
+    below = batch_size // multiple * multiple
     if below != batch_size:
-        near = " and ".join(str(size) for size in (below, below + unit) if size)
+        near = " and ".join(str(size) for size in (below, below + multiple) if size)
         raise DataError(
             f"batch_size {batch_size} is not a multiple of world_size {world_size} times micro_batch_size "
-            f"{micro_batch_size}, {unit}; the nearest that would do: {near}"
+            f"{micro_batch_size}, {multiple}; the nearest that are: {near}"
         )
 
 
@@ -96,10 +96,9 @@ def validation_batches(
 ) -> Iterator[MicroBatch]:
     """This rank's part of a fixed set of batch_size * max_batches sequences, evenly spread over the split (None: all).
 
-    Each sequence goes to one rank, whatever world_size; micro_batch_size (by default batch_size) is the rows of a
-    batch and changes nothing else. Every rank gets the same number of batches, all of one shape, so that sharded
-    models stay in step: missing rows are end-of-text inputs with targets IGNORE. So sum the loss and the number of
-    targets over all ranks, and divide once.
+    Each sequence goes to one rank, whatever world_size. A batch has micro_batch_size rows (by default batch_size). Every
+    rank gets the same number of batches, all of one shape, so that sharded models stay in step: missing rows are
+    end-of-text inputs with targets IGNORE. So sum the loss and the number of targets over all ranks, and divide once.
     """
     if min(batch_size, 1 if max_batches is None else max_batches, micro_batch_size or batch_size) < 1:
         raise DataError(f"batch_size {batch_size}, max_batches {max_batches}, rows {micro_batch_size}: must be positive")
@@ -114,7 +113,7 @@ def validation_batches(
 
 
 def sequence_count(shards: TokenShards, context: int) -> int:
-    """Sequences of a split, the last, shorter one included. DataError for a split of one token: nothing to predict."""
+    """Sequences of a split, including the last, shorter one. DataError for a split of one token, which has no target."""
     if shards.n_tokens < 2:
         raise DataError(f"{shards.folder}: the split {shards.split!r} has a single token")
     return -(-(shards.n_tokens - 1) // context)
@@ -143,46 +142,28 @@ def prefetch(
     rank: int,
     world_size: int,
     micro_batch_size: int,
-    depth: int = 2,
+    depth: int = 3,
     pin_memory: bool = False,
-) -> Iterator[list[MicroBatch]]:
+) -> Generator[list[MicroBatch]]:
     """The micro batches of steps [start, stop), up to `depth` steps prepared ahead by one background thread.
 
-    An error of the thread is raised by next(). close(), an error or the end of the loop end the thread.
+    An error in the thread is raised by next(). close(), an error or the end of the loop end the thread.
     """
-    ready: queue.Queue = queue.Queue(depth)
-    closed = threading.Event()
 
-    def put(item) -> None:
-        while not closed.is_set():
-            try:
-                return ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
+    def load(step: int) -> list[MicroBatch]:
+        found = batches.micro_batches(step, rank, world_size, micro_batch_size)
+        return [(inputs.pin_memory(), targets.pin_memory()) for inputs, targets in found] if pin_memory else found
 
-    def work() -> None:
-        try:
-            for step in range(start, stop):
-                step_batches = batches.micro_batches(step, rank, world_size, micro_batch_size)
-                if pin_memory:
-                    step_batches = [(inputs.pin_memory(), targets.pin_memory()) for inputs, targets in step_batches]
-                put(step_batches)
-                if closed.is_set():
-                    return
-        except BaseException as error:  # handed to the consumer
-            put(error)
-
-    thread = threading.Thread(target=work, name="prefetch", daemon=True)
-    thread.start()
+    thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
     try:
-        for _ in range(start, stop):
-            item = ready.get()
-            if isinstance(item, BaseException):
-                raise item
-            yield item
+        ahead = deque(thread.submit(load, step) for step in range(start, min(start + depth, stop)))
+        for step in range(start, stop):
+            ready = ahead.popleft().result()
+            if step + depth < stop:
+                ahead.append(thread.submit(load, step + depth))
+            yield ready
     finally:
-        closed.set()
-        thread.join()
+        thread.shutdown(cancel_futures=True)
 
 
 def _bad_token(shards: TokenShards, start: int, tokens: np.ndarray) -> None:

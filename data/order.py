@@ -1,10 +1,10 @@
 """The order of training sequences: a pure function of (seed, step), the same on every machine and for every world size.
 
-Sequences are counted over the whole run: number g belongs to epoch g // n and position g % n, and a pseudo-random
-permutation keyed by (seed, epoch) says which of the n sequences lies at that position. So every epoch has every
-sequence once, a batch may reach over an epoch's edge, and nothing but the step needs to be kept.
-The permutation is a Feistel network on the smallest square power of two >= n, applied again and again until the
-result is below n (cycle walking; Black and Rogaway 2002). Memory and time O(batch), in integers alone.
+Sequences are counted over the whole training run: number g has epoch g // n and position g % n. A pseudo-random
+permutation, whose key is (seed, epoch), gives which of the n sequences lies at that position. So every epoch has every
+sequence once, a batch may extend into the next epoch, and a checkpoint needs the step alone.
+The permutation is a Feistel network on the smallest power of four >= n, applied again until the result is below n
+(cycle walking; Black and Rogaway 2002). Memory and time are O(batch), and all numbers are integers.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 ROUNDS = 8
-LEAST_HALF_BITS = 3  # with 2, orders of n = 4 are 28 standard deviations from equally likely; with 3, less than 2
+LEAST_HALF_BITS = 3  # with 2, the orders of n = 4 are 28 standard deviations from equally likely; with 3, less than 2
 MASK = 2**64 - 1
 
 
@@ -37,7 +37,7 @@ def data_step(step: int, skipped: Sequence[tuple[int, int]]) -> int:
 
 
 def _permute(position: np.ndarray, keys: np.ndarray, n: int) -> np.ndarray:
-    """position (B,) uint64 below n, each under the permutation of its key (B,) uint64 -> (B,) below n."""
+    """Applies to each position (B,) uint64, below n, the permutation of its key (B,) uint64 -> (B,), below n."""
     half_bits = max(LEAST_HALF_BITS, ((n - 1).bit_length() + 1) // 2)
     ids = _feistel(position, keys, half_bits)
     while (outside := np.flatnonzero(ids >= n)).size:

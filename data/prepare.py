@@ -1,33 +1,34 @@
-"""python -m data.prepare SOURCE OUT: a corpus into token shards, for data.shards.TokenShards to read.
+"""python -m data.prepare SOURCE OUT: a corpus into token shards, which data.shards.TokenShards reads.
 
-SOURCE is cut into work units; processes encode them into OUT/.partial; then the shards are put together, in the order
-of the source, and index.json is written last. So the files are the same for any number of workers, memory does not
-grow with the corpus, and after a kill the same command continues with the units that are not finished. Disk: the
-tokens twice while it runs.
+SOURCE is cut into units. Processes encode them into OUT/.partial. Then the shards are written in the order of the
+source, and index.json last. So the files are the same for any number of workers, memory does not grow with the corpus,
+and after a kill the same command continues with the units that are not finished. While it runs, the tokens take twice
+their disk space.
 """
 
 import argparse
-import os
+import inspect
 import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
-from data.errors import DataError
+from data import DataError
 from data.preparation.assemble import assemble
 from data.preparation.encode import token_dtype
-from data.preparation.plan import begin, is_finished, locked, publish, summary
+from data.preparation.output import begin, is_finished, locked, publish, summary
 from data.preparation.progress import progress
 from data.preparation.sources import Source, Unit, open_source, total_bytes
-from data.preparation.workers import cores, encode_units, is_encoded, save_bpe, unit_path
-from data.shards import DTYPES, FORMAT, VERSION
-from data.tokenizer import byte_tokenizer, end_of_text_id, load_tokenizer, tokenizer_hash, vocabulary_size
+from data.preparation.workers import cores, encode_units, save_bpe, save_tokenizer, unit_path
+from data.shards import FORMAT, VERSION
+from data.tokenizer import byte_tokenizer, end_of_text_id, is_byte_tokenizer, load_tokenizer, tokenizer_hash, vocabulary_size
 
-BPE_BYTES_A_TOKEN = 3  # of English text, rather too few; the byte tokenizer has 1
+BPE_BYTES_PER_TOKEN = 3  # of English text, a low estimate; the byte tokenizer has 1
 
 
 class Stopped(BaseException):
@@ -51,14 +52,14 @@ def prepare(
     """Prepare `source` (see data/preparation/sources.py) into the folder `out` and return it; a finished one is left as it is.
 
     tokenizer: "bytes"; "bpe", trained on a sample with vocab_size; or what load_tokenizer takes. val_fraction, in
-    [0, 1): of documents, chosen by a hash of their text. shard_tokens: tokens a file. workers: processes, by default
-    one a core, spawned (so a script calls this under `if __name__ == "__main__"`); 1 is this process itself, in which
-    the package tokenizers may still use threads. DataError for whatever the user can put right, such as an `out` that
-    holds another preparation, finished or not. If the source changed before its preparation was finished, that starts
-    over.
+    [0, 1): of documents, chosen by a hash of their text. shard_tokens: tokens of a file. workers: processes, by default
+    one for each core, spawned (so a script calls this under `if __name__ == "__main__"`); 1 is this process itself, in
+    which the package tokenizers may still use threads. text_key: of JSON lines, Parquet and hub rows. hub_config,
+    hub_split: of a hub data set. DataError for whatever the user can put right, such as an `out` that holds another
+    preparation, finished or not. If the source changed before its preparation was finished, it starts over.
     """
     out = Path(out)
-    arguments = {
+    arguments: dict[str, Any] = {
         "source": str(source),
         "text_key": text_key,
         "hub_config": hub_config,
@@ -82,7 +83,7 @@ def prepare(
         begin(partial, arguments, opened, log)
         log(f"source: {source}, {total_bytes(opened.units) / 1e6:,.1f} MB of text in {len(opened.units)} units")
         tok = _tokenizer(partial, arguments, opened.units, workers, log)
-        todo = {i: unit for i, unit in enumerate(opened.units) if not is_encoded(partial, i)}
+        todo = {i: unit for i, unit in enumerate(opened.units) if not unit_path(partial, i).with_suffix(".tokens").exists()}
         if len(todo) < len(opened.units):
             log(f"continuing: {len(opened.units) - len(todo)} of {len(opened.units)} units are kept from before")
         _check_space(partial, opened.units, todo, tok)
@@ -121,15 +122,14 @@ def _tokenizer(partial: Path, arguments: dict, units: list[Unit], workers: int, 
         return tok
     tok = byte_tokenizer() if arguments["tokenizer"] == "bytes" else load_tokenizer(arguments["tokenizer"])
     end_of_text_id(tok)  # or a DataError, before any work
-    tok.save(str(path) + ".tmp")
-    os.replace(str(path) + ".tmp", path)
+    save_tokenizer(tok, path)
     return tok
 
 
 def _check_space(partial: Path, units: list[Unit], todo: dict[int, Unit], tok: Tokenizer) -> None:
-    bytes_a_token = 1 if tokenizer_hash(tok) == tokenizer_hash(byte_tokenizer()) else BPE_BYTES_A_TOKEN
+    bytes_per_token = 1 if is_byte_tokenizer(tok) else BPE_BYTES_PER_TOKEN
     text = total_bytes(units) + total_bytes(todo.values())  # the shards, and the units that are still to be written
-    needed = text // bytes_a_token * token_dtype(tok).itemsize
+    needed = text // bytes_per_token * token_dtype(tok).itemsize
     free = shutil.disk_usage(partial).free
     if needed > free:
         raise DataError(f"{partial.parent}: about {needed / 1e9:.1f} GB of disk needed, {free / 1e9:.1f} GB free")
@@ -145,11 +145,11 @@ def _write_shards(partial: Path, arguments: dict, source: Source, tok: Tokenizer
     splits = assemble(units, folder, dtype, arguments["val_fraction"], arguments["shard_tokens"])
     if not splits["train"]["documents"]:
         shutil.rmtree(partial)
-        raise DataError(f"source {arguments['source']}: no text in it")
+        raise DataError(f"source {arguments['source']}: it holds no text")
     return {
         "format": FORMAT,
         "version": VERSION,
-        "dtype": next(name for name in DTYPES if DTYPES[name] == dtype),
+        "dtype": dtype.name,
         "vocab_size": vocabulary_size(tok),
         "end_of_text_id": end_of_text_id(tok),
         "tokenizer_sha256": tokenizer_hash(tok),
@@ -161,7 +161,7 @@ def _write_shards(partial: Path, arguments: dict, source: Source, tok: Tokenizer
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Status: 0, 2 after an error, 130 and 143 after SIGINT and SIGTERM."""
-    default = prepare.__kwdefaults__
+    default = {name: parameter.default for name, parameter in inspect.signature(prepare).parameters.items()}
     parser = argparse.ArgumentParser(
         prog="python -m data.prepare",
         description="Tokenize a corpus into memory-mapped shards. Stopped or killed, the same command continues.",
@@ -172,8 +172,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tokenizer", default=default["tokenizer"], help="bytes, bpe, or a path or pretrained name")
     parser.add_argument("--vocab-size", type=int, default=default["vocab_size"], help="of bpe")
     parser.add_argument("--val-fraction", type=float, default=default["val_fraction"], help="of documents")
-    parser.add_argument("--shard-tokens", type=int, default=default["shard_tokens"], help="tokens a file")
-    parser.add_argument("--workers", type=int, default=default["workers"], help="processes; None: one a core")
+    parser.add_argument("--shard-tokens", type=int, default=default["shard_tokens"], help="tokens of a file")
+    parser.add_argument("--workers", type=int, default=default["workers"], help="processes; None: one for each core")
     parser.add_argument("--text-key", default=default["text_key"], help="of JSON lines, Parquet and hub rows")
     parser.add_argument("--hub-config", default=default["hub_config"], help="configuration of a hub data set")
     parser.add_argument("--hub-split", default=default["hub_split"], help="split of a hub data set")

@@ -1,4 +1,4 @@
-"""A prepared folder, read: memory-mapped tokens behind checks that name what is wrong.
+"""Reads a prepared folder: the tokens of a split, memory-mapped, after checks that name the file that is wrong.
 
 index.json: {format, version, dtype, vocab_size, end_of_text_id, tokenizer_sha256, splits: {train, val: {tokens,
 documents, shards: [{name, tokens, sha256, documents, docs_sha256}]}}, arguments, inventory}.
@@ -11,21 +11,20 @@ from pathlib import Path
 
 import numpy as np
 
-from data.errors import DataError
-from data.preparation.assemble import docs_path
+from data import DataError
 from data.tokenizer import json_hash
 
 FORMAT = "token-shards"
 VERSION = 1
-VERIFY_BYTES = 10**9  # a split of at most this size is hashed whenever it is opened: a second or two
-DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+VERIFY_BYTES = 10**9  # a split of at most this size is hashed whenever it is opened, which takes a second or two
+DTYPES: dict[str, np.dtype] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 
 class TokenShards:
-    """The tokens of one split as one long array on disk.
+    """The tokens of one split, as one long array on disk.
 
-    Checked on opening: the index, the tokenizer's hash, the size of every shard, and its sha256 if the split has at
-    most VERIFY_BYTES; `python -m data.verify FOLDER` checks everything, whatever its size. DataError names the file.
+    Opening checks the index, the tokenizer's hash, the size of every file, and the sha256 of every file if the split has
+    at most VERIFY_BYTES. `python -m data.verify FOLDER` checks everything, whatever its size. DataError names the file.
     """
 
     def __init__(self, folder: str | Path, split: str):
@@ -33,8 +32,7 @@ class TokenShards:
         index = read_index(self.folder)
         if split not in index["splits"]:
             raise DataError(f"{self.folder}: no split {split!r}, but {', '.join(index['splits'])}")
-        check_tokenizer(self.folder, index)
-        check_sizes(self.folder, index, split)
+        check_files(self.folder, index, split)
         self.shards = index["splits"][split]["shards"]
         self.n_tokens: int = index["splits"][split]["tokens"]
         self.vocab_size: int = index["vocab_size"]
@@ -91,8 +89,8 @@ def read_index(folder: Path) -> dict:
     return index
 
 
-def check_tokenizer(folder: Path, index: dict) -> None:
-    """tokenizer.json is the one that the shards were made with."""
+def check_files(folder: Path, index: dict, *splits: str) -> None:
+    """tokenizer.json is the one of these shards, and every file of the splits is there, as long as the index says."""
     path = folder / "tokenizer.json"
     if not path.exists():
         raise DataError(f"{path}: missing")
@@ -102,39 +100,34 @@ def check_tokenizer(folder: Path, index: dict) -> None:
         raise DataError(f"{path}: damaged, not JSON") from None
     if found != index["tokenizer_sha256"]:
         raise DataError(f"{path}: not the tokenizer of these shards (sha256 {found[:12]}, not {index['tokenizer_sha256'][:12]})")
-
-
-def check_sizes(folder: Path, index: dict, split: str) -> None:
-    """Every file of a split is there and as long as the index says."""
-    for path, size, _ in _files(folder, index, split):
-        if not path.exists():
-            raise DataError(f"{path}: missing; restore it, or prepare the corpus into a new folder")
-        if path.stat().st_size != size:
-            raise DataError(f"{path}: damaged, {path.stat().st_size:,} bytes instead of {size:,}")
+    for split in splits:
+        for path, size, _ in _files(folder, index, split):
+            if not path.exists():
+                raise DataError(f"{path}: missing; restore it, or prepare the corpus into a new folder")
+            if path.stat().st_size != size:
+                raise DataError(f"{path}: damaged, {path.stat().st_size:,} bytes instead of {size:,}")
 
 
 def verify_shards(folder: Path, index: dict, split: str) -> Iterator[tuple[str, int]]:
-    """Hash every file of a split; yields (name, bytes) of each that is whole."""
+    """Hash every file of a split; yields (name, bytes) of each that is undamaged."""
     for path, size, sha256 in _files(folder, index, split):
-        found = _sha256(path)
+        with open(path, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != sha256:
             raise DataError(f"{path}: damaged, its sha256 is {found[:12]}... instead of {sha256[:12]}...")
         yield path.name, size
 
 
 def fingerprint(index: dict) -> str:
-    """sha256 that identifies tokens, their cut into splits and the tokenizer, wherever and from whatever prepared."""
+    """sha256 of the tokens, their division into splits and the tokenizer; the same wherever they were prepared."""
     parts = {split: [(s["tokens"], s["sha256"]) for s in index["splits"][split]["shards"]] for split in index["splits"]}
     keys = ("format", "version", "dtype", "vocab_size", "end_of_text_id", "tokenizer_sha256")
     return json_hash(json.dumps([{key: index[key] for key in keys}, parts]))
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+def docs_path(shard: Path) -> Path:
+    """The file beside a shard with the starts of its documents."""
+    return shard.with_suffix(".docs.bin")
 
 
 def _files(folder: Path, index: dict, split: str) -> Iterator[tuple[Path, int, str]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from data.errors import DataError
+from data import DataError, first_line
 
 END_OF_TEXT = "<|endoftext|>"
 # What published tokenizers call the end of a document.
@@ -23,6 +23,11 @@ def byte_tokenizer() -> Tokenizer:
     tok.decoder = decoders.ByteLevel()
     tok.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
     return tok
+
+
+def is_byte_tokenizer(tok: Tokenizer) -> bool:
+    """Whether `tok` is `byte_tokenizer()`, from a file too."""
+    return tokenizer_hash(tok) == tokenizer_hash(byte_tokenizer())
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -93,7 +98,7 @@ def _from_file(path: Path) -> Tokenizer:
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises nothing narrower
-        raise DataError(f"{path} is not a tokenizer.json: {_first_line(error)}") from None
+        raise DataError(f"{path} is not a tokenizer.json: {first_line(error)}") from None
 
 
 def _from_hub(name: str) -> Tokenizer:
@@ -101,13 +106,9 @@ def _from_hub(name: str) -> Tokenizer:
         return Tokenizer.from_pretrained(name)
     except Exception as error:  # tokenizers raises nothing narrower
         raise DataError(
-            f"tokenizer {name!r} is no file or folder here and could not be had from the Hugging Face hub "
-            f"({_first_line(error)}); without a network, give the path of a tokenizer.json"
+            f"tokenizer {name!r} is no file or folder here and cannot be read from the Hugging Face hub "
+            f"({first_line(error)}); without a network, give the path of a tokenizer.json"
         ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _byte_characters() -> list[str]:

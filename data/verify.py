@@ -1,26 +1,27 @@
-"""python -m data.verify FOLDER: hash every file of a prepared folder. Status 0 if all are whole, else 2."""
+"""python -m data.verify FOLDER: hash every file of a prepared folder. Status 0 if all are undamaged, else 2."""
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from data.errors import DataError
-from data.shards import check_sizes, check_tokenizer, read_index, verify_shards
+from data import DataError
+from data.shards import check_files, read_index, verify_shards
 
 
-def verify(folder: str | Path, log=print) -> None:
-    """Check tokenizer, sizes and hashes of both splits, a line a file; DataError at the first that is wrong."""
+def verify(folder: str | Path, log: Callable[[str], None] = print) -> None:
+    """Check the tokenizer, and sizes and hashes of both splits; logs a line for each file. DataError at the first damage."""
     folder = Path(folder)
     index = read_index(folder)
-    check_tokenizer(folder, index)
+    check_files(folder, index, *index["splits"])
     log("ok  tokenizer.json")
     for split in index["splits"]:
-        check_sizes(folder, index, split)
         for name, size in verify_shards(folder, index, split):
             log(f"ok  {name}  {size:,} bytes")
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """The command line. Status: 0, or 2 after an error."""
     parser = argparse.ArgumentParser(prog="python -m data.verify", description=verify.__doc__)
     parser.add_argument("folder", metavar="FOLDER")
     try:

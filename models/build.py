@@ -1,13 +1,15 @@
 """A model from a configuration: a GPT-3 by name or by numbers, or any causal language model of transformers."""
 
 import difflib
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from models.gpt3 import GPT3Config, GPT3LMHeadModel
+from models.gpt3 import GPT3Config
 from models.sizes import SIZES
 
 # transformers accepts these of any configuration without listing them: the old spelling of `rope_parameters`.
@@ -35,12 +37,12 @@ def build_model(
     """A freshly initialized causal language model, in training mode; its weights follow from torch.manual_seed.
 
     Either a GPT-3: `size` names one of `models.sizes.SIZES`, and `layers`, `width`, `heads`, `context` (tokens)
-    override its numbers, or are all given without it; `dropout` is a probability. Or `hf`: {"model_type": "qwen3", and
-    any keys of that model's configuration}, built by transformers without the network. There `vocab_size` is filled in
-    unless given, and special token ids are None unless given: the defaults belong to somebody else's tokenizer, and a
-    padding id would freeze that token's embedding.
+    override its numbers, or are all given without it; `dropout` is a probability. Or any model of transformers, without
+    the network: `hf` is {"model_type": "qwen3", and any keys of that model's configuration}. In `hf`, `vocab_size` is
+    filled in unless given, and special token ids are None unless given: the defaults belong to somebody else's
+    tokenizer, and a padding id would freeze that token's embedding.
 
-    `device`: where the parameters are made; "meta" counts them without memory. (Random numbers differ between kinds of
+    `device`: where the parameters are made; "meta" makes shapes without memory. (Random numbers differ between kinds of
     device.) Raises ModelError for everything that a user can get wrong.
     """
     _require_count("vocab_size", vocab_size)
@@ -49,12 +51,12 @@ def build_model(
     if hf is None:
         config = _gpt3_config(size, shape, vocab_size, dropout)
     else:
-        own = {**({"size": size} if size is not None else {}), **shape, **({"dropout": dropout} if dropout else {})}
-        if own:
-            raise ModelError(f"hf and {', '.join(own)} exclude each other: write the model's own keys into hf")
+        of_gpt3 = [*(["size"] if size is not None else []), *shape, *(["dropout"] if dropout else [])]
+        if of_gpt3:
+            raise ModelError(f"hf and {', '.join(of_gpt3)} exclude each other: write the model's own keys into hf")
         config = _hf_config(hf, vocab_size)
-    with torch.device(device) if device is not None else nullcontext():
-        model = GPT3LMHeadModel(config) if hf is None else _from_config(config)
+    with torch.device(device) if device is not None else nullcontext(), _model_errors(config.model_type):
+        model = AutoModelForCausalLM.from_config(config)
     if gradient_checkpointing:
         _checkpoint_activations(model)
     return model.train()
@@ -78,7 +80,7 @@ def _gpt3_config(size: str | None, shape: dict, vocab_size: int, dropout: float)
         raise ModelError(str(error)) from None
 
 
-def _hf_config(hf: dict, vocab_size: int):
+def _hf_config(hf: dict, vocab_size: int) -> PretrainedConfig:
     keys = dict(hf)
     model_type = keys.pop("model_type", None)
     if model_type is None:
@@ -86,10 +88,8 @@ def _hf_config(hf: dict, vocab_size: int):
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         near = _nearest(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
         raise ModelError(f"transformers has no causal language model of model_type {model_type!r}{near}")
-    try:
+    with _model_errors(model_type):
         default = AutoConfig.for_model(model_type)
-    except Exception as error:  # an architecture whose defaults do not pass its own validation
-        raise ModelError(f"{model_type}: {_one_line(error)}") from error
     if "vocab_size" not in default.to_dict():
         text = f"{model_type}_text"
         hint = f"; did you mean {text!r}?" if text in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else ""
@@ -105,38 +105,34 @@ def _hf_config(hf: dict, vocab_size: int):
         raise ModelError(f"hf.vocab_size {keys['vocab_size']} is smaller than the tokenizer's {vocab_size}")
     for name in SPECIAL_TOKENS:
         keys.setdefault(name, None)
-    try:
+    with _model_errors(model_type):
         return type(default)(**keys)
-    except Exception as error:  # whatever that architecture's own validation raises
-        raise ModelError(f"{model_type}: {_one_line(error)}") from error
 
 
-def _from_config(config) -> PreTrainedModel:
+@contextmanager
+def _model_errors(model_type: str) -> Iterator[None]:
+    """ModelError for whatever transformers raises when it makes a configuration, or a model of numbers that do not fit."""
     try:
-        return AutoModelForCausalLM.from_config(config)
+        yield
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # whatever that architecture makes of numbers that do not fit each other
-        raise ModelError(f"{config.model_type}: {_one_line(error)}") from error
+    except Exception as error:
+        raise ModelError(f"{model_type}: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
 def _checkpoint_activations(model: PreTrainedModel) -> None:
     if not model.supports_gradient_checkpointing:
         raise ModelError(f"{type(model).__name__} does not support gradient_checkpointing")
-    # transformers 5.23 renamed it.
+    # transformers 5.23 renamed the method.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 
 
-def _require_count(name: str, value) -> None:
+def _require_count(name: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ModelError(f"{name} must be a positive integer, got {value!r}")
 
 
-def _nearest(word: str, known) -> str:
+def _nearest(word: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.4)
     return f"; did you mean {near[0]!r}?" if near else ""
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

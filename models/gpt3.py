@@ -1,10 +1,13 @@
 """GPT-3 (arXiv 2005.14165) as a transformers model: the GPT-2 decoder, with q, k, v and o as separate matrices.
 
-They are separate so that an optimizer for matrices sees the four maps that the mathematics has. The one departure from
-the paper: attention is dense in every layer (the paper alternates dense and locally banded layers). `models.export`
-writes the same function as a stock GPT-2.
+They are separate so that an optimizer for matrices sees the four maps that the mathematics has. It departs from the
+paper once: attention is dense in every layer, where the paper alternates dense and locally banded layers.
+`models.export` writes the same function as a stock GPT-2.
 
-Shapes: B batch, T time (tokens of this call), S keys seen (cache + T), D width, H heads, K = D / H, V vocabulary.
+Read it from the bottom: GPT3LMHeadModel is GPT3Model and the output projection; GPT3Model is embeddings, `layers` times
+GPT3Block, and a LayerNorm; GPT3Block adds Attention and MLP to the residual stream.
+
+Shapes: B batch, T time (tokens of this call), S keys (tokens in the cache + T), D width, H heads, K = D / H, V vocabulary.
 """
 
 import math
@@ -62,7 +65,13 @@ class GPT3Config(PretrainedConfig):
             raise ValueError(f"{self.heads} heads do not divide the width {self.width}")
 
 
+class ResidualLinear(nn.Linear):
+    """A linear map whose output is added to the residual stream; it is initialized smaller."""
+
+
 class Attention(nn.Module):
+    """Causal self-attention with H heads: (B, T, D) -> (B, T, D)."""
+
     def __init__(self, config: GPT3Config, layer: int):
         super().__init__()
         D = config.width
@@ -70,37 +79,38 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(D, D)
         self.k_proj = nn.Linear(D, D)
         self.v_proj = nn.Linear(D, D)
-        self.o_proj = nn.Linear(D, D)
-        self.o_proj.writes_residual = True
+        self.o_proj = ResidualLinear(D, D)
 
     def forward(self, x: Tensor, mask: Tensor | None, past_key_values: Cache | None) -> Tensor:
         B, T, D = x.shape
-        q, k, v = (
-            proj(x).view(B, T, self.heads, D // self.heads).transpose(1, 2)  # (B, T, D) -> (B, T, H, K) -> (B, H, T, K)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        heads = (B, T, self.heads, D // self.heads)  # (B, T, H, K)
+        q = self.q_proj(x).view(heads).transpose(1, 2)  # (B, T, D) -> (B, T, H, K) -> (B, H, T, K)
+        k = self.k_proj(x).view(heads).transpose(1, 2)  # (B, H, T, K)
+        v = self.v_proj(x).view(heads).transpose(1, 2)  # (B, H, T, K)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer)  # (B, H, S, K)
-        # Without a mask, T = S, or the one new token sees all S.
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0, is_causal=mask is None and T > 1
-        )  # (B, H, T, K)
+        dropout = self.dropout if self.training else 0.0
+        causal = mask is None and T > 1  # without a mask either T = S, or T = 1 and the one new token sees all S
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)  # (B, H, T, K)
         y = y.transpose(1, 2).reshape(B, T, D)  # (B, H, T, K) -> (B, T, H, K) -> (B, T, D)
         return self.o_proj(y)
 
 
 class MLP(nn.Module):
+    """The feed-forward layer, four times as wide inside: (B, T, D) -> (B, T, D)."""
+
     def __init__(self, config: GPT3Config):
         super().__init__()
         self.up_proj = nn.Linear(config.width, 4 * config.width)
-        self.down_proj = nn.Linear(4 * config.width, config.width)
-        self.down_proj.writes_residual = True
+        self.down_proj = ResidualLinear(4 * config.width, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))  # (B, T, D) -> (B, T, 4D) -> (B, T, D)
 
 
 class GPT3Block(GradientCheckpointingLayer):
+    """One layer: x + Attention(LayerNorm(x)), then x + MLP(LayerNorm(x))."""
+
     def __init__(self, config: GPT3Config, layer: int):
         super().__init__()
         self.norm_1 = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
@@ -111,10 +121,12 @@ class GPT3Block(GradientCheckpointingLayer):
 
     def forward(self, x: Tensor, mask: Tensor | None, past_key_values: Cache | None = None) -> Tensor:
         x = x + self.dropout(self.attn(self.norm_1(x), mask, past_key_values))  # (B, T, D)
-        return x + self.dropout(self.mlp(self.norm_2(x)))
+        return x + self.dropout(self.mlp(self.norm_2(x)))  # (B, T, D)
 
 
 class GPT3PreTrainedModel(PreTrainedModel):
+    """What transformers asks of every model: its abilities, and how weights are initialized."""
+
     config: GPT3Config
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -125,11 +137,12 @@ class GPT3PreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
-        """N(0, 0.02); for the 2 x layers maps that add to the residual stream, divided by sqrt(2 x layers) (GPT-2)."""
+        """N(0, 0.02), as in GPT-2: with 0.02 / sqrt(2 x layers) for the 2 x layers maps that add to the residual stream."""
         std = self.config.initializer_range
         if isinstance(module, nn.Linear):
-            residual = getattr(module, "writes_residual", False)
-            init.normal_(module.weight, std=std / math.sqrt(2 * self.config.layers) if residual else std)
+            if isinstance(module, ResidualLinear):
+                std /= math.sqrt(2 * self.config.layers)
+            init.normal_(module.weight, std=std)
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
@@ -163,9 +176,9 @@ class GPT3Model(GPT3PreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """input_ids (B, T), or inputs_embeds (B, T, D) -> last_hidden_state (B, T, D), after the final LayerNorm.
 
-        attention_mask (B, S): 0 marks padding; None means that there is none, the fast path. position_ids (B, T) count
-        from the first token of the cache unless given, so left padding needs them (`generate` gives them). use_cache
-        defaults to the configuration's outside training, to False in training. ValueError beyond `config.context`.
+        attention_mask (B, S): 0 marks padding; None, the fast path, means no padding. position_ids (B, T): by default they
+        count from the first token of the cache, so left padding needs them (`generate` gives them). use_cache: by default
+        False in training, else the configuration's. ValueError beyond `config.context`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -175,13 +188,13 @@ class GPT3Model(GPT3PreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         T, seen = x.shape[1], 0 if past_key_values is None else past_key_values.get_seq_length()
-        # A static cache counts on the device, where comparing would wait for it at every token; its size bounds it.
+        # A static cache counts on the device, and comparing would wait for the device at every token. Its size bounds it.
         total = T + (seen if isinstance(seen, int) else 0)
         if total > self.config.context:
             raise ValueError(f"{total} tokens are more than the model's context of {self.config.context}")
         if position_ids is None:
             position_ids = (torch.arange(T, device=x.device) + seen).unsqueeze(0)  # (1, T)
-        # position_ids are left out: transformers would look for several documents packed in one row.
+        # Given position_ids, transformers would look for several documents packed in one row.
         mask = create_causal_mask(self.config, x, attention_mask, past_key_values)  # None or (B, 1, T, S)
         x = self.dropout(x + self.embed_positions(position_ids))  # (B, T, D)
         for block in self.layers:
@@ -212,9 +225,9 @@ class GPT3LMHeadModel(GPT3PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
     ) -> CausalLMOutputWithPast:
-        """As GPT3Model, and -> logits (B, T, V), or of the last `logits_to_keep` positions alone (0: all of them).
+        """As GPT3Model, but -> logits (B, T, V), or those of the last `logits_to_keep` positions (0: of all).
 
-        labels (B, T), the input_ids themselves with -100 where no loss is wanted: adds `loss`, the float32 mean over
+        labels (B, T) are the input_ids themselves, with -100 where no loss is wanted. They add `loss`, the float32 mean over
         t of -log p(labels[:, t + 1] | input_ids[:, :t + 1]). It needs all logits; training uses `models.loss` instead.
         """
         outputs = self.model(

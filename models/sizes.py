@@ -13,9 +13,9 @@ class Size:
     context: int
 
 
-# "Language Models are Few-Shot Learners", arXiv 2005.14165, table 2.1. It departs from the printed table twice, where
-# the printed heads do not divide the printed width: 1.3B prints 24 heads of 128 = 3072 for a width of 2048 (16 heads of
-# 128 here), and 13B prints a width of 5140 for 40 heads of 128 (5120 here).
+# "Language Models are Few-Shot Learners", arXiv 2005.14165, table 2.1. Two rows differ from the printed table, whose
+# heads do not divide the width there: for 1.3B it prints 24 heads of 128 and a width of 2048 (here 16 heads of 128), for
+# 13B 40 heads of 128 and a width of 5140 (here 5120).
 SIZES = {
     "gpt3-125m": Size(layers=12, width=768, heads=12, context=2048),
     "gpt3-350m": Size(layers=24, width=1024, heads=16, context=2048),

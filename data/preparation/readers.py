@@ -1,29 +1,30 @@
 """Documents (str) out of the pieces of a source, one at a time: memory is bounded by one document.
 
 - text: a file of at most LARGE_TEXT bytes is one document.
-- large text: document k begins at the first blank line at or after byte k * WINDOW; where the next WINDOW bytes have
+- large text: document k begins after the first blank line at or after byte k * WINDOW; where the next WINDOW bytes have
   none, after their first line end; where they have neither, at the next whole character. So a document has at most
   2 * WINDOW bytes, the documents together are the file, and each is found without reading the file from its start.
-- JSON lines and Parquet: the string under the text key of a row; null is an empty document. A gzip file cannot be
-  entered in its middle, so each is one unit: many of them run in parallel, a single one does not.
-Documents without anything but white space are left out.
+- JSON lines, Parquet and hub data sets: the string under the text key of a row; null is an empty document. A gzip file
+  cannot be read from its middle, so each is one unit: many of them are read in parallel, a single one is not.
+Documents of white space alone are left out.
 """
 
 import gzip
 import json
 import re
-import tokenize
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
-from data.errors import DataError
+from data import DataError
 from data.preparation.hub import hub_rows
 from data.preparation.sources import WINDOW, Piece, Unit
 from data.preparation.stdlib import stdlib_topics
 
 SAMPLE_CHARACTERS = 32 * 2**20  # text that a tokenizer is trained on
 SAMPLE_UNITS = 32  # taken from so many places at most
+CONTINUATION = bytes(range(0x80, 0xC0))  # every byte of a UTF-8 character but its first
 BLANK_LINE = re.compile(rb"\n\s*\n")
 
 
@@ -67,16 +68,16 @@ def _read_large_text(piece: Piece, _: str) -> Iterator[str]:
             begin = end
 
 
-def _boundary(file, position: int) -> int:
-    """Where the document that belongs to `position`, a multiple of WINDOW, begins: within WINDOW bytes after it."""
+def _boundary(file: BinaryIO, position: int) -> int:
+    """Where the document of the window at `position` begins: within WINDOW bytes after it."""
     if position == 0:
         return 0
     file.seek(position)
     window = file.read(WINDOW)
     if match := BLANK_LINE.search(window) or re.search(rb"\n", window):
         return position + match.end()
-    character = re.match(rb"[\x80-\xbf]{0,3}", window)  # the rest of a character that began before
-    return position + character.end()
+    rest = window[:3]  # a character that began before ends within these
+    return position + len(rest) - len(rest.lstrip(CONTINUATION))
 
 
 def _decode(data: bytes, path: str, offset: int) -> str:
@@ -88,13 +89,8 @@ def _decode(data: bytes, path: str, offset: int) -> str:
         ) from None
 
 
-def _read_python(piece: Piece, _: str) -> Iterator[str]:
-    with tokenize.open(piece.path) as file:  # heeds the file's own coding comment
-        yield file.read()
-
-
 def _read_topics(piece: Piece, _: str) -> Iterator[str]:
-    return stdlib_topics()
+    yield from stdlib_topics()
 
 
 def _read_json_lines(piece: Piece, key: str) -> Iterator[str]:
@@ -105,7 +101,7 @@ def _read_json_lines(piece: Piece, key: str) -> Iterator[str]:
         if piece.start:
             position += len(file.readline())
         while position < piece.stop and (line := file.readline()):
-            yield from _json_text(line, key, piece.path, f"byte {position}")
+            yield _json_text(line, key, f"{piece.path}: byte {position}")
             position += len(line)
 
 
@@ -113,21 +109,22 @@ def _read_json_lines_gzip(piece: Piece, key: str) -> Iterator[str]:
     try:
         with gzip.open(piece.path, "rb") as file:
             for number, line in enumerate(file, start=1):
-                yield from _json_text(line, key, piece.path, f"line {number}")
+                yield _json_text(line, key, f"{piece.path}: line {number}")
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{piece.path}: damaged gzip file: {error}") from None
 
 
-def _json_text(line: bytes, key: str, path: str, place: str) -> Iterable[str]:
+def _json_text(line: bytes, key: str, place: str) -> str:
+    """The text of one line; an empty line is an empty document."""
     if line.isspace():
-        return ()
+        return ""
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise DataError(f"{path}: {place} is not a JSON line: {error}") from None
+        raise DataError(f"{place} is not a JSON line: {error}") from None
     if not isinstance(row, dict):
-        raise DataError(f"{path}: {place} holds {type(row).__name__}, not a JSON object with the key {key!r}")
-    return (_value(row, key, f"{path}: {place}"),)
+        raise DataError(f"{place} holds {type(row).__name__}, not a JSON object with the key {key!r}")
+    return _value(row, key, place)
 
 
 def _read_parquet(piece: Piece, key: str) -> Iterator[str]:
@@ -136,27 +133,33 @@ def _read_parquet(piece: Piece, key: str) -> Iterator[str]:
 
     try:
         with pyarrow.parquet.ParquetFile(piece.path) as file:
-            _value(dict.fromkeys(file.schema_arrow.names, ""), key, piece.path)
+            _check_key(file.schema_arrow.names, key, piece.path)
             groups = range(piece.start, piece.stop)
             for batch in file.iter_batches(batch_size=256, row_groups=groups, columns=[key], use_threads=False):
-                yield from ("" if value is None else value for value in batch.column(0).to_pylist())
+                for value in batch.column(0).to_pylist():
+                    yield "" if value is None else value
     except pyarrow.ArrowException as error:
         raise DataError(f"{piece.path}: damaged Parquet file: {error}") from None
 
 
 def _read_hub(piece: Piece, key: str) -> Iterator[str]:
+    assert piece.hub is not None
     for row in hub_rows(piece.path, *piece.hub, piece.start, key):
         yield _value(row, key, f"hub:{piece.path}")
 
 
 def _value(row: dict, key: str, place: str) -> str:
-    if key not in row:
-        raise DataError(f"{place} has no {key!r} (it has: {', '.join(row) or 'nothing'}); name the text with --text-key")
+    _check_key(row, key, place)
     return "" if row[key] is None else row[key]
 
 
+def _check_key(keys: Collection[str], key: str, place: str) -> None:
+    if key not in keys:
+        raise DataError(f"{place} has no {key!r} (it has: {', '.join(keys) or 'nothing'}); name the text with --text-key")
+
+
 def _without_surrogates(text: str) -> str:
-    """JSON may hold halves of surrogate pairs, which are no characters: pairs are joined, lone halves become U+FFFD."""
+    """JSON may hold halves of surrogate pairs, which are not characters: pairs are joined, lone halves become U+FFFD."""
     try:
         text.encode()
         return text
@@ -164,10 +167,9 @@ def _without_surrogates(text: str) -> str:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-READERS = {
+READERS: dict[str, Callable[[Piece, str], Iterator[str]]] = {
     "text": _read_text,
     "large text": _read_large_text,
-    "python": _read_python,
     "topics": _read_topics,
     "jsonl": _read_json_lines,
     "jsonl.gz": _read_json_lines_gzip,

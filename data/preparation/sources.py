@@ -1,27 +1,28 @@
-"""Where text comes from, cut into work units: the same for any number of workers, each small enough to do again.
+"""Where text comes from, cut into units: the same for any number of workers, each small enough to do again.
 
 A source is named by one string:
     PATH        a file, a folder (every file below it that is not hidden), or a glob ('corpus/**/*.md')
-    hub:NAME    a data set of the Hugging Face hub, streamed; hub:NAME@REVISION pins its state
+    hub:NAME    a data set of the Hugging Face hub, streamed; hub:NAME@REVISION takes that revision
     stdlib      the Python standard library's own sources and documentation topics, which every machine has
-Files are told by their names: .jsonl, .ndjson, .json (JSON lines) and the same with .gz, .parquet; any other is
+What a file holds follows from its name: .jsonl, .ndjson, .json (JSON lines) and the same with .gz, .parquet; any other is
 UTF-8 text. How documents are read from each is in data/preparation/readers.py.
 """
 
 import glob
 import hashlib
 import os
+import platform
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.errors import DataError
+from data import DataError
 from data.preparation.hub import hub_revision, load_hub
-from data.preparation.stdlib import python_release, stdlib_files
+from data.preparation.stdlib import stdlib_files
 
-UNIT_BYTES = 16 * 2**20  # text in one work unit: seconds of tokenizing
-WINDOW = 16 * 2**10  # a large text file has one document for each so many bytes
-LARGE_TEXT = 256 * 2**10  # a text file above this is split into documents
+UNIT_BYTES = 16 * 2**20  # text in one unit: seconds of tokenizing
+WINDOW = 16 * 2**10  # bytes of a large text file for each document
+LARGE_TEXT = 256 * 2**10  # bytes; a text file above this is split into documents
 GZIP_FACTOR = 4  # bytes of English text for each byte compressed, roughly
 TOPICS_BYTES = 500_000  # pydoc_data.topics, roughly
 
@@ -32,14 +33,14 @@ COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".7z")
 
 @dataclass(frozen=True)
 class Piece:
-    """What one reader reads in one go. `start` and `stop` count bytes, row groups or hub shards, by kind."""
+    """What a reader reads in one go. `start` and `stop` count bytes, row groups or parts of a hub data set, by kind."""
 
     kind: str  # a key of readers.READERS
     path: str
     start: int
     stop: int
     size: int  # bytes of text, estimated; 0 if unknown
-    hub: tuple[str | None, str, str, int] | None = None  # config name, split, revision, number of shards
+    hub: tuple[str | None, str, str, int] | None = None  # configuration, split, revision, number of parts
 
 
 Unit = tuple[Piece, ...]
@@ -47,7 +48,7 @@ Unit = tuple[Piece, ...]
 
 @dataclass(frozen=True)
 class Source:
-    """An opened source: its units in document order, and what tells its state from another one's."""
+    """An opened source: its units in the order of their documents, and what distinguishes its state from another one."""
 
     units: list[Unit]
     inventory: dict[str, str | int]  # the same wherever the files lie and whenever they were written
@@ -57,22 +58,32 @@ class Source:
 def open_source(name: str, hub_config: str | None = None, hub_split: str = "train") -> Source:
     """List a source's units. Reads no text, but the metadata of Parquet files and of hub data sets.
 
-    DataError: nothing there, no file in it, a file that cannot be read, a hub data set that cannot be had.
+    DataError: nothing there, no file in it, a file or a hub data set that cannot be read.
     """
     if name.startswith("hub:"):
         return _open_hub(name.removeprefix("hub:"), hub_config, hub_split)
+    base, files = stdlib_files() if name == "stdlib" else local_files(name)
+    stats = [(base / file).stat() for file in files]
+    sizes = [(file, stat.st_size) for file, stat in zip(files, stats, strict=True)]
+    inventory: dict[str, str | int] = {
+        "files": len(files),
+        "bytes": sum(size for _, size in sizes),
+        "names_sha256": _digest(sizes),
+    }
+    pieces: list[Piece] = []
     if name == "stdlib":
-        base, files = stdlib_files()
-        pieces = [Piece("python", str(base / file), 0, size, size) for file, size in _sizes(base, files)]
+        pieces += [Piece("text", str(base / file), 0, size, size) for file, size in sizes]
         pieces.append(Piece("topics", "", 0, 1, TOPICS_BYTES))
-        return _source(base, files, pieces, {"python": python_release()})
-    base, files = local_files(name)
-    pieces = [piece for file, size in _sizes(base, files) for piece in _file_pieces(base / file, size)]
-    return _source(base, files, pieces, {})
+        inventory["python"] = platform.python_version()
+    else:
+        for file, size in sizes:
+            pieces += _file_pieces(base / file, size)
+    units = _group(pieces)
+    return Source(units, inventory, _digest([sizes, [stat.st_mtime_ns for stat in stats], units]))
 
 
 def local_files(name: str) -> tuple[Path, list[str]]:
-    """A folder, and the sorted names below it of the files that a path or glob stands for; folder links are left."""
+    """A folder, and the sorted names below it of the files that a path or glob stands for. Links to folders are skipped."""
     path = Path(name)
     if path.is_file():
         return path.parent, [path.name]
@@ -84,7 +95,7 @@ def local_files(name: str) -> tuple[Path, list[str]]:
         if not found and not glob.has_magic(name):
             raise DataError(f"source {name}: no such file or folder, nor hub:NAME or stdlib")
     if not found:
-        raise DataError(f"source {name}: no file in it")
+        raise DataError(f"source {name}: it holds no file")
     return base, sorted(match.relative_to(base).as_posix() for match in found)
 
 
@@ -104,10 +115,6 @@ def _walk(folder: Path) -> list[Path]:
     return [path for path in found if path.is_file()]
 
 
-def _sizes(base: Path, files: list[str]) -> list[tuple[str, int]]:
-    return [(file, (base / file).stat().st_size) for file in files]
-
-
 def _file_pieces(path: Path, size: int) -> list[Piece]:
     name = path.name.lower()
     if name.endswith(".parquet"):
@@ -115,13 +122,15 @@ def _file_pieces(path: Path, size: int) -> list[Piece]:
     if name.endswith(JSON_LINES_GZIP):
         return [Piece("jsonl.gz", str(path), 0, size, size * GZIP_FACTOR)]
     if name.endswith(COMPRESSED):
-        raise DataError(f"{path}: compressed, and of such files only {', '.join(JSON_LINES_GZIP)} are read: unpack it")
-    kind = "jsonl" if name.endswith(JSON_LINES) else "text"
-    if kind == "text" and size <= LARGE_TEXT:
+        raise DataError(f"{path}: of compressed files only {', '.join(JSON_LINES_GZIP)} are read; unpack it")
+    if name.endswith(JSON_LINES):
+        kind = "jsonl"
+    elif size > LARGE_TEXT:
+        kind = "large text"
+    else:
         return [Piece("text", str(path), 0, size, size)]
     # A multiple of WINDOW, so that documents are the same whatever the size of a unit.
     step = max(WINDOW, UNIT_BYTES // WINDOW * WINDOW)
-    kind = "large text" if kind == "text" else kind
     cuts = [(start, min(start + step, size)) for start in range(0, size, step)]
     return [Piece(kind, str(path), start, stop, stop - start) for start, stop in cuts]
 
@@ -143,23 +152,16 @@ def _parquet_pieces(path: Path) -> list[Piece]:
 def _open_hub(name: str, config: str | None, split: str) -> Source:
     name, _, revision = name.partition("@")
     revision = hub_revision(name, revision or None)
-    shards = load_hub(name, config, split, revision).num_shards
-    units = [(Piece("hub", name, i, i + 1, 0, (config, split, revision, shards)),) for i in range(shards)]
-    return Source(units, {"revision": revision, "shards": shards}, _digest(units))
-
-
-def _source(base: Path, files: list[str], pieces: list[Piece], facts: dict[str, str]) -> Source:
-    units = _group(pieces)
-    sizes = _sizes(base, files)
-    times = [(base / file).stat().st_mtime_ns for file in files]
-    inventory = {"files": len(files), "bytes": sum(size for _, size in sizes), "names_sha256": _digest(sizes), **facts}
-    return Source(units, inventory, _digest([sizes, times, units]))
+    parts = load_hub(name, config, split, revision).num_shards
+    units: list[Unit] = [(Piece("hub", name, i, i + 1, 0, (config, split, revision, parts)),) for i in range(parts)]
+    return Source(units, {"revision": revision, "shards": parts}, _digest(units))
 
 
 def _group(pieces: list[Piece]) -> list[Unit]:
-    """Consecutive pieces together until they hold UNIT_BYTES: many small files make one unit."""
+    """Joins consecutive pieces until they hold UNIT_BYTES: many small files make one unit."""
     units: list[Unit] = []
-    unit, held = [], 0
+    unit: list[Piece] = []
+    held = 0
     for piece in pieces:
         unit.append(piece)
         held += piece.size

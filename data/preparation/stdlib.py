@@ -1,12 +1,10 @@
 """The Python standard library as a corpus: about 10 MB of code and documentation that every machine has."""
 
 import os
-import platform
 import sysconfig
-from collections.abc import Iterator
 from pathlib import Path
 
-from data.errors import DataError
+from data import DataError
 
 # Tests, bundled tools that not every machine has, and tables that programs generated.
 SKIPPED_FOLDERS = {
@@ -30,14 +28,8 @@ def stdlib_files() -> tuple[Path, list[str]]:
     return base, sorted(set(names) - SKIPPED_FILES)
 
 
-def stdlib_topics() -> Iterator[str]:
+def stdlib_topics() -> list[str]:
     """The documentation topics of `help()`, in order of their names."""
     from pydoc_data.topics import topics
 
-    for name in sorted(topics):
-        yield topics[name]
-
-
-def python_release() -> str:
-    """The version that this library belongs to."""
-    return platform.python_version()
+    return [topics[name] for name in sorted(topics)]

@@ -1,6 +1,6 @@
 """Work in other processes: what they write depends neither on how many there are nor on their order.
 
-They end at once when the process that started them does, even if that is killed, and are deaf to signals themselves.
+Workers ignore SIGINT and SIGTERM. They end at once when the process that started them ends, even if that is killed.
 """
 
 import multiprocessing
@@ -8,27 +8,32 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from itertools import islice
+from multiprocessing.connection import Connection
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
-from data.errors import DataError
-from data.preparation.encode import Encoding, encode_unit
+from data import DataError
+from data.files import replacing
+from data.preparation.encode import Encoder, encode_unit
 from data.preparation.readers import documents, sample
 from data.preparation.sources import Unit
 from data.tokenizer import train_bpe
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_worker = {}  # of a worker process: its counter of tokens, the barrier where all meet, and its Encoding
+_worker: dict[str, Any] = {}  # of a worker process: the counter of tokens, the barrier where all meet, and its Encoder
 
 
 def save_bpe(path: Path, units: list[Unit], text_key: str, vocab_size: int, workers: int) -> None:
     """Train a tokenizer on a sample of the units and save it, whole or not at all.
 
-    In a process of its own, unless workers is 1: the training hears no signals.
+    Unless workers is 1, another process does it, so that this one can be stopped: the training handles no signals.
     """
     if workers == 1:
         _save_bpe(path, units, text_key, vocab_size)
@@ -43,42 +48,45 @@ def encode_units(
     tokenizer: Path,
     text_key: str,
     workers: int,
-    update: Callable[[int, int], None],
+    update: Callable[..., None],
 ) -> None:
-    """Encode each unit i to folder/00000i.tokens and .docs; update(i, n): unit i, or none if -1, is done, and n tokens.
+    """Encode each unit i to folder/00000i.tokens and .docs; calls `update` as `progress` explains.
 
     One worker is this process itself; more are spawned. DataError: of a reader, or when a worker dies.
     """
     workers = min(workers, len(units))
     if workers <= 1:
-        encoding = Encoding(Tokenizer.from_file(str(tokenizer)))
+        encode = Encoder(Tokenizer.from_file(str(tokenizer)))
         for i, unit in units.items():
-            encode_unit(documents(unit, text_key), unit_path(folder, i), encoding, lambda tokens: update(-1, tokens))
-            update(i, 0)
+            encode_unit(documents(unit, text_key), unit_path(folder, i), encode, update)
+            update(0, i)
         return
-    waiting, running, seen = list(reversed(units.items())), {}, 0
+    waiting = iter(units.items())
+    running: dict[Future, int] = {}
+    finished = counted = 0
     with _processes(workers, max(1, cores() // workers)) as (pool, counter):
-        while waiting or running:
-            while waiting and len(running) < 4 * workers:
-                i, unit = waiting.pop()
+        while finished < len(units):
+            for i, unit in islice(waiting, 4 * workers - len(running)):
                 running[pool.submit(_encode, unit, unit_path(folder, i), tokenizer, text_key)] = i
             done, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
-            now = counter.value
-            update(-1, now - seen)
-            seen = now
+            total = counter.value
+            update(total - counted)
+            counted = total
+            finished += len(done)
             for future in done:
                 future.result()
-                update(running.pop(future), 0)
+                update(0, running.pop(future))
+
+
+def save_tokenizer(tok: Tokenizer, path: Path) -> None:
+    """Write tokenizer.json, whole or not at all."""
+    with replacing(path) as file:
+        file.write(tok.to_str(pretty=True).encode())
 
 
 def unit_path(folder: Path, i: int) -> Path:
     """Where unit i goes, without the suffix."""
     return folder / f"{i:06d}"
-
-
-def is_encoded(folder: Path, i: int) -> bool:
-    """Whether unit i is there, whole."""
-    return unit_path(folder, i).with_suffix(".tokens").exists()
 
 
 def cores() -> int:
@@ -87,7 +95,7 @@ def cores() -> int:
 
 
 @contextmanager
-def _processes(count: int, threads: int) -> Iterator[tuple[ProcessPoolExecutor, object]]:
+def _processes(count: int, threads: int) -> Iterator[tuple[ProcessPoolExecutor, Any]]:
     """`count` processes of `threads` threads each (0: one a core), and the counter of their tokens."""
     context = multiprocessing.get_context("spawn")
     lifeline, held = context.Pipe()
@@ -95,8 +103,8 @@ def _processes(count: int, threads: int) -> Iterator[tuple[ProcessPoolExecutor, 
     try:
         with ProcessPoolExecutor(count, context, _start_worker, (held, counter, threads, context.Barrier(count))) as pool:
             try:
-                # One task for each process starts it. A signal waits until all are there: it would end one that does not
-                # ignore it yet, and one that starts while this process ends complains of what it cannot find any more.
+                # One task for each process starts it. Signals wait until all have started: a signal would end a worker that
+                # does not ignore it yet, and a worker that starts while this process ends prints an error.
                 blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
                 try:
                     wait([pool.submit(_meet) for _ in range(count)])
@@ -112,7 +120,7 @@ def _processes(count: int, threads: int) -> Iterator[tuple[ProcessPoolExecutor, 
         raise DataError(f"a worker process died (out of memory?); {advice}") from None
 
 
-def _start_worker(held, counter, threads: int, barrier) -> None:
+def _start_worker(held: Connection, counter: Any, threads: int, barrier: Barrier) -> None:
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, args=(held,), daemon=True).start()
@@ -125,7 +133,7 @@ def _meet() -> None:
     _worker["barrier"].wait()
 
 
-def _end_with_parent(held) -> None:
+def _end_with_parent(held: Connection) -> None:
     try:
         held.recv()
     except (EOFError, OSError):
@@ -133,15 +141,13 @@ def _end_with_parent(held) -> None:
 
 
 def _save_bpe(path: Path, units: list[Unit], text_key: str, vocab_size: int) -> None:
-    aside = path.with_name(path.name + ".tmp")
-    train_bpe(sample(units, text_key), vocab_size).save(str(aside))
-    os.replace(aside, path)
+    save_tokenizer(train_bpe(sample(units, text_key), vocab_size), path)
 
 
 def _encode(unit: Unit, target: Path, tokenizer: Path, text_key: str) -> None:
-    if "encoding" not in _worker:
-        _worker["encoding"] = Encoding(Tokenizer.from_file(str(tokenizer)))
-    encode_unit(documents(unit, text_key), target, _worker["encoding"], _count)
+    if "encode" not in _worker:
+        _worker["encode"] = Encoder(Tokenizer.from_file(str(tokenizer)))
+    encode_unit(documents(unit, text_key), target, _worker["encode"], _count)
 
 
 def _count(tokens: int) -> None:

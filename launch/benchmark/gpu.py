@@ -1,7 +1,7 @@
-"""`python -m launch.benchmark gpu --out DIR`: everything that is to be known of a GPU, in one command, within ten minutes.
+"""`python -m launch.benchmark gpu --out DIR`: every subject that needs a GPU, in one command, within ten minutes.
 
-Every part runs in a process of its own with a limit, so that one that fails or takes too long does not lose the others. Nothing
-is fetched: tokens and images are random.
+Every part runs in a process of its own with a time limit, so that a part that fails or hangs does not stop the others. Nothing
+is downloaded: tokens and images are random.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Part(NamedTuple):
 
 
 def parts(out: Path) -> list[Part]:
-    """What is run, the most wanted first; the limits add up to ten minutes."""
+    """The parts, the most important first; their limits add up to ten minutes."""
     subjects = [
         ("optimizer-125m", ("optimizer", "--sizes", "gpt3-125m"), 60),
         ("optimizer-350m", ("optimizer", "--sizes", "gpt3-350m"), 60),
@@ -61,7 +61,7 @@ def run_part(part: Part, out: Path) -> Row:
 
 
 def measure_gpu(out: Path, chosen: list[Part]) -> list[Row]:
-    """Run all parts; DIR/summary.json and DIR/summary.md are written anew after each, with the tables of what is done."""
+    """Run all parts. After each, DIR/summary.json and DIR/summary.md are written again, with the tables of the finished parts."""
     out.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     for part in chosen:

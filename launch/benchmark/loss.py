@@ -5,10 +5,13 @@ Goal: no slower than the naive loss, and under a quarter of its memory.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from launch.benchmark.measure import TIMES, Column, Row, environment, peak_bytes, summary, time_rounds
+from launch.benchmark.measure import TIMES, Column, Row, Step, environment, peak_bytes, summary, time_rounds
 from models.loss import chunk_size, chunked_cross_entropy, cross_entropy_reference
 
 # (tokens, width, vocabulary) and the dtype of the products: a micro-batch of gpt3-1.3b, and what a CPU does in a second.
@@ -32,27 +35,21 @@ def measure_loss(rounds: int, device: torch.device) -> Row:
     weight = (torch.randn(vocabulary, width, generator=generator) * 0.02).to(device).requires_grad_()
     targets = torch.randint(vocabulary, (tokens,), generator=generator).to(device)
 
-    def gradients(function: object, **options: int) -> tuple[Tensor, ...]:
+    def gradients(function: Callable[..., Tensor], **options: int) -> tuple[Tensor, ...]:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss = function(hidden, weight, targets, **options)
         return torch.autograd.grad(loss, (hidden, weight))
 
-    steps = {"naive": lambda: gradients(cross_entropy_reference)}
+    steps: dict[str, Step] = {"naive": partial(gradients, cross_entropy_reference)}
     for chunk in CHUNKS[device.type]:
         name = f"chunks of {chunk}" + (" (the default)" if chunk == chunk_size(tokens) else "")
-        steps[name] = lambda chunk=chunk: gradients(chunked_cross_entropy, chunk_tokens=chunk)
-    seconds = time_rounds(steps, rounds, device)
-    times = {name: summary(values) for name, values in seconds.items()}
-    peaks = {name: peak_bytes(step, device) for name, step in steps.items()}
-    rows = [
-        {
-            "loss": name,
-            **times[name],
-            "to_naive": times[name]["ms"] / times["naive"]["ms"],
-            "peak_mib": peaks[name] / 2**20,
-            "memory_to_naive": peaks[name] / peaks["naive"],
-        }
-        for name in steps
-    ]
+        steps[name] = partial(gradients, chunked_cross_entropy, chunk_tokens=chunk)
+    rows = []
+    for name, seconds in time_rounds(steps, rounds, device).items():
+        rows.append({"loss": name, **summary(seconds), "peak_mib": peak_bytes(steps[name], device) / 2**20})
+    naive = rows[0]
+    for row in rows:
+        row["to_naive"] = row["ms"] / naive["ms"]
+        row["memory_to_naive"] = row["peak_mib"] / naive["peak_mib"]
     note = f"{tokens:,} tokens x {width} -> {vocabulary:,}, {str(dtype).removeprefix('torch.')}, forward and backward"
     return {**environment(device, rounds), "note": note, "rows": rows}

@@ -1,4 +1,4 @@
-"""How things are measured here: contestants in turns, peak memory, what the machine can do at best, and a table of it."""
+"""How this project measures: contestants in turns, peak memory, what the machine can do at best, and a table of results."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import metadata
 from typing import Any, NamedTuple
 
@@ -35,9 +36,9 @@ def synchronize(device: torch.device) -> None:
 
 
 def time_rounds(steps: dict[str, Step], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of one call in each round, contestants one after the other in every round: a busy machine slows all of them.
+    """Seconds of one call in each round. Contestants take turns in every round, so that a busy machine slows all of them.
 
-    Two rounds before do not count: the first compiles and allocates, the second says how often a round repeats a step.
+    Two rounds before do not count: the first compiles and allocates, the second gives how often a round repeats a step.
     """
     repeats: dict[str, int] = {}
     for _ in range(2):
@@ -52,7 +53,7 @@ def time_rounds(steps: dict[str, Step], rounds: int, device: torch.device) -> di
 
 
 def timed(step: Step, repeats: int, device: torch.device) -> float:
-    """Seconds of one of `repeats` calls, from an idle device to an idle device."""
+    """Mean seconds of `repeats` calls, from an idle device to an idle device."""
     synchronize(device)
     start = time.perf_counter()
     for _ in range(repeats):
@@ -67,7 +68,7 @@ def summary(seconds: Sequence[float]) -> Row:
 
 
 def peak_bytes(step: Step, device: torch.device) -> int:
-    """The most bytes that `step` held at once beyond what was there before, by the allocator's own account."""
+    """The most bytes that `step` held at once beyond what was there before, as the allocator records them."""
     if device.type == "cuda":
         synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -109,7 +110,7 @@ def measure_rates(device: torch.device) -> Rates:
     n, flops = MULTIPLIED[device.type], {}
     for dtype in (torch.bfloat16, torch.float32):
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-        flops[dtype] = 2 * n**3 / best(lambda a=a, b=b: a @ b, device)
+        flops[dtype] = 2 * n**3 / best(partial(torch.matmul, a, b), device)
     return Rates(bandwidth, flops)
 
 
@@ -149,7 +150,7 @@ TIMES = (Column("ms", "median ms", ",.2f"), Column("fastest", "fastest", ",.2f")
 
 
 def table(rows: Sequence[Row], columns: Sequence[Column]) -> str:
-    """`rows` as a Markdown table that is readable as text too: what a row lacks is a dash, what all lack is left out."""
+    """`rows` as a Markdown table. A dash stands for a number that a row lacks; a column that all rows lack is left out."""
     used = [column for column in columns if any(row.get(column.key) is not None for row in rows)]
     cells = [[column.heading for column in used]]
     for row in rows:

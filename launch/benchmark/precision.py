@@ -1,6 +1,6 @@
-"""`python -m launch.benchmark precision`: does Newton–Schulz in bfloat16 cost loss? A small model, both ways, the same batches.
+"""`python -m launch.benchmark precision`: the loss of a small model, same batches, Newton–Schulz in bfloat16 and in float32.
 
-The text is a Markov chain with four equally likely successors of every token: the loss falls from log V to at least log 4.
+The text is a Markov chain with four equally likely successors of every token: the loss falls from log V, at best to log 4.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def markov(successors: Tensor, length: int, generator: torch.Generator) -> Tenso
 
 
 def final_loss(seed: int, ns_dtype: torch.dtype, device: torch.device) -> float:
-    """Nats a token over the last steps of a run."""
+    """Mean loss of the last steps of a training run, in nats per token."""
     torch.manual_seed(seed)
     model = build_model(size="gpt3-mini", vocab_size=VOCABULARY).to(device)
     loss_model = CausalLMLoss(model)

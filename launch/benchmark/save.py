@@ -25,7 +25,7 @@ COLUMNS = (
 
 
 def measure_save(rounds: int, device: torch.device) -> Row:
-    """The records of `rounds` checkpoints of `gpt3-125m` with Celo2's state, one after the other, in a temporary folder."""
+    """A row for each of `rounds` checkpoints of `gpt3-125m` with Celo2's state, one after the other in a temporary folder."""
     model = build_model(size="gpt3-125m", vocab_size=50304)
     weights = model.num_parameters()
     strategy = make_strategy(Config(), Accelerator(cpu=device.type == "cpu"), model)

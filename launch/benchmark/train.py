@@ -1,7 +1,7 @@
-"""`python -m launch.benchmark train`: a whole training step, made of what `train.py` makes it of, compiled and not.
+"""`python -m launch.benchmark train`: a whole training step, made of the parts of `train.py`, compiled and not.
 
-Random tokens stand for a corpus; they cost the same. "At 0.5M tokens" is computed, not measured: forward and backward take their
-time a token, the optimizer its time a step, and a step has 524,288 tokens, as gpt3-125m to -760m are trained.
+Random tokens replace a corpus; they cost the same. "At 0.5M tokens" is computed, not measured: the time of forward and backward
+grows with the tokens, that of the optimizer does not, and a step has 524,288 tokens, as gpt3-125m to -760m are trained.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from configs.schema import Config, Model, Optimizer, Train
 from data.batches import Batches, prefetch
+from data.shards import TokenShards
 from launch.benchmark.measure import TIMES, Column, Row, environment, peak_bytes, summary, synchronize, time_rounds
 from launch.distributed.setup import make_accelerator, make_strategy, peak
 from launch.monitoring.guard import Watch
@@ -62,13 +63,11 @@ COLUMNS = (
 )
 
 
-class RandomTokens:
-    """A split of uniformly random tokens, as `data.batches` reads it."""
-
-    eot_id, folder, split = 0, Path("random"), "train"
+class RandomTokens(TokenShards):
+    """A split of uniformly random tokens in memory, without a prepared folder."""
 
     def __init__(self, n_tokens: int, vocab_size: int) -> None:
-        self.n_tokens, self.vocab_size = n_tokens, vocab_size
+        self.n_tokens, self.vocab_size, self.eot_id = n_tokens, vocab_size, 0
         self.tokens = np.random.default_rng(0).integers(vocab_size, size=n_tokens, dtype=np.uint16)
 
     def read(self, start: int, stop: int) -> np.ndarray:
@@ -175,7 +174,7 @@ def make_trainer(size: str, compiled: bool, device: torch.device, sequences: int
 
 
 def measure_training(rounds: int, device: torch.device, sizes: list[str], sequences: int | None, profile_path: str | None) -> Row:
-    """Two rows a size, not compiled and compiled, in turns; `profile_path`: a file for where the time of the first goes."""
+    """Two rows for each size, not compiled and compiled, in turns. `profile_path`: a file for a profile of the first."""
     rows = []
     for size in sizes:
         trainers = {compiled: make_trainer(size, compiled, device, sequences) for compiled in (False, True)}
@@ -191,7 +190,7 @@ def measure_training(rounds: int, device: torch.device, sizes: list[str], sequen
 
 
 def profile_steps(trainer: Trainer) -> str:
-    """A table of the operations that take most of a step's time, by themselves."""
+    """A table of the operations that take most of a step's time, without the operations that they call."""
     cuda = trainer.device.type == "cuda"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
     with profile(activities=activities) as recorded:

@@ -110,11 +110,11 @@ def test_sizes_that_do_not_divide(train):
     for sizes, message in (
         (
             (10, 2, 4),
-            "batch_size 10 is not a multiple of world_size 2 times micro_batch_size 4, 8; the nearest that would do: 8 and 16",
+            "batch_size 10 is not a multiple of world_size 2 times micro_batch_size 4, 8; the nearest that are: 8 and 16",
         ),
         (
             (3, 4, 1),
-            "batch_size 3 is not a multiple of world_size 4 times micro_batch_size 1, 4; the nearest that would do: 4",
+            "batch_size 3 is not a multiple of world_size 4 times micro_batch_size 1, 4; the nearest that are: 4",
         ),
         ((8, 1, 0), "batch_size 8, world_size 1 and micro_batch_size 0 must be positive"),
     ):
@@ -186,7 +186,7 @@ def test_validation_with_more_ranks_than_sequences(train):
 
 
 def prefetch_threads() -> int:
-    return sum(thread.name == "prefetch" for thread in threading.enumerate())
+    return sum(thread.name.startswith("prefetch") for thread in threading.enumerate())
 
 
 def test_prefetch_yields_what_batches_would(batches):
@@ -208,9 +208,9 @@ def test_prefetch_is_ahead_by_depth_and_ends_when_closed(train):
                 enough.set()
             return super().micro_batches(step, *sizes)
 
-    steps = prefetch(Recorder(train, CONTEXT, BATCH, 0), 0, 10**9, 0, 1, BATCH, depth=2)
+    steps = prefetch(Recorder(train, CONTEXT, BATCH, 0), 0, 10**9, 0, 1, BATCH, depth=3)
     next(steps)
-    assert enough.wait(10)  # step 0 is out, 1 and 2 wait, 3 is being offered
+    assert enough.wait(10)  # step 0 is out; 1, 2 and 3 are ready or being made
     assert asked == [0, 1, 2, 3]
     assert prefetch_threads() == 1
     steps.close()

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer, models
 
 from data import DataError
-from data.preparation import assemble, encode, hub, plan, progress, sources
+from data.preparation import assemble, encode, hub, output, progress, sources
 from data.preparation.stdlib import stdlib_files
 from data.prepare import main, prepare
 from data.shards import TokenShards, read_index
@@ -285,17 +285,17 @@ def test_unfinished_with_a_changed_source_starts_over(unfinished, texts, write_j
 
 def test_stopped_while_the_shards_were_written(tmp_path, texts, write_jsonl, monkeypatch, small_units, quiet):
     corpus = write_jsonl(tmp_path / "c.jsonl", texts)
-    write, lines = plan._write_json, []
+    write, lines = output._write_json, []
 
     def no_index(path, value):
         if path.name == "index.json":
             raise KeyboardInterrupt
         write(path, value)
 
-    monkeypatch.setattr(plan, "_write_json", no_index)
+    monkeypatch.setattr(output, "_write_json", no_index)
     with pytest.raises(KeyboardInterrupt):
         prepare(corpus, tmp_path / "out", vocab_size=300, workers=1, log=quiet)
-    monkeypatch.setattr(plan, "_write_json", write)
+    monkeypatch.setattr(output, "_write_json", write)
     prepare(corpus, tmp_path / "out", vocab_size=300, workers=1, log=lines.append)
     assert any(line.startswith("continuing: ") for line in lines)
     assert not any(line.startswith("tokenizer: ") for line in lines)
@@ -317,7 +317,7 @@ def test_command_line_errors_are_one_line(tmp_path, texts, write_jsonl, monkeypa
     Usage = namedtuple("Usage", "total used free")
     for arguments, message in (
         ([tmp_path / "none", out], f"source {tmp_path / 'none'}: no such file or folder, nor hub:NAME or stdlib"),
-        ([tmp_path / "folder", out, "--tokenizer", "bytes"], f"source {tmp_path / 'folder'}: no text in it"),
+        ([tmp_path / "folder", out, "--tokenizer", "bytes"], f"source {tmp_path / 'folder'}: it holds no text"),
         ([corpus, corpus], f"{corpus}: not a folder"),
         ([tmp_path, out], f"{out} lies inside the source {tmp_path}: choose a folder outside it"),
         ([corpus, out, "--val-fraction", "1"], "val_fraction 1.0 is not in [0, 1)"),
@@ -333,7 +333,7 @@ def test_command_line_errors_are_one_line(tmp_path, texts, write_jsonl, monkeypa
         patch.setattr(shutil, "disk_usage", lambda _: Usage(10, 10, 1000))
         assert main([str(corpus), str(out), "--tokenizer", "bytes"]) == 2
         assert "of disk needed, 0.0 GB free" in capsys.readouterr().err
-    with plan.locked(out):
+    with output.locked(out):
         assert main([str(corpus), str(out), "--tokenizer", "bytes"]) == 2
         assert capsys.readouterr().err == f"data.prepare: {out}: another preparation is running there\n"
     assert main([str(corpus), str(out), "--tokenizer", "bytes", "--workers", "1"]) == 0
@@ -345,8 +345,8 @@ def test_progress_as_lines_and_as_a_bar(monkeypatch):
     lines = []
     monkeypatch.setattr(progress, "LINE_SECONDS", 0)
     with progress.progress({0: 100, 1: 100}, lines.append) as update:
-        update(-1, 500)
-        update(0, 700)
+        update(500)
+        update(700, 0)
     assert [line.split(" tokens,")[0] for line in lines] == [
         "tokenizing: 0/2 units, 500",
         "tokenizing: 1/2 units, 1,200",
@@ -359,7 +359,7 @@ def test_progress_as_lines_and_as_a_bar(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
     for sizes in ({0: 100, 1: 300}, {0: 0, 1: 0}):
         with progress.progress(sizes, lines.append) as update:
-            update(1, 1000)
+            update(1000, 1)
             update(0, 0)
     assert len(lines) == 2
     assert "tokenizing" in sys.stderr.getvalue()

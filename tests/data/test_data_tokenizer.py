@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from data import DataError
-from data.preparation.encode import encoder
+from data.preparation.encode import Encoder
 from data.tokenizer import byte_tokenizer, end_of_text_id, load_tokenizer, tokenizer_hash, train_bpe, vocabulary_size
 
 TEXT = "Crème brûlée, 漢字 🙂\r\n\ttabs \x00\x7f and <|endoftext|> as text  \n"
@@ -21,7 +21,7 @@ def bpe(texts):
 
 def test_byte_ids_are_byte_values():
     tok = byte_tokenizer()
-    ids = encoder(tok)([TEXT])[0].tolist()
+    ids = Encoder(tok)([TEXT])[0].tolist()
     assert ids == list(TEXT.encode())
     assert vocabulary_size(tok) == 257
     assert end_of_text_id(tok) == 256
@@ -32,14 +32,14 @@ def test_byte_shortcut_equals_the_tokenizer():
     tok = byte_tokenizer()
     tok.encode_special_tokens = True
     texts = [TEXT, "a", "".join(map(chr, range(0x300)))]
-    assert [tok.encode(text).ids for text in texts] == [ids.tolist() for ids in encoder(tok)(texts)]
+    assert [tok.encode(text).ids for text in texts] == [ids.tolist() for ids in Encoder(tok)(texts)]
 
 
 def test_text_survives_bpe(bpe, texts):
-    for text, ids in zip([TEXT, *texts], encoder(bpe)([TEXT, *texts]), strict=True):
+    for text, ids in zip([TEXT, *texts], Encoder(bpe)([TEXT, *texts]), strict=True):
         assert bpe.decode(ids.tolist(), skip_special_tokens=False) == text
         assert end_of_text_id(bpe) not in ids.tolist()
-    assert len(encoder(bpe)(texts[:1])[0]) < len(texts[0].encode()) / 2
+    assert len(Encoder(bpe)(texts[:1])[0]) < len(texts[0].encode()) / 2
 
 
 @pytest.mark.parametrize("kind", ["bytes", "bpe"])

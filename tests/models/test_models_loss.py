@@ -154,9 +154,6 @@ def test_ignored_tokens_count_nothing():
     loss = chunked_cross_entropy(hidden, weight, torch.full_like(targets, -100))
     loss.backward()
     assert loss.item() == 0 and not hidden.grad.any() and not weight.grad.any()
-    shifted = torch.where(targets == -100, 5, targets)
-    loss = chunked_cross_entropy(hidden, weight, shifted, ignore_index=5, chunk_tokens=64)
-    assert relative(loss, cross_entropy_reference(hidden, weight, shifted, ignore_index=5)) < 1e-6
 
 
 def test_never_waits_for_the_device():

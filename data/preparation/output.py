@@ -1,7 +1,8 @@
-"""What a folder of prepared tokens holds: nothing, an unfinished preparation in OUT/.partial, or a finished one.
+"""What an output folder holds: nothing, an unfinished preparation in OUT/.partial, or a finished one with OUT/index.json.
 
-OUT/.partial/plan.json says what the unfinished one was asked for. Once a unit is finished, it is an error to go on with
-other arguments; with the same ones finished units are kept, unless the source's files changed: then it starts over.
+OUT/.partial/plan.json keeps the arguments of an unfinished preparation and the state of its source. Once a unit is
+finished, other arguments are an error. With the same ones finished units are kept, unless the source's files changed:
+then the preparation starts over.
 """
 
 import fcntl
@@ -12,35 +13,35 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from data.errors import DataError
+from data import DataError
+from data.files import replacing
 from data.preparation.sources import Source, open_source
-from data.shards import VERSION, check_sizes, check_tokenizer, fingerprint, read_index
+from data.shards import VERSION, check_files, fingerprint, read_index
 from data.tokenizer import load_tokenizer, tokenizer_hash
 
 
 def is_finished(out: Path, arguments: dict, log: Callable[[str], None]) -> bool:
-    """Whether `out` holds the preparation that `arguments` ask for, whole; DataError if it holds another one."""
+    """Whether `out` holds the whole preparation that `arguments` ask for; DataError if it holds another one."""
     if not (out / "index.json").exists():
         return False
     index = read_index(out)
     advice = "choose another folder, or remove this one"
+    source, tokenizer = arguments["source"], arguments["tokenizer"]
     if difference := _difference(index["arguments"], arguments):
         raise DataError(f"{out} is already prepared with other arguments: {difference}; {advice}")
-    inventory = _local_inventory(arguments["source"])
-    if inventory and (difference := _difference(index["inventory"], inventory)):
-        raise DataError(f"{out} is already prepared, but the files of {arguments['source']} changed: {difference}; {advice}")
-    if _changed(arguments["tokenizer"], index["tokenizer_sha256"]):
-        raise DataError(f"{out} is already prepared, but the tokenizer in {arguments['tokenizer']} changed; {advice}")
-    check_tokenizer(out, index)
-    for split in index["splits"]:
-        check_sizes(out, index, split)
+    if difference := _difference(index["inventory"], _local_inventory(source)):
+        raise DataError(f"{out} is already prepared, but the files of {source} changed: {difference}; {advice}")
+    from_file = tokenizer not in ("bytes", "bpe") and Path(tokenizer).exists()
+    if from_file and tokenizer_hash(load_tokenizer(tokenizer)) != index["tokenizer_sha256"]:
+        raise DataError(f"{out} is already prepared, but the tokenizer in {tokenizer} changed; {advice}")
+    check_files(out, index, *index["splits"])
     shutil.rmtree(out / ".partial", ignore_errors=True)
     log(f"already prepared: {out}, {summary(index)}")
     return True
 
 
 def begin(partial: Path, arguments: dict, source: Source, log: Callable[[str], None]) -> None:
-    """Make `partial`, or take up the one that is there; DataError if that belongs to other arguments."""
+    """Make `partial`, or continue the one that is there; DataError if that belongs to other arguments."""
     plan = {"version": VERSION, "arguments": arguments, "inventory": source.inventory, "state": source.state}
     path = partial / "plan.json"
     if path.exists():
@@ -68,7 +69,7 @@ def publish(partial: Path, shards: Path, out: Path, index: dict) -> None:
         os.replace(path, out / path.name)
     shutil.copyfile(partial / "tokenizer.json", out / "tokenizer.json")
     _write_json(out / "index.json", index)
-    shutil.rmtree(partial, ignore_errors=True)  # whoever finds the index removes it, too
+    shutil.rmtree(partial, ignore_errors=True)  # if this is interrupted, is_finished removes it
 
 
 @contextmanager
@@ -97,28 +98,16 @@ def _difference(old: dict, new: dict) -> str:
     return ", ".join(f"{key} was {old.get(key)!r} and is now {new[key]!r}" for key in new if old.get(key) != new[key])
 
 
-def _local_inventory(source: str) -> dict | None:
-    """None for the hub, and for files that are gone: a corpus may be deleted once it is prepared."""
+def _local_inventory(source: str) -> dict:
+    """Empty for the hub, and for files that are gone: a corpus may be deleted once it is prepared."""
     if source.startswith("hub:"):
-        return None
+        return {}
     try:
         return open_source(source).inventory
     except (DataError, OSError):
-        return None
-
-
-def _changed(tokenizer: str, sha256: str) -> bool:
-    """Whether a tokenizer that was given as a path is there and has another hash."""
-    if tokenizer in ("bytes", "bpe") or not Path(tokenizer).exists():
-        return False
-    return tokenizer_hash(load_tokenizer(tokenizer)) != sha256
+        return {}
 
 
 def _write_json(path: Path, value: dict) -> None:
-    """Atomically, and on the disk when it returns."""
-    aside = path.with_name(path.name + ".tmp")
-    with open(aside, "w") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    with replacing(path) as file:
+        file.write(json.dumps(value, indent=1).encode())
