@@ -1,8 +1,8 @@
 """What a step takes on N GPUs: bytes that travel, memory of a rank, and seconds, from shapes and data sheets alone.
 
 `--plan` prints it. "Sent" are the bytes that one rank sends in one optimizer step, with ring algorithms, averaged over the
-ranks, without the padding that libraries add. Seconds assume that whatever can overlap with computing does; they rest on
-`Machine` and are good for choosing a strategy, not for a promise.
+ranks, without the padding that libraries add. Seconds assume that whatever can overlap with computing does. They rest on
+`Machine` and are good for choosing a strategy; they are no promise.
 
 Letters: N weights, of which H in hidden matrices (which Newton–Schulz orthogonalizes); W ranks; M micro-batches in a step.
 """
@@ -17,6 +17,9 @@ from torch import nn
 
 from celo2.layout import matrix_count, stacked_shape
 from celo2.orthogonalize import newton_schulz_flops
+from configs.schema import Optimizer as OptimizerConfig
+from launch.distributed.blocks import blocks_of
+from launch.optimizers.table import OptimizerEntry, entry_of
 
 FP32, BF16 = 4, 2  # bytes
 WORLDS = tuple(8 << i for i in range(8))  # 8 .. 1024
@@ -49,7 +52,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Workload:
-    """A model as far as its cost goes."""
+    """What of a model determines its cost."""
 
     parameters: int  # N
     hidden: tuple[tuple[int, int], ...]  # (R, C) of every hidden matrix, in the order of the parameters
@@ -74,7 +77,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Setup:
-    """How the run is spread and what updates it; names as in the configuration."""
+    """The strategy and the optimizer; names as in the configuration."""
 
     strategy: str = "ddp"
     world: int = 8  # W
@@ -84,8 +87,13 @@ class Setup:
     bf16: bool = True
     shard_state: bool = False
     replicas: int = 1  # fsdp2
-    state_bf16: bool = False  # celo2 and celo2-base
-    normalize_gradient: bool = False  # what the rule says
+    state_bf16: bool = False  # for optimizers that take a rule
+    normalize_gradient: bool = False  # as the rule says
+
+    @property
+    def entry(self) -> OptimizerEntry:
+        """What the optimizer can do."""
+        return entry_of(OptimizerConfig(name=self.optimizer))
 
     @property
     def shards(self) -> int:
@@ -94,13 +102,13 @@ class Setup:
 
     @property
     def state_bytes(self) -> int:
-        """Of each of the rule's four numbers for a weight of a matrix."""
+        """Bytes of each of the rule's four numbers for a weight of a matrix."""
         return BF16 if self.state_bf16 else FP32
 
     @property
     def direction_bytes(self) -> int:
-        """Of an element of a direction: bfloat16 on GPUs, and always where torch's Muon computes it."""
-        return BF16 if self.optimizer == "muon" or (self.optimizer == "celo2" and self.bf16) else FP32
+        """Bytes of an element of a direction: bfloat16 where GPUs orthogonalize it; Muon's is bfloat16 everywhere."""
+        return BF16 if self.entry.orthogonalizes and (self.bf16 or not self.entry.takes_rule) else FP32
 
 
 def all_reduce(size: float, world: int) -> float:
@@ -108,53 +116,41 @@ def all_reduce(size: float, world: int) -> float:
     return 2 * size * (world - 1) / world
 
 
-def reduce_scatter(size: float, world: int) -> float:
-    """Bytes a rank sends so that each has its part of the sum of `size` bytes of each."""
+def all_but_own_share(size: float, world: int) -> float:
+    """Bytes a rank sends, on average, in each of the other collectives over `size` bytes.
+
+    reduce-scatter: each rank gets its share of the sum of `size` bytes of each. All-gather: all get the `size` bytes of which
+    each holds a share. Broadcast: all but one receive `size` bytes. All-to-all: a rank keeps its own share of the `size` bytes
+    that it holds for all.
+    """
     return size * (world - 1) / world
 
 
-def all_gather(size: float, world: int) -> float:
-    """Bytes a rank sends so that all have the `size` bytes of which each holds a part."""
-    return size * (world - 1) / world
-
-
-def broadcast(size: float, world: int) -> float:
-    """Bytes a rank sends, on average, so that all have `size` bytes that one of them holds: all but one receive them."""
-    return size * (world - 1) / world
-
-
-def all_to_all(size: float, world: int) -> float:
-    """Bytes a rank sends of the `size` bytes that it holds, equally for every rank."""
-    return size * (world - 1) / world
+reduce_scatter = all_gather = broadcast = all_to_all = all_but_own_share
 
 
 def split_matrices(workload: Workload, setup: Setup) -> list[tuple[int, int]]:
     """Hidden matrices that no rank holds whole.
 
-    fsdp2 and zero3 cut every parameter. zero1 and zero2 cut the parameters, one after the other, into W equal runs, so that a
-    matrix is split only where a run ends in it.
+    fsdp2 and zero3 divide every parameter. zero1 and zero2 divide the parameters, one after the other, into W equal ranges, so
+    that a matrix is split only where a range ends in it.
     """
     if setup.strategy == "ddp" or setup.shards == 1:
         return []
     if setup.strategy in ("zero3", "fsdp2"):
         return list(workload.hidden)
-    run = math.ceil(workload.hidden_parameters / setup.world)
+    length = math.ceil(workload.hidden_parameters / setup.world)
     split, start = [], 0
     for rows, cols in workload.hidden:
         stop = start + rows * cols
-        if start // run != (stop - 1) // run:
+        if start // length != (stop - 1) // length:
             split.append((rows, cols))
         start = stop
     return split
 
 
-def exchanged_bytes(workload: Workload, setup: Setup, zero_reduce: str = "all_reduce") -> dict[str, float]:
-    """Bytes that a rank sends in one optimizer step, by purpose, averaged over the ranks.
-
-    Args:
-        zero_reduce: how zero1 and zero2 bring a gradient to its owner. DeepSpeed 0.19 fills buckets that several ranks own and
-            uses "all_reduce" (its use_multi_rank_bucket_allreduce); "reduce_scatter" is half of that.
-    """
+def exchanged_bytes(workload: Workload, setup: Setup) -> dict[str, float]:
+    """Bytes that a rank sends in one optimizer step, by purpose, averaged over the ranks."""
     world, shards, micro = setup.world, setup.shards, setup.accumulation
     sent = {"gradients": 0.0, "weights": 0.0, "directions": 0.0, "sums": 0.0, "agreement": 0.0}
     if world == 1:
@@ -162,12 +158,13 @@ def exchanged_bytes(workload: Workload, setup: Setup, zero_reduce: str = "all_re
     n, outside, block = workload.parameters, workload.outside, workload.block_parameters
     if setup.strategy == "ddp":
         sent["gradients"] = all_reduce(FP32 * n, world)
-        by_rule = setup.optimizer.startswith("celo2")
-        sent["directions"] = broadcast(setup.direction_bytes * workload.hidden_parameters, world) if by_rule else 0.0
-        sent["weights"] = broadcast(FP32 * (n - workload.hidden_parameters), world) if setup.shard_state else 0.0
+        if setup.entry.takes_rule:
+            sent["directions"] = broadcast(setup.direction_bytes * workload.hidden_parameters, world)
+        if setup.shard_state:
+            sent["weights"] = broadcast(FP32 * (n - workload.hidden_parameters), world)
     elif setup.strategy in ("zero1", "zero2"):
-        reduce = {"all_reduce": all_reduce, "reduce_scatter": reduce_scatter}[zero_reduce]
-        sent["gradients"] = reduce(FP32 * n, world) * (1 if setup.strategy == "zero1" else micro)
+        # DeepSpeed 0.19 fills buckets that several ranks own and all-reduces them (its use_multi_rank_bucket_allreduce).
+        sent["gradients"] = all_reduce(FP32 * n, world) * (1 if setup.strategy == "zero1" else micro)
         sent["weights"] = all_gather(FP32 * n, world)
     elif setup.strategy == "zero3":
         sent["gradients"] = micro * reduce_scatter(FP32 * n, world)
@@ -178,11 +175,11 @@ def exchanged_bytes(workload: Workload, setup: Setup, zero_reduce: str = "all_re
         sent["weights"] = micro * (2 * all_gather(travelling, shards) + all_gather(FP32 * outside, shards))
 
     split = split_matrices(workload, setup)
-    if setup.optimizer in ("celo2", "muon"):
+    if setup.entry.orthogonalizes:
         held = setup.direction_bytes * sum(rows * cols for rows, cols in split) / shards
         sent["directions"] += 2 * all_to_all(held, shards)  # to the owner and back
-    if setup.optimizer.startswith("celo2"):
-        # Rows, columns and 12 channels; 6 channels; the norm of the direction; where the rule asks for it that of the gradient.
+    if setup.entry.takes_rule:
+        # Rows, columns and 12 channels; 6 channels; the norm of the direction, and of the gradient where the rule asks for it.
         numbers = 12 + 6 + 1 + setup.normalize_gradient
         sent["sums"] = all_reduce(FP32 * sum(rows + cols + numbers for rows, cols in split), shards)
     sent["agreement"] = all_reduce(3 * 8, world)  # loss, save, signalled: float64
@@ -200,7 +197,7 @@ def memory_per_rank(workload: Workload, setup: Setup) -> dict[str, float]:
         "gradients": FP32 * n / (shards if setup.strategy == "zero2" else over),
         "optimizer state": state_bytes(workload, setup) / state_over,
         # Every rank that holds a part of a matrix has all of these.
-        "row and column means": FP32 * factored_elements(workload, setup.optimizer) / (state_over if over == 1 else 1),
+        "row and column means": FP32 * factored_elements(workload, setup) / (state_over if over == 1 else 1),
         "flat copies": 0.0,
         "gathered (estimate)": 0.0,
         "bf16 copies": BF16 * n if setup.bf16 and over == 1 else 0.0,  # autocast keeps them through a pass
@@ -210,8 +207,8 @@ def memory_per_rank(workload: Workload, setup: Setup) -> dict[str, float]:
     }
     if setup.strategy in ("zero1", "zero2", "zero3"):
         bucket = FP32 * min(n, 500e6)  # gradients on their way: DeepSpeed's reduce_bucket_size, elements
-        run = FP32 * n / shards if setup.strategy != "zero3" else 0.0  # what the optimizer updates, beside the whole weights
-        memory["flat copies"] = bucket + run
+        flat = FP32 * n / shards if setup.strategy != "zero3" else 0.0  # what the optimizer updates, beside the whole weights
+        memory["flat copies"] = bucket + flat
     if setup.strategy in ("zero3", "fsdp2"):  # this block and the next, and the gradient of one; what is outside the blocks
         each = BF16 if setup.bf16 and setup.strategy == "fsdp2" else FP32
         memory["gathered (estimate)"] = (2 * each + FP32) * block + 2 * FP32 * workload.outside
@@ -219,23 +216,24 @@ def memory_per_rank(workload: Workload, setup: Setup) -> dict[str, float]:
 
 
 def state_bytes(workload: Workload, setup: Setup) -> float:
-    """Bytes of optimizer state beside row and column means: four numbers a weight under the rule, one under Muon, two under AdamW
-    and, for want of knowledge, under the optimizers of libraries."""
-    by_rule = 4 * setup.state_bytes
-    of_hidden = {"celo2": by_rule, "celo2-base": by_rule, "muon": FP32}.get(setup.optimizer, 2 * FP32)
-    of_others = FP32 * (4 if setup.optimizer == "celo2-base" else 2)
+    """Bytes of optimizer state beside row and column means. The other parameters have AdamW's two numbers for each weight."""
+    of_hidden = setup.entry.state_per_weight * (setup.state_bytes if setup.entry.takes_rule else FP32)
+    of_others = FP32 * (setup.entry.state_per_weight if setup.entry.all_hidden else 2)
     return of_hidden * workload.hidden_parameters + of_others * (workload.parameters - workload.hidden_parameters)
 
 
-def factored_elements(workload: Workload, optimizer: str) -> float:
+def factored_elements(workload: Workload, setup: Setup) -> float:
     """Elements of the rule's factored second moment: three decays of rows and of columns."""
-    return sum(3 * (rows + cols) for rows, cols in workload.hidden) if optimizer.startswith("celo2") else 0.0
+    return sum(3 * (rows + cols) for rows, cols in workload.hidden) if setup.entry.takes_rule else 0.0
 
 
 def directions_held(workload: Workload, setup: Setup) -> float:
-    """Bytes of directions at once: the largest matrix under DDP, which takes them batch by batch; under sharding this rank's
-    share as it goes and as it comes back, and the matrices that it owns."""
-    if setup.optimizer not in ("celo2", "muon") or not workload.hidden:
+    """Bytes of directions in memory at once.
+
+    The largest matrix under DDP, which takes them one after the other; under sharding this rank's share as it goes and as it
+    comes back, and the matrices that it owns.
+    """
+    if not setup.entry.orthogonalizes or not workload.hidden:
         return 0.0
     largest = max(rows * cols for rows, cols in workload.hidden)
     if setup.strategy == "ddp":
@@ -246,7 +244,7 @@ def directions_held(workload: Workload, setup: Setup) -> float:
 
 
 def largest_load(costs: list[float], owners: int) -> float:
-    """What the busiest of `owners` has to do when each cost, the dearest first, goes to the one with the least to do."""
+    """The cost on the busiest of `owners`, when each cost, the largest first, goes to the one with the least to do."""
     loads = [0.0] * owners
     for cost in sorted(costs, reverse=True):
         heapq.heapreplace(loads, loads[0] + cost)
@@ -255,26 +253,27 @@ def largest_load(costs: list[float], owners: int) -> float:
 
 def optimizer_seconds(workload: Workload, setup: Setup, machine: Machine) -> float:
     """Seconds of the update on the busiest rank: Newton–Schulz on its matrices, and passes over memory."""
-    owners = 1 if setup.strategy == "ddp" and setup.optimizer == "muon" else setup.shards  # torch's Muon divides nothing
+    entry = setup.entry
+    owners = setup.shards if setup.strategy != "ddp" or entry.takes_rule else 1
     seconds = 0.0
-    if setup.optimizer in ("celo2", "muon"):
+    if entry.orthogonalizes:
         flops = largest_load([newton_schulz_flops(rows, cols) for rows, cols in workload.hidden], owners)
         seconds += flops / (machine.flops * machine.newton_schulz_efficiency)
-    # Bytes moved for a weight. AdamW reads w, g, m, v and writes w, m, v. The rule: reads g, w, three m, v and writes three m
-    # and v; reads g and three m; reads g, w, three m, v and writes a direction; at last reads it and w and writes w.
+    # Bytes moved for a weight. AdamW reads w, g, m, v and writes w, m, v. The rule reads g, w, three m, v and writes three m
+    # and v; reads g and three m; reads g, w, three m, v and writes a direction; and reads that and w and writes w.
     adamw, muon = 7 * FP32, 6 * FP32 + 2 * setup.direction_bytes
     accumulate, direct = 2 * FP32 + 8 * setup.state_bytes, 3 * FP32 + 7 * setup.state_bytes + setup.direction_bytes
-    if setup.normalize_gradient:  # reads g; reads g and writes a copy, once or, of what is split, in each of three passes
+    if setup.normalize_gradient:  # reads g; then reads g and writes a copy: once, or in each of three passes over split matrices
         accumulate += (7 if setup.strategy in ("zero3", "fsdp2") else 3) * FP32
     apply = 2 * FP32 + setup.direction_bytes
     hidden, others = workload.hidden_parameters, workload.parameters - workload.hidden_parameters
     own = 1 / setup.shards  # share of the weights whose state is here, or whose direction is computed here
     kept = own if setup.shard_state or setup.strategy != "ddp" else 1
     held = 1 if setup.strategy == "ddp" else own  # share of the weights that are updated here
-    if setup.optimizer.startswith("celo2"):
+    if entry.takes_rule:
         moved = hidden * (kept * accumulate + own * direct + held * apply)
     else:
-        moved = hidden * kept * (muon if setup.optimizer == "muon" else adamw)
+        moved = hidden * kept * (muon if entry.orthogonalizes else adamw)
     return seconds + (moved + others * kept * adamw) / machine.memory_bandwidth
 
 
@@ -296,8 +295,8 @@ class StepTime:
 def step_time(workload: Workload, setup: Setup, machine: Machine) -> StepTime:
     """Seconds of one optimizer step.
 
-    Gradients travel while the backward pass (two thirds of computing; under DDP and zero1 of the last micro-batch alone) goes
-    on, and weights of zero3 and fsdp2 during all of it; what is longer than that, and everything else, is waited for.
+    Gradients travel during the backward pass (two thirds of computing; under DDP and zero1 of the last micro-batch alone), and
+    weights of zero3 and fsdp2 during all of computing. What takes longer than that, and everything else, is waited for.
     """
     tokens = setup.accumulation * setup.micro_batch * workload.context
     compute = tokens * workload.flops_per_token * (4 / 3 if workload.recompute else 1) / (machine.flops * machine.efficiency)
@@ -309,10 +308,7 @@ def step_time(workload: Workload, setup: Setup, machine: Machine) -> StepTime:
     overlappable = sent["gradients"] / ring + collectives * hop
     hops = 6 + setup.normalize_gradient  # three sums or four, two exchanges, one agreement
     waited = (sent["sums"] + sent["agreement"]) / ring + hops * hop
-    if setup.strategy == "ddp":
-        waited += sent["directions"] / ring
-    else:
-        waited += sent["directions"] / machine.exchange(setup.shards)
+    waited += sent["directions"] / (ring if setup.strategy == "ddp" else machine.exchange(setup.shards))
     if streamed:
         overlappable += sent["weights"] / ring
     else:
@@ -325,15 +321,14 @@ def step_time(workload: Workload, setup: Setup, machine: Machine) -> StepTime:
 def workload_of(
     model: nn.Module, groups: list[dict], context: int, flops_per_token: float, activations: float, loss: float, recompute: bool
 ) -> Workload:
-    """The workload of `model`, which may be on the meta device, routed as `celo2.param_groups` says in `groups`."""
+    """The workload of `model`, which may be on the meta device, with the groups of `optimizer_groups`."""
     hidden: list[tuple[int, int]] = []
     for group in groups:
-        for p in group["params"] if group["update"] == "celo2" else ():
+        for p in group["params"] if group["role"] == "hidden" else ():
             shape = stacked_shape(p.shape, group["matrices"])
             if len(shape) >= 2:
                 hidden += [tuple(shape[-2:])] * matrix_count(shape)
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-    blocks = max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()), default=())
+    blocks = blocks_of(model)
     return Workload(
         parameters=sum(p.numel() for p in model.parameters()),
         hidden=tuple(hidden),
@@ -348,9 +343,9 @@ def workload_of(
 
 
 def cost_lines(workload: Workload, setup: Setup, batch: int, machine: Machine, worlds: tuple[int, ...] = WORLDS) -> list[str]:
-    """A table over `worlds` for a global batch of `batch` sequences; a world that the batch does not fill is left out.
+    """A table over the numbers of GPUs in `worlds` for a global batch of `batch` sequences; those it does not fill are left out.
 
-    Where a micro-batch of `setup.micro_batch` does not fit into the batch of a rank, the largest one that does is taken.
+    Where a micro-batch of `setup.micro_batch` does not divide the batch of a rank, the largest one that divides both is taken.
     """
     precision = "bf16" if setup.bf16 else "fp32"
     lines = [

@@ -1,4 +1,4 @@
-"""`--plan`: what a run would take, without training: parameters, routing, tokens, FLOPs, memory, sizes that divide."""
+"""`--plan`: what a training run would take, without training: parameters, routing, tokens, FLOPs, memory, cost on N GPUs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from celo2 import routing_table
 from celo2.orthogonalize import newton_schulz_flops
 from configs.schema import Config
 from data.batches import check_batch_size
-from launch.optimizers.build import celo2_rule, optimizer_groups
+from launch.optimizers.build import as_celo2_groups, normalizes_gradient, optimizer_groups
+from launch.optimizers.table import entry_of
 from launch.planning.cost import Machine, Setup, cost_lines, memory_per_rank, workload_of
 from launch.run.schedule import lr_factor
 from launch.run.setup import build_from_config, open_data, vocabulary
@@ -22,7 +23,7 @@ GPT2_VOCABULARY = 50257  # assumed where neither model.vocab_size nor data.dir s
 
 
 def make_plan(config: Config) -> str:
-    """The plan as text. Raises what `train` would raise for the same configuration, as far as nothing must be trained."""
+    """The plan as text. Raises what training would raise for the same configuration before its first step."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     check_batch_size(config.train.batch_size, world, config.train.micro_batch_size)
     epoch_tokens = None
@@ -36,7 +37,6 @@ def make_plan(config: Config) -> str:
 
     optimizer = config.optimizer
     groups = optimizer_groups(optimizer, model)
-
     parameters = sum(p.numel() for p in model.parameters())
     step_tokens = config.train.batch_size * context
     tokens = step_tokens * config.train.steps
@@ -45,21 +45,21 @@ def make_plan(config: Config) -> str:
     bf16 = config.train.precision == "bf16"
     one = activation_elements(model, 1, context, config.model.gradient_checkpointing)
     workload = workload_of(model, groups, context, per_token, one, loss_elements(model), config.model.gradient_checkpointing)
-    spread = config.distributed
+    distributed = config.distributed
     setup = Setup(
-        spread.strategy,
+        distributed.strategy,
         world,
         accumulation,
         config.train.micro_batch_size,
         optimizer.name,
         bf16,
-        shard_state=spread.shard_state,
-        replicas=spread.replicas,
+        shard_state=distributed.shard_state,
+        replicas=distributed.replicas,
         state_bf16=optimizer.state_dtype == "bf16",
-        normalize_gradient=optimizer.name.startswith("celo2") and celo2_rule(optimizer).normalize_gradient,
+        normalize_gradient=normalizes_gradient(optimizer),
     )
     memory = {name: size for name, size in memory_per_rank(workload, setup).items() if size}
-    orthogonalized = workload.hidden if optimizer.name in ("celo2", "muon") else ()
+    orthogonalized = workload.hidden if entry_of(optimizer).orthogonalizes else ()
     newton_schulz = sum(newton_schulz_flops(rows, cols) for rows, cols in orthogonalized)
     epochs = f", {tokens / epoch_tokens:.2f} epochs of {epoch_tokens:,}" if epoch_tokens else ""
     warmup = next((s for s in range(config.train.steps) if lr_factor(config.schedule, s, config.train.steps) == 1), 0)
@@ -74,12 +74,12 @@ def make_plan(config: Config) -> str:
         f"FLOPs       {per_token * tokens:.3g} in all, {per_token:.3g} a token; "
         f"Newton-Schulz adds {newton_schulz / (per_token * step_tokens):.2%} a step",
         f"schedule    {config.schedule.kind}, peak after step {warmup + 1}, last at {config.schedule.final:g} of the peak",
-        f"memory      {sum(memory.values()) / GB:.2f} GB a process under {config.distributed.strategy}: "
+        f"memory      {sum(memory.values()) / GB:.2f} GB a process under {distributed.strategy}: "
         + ", ".join(f"{name} {size / GB:.2f}" for name, size in memory.items()),
         "",
         *cost_lines(workload, setup, config.train.batch_size, Machine()),
         "",
-        routing_table(groups),
+        routing_table(as_celo2_groups(groups)),
     ]
     return "\n".join(lines)
 

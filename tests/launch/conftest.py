@@ -10,6 +10,7 @@ from accelerate.state import AcceleratorState
 
 import train
 from data.prepare import prepare
+from launch.run.hooks import Hooks
 
 CONFIG = """
 run: {name: test, seed: 1}
@@ -36,12 +37,12 @@ def prepared(tmp_path_factory) -> Path:
 def run(prepared, tmp_path, capsys):
     """run("section.key=value", ...) -> (exit status, records of metrics.jsonl, stderr); the folder is run.dir."""
 
-    def start(*overrides: str, folder: str = "run") -> tuple[int, list[dict], str]:
+    def start(*overrides: str, folder: str = "run", hooks: Hooks | None = None) -> tuple[int, list[dict], str]:
         config = tmp_path / "config.yaml"
         config.write_text(CONFIG)
         run_dir = tmp_path / folder
         capsys.readouterr()
-        status = train.main([str(config), f"data.dir={prepared}", f"run.dir={run_dir}", *overrides])
+        status = train.main([str(config), f"data.dir={prepared}", f"run.dir={run_dir}", *overrides], hooks)
         AcceleratorState._reset_state(reset_partial_state=True)  # a process has one; here it has many runs
         captured = capsys.readouterr()
         start.out = captured.out

@@ -203,11 +203,11 @@ def main():
     import torch
     import torch.distributed as dist
     from accelerate.state import AcceleratorState
+    from launch.distributed.leave import leave
 
     import train
     from celo2 import work
     from celo2.backend import PLAIN
-    from launch.distributed.leave import leave
     from launch.distributed.strategy import Strategy
 
     dist.destroy_process_group = lambda *_: None  # the runs of one start share the group: a new one would meet stale addresses
