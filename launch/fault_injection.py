@@ -36,22 +36,15 @@ from launch.monitoring.metrics import read_metrics
 from launch.run.hooks import Hooks
 
 STEPS = 60
-OPTIONS = [
-    "model.layers=2",
-    "model.width=32",
-    "model.heads=2",
-    "model.context=32",
-    "model.dropout=0.1",
-    f"train.steps={STEPS}",
-    "train.batch_size=8",
-    "train.micro_batch_size=4",
-    "optimizer.lr=5e-3",
-    "checkpoint.every=3",
-    "log.every=1",
-    "log.sample_tokens=0",
-    "eval.every=5",
-    "eval.sequences=16",
-]
+CONFIG = f"""
+run: {{name: torture}}
+model: {{layers: 2, width: 32, heads: 2, context: 32, dropout: 0.1}}
+train: {{steps: {STEPS}, batch_size: 8, micro_batch_size: 4}}
+optimizer: {{lr: 5e-3}}
+checkpoint: {{every: 3}}
+log: {{every: 1, sample_tokens: 0}}
+eval: {{every: 5, sequences: 16}}
+"""
 CLOCK = ("seconds", "tokens_per_second", "optimizer_seconds")  # what differs between two equal runs
 
 
@@ -80,15 +73,12 @@ class SignalAt(Hooks):
                 os.kill(os.getpid(), self.number)
 
     def before_step(self, step: int, strategy: Strategy) -> None:
-        """See the class."""
         self._come_to("step")
 
     def before_evaluation(self, step: int) -> None:
-        """See the class."""
         self._come_to("evaluation")
 
     def before_save_phase(self, phase: str) -> None:
-        """See the class."""
         self._come_to(phase)
 
 
@@ -99,7 +89,6 @@ class BadGradients(Hooks):
         self.steps = steps
 
     def after_backward(self, step: int, strategy: Strategy, loss: Tensor) -> None:
-        """See the class."""
         if step in self.steps:
             next(strategy.loss_model.parameters()).grad.fill_(float("nan"))
 
@@ -108,7 +97,6 @@ class FullDisk(Hooks):
     """From the first step on, files may not grow beyond a small limit, as on a full disk."""
 
     def before_step(self, step: int, strategy: Strategy) -> None:
-        """See the class."""
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
@@ -117,7 +105,6 @@ class ReadOnlyDisk(Hooks):
     """Checkpoints cannot be written. The folder stays writable, since root would write into a read-only one."""
 
     def before_save_phase(self, phase: str) -> None:
-        """See the class."""
         if phase == "weights":
             raise PermissionError(13, "Permission denied")
 
@@ -132,7 +119,7 @@ class Laboratory:
         (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         source, out = str(folder / "text.jsonl"), folder / "data"
         prepare(source, out, tokenizer="bytes", val_fraction=0.2, workers=1, log=lambda line: None)
-        (folder / "config.yaml").write_text("run: {name: torture}\n")
+        (folder / "config.yaml").write_text(CONFIG)
         if self.run("undisturbed") != 0:
             raise SystemExit(f"the undisturbed run failed: {(folder / 'undisturbed.log').read_text()}")
         self.undisturbed = self.metrics("undisturbed")
@@ -302,7 +289,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="options of the disturbed run")
     args = parser.parse_intermixed_args(argv)
     folder = Path(tempfile.mkdtemp(prefix="torture-", dir=args.dir))
-    laboratory = Laboratory(folder, [*OPTIONS, *args.overrides])
+    laboratory = Laboratory(folder, args.overrides)
     rows = [
         *kills(laboratory, args.kills, random.Random(args.seed)),
         *damage(laboratory),

@@ -69,7 +69,7 @@ def measure(row: str, optimizer: str, accelerator: Accelerator, folder: Path) ->
         bf16=False,
         normalize_gradient=normalizes_gradient(config.optimizer),
     )
-    formula = exchanged_bytes(workload_of(model, groups, MODEL["context"], 0.0, 0.0, 0.0, False), setup)
+    formula = exchanged_bytes(workload_of(model, groups, activations=0.0, loss=0.0), setup)
     strategies = STRATEGIES | dict.fromkeys(("zero1", "zero2", "zero3"), ZeroOfLargeModel)
     strategy = make_strategy(config, accelerator, model, strategies)
 

@@ -60,20 +60,12 @@ class Combined(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         self._share()
 
-    def train(self) -> None:
-        """Put the weights in place that training needs; see `set_mode`."""
-        for optimizer in self.optimizers:
-            set_mode(optimizer, "train")
-
-    def eval(self) -> None:
-        """Put the weights in place that evaluation and checkpoints need; see `set_mode`."""
-        for optimizer in self.optimizers:
-            set_mode(optimizer, "eval")
-
 
 def set_mode(optimizer: torch.optim.Optimizer, mode: Literal["train", "eval"]) -> None:
-    """Tell an optimizer that averages weights which ones to put in place; the others have no such method."""
-    getattr(optimizer, mode, lambda: None)()
+    """Put in place the weights to train on, or those to evaluate and save, for optimizers that tell them apart."""
+    for part in getattr(optimizer, "optimizers", [optimizer]):
+        if hasattr(part, mode):
+            getattr(part, mode)()
 
 
 def optimizer_groups(config: OptimizerConfig, model: nn.Module) -> Groups:
@@ -127,8 +119,10 @@ def build_by_class(config: OptimizerConfig, entry: OptimizerEntry, groups: Group
     """The class of `entry` over everything, or over the hidden matrices beside torch's AdamW for the rest."""
     own = [group for group in groups if entry.route == "all" or group["role"] == "hidden"]
     rest = [without(group, "role", "matrices") for group in groups if entry.route == "hidden" and group["role"] == "other"]
-    if entry.plain_matrices:
-        check_plain_matrices(config, own)
+    for group in own if entry.plain_matrices else ():
+        for name, p in zip(group["param_names"], group["params"], strict=True):
+            if group["matrices"] is not None or len(local_shard_of(p).shape) != 2:
+                raise ConfigError(f"optimizer.name {config.name} takes plain matrices only, '{name}' is fused or stacked")
     cls, arguments = find_class(entry.path, entry.package), entry.arguments
     if not all(local_shard_of(p).whole for group in groups for p in group["params"]):
         if entry.sharded_path is None:
@@ -164,16 +158,6 @@ def check_state_dtype(config: OptimizerConfig, entry: OptimizerEntry) -> None:
     """Raise ConfigError if the optimizer has float32 state only and another dtype is asked for."""
     if config.state_dtype != "fp32" and not entry.takes_rule:
         raise ConfigError(f"optimizer.state_dtype {config.state_dtype} is for {names_that_take_a_rule()}, not for {config.name}")
-
-
-def check_plain_matrices(config: OptimizerConfig, groups: Groups) -> None:
-    """Raise ConfigError if a parameter of `groups` is not one matrix as it stands."""
-    for group in groups:
-        for name, p in zip(group["param_names"], group["params"], strict=True):
-            if group["matrices"] is not None or len(local_shard_of(p).shape) != 2:
-                raise ConfigError(
-                    f"optimizer.name {config.name}: torch's Muon takes plain matrices only, '{name}' is fused or stacked"
-                )
 
 
 def check_optimizer(config: OptimizerConfig) -> None:

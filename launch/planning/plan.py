@@ -1,4 +1,4 @@
-"""`--plan`: what a training run would take, without training: parameters, routing, tokens, FLOPs, memory, cost on N GPUs."""
+"""`--plan`: what a training run would take, without training: parameters, routing, tokens, FLOPs, memory, bytes sent."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from configs.schema import Config
 from data.batches import check_batch_size
 from launch.optimizers.build import as_celo2_groups, normalizes_gradient, optimizer_groups
 from launch.optimizers.table import entry_of
-from launch.planning.cost import Machine, Setup, cost_lines, memory_per_rank, workload_of
+from launch.planning.cost import Setup, cost_lines, memory_per_rank, workload_of
 from launch.run.schedule import lr_factor
 from launch.run.setup import build_from_config, open_data, vocabulary
 from models import flops_per_token
@@ -44,7 +44,7 @@ def make_plan(config: Config) -> str:
     accumulation = config.train.batch_size // (world * config.train.micro_batch_size)
     bf16 = config.train.precision == "bf16"
     one = activation_elements(model, 1, context, config.model.gradient_checkpointing)
-    workload = workload_of(model, groups, context, per_token, one, loss_elements(model), config.model.gradient_checkpointing)
+    workload = workload_of(model, groups, one, loss_elements(model))
     distributed = config.distributed
     setup = Setup(
         distributed.strategy,
@@ -77,7 +77,7 @@ def make_plan(config: Config) -> str:
         f"memory      {sum(memory.values()) / GB:.2f} GB a process under {distributed.strategy}: "
         + ", ".join(f"{name} {size / GB:.2f}" for name, size in memory.items()),
         "",
-        *cost_lines(workload, setup, config.train.batch_size, Machine()),
+        *cost_lines(workload, setup, config.train.batch_size),
         "",
         routing_table(as_celo2_groups(groups)),
     ]
