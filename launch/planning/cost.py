@@ -240,7 +240,7 @@ def cost_lines(workload: Workload, setup: Setup, batch: int, worlds: tuple[int, 
     """
     precision = "bf16" if setup.bf16 else "fp32"
     lines = [
-        f"cost        {setup.strategy}, {setup.optimizer}, {precision}, {batch} sequences a step, {GPU_MEMORY / 1e9:.0f} GB a GPU",
+        f"cost        {setup.strategy}, {setup.optimizer}, {precision}, {batch} sequences, {GPU_MEMORY / 1e9:.0f} GB a GPU",
         f"{'GPUs':>6} {'micro-batches':>14} {'GB a GPU':>9} {'fits':>5} {'GB sent a step':>15}",
     ]
     for world in worlds:
