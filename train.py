@@ -14,6 +14,7 @@ import argparse
 import os
 import time
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -105,7 +106,7 @@ def pretrain(config: Config, accelerator: Accelerator, heartbeat: Heartbeat, hoo
     state, notes = resume(config, run_dir, strategy, shards)
     heartbeat.mark("loaded")
     if first:
-        describe_run(config, run_dir)
+        describe_run(config, run_dir, shards)
     metrics = Metrics(accelerator, config, run_dir, state.tracker_ids)
     metrics.rewind(state.step, state.evaluated)
 
@@ -163,7 +164,7 @@ def pretrain(config: Config, accelerator: Accelerator, heartbeat: Heartbeat, hoo
             hooks.after_backward(step, strategy, loss)
             heartbeat.mark(f"step {step}: gradient computed")
             # Clips, asks for the verdict (agreed over all ranks; waits for the device), and updates if the step is healthy.
-            verdict = strategy.step(lambda grad_norm, loss=loss: guard.judge(loss, grad_norm, saver.overdue))
+            verdict = strategy.step(partial(guard.judge, loss, save=saver.overdue))
             if verdict.healthy:
                 verification.check()
             state.finish_step(n_targets, time.perf_counter() - start, verdict.healthy)

@@ -90,7 +90,9 @@ class BadGradients(Hooks):
 
     def after_backward(self, step: int, strategy: Strategy, loss: Tensor) -> None:
         if step in self.steps:
-            next(strategy.loss_model.parameters()).grad.fill_(float("nan"))
+            grad = next(strategy.loss_model.parameters()).grad
+            assert grad is not None
+            grad.fill_(float("nan"))
 
 
 class FullDisk(Hooks):
@@ -177,7 +179,7 @@ class Laboratory:
 
 def kills(laboratory: Laboratory, count: int, generator: random.Random) -> list[Row]:
     """`count` kills of one run after another: at random moments, and inside each phase of a save."""
-    lost: dict[str, list[int]] = {"at a random moment": []} | {f"before: {phase}": [] for phase in PHASES}
+    lost: dict[str, list[int]] = {when: [] for when in ("at a random moment", *(f"before: {phase}" for phase in PHASES))}
     wrong, runs, name = 0, 0, "killed-0"
     start = time.perf_counter()
     laboratory.run("timed")

@@ -1,6 +1,9 @@
 """A GPT-3 of this project as a stock GPT-2 of transformers, which computes the same function."""
 
+from typing import Any
+
 import torch
+from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from models.gpt3 import LAYER_NORM_EPS, GPT3LMHeadModel
@@ -27,13 +30,14 @@ def to_gpt2(model: GPT3LMHeadModel) -> GPT2LMHeadModel:
             tie_word_embeddings=config.tie_word_embeddings,
         )
     ).to(model.dtype)
-    modules = {
+    modules: dict[str, Any] = {
         "transformer.wte": model.model.embed_tokens,
         "transformer.wpe": model.model.embed_positions,
         "transformer.ln_f": model.model.norm,
         "lm_head": model.lm_head,
     }
-    weights = {}
+    weights: dict[str, Tensor] = {}
+    block: Any
     for i, block in enumerate(model.model.layers):
         h = f"transformer.h.{i}"
         modules |= {f"{h}.ln_1": block.norm_1, f"{h}.ln_2": block.norm_2}

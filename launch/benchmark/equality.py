@@ -32,9 +32,22 @@ from launch.optimizers.build import normalizes_gradient, optimizer_groups
 from launch.planning.cost import Setup, exchanged_bytes, workload_of
 from models import build_model
 
-MODEL = {"layers": 4, "width": 66, "heads": 3, "context": 32, "vocab_size": 261}  # sizes that 2 and 4 do not divide
+MODEL: dict[str, Any] = {
+    "layers": 4,
+    "width": 66,
+    "heads": 3,
+    "context": 32,
+    "vocab_size": 261,
+}  # sizes that 2 and 4 do not divide
 BATCH, ACCUMULATION, STEPS, LR = 8, 2, 20, 2e-3
-ROWS = {"ddp": {}, "ddp, shard_state": {"shard_state": True}, "zero1": {}, "zero2": {}, "zero3": {}, "fsdp2": {}}
+ROWS: dict[str, dict[str, Any]] = {
+    "ddp": {},
+    "ddp, shard_state": {"shard_state": True},
+    "zero1": {},
+    "zero2": {},
+    "zero3": {},
+    "fsdp2": {},
+}
 
 
 class ZeroOfLargeModel(Zero):
@@ -54,7 +67,7 @@ def measure(row: str, optimizer: str, accelerator: Accelerator, folder: Path) ->
     config = Config(
         train=Train(batch_size=BATCH, micro_batch_size=micro),
         optimizer=OptimizerConfig(name=optimizer, lr=LR),
-        distributed=Distributed(strategy=row.split(",")[0], **ROWS[row]),
+        distributed=Distributed(**{"strategy": row.split(",")[0]} | ROWS[row]),
     )
     torch.manual_seed(0)
     model = build_model(**MODEL)

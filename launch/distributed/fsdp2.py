@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -49,7 +50,8 @@ class FSDP2(Strategy):
                 if has(part, nn.Linear) and not has(part, nn.LayerNorm):
                     fully_shard(part, mesh=mesh, mp_policy=halved)
             fully_shard(block, mesh=mesh)
-        self.loss_model = fully_shard(CausalLMLoss(model), mesh=mesh)
+        self.loss_model = CausalLMLoss(model)
+        fully_shard(self.loss_model, mesh=mesh)
         self.autocast = partial(torch.autocast, accelerator.device.type, torch.bfloat16, enabled=bf16)
 
         self.parameters = dict(model.named_parameters())
@@ -66,7 +68,7 @@ class FSDP2(Strategy):
 
     def step(self, judge: Judge) -> Verdict:
         """Clip the gradient, judge, update the local shards."""
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.config.train.grad_clip or math.inf)
+        norm: Any = nn.utils.clip_grad_norm_(self.parameters.values(), self.config.train.grad_clip or math.inf)
         verdict = judge(norm.full_tensor() if is_dtensor(norm) else norm)
         if verdict.healthy:
             for name, shard in self.shards.items():
@@ -86,6 +88,6 @@ def has(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 def flat_local_shard(p: Tensor) -> Tensor:
     """The local shard of a DTensor as a vector that shares its memory and says what it is."""
-    flat = local(p).detach().view(-1)
+    flat: Any = local(p).detach().view(-1)
     flat.local_shard = local_shard_of(p)
     return flat

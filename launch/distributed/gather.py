@@ -61,7 +61,7 @@ def gather_whole(shard: ShardedParameter, values: Tensors, layout: Layout | None
     return values | dict(zip(divided, whole, strict=True)) | means if whole else {}
 
 
-def gather_to_first(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+def gather_to_first(tensor: Tensor, group: dist.ProcessGroup | None) -> list[Tensor]:
     """`tensor` of every rank of `group`, of one size on all of them, on the first rank; on the others nothing."""
     received = None
     if dist.get_rank(group) == 0:

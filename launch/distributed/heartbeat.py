@@ -6,7 +6,7 @@
 
 A rank that dies leaves the others blocked in a collective. So a daemon thread of each rank publishes a beat (a counter, the
 newest mark, host and process) every `interval` through a connection of its own to the store of the process group, and reads the
-beats of the others. The first rank that misses one writes the verdict into the store. Every rank stops with this verdict, so
+beats of the others. The first rank that misses one writes the diagnosis into the store. Every rank stops with this diagnosis, so
 that all of them name the same rank. The time from the fault to the last exit, with interval = min(1 s, timeout / 10):
 
     a rank raised an exception                 GRACE + 2 intervals                     3 + 1 s at most
@@ -33,10 +33,11 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch.distributed as dist
 
-from launch.distributed.private import default_store
+from launch.distributed.private import connect_to_default_store
 
 STATUS = 70  # exit status (EX_SOFTWARE) of a rank that stops because of another one
 ALERT = 15.0  # s; half of what torchrun waits between SIGTERM and SIGKILL, and longer than writing a checkpoint holds the GIL
@@ -61,8 +62,15 @@ class Beat:
     text: str  # of the newest mark
     host: str
     pid: int
-    alarm: str = ""  # "signal": it got a signal; "error": a collective failed, and it waits for the verdict
+    alarm: str = ""  # "signal": it got a signal; "error": a collective failed, and it waits for the diagnosis
     left: bool = False  # it is done, and needs the others no more
+
+
+class Diagnosis(NamedTuple):
+    """Why the run stops: on all ranks the same."""
+
+    message: str
+    failed: bool  # the rank itself told of an exception
 
 
 def where(rank: int, beat: Beat) -> str:
@@ -122,7 +130,7 @@ class Heartbeat:
     Args:
         rank, world: of the default process group; every rank opens its heartbeat.
         timeout: seconds, see the module's docstring.
-        report: prints the verdict before the process exits with `STATUS`.
+        report: prints the diagnosis before the process exits with `STATUS`.
 
     Raises:
         RankError: on opening, a rank did not start; on closing, where a collective failed because another rank is gone.
@@ -132,9 +140,9 @@ class Heartbeat:
         self.rank, self.world, self.timeout, self.report = rank, world, timeout, report
         self.interval = min(1.0, timeout / 10)
         self.observed = range(world) if rank < OBSERVERS else range(OBSERVERS)  # the ranks whose beats this one reads
-        self._verdict: dict | None = None  # {"message", "failed"}, the same on all ranks
-        self._found = threading.Event()  # there is a verdict
-        self._leaving = threading.Event()  # the main thread leaves the context, and will raise the verdict itself
+        self._diagnosis: Diagnosis | None = None
+        self._found = threading.Event()  # there is a diagnosis
+        self._leaving = threading.Event()  # the main thread leaves the context, and will raise the diagnosis itself
         self._closing = False  # the main thread waits for nothing but the end of the beating thread
         self._alarm = ""
         self._ended = threading.Event()  # the beating thread has ended
@@ -159,11 +167,10 @@ class Heartbeat:
     def __enter__(self) -> Heartbeat:
         if self.world == 1:
             return self
-        # A clone has a connection of its own, which does not wait while the main thread waits for an answer of the store.
-        self._store = dist.PrefixStore(f"heartbeat/{next(_starts)}", default_store().clone())
+        self._store = connect_to_default_store(f"heartbeat/{next(_starts)}")
         self._host, self._pid = socket.gethostname(), os.getpid()
         if self.rank == 0:
-            self._store.set("verdict", "none")
+            self._store.set("diagnosis", "none")
         self._publish()
         for rank in self.observed:
             try:
@@ -188,16 +195,18 @@ class Heartbeat:
             self._alarm = "error"
             self._wake.send(b"\0")
             self._found.wait(min(self.timeout, ALERT) + GRACE)
-        if error is not None and self._verdict is None:
+        if error is not None and self._diagnosis is None:
             self.fail(f"{type(error).__name__}: {error}")
         self._closing = True
         self._wake.send(b"\0")
         self._ended.wait()
         self._thread = None
         signal.set_wakeup_fd(self._previous_fd)
-        of_another = self._verdict is not None and self._verdict["message"] != self._failure
-        if of_another and (error is None or is_communication_error(error)):
-            raise RankError(self._verdict["message"]) from error
+        diagnosis = self._diagnosis
+        if diagnosis is None or diagnosis.message == self._failure:
+            return
+        if error is None or is_communication_error(error):
+            raise RankError(diagnosis.message) from error
 
     def _publish(self, left: bool = False) -> None:
         self._count += 1
@@ -209,7 +218,7 @@ class Heartbeat:
         return {rank: Beat(**json.loads(value)) for rank, value in zip(self.observed, values, strict=True)}
 
     def _work(self) -> None:
-        """The beating thread: one exchange every interval, until the main thread closes or a verdict ends the process."""
+        """The beating thread: one exchange every interval, until the main thread closes or a diagnosis ends the process."""
         before = time.monotonic()
         while not self._ended.is_set():
             now = time.monotonic()
@@ -219,8 +228,8 @@ class Heartbeat:
             guard.start()
             try:
                 self._exchange(elapsed)
-                if self._verdict is not None and not self._closing:
-                    self._leave()
+                if self._diagnosis is not None and not self._closing:
+                    self._leave(self._diagnosis)
                 elif self._closing and (self.rank != 0 or not self._others()):  # the first may host the store, and leaves last
                     self._publish(left=True)
                     self._ended.set()
@@ -231,7 +240,7 @@ class Heartbeat:
             self._sleep(0.05 if self._closing else self.interval)
 
     def _exchange(self, elapsed: float) -> None:
-        """Publish this rank's beat, read the others', and write the verdict or take over the one that is there."""
+        """Publish this rank's beat, read the others', and write the diagnosis or take over the one that is there."""
         self._publish()
         beats = self._read_beats()
         for rank, beat in beats.items():
@@ -240,14 +249,14 @@ class Heartbeat:
         self._still = 0.0 if moved or len(beats) < self.world else self._still + elapsed
         self._beats = beats
 
-        verdict = self._store.get("verdict")
-        if verdict == b"none":
+        found = self._store.get("diagnosis")
+        if found == b"none":
             message = self._failure or blame(beats, self._silent, self._still, self.timeout)
             if message is None:
                 return
-            mine = json.dumps({"message": message, "failed": self._failure is not None})
-            verdict = self._store.compare_set("verdict", "none", mine)
-        self._verdict = json.loads(verdict)
+            mine = Diagnosis(message, failed=self._failure is not None)
+            found = self._store.compare_set("diagnosis", "none", json.dumps(mine))
+        self._diagnosis = Diagnosis(*json.loads(found))
         self._found.set()
 
     def _others(self) -> list[int]:
@@ -258,13 +267,13 @@ class Heartbeat:
             if r != self.rank and not beat.left and self._silent[r] < min(GRACE, self.timeout)
         ]
 
-    def _leave(self) -> None:
-        """Exit with the verdict, unless the main thread is on its way out."""
-        if self._verdict["failed"]:
+    def _leave(self, diagnosis: Diagnosis) -> None:
+        """Exit with the diagnosis, unless the main thread is on its way out."""
+        if diagnosis.failed:
             self._leaving.wait(GRACE)
         if self._leaving.is_set():
             return
-        self.report(self._verdict["message"])
+        self.report(diagnosis.message)
         end = time.monotonic() + GRACE
         while self.rank == 0 and self._others() and time.monotonic() < end:
             self._beats = self._read_beats()
@@ -281,13 +290,11 @@ class Heartbeat:
             host = f"torchrun on the host of {where(0, self._beats[0])}"
         else:
             host = f'{where(0, self._beats[0])}, last seen at "{self._beats[0].text}"'
-        self._verdict = {
-            "message": f"the store of the process group is gone, no answer from {host}; {CONTINUES}",
-            "failed": False,
-        }
+        message = f"the store of the process group is gone, no answer from {host}; {CONTINUES}"
+        self._diagnosis = Diagnosis(message, failed=False)
         self._found.set()
         if not self._leaving.is_set():
-            self.report(self._verdict["message"])
+            self.report(message)
             self._exit()
 
     def _exit(self) -> None:

@@ -19,9 +19,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 DispatchMode = TorchDispatchMode  # sees every operator that torch calls, collectives included; hooks see modules only
 
 
-def default_store() -> dist.Store:
-    """The store of the default process group, through which the ranks found each other. A second one would need a second port."""
-    return _get_default_store()
+def connect_to_default_store(prefix: str) -> dist.Store:
+    """A connection of its own to the store through which the ranks of the default process group found each other.
+
+    It does not wait while the main thread waits for an answer of the store. A second store would need a second port. All keys get
+    `prefix`.
+    """
+    store: Any = _get_default_store()
+    return dist.PrefixStore(prefix, store.clone())
 
 
 def leave(status: int) -> NoReturn:

@@ -42,7 +42,7 @@ class Verification:
 
     def choose(self) -> tuple[str, dict[str, Any]]:
         """The first parameter of the rule that is split over ranks, or else the first, and its group; on all ranks the same."""
-        optimizer = self.strategy.optimizer
+        optimizer: Any = self.strategy.optimizer
         options = {p: group for group in optimizer.param_groups for p in group["params"] if optimizer.takes_rule(p, group)}
         mine = {name: shard for name, shard in self.strategy.shards.items() if shard.weight in options}
         split = [name for name, shard in mine.items() if sum(stop > start for start, stop in shard.ranges) > 1]
@@ -78,8 +78,8 @@ class Verification:
 
     def compare(self, before: dict[str, Tensor], after: dict[str, Tensor]) -> str | None:
         """What is wrong with a step from `before` to `after`, if anything."""
-        strategy, options = self.strategy, self.options
-        optimizer, shape = strategy.optimizer, strategy.shards[self.name].local_shard.shape
+        strategy, options, shape = self.strategy, self.options, self.strategy.shards[self.name].local_shard.shape
+        optimizer: Any = strategy.optimizer
         lr, layout = float(options["lr"]), options["matrices"]
         if lr == 0:
             return None
@@ -120,7 +120,7 @@ class Verification:
         for handle in self.handles:
             handle.remove()
         self.done = True
-        reports = gather_objects((strategy.counter.orthogonalized, self.problem), dist.group.WORLD)
+        reports = gather_objects((strategy.counter.orthogonalized, self.problem), dist.group.WORLD)  # type: ignore[arg-type]
         counted = sum(count for count, _ in reports)
         expected = strategy.matrices * strategy.copies * self.steps
         problem = next((problem for _, problem in reports if problem), None)

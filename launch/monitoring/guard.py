@@ -12,6 +12,7 @@ import statistics
 from collections import deque
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -48,7 +49,7 @@ class Guard:
         self.signalled = False
         self.bad_in_a_row = 0
         self.losses: deque[float] = deque(maxlen=SPIKE_WINDOW)
-        self.previous: dict[signal.Signals, object] = {}
+        self.previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Guard:
         self.previous = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}

@@ -31,8 +31,14 @@ class OptimizerEntry:
     state_per_weight: int = 2  # numbers of optimizer state for each weight that it updates
 
 
-ADAMW = {"betas": (0.9, 0.95), "eps": 1e-8, "fused": True}
-CELO2 = {"path": "celo2.Celo2", "sharded_path": "celo2.Celo2", "third_party": False, "takes_rule": True, "state_per_weight": 4}
+ADAMW: dict[str, Any] = {"betas": (0.9, 0.95), "eps": 1e-8, "fused": True}
+CELO2: dict[str, Any] = {
+    "path": "celo2.Celo2",
+    "sharded_path": "celo2.Celo2",
+    "third_party": False,
+    "takes_rule": True,
+    "state_per_weight": 4,
+}
 TABLE = {
     "celo2": OptimizerEntry(**CELO2, orthogonalizes=True),
     "celo2-base": OptimizerEntry(**CELO2, all_hidden=True),

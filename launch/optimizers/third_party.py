@@ -148,10 +148,10 @@ def find_class(path: str, package: str | None = None) -> type[torch.optim.Optimi
 
 
 def accepted(cls: type) -> dict[str, inspect.Parameter]:
-    """The parameters that the constructor of `cls` names itself, without self and params."""
+    """The parameters that the constructor of `cls` names itself, without params."""
     return {
         name: parameter
-        for name, parameter in list(inspect.signature(cls.__init__).parameters.items())[2:]
+        for name, parameter in list(inspect.signature(cls).parameters.items())[1:]
         if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
     }
 
@@ -172,7 +172,7 @@ def construct(cls: type[torch.optim.Optimizer], groups: list[dict[str, Any]], ar
             raise ConfigError(f"{name} has no argument '{key}'{hint}")
     if "weight_decay" not in known and any(group["weight_decay"] for group in groups):
         raise ConfigError(f"{name} knows no weight decay: set optimizer.weight_decay=0")
-    settings = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
+    settings: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
     if "lr" in known:
         settings["lr"] = groups[0]["lr"]  # every group has its own; some constructors want one
     try:

@@ -221,7 +221,7 @@ def workload_of(model: nn.Module, groups: Groups, activations: float, loss: floa
         for p in group["params"] if group["role"] == "hidden" else ():
             shape = stacked_shape(p.shape, group["matrices"])
             if len(shape) >= 2:
-                hidden += [tuple(shape[-2:])] * matrix_count(shape)
+                hidden += [(shape[-2], shape[-1])] * matrix_count(shape)
     blocks = blocks_of(model)
     return Workload(
         parameters=sum(p.numel() for p in model.parameters()),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from torch import nn
+from transformers import PreTrainedModel
 
 from celo2 import routing_table
 from celo2.orthogonalize import newton_schulz_flops
@@ -84,7 +84,7 @@ def make_plan(config: Config) -> str:
     return "\n".join(lines)
 
 
-def activation_elements(model: nn.Module, micro_batch: int, context: int, checkpointing: bool) -> int:
+def activation_elements(model: PreTrainedModel, micro_batch: int, context: int, checkpointing: bool) -> int:
     """Elements that the forward pass keeps for the backward pass, about: 16 widths a token and layer for a GPT with flash
     attention (two norms, q, k, v, attention's output, projection, 4 + 4 in the feed-forward part), one with checkpointing."""
     config = model.config.get_text_config()
@@ -92,7 +92,7 @@ def activation_elements(model: nn.Module, micro_batch: int, context: int, checkp
     return micro_batch * context * config.hidden_size * (config.num_hidden_layers * per_layer + (16 if checkpointing else 0))
 
 
-def loss_elements(model: nn.Module) -> int:
+def loss_elements(model: PreTrainedModel) -> int:
     """Float32 elements that the chunked loss holds: three chunks of logits and the gradient of the output projection."""
     vocabulary, width = model.get_output_embeddings().weight.shape
     return 3 * CHUNK_TOKENS * vocabulary + vocabulary * width

@@ -94,11 +94,11 @@ def open_run(config: Config, accelerator: Accelerator) -> Path:
     return run_dir
 
 
-def describe_run(config: Config, run_dir: Path) -> None:
+def describe_run(config: Config, run_dir: Path, shards: TokenShards) -> None:
     """Write the resolved configuration and the tokenizer into the run's folder, once nothing more can refuse the start."""
     (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(to_yaml(config))
-    shutil.copyfile(Path(config.data.dir) / "tokenizer.json", run_dir / "tokenizer.json")
+    shutil.copyfile(shards.folder / "tokenizer.json", run_dir / "tokenizer.json")
 
 
 def describe_training(config: Config, parameters: int, optimizer: torch.optim.Optimizer, batches: Batches, world: int) -> str:

@@ -36,10 +36,10 @@ def group():
 
 
 def test_the_store_of_the_group_is_found_and_shared(group):
-    from launch.distributed.private import default_store
+    from launch.distributed.private import connect_to_default_store
 
-    dist.PrefixStore("mine", default_store()).set("key", "value")
-    assert dist.PrefixStore("mine", default_store()).get("key") == b"value"
+    connect_to_default_store("mine").set("key", "value")
+    assert connect_to_default_store("mine").get("key") == b"value"
 
 
 def test_a_dispatch_mode_sees_collectives_with_their_group(group):
