@@ -32,21 +32,13 @@ from launch.optimizers.build import normalizes_gradient, optimizer_groups
 from launch.planning.cost import Setup, exchanged_bytes, workload_of
 from models import build_model
 
-MODEL: dict[str, Any] = {
-    "layers": 4,
-    "width": 66,
-    "heads": 3,
-    "context": 32,
-    "vocab_size": 261,
-}  # sizes that 2 and 4 do not divide
+# Sizes that 2 and 4 do not divide.
+MODEL: dict[str, Any] = {"layers": 4, "width": 66, "heads": 3, "context": 32, "vocab_size": 261}
 BATCH, ACCUMULATION, STEPS, LR = 8, 2, 20, 2e-3
-ROWS: dict[str, dict[str, Any]] = {
-    "ddp": {},
-    "ddp, shard_state": {"shard_state": True},
-    "zero1": {},
-    "zero2": {},
-    "zero3": {},
-    "fsdp2": {},
+ROWS: dict[str, dict[str, Any]] = {  # the section `distributed` of each
+    "ddp": {"strategy": "ddp"},
+    "ddp, shard_state": {"strategy": "ddp", "shard_state": True},
+    **{name: {"strategy": name} for name in ("zero1", "zero2", "zero3", "fsdp2")},
 }
 
 
@@ -67,7 +59,7 @@ def measure(row: str, optimizer: str, accelerator: Accelerator, folder: Path) ->
     config = Config(
         train=Train(batch_size=BATCH, micro_batch_size=micro),
         optimizer=OptimizerConfig(name=optimizer, lr=LR),
-        distributed=Distributed(**{"strategy": row.split(",")[0]} | ROWS[row]),
+        distributed=Distributed(**ROWS[row]),
     )
     torch.manual_seed(0)
     model = build_model(**MODEL)
@@ -78,7 +70,7 @@ def measure(row: str, optimizer: str, accelerator: Accelerator, folder: Path) ->
         ACCUMULATION,
         micro,
         optimizer,
-        shard_state="shard_state" in row,
+        shard_state=config.distributed.shard_state,
         bf16=False,
         normalize_gradient=normalizes_gradient(config.optimizer),
     )

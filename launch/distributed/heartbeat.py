@@ -31,6 +31,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import NamedTuple
@@ -228,15 +229,15 @@ class Heartbeat:
             guard.start()
             try:
                 self._exchange(elapsed)
-                if self._diagnosis is not None and not self._closing:
-                    self._leave(self._diagnosis)
-                elif self._closing and (self.rank != 0 or not self._others()):  # the first may host the store, and leaves last
+                if self._closing and (self.rank != 0 or not self._others()):  # the first may host the store, and leaves last
                     self._publish(left=True)
                     self._ended.set()
             except RuntimeError:
                 self._store_gone()
             finally:
                 guard.cancel()
+            if self._diagnosis is not None and not self._closing and not self._ended.is_set():
+                self._leave(self._diagnosis)
             self._sleep(0.05 if self._closing else self.interval)
 
     def _exchange(self, elapsed: float) -> None:
@@ -274,11 +275,15 @@ class Heartbeat:
         if self._leaving.is_set():
             return
         self.report(diagnosis.message)
+        limit = threading.Timer(2 * GRACE, self._exit)  # the store may not answer any more
+        limit.daemon = True
+        limit.start()
         end = time.monotonic() + GRACE
-        while self.rank == 0 and self._others() and time.monotonic() < end:
-            self._beats = self._read_beats()
-            time.sleep(0.05)
-        self._publish(left=True)
+        with suppress(RuntimeError):
+            while self.rank == 0 and self._others() and time.monotonic() < end:
+                self._beats = self._read_beats()
+                time.sleep(0.05)
+            self._publish(left=True)
         self._exit()
 
     def _store_gone(self) -> None:
