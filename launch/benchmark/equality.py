@@ -28,8 +28,8 @@ from launch.distributed.setup import STRATEGIES, make_accelerator, make_strategy
 from launch.distributed.strategy import Strategy
 from launch.distributed.zero import Zero
 from launch.monitoring.guard import Verdict
-from launch.optimizers.build import normalizes_gradient, optimizer_groups
-from launch.planning.cost import Setup, exchanged_bytes, workload_of
+from launch.optimizers.build import optimizer_groups
+from launch.planning.cost import exchanged_bytes, setup_of, workload_of
 from models import build_model
 
 # Sizes that 2 and 4 do not divide.
@@ -64,17 +64,7 @@ def measure(row: str, optimizer: str, accelerator: Accelerator, folder: Path) ->
     torch.manual_seed(0)
     model = build_model(**MODEL)
     groups = optimizer_groups(config.optimizer, model)
-    setup = Setup(
-        config.distributed.strategy,
-        world,
-        ACCUMULATION,
-        micro,
-        optimizer,
-        shard_state=config.distributed.shard_state,
-        bf16=False,
-        normalize_gradient=normalizes_gradient(config.optimizer),
-    )
-    formula = exchanged_bytes(workload_of(model, groups, activations=0.0, loss=0.0), setup)
+    formula = exchanged_bytes(workload_of(model, groups, activations=0.0, loss=0.0), setup_of(config, world))
     strategies = STRATEGIES | dict.fromkeys(("zero1", "zero2", "zero3"), ZeroOfLargeModel)
     strategy = make_strategy(config, accelerator, model, strategies)
 

