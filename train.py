@@ -5,7 +5,7 @@
     python train.py CONFIG.yaml --plan                                  what it would take, without training
     python train.py --help                                              every option with its default
 
-config -> accelerator -> data, model, optimizer -> loop -> checkpoint: one page, read from top to bottom.
+From the configuration to the last checkpoint on one page, read from top to bottom; `pretrain` has the loop over the steps.
 """
 
 from __future__ import annotations
@@ -13,75 +13,92 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from celo2 import Celo2, RuleError, ShardingError
+from celo2 import RuleError, ShardingError
 from configs.load import ConfigError, load_config, options
 from configs.schema import Config
 from data import DataError
-from data.batches import Batches, check_batch_size, prefetch
-from launch.checkpoint.save import CheckpointError, Saver, due
+from data.batches import check_batch_size
+from launch.checkpoint.save import Saver
+from launch.checkpoint.verify import CheckpointError
 from launch.distributed.heartbeat import STATUS, Heartbeat, RankError, print_error
-from launch.distributed.leave import leave
+from launch.distributed.private import leave
 from launch.distributed.setup import make_accelerator, make_strategy, peak
-from launch.distributed.verification import Proof
-from launch.monitoring.guard import STOPPED, TrainingError, Watch
+from launch.distributed.verification import Verification
+from launch.monitoring.guard import STOPPED, Diverged, Guard, Verdict
 from launch.monitoring.metrics import Display, Metrics
-from launch.monitoring.step_statistics import StepProbe, hidden_names
+from launch.monitoring.step_statistics import StepStatistics, hidden_names
 from launch.optimizers.build import set_mode
 from launch.planning.plan import make_plan
 from launch.run.evaluation import evaluate
-from launch.run.schedule import lr_factor, set_lr
+from launch.run.hooks import Hooks
+from launch.run.resume import resume, roll_back
+from launch.run.schedule import dropout_seed, due, lr_factor, set_lr
 from launch.run.setup import (
     build_from_config,
     describe_run,
-    folder_of,
+    describe_training,
+    open_batches,
     open_data,
     open_run,
-    resume,
-    roll_back,
-    saved_state,
+    run_folder,
     vocabulary,
 )
+from launch.run.state import RunState, to_saved
 from launch.run.summary import finish
 from models import LossMismatch, ModelError, flops_per_token
 
+# What a person can mend: bad input, a full disk, a run whose numbers do not allow it to go on. Reported in one line.
+EXPECTED_ERRORS = (
+    ConfigError,
+    DataError,
+    ModelError,
+    LossMismatch,
+    RuleError,
+    CheckpointError,
+    Diverged,
+    ShardingError,
+    OSError,
+)
 
-def train(config: Config) -> int:
-    """One run, from the beginning or from its newest checkpoint, to its last step or a signal; returns the exit status."""
-    accelerator = make_accelerator(config, str(folder_of(config)))
+
+def train(config: Config, hooks: Hooks) -> int:
+    """One training run, from the beginning or its newest checkpoint to its last step or a signal; returns the exit status."""
+    accelerator = make_accelerator(config, str(run_folder(config)))
     with Heartbeat(accelerator.process_index, accelerator.num_processes, config.distributed.timeout) as heartbeat:
-        status = pretrain(config, accelerator, heartbeat)
+        status = pretrain(config, accelerator, heartbeat, hooks)
     if status == 0 and accelerator.is_main_process:
-        finish(config, folder_of(config), accelerator.device)
+        finish(config, run_folder(config), accelerator.device)
     accelerator.wait_for_everyone()  # a process group that is taken down while another rank still works can block
     accelerator.end_training()
     return status
 
 
-def pretrain(config: Config, accelerator: Accelerator, heartbeat: Heartbeat) -> int:
-    """The run itself; `heartbeat` is told how far it is, so that a rank that dies or hangs is named."""
-    rank, world, first = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
-    steps, micro = config.train.steps, config.train.micro_batch_size
+def pretrain(config: Config, accelerator: Accelerator, heartbeat: Heartbeat, hooks: Hooks) -> int:
+    """Setup and loop. `heartbeat` learns how far this rank is, so that a rank that dies or hangs is named."""
+    steps, world, first = config.train.steps, accelerator.num_processes, accelerator.is_main_process
 
     # Data and model; then model and optimizer as the strategy spreads them over the processes. The global batch of a step is
     # the same for every number of processes and micro-batch size.
-    check_batch_size(config.train.batch_size, world, micro)
+    check_batch_size(config.train.batch_size, world, config.train.micro_batch_size)
     shards, validation = open_data(config)
     set_seed(config.run.seed)
     model, context = build_from_config(config, vocabulary(config, shards.vocab_size))
-    flops, peak_flops, parameters = flops_per_token(model, context), peak(accelerator), model.num_parameters()
+    flops, parameters, hidden = flops_per_token(model, context), model.num_parameters(), hidden_names(model)
     heartbeat.mark("model built")
-    hidden = hidden_names(model)
     strategy = make_strategy(config, accelerator, model)
-    optimizer, proof = strategy.optimizer, Proof(strategy)
-    probe = StepProbe(optimizer, [strategy.shards[name].weight for name in hidden], accelerator.device)
+    optimizer = strategy.optimizer
+    verification = Verification(strategy)
+    statistics = StepStatistics(optimizer, [strategy.shards[name].weight for name in hidden], accelerator.device)
+    peak_flops = peak(accelerator)
+    peak_speed = peak_flops * world / flops if peak_flops else None  # tokens/s
 
     # The run's folder, and where the run stands.
     run_dir = open_run(config, accelerator)
@@ -89,89 +106,86 @@ def pretrain(config: Config, accelerator: Accelerator, heartbeat: Heartbeat) -> 
     state, notes = resume(config, run_dir, strategy, shards)
     heartbeat.mark("loaded")
     if first:
-        describe_run(config, run_dir)
+        describe_run(config, run_dir, shards)
     metrics = Metrics(accelerator, config, run_dir, state.tracker_ids)
     metrics.rewind(state.step, state.evaluated)
 
-    def open_batches() -> tuple[Batches, Iterator]:
-        batches = Batches(shards, context, config.train.batch_size, config.run.seed, state.skipped)
-        pin = accelerator.device.type == "cuda"
-        return batches, prefetch(batches, state.step, steps, rank, world, micro, pin_memory=pin)
-
-    def logged(step: int) -> bool:
-        return step == 1 or due(step, config.log.every, steps)
-
-    def report(checkpoint: dict) -> None:
+    def report(checkpoint: dict[str, Any]) -> None:
         if "error" in checkpoint:
             display.say(f"warning: {checkpoint['error']}")
         metrics.event(checkpoint)
 
     with (
+        metrics,
         Display(steps, state.step, first) as display,
-        Saver(run_dir / "checkpoints", config.checkpoint, report, write=first, saved=state.step) as saver,
-        Watch(accelerator, config.train) as watch,
+        Saver(run_dir / "checkpoints", config.checkpoint, report, first, state.step, hooks.before_save_phase) as saver,
+        Guard(accelerator, config.train) as guard,
     ):
-        batches, stream = open_batches()
-        for note in [*notes, describe(config, parameters, optimizer, batches, world)]:
+        batches, stream = open_batches(config, shards, context, state, accelerator)
+        for note in [*notes, describe_training(config, parameters, optimizer, batches, world)]:
             display.say(note)
             metrics.event({"event": "start", "step": state.step, "note": note})
         stop = False
         since = replace(state)  # the state at the last logged step
 
         while True:
+            # Between two steps: evaluate, save, end.
             if not stop and state.evaluated < state.step and due(state.step, config.eval.every, steps):
+                hooks.before_evaluation(state.step)
                 set_mode(optimizer, "eval")
-                val_loss = evaluate(strategy, validation, context, config, watch.stopping, heartbeat.mark)
+                val_loss = evaluate(strategy, validation, context, config, guard.stopping, heartbeat.mark)
                 stop = val_loss is None
                 if not stop:
                     state.evaluated = state.step
                     metrics.write({"step": state.step, "tokens": state.tokens, "val_loss": val_loss})
                     display.say(f"step {state.step:>6}/{steps}  validation loss {val_loss:.4f}")
-            if saver.due(state.step, steps, stop):
+            if saver.due(state.step, due(state.step, config.checkpoint.every, steps), stop):
                 heartbeat.mark(f"step {state.step}: saving")
                 metrics.flush()
                 set_mode(optimizer, "eval")
-                saver.save(strategy, saved_state(config, state, shards))
+                saver.save(strategy, to_saved(config, state, shards))
             if stop or state.step == steps:
                 break
 
+            # One step.
+            step = state.step + 1
+            logged = step == 1 or due(step, config.log.every, steps)
             set_mode(optimizer, "train")
-            probe.begin(measure=logged(state.step + 1))
+            statistics.begin(measure=logged)
             start = time.perf_counter()
-            torch.manual_seed(dropout_seed(config.run.seed, state.step, rank))
+            torch.manual_seed(dropout_seed(config.run.seed, state.step, accelerator.process_index))
             factor = lr_factor(config.schedule, state.step, steps)
             set_lr(optimizer, factor)
+            hooks.before_step(step, strategy)
             n_targets = batches.n_targets(state.step)
             micro_batches = next(stream)
-            heartbeat.mark(f"step {state.step + 1}: batch loaded")
+            heartbeat.mark(f"step {step}: batch loaded")
             loss = strategy.backward(micro_batches, n_targets)
-            heartbeat.mark(f"step {state.step + 1}: gradient computed")
+            hooks.after_backward(step, strategy, loss)
+            heartbeat.mark(f"step {step}: gradient computed")
             # Clips, asks for the verdict (agreed over all ranks; waits for the device), and updates if the step is healthy.
-            verdict = strategy.step(lambda grad_norm, loss=loss: watch.judge(loss, grad_norm, saver.overdue))
+            verdict = strategy.step(partial(guard.judge, loss, save=saver.overdue))
             if verdict.healthy:
-                proof.check()
+                verification.check()
             state.finish_step(n_targets, time.perf_counter() - start, verdict.healthy)
             stop, saver.asked = verdict.stop, verdict.save
             display.advance(state.step)
 
+            # What came of it.
             if verdict.problem:
                 sequences = batches.sequences(state.step - 1).tolist()
                 metrics.event({"event": "problem", "step": state.step, "problem": verdict.problem, "sequences": sequences})
                 display.say(f"step {state.step}: {verdict.problem}")
             if verdict.roll_back:
                 state = roll_back(run_dir, state, batches, strategy, saver)
-                saver.save(strategy, saved_state(config, state, shards))
+                saver.save(strategy, to_saved(config, state, shards))
                 metrics.rewind(state.step, state.evaluated)
                 display.say(f"rolled back to step {state.step}; batches {state.skipped[-1]} are left out")
-                batches, stream = open_batches()
+                batches, stream = open_batches(config, shards, context, state, accelerator)
                 since = replace(state)
-            elif logged(state.step):
-                speed = (state.tokens - since.tokens) / (state.seconds - since.seconds)
-                record = {"step": state.step, "tokens": state.tokens, "loss": verdict.loss, "lr": config.optimizer.lr * factor}
-                record |= {"grad_norm": verdict.grad_norm, "tokens_per_second": speed, "seconds": state.seconds}
-                record |= probe.record()
-                if peak_flops:
-                    record["mfu"] = speed * flops / (peak_flops * world)
+            elif logged:
+                record = training_record(state, since, verdict, config.optimizer.lr * factor, peak_speed)
+                record |= statistics.record()
                 metrics.write(record)
                 display.training(record)
                 since = replace(state)
@@ -182,23 +196,17 @@ def pretrain(config: Config, accelerator: Accelerator, heartbeat: Heartbeat) -> 
     return STOPPED if stop else 0
 
 
-def dropout_seed(seed: int, step: int, rank: int) -> int:
-    """Random numbers of a step on a rank follow from (seed, step, rank), so that there is no random state to save."""
-    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
+def training_record(state: RunState, since: RunState, verdict: Verdict, lr: float, peak_speed: float | None) -> dict[str, Any]:
+    """The line of metrics.jsonl for the step that is done; `since` is the state at the line before it."""
+    speed = (state.tokens - since.tokens) / (state.seconds - since.seconds)
+    record = {"step": state.step, "tokens": state.tokens, "loss": verdict.loss, "lr": lr, "grad_norm": verdict.grad_norm}
+    record |= {"tokens_per_second": speed, "seconds": state.seconds}
+    if peak_speed:
+        record["mfu"] = speed / peak_speed
+    return record
 
 
-def describe(config: Config, parameters: int, optimizer: torch.optim.Optimizer, batches: Batches, world: int) -> str:
-    """The line that says what is trained, on what, with what."""
-    rule = f" ({optimizer.rule.description})" if isinstance(optimizer, Celo2) else ""
-    accumulation = config.train.batch_size // (world * config.train.micro_batch_size)
-    return (
-        f"{config.run.name}: {parameters:,} parameters, {config.optimizer.name}{rule}; "
-        f"{batches.tokens_per_epoch:,} tokens an epoch, {config.train.batch_size} x {batches.context} tokens a step = "
-        f"{world} process(es) x {accumulation} micro-batch(es) of {config.train.micro_batch_size}"
-    )
-
-
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, hooks: Hooks | None = None) -> int:
     """Exit status 0: done; 2: bad input or a run that cannot go on, said in one line; 75: saved and stopped by a signal;
     70: another rank is gone."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -211,19 +219,9 @@ def main(argv: list[str] | None = None) -> int:
         config = load_config(args.config, args.overrides)
         if args.plan:
             print(make_plan(config))
-        else:
-            return train(config)
-    except (
-        ConfigError,
-        DataError,
-        ModelError,
-        LossMismatch,
-        RuleError,
-        CheckpointError,
-        TrainingError,
-        ShardingError,
-        OSError,
-    ) as error:
+            return 0
+        return train(config, hooks or Hooks())
+    except EXPECTED_ERRORS as error:
         rank = os.environ.get("RANK", "0")
         print_error(str(error) if rank == "0" else f"rank {rank}: {error}")
         return 2
@@ -232,7 +230,6 @@ def main(argv: list[str] | None = None) -> int:
         return STATUS
     except KeyboardInterrupt:
         return 130
-    return 0
 
 
 if __name__ == "__main__":

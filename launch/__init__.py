@@ -1,1 +1,1 @@
-"""How runs are started and watched: processes, optimizers by name, schedules, checkpoints, metrics, plans, benchmarks."""
+"""Everything around a training run: its parts (run, checkpoint, distributed, optimizers, monitoring) and the tools beside it."""

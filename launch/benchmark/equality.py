@@ -11,59 +11,62 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
-from accelerate.state import AcceleratorState
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from celo2.distributed.shard import local
 from configs.schema import Config, Distributed, Train
 from configs.schema import Optimizer as OptimizerConfig
 from launch.benchmark.traffic import Traffic
-from launch.checkpoint.gather import collect
-from launch.distributed import zero as zero_module
-from launch.distributed.leave import leave
-from launch.distributed.setup import make_accelerator, make_strategy
+from launch.distributed.gather import collect
+from launch.distributed.private import leave
+from launch.distributed.setup import STRATEGIES, make_accelerator, make_strategy
 from launch.distributed.strategy import Strategy
+from launch.distributed.zero import Zero
 from launch.monitoring.guard import Verdict
-from launch.optimizers.build import celo2_rule, optimizer_groups
-from launch.planning.cost import Setup, exchanged_bytes, workload_of
+from launch.optimizers.build import optimizer_groups
+from launch.planning.cost import exchanged_bytes, setup_of, workload_of
 from models import build_model
 
-MODEL = {"layers": 4, "width": 66, "heads": 3, "context": 32, "vocab_size": 261}  # sizes that 2 and 4 do not divide
+# Sizes that 2 and 4 do not divide.
+MODEL: dict[str, Any] = {"layers": 4, "width": 66, "heads": 3, "context": 32, "vocab_size": 261}
 BATCH, ACCUMULATION, STEPS, LR = 8, 2, 20, 2e-3
-ROWS = {"ddp": {}, "ddp, shard_state": {"shard_state": True}, "zero1": {}, "zero2": {}, "zero3": {}, "fsdp2": {}}
-# Parameters that DeepSpeed keeps gathered because a model is small would hide what travels for a large one.
-NOTHING_STAYS = {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 0}
+ROWS: dict[str, dict[str, Any]] = {  # the section `distributed` of each
+    "ddp": {"strategy": "ddp"},
+    "ddp, shard_state": {"strategy": "ddp", "shard_state": True},
+    **{name: {"strategy": name} for name in ("zero1", "zero2", "zero3", "fsdp2")},
+}
 
 
-def measure(row: str, optimizer: str, folder: Path) -> dict[str, Any]:
-    """The losses of STEPS steps, and what the last of them took on this rank; every rank must call it."""
-    world, rank = dist.get_world_size(), dist.get_rank()
+class ZeroOfLargeModel(Zero):
+    """Keeps no parameter gathered. DeepSpeed does with small ones, which would hide what travels for a large model."""
+
+    zero_options: ClassVar[dict[str, Any]] = {
+        "stage3_param_persistence_threshold": 0,
+        "stage3_max_reuse_distance": 0,
+        "stage3_max_live_parameters": 0,
+    }
+
+
+def measure(row: str, optimizer: str, accelerator: Accelerator, folder: Path) -> dict[str, Any]:
+    """The losses of STEPS steps, and what the last of them took on this rank. Every rank must call it."""
+    world, rank = accelerator.num_processes, accelerator.process_index
     micro = BATCH // world // ACCUMULATION
     config = Config(
         train=Train(batch_size=BATCH, micro_batch_size=micro),
         optimizer=OptimizerConfig(name=optimizer, lr=LR),
-        distributed=Distributed(strategy=row.split(",")[0], **ROWS[row]),
+        distributed=Distributed(**ROWS[row]),
     )
-    accelerator = make_accelerator(config, str(folder))
     torch.manual_seed(0)
     model = build_model(**MODEL)
     groups = optimizer_groups(config.optimizer, model)
-    setup = Setup(
-        config.distributed.strategy,
-        world,
-        ACCUMULATION,
-        micro,
-        optimizer,
-        shard_state="shard_state" in row,
-        bf16=False,
-        normalize_gradient=optimizer.startswith("celo2") and celo2_rule(config.optimizer).normalize_gradient,
-    )
-    formula = exchanged_bytes(workload_of(model, groups, MODEL["context"], 0.0, 0.0, 0.0, False), setup)
-    strategy = make_strategy(config, accelerator, model)
+    formula = exchanged_bytes(workload_of(model, groups, activations=0.0, loss=0.0), setup_of(config, world))
+    strategies = STRATEGIES | dict.fromkeys(("zero1", "zero2", "zero3"), ZeroOfLargeModel)
+    strategy = make_strategy(config, accelerator, model, strategies)
 
     generator = torch.Generator().manual_seed(1)
     losses, gradients = [], 0
@@ -93,7 +96,6 @@ def measure(row: str, optimizer: str, folder: Path) -> dict[str, Any]:
     }
     if accelerator.is_main_process:
         save_file(weights, folder / f"{row}-{world}.safetensors")
-    AcceleratorState._reset_state(reset_partial_state=True)
     return result
 
 
@@ -105,7 +107,7 @@ def state_bytes(strategy: Strategy) -> int:
 def gradient_bytes(strategy: Strategy) -> int:
     """Bytes of gradients on this rank between the backward pass and the step."""
     zero = getattr(strategy, "zero", None)
-    found: list[Tensor] = [getattr(p.grad, "_local_tensor", p.grad) for p in strategy.model.parameters() if p.grad is not None]
+    found: list[Tensor] = [local(p.grad) for p in strategy.model.parameters() if p.grad is not None]
     if zero is not None:
         found += [g for group in zero.averaged_gradients.values() for g in group or () if g is not None]
     return sum({g.data_ptr(): g.nbytes for g in found if g.numel()}.values())
@@ -136,20 +138,12 @@ def main(argv: list[str]) -> int:
     """Measure every row in this process of torchrun and write FOLDER/<processes>.json on the first rank."""
     folder, optimizer = Path(argv[0]), argv[1]
     torch.set_num_threads(1)
-    end, real = dist.destroy_process_group, zero_module.engine_config
-    dist.destroy_process_group = lambda *_: None  # all rows share the group
-
-    def engine_config(config: Config, world: int) -> dict[str, Any]:
-        options = real(config, world)
-        return options | {"zero_optimization": options["zero_optimization"] | NOTHING_STAYS}
-
-    zero_module.engine_config = engine_config
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    results = [measure(row, optimizer, folder) for row in ROWS]
-    if dist.get_rank() == 0:
-        (folder / f"{dist.get_world_size()}.json").write_text(json.dumps(results))
-    dist.barrier()
-    end()
+    accelerator = make_accelerator(Config(), str(folder))
+    results = [measure(row, optimizer, accelerator, folder) for row in ROWS]
+    if accelerator.is_main_process:
+        (folder / f"{accelerator.num_processes}.json").write_text(json.dumps(results))
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
     return 0
 
 

@@ -1,7 +1,7 @@
 """Bytes that a rank sends in collectives, counted as they happen, whoever starts them: DDP, FSDP2, DeepSpeed or the optimizer.
 
-Every collective of torch.distributed goes through an operator `c10d::...` of the dispatcher; a dispatch mode sees them all,
-those of the backward pass on the CPU included. The convention is that of rings: an all-reduce of n bytes sends 2 n (W-1)/W, an
+Every collective of torch.distributed goes through an operator `c10d::...` of the dispatcher. A dispatch mode sees them all, on
+the CPU also those of the backward pass. The convention is that of rings: an all-reduce of n bytes sends 2 n (W-1)/W, an
 all-gather or a reduce-scatter of n bytes in all n (W-1)/W, a broadcast n (W-1)/W on average over the ranks, an all-to-all what
 leaves the rank.
 """
@@ -14,51 +14,54 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-SHARE = {"allreduce": 2.0, "allgather": 1.0, "reduce_scatter": 1.0, "broadcast": 1.0, "gather": 1.0, "scatter": 1.0}
+from launch.distributed.private import DispatchMode
+
+SHARE = {  # factor on n (W-1)/W, by the beginning of the operator's name
+    "alltoall": 1.0,
+    "allreduce": 2.0,
+    "allgather": 1.0,
+    "reduce_scatter": 1.0,
+    "broadcast": 1.0,
+    "gather": 1.0,
+    "scatter": 1.0,
+}
+# The argument with the n bytes: the first, which is the output, except where that is only a part of them.
+ARGUMENT = {"alltoall": 1, "reduce_scatter": 1}
 
 
-class Traffic(TorchDispatchMode):
-    """Counts while it is entered: `sent` bytes by kind of collective, and how often each was `called`."""
+class Traffic(DispatchMode):
+    """Counts the bytes `sent` while it is entered, by kind of collective."""
 
     def __init__(self) -> None:
         super().__init__()
         self.sent: dict[str, float] = defaultdict(float)
-        self.called: dict[str, int] = defaultdict(int)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Count `func` if it is a collective, and let it happen."""
         if func.namespace == "c10d":
-            kind = func.name().split("::")[1].split(".")[0].strip("_")
-            self._count(kind, args)
+            self._count(func.name().split("::")[1].split(".")[0].strip("_"), args)
         return func(*args, **(kwargs or {}))
 
     def _count(self, kind: str, args: tuple) -> None:
-        family = next((name for name in ("alltoall", *SHARE) if kind.lstrip("_").startswith(name)), None)
-        self.called[kind] += 1
-        if family is None:
-            return
-        tensors = [t for t in flatten(args[0]) if isinstance(t, Tensor)]  # outputs: whole for gathers, a part for scatters
-        if family == "reduce_scatter":
-            tensors = [t for t in flatten(args[1]) if isinstance(t, Tensor)]
-        size = sum(t.numel() * t.element_size() for t in tensors)
-        world = next((dist.get_world_size(unbox(a)) for a in args if is_group(a)), dist.get_world_size())
-        if family == "alltoall":
-            size = sum(t.numel() * t.element_size() for t in flatten(args[1]) if isinstance(t, Tensor))
-        self.sent[kind] += size * SHARE.get(family, 1.0) * (world - 1) / world
+        family = next((name for name in SHARE if kind.startswith(name)), None)
+        if family is not None:
+            size = sum(leaf.nbytes for leaf in leaves(args[ARGUMENT.get(family, 0)]) if isinstance(leaf, Tensor))
+            world = world_size(args)
+            self.sent[kind] += size * SHARE[family] * (world - 1) / world
 
 
-def flatten(value: Any) -> list[Any]:
+def leaves(value: Any) -> list[Any]:
     """All leaves of nested lists."""
-    return [leaf for part in value for leaf in flatten(part)] if isinstance(value, (list, tuple)) else [value]
+    return [leaf for part in value for leaf in leaves(part)] if isinstance(value, (list, tuple)) else [value]
 
 
-def is_group(value: Any) -> bool:
-    """Whether an argument of an operator is a process group."""
-    return isinstance(value, torch.ScriptObject) and "ProcessGroup" in str(value._type())
-
-
-def unbox(value: Any) -> dist.ProcessGroup:
-    """The process group of an operator's argument."""
-    return dist.ProcessGroup.unbox(value)
+def world_size(args: tuple) -> int:
+    """Ranks in the process group among the arguments of a collective, or in the default group."""
+    for argument in args:
+        if isinstance(argument, torch.ScriptObject):
+            try:
+                return dist.ProcessGroup.unbox(argument).size()
+            except RuntimeError:  # an object of another class
+                continue
+    return dist.get_world_size()

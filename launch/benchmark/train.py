@@ -23,8 +23,8 @@ from data.batches import Batches, prefetch
 from data.shards import TokenShards
 from launch.benchmark.measure import TIMES, Column, Row, environment, peak_bytes, summary, synchronize, time_rounds
 from launch.distributed.setup import make_accelerator, make_strategy, peak
-from launch.monitoring.guard import Watch
-from launch.monitoring.step_statistics import StepProbe
+from launch.monitoring.guard import Guard
+from launch.monitoring.step_statistics import StepStatistics
 from models import build_model, flops_per_token
 
 FULL_STEP = 524288  # tokens
@@ -93,8 +93,8 @@ class Trainer:
         self.flops = flops_per_token(model, self.context)
         self.strategy = make_strategy(self.config, self.accelerator, model)
         self.device, self.peak = device, peak(self.accelerator)
-        self.probe = StepProbe(self.strategy.optimizer, [], self.device)
-        self.watch = Watch(self.accelerator, self.config.train)
+        self.statistics = StepStatistics(self.strategy.optimizer, [], self.device)
+        self.guard = Guard(self.accelerator, self.config.train)
         self.tokens = self.batch.sequences * self.context
         batches = Batches(RandomTokens(64 * self.tokens + 1, self.batch.vocabulary), self.context, self.batch.sequences, seed=0)
         pin = self.device.type == "cuda"
@@ -103,7 +103,7 @@ class Trainer:
 
     def step(self) -> None:
         """What the loop of `train.py` does in a step."""
-        self.probe.begin(measure=False)
+        self.statistics.begin(measure=False)
         start = time.perf_counter()
         with record_function("1 batch"):
             micro_batches = next(self.stream)
@@ -111,8 +111,8 @@ class Trainer:
         with record_function("2 forward and backward"):
             loss = self.strategy.backward(micro_batches, self.tokens)
         with record_function("3 clip, judge, update"):
-            self.strategy.step(lambda norm: self.watch.judge(loss, norm, save=False))
-        self.updating.append(self.probe.record()["optimizer_seconds"])
+            self.strategy.step(lambda norm: self.guard.judge(loss, norm, save=False))
+        self.updating.append(self.statistics.record()["optimizer_seconds"])
 
     def timed_step(self) -> float:
         """Seconds of a step."""

@@ -6,13 +6,12 @@ import re
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
 import yaml
-from torch import nn
 
 from configs.load import ConfigError, build, check_optimizer_name
 from configs.schema import Config, Optimizer
-from launch.optimizers.build import LIBRARIES, build_optimizer, check_optimizer
+from launch.optimizers.build import check_optimizer
+from launch.optimizers.table import TABLE, entry_of
 from launch.optimizers.third_party import accepted, find_class
 
 # Where a grid begins, times what the configuration asks of its own optimizer beyond its usual: what authors use for language
@@ -65,28 +64,27 @@ def parse(spec: str, config: Config) -> Contestant:
         own["arguments"] = with_numbers(own["arguments"])
     if not same:
         own = {"rule": None, "arguments": None, "route": Optimizer().route} | own
-        if name not in ("celo2", "celo2-base") and config.optimizer.state_dtype != Optimizer().state_dtype:
+        if not entry_of(Optimizer(name=name)).takes_rule and config.optimizer.state_dtype != Optimizer().state_dtype:
             own.setdefault("state_dtype", Optimizer().state_dtype)  # the others have no other state
     usual = asdict(config.optimizer) if same else {"weight_decay": config.optimizer.weight_decay}
     section = build(Optimizer, usual | own | {"name": name}, "optimizer.")
     check_optimizer_name(name)
-    check_optimizer(section)
-    try_out(section)
+    check_optimizer(section)  # now, not after the trials of the others
+    entry = entry_of(section)
     lr = section.lr if same or "lr" in own else usual_lr(name) * config.optimizer.lr / usual_lr(config.optimizer.name)
     if not lr > 0:
         raise ConfigError(f"{spec}: a grid of learning rates cannot begin at {lr:g}")
     given = [f"optimizer.{key}={flow(value)}" for key, value in own.items() if key != "lr"]
     overrides = (f"optimizer.name={name}", *given, *NEEDS.get(name, []))
     special = [option for option in overrides[1:] if not option.endswith("=null") and option != "optimizer.route=hidden"]
-    if name == "celo2-base":
+    if entry.all_hidden:
         special.append("trains every parameter with its own learning rate, without adamw_lr")
-    if name in LIBRARIES:
-        library = LIBRARIES[name]
-        special += [f"{key} {value}" for key, value in library.arguments.items()]
-        special += [f"weight decay of matrices times {library.decay:g}"] if library.decay != 1 else []
+    if name in TABLE and entry.third_party:
+        special += [f"{key} {value}" for key, value in entry.arguments.items()]
+        special += [f"weight decay of matrices times {entry.decay:g}"] if entry.decay != 1 else []
     label = spec.strip()
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", label).strip("-.")
-    return Contestant(label, slug, overrides, lr, tuple(special), name != "celo2-base" and "adamw_lr" not in own)
+    return Contestant(label, slug, overrides, lr, tuple(special), not entry.all_hidden and "adamw_lr" not in own)
 
 
 def parse_all(specs: list[str], config: Config) -> list[Contestant]:
@@ -109,16 +107,6 @@ def with_numbers(value: Any) -> Any:
     if isinstance(value, list):
         return [with_numbers(item) for item in value]
     return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value) else value
-
-
-def try_out(section: Optimizer) -> None:
-    """Raise ConfigError if the optimizer refuses its arguments: now, not after the trials of the others."""
-    common = {"lr": section.lr, "weight_decay": section.weight_decay, "matrices": None}
-    groups = [
-        common | {"params": [nn.Parameter(torch.zeros(4, 4))], "param_names": ["matrix"], "update": "celo2"},
-        common | {"params": [nn.Parameter(torch.zeros(4))], "param_names": ["vector"], "update": "adamw"},
-    ]
-    build_optimizer(section, groups)
 
 
 def usual_lr(name: str) -> float:

@@ -12,16 +12,17 @@ from transformers import PreTrainedModel
 from configs.load import ConfigError
 
 
-def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
+def blocks_of(model: nn.Module) -> list[nn.Module]:
     """The transformer blocks: the largest ModuleList of the model; empty where there is none."""
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
     return list(max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()), default=()))
 
 
 def compile_blocks(model: PreTrainedModel, device: torch.device) -> None:
-    """torch.compile of every block by itself: equal blocks share one compilation, however many layers there are.
+    """Compile every block by itself, so that equal blocks share one compilation, however many layers there are.
 
-    ConfigError without blocks, or without the compiler that torch calls for the code it has written.
+    Raises:
+        ConfigError: no blocks, or no compiler for the code that torch writes.
     """
     names = compilers(device)
     if not any(shutil.which(name) for name in names):
@@ -36,6 +37,6 @@ def compile_blocks(model: PreTrainedModel, device: torch.device) -> None:
 
 
 def compilers(device: torch.device) -> list[str]:
-    """The compilers of which torch.compile calls one: for the CPU it writes C++, for a GPU Triton builds a launcher in C."""
+    """The compilers of which torch.compile calls one: it writes C++ for the CPU, and for a GPU Triton builds a launcher in C."""
     chosen = os.environ.get("CXX" if device.type == "cpu" else "CC", "").split()
     return chosen[:1] or (["g++"] if device.type == "cpu" else ["gcc", "clang"])

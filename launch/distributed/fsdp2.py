@@ -1,9 +1,10 @@
-"""FSDP2: every rank holds a run of rows of every parameter; weights are gathered block by block while they are needed."""
+"""FSDP2: every rank holds some rows of every parameter; weights are gathered block by block while they are needed."""
 
 from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -12,11 +13,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel
 
-from celo2.distributed.shard import is_dtensor, local_shard_of
+from celo2.distributed.shard import is_dtensor, local, local_shard_of
 from configs.load import ConfigError
 from configs.schema import Config
 from launch.distributed.blocks import blocks_of
-from launch.distributed.strategy import Judge, Shard, Strategy, named_shards
+from launch.distributed.strategy import Judge, Strategy, sharded_parameters
 from launch.monitoring.guard import Verdict
 from launch.optimizers.build import build_optimizer, optimizer_groups
 from models import CausalLMLoss
@@ -25,20 +26,20 @@ from models import CausalLMLoss
 class FSDP2(Strategy):
     """`fully_shard` on every block and on the loss module, which holds the rest.
 
-    Under bf16 what autocast would round anyway, the weights of attention and feed-forward parts, travels in bfloat16, and its
-    gradients in float32; norms, embeddings and the residual stream stay in float32, as under autocast alone.
+    Under bf16, what autocast would round anyway, the weights of attention and feed-forward parts, travels in bfloat16, and its
+    gradients in float32. Norms, embeddings and the residual stream stay in float32, as under autocast alone.
     """
 
     def __init__(self, config: Config, accelerator: Accelerator, model: PreTrainedModel) -> None:
         super().__init__(config, accelerator, model)
-        replicas = config.distributed.replicas
-        if self.world % replicas:
-            raise ConfigError(f"distributed.replicas is {replicas}, which does not divide {self.world} processes")
-        self.copies = replicas
-        shape, names = (
-            ((self.world,), ("shard",)) if replicas == 1 else ((replicas, self.world // replicas), ("replicate", "shard"))
-        )
-        mesh = init_device_mesh(accelerator.device.type, shape, mesh_dim_names=names)
+        self.copies = config.distributed.replicas
+        if self.world % self.copies:
+            raise ConfigError(f"distributed.replicas is {self.copies}, which does not divide {self.world} processes")
+        if self.copies == 1:
+            mesh = init_device_mesh(accelerator.device.type, (self.world,), mesh_dim_names=("shard",))
+        else:
+            shape = (self.copies, self.world // self.copies)
+            mesh = init_device_mesh(accelerator.device.type, shape, mesh_dim_names=("replicate", "shard"))
         bf16 = config.train.precision == "bf16"
         halved = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
         blocks = blocks_of(model)
@@ -49,16 +50,16 @@ class FSDP2(Strategy):
                 if has(part, nn.Linear) and not has(part, nn.LayerNorm):
                     fully_shard(part, mesh=mesh, mp_policy=halved)
             fully_shard(block, mesh=mesh)
-        self.loss_model = fully_shard(CausalLMLoss(model), mesh=mesh)
+        self.loss_model = CausalLMLoss(model)
+        fully_shard(self.loss_model, mesh=mesh)
         self.autocast = partial(torch.autocast, accelerator.device.type, torch.bfloat16, enabled=bf16)
 
         self.parameters = dict(model.named_parameters())
         groups = optimizer_groups(config.optimizer, model)
         for group in groups:
-            group["params"] = [run_of(p) for p in group["params"]]
+            group["params"] = [flat_local_shard(p) for p in group["params"]]
         self.optimizer = build_optimizer(config.optimizer, groups)
-        runs = named_shards(groups, self.parameters)
-        self.shards = {name: Shard(run, run.local_shard, []) for name, run in runs.items()}
+        self.shards = sharded_parameters(groups, self.parameters)
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """As under DDP, where Accelerate adds the autocast."""
@@ -66,13 +67,13 @@ class FSDP2(Strategy):
             return super().loss(inputs, targets)
 
     def step(self, judge: Judge) -> Verdict:
-        """Clip, judge, update the local runs."""
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.config.train.grad_clip or math.inf)
+        """Clip the gradient, judge, update the local shards."""
+        norm: Any = nn.utils.clip_grad_norm_(self.parameters.values(), self.config.train.grad_clip or math.inf)
         verdict = judge(norm.full_tensor() if is_dtensor(norm) else norm)
         if verdict.healthy:
             for name, shard in self.shards.items():
                 if (grad := self.parameters[name].grad) is not None:
-                    shard.weight.grad = grad.to_local().reshape(-1)
+                    shard.weight.grad = local(grad).reshape(-1)
             self.optimizer.step()
         self.optimizer.zero_grad()
         for p in self.parameters.values():
@@ -85,8 +86,8 @@ def has(module: nn.Module, kind: type[nn.Module]) -> bool:
     return any(isinstance(m, kind) for m in module.modules())
 
 
-def run_of(p: Tensor) -> Tensor:
-    """The flat run of a DTensor that is on this rank, sharing its memory, with its local_shard."""
-    run = p.to_local().detach().view(-1)
-    run.local_shard = local_shard_of(p)
-    return run
+def flat_local_shard(p: Tensor) -> Tensor:
+    """The local shard of a DTensor as a vector that shares its memory and says what it is."""
+    flat: Any = local(p).detach().view(-1)
+    flat.local_shard = local_shard_of(p)
+    return flat

@@ -1,13 +1,13 @@
-"""Who is gone: every rank tells the others that it lives and how far it is, and a rank that dies or hangs is named.
+"""The heartbeat: every rank tells the others that it lives and how far it is, so that a rank that dies or hangs is named.
 
     with Heartbeat(rank, world, timeout=60) as heartbeat:
         for step in ...:
             heartbeat.mark(f"step {step}: batch loaded")
 
-A rank that dies leaves the others blocked in a collective. A daemon thread of each rank therefore publishes a beat (a counter,
-the newest mark, host and process) every `interval` through a connection of its own to the store of the process group, and
-reads the others'. The first rank that finds one missing writes the verdict into the store; every rank stops with this verdict,
-so that all of them name the same one. Within what time, from the fault to the last exit, with interval = min(1 s, timeout / 10):
+A rank that dies leaves the others blocked in a collective. So a daemon thread of each rank publishes a beat (a counter, the
+newest mark, host and process) every `interval` through a connection of its own to the store of the process group, and reads the
+beats of the others. The first rank that misses one writes the diagnosis into the store. Every rank stops with this diagnosis, so
+that all of them name the same rank. The time from the fault to the last exit, with interval = min(1 s, timeout / 10):
 
     a rank raised an exception                 GRACE + 2 intervals                     3 + 1 s at most
     a rank is dead or stopped                  timeout + 3 intervals; where a collective failed or a signal came (torchrun sends
@@ -31,16 +31,19 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_default_store
+
+from launch.distributed.private import connect_to_default_store
 
 STATUS = 70  # exit status (EX_SOFTWARE) of a rank that stops because of another one
-ALERT = 15.0  # s; half of what torchrun waits between SIGTERM and SIGKILL, and more than writing a checkpoint holds the GIL
-GRACE = 3.0  # s; an exception that every rank raises is said by each rank itself
-OBSERVERS = 2  # ranks that read everybody's beat; the others read theirs alone, so that the store serves 1,024 ranks
+ALERT = 15.0  # s; half of what torchrun waits between SIGTERM and SIGKILL, and longer than writing a checkpoint holds the GIL
+GRACE = 3.0  # s; time for each rank to print an exception that all of them raise
+OBSERVERS = 2  # ranks that read everybody's beat; the others read only these ranks', so that the store serves 1,024 ranks
 NAMED = 8  # ranks that a message names
 CONTINUES = "the run stops, and the same command continues from its newest checkpoint"
 
@@ -53,37 +56,44 @@ class RankError(RuntimeError):
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank last said of itself."""
+    """What a rank last published of itself."""
 
-    count: int  # of beats: stands still when the process is dead or stopped
-    marks: int  # set by the main thread so far
+    count: int  # of beats so far; no longer rises when the process is dead or stopped
+    marks: int  # that the main thread has set so far
     text: str  # of the newest mark
     host: str
     pid: int
-    alarm: str = ""  # "signal": it was sent one; "error": a collective failed, and it waits for the verdict
-    left: bool = False  # needs the others no more
+    alarm: str = ""  # "signal": it got a signal; "error": a collective failed, and it waits for the diagnosis
+    left: bool = False  # it is done, and needs the others no more
 
 
-def name(rank: int, beat: Beat) -> str:
-    """A rank as a person can find it."""
+class Diagnosis(NamedTuple):
+    """Why the run stops: on all ranks the same."""
+
+    message: str
+    failed: bool  # the rank itself told of an exception
+
+
+def where(rank: int, beat: Beat) -> str:
+    """A rank with its host and process, so that a person can find it."""
     return f"rank {rank} ({beat.host}, pid {beat.pid})"
 
 
-def names(sentences: list[str]) -> str:
+def in_one_line(sentences: list[str]) -> str:
     """The first sentences, and how many more there are: one line even where a whole node is gone."""
     more = f"; and {len(sentences) - NAMED} more" if len(sentences) > NAMED else ""
     return "; ".join(sentences[:NAMED]) + more + f"; {CONTINUES}"
 
 
 def blame(beats: dict[int, Beat], silent: dict[int, float], still: float, timeout: float) -> str | None:
-    """The sentence that names who holds the run up, or None.
+    """The sentence that names the ranks that hold the run up, or None.
 
     Args:
-        beats: of the ranks that are read, this one included.
-        silent: for how many seconds the counter of each has stood still.
-        still: for how many seconds no mark has changed on any rank; 0 where not all ranks are read.
-        timeout: seconds of silence after which a process counts as gone (at most ALERT where something else tells of it),
-            and without a mark after which the run counts as hung.
+        beats: the newest of the ranks that are read, this one included.
+        silent: for how many seconds each of them has published nothing new.
+        still: for how many seconds no rank has set a mark; 0 where not all ranks are read.
+        timeout: a process that is silent for so many seconds is gone (at most ALERT where a signal or an error tells of it);
+            without a mark for so many seconds the run hangs.
     """
     working = {rank: beat for rank, beat in beats.items() if not beat.left}
     hung = still >= timeout
@@ -92,7 +102,7 @@ def blame(beats: dict[int, Beat], silent: dict[int, float], still: float, timeou
     gone = {rank: beat for rank, beat in working.items() if silent[rank] >= limit}
     if gone:
         since = f"has not answered for {limit:g} s, last seen at"
-        return names([f'{name(rank, beat)} {since} "{beat.text}"' for rank, beat in gone.items()])
+        return in_one_line([f'{where(rank, beat)} {since} "{beat.text}"' for rank, beat in gone.items()])
     perhaps_dead = any(silent[rank] >= limit / 4 for rank in working)  # their silence will tell
     if not hung or not working or perhaps_dead or "error" in alarms:
         return None
@@ -102,69 +112,68 @@ def blame(beats: dict[int, Beat], silent: dict[int, float], still: float, timeou
         text = next(iter(behind.values())).text
         return f'no rank has got further for {timeout:g} s and all are at "{text}", so that none can be named; {CONTINUES}'
     since = f"has hung for {timeout:g} s, while others wait, at"
-    return names([f'{name(rank, beat)} {since} "{beat.text}"' for rank, beat in behind.items()])
+    return in_one_line([f'{where(rank, beat)} {since} "{beat.text}"' for rank, beat in behind.items()])
 
 
 def is_communication_error(error: BaseException) -> bool:
-    """Whether `error` came from a collective: NCCL's are a class of their own, gloo's are told by their text."""
+    """Whether `error` came from a collective. NCCL's errors have a class of their own, gloo's are known by their text."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def print_error(message: str) -> None:
-    """One line on stderr, in one write, as several processes share it."""
+    """Print one line on stderr, in one write, as several processes share it."""
     print(f"error: {message}\n", end="", file=sys.stderr, flush=True)
 
 
 class Heartbeat:
-    """This rank's beat while the context is open, around everything that communicates. Does nothing for one process.
+    """Publishes this rank's beat while the context is open, around everything that communicates. Does nothing for one process.
 
     Args:
         rank, world: of the default process group; every rank opens its heartbeat.
-        timeout: seconds, see the module.
-        say: prints the verdict before the process exits with `STATUS`.
+        timeout: seconds, see the module's docstring.
+        report: prints the diagnosis before the process exits with `STATUS`.
 
     Raises:
         RankError: on opening, a rank did not start; on closing, where a collective failed because another rank is gone.
     """
 
-    def __init__(self, rank: int, world: int, timeout: float, say: Callable[[str], None] = print_error) -> None:
-        self.rank, self.world, self.timeout, self.say = rank, world, timeout, say
+    def __init__(self, rank: int, world: int, timeout: float, report: Callable[[str], None] = print_error) -> None:
+        self.rank, self.world, self.timeout, self.report = rank, world, timeout, report
         self.interval = min(1.0, timeout / 10)
-        self.watched = range(world) if rank < OBSERVERS else range(OBSERVERS)  # whose beats
-        self._verdict: dict | None = None  # {"message", "failed"}: agreed over all ranks
-        self._found = threading.Event()  # the verdict is there
-        self._leaving = threading.Event()  # the main thread is on its way out, and will say the verdict itself
-        self._closing = False  # the main thread waits for nothing but the end of the thread
+        self.observed = range(world) if rank < OBSERVERS else range(OBSERVERS)  # the ranks whose beats this one reads
+        self._diagnosis: Diagnosis | None = None
+        self._found = threading.Event()  # there is a diagnosis
+        self._leaving = threading.Event()  # the main thread leaves the context, and will raise the diagnosis itself
+        self._closing = False  # the main thread waits for nothing but the end of the beating thread
         self._alarm = ""
-        self._ended = threading.Event()  # of the thread
+        self._ended = threading.Event()  # the beating thread has ended
         self._failure: str | None = None
         self._mark = (0, "start")
         self._count = 0
-        self._silent = dict.fromkeys(self.watched, 0.0)
+        self._silent = dict.fromkeys(self.observed, 0.0)
         self._still = 0.0
         self._thread: threading.Thread | None = None
 
     def mark(self, text: str) -> None:
-        """Say how far the main thread is; costs no communication."""
+        """Set a mark: the main thread is now at `text`. Costs no communication."""
         self._mark = (self._mark[0] + 1, text)
 
     def fail(self, message: str) -> None:
-        """Tell the others that this rank fails; returns once it is told."""
+        """Tell the others that this rank fails. Returns once they can read it."""
         if self._thread is not None:
-            self._failure = f"{name(self.rank, self._own)} failed: {' '.join(message.split())}"
+            self._failure = f"{where(self.rank, self._own)} failed: {' '.join(message.split())}"
             self._wake.send(b"\0")
             self._found.wait(self.timeout)
 
     def __enter__(self) -> Heartbeat:
         if self.world == 1:
             return self
-        # A connection of its own: a clone does not wait for what the main thread waits for.
-        self._store = dist.PrefixStore(f"heartbeat/{next(_starts)}", _get_default_store().clone())
+        self._store = connect_to_default_store(f"heartbeat/{next(_starts)}")
         self._host, self._pid = socket.gethostname(), os.getpid()
         if self.rank == 0:
-            self._store.set("verdict", "none")
+            self._store.set("diagnosis", "none")
         self._publish()
-        for rank in self.watched:
+        for rank in self.observed:
             try:
                 self._store.wait([f"beat/{rank}"], timedelta(seconds=self.timeout))
             except dist.DistError as error:
@@ -187,16 +196,18 @@ class Heartbeat:
             self._alarm = "error"
             self._wake.send(b"\0")
             self._found.wait(min(self.timeout, ALERT) + GRACE)
-        if error is not None and self._verdict is None:
+        if error is not None and self._diagnosis is None:
             self.fail(f"{type(error).__name__}: {error}")
         self._closing = True
         self._wake.send(b"\0")
         self._ended.wait()
         self._thread = None
         signal.set_wakeup_fd(self._previous_fd)
-        of_another = self._verdict is not None and self._verdict["message"] != self._failure
-        if of_another and (error is None or is_communication_error(error)):
-            raise RankError(self._verdict["message"]) from error
+        diagnosis = self._diagnosis
+        if diagnosis is None or diagnosis.message == self._failure:
+            return
+        if error is None or is_communication_error(error):
+            raise RankError(diagnosis.message) from error
 
     def _publish(self, left: bool = False) -> None:
         self._count += 1
@@ -204,11 +215,11 @@ class Heartbeat:
         self._store.set(f"beat/{self.rank}", json.dumps(asdict(self._own)))
 
     def _read_beats(self) -> dict[int, Beat]:
-        values = self._store.multi_get([f"beat/{rank}" for rank in self.watched])
-        return {rank: Beat(**json.loads(value)) for rank, value in zip(self.watched, values, strict=True)}
+        values = self._store.multi_get([f"beat/{rank}" for rank in self.observed])
+        return {rank: Beat(**json.loads(value)) for rank, value in zip(self.observed, values, strict=True)}
 
     def _work(self) -> None:
-        """The thread: one exchange every interval, until the main thread closes or a verdict ends the process."""
+        """The beating thread: one exchange every interval, until the main thread closes or a diagnosis ends the process."""
         before = time.monotonic()
         while not self._ended.is_set():
             now = time.monotonic()
@@ -218,19 +229,19 @@ class Heartbeat:
             guard.start()
             try:
                 self._exchange(elapsed)
-                if self._verdict is not None and not self._closing:
-                    self._leave()
-                elif self._closing and (self.rank != 0 or not self._others()):  # the first may host the store, and leaves last
+                if self._closing and (self.rank != 0 or not self._others()):  # the first may host the store, and leaves last
                     self._publish(left=True)
                     self._ended.set()
             except RuntimeError:
                 self._store_gone()
             finally:
                 guard.cancel()
+            if self._diagnosis is not None and not self._closing and not self._ended.is_set():
+                self._leave(self._diagnosis)
             self._sleep(0.05 if self._closing else self.interval)
 
     def _exchange(self, elapsed: float) -> None:
-        """Publish, read, and find or take over the verdict."""
+        """Publish this rank's beat, read the others', and write the diagnosis or take over the one that is there."""
         self._publish()
         beats = self._read_beats()
         for rank, beat in beats.items():
@@ -239,14 +250,14 @@ class Heartbeat:
         self._still = 0.0 if moved or len(beats) < self.world else self._still + elapsed
         self._beats = beats
 
-        verdict = self._store.get("verdict")
-        if verdict == b"none":
+        found = self._store.get("diagnosis")
+        if found == b"none":
             message = self._failure or blame(beats, self._silent, self._still, self.timeout)
             if message is None:
                 return
-            mine = json.dumps({"message": message, "failed": self._failure is not None})
-            verdict = self._store.compare_set("verdict", "none", mine)
-        self._verdict = json.loads(verdict)
+            mine = Diagnosis(message, failed=self._failure is not None)
+            found = self._store.compare_set("diagnosis", "none", json.dumps(mine))
+        self._diagnosis = Diagnosis(*json.loads(found))
         self._found.set()
 
     def _others(self) -> list[int]:
@@ -257,18 +268,22 @@ class Heartbeat:
             if r != self.rank and not beat.left and self._silent[r] < min(GRACE, self.timeout)
         ]
 
-    def _leave(self) -> None:
-        """Exit with the verdict, unless the main thread is on its way out."""
-        if self._verdict["failed"]:
+    def _leave(self, diagnosis: Diagnosis) -> None:
+        """Exit with the diagnosis, unless the main thread is on its way out."""
+        if diagnosis.failed:
             self._leaving.wait(GRACE)
         if self._leaving.is_set():
             return
-        self.say(self._verdict["message"])
+        self.report(diagnosis.message)
+        limit = threading.Timer(2 * GRACE, self._exit)  # the store may not answer any more
+        limit.daemon = True
+        limit.start()
         end = time.monotonic() + GRACE
-        while self.rank == 0 and self._others() and time.monotonic() < end:
-            self._beats = self._read_beats()
-            time.sleep(0.05)
-        self._publish(left=True)
+        with suppress(RuntimeError):
+            while self.rank == 0 and self._others() and time.monotonic() < end:
+                self._beats = self._read_beats()
+                time.sleep(0.05)
+            self._publish(left=True)
         self._exit()
 
     def _store_gone(self) -> None:
@@ -277,16 +292,14 @@ class Heartbeat:
         if self._closing:
             return
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            host = f"torchrun on the host of {name(0, self._beats[0])}"
+            host = f"torchrun on the host of {where(0, self._beats[0])}"
         else:
-            host = f'{name(0, self._beats[0])}, last seen at "{self._beats[0].text}"'
-        self._verdict = {
-            "message": f"the store of the process group is gone, no answer from {host}; {CONTINUES}",
-            "failed": False,
-        }
+            host = f'{where(0, self._beats[0])}, last seen at "{self._beats[0].text}"'
+        message = f"the store of the process group is gone, no answer from {host}; {CONTINUES}"
+        self._diagnosis = Diagnosis(message, failed=False)
         self._found.set()
         if not self._leaving.is_set():
-            self.say(self._verdict["message"])
+            self.report(message)
             self._exit()
 
     def _exit(self) -> None:
@@ -296,7 +309,7 @@ class Heartbeat:
         os._exit(STATUS)
 
     def _sleep(self, seconds: float) -> None:
-        """Wait, or less where the main thread or a signal wakes."""
+        """Wait; a signal or the main thread ends the wait early."""
         ready, _, _ = select.select([self._woken], [], [], seconds)
-        if ready and any(self._woken.recv(1024)) and not self._alarm:  # the numbers of signals; 0 is the main thread's
+        if ready and any(self._woken.recv(1024)) and not self._alarm:  # bytes are numbers of signals; the main thread sends 0
             self._alarm = "signal"

@@ -1,40 +1,41 @@
-"""How a run is spread over processes: `distributed.strategy` -> processes that see each other, and a `Strategy` that trains.
+"""How a training run is spread over processes: `distributed.strategy` becomes a `Strategy` that trains.
 
-Every strategy takes the same model, batches and optimizers and leads to the same weights; they differ in what each rank holds
+Every strategy takes the same model, batches and optimizers and leads to the same weights. They differ in what each rank holds
 and in what the ranks send each other.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, is_tensorboard_available, is_wandb_available
 from transformers import PreTrainedModel
 
 from configs.load import ConfigError
 from configs.schema import Config
 from launch.distributed.ddp import DDP
 from launch.distributed.fsdp2 import FSDP2
-from launch.distributed.strategy import Shard, Strategy
+from launch.distributed.strategy import Strategy
 from launch.distributed.zero import Zero
 from models import peak_flops
 
 STRATEGIES: dict[str, type[Strategy]] = {"ddp": DDP, "zero1": Zero, "zero2": Zero, "zero3": Zero, "fsdp2": FSDP2}
 
-__all__ = ["Shard", "Strategy", "make_accelerator", "make_strategy", "peak"]
 
-
-def make_strategy(config: Config, accelerator: Accelerator, model: PreTrainedModel) -> Strategy:
-    """The strategy of `config` with `model`, whole and alike on every rank, in it, checked over all ranks.
+def make_strategy(
+    config: Config, accelerator: Accelerator, model: PreTrainedModel, strategies: Mapping[str, type[Strategy]] = STRATEGIES
+) -> Strategy:
+    """The strategy of `config` with `model`, which is whole and alike on every rank; checked over all ranks.
 
     Raises:
         ConfigError: a package that is missing, or an optimizer that the strategy does not know.
         ShardingError: shards that are not what was asked for.
     """
-    strategy = STRATEGIES[config.distributed.strategy](config, accelerator, model)
+    strategy = strategies[config.distributed.strategy](config, accelerator, model)
     strategy.check()
     return strategy
 
@@ -55,10 +56,13 @@ def make_accelerator(config: Config, logging_dir: str) -> Accelerator:
                 f"accelerate launch was told to use {name}; start plain processes (launch/cluster/accelerate.yaml) and "
                 f"choose with distributed.strategy, which is {config.distributed.strategy}"
             )
+    for name, available in (("tensorboard", is_tensorboard_available), ("wandb", is_wandb_available)):
+        if name in config.log.trackers and not available():
+            raise ConfigError(f"log.trackers asks for {name}, which is not installed (pip install {name})")
     accelerator = Accelerator(
         mixed_precision="bf16" if config.train.precision == "bf16" else "no",
         cpu=not torch.cuda.is_available(),  # without it, processes on a machine without GPUs do not find each other
-        log_with=available_trackers(config.log.trackers) or None,
+        log_with=config.log.trackers or None,
         project_dir=logging_dir,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.distributed.timeout))],
     )
@@ -68,18 +72,8 @@ def make_accelerator(config: Config, logging_dir: str) -> Accelerator:
     return accelerator
 
 
-def available_trackers(names: list[str]) -> list[str]:
-    """`names` if all of them can be imported; ConfigError otherwise."""
-    from accelerate.utils import is_tensorboard_available, is_wandb_available
-
-    for name, available in (("tensorboard", is_tensorboard_available), ("wandb", is_wandb_available)):
-        if name in names and not available():
-            raise ConfigError(f"log.trackers asks for {name}, which is not installed (pip install {name})")
-    return names
-
-
 def peak(accelerator: Accelerator) -> float | None:
-    """Peak FLOP/s of this process's device in the precision of the run, where it is known."""
+    """Peak FLOP/s of this process's device in the precision of the training run, where it is known."""
     if accelerator.device.type != "cuda":
         return None
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32

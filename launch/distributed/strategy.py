@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -14,48 +14,51 @@ from transformers import PreTrainedModel
 
 from celo2 import ShardingError
 from celo2.distributed.collectives import gather_objects
-from celo2.distributed.shard import LocalShard, check_cover
+from celo2.distributed.shard import LocalShard, check_cover, local_shard_of
 from celo2.layout import matrix_count, stacked_shape
 from configs.schema import Config
 from launch.distributed.blocks import compile_blocks
 from launch.monitoring.guard import Verdict
 from launch.optimizers.build import Groups, optimizer_groups
+from launch.optimizers.table import entry_of
 
-Judge = Callable[[Tensor], Verdict]  # grad_norm -> what happens with the step
-ORTHOGONALIZING = ("celo2", "muon")
-MicroBatches = list[tuple[Tensor, Tensor]]
+Judge = Callable[[Tensor], Verdict]  # gradient norm -> what happens with the step
+MicroBatches = list[tuple[Tensor, Tensor]]  # input tokens and targets (B, T)
 
 
-class Shard(NamedTuple):
+class ShardedParameter(NamedTuple):
     """One parameter of the model as this rank holds it."""
 
-    weight: Tensor  # what the optimizer updates, and keys its state by: the whole parameter, or the flat run that is here
+    weight: Tensor  # what the optimizer updates, and keys its state by: the whole parameter, or the flat local shard
     local_shard: LocalShard  # which elements those are
-    runs: list[tuple[int, int]]  # (start, stop) of every rank of the local shard's group; empty: whole everywhere
+    ranges: list[tuple[int, int]] = []  # noqa: RUF012  (start, stop) of every rank of the shard's group; empty: whole everywhere
 
 
 class Strategy:
     """A model, its optimizer, and the processes they are spread over.
 
     Attributes:
-        model: the transformers model; under sharding its parameters are only whole while a forward pass runs.
+        model: the transformers model. Under sharding its parameters are whole only while a forward pass runs.
+        loss_model: the module that computes the loss, as the strategy has wrapped it.
         optimizer: updates `shards`.
         shards: every parameter by name, a tied weight once.
-        matrices: hidden matrices of the model that its optimizer orthogonalizes.
-        buffers: buffers that belong to the model's weights, by name, whole on every rank.
+        matrices: how many hidden matrices of the model its optimizer orthogonalizes.
+        copies: how many ranks hold the same shard and orthogonalize it each for itself.
+        buffers: the buffers that a checkpoint holds, by name, whole on every rank.
     """
+
+    loss_model: nn.Module
+    optimizer: torch.optim.Optimizer
+    shards: dict[str, ShardedParameter]
+    copies = 1
 
     def __init__(self, config: Config, accelerator: Accelerator, model: PreTrainedModel) -> None:
         self.config, self.accelerator, self.model = config, accelerator, model
         self.world = accelerator.num_processes
-        self.loss_model: nn.Module
-        self.optimizer: torch.optim.Optimizer
-        self.shards: dict[str, Shard] = {}
-        self.copies = 1  # ranks that hold the same shard and orthogonalize it each for itself
-        self.matrices = matrices_of(optimizer_groups(config.optimizer, model)) if config.optimizer.name in ORTHOGONALIZING else 0
+        orthogonalizes = entry_of(config.optimizer).orthogonalizes
+        self.matrices = count_hidden_matrices(optimizer_groups(config.optimizer, model)) if orthogonalizes else 0
         model.to(accelerator.device)
-        persistent = model.state_dict(keep_vars=True).keys()
-        self.buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+        self.buffers = persistent_buffers(model)
         if not dist.is_initialized() and config.distributed.strategy != "ddp":  # sharding over one process needs a group too
             backend = "nccl" if accelerator.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -64,7 +67,7 @@ class Strategy:
 
     @property
     def counter(self) -> Any:
-        """The optimizer that knows how many matrices it has orthogonalized in a step, if there is one."""
+        """The optimizer of the hidden matrices, which may count those that it has orthogonalized as `orthogonalized`."""
         return getattr(self.optimizer, "optimizers", [self.optimizer])[0]
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -73,10 +76,13 @@ class Strategy:
         return self.loss_model(inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True))
 
     def backward(self, micro_batches: MicroBatches, n_targets: int) -> Tensor:
-        """Accumulate the gradient of the mean loss over the `n_targets` of the global batch; -> this rank's share of the loss.
+        """Accumulate the gradient of the mean loss over the `n_targets` of the global batch.
 
         Every rank sums the losses of its tokens and divides by the global count; gradients are averaged over the ranks, hence
         the factor.
+
+        Returns:
+            This rank's share of the loss.
         """
         total = torch.zeros((), device=self.accelerator.device)
         for i, (inputs, targets) in enumerate(micro_batches):
@@ -87,7 +93,7 @@ class Strategy:
         return total
 
     def micro_batch(self, last: bool) -> AbstractContextManager:
-        """What one forward and backward pass runs in; `last` of its step."""
+        """The context of one forward and backward pass; `last` of its step."""
         return nullcontext()
 
     def differentiate(self, loss: Tensor) -> None:
@@ -99,10 +105,10 @@ class Strategy:
         raise NotImplementedError
 
     def weights_changed(self) -> None:
-        """Somebody has written into the weights of `shards`: bring what the model computes with in line."""
+        """Bring the model in line with the weights of `shards`, after something has written into them."""
 
     def check(self) -> None:
-        """Compare the shards over all ranks.
+        """Compare the shards over all ranks, and remember their ranges.
 
         Raises:
             ShardingError: on every rank alike, for an element that no rank or two ranks hold.
@@ -114,18 +120,24 @@ class Strategy:
             if any(other.keys() != mine.keys() for other in everyone):
                 raise ShardingError("the ranks do not hold shards of the same parameters")
             for name in mine:
-                runs = [other[name] for other in everyone]
-                check_cover(self.shards[name].local_shard.shape, runs, name)
-                self.shards[name] = self.shards[name]._replace(runs=runs)
+                ranges = [other[name] for other in everyone]
+                check_cover(self.shards[name].local_shard.shape, ranges, name)
+                self.shards[name] = self.shards[name]._replace(ranges=ranges)
 
 
-def matrices_of(groups: Groups) -> int:
-    """Matrices in the groups that take the rule."""
-    hidden = [(p, group["matrices"]) for group in groups if group["update"] == "celo2" for p in group["params"]]
+def count_hidden_matrices(groups: Groups) -> int:
+    """The matrices that the parameters with the role "hidden" stand for."""
+    hidden = [(p, group["matrices"]) for group in groups if group["role"] == "hidden" for p in group["params"]]
     return sum(matrix_count(stacked_shape(tuple(p.shape), layout)) for p, layout in hidden)
 
 
-def named_shards(groups: list[dict], names: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The parameters of an optimizer's groups by the names that the model gives them."""
+def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers of `model` that belong to its weights, by name."""
+    persistent = model.state_dict(keep_vars=True).keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+
+
+def sharded_parameters(groups: Groups, names: Iterable[str]) -> dict[str, ShardedParameter]:
+    """The local shards in an optimizer's groups, in the order of the model's `names`."""
     found = {name: p for group in groups for name, p in zip(group["param_names"], group["params"], strict=True)}
-    return {name: found[name] for name in names if name in found}
+    return {name: ShardedParameter(found[name], local_shard_of(found[name])) for name in names if name in found}

@@ -1,6 +1,6 @@
-"""Proof at the first step that sharding changed nothing: every matrix was orthogonalized, and one is recomputed whole.
+"""Verification at the first step that sharding changes nothing: every matrix was orthogonalized, and one update is recomputed.
 
-ZeRO hands optimizers flat vectors; a rule that takes them for biases trains on, only worse. So the counts of all ranks are
+ZeRO hands optimizers flat vectors. A rule that takes them for biases trains on, only worse. So the counts of all ranks are
 compared with the model's own, and one parameter is gathered before and after the step and compared with `celo2.rule.update`.
 """
 
@@ -16,16 +16,17 @@ from celo2 import Celo2, ShardingError
 from celo2.distributed.collectives import gather_objects
 from celo2.layout import stacked_axes, stacked_shape, to_stack
 from celo2.rule import accumulator_shapes, update
-from launch.checkpoint.gather import MEANS, REPLICATED, gather, gather_means, kept_here
-from launch.distributed.strategy import Shard, Strategy
+from launch.distributed.gather import MEANS, gather_whole, keeps_state
+from launch.distributed.strategy import Strategy
+from launch.optimizers.table import entry_of
 
 # RMS of the difference of two directions of RMS 1. Measured over all strategies on 2 and 4 processes: 1.3e-6 in float32 (1.8e-5
 # for an embedding under celo2-base), 0.007 with bfloat16 Newton-Schulz. A matrix that was left out differs by about 1.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 
 
-class Proof:
-    """Watches the steps of a strategy's optimizer until one of them has been proved, and raises on every rank if it fails."""
+class Verification:
+    """Observes the steps of a strategy's optimizer until one of them is verified; raises on every rank if one is wrong."""
 
     def __init__(self, strategy: Strategy) -> None:
         self.strategy = strategy
@@ -41,24 +42,24 @@ class Proof:
 
     def choose(self) -> tuple[str, dict[str, Any]]:
         """The first parameter of the rule that is split over ranks, or else the first, and its group; on all ranks the same."""
-        optimizer = self.strategy.optimizer
+        optimizer: Any = self.strategy.optimizer
         options = {p: group for group in optimizer.param_groups for p in group["params"] if optimizer.takes_rule(p, group)}
-        mine = {n: shard for n, shard in self.strategy.shards.items() if shard.weight in options}
-        split = [n for n, shard in mine.items() if sum(stop > start for start, stop in shard.runs) > 1]
+        mine = {name: shard for name, shard in self.strategy.shards.items() if shard.weight in options}
+        split = [name for name, shard in mine.items() if sum(stop > start for start, stop in shard.ranges) > 1]
         name = (split or list(mine))[0]
         return name, options[mine[name].weight]
 
     def gathered(self) -> dict[str, Tensor]:
-        """Weight, gradient and accumulators of the chosen parameter, whole, on the first rank of its group (DDP: on all)."""
+        """Copies of weight, gradient and accumulators of the chosen parameter, whole, on the first rank of its group.
+
+        Under DDP on every rank that keeps its state; elsewhere nothing.
+        """
         shard = self.strategy.shards[self.name]
+        if not keeps_state(self.strategy, shard):
+            return {}
         state = self.strategy.optimizer.state.get(shard.weight, {})
         values = {"weight": shard.weight.detach(), "gradient": shard.weight.grad, **state}
-        if shard.local_shard.whole:
-            return {key: value.clone() for key, value in values.items()} if kept_here(self.strategy, shard) else {}
-        cut = {key: value for key, value in values.items() if key not in REPLICATED}
-        whole = gather(shard, list(cut.values()))
-        means = gather_means(shard, self.options["matrices"], {key: state[key] for key in MEANS if key in state})
-        return {key: value.clone() for key, value in values.items()} | dict(zip(cut, whole, strict=True)) | means if whole else {}
+        return {key: value.clone() for key, value in gather_whole(shard, values, self.options["matrices"]).items()}
 
     def look_before(self, *_: object) -> None:
         """Remember what the step starts from."""
@@ -68,32 +69,35 @@ class Proof:
     @torch.no_grad()
     def look_after(self, *_: object) -> None:
         """Compare with the rule on the whole parameter."""
-        shard = self.strategy.shards[self.name]
-        if shard.weight.grad is None:
+        if self.strategy.shards[self.name].weight.grad is None:
             return
         after = self.gathered()
         if after:
-            self.problem = self.compare(shard, self.before, after)
+            self.problem = self.compare(self.before, after)
         self.before = {}
 
-    def compare(self, shard: Shard, before: dict[str, Tensor], after: dict[str, Tensor]) -> str | None:
+    def compare(self, before: dict[str, Tensor], after: dict[str, Tensor]) -> str | None:
         """What is wrong with a step from `before` to `after`, if anything."""
-        optimizer, options = self.strategy.optimizer, self.options
-        lr, layout, shape = float(options["lr"]), options["matrices"], shard.local_shard.shape
+        strategy, options, shape = self.strategy, self.options, self.strategy.shards[self.name].local_shard.shape
+        optimizer: Any = strategy.optimizer
+        lr, layout = float(options["lr"]), options["matrices"]
         if lr == 0:
             return None
-        stack = lambda value: to_stack(value, shape, layout)  # noqa: E731
-        forms = accumulator_shapes(stacked_shape(shape, layout), stacked_axes(stacked_shape(shape, layout), layout))
-        state = {key: value.clone() if key in MEANS else stack(value) for key, value in before.items() if key in forms}
+        stack = stacked_shape(shape, layout)
+        axes = stacked_axes(stack, layout)
+        state = {}
+        for key in accumulator_shapes(stack, axes).keys() & before.keys():
+            state[key] = before[key].clone() if key in MEANS else to_stack(before[key], shape, layout)
         if "count" in after:  # bfloat16 accumulators: this step's number
             state["count"] = after["count"]
-        w, g = stack(before["weight"].float()), stack(before["gradient"].float())
+        w = to_stack(before["weight"].float(), shape, layout)
+        g = to_stack(before["gradient"].float(), shape, layout)
         dtype = optimizer.ns_dtype or (torch.float32 if w.device.type == "cpu" else torch.bfloat16)
-        orthogonalize = options["orthogonalize"] and optimizer.rule.variant != "celo2-base"
-        axes = stacked_axes(stacked_shape(shape, layout), layout)
+        orthogonalize = options["orthogonalize"] and entry_of(strategy.config.optimizer).orthogonalizes
         rule = optimizer.rule.to(w.device)
         u = update(rule, state, g, w, orthogonalize=orthogonalize, ns_dtype=dtype, axes=axes)
-        taken = (w * (1 - lr * options["weight_decay"]) - stack(after["weight"].float())) / lr
+        new = to_stack(after["weight"].float(), shape, layout)
+        taken = (w * (1 - lr * options["weight_decay"]) - new) / lr
         difference = (taken - u).square().mean().sqrt().item()
         tolerance = TOLERANCE[dtype] if orthogonalize else TOLERANCE[torch.float32]
         # The weight's own rounding, seen through a division by lr.
@@ -103,9 +107,9 @@ class Proof:
         return f"the update of {self.name} is {difference:.2g} RMS from the rule on the whole parameter, where an update has 1"
 
     def check(self) -> None:
-        """After a step: raise ShardingError on all ranks if it was not what the rule says; afterwards nothing is watched.
+        """After a step: raise ShardingError on all ranks if it was not what the rule says. Only one step is verified.
 
-        A step with a learning rate of 0 proves nothing: the next one is watched as well.
+        A step with a learning rate of 0 shows nothing, so the next one is observed as well.
         """
         if self.done:
             return
@@ -116,7 +120,7 @@ class Proof:
         for handle in self.handles:
             handle.remove()
         self.done = True
-        reports = gather_objects((strategy.counter.orthogonalized, self.problem), dist.group.WORLD)
+        reports = gather_objects((strategy.counter.orthogonalized, self.problem), dist.group.WORLD)  # type: ignore[arg-type]
         counted = sum(count for count, _ in reports)
         expected = strategy.matrices * strategy.copies * self.steps
         problem = next((problem for _, problem in reports if problem), None)

@@ -1,10 +1,10 @@
-"""DeepSpeed ZeRO: optimizer state (1), gradients (2) and weights (3) are cut into flat runs, one for each rank."""
+"""DeepSpeed ZeRO: optimizer state (stage 1), gradients (2) and weights (3) are divided into flat vectors, one for each rank."""
 
 from __future__ import annotations
 
 import os
 import warnings
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from celo2.distributed.deepspeed import ZeroClient
 from configs.load import ConfigError
 from configs.schema import Config
-from launch.distributed.strategy import Judge, Shard, Strategy, named_shards
+from launch.distributed.private import forbid_deepspeed_compilation, zero3_refresh_weights, zero_gradient_norm
+from launch.distributed.strategy import Judge, MicroBatches, Strategy, sharded_parameters
 from launch.monitoring.guard import Verdict
 from launch.optimizers.build import build_optimizer, optimizer_groups
 from models import CausalLMLoss
@@ -26,23 +27,23 @@ class Zero(Strategy):
     Weights and communication are float32, and bf16 is autocast, as under DDP.
     """
 
+    zero_options: ClassVar[dict[str, Any]] = {}  # further options of DeepSpeed's section zero_optimization
+
     def __init__(self, config: Config, accelerator: Accelerator, model: PreTrainedModel) -> None:
         super().__init__(config, accelerator, model)
         deepspeed = import_deepspeed(accelerator.device)
         names = dict(model.named_parameters())
         groups = optimizer_groups(config.optimizer, model)
         self.client = ZeroClient(groups)
-        self.engine, *_ = deepspeed.initialize(
-            model=CausalLMLoss(model), optimizer=self.client, config=engine_config(config, self.world)
-        )
+        options = engine_config(config, self.world, self.zero_options)
+        self.engine, *_ = deepspeed.initialize(model=CausalLMLoss(model), optimizer=self.client, config=options)
         self.loss_model = self.engine
         self.zero = self.engine.optimizer
         self.optimizer = self.client.bind(self.zero, lambda groups: build_optimizer(config.optimizer, groups))
-        runs = named_shards(self.optimizer.param_groups, names)
-        self.shards = {name: Shard(run, run.local_shard, []) for name, run in runs.items()}
+        self.shards = sharded_parameters(self.optimizer.param_groups, names)
 
-    def backward(self, micro_batches: list[tuple[Tensor, Tensor]], n_targets: int) -> Tensor:
-        """As everywhere; the engine counts the micro-batches of a step and is told about all but the last here."""
+    def backward(self, micro_batches: MicroBatches, n_targets: int) -> Tensor:
+        """As under every strategy; the engine counts the micro-batches of a step, of which the last ends in `step`."""
         self.left = len(micro_batches)
         return super().backward(micro_batches, n_targets)
 
@@ -62,7 +63,7 @@ class Zero(Strategy):
 
         def gate() -> bool:
             if not verdicts:
-                verdicts.append(judge(torch.as_tensor(self.zero._global_grad_norm)))
+                verdicts.append(judge(zero_gradient_norm(self.zero)))
             return verdicts[0].healthy
 
         self.client.gate = gate
@@ -72,15 +73,11 @@ class Zero(Strategy):
         return verdicts[0]
 
     def weights_changed(self) -> None:
-        """Give the model what the flat vectors hold."""
+        """Copy what the flat vectors hold into the model."""
         if hasattr(self.zero, "update_lp_params"):  # stages 1 and 2 compute with a copy
             self.zero.update_lp_params()
-        else:  # what stage 3 does at the end of a step
-            self.zero._partition_all_parameters()
-            for i in range(len(self.zero.fp16_groups)):
-                self.zero._reassign_or_swap_out_partitioned_parameters(i)
-            if self.zero.persistent_parameters:  # small ones stay gathered
-                self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
+        else:
+            zero3_refresh_weights(self.zero)
 
 
 def import_deepspeed(device: torch.device) -> Any:
@@ -92,22 +89,21 @@ def import_deepspeed(device: torch.device) -> Any:
         import deepspeed
     except ImportError:
         raise ConfigError("distributed.strategy zero1, zero2 and zero3 need deepspeed (pip install deepspeed)") from None
-    # It would compile C++ for its inference on CPUs at the first start; its own calls are deprecated in newer torch; and the
-    # optimizer that it calls untested is one that was made for it.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    forbid_deepspeed_compilation(deepspeed)
+    # DeepSpeed itself calls what newer versions of torch deprecate, and warns of an optimizer that was made for it.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     deepspeed.utils.logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())
     return deepspeed
 
 
-def engine_config(config: Config, world: int) -> dict[str, Any]:
+def engine_config(config: Config, world: int, zero_options: dict[str, Any]) -> dict[str, Any]:
     """DeepSpeed's configuration: everything travels in float32, so that the strategy changes nothing but memory and speed."""
     micro = config.train.micro_batch_size
     return {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": config.train.batch_size // (micro * world),
         "gradient_clipping": config.train.grad_clip,
-        "zero_optimization": {"stage": int(config.distributed.strategy[-1])},
+        "zero_optimization": {"stage": int(config.distributed.strategy[-1]), **zero_options},
         "zero_allow_untested_optimizer": True,
         "torch_autocast": {"enabled": config.train.precision == "bf16", "dtype": "bfloat16", "lower_precision_safe_modules": []},
         "steps_per_print": 1 << 62,

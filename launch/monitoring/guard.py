@@ -1,7 +1,7 @@
-"""What can end or disturb a run while it goes: signals, steps that are not finite, spikes of the loss.
+"""The guard of a training run: it notices signals, steps that are not finite and spikes of the loss.
 
-Every step, all ranks exchange three numbers and so agree on what happens next. The host waits for the device there; a step of
-a GPU is long beside it, and no step that is not finite can reach the weights.
+In every step all ranks add up three numbers and so agree on what happens next. The host waits for the device there. That is short
+beside a step of a GPU, and no step that is not finite can reach the weights.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import statistics
 from collections import deque
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -19,12 +20,12 @@ from accelerate import Accelerator
 from configs.schema import Train
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-STOPPED = 75  # exit status (EX_TEMPFAIL): saved after a signal, run the same command again to continue
-SPIKE_WINDOW = 50  # finished steps whose median loss a spike is measured against
+STOPPED = 75  # exit status (EX_TEMPFAIL): saved after a signal; the same command continues
+SPIKE_WINDOW = 50  # a spike is measured against the median loss of so many healthy steps
 
 
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message names the step."""
+class Diverged(RuntimeError):
+    """Loss or gradient are not finite any more, or rolling back does not help. The message names the step."""
 
 
 @dataclass
@@ -40,17 +41,17 @@ class Verdict:
     roll_back: bool = False
 
 
-class Watch:
-    """Holds the signal handlers while it is open; judges every step."""
+class Guard:
+    """Judges every step. While the context is open, it handles STOP_SIGNALS."""
 
     def __init__(self, accelerator: Accelerator, config: Train) -> None:
         self.accelerator, self.config = accelerator, config
         self.signalled = False
         self.bad_in_a_row = 0
         self.losses: deque[float] = deque(maxlen=SPIKE_WINDOW)
-        self.previous: dict[signal.Signals, object] = {}
+        self.previous: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Guard:
         self.previous = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
         return self
 
@@ -60,22 +61,19 @@ class Watch:
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         if number == signal.SIGINT and self.signalled:
-            raise KeyboardInterrupt  # the second Ctrl-C: at once
+            raise KeyboardInterrupt  # the second Ctrl-C stops at once
         self.signalled = True
 
     def agree(self, *values: torch.Tensor | float) -> list[float]:
-        """The sums of `values` over all ranks, and last how many ranks got a signal."""
+        """The sums of `values` over all ranks, and as the last number how many ranks got a signal."""
         device = self.accelerator.device
-        # `full` is a kernel; a number that is copied to a GPU would make the host wait once more.
-        mine = torch.stack(
-            [
-                v.to(device, torch.float64)
-                if isinstance(v, torch.Tensor)
-                else torch.full((), v, dtype=torch.float64, device=device)
-                for v in (*values, float(self.signalled))
-            ]
-        )
-        return self.accelerator.reduce(mine, "sum").tolist()
+        mine = []
+        for value in (*values, float(self.signalled)):
+            if isinstance(value, torch.Tensor):
+                mine.append(value.to(device, torch.float64))
+            else:  # `full` is a kernel; a number that is copied to a GPU would make the host wait once more
+                mine.append(torch.full((), value, dtype=torch.float64, device=device))
+        return self.accelerator.reduce(torch.stack(mine), "sum").tolist()
 
     def stopping(self) -> bool:
         """Whether some rank got a signal; every rank must ask."""
@@ -85,7 +83,7 @@ class Watch:
         """The verdict on a step from this rank's share of the loss and the norm of the whole gradient, before the update.
 
         Raises:
-            TrainingError: `max_bad_steps` steps in a row were not finite, and rolling back is not allowed.
+            Diverged: `max_bad_steps` steps in a row were not finite, and rolling back is not allowed.
         """
         total, saves, stops = self.agree(loss, float(save))
         verdict = Verdict(total, grad_norm.item(), stop=stops > 0, save=saves > 0)
@@ -96,7 +94,7 @@ class Watch:
             verdict.problem = f"loss {verdict.loss}, gradient norm {verdict.grad_norm}: the step is skipped"
             verdict.roll_back = may_roll_back and self.bad_in_a_row >= self.config.max_bad_steps
             if self.bad_in_a_row >= self.config.max_bad_steps and not may_roll_back:
-                raise TrainingError(f"{self.bad_in_a_row} steps in a row were not finite, the last with {verdict.problem}")
+                raise Diverged(f"{self.bad_in_a_row} steps in a row were not finite, the last with {verdict.problem}")
         else:
             self.bad_in_a_row = 0
             if self.config.spike and len(self.losses) == SPIKE_WINDOW:

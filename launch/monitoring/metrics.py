@@ -1,4 +1,4 @@
-"""What a run leaves behind and shows while it goes: metrics.jsonl, events.jsonl, trackers, a progress bar or plain lines."""
+"""What a training run writes and shows while it goes: metrics.jsonl, events.jsonl, trackers, a progress bar or plain lines."""
 
 from __future__ import annotations
 
@@ -15,25 +15,18 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from celo2.training.metrics import read_metrics, rewind
 from configs.schema import Config
+from launch.monitoring.guard import Diverged
 
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line that a kill cut short is left out."""
-    records = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-    return records
+__all__ = ["Display", "Metrics", "flat", "read_metrics"]
 
 
 class Metrics:
-    """metrics.jsonl: one JSON object a line, on the first rank alone; the same numbers go to the trackers.
+    """Writes metrics.jsonl, one JSON object a line, on the first rank; the same numbers go to the trackers.
 
-    Beside it, events.jsonl says what happened to the run: starts, checkpoints, skipped steps, spikes, rollbacks.
+    It also writes events.jsonl, which says what happened to the run: starts, checkpoints, skipped steps, spikes, rollbacks. As a
+    context manager around the training loop it adds the event that the run diverged, which `launch.compare` looks for.
     """
 
     def __init__(self, accelerator: Accelerator, config: Config, run_dir: Path, tracker_ids: dict[str, str]) -> None:
@@ -43,17 +36,20 @@ class Metrics:
             continued = {name: {"id": value, "resume": "allow"} for name, value in tracker_ids.items()}
             accelerator.init_trackers(config.run.name, config=flat(asdict(config)), init_kwargs=continued)
 
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if isinstance(error, Diverged):
+            self.event({"event": "stopped", "reason": "diverged", "error": str(error)})
+
     def rewind(self, step: int, evaluated: int) -> None:
-        """Drop what was logged after `step`, and an evaluation after `evaluated`: both are about to be done again."""
+        """Drop steps after `step` and evaluations after `evaluated`, which are about to be done again."""
         if self.first:
-            records = read_metrics(self.path)
-            kept = [r for r in records if r["step"] <= (evaluated if "val_loss" in r else step)]
-            rewritten = self.path.with_suffix(".tmp")
-            rewritten.write_text("".join(json.dumps(record) + "\n" for record in kept))
-            rewritten.replace(self.path)
+            rewind(self.path, lambda record: record["step"] <= (evaluated if "val_loss" in record else step))
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one record; the trackers get it under the same names. Numbers that are not finite become null."""
+        """Append one record, and give it to the trackers under the same names. Numbers that are not finite become null."""
         record = {key: value if math.isfinite(value) else None for key, value in record.items()}
         if self.first:
             with self.path.open("a") as file:
@@ -62,29 +58,29 @@ class Metrics:
         self.accelerator.log(values, step=record["step"])
 
     def flush(self) -> None:
-        """Have what was logged written to the disk, before a checkpoint that must not outlive it."""
+        """Make the operating system write the metrics to the disk, before a checkpoint that counts on them."""
         if self.first and self.path.exists():
             with self.path.open("a") as file:
                 os.fsync(file.fileno())
 
     def event(self, record: dict[str, Any]) -> None:
-        """Append one record to events.jsonl, with the time of day; from any thread."""
+        """Append one record to events.jsonl, with the time. Any thread may call it."""
         if self.first:
             with self.events.open("a") as file:
                 file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **record}) + "\n")
 
 
 class Display:
-    """A live progress bar on a terminal, a plain line for each logged step elsewhere; silent on other ranks."""
+    """A live progress bar on a terminal, or a plain line for each logged step. Other ranks show nothing."""
 
     def __init__(self, steps: int, start: int, first: bool) -> None:
         self.steps, self.first = steps, first
         self.console = Console(file=sys.stdout)
-        columns = ("[progress.percentage]{task.percentage:>3.0f}%", "{task.fields[text]}")
         self.bar = Progress(
             BarColumn(20),
             MofNCompleteColumn(),
-            *(TextColumn(column) for column in columns),
+            TextColumn("[progress.percentage]{task.percentage:>3.0f}%"),
+            TextColumn("{task.fields[text]}"),
             TimeRemainingColumn(),
             console=self.console,
             disable=not (first and self.console.is_terminal),
@@ -99,7 +95,7 @@ class Display:
         self.bar.stop()
 
     def advance(self, done: int) -> None:
-        """`done` steps are finished."""
+        """Show that `done` steps are finished."""
         self.bar.update(self.task, completed=done)
 
     def training(self, record: dict[str, Any]) -> None:
@@ -113,7 +109,7 @@ class Display:
             self.bar.update(self.task, text=text)
 
     def say(self, text: str) -> None:
-        """A line above the bar."""
+        """Print a line above the bar."""
         if self.first:
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 

@@ -1,4 +1,4 @@
-"""What an optimizer step takes and does: seconds, and how far it moves the hidden weights. `launch.compare` reports it."""
+"""Statistics of the optimizer's steps: seconds, and how far they move the hidden weights. `launch.compare` reports them."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from celo2 import param_groups
+from celo2.distributed.shard import local
 
-SAMPLE = 1 << 16  # elements of a matrix that are looked at, evenly spread: a copy of all weights would not fit everywhere
+SAMPLE = 1 << 16  # elements of a matrix that are compared; a copy of all weights would not fit everywhere
 
 
-class StepProbe:
-    """Looks on at an optimizer: `begin` a step, let it happen, and `record` what the steps since the last record took and did.
+class StepStatistics:
+    """Observes an optimizer through its hooks: `begin` a step, let it happen, and `record` the steps since the last record.
 
-    A step of the run may be several of the optimizer: DeepSpeed calls it once for each group.
+    A step of the training run may be several of the optimizer: DeepSpeed calls it once for each group.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, weights: Sequence[Tensor], device: torch.device) -> None:
-        """`weights` are the hidden matrices; under sharding, this rank's parts of them."""
+        """`weights` are the hidden matrices; under sharding, their local shards."""
         self.weights, self.device = weights, device
         self.before: list[Tensor] = []
         self.started: Any = None
@@ -31,13 +32,13 @@ class StepProbe:
         optimizer.register_step_post_hook(self._ended)
 
     def begin(self, measure: bool) -> None:
-        """A step of the run begins; with `measure` the next record has its change of the weights."""
+        """Begin a step of the run. With `measure` the next record holds its change of the weights."""
         self.steps += 1
         self.before = [sample(weight).clone() for weight in self.weights] if measure else []
 
     def record(self) -> dict[str, float]:
-        """Mean `optimizer_seconds` of a step; and if the last one was measured, `update_rms`, the RMS change of a hidden weight
-        in it, and `update_ratio`, the same relative to the RMS of the weights."""
+        """Mean `optimizer_seconds` of a step. If the last step was measured, also its `update_rms`, the RMS change of a hidden
+        weight, and its `update_ratio`, the same relative to the RMS of the weights."""
         if self.events:
             self.events[-1][1].synchronize()
             self.seconds += sum(start.elapsed_time(end) for start, end in self.events) / 1e3
@@ -63,7 +64,7 @@ class StepProbe:
             self.seconds += ended - self.started
 
     def _clock(self) -> Any:
-        """The time now: of the device's own queue on a GPU, where the host does not wait."""
+        """The time now; on a GPU an event in the device's own queue, for which the host does not wait."""
         if self.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -72,12 +73,12 @@ class StepProbe:
 
 
 def hidden_names(model: nn.Module) -> list[str]:
-    """Names of the parameters that are hidden matrices, whatever optimizer they get; ask before sharding."""
+    """Names of the parameters that are hidden matrices, whatever optimizer they get; `model` is not sharded yet."""
     groups = param_groups(model, 0.0, 0.0)
     return [name for group in groups if group["update"] == "celo2" for name in group["param_names"]]
 
 
 def sample(weight: Tensor) -> Tensor:
-    """Up to about `SAMPLE` elements of a weight, evenly spread; the odd stride does not stay in one column of even width."""
-    local = getattr(weight, "_local_tensor", weight)  # a DTensor's part on this rank
-    return local.detach().reshape(-1)[:: max(1, local.numel() // SAMPLE) | 1]
+    """Up to about `SAMPLE` elements of a weight, evenly spread. An odd stride meets every column of even width."""
+    here = local(weight).detach()
+    return here.reshape(-1)[:: max(1, here.numel() // SAMPLE) | 1]

@@ -1,1 +1,1 @@
-"""Optimizers by the name in the configuration."""
+"""Optimizers: the table of those with a short name, how one is built, and the adapter for those of other libraries."""

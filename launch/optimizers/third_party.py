@@ -1,8 +1,8 @@
-"""Optimizers of other libraries, by dotted path, behind the two contracts of a run.
+"""Optimizers of other libraries: found by dotted path, checked, and with a state that a checkpoint can hold.
 
 A checkpoint holds tensors by parameter and nothing else (no pickle), but libraries keep numbers and lists in their state and
-counters in their groups: `Foreign` hands those out as tensors between steps. And what the configuration asks for must be what
-the constructor takes: a wrong name or value is one clear line before anything is trained.
+counters in their groups. `ThirdParty` turns those into tensors between steps. `construct` checks what the configuration asks for
+against the constructor, so that a wrong name or value is one clear line before anything is trained.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ SCHEDULED = ("lr", "initial_lr")  # follow from the configuration and the step
 COUNTER = "group:"  # prefix of a group's counter in the state of the group's first parameter
 
 
-class Foreign(torch.optim.Optimizer):
-    """A library's optimizer whose whole memory lies, between steps, as tensors in `state[p]`.
+class ThirdParty(torch.optim.Optimizer):
+    """A library's optimizer whose whole memory is, between steps, tensors in `state[p]`.
 
     A number `step` becomes the tensor `step.int`, a list `GG` the tensors `GG.list` (its length), `GG.0`, `GG.1`, ...; a counter
-    `k` of a group, `group:k.int` of its first parameter. `train()` and `eval()` are passed on to libraries that average
-    weights and know them (Schedule-free), and do nothing for the others.
+    `k` of a group becomes `group:k.int` of the group's first parameter. `train()` and `eval()` are passed on to libraries that
+    average weights and have them (Schedule-free), and do nothing for the others.
     """
 
     def __init__(self, inner: torch.optim.Optimizer) -> None:
@@ -39,15 +39,16 @@ class Foreign(torch.optim.Optimizer):
         super().__init__(inner.param_groups, {})
 
     @contextmanager
-    def _lent(self) -> Iterator[torch.optim.Optimizer]:
-        """The library's optimizer with state and groups as it knows them."""
+    def _unpacked(self) -> Iterator[torch.optim.Optimizer]:
+        """The library's optimizer, with state and groups in the library's form as long as the context is open."""
         self.inner.param_groups = self.param_groups
         self.inner.state.clear()
         for group in self.param_groups:
             for p in group["params"]:
                 if p in self.state:
                     state = unpack(self.state[p])
-                    group.update({key: state.pop(COUNTER + key) for key in counter_keys(state)})
+                    for key in [key for key in state if key.startswith(COUNTER)]:
+                        group[key.removeprefix(COUNTER)] = state.pop(key)
                     if state:
                         self.inner.state[p] = state
         yield self.inner
@@ -62,22 +63,23 @@ class Foreign(torch.optim.Optimizer):
                     self.state[p] = pack(state)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step of the library's optimizer."""
-        with self._lent() as inner:
+        with self._unpacked() as inner:
             return inner.step() if closure is None else inner.step(closure)
 
     def train(self) -> None:
-        """Weights to train on."""
-        if hasattr(self.inner, "train"):
-            with self._lent() as inner:
-                inner.train()
+        """Put the weights in place that training needs."""
+        self._call("train")
 
     def eval(self) -> None:
-        """Weights to evaluate and to keep."""
-        if hasattr(self.inner, "eval"):
-            with self._lent() as inner:
-                inner.eval()
+        """Put the weights in place that evaluation and checkpoints need."""
+        self._call("eval")
+
+    def _call(self, method: str) -> None:
+        if hasattr(self.inner, method):
+            with self._unpacked() as inner:
+                getattr(inner, method)()
 
 
 def pack(state: dict[str, Any]) -> dict[str, Tensor]:
@@ -123,11 +125,6 @@ def unpack(packed: dict[str, Tensor]) -> dict[str, Any]:
     return {key: get(key) for key in dict.fromkeys(name.partition(".")[0] for name in packed)}
 
 
-def counter_keys(state: dict[str, Any]) -> list[str]:
-    """Names of the group's counters in the state of a parameter."""
-    return [key.removeprefix(COUNTER) for key in state if key.startswith(COUNTER)]
-
-
 def find_class(path: str, package: str | None = None) -> type[torch.optim.Optimizer]:
     """The optimizer class of the dotted `path`.
 
@@ -151,10 +148,10 @@ def find_class(path: str, package: str | None = None) -> type[torch.optim.Optimi
 
 
 def accepted(cls: type) -> dict[str, inspect.Parameter]:
-    """The parameters that the constructor of `cls` names itself, without self and params."""
+    """The parameters that the constructor of `cls` names itself, without params."""
     return {
         name: parameter
-        for name, parameter in list(inspect.signature(cls.__init__).parameters.items())[2:]
+        for name, parameter in list(inspect.signature(cls).parameters.items())[1:]
         if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
     }
 
@@ -175,7 +172,7 @@ def construct(cls: type[torch.optim.Optimizer], groups: list[dict[str, Any]], ar
             raise ConfigError(f"{name} has no argument '{key}'{hint}")
     if "weight_decay" not in known and any(group["weight_decay"] for group in groups):
         raise ConfigError(f"{name} knows no weight decay: set optimizer.weight_decay=0")
-    settings = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
+    settings: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
     if "lr" in known:
         settings["lr"] = groups[0]["lr"]  # every group has its own; some constructors want one
     try:

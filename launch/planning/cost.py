@@ -1,65 +1,40 @@
-"""What a step takes on N GPUs: bytes that travel, memory of a rank, and seconds, from shapes and data sheets alone.
+"""What a step takes on N GPUs, from the shapes of the weights: bytes that travel, and memory of a rank.
 
 `--plan` prints it. "Sent" are the bytes that one rank sends in one optimizer step, with ring algorithms, averaged over the
-ranks, without the padding that libraries add. Seconds assume that whatever can overlap with computing does; they rest on
-`Machine` and are good for choosing a strategy, not for a promise.
+ranks, without the padding that libraries add. `python -m launch.benchmark strategies` compares them with counted bytes.
 
 Letters: N weights, of which H in hidden matrices (which Newton–Schulz orthogonalizes); W ranks; M micro-batches in a step.
 """
 
 from __future__ import annotations
 
-import heapq
 import math
 from dataclasses import dataclass, replace
 
 from torch import nn
 
 from celo2.layout import matrix_count, stacked_shape
-from celo2.orthogonalize import newton_schulz_flops
+from configs.schema import Config
+from configs.schema import Optimizer as OptimizerConfig
+from launch.distributed.blocks import blocks_of
+from launch.optimizers.build import Groups, normalizes_gradient
+from launch.optimizers.table import OptimizerEntry, entry_of
 
 FP32, BF16 = 4, 2  # bytes
-WORLDS = tuple(8 << i for i in range(8))  # 8 .. 1024
-
-
-@dataclass(frozen=True)
-class Machine:
-    """GPUs and the wires between them. Defaults: H100 SXM in DGX H100 nodes, from NVIDIA's data sheets."""
-
-    flops: float = 989e12  # bf16 peak without sparsity, FLOP/s
-    efficiency: float = 0.4  # of the peak in forward and backward passes: 0.33 to 0.5 in published GPT runs on H100
-    newton_schulz_efficiency: float = 0.6  # large square products alone: 62 TFLOP of a 1.3B model take about 0.1 s
-    memory: float = 80e9  # bytes of a GPU
-    memory_bandwidth: float = 3.35e12  # bytes/s
-    gpus_per_node: int = 8
-    intra_node_bandwidth: float = 450e9  # bytes/s that a GPU sends: NVLink 4, 900 GB/s for both directions
-    inter_node_bandwidth: float = 50e9  # bytes/s that a GPU sends: one 400 Gb/s adapter for each GPU
-    latency: float = 10e-6  # s for one hop of a tree of ranks, launch of the kernel included
-
-    def ring(self, world: int) -> float:
-        """Bytes/s of a rank in ring collectives; between nodes a ring uses all adapters of a node for one copy of the data."""
-        if world <= self.gpus_per_node:
-            return self.intra_node_bandwidth
-        return min(self.intra_node_bandwidth, self.gpus_per_node * self.inter_node_bandwidth)
-
-    def exchange(self, world: int) -> float:
-        """Bytes/s of a rank in an all-to-all, most of which goes to other nodes."""
-        return self.intra_node_bandwidth if world <= self.gpus_per_node else self.inter_node_bandwidth
+WORLDS = tuple(8 << i for i in range(8))  # GPUs: 8 .. 1024
+GPU_MEMORY = 80e9  # bytes, of an H100
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A model as far as its cost goes."""
+    """What of a model determines its cost."""
 
     parameters: int  # N
     hidden: tuple[tuple[int, int], ...]  # (R, C) of every hidden matrix, in the order of the parameters
     block_parameters: int  # of all transformer blocks together
     blocks: int
-    context: int  # tokens of a sequence
-    flops_per_token: float  # forward and backward
     activations: float  # elements that the forward pass of one sequence keeps
     loss: float  # float32 elements that the loss holds
-    recompute: bool = False  # gradient checkpointing: one more forward pass
 
     @property
     def hidden_parameters(self) -> int:
@@ -74,7 +49,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Setup:
-    """How the run is spread and what updates it; names as in the configuration."""
+    """The strategy and the optimizer; names as in the configuration."""
 
     strategy: str = "ddp"
     world: int = 8  # W
@@ -84,8 +59,13 @@ class Setup:
     bf16: bool = True
     shard_state: bool = False
     replicas: int = 1  # fsdp2
-    state_bf16: bool = False  # celo2 and celo2-base
-    normalize_gradient: bool = False  # what the rule says
+    state_bf16: bool = False  # for optimizers that take a rule
+    normalize_gradient: bool = False  # as the rule says
+
+    @property
+    def entry(self) -> OptimizerEntry:
+        """What the optimizer can do."""
+        return entry_of(OptimizerConfig(name=self.optimizer))
 
     @property
     def shards(self) -> int:
@@ -94,13 +74,29 @@ class Setup:
 
     @property
     def state_bytes(self) -> int:
-        """Of each of the rule's four numbers for a weight of a matrix."""
+        """Bytes of each of the rule's four numbers for a weight of a matrix."""
         return BF16 if self.state_bf16 else FP32
 
     @property
     def direction_bytes(self) -> int:
-        """Of an element of a direction: bfloat16 on GPUs, and always where torch's Muon computes it."""
-        return BF16 if self.optimizer == "muon" or (self.optimizer == "celo2" and self.bf16) else FP32
+        """Bytes of an element of a direction: bfloat16 where GPUs orthogonalize it; Muon's is bfloat16 everywhere."""
+        return BF16 if self.entry.orthogonalizes and (self.bf16 or not self.entry.takes_rule) else FP32
+
+
+def setup_of(config: Config, world: int) -> Setup:
+    """The setup of `config` on `world` ranks."""
+    return Setup(
+        config.distributed.strategy,
+        world,
+        config.train.batch_size // (world * config.train.micro_batch_size),
+        config.train.micro_batch_size,
+        config.optimizer.name,
+        config.train.precision == "bf16",
+        config.distributed.shard_state,
+        config.distributed.replicas,
+        config.optimizer.state_dtype == "bf16",
+        normalizes_gradient(config.optimizer),
+    )
 
 
 def all_reduce(size: float, world: int) -> float:
@@ -108,53 +104,41 @@ def all_reduce(size: float, world: int) -> float:
     return 2 * size * (world - 1) / world
 
 
-def reduce_scatter(size: float, world: int) -> float:
-    """Bytes a rank sends so that each has its part of the sum of `size` bytes of each."""
+def all_but_own_share(size: float, world: int) -> float:
+    """Bytes a rank sends, on average, in each of the other collectives over `size` bytes.
+
+    reduce-scatter: each rank gets its share of the sum of `size` bytes of each. All-gather: all get the `size` bytes of which
+    each holds a share. Broadcast: all but one receive `size` bytes. All-to-all: a rank keeps its own share of the `size` bytes
+    that it holds for all.
+    """
     return size * (world - 1) / world
 
 
-def all_gather(size: float, world: int) -> float:
-    """Bytes a rank sends so that all have the `size` bytes of which each holds a part."""
-    return size * (world - 1) / world
-
-
-def broadcast(size: float, world: int) -> float:
-    """Bytes a rank sends, on average, so that all have `size` bytes that one of them holds: all but one receive them."""
-    return size * (world - 1) / world
-
-
-def all_to_all(size: float, world: int) -> float:
-    """Bytes a rank sends of the `size` bytes that it holds, equally for every rank."""
-    return size * (world - 1) / world
+reduce_scatter = all_gather = broadcast = all_to_all = all_but_own_share
 
 
 def split_matrices(workload: Workload, setup: Setup) -> list[tuple[int, int]]:
     """Hidden matrices that no rank holds whole.
 
-    fsdp2 and zero3 cut every parameter. zero1 and zero2 cut the parameters, one after the other, into W equal runs, so that a
-    matrix is split only where a run ends in it.
+    fsdp2 and zero3 divide every parameter. zero1 and zero2 divide the parameters, one after the other, into W equal ranges, so
+    that a matrix is split only where a range ends in it.
     """
     if setup.strategy == "ddp" or setup.shards == 1:
         return []
     if setup.strategy in ("zero3", "fsdp2"):
         return list(workload.hidden)
-    run = math.ceil(workload.hidden_parameters / setup.world)
+    length = math.ceil(workload.hidden_parameters / setup.world)
     split, start = [], 0
     for rows, cols in workload.hidden:
         stop = start + rows * cols
-        if start // run != (stop - 1) // run:
+        if start // length != (stop - 1) // length:
             split.append((rows, cols))
         start = stop
     return split
 
 
-def exchanged_bytes(workload: Workload, setup: Setup, zero_reduce: str = "all_reduce") -> dict[str, float]:
-    """Bytes that a rank sends in one optimizer step, by purpose, averaged over the ranks.
-
-    Args:
-        zero_reduce: how zero1 and zero2 bring a gradient to its owner. DeepSpeed 0.19 fills buckets that several ranks own and
-            uses "all_reduce" (its use_multi_rank_bucket_allreduce); "reduce_scatter" is half of that.
-    """
+def exchanged_bytes(workload: Workload, setup: Setup) -> dict[str, float]:
+    """Bytes that a rank sends in one optimizer step, by purpose, averaged over the ranks."""
     world, shards, micro = setup.world, setup.shards, setup.accumulation
     sent = {"gradients": 0.0, "weights": 0.0, "directions": 0.0, "sums": 0.0, "agreement": 0.0}
     if world == 1:
@@ -162,12 +146,13 @@ def exchanged_bytes(workload: Workload, setup: Setup, zero_reduce: str = "all_re
     n, outside, block = workload.parameters, workload.outside, workload.block_parameters
     if setup.strategy == "ddp":
         sent["gradients"] = all_reduce(FP32 * n, world)
-        by_rule = setup.optimizer.startswith("celo2")
-        sent["directions"] = broadcast(setup.direction_bytes * workload.hidden_parameters, world) if by_rule else 0.0
-        sent["weights"] = broadcast(FP32 * (n - workload.hidden_parameters), world) if setup.shard_state else 0.0
+        if setup.entry.takes_rule:
+            sent["directions"] = broadcast(setup.direction_bytes * workload.hidden_parameters, world)
+        if setup.shard_state:
+            sent["weights"] = broadcast(FP32 * (n - workload.hidden_parameters), world)
     elif setup.strategy in ("zero1", "zero2"):
-        reduce = {"all_reduce": all_reduce, "reduce_scatter": reduce_scatter}[zero_reduce]
-        sent["gradients"] = reduce(FP32 * n, world) * (1 if setup.strategy == "zero1" else micro)
+        # DeepSpeed 0.19 fills buckets that several ranks own and all-reduces them (its use_multi_rank_bucket_allreduce).
+        sent["gradients"] = all_reduce(FP32 * n, world) * (1 if setup.strategy == "zero1" else micro)
         sent["weights"] = all_gather(FP32 * n, world)
     elif setup.strategy == "zero3":
         sent["gradients"] = micro * reduce_scatter(FP32 * n, world)
@@ -178,11 +163,11 @@ def exchanged_bytes(workload: Workload, setup: Setup, zero_reduce: str = "all_re
         sent["weights"] = micro * (2 * all_gather(travelling, shards) + all_gather(FP32 * outside, shards))
 
     split = split_matrices(workload, setup)
-    if setup.optimizer in ("celo2", "muon"):
+    if setup.entry.orthogonalizes:
         held = setup.direction_bytes * sum(rows * cols for rows, cols in split) / shards
         sent["directions"] += 2 * all_to_all(held, shards)  # to the owner and back
-    if setup.optimizer.startswith("celo2"):
-        # Rows, columns and 12 channels; 6 channels; the norm of the direction; where the rule asks for it that of the gradient.
+    if setup.entry.takes_rule:
+        # Rows, columns and 12 channels; 6 channels; the norm of the direction, and of the gradient where the rule asks for it.
         numbers = 12 + 6 + 1 + setup.normalize_gradient
         sent["sums"] = all_reduce(FP32 * sum(rows + cols + numbers for rows, cols in split), shards)
     sent["agreement"] = all_reduce(3 * 8, world)  # loss, save, signalled: float64
@@ -195,12 +180,13 @@ def memory_per_rank(workload: Workload, setup: Setup) -> dict[str, float]:
     block = workload.block_parameters / max(workload.blocks, 1)
     over = {"ddp": 1, "zero1": 1, "zero2": 1, "zero3": shards, "fsdp2": shards}[setup.strategy]
     state_over = (setup.world if setup.shard_state else 1) if setup.strategy == "ddp" else shards
+    means = sum(3 * (rows + cols) for rows, cols in workload.hidden) if setup.entry.takes_rule else 0  # three decays
     memory = {
         "weights": FP32 * n / over,
         "gradients": FP32 * n / (shards if setup.strategy == "zero2" else over),
         "optimizer state": state_bytes(workload, setup) / state_over,
         # Every rank that holds a part of a matrix has all of these.
-        "row and column means": FP32 * factored_elements(workload, setup.optimizer) / (state_over if over == 1 else 1),
+        "row and column means": FP32 * means / (state_over if over == 1 else 1),
         "flat copies": 0.0,
         "gathered (estimate)": 0.0,
         "bf16 copies": BF16 * n if setup.bf16 and over == 1 else 0.0,  # autocast keeps them through a pass
@@ -210,8 +196,8 @@ def memory_per_rank(workload: Workload, setup: Setup) -> dict[str, float]:
     }
     if setup.strategy in ("zero1", "zero2", "zero3"):
         bucket = FP32 * min(n, 500e6)  # gradients on their way: DeepSpeed's reduce_bucket_size, elements
-        run = FP32 * n / shards if setup.strategy != "zero3" else 0.0  # what the optimizer updates, beside the whole weights
-        memory["flat copies"] = bucket + run
+        flat = FP32 * n / shards if setup.strategy != "zero3" else 0.0  # what the optimizer updates, beside the whole weights
+        memory["flat copies"] = bucket + flat
     if setup.strategy in ("zero3", "fsdp2"):  # this block and the next, and the gradient of one; what is outside the blocks
         each = BF16 if setup.bf16 and setup.strategy == "fsdp2" else FP32
         memory["gathered (estimate)"] = (2 * each + FP32) * block + 2 * FP32 * workload.outside
@@ -219,23 +205,19 @@ def memory_per_rank(workload: Workload, setup: Setup) -> dict[str, float]:
 
 
 def state_bytes(workload: Workload, setup: Setup) -> float:
-    """Bytes of optimizer state beside row and column means: four numbers a weight under the rule, one under Muon, two under AdamW
-    and, for want of knowledge, under the optimizers of libraries."""
-    by_rule = 4 * setup.state_bytes
-    of_hidden = {"celo2": by_rule, "celo2-base": by_rule, "muon": FP32}.get(setup.optimizer, 2 * FP32)
-    of_others = FP32 * (4 if setup.optimizer == "celo2-base" else 2)
+    """Bytes of optimizer state beside row and column means. The other parameters have AdamW's two numbers for each weight."""
+    of_hidden = setup.entry.state_per_weight * (setup.state_bytes if setup.entry.takes_rule else FP32)
+    of_others = FP32 * (setup.entry.state_per_weight if setup.entry.all_hidden else 2)
     return of_hidden * workload.hidden_parameters + of_others * (workload.parameters - workload.hidden_parameters)
 
 
-def factored_elements(workload: Workload, optimizer: str) -> float:
-    """Elements of the rule's factored second moment: three decays of rows and of columns."""
-    return sum(3 * (rows + cols) for rows, cols in workload.hidden) if optimizer.startswith("celo2") else 0.0
-
-
 def directions_held(workload: Workload, setup: Setup) -> float:
-    """Bytes of directions at once: the largest matrix under DDP, which takes them batch by batch; under sharding this rank's
-    share as it goes and as it comes back, and the matrices that it owns."""
-    if setup.optimizer not in ("celo2", "muon") or not workload.hidden:
+    """Bytes of directions in memory at once.
+
+    The largest matrix under DDP, which takes them one after the other; under sharding this rank's share as it goes and as it
+    comes back, and the matrices that it owns.
+    """
+    if not setup.entry.orthogonalizes or not workload.hidden:
         return 0.0
     largest = max(rows * cols for rows, cols in workload.hidden)
     if setup.strategy == "ddp":
@@ -245,120 +227,34 @@ def directions_held(workload: Workload, setup: Setup) -> float:
     return setup.direction_bytes * (2 * sum(split) / setup.shards + 2 * owned)
 
 
-def largest_load(costs: list[float], owners: int) -> float:
-    """What the busiest of `owners` has to do when each cost, the dearest first, goes to the one with the least to do."""
-    loads = [0.0] * owners
-    for cost in sorted(costs, reverse=True):
-        heapq.heapreplace(loads, loads[0] + cost)
-    return max(loads)
-
-
-def optimizer_seconds(workload: Workload, setup: Setup, machine: Machine) -> float:
-    """Seconds of the update on the busiest rank: Newton–Schulz on its matrices, and passes over memory."""
-    owners = 1 if setup.strategy == "ddp" and setup.optimizer == "muon" else setup.shards  # torch's Muon divides nothing
-    seconds = 0.0
-    if setup.optimizer in ("celo2", "muon"):
-        flops = largest_load([newton_schulz_flops(rows, cols) for rows, cols in workload.hidden], owners)
-        seconds += flops / (machine.flops * machine.newton_schulz_efficiency)
-    # Bytes moved for a weight. AdamW reads w, g, m, v and writes w, m, v. The rule: reads g, w, three m, v and writes three m
-    # and v; reads g and three m; reads g, w, three m, v and writes a direction; at last reads it and w and writes w.
-    adamw, muon = 7 * FP32, 6 * FP32 + 2 * setup.direction_bytes
-    accumulate, direct = 2 * FP32 + 8 * setup.state_bytes, 3 * FP32 + 7 * setup.state_bytes + setup.direction_bytes
-    if setup.normalize_gradient:  # reads g; reads g and writes a copy, once or, of what is split, in each of three passes
-        accumulate += (7 if setup.strategy in ("zero3", "fsdp2") else 3) * FP32
-    apply = 2 * FP32 + setup.direction_bytes
-    hidden, others = workload.hidden_parameters, workload.parameters - workload.hidden_parameters
-    own = 1 / setup.shards  # share of the weights whose state is here, or whose direction is computed here
-    kept = own if setup.shard_state or setup.strategy != "ddp" else 1
-    held = 1 if setup.strategy == "ddp" else own  # share of the weights that are updated here
-    if setup.optimizer.startswith("celo2"):
-        moved = hidden * (kept * accumulate + own * direct + held * apply)
-    else:
-        moved = hidden * kept * (muon if setup.optimizer == "muon" else adamw)
-    return seconds + (moved + others * kept * adamw) / machine.memory_bandwidth
-
-
-@dataclass(frozen=True)
-class StepTime:
-    """Seconds of one optimizer step."""
-
-    compute: float  # forward and backward
-    hidden: float  # communication behind computing
-    exposed: float  # communication that computing waits for
-    optimizer: float
-
-    @property
-    def total(self) -> float:
-        """Of the step."""
-        return self.compute + self.exposed + self.optimizer
-
-
-def step_time(workload: Workload, setup: Setup, machine: Machine) -> StepTime:
-    """Seconds of one optimizer step.
-
-    Gradients travel while the backward pass (two thirds of computing; under DDP and zero1 of the last micro-batch alone) goes
-    on, and weights of zero3 and fsdp2 during all of it; what is longer than that, and everything else, is waited for.
-    """
-    tokens = setup.accumulation * setup.micro_batch * workload.context
-    compute = tokens * workload.flops_per_token * (4 / 3 if workload.recompute else 1) / (machine.flops * machine.efficiency)
-    sent, ring = exchanged_bytes(workload, setup), machine.ring(setup.world)
-    hop = machine.latency * math.log2(setup.world) if setup.world > 1 else 0.0
-    once = setup.strategy in ("ddp", "zero1")  # gradients travel once a step
-    streamed = setup.strategy in ("zero3", "fsdp2")
-    collectives = workload.blocks * (1 if once else setup.accumulation) * (3 if streamed else 1)
-    overlappable = sent["gradients"] / ring + collectives * hop
-    hops = 6 + setup.normalize_gradient  # three sums or four, two exchanges, one agreement
-    waited = (sent["sums"] + sent["agreement"]) / ring + hops * hop
-    if setup.strategy == "ddp":
-        waited += sent["directions"] / ring
-    else:
-        waited += sent["directions"] / machine.exchange(setup.shards)
-    if streamed:
-        overlappable += sent["weights"] / ring
-    else:
-        waited += sent["weights"] / ring
-    window = compute if streamed else compute * 2 / 3 / (setup.accumulation if once else 1)
-    exposed = max(0.0, overlappable - window)
-    return StepTime(compute, overlappable - exposed, exposed + waited, optimizer_seconds(workload, setup, machine))
-
-
-def workload_of(
-    model: nn.Module, groups: list[dict], context: int, flops_per_token: float, activations: float, loss: float, recompute: bool
-) -> Workload:
-    """The workload of `model`, which may be on the meta device, routed as `celo2.param_groups` says in `groups`."""
+def workload_of(model: nn.Module, groups: Groups, activations: float, loss: float) -> Workload:
+    """The workload of `model`, which may be on the meta device, with the groups of `optimizer_groups`."""
     hidden: list[tuple[int, int]] = []
     for group in groups:
-        for p in group["params"] if group["update"] == "celo2" else ():
+        for p in group["params"] if group["role"] == "hidden" else ():
             shape = stacked_shape(p.shape, group["matrices"])
             if len(shape) >= 2:
-                hidden += [tuple(shape[-2:])] * matrix_count(shape)
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-    blocks = max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()), default=())
+                hidden += [(shape[-2], shape[-1])] * matrix_count(shape)
+    blocks = blocks_of(model)
     return Workload(
         parameters=sum(p.numel() for p in model.parameters()),
         hidden=tuple(hidden),
         block_parameters=sum(p.numel() for block in blocks for p in block.parameters()),
         blocks=len(blocks),
-        context=context,
-        flops_per_token=flops_per_token,
         activations=activations,
         loss=loss,
-        recompute=recompute,
     )
 
 
-def cost_lines(workload: Workload, setup: Setup, batch: int, machine: Machine, worlds: tuple[int, ...] = WORLDS) -> list[str]:
-    """A table over `worlds` for a global batch of `batch` sequences; a world that the batch does not fill is left out.
+def cost_lines(workload: Workload, setup: Setup, batch: int, worlds: tuple[int, ...] = WORLDS) -> list[str]:
+    """A table over the numbers of GPUs in `worlds` for a global batch of `batch` sequences; those it does not fill are left out.
 
-    Where a micro-batch of `setup.micro_batch` does not fit into the batch of a rank, the largest one that does is taken.
+    Where a micro-batch of `setup.micro_batch` does not divide the batch of a rank, the largest one that divides both is taken.
     """
     precision = "bf16" if setup.bf16 else "fp32"
     lines = [
-        f"cost        {setup.strategy}, {setup.optimizer}, {precision}, {batch} x {workload.context} tokens a step on "
-        f"{machine.flops / 1e12:.0f} TFLOP/s x {machine.efficiency:.0%}, {machine.gpus_per_node} GPUs a node, "
-        f"{machine.intra_node_bandwidth / 1e9:.0f} and {machine.inter_node_bandwidth / 1e9:.0f} GB/s (estimate)",
-        f"{'GPUs':>6} {'micro':>9} {'GB/GPU':>8} {'fits':>5} {'GB sent':>8} {'compute':>9} {'waiting':>9} {'optimizer':>9} "
-        f"{'step s':>8} {'tokens/s':>11} {'MFU':>6}",
+        f"cost        {setup.strategy}, {setup.optimizer}, {precision}, {batch} sequences, {GPU_MEMORY / 1e9:.0f} GB a GPU",
+        f"{'GPUs':>6} {'micro-batches':>14} {'GB a GPU':>9} {'fits':>5} {'GB sent a step':>15}",
     ]
     for world in worlds:
         if batch % world or world % setup.replicas:
@@ -366,16 +262,9 @@ def cost_lines(workload: Workload, setup: Setup, batch: int, machine: Machine, w
         of_rank = batch // world
         micro = math.gcd(of_rank, setup.micro_batch)
         here = replace(setup, world=world, micro_batch=micro, accumulation=of_rank // micro)
-        memory = sum(memory_per_rank(workload, here).values())
-        fits = "yes" if memory < machine.memory else "no"
-        seconds = step_time(workload, here, machine)
-        speed = batch * workload.context / seconds.total
-        utilization = speed * workload.flops_per_token / (world * machine.flops)
-        lines.append(
-            f"{world:>6} {f'{here.accumulation} x {micro}':>9} {memory / 1e9:>8.1f} {fits:>5} "
-            f"{sum(exchanged_bytes(workload, here).values()) / 1e9:>8.2f} {seconds.compute:>9.3f} {seconds.exposed:>9.3f} "
-            f"{seconds.optimizer:>9.3f} {seconds.total:>8.3f} {speed:>11,.0f} {utilization:>6.1%}"
-        )
+        memory, sent = sum(memory_per_rank(workload, here).values()), sum(exchanged_bytes(workload, here).values())
+        fits = "yes" if memory < GPU_MEMORY else "no"
+        lines.append(f"{world:>6} {f'{here.accumulation} x {micro}':>14} {memory / 1e9:>9.1f} {fits:>5} {sent / 1e9:>15.2f}")
     if len(lines) == 2:
         lines.append(f"       train.batch_size {batch} divides over none of {', '.join(map(str, worlds))} GPUs")
     return lines

@@ -1,1 +1,1 @@
-"""What a training run is: its data and model, its folder and state, evaluation and the summary at its end."""
+"""A training run: its setup, state and schedule, resuming it, evaluation, and the summary at its end."""

@@ -21,9 +21,15 @@ def evaluate(
     stopping: Callable[[], bool],
     mark: Callable[[str], None],
 ) -> float | None:
-    """Mean cross-entropy in nats per token over `eval.sequences` sequences; None if `stopping` cut it short.
+    """Mean cross-entropy in nats per token over `eval.sequences` sequences; None if it was stopped.
 
-    `mark` is told of every batch.
+    Args:
+        strategy: the model to evaluate.
+        shards: the validation split.
+        context: tokens of a sequence, T.
+        config: of the training run.
+        stopping: asked before every batch whether to stop, on every rank alike.
+        mark: the heartbeat's, called before every batch.
     """
     accelerator = strategy.accelerator
     rank, world = accelerator.process_index, accelerator.num_processes

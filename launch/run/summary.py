@@ -1,4 +1,4 @@
-"""What a person looks at when a run is done: the loss curve as a picture and a sample of the model's text."""
+"""What a person looks at when a training run is done: a picture of the loss and a sample of the model's text."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
+from celo2.training.metrics import read_metrics
 from configs.schema import Config
-from launch.checkpoint.save import list_checkpoints
-from launch.monitoring.metrics import read_metrics
+from launch.checkpoint.load import load_model
+from launch.checkpoint.verify import list_checkpoints
 from launch.run.setup import open_data
-from models.export import load_checkpoint
 
 
 def finish(config: Config, run_dir: Path, device: torch.device) -> None:
-    """Draw the curve, write and show a sample of the last checkpoint, and say where everything is."""
+    """Draw the loss, write and print a sample of the last checkpoint, and print the losses."""
     records = read_metrics(run_dir / "metrics.jsonl")
     curve = draw_losses(records, run_dir / "loss.png", config.run.name)
     if config.log.sample_tokens:
-        model = load_checkpoint(list_checkpoints(run_dir / "checkpoints")[-1]).to(device)
+        model = load_model(list_checkpoints(run_dir / "checkpoints")[-1]).to(device)
         eot = open_data(config)[0].eot_id
         tokenizer = Tokenizer.from_file(str(run_dir / "tokenizer.json"))
         text = sample_text(model, tokenizer, eot, config.log.sample_prompt, config.log.sample_tokens, config.run.seed)
@@ -61,9 +61,9 @@ def draw_losses(records: list[dict], path: Path, title: str) -> Path | None:
 
 @torch.no_grad()
 def sample_text(model: PreTrainedModel, tokenizer: Tokenizer, eot: int, prompt: str, length: int, seed: int) -> str:
-    """`prompt` (or the start of a document) continued by `length` tokens.
+    """`prompt`, or the start of a document, continued by `length` tokens.
 
-    Drawn at temperature 0.7 from the 50 likeliest, no six tokens twice: small models run in circles otherwise.
+    Drawn at temperature 0.7 from the 50 likeliest tokens. No six tokens come twice, as small models repeat themselves otherwise.
     """
     ids = tokenizer.encode(prompt).ids or [eot]
     room = getattr(model.config, "max_position_embeddings", len(ids) + length) - len(ids)

@@ -1,7 +1,6 @@
 """A small prepared data set of bytes, and a run in this process."""
 
 import json
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,18 @@ from accelerate.state import AcceleratorState
 
 import train
 from data.prepare import prepare
+from launch.run.hooks import Hooks
 
+# The documents of the data set. Tolerances of tests were measured on them.
+TEXT = """Pretrain a language model with a learned optimizer.
+
+    python train.py CONFIG.yaml [section.key=value ...]                 one process
+    torchrun --nproc_per_node N train.py CONFIG.yaml [...]              N processes
+    python train.py CONFIG.yaml --plan                                  what it would take, without training
+    python train.py --help                                              every option with its default
+
+config -> accelerator -> data, model, optimizer -> loop -> checkpoint: one page, read from top to bottom.
+"""
 CONFIG = """
 run: {name: test, seed: 1}
 model: {layers: 2, width: 32, heads: 2, context: 32}
@@ -26,7 +36,7 @@ checkpoint: {every: 3}
 def prepared(tmp_path_factory) -> Path:
     """Twenty documents of text, about 12,000 byte tokens."""
     folder = tmp_path_factory.mktemp("prepared")
-    words = textwrap.dedent(train.__doc__).split()
+    words = TEXT.split()
     documents = [" ".join(words[i % len(words)] for i in range(n, n * 7 + 80)) for n in range(1, 21)]
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     return prepare(str(folder / "text.jsonl"), folder / "bytes", tokenizer="bytes", val_fraction=0.2, workers=1)
@@ -36,12 +46,12 @@ def prepared(tmp_path_factory) -> Path:
 def run(prepared, tmp_path, capsys):
     """run("section.key=value", ...) -> (exit status, records of metrics.jsonl, stderr); the folder is run.dir."""
 
-    def start(*overrides: str, folder: str = "run") -> tuple[int, list[dict], str]:
+    def start(*overrides: str, folder: str = "run", hooks: Hooks | None = None) -> tuple[int, list[dict], str]:
         config = tmp_path / "config.yaml"
         config.write_text(CONFIG)
         run_dir = tmp_path / folder
         capsys.readouterr()
-        status = train.main([str(config), f"data.dir={prepared}", f"run.dir={run_dir}", *overrides])
+        status = train.main([str(config), f"data.dir={prepared}", f"run.dir={run_dir}", *overrides], hooks)
         AcceleratorState._reset_state(reset_partial_state=True)  # a process has one; here it has many runs
         captured = capsys.readouterr()
         start.out = captured.out

@@ -8,16 +8,10 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from configs.schema import Config, Optimizer
-from launch.checkpoint import save as checkpoint_module
-from launch.checkpoint.save import (
-    CheckpointError,
-    find_checkpoint,
-    load_checkpoint,
-    read_state,
-    take_snapshot,
-    verify,
-    write_checkpoint,
-)
+from launch.checkpoint import save as save_module
+from launch.checkpoint.load import load_checkpoint, read_state
+from launch.checkpoint.save import take_snapshot, write_checkpoint
+from launch.checkpoint.verify import CheckpointError, find_checkpoint, verify
 from launch.distributed.setup import make_strategy
 from models import build_model
 
@@ -145,15 +139,16 @@ def test_a_failed_save_leaves_the_last_checkpoint_and_no_litter(tmp_path, monkey
     strategy = trained("celo2")
     first = save_checkpoint(tmp_path, strategy, {"step": 1}, keep=1)
 
-    def no_space(*_):
-        raise OSError(28, "No space left on device")
+    for failing in save_module.PHASES[:-1]:
 
-    monkeypatch.setattr(checkpoint_module, "save_file", no_space)
-    with pytest.raises(CheckpointError, match="No space left"):
-        save_checkpoint(tmp_path, strategy, {"step": 2}, keep=1)
-    assert list(tmp_path.iterdir()) == [first]
-    monkeypatch.undo()
-    monkeypatch.setattr(checkpoint_module, "SPARE_BYTES", 1 << 60)
+        def no_space(phase, failing=failing):
+            if phase == failing:
+                raise OSError(28, "No space left on device")
+
+        with pytest.raises(CheckpointError, match="No space left"):
+            write_checkpoint(tmp_path, take_snapshot(strategy, {"step": 2}), 1, no_space)
+        assert list(tmp_path.iterdir()) == [first]
+    monkeypatch.setattr(save_module, "SPARE_BYTES", 1 << 60)
     with pytest.raises(CheckpointError, match=r"no space left: .* GB needed"):
         save_checkpoint(tmp_path, strategy, {"step": 2}, keep=1)
     assert list(tmp_path.iterdir()) == [first]

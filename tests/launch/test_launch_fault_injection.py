@@ -13,9 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import train
-from launch.distributed.strategy import Strategy
-from launch.monitoring import guard as watch_module
+from launch.monitoring import guard as guard_module
+from launch.run.hooks import Hooks
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,8 +47,7 @@ def test_two_resumes_across_an_epoch_are_exact(run, optimizer, precision):
     options += ["train.batch_size=16", "eval.every=5", "checkpoint.every=7"]
     _, whole, _ = run(*options, folder="whole")
     for step in (5, 20):
-        with signal_in_step(step):
-            assert run(*options)[0] == watch_module.STOPPED
+        assert run(*options, hooks=SignalInStep(step))[0] == guard_module.STOPPED
     status, parts, _ = run(*options)
     assert status == 0
     clock = ("seconds", "tokens_per_second", "optimizer_seconds")
@@ -60,46 +58,28 @@ def drop(record, keys):
     return {key: value for key, value in record.items() if key not in keys}
 
 
-class signal_in_step:
-    """While it is open, this process gets a signal in the backward pass of global step `step`."""
+class SignalInStep(Hooks):
+    """This process gets a signal, or more of them, in step `step`."""
 
-    def __init__(self, step, number=signal.SIGTERM):
-        self.step, self.number = step, number
+    def __init__(self, step, number=signal.SIGTERM, times=1):
+        self.step, self.number, self.times = step, number, times
 
-    def __enter__(self):
-        self.real = train.dropout_seed
-
-        def signalled(seed, step, rank):
-            if step + 1 == self.step:
+    def before_step(self, step, strategy):
+        if step == self.step:
+            for _ in range(self.times):
                 os.kill(os.getpid(), self.number)
-            return self.real(seed, step, rank)
-
-        train.dropout_seed = signalled
-
-    def __exit__(self, *_):
-        train.dropout_seed = self.real
 
 
 def test_handlers_are_put_back(run):
-    before = [signal.getsignal(number) for number in watch_module.STOP_SIGNALS]
+    before = [signal.getsignal(number) for number in guard_module.STOP_SIGNALS]
     run("train.steps=2")
-    assert [signal.getsignal(number) for number in watch_module.STOP_SIGNALS] == before
+    assert [signal.getsignal(number) for number in guard_module.STOP_SIGNALS] == before
 
 
-def test_second_interrupt_stops_at_once_and_harms_nothing(run, monkeypatch):
+def test_second_interrupt_stops_at_once_and_harms_nothing(run):
     options = ["train.steps=12", "checkpoint.every=4"]
     _, whole, _ = run(*options, folder="whole")
-    real = train.dropout_seed
-
-    def twice(seed, step, rank):
-        if step == 6:
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
-        return real(seed, step, rank)
-
-    monkeypatch.setattr(train, "dropout_seed", twice)
-    assert run(*options)[0] == 130
-    monkeypatch.undo()
+    assert run(*options, hooks=SignalInStep(7, signal.SIGINT, times=2))[0] == 130
     status, parts, _ = run(*options)
     assert status == 0
     assert losses(parts) == losses(whole)
@@ -113,30 +93,20 @@ def test_changed_learning_rate_and_steps_are_allowed_and_said(run):
     assert "optimizer.lr 0.005 -> 0.001" in run.out
 
 
-def poison(monkeypatch, steps):
-    """NaN in one gradient of the global steps `steps` (from 1), the first time that they are taken."""
-    real, left = Strategy.backward, set(steps)
-    current = [0]
-    real_seed = train.dropout_seed
+class Poison(Hooks):
+    """NaN in one number of the gradient of `steps`, the first time that they are taken."""
 
-    def seed(value, step, rank):
-        current[0] = step + 1
-        return real_seed(value, step, rank)
+    def __init__(self, steps):
+        self.left = set(steps)
 
-    def poisoned(strategy, *rest):
-        loss = real(strategy, *rest)
-        if current[0] in left:
-            left.discard(current[0])
+    def after_backward(self, step, strategy, loss):
+        if step in self.left:
+            self.left.discard(step)
             next(strategy.loss_model.parameters()).grad[0] = float("nan")
-        return loss
-
-    monkeypatch.setattr(train, "dropout_seed", seed)
-    monkeypatch.setattr(Strategy, "backward", poisoned)
 
 
-def test_a_bad_step_never_reaches_the_weights(run, monkeypatch):
-    poison(monkeypatch, [4])
-    status, records, _ = run("checkpoint.every=1", "checkpoint.keep=10")
+def test_a_bad_step_never_reaches_the_weights(run):
+    status, records, _ = run("checkpoint.every=1", "checkpoint.keep=10", hooks=Poison([4]))
     assert status == 0
     assert [r["step"] for r in records if "loss" in r] == [1, 2, 3, 4, 5, 6]
     assert [r["step"] for r in records if "grad_norm" in r and r["grad_norm"] is None] == [4]
@@ -150,21 +120,20 @@ def test_a_bad_step_never_reaches_the_weights(run, monkeypatch):
     assert json.loads((folder / "step_00000006" / "state.json").read_text())["bad_steps"] == 1
 
 
-def test_too_many_bad_steps_stop_the_run_with_the_last_good_checkpoint(run, monkeypatch):
-    poison(monkeypatch, range(3, 100))
-    status, _, err = run("train.steps=30", "train.max_bad_steps=4", "checkpoint.every=2")
+def test_too_many_bad_steps_stop_the_run_with_the_last_good_checkpoint(run):
+    status, _, err = run("train.steps=30", "train.max_bad_steps=4", "checkpoint.every=2", hooks=Poison(range(3, 100)))
     assert status == 2
     assert "4 steps in a row were not finite" in err
-    monkeypatch.undo()
+    (stopped,) = events(run, "stopped")
+    assert stopped["reason"] == "diverged" and "4 steps in a row were not finite" in stopped["error"]
     status, records, _ = run("train.steps=30", "train.max_bad_steps=4", "checkpoint.every=2")
     assert status == 0
     assert all(torch.isfinite(torch.tensor(loss)) for loss in losses(records)[-5:])
 
 
-def test_rollback_goes_back_and_leaves_the_batches_out(run, monkeypatch):
-    poison(monkeypatch, [9, 10])
+def test_rollback_goes_back_and_leaves_the_batches_out(run):
     options = ["train.steps=14", "train.max_bad_steps=2", "train.on_spike=rollback", "checkpoint.every=4", "eval.every=0"]
-    status, records, _ = run(*options)
+    status, records, _ = run(*options, hooks=Poison([9, 10]))
     assert status == 0
     assert [r["step"] for r in records if "loss" in r] == list(range(1, 15))
     assert all(r["loss"] is not None and r["grad_norm"] is not None for r in records if "loss" in r)
@@ -173,24 +142,20 @@ def test_rollback_goes_back_and_leaves_the_batches_out(run, monkeypatch):
     assert (state["skipped"], state["rollbacks"], state["bad_steps"]) == ([[8, 10]], 1, 2)
     assert "rolled back to step 8" in run.out
     # The same steps on the batches that are left: what a run that never saw the bad ones does.
-    monkeypatch.undo()
     _, again, _ = run(*options, folder="again")
     assert losses(again)[:8] == losses(records)[:8]
     assert losses(again)[8] != losses(records)[8]
 
 
 def test_a_spike_is_noticed(run, monkeypatch):
-    monkeypatch.setattr(watch_module, "SPIKE_WINDOW", 5)
-    real = Strategy.backward
-    calls = []
+    monkeypatch.setattr(guard_module, "SPIKE_WINDOW", 5)
 
-    def spiked(*args):
-        calls.append(1)
-        loss = real(*args)
-        return loss + 3 if len(calls) == 8 else loss
+    class Spike(Hooks):
+        def after_backward(self, step, strategy, loss):
+            if step == 8:
+                loss += 3
 
-    monkeypatch.setattr(Strategy, "backward", spiked)
-    status, _, _ = run("train.steps=10")
+    status, _, _ = run("train.steps=10", hooks=Spike())
     assert status == 0
     assert [(e["step"], "spike" in e["problem"]) for e in events(run, "problem")] == [(8, True)]
 
@@ -204,43 +169,38 @@ def test_checkpoints_by_the_clock(run):
     assert all(e["stall_seconds"] >= 0 and e["bytes"] > 0 and e["write_seconds"] > 0 for e in events(run, "checkpoint"))
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(run, monkeypatch):
-    from launch.checkpoint import save as checkpoint
+def test_training_goes_on_while_a_checkpoint_is_written(run):
+    class Order(Hooks):
+        """What happened, in order: writing begins and goes on, and steps of the main thread."""
 
-    real, order = checkpoint.write_checkpoint, []
+        def __init__(self):
+            self.order = []
 
-    def slow(*args):
-        order.append("writing")
-        time.sleep(0.5)
-        order.append("written")
-        return real(*args)
+        def before_save_phase(self, phase):
+            if phase == "weights":
+                self.order.append("writing")
+                time.sleep(0.5)
+                self.order.append("written")
 
-    real_backward = Strategy.backward
+        def before_step(self, step, strategy):
+            self.order.append(threading.current_thread().name == "MainThread")
 
-    def step(*args):
-        order.append(threading.current_thread().name == "MainThread")
-        return real_backward(*args)
-
-    monkeypatch.setattr(checkpoint, "write_checkpoint", slow)
-    monkeypatch.setattr(Strategy, "backward", step)
-    assert run("train.steps=6", "checkpoint.every=3", "eval.every=0")[0] == 0
-    first_save = order[order.index("writing") : order.index("written")]
+    hooks = Order()
+    assert run("train.steps=6", "checkpoint.every=3", "eval.every=0", hooks=hooks)[0] == 0
+    first_save = hooks.order[hooks.order.index("writing") : hooks.order.index("written")]
     assert first_save.count(True) >= 1
 
 
-def test_a_save_that_fails_does_not_end_the_run(run, monkeypatch):
-    from launch.checkpoint import save as checkpoint
+def test_a_save_that_fails_does_not_end_the_run(run):
+    class FullOnce(Hooks):
+        full = True
 
-    real, calls = checkpoint.save_file, []
+        def before_save_phase(self, phase):
+            if phase == "weights" and self.full:
+                self.full = False
+                raise OSError(28, "No space left on device")
 
-    def sometimes(*args):
-        calls.append(1)
-        if len(calls) == 1:
-            raise OSError(28, "No space left on device")
-        return real(*args)
-
-    monkeypatch.setattr(checkpoint, "save_file", sometimes)
-    assert run("train.steps=6", "checkpoint.every=3")[0] == 0
+    assert run("train.steps=6", "checkpoint.every=3", hooks=FullOnce())[0] == 0
     assert "warning: cannot write checkpoint" in run.out
     first, last = events(run, "checkpoint")
     assert "No space left" in first["error"]
@@ -269,8 +229,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_anew(run):
 
 def test_a_checkpoint_set_aside_by_a_killed_rewrite_comes_back(run):
     _, whole, _ = run("train.steps=6", "checkpoint.every=3", folder="whole")
-    with signal_in_step(4):
-        assert run("train.steps=6", "checkpoint.every=0")[0] == watch_module.STOPPED
+    assert run("train.steps=6", "checkpoint.every=0", hooks=SignalInStep(4))[0] == guard_module.STOPPED
     folder = run.tmp_path / "run" / "checkpoints"
     (folder / "step_00000004").rename(folder / ".step_00000004.old")
     (folder / ".step_00000004.tmp").mkdir()

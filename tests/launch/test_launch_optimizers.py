@@ -9,16 +9,20 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
 
+from celo2 import Celo2
+from celo2.distributed.shard import LocalShard
 from configs.load import ConfigError
 from configs.schema import OPTIMIZERS, Config, Optimizer
-from launch.checkpoint.save import load_checkpoint, take_snapshot, write_checkpoint
+from launch.checkpoint.load import load_checkpoint
+from launch.checkpoint.save import take_snapshot, write_checkpoint
 from launch.distributed.setup import make_strategy
-from launch.monitoring.step_statistics import StepProbe, hidden_names
-from launch.optimizers.build import LIBRARIES, Combined, build_optimizer, check_optimizer, optimizer_groups, set_mode
-from launch.optimizers.third_party import Foreign, pack, unpack
+from launch.monitoring.step_statistics import StepStatistics, hidden_names
+from launch.optimizers.build import Combined, build_optimizer, check_optimizer, optimizer_groups, set_mode
+from launch.optimizers.table import TABLE
+from launch.optimizers.third_party import ThirdParty, pack, unpack
 from models import build_model
 
-NADAM = Optimizer(name="torch.optim.NAdam", arguments={"decoupled_weight_decay": True})
+LIBRARIES = [name for name, entry in TABLE.items() if entry.third_party]
 
 
 def tiny(seed=0):
@@ -39,7 +43,7 @@ def step(model, optimizer, seed):
 
 def config_of(name):
     if name in LIBRARIES:
-        pytest.importorskip(LIBRARIES[name].path.partition(".")[0])
+        pytest.importorskip(TABLE[name].path.partition(".")[0])
     return Optimizer(name=name, lr=1e-3)
 
 
@@ -71,9 +75,43 @@ class Listing(torch.optim.Optimizer):
 
 
 def test_names_of_the_schema_are_those_that_are_built():
+    assert list(TABLE) == list(OPTIMIZERS)
     for name in OPTIMIZERS:
         check_optimizer(config_of(name))
-    assert set(LIBRARIES) < set(OPTIMIZERS)
+
+
+def test_what_the_table_says_of_an_optimizer_is_so():
+    """Roles, classes and the state for each weight; tests/launch/test_train_distributed.py covers sharded parameters."""
+    for name, entry in TABLE.items():
+        model, config = tiny(), config_of(name)
+        groups = optimizer_groups(config, model)
+        assert ("other" in {group["role"] for group in groups}) != entry.all_hidden
+        optimizer = build_optimizer(config, groups)
+        assert all(group["initial_lr"] == group["lr"] for group in optimizer.param_groups)
+        assert isinstance(optimizer, Celo2) == entry.takes_rule
+        assert isinstance(optimizer, Combined) == (entry.route == "hidden" and not entry.takes_rule)
+        set_mode(optimizer, "train")
+        step(model, optimizer, seed=0)
+        weight = model.model.layers[0].mlp.up_proj.weight
+        numbers = sum(value.numel() for value in optimizer.state[weight].values() if value.numel() >= weight.numel())
+        if not entry.third_party:
+            assert numbers == entry.state_per_weight * weight.numel(), name
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "lion"])
+def test_only_optimizers_with_a_rule_divide_their_state(name):
+    config = config_of(name)
+    with pytest.raises(ConfigError, match=f"divides the state of celo2 and celo2-base, not of {name}"):
+        build_optimizer(config, optimizer_groups(config, tiny()), shard_state=True)
+
+
+def test_unknown_optimizers_need_whole_parameters():
+    config = Optimizer(name="torch.optim.NAdam")
+    groups = optimizer_groups(config, tiny())
+    p = groups[0]["params"][0]
+    groups[0]["params"][0].local_shard = LocalShard(tuple(p.shape), 0, p.numel() // 2, group="some group")
+    with pytest.raises(ConfigError, match=r"torch.optim.NAdam knows whole parameters only: use distributed.strategy=ddp"):
+        build_optimizer(config, groups)
 
 
 def test_state_becomes_tensors_and_comes_back():
@@ -97,7 +135,7 @@ def test_a_library_behaves_as_without_the_adapter(name, monkeypatch):
     optimizer = optimizer_of(config, ours)
     own = optimizer_of(config, theirs)
     parts = own.optimizers if isinstance(own, Combined) else (own,)
-    bare = [part.inner if isinstance(part, Foreign) else part for part in parts]
+    bare = [part.inner if isinstance(part, ThirdParty) else part for part in parts]
     for part in (optimizer, *bare):
         set_mode(part, "train")
     for seed in range(3):
@@ -147,7 +185,7 @@ def test_the_average_of_schedule_free_is_what_is_evaluated():
 
 def test_routes():
     everything = optimizer_of(Optimizer(name="torch.optim.NAdam", route="all", lr=1.0, adamw_lr=0.5), tiny())
-    assert isinstance(everything, Foreign) and {group["lr"] for group in everything.param_groups} == {1.0, 0.5}
+    assert isinstance(everything, ThirdParty) and {group["lr"] for group in everything.param_groups} == {1.0, 0.5}
     hidden = optimizer_of(Optimizer(name="torch.optim.NAdam", lr=1.0, adamw_lr=0.5), tiny())
     library, adamw = hidden.optimizers
     assert {group["lr"] for group in library.param_groups} == {1.0}
@@ -194,22 +232,22 @@ def test_arguments_reach_the_built_in_ones():
         optimizer_of(Optimizer(name="muon", arguments={"momentun": 0.9}), tiny())
 
 
-def test_probe_measures_time_and_change():
+def test_statistics_of_time_and_change():
     weight = nn.Parameter(torch.full((300, 300), 2.0))
     weight.grad = torch.ones_like(weight)
     optimizer = torch.optim.SGD([weight], lr=0.5)
-    probe = StepProbe(optimizer, [weight], torch.device("cpu"))
-    assert probe.record() == {}
-    probe.begin(measure=False)
+    statistics = StepStatistics(optimizer, [weight], torch.device("cpu"))
+    assert statistics.record() == {}
+    statistics.begin(measure=False)
     optimizer.step()
-    assert set(probe.record()) == {"optimizer_seconds"}
-    probe.begin(measure=True)
+    assert set(statistics.record()) == {"optimizer_seconds"}
+    statistics.begin(measure=True)
     optimizer.step()
     optimizer.step()  # DeepSpeed steps group by group
-    record = probe.record()
+    record = statistics.record()
     assert record["update_rms"] == pytest.approx(1.0) and record["update_ratio"] == pytest.approx(1.0 / 1.5)
     assert 0 < record["optimizer_seconds"] < 1
-    assert probe.record() == {}
+    assert statistics.record() == {}
 
 
 def test_hidden_matrices_of_a_gpt():

@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from launch.run.hooks import Hooks
+
 ROOT = Path(__file__).parents[2]
 STEPS = ["train.steps=12", "train.micro_batch_size=4", "checkpoint.every=4", "checkpoint.keep=10"]
 
@@ -197,43 +199,48 @@ def test_a_rank_that_hangs_is_named_and_the_run_continues(run, prepared):
     assert losses(read(run.tmp_path / "two")) == pytest.approx(losses(single), rel=1e-5)  # worst measured 1e-7
 
 
+class Fault(Hooks):
+    """What goes wrong in a run: "signal" or "hang" in step 6 of the second rank, or "NaN" losses in two steps, once each."""
+
+    def __init__(self, kind):
+        self.kind, self.calls, self.handle = kind, itertools.count(1), None
+
+    def before_step(self, step, strategy):
+        if self.kind == "NaN" and next(self.calls) in (6, 7):
+            self.handle = strategy.loss_model.register_forward_hook(lambda module, inputs, loss: loss * math.nan)
+        if self.kind != "NaN" and (step, strategy.accelerator.process_index) == (6, 1):
+            os.kill(os.getpid(), signal.SIGTERM) if self.kind == "signal" else time.sleep(600)
+
+    def after_backward(self, step, strategy, loss):
+        if self.handle is not None:
+            self.handle.remove()
+            self.handle = None
+
+
 def main():
     """Carry out RUNS in this process of torchrun and print the exit statuses."""
-    import torch
     import torch.distributed as dist
     from accelerate.state import AcceleratorState
 
     import train
     from celo2 import optimizer
     from celo2.blocked import PLAIN
-    from launch.distributed.leave import leave
-    from launch.distributed.strategy import Strategy
+    from launch.distributed.private import leave
 
     dist.destroy_process_group = lambda *_: None  # the runs of one start share the group: a new one would meet stale addresses
-    real, rank, statuses = train.dropout_seed, int(os.environ["RANK"]), []
-    poisoned, real_loss = [False], Strategy.loss
-    Strategy.loss = lambda self, *batch: real_loss(self, *batch) * (math.nan if poisoned[0] and torch.is_grad_enabled() else 1.0)
+    statuses = []
     passes_for = optimizer.passes_for
     for arguments in json.loads(os.environ["RUNS"]):
-        train.dropout_seed, optimizer.passes_for = real, passes_for
+        optimizer.passes_for = passes_for
+        hooks = None
         if arguments[0] == "tamper":
             arguments.pop(0)
             optimizer.passes_for = lambda device: PLAIN._replace(newton_schulz=lambda u: u)
         if arguments[0].startswith(("signal", "hang", "NaN")):
-            fault = arguments.pop(0)
-
-            calls = itertools.count(1)
-
-            def disturbed(seed, step, rank, fault=fault, calls=calls):
-                poisoned[0] = fault.startswith("NaN") and next(calls) in (6, 7)
-                if (step, rank) == (5, 1) and not fault.startswith("NaN"):
-                    os.kill(os.getpid(), signal.SIGTERM) if fault.startswith("signal") else time.sleep(600)
-                return real(seed, step, rank)
-
-            train.dropout_seed = disturbed
-        statuses.append(train.main(arguments))
+            hooks = Fault(arguments.pop(0).partition(" ")[0])
+        statuses.append(train.main(arguments, hooks))
         AcceleratorState._reset_state(reset_partial_state=True)
-    os.write(1, f"\nrank {rank}: {statuses}\n".encode())  # one write: the ranks share the pipe
+    os.write(1, f"\nrank {os.environ['RANK']}: {statuses}\n".encode())  # one write: the ranks share the pipe
     leave(0)
 
 

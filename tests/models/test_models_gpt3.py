@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 from models import SIZES, build_model
-from models.export import to_gpt2
+from models.gpt2 import to_gpt2
 from models.gpt3 import GPT3Config, GPT3LMHeadModel, GPT3Model
 
 PUBLISHED = {

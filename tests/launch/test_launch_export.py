@@ -12,8 +12,13 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from launch.checkpoint.export import export
+from launch.checkpoint.load import load_model
+from launch.checkpoint.save import write_manifest
+from launch.checkpoint.verify import CheckpointError, find_checkpoint
 from models import build_model
-from models.export import ExportError, export, find_checkpoint, load_checkpoint, main, to_gpt2
+from models.export import main
+from models.gpt2 import to_gpt2
 
 ROOT = Path(__file__).parents[2]
 TEXT = "Hello, World!  It's 12345 o'clock — naïve café.\n\tdef f(x):\n  return x<|endoftext|>The end."
@@ -61,13 +66,20 @@ def train_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def save_checkpoint(model, folder: Path, complete: bool = True) -> Path:
+def save_checkpoint(model, folder: Path, whole: bool = True) -> Path:
     folder.mkdir(parents=True)
     save_file({name: p.detach().contiguous() for name, p in model.named_parameters()}, folder / "model.safetensors")
     model.config.to_json_file(folder / "config.json")
-    if complete:
-        (folder / "manifest.json").write_text("{}")
+    if whole:
+        write_manifest(folder)
     return folder
+
+
+def change(checkpoint: Path, name: str, write) -> None:
+    """Change or remove a file of a checkpoint that stays whole: its manifest fits again."""
+    (checkpoint / "manifest.json").unlink()
+    write(checkpoint / name)
+    write_manifest(checkpoint)
 
 
 def make_run(folder: Path, steps=(100,), hf=None) -> Path:
@@ -106,7 +118,7 @@ def test_stock_transformers_loads_what_was_trained(run, tmp_path):
         assert report["class"] == name
         assert report["ids"] == tokenizer.encode(TEXT).ids and report["text"] == TEXT
         assert report["eos"] == "<|endoftext|>" and report["eos_id"] == tokenizer.token_to_id("<|endoftext|>")
-        model = load_checkpoint(find_checkpoint(source))
+        model = load_model(find_checkpoint(source / "checkpoints")[0])
         assert report["model_max_length"] == model.config.max_position_embeddings
         with torch.no_grad():
             logits = model(torch.tensor([report["ids"]])).logits[0]
@@ -115,8 +127,8 @@ def test_stock_transformers_loads_what_was_trained(run, tmp_path):
         assert report["written"].startswith(TEXT[:20]) and len(report["written"]) > 20
 
 
-def test_newest_complete_checkpoint_or_the_one_asked_for(run, tmp_path):
-    save_checkpoint(build_model(size="gpt3-tiny", vocab_size=320), run / "checkpoints" / "step_00000020", complete=False)
+def test_newest_whole_checkpoint_or_the_one_asked_for(run, tmp_path):
+    save_checkpoint(build_model(size="gpt3-tiny", vocab_size=320), run / "checkpoints" / "step_00000020", whole=False)
     steps = {10: run, 2: run / "checkpoints" / "step_00000002"}
     for step, source in steps.items():
         folder = run / "checkpoints" / f"step_{step:08d}"
@@ -145,6 +157,42 @@ def test_to_gpt2_copies():
     assert to_gpt2(model.to(torch.bfloat16)).dtype == torch.bfloat16
 
 
+def flip_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "harm", "message"),
+    [
+        ("model.safetensors", flip_byte, "model.safetensors is damaged: its sha256 is not the manifest's"),
+        ("model.safetensors", lambda path: os.truncate(path, 1000), "model.safetensors has 1000 bytes, its manifest says"),
+        ("config.json", Path.unlink, "is no whole checkpoint: config.json is missing"),
+        ("manifest.json", lambda path: path.write_text("{"), "manifest.json cannot be read"),
+    ],
+)
+def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_is_taken(name, harm, message, tmp_path, capsys):
+    run = make_run(tmp_path / "run", steps=(1, 2))
+    first, second = (run / "checkpoints" / f"step_0000000{step}" for step in (1, 2))
+    harm(second / name)
+    assert main([str(run), str(tmp_path / "out")]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == f"exported {first} to {tmp_path / 'out'}\n"
+    (note,) = [line for line in captured.err.splitlines() if line.startswith("export: ")]  # transformers draws a progress bar
+    assert note.startswith("export: note: ") and message in note and note.endswith("; taking step_00000001 instead")
+    exported = load_file(tmp_path / "out" / "model.safetensors")
+    trained = load_file(first / "model.safetensors")
+    assert torch.equal(exported["transformer.wpe.weight"], trained["model.embed_positions.weight"])
+    # The damaged one itself, and a run that has no other.
+    with pytest.raises(CheckpointError, match=message):
+        export(second, tmp_path / "damaged")
+    harm(first / name)
+    with pytest.raises(CheckpointError, match=rf"run holds no whole checkpoint \(checkpoints/step_\*\); .*{message}"):
+        export(run, tmp_path / "damaged")
+    assert not (tmp_path / "damaged").exists()
+
+
 def break_run(run: Path, how: str) -> Path:
     """Damage a fresh run in one way; -> what to export."""
     checkpoint = run / "checkpoints" / "step_00000100"
@@ -161,20 +209,21 @@ def break_run(run: Path, how: str) -> Path:
     if how == "broken tokenizer":
         (run / "tokenizer.json").write_text("{}")
     if how == "no configuration":
-        (checkpoint / "config.json").unlink()
+        change(checkpoint, "config.json", Path.unlink)
     if how == "no weights":
-        (checkpoint / "model.safetensors").unlink()
+        change(checkpoint, "model.safetensors", Path.unlink)
     if how == "unknown model":
-        (checkpoint / "config.json").write_text('{"model_type": "banana"}')
+        change(checkpoint, "config.json", lambda path: path.write_text('{"model_type": "banana"}'))
     if how == "broken weights":
-        (checkpoint / "model.safetensors").write_bytes(b"no weights")
+        change(checkpoint, "model.safetensors", lambda path: path.write_bytes(b"no weights"))
     if how == "missing weight":
         del weights["model.norm.bias"]
-        save_file(weights, checkpoint / "model.safetensors")
+        change(checkpoint, "model.safetensors", lambda path: save_file(weights, path))
     if how == "unknown weight":
-        save_file({**weights, "banana": torch.zeros(1)}, checkpoint / "model.safetensors")
+        change(checkpoint, "model.safetensors", lambda path: save_file({**weights, "banana": torch.zeros(1)}, path))
     if how == "misshapen weight":
-        save_file({**weights, "model.norm.bias": torch.zeros(1)}, checkpoint / "model.safetensors")
+        weights["model.norm.bias"] = torch.zeros(1)
+        change(checkpoint, "model.safetensors", lambda path: save_file(weights, path))
     if how == "small vocabulary":
         model = build_model(size="gpt3-tiny", vocab_size=50)
         save_checkpoint(model, run / "checkpoints" / "step_00000200")
@@ -185,8 +234,8 @@ def break_run(run: Path, how: str) -> Path:
     ("how", "message"),
     [
         ("missing run", "there is no folder .*nowhere"),
-        ("no checkpoint", "holds no complete checkpoint"),
-        ("incomplete checkpoint", "step_00000100 is not complete: it has no manifest.json"),
+        ("no checkpoint", "holds no whole checkpoint"),
+        ("incomplete checkpoint", "step_00000100 is no whole checkpoint: manifest.json is missing"),
         ("no tokenizer", "the run has no .*tokenizer.json"),
         ("broken tokenizer", "cannot read .*tokenizer.json"),
         ("no configuration", "step_00000100 has no config.json"),
@@ -201,7 +250,7 @@ def break_run(run: Path, how: str) -> Path:
 )
 def test_every_user_error_is_one_line_and_leaves_nothing(how, message, tmp_path, capsys):
     source = break_run(make_run(tmp_path / "run"), how)
-    with pytest.raises(ExportError, match=message):
+    with pytest.raises(CheckpointError, match=message):
         export(source, tmp_path / "out")
     capsys.readouterr()
     assert main([str(source), str(tmp_path / "out")]) == 2
@@ -212,9 +261,9 @@ def test_every_user_error_is_one_line_and_leaves_nothing(how, message, tmp_path,
 def test_out_that_exists_is_an_error(run, tmp_path):
     (tmp_path / "file").write_text("mine")
     for out in (tmp_path, tmp_path / "file"):
-        with pytest.raises(ExportError, match="exists and is not an empty folder"):
+        with pytest.raises(CheckpointError, match="exists and is not an empty folder"):
             export(run, out)
-    with pytest.raises(ExportError, match="cannot write"):
+    with pytest.raises(CheckpointError, match="cannot write"):
         export(run, tmp_path / "file" / "out")
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -225,7 +274,7 @@ def test_failure_while_writing_leaves_nothing(run, tmp_path, monkeypatch):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", full_disk)
-    with pytest.raises(ExportError, match=r"cannot write .*No space left on device"):
+    with pytest.raises(CheckpointError, match=r"cannot write .*No space left on device"):
         export(run, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

@@ -1,0 +1,113 @@
+"""Turns a checkpoint into a folder that transformers loads without this project: python -m models.export RUN OUT.
+
+A GPT-3 becomes a stock GPT-2, which is the same function; any other architecture is saved as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from tokenizers import Tokenizer
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerFast
+
+from launch.checkpoint.load import load_model
+from launch.checkpoint.verify import MANIFEST, CheckpointError, find_checkpoint, verify
+from models.gpt2 import to_gpt2
+from models.gpt3 import GPT3LMHeadModel
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def export(run: str | Path, out: str | Path, note: Callable[[str], None] = lambda text: None) -> Path:
+    """Write the model and the tokenizer of `run` to the new folder `out`; returns the checkpoint that was taken.
+
+    AutoModelForCausalLM, AutoTokenizer and pipeline("text-generation") load `out`, which appears only when it is complete.
+
+    Args:
+        run: the folder of a training run, whose newest whole checkpoint is taken, or one of its checkpoints.
+        out: a folder that does not exist, or is empty.
+        note: is told of damaged checkpoints that are newer than the one that was taken.
+
+    Raises:
+        CheckpointError: no whole checkpoint, a model or tokenizer that cannot be read, or a folder that cannot be written.
+    """
+    out = Path(os.path.abspath(out))
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out} exists and is not an empty folder")
+    checkpoint, problems = choose_checkpoint(Path(run).absolute())
+    for problem in problems:
+        note(f"{problem}; taking {checkpoint.name} instead")
+    model = load_model(checkpoint)
+    if isinstance(model, GPT3LMHeadModel):
+        model = to_gpt2(model)
+    tokenizer = load_tokenizer(checkpoint.parent.parent / "tokenizer.json", model.config)
+    end = tokenizer.eos_token_id
+    model.config.bos_token_id = model.config.eos_token_id = end
+    # A batch pads with the end of text, and a pipeline, which asks for 256 new tokens, stays inside a small context.
+    context = getattr(model.config, "max_position_embeddings", None)
+    model.generation_config = GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=end, max_length=context)
+
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir(parents=True)
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        os.replace(partial, out)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {out}: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return checkpoint
+
+
+def choose_checkpoint(run: Path) -> tuple[Path, list[str]]:
+    """`run` if it is a checkpoint, or else the newest whole one in it, and what is wrong with newer ones."""
+    if not run.is_dir():
+        raise CheckpointError(f"there is no folder {run}")
+    if (run / MANIFEST).exists() or (run / "model.safetensors").exists():
+        verify(run)
+        return run, []
+    checkpoint, problems = find_checkpoint(run / "checkpoints")
+    if checkpoint is None:
+        raise CheckpointError("; ".join([f"{run} holds no whole checkpoint (checkpoints/step_*)", *problems]))
+    return checkpoint, problems
+
+
+def load_tokenizer(path: Path, config: PretrainedConfig) -> PreTrainedTokenizerFast:
+    """The tokenizer of a training run, for the model that `config` describes."""
+    if not path.is_file():
+        raise CheckpointError(f"the run has no {path}")
+    try:
+        known = Tokenizer.from_file(str(path)).token_to_id(END_OF_TEXT) is not None
+        special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT) if known else {}
+        context = getattr(config, "max_position_embeddings", None)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path), model_max_length=context, **special)
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise CheckpointError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+    if len(tokenizer) > config.vocab_size:
+        raise CheckpointError(f"{path} has {len(tokenizer)} tokens, the model only {config.vocab_size}")
+    return tokenizer
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Export as the command line says. Exit status 2: an error, in one line."""
+    parser = argparse.ArgumentParser(prog="python -m models.export", description=__doc__.splitlines()[0])
+    parser.add_argument("run", help="a run's folder, or one checkpoint in it")
+    parser.add_argument("out", help="the folder to write; it must not exist, or be empty")
+    options = parser.parse_args(arguments)
+    try:
+        checkpoint = export(options.run, options.out, note=lambda text: print(f"export: note: {text}", file=sys.stderr))
+    except CheckpointError as error:
+        print(f"export: {error}", file=sys.stderr)
+        return 2
+    print(f"exported {checkpoint} to {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

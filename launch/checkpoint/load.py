@@ -1,0 +1,134 @@
+"""Reading checkpoints that `launch.checkpoint.verify` has found whole: into a strategy, or as a model."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from celo2.distributed.shard import LocalShard
+from launch.checkpoint.verify import CheckpointError
+from launch.distributed.gather import REPLICATED, keeps_state
+from launch.distributed.strategy import Strategy, persistent_buffers
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The state.json of a checkpoint."""
+    return json.loads((path / "state.json").read_text())
+
+
+def load_checkpoint(path: Path, strategy: Strategy) -> None:
+    """Fill this rank's weights and optimizer state from a checkpoint, tensor by tensor through CPU memory.
+
+    Raises:
+        CheckpointError: a checkpoint of another model or optimizer, naming the difference.
+    """
+    with torch.no_grad():
+        load_weights(path, strategy)
+        load_optimizer_state(path, strategy)
+    strategy.weights_changed()
+
+
+def load_weights(path: Path, strategy: Strategy) -> None:
+    """Fill weights and buffers."""
+    with safe_open(path / "model.safetensors", "pt") as file:
+        require_same_names(path, "weights", [*strategy.shards, *strategy.buffers], file.keys())
+        for name, shard in strategy.shards.items():
+            require_same_shape(path, name, shard.local_shard.shape, file.get_slice(name).get_shape())
+            shard.weight.copy_(read_shard(file, name, shard.local_shard))
+        for name, buffer in strategy.buffers.items():
+            require_same_shape(path, name, buffer.shape, file.get_slice(name).get_shape())
+            buffer.copy_(file.get_tensor(name))
+
+
+def load_optimizer_state(path: Path, strategy: Strategy) -> None:
+    """Fill the optimizer state that this rank keeps. It keeps its own dtype, whatever was saved."""
+    with safe_open(path / "optimizer.safetensors", "pt") as file:
+        saved: dict[str, list[str]] = defaultdict(list)
+        for entry in file.keys():  # noqa: SIM118
+            name, _, key = entry.rpartition("/")
+            if name not in strategy.shards:
+                raise CheckpointError(f"{path}: optimizer state of '{name}', a parameter that the model lacks")
+            saved[name].append(key)
+        for name, shard in strategy.shards.items():
+            if not keeps_state(strategy, shard):
+                continue
+            state = strategy.optimizer.state.get(shard.weight) or None  # None: the optimizer makes it in its first step
+            if state is not None:
+                # `count` exists only with bfloat16 accumulators; where none was saved, it starts again.
+                names = state.keys() - {"count"}, set(saved[name]) - {"count"}
+                require_same_names(path, f"optimizer state of '{name}'", *names)
+                if "count" in state:
+                    state["count"].zero_()
+            for key in saved[name]:
+                entry = f"{name}/{key}"
+                value = file.get_tensor(entry) if key in REPLICATED else read_shard(file, entry, shard.local_shard)
+                if state is None:
+                    strategy.optimizer.state[shard.weight][key] = value.to(shard.weight.device)
+                elif key in state:
+                    require_same_shape(path, entry, state[key].shape, value.shape)
+                    state[key].copy_(value)
+
+
+def read_shard(file: Any, entry: str, local_shard: LocalShard) -> Tensor:
+    """What of the tensor `entry` (..., *shape) in an open safetensors file belongs to a local shard (..., n), perhaps all."""
+    if local_shard.whole:
+        return file.get_tensor(entry)
+    part, shape = file.get_slice(entry), local_shard.shape
+    row = math.prod(shape[1:])
+    first, last = local_shard.start // row, -(-local_shard.stop // row)
+    leading = len(part.get_shape()) - len(shape)
+    rows = part[(*[slice(None)] * leading, slice(first, max(first, last)))]
+    flat = rows.reshape(*rows.shape[:leading], -1)
+    return flat[..., local_shard.start - first * row : local_shard.stop - first * row]
+
+
+def require_same_names(path: Path, what: str, own: Collection[str], saved: Collection[str]) -> None:
+    """Raise CheckpointError if two sets of names differ, naming one of the difference."""
+    missing, extra = sorted(set(own) - set(saved)), sorted(set(saved) - set(own))
+    if missing or extra:
+        which = f"lacks '{missing[0]}'" if missing else f"holds '{extra[0]}', which this run does not have"
+        raise CheckpointError(f"{path}: of another model or optimizer: its {what} {which}")
+
+
+def require_same_shape(path: Path, name: str, own: Sequence[int], saved: Sequence[int]) -> None:
+    """Raise CheckpointError if a saved tensor has another shape."""
+    if tuple(own) != tuple(saved):
+        raise CheckpointError(f"{path}: of another model: '{name}' has shape {tuple(saved)}, in this run {tuple(own)}")
+
+
+def load_model(path: Path) -> PreTrainedModel:
+    """The model of a checkpoint on the CPU, in the checkpoint's dtype and in evaluation mode.
+
+    Raises:
+        CheckpointError: a file that is missing or cannot be read, or weights that do not fit the configuration.
+    """
+    for name in ("config.json", "model.safetensors"):
+        if not (path / name).is_file():
+            raise CheckpointError(f"{path} has no {name}")
+    try:
+        config = AutoConfig.from_pretrained(path / "config.json")
+        weights = load_file(path / "model.safetensors")
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+    model = AutoModelForCausalLM.from_config(config)
+    own = dict(model.named_parameters()) | persistent_buffers(model)
+    for problem, names in (
+        ("lacks", own.keys() - weights.keys()),
+        ("has unknown", weights.keys() - own.keys()),
+        ("has misshapen", {n for n in own.keys() & weights.keys() if own[n].shape != weights[n].shape}),
+    ):
+        if names:
+            raise CheckpointError(f"{path / 'model.safetensors'} {problem} weights: {', '.join(sorted(names)[:3])}")
+    for name, tensor in own.items():
+        tensor.data = weights[name]  # takes the checkpoint's dtype
+    return model.eval()

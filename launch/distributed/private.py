@@ -1,0 +1,63 @@
+"""Private names of other libraries that this project cannot do without, each behind a function that says why.
+
+Nothing else in `launch` uses private names. tests/launch/test_launch_private.py fails when a library changes one of them.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+from contextlib import suppress
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
+from torch.utils._python_dispatch import TorchDispatchMode
+
+DispatchMode = TorchDispatchMode  # sees every operator that torch calls, collectives included; hooks see modules only
+
+
+def connect_to_default_store(prefix: str) -> dist.Store:
+    """A connection of its own to the store through which the ranks of the default process group found each other.
+
+    It does not wait while the main thread waits for an answer of the store. A second store would need a second port. All keys get
+    `prefix`.
+    """
+    store: Any = _get_default_store()
+    return dist.PrefixStore(prefix, store.clone())
+
+
+def leave(status: int) -> NoReturn:
+    """End the process with `status`. Exit handlers run, output is flushed, but the interpreter is not taken apart.
+
+    Gloo's worker threads release a collective's tensors a moment after the collective is done. One that does so while the
+    interpreter is being taken apart aborts the process (SIGABRT), and a run that has succeeded counts as failed. Taking down
+    the process group ends the threads only where nothing refers to it any more, but DeepSpeed and a DeviceMesh always do.
+    https://github.com/pytorch/pytorch/pull/179291
+    """
+    atexit._run_exitfuncs()
+    with suppress(BrokenPipeError):  # nobody reads it
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(status)
+
+
+def zero_gradient_norm(zero: Any) -> torch.Tensor:
+    """The norm of the whole gradient, which DeepSpeed's engine tells only after the update; `zero` is `engine.optimizer`."""
+    return torch.as_tensor(zero._global_grad_norm)
+
+
+def zero3_refresh_weights(zero: Any) -> None:
+    """Copy what stage 3's flat vectors hold into the model's parameters, as at the end of a step."""
+    zero._partition_all_parameters()
+    for i in range(len(zero.fp16_groups)):
+        zero._reassign_or_swap_out_partitioned_parameters(i)
+    if zero.persistent_parameters:  # small ones stay gathered
+        zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+
+def forbid_deepspeed_compilation(deepspeed: Any) -> None:
+    """Without this DeepSpeed compiles C++ for inference on CPUs at its first start, which training does not need."""
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

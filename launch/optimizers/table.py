@@ -1,0 +1,76 @@
+"""The table of optimizers with a short name: where each comes from and what it can do.
+
+Code that depends on what an optimizer can do reads the optimizer's entry here, and never its name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from configs.schema import Optimizer as OptimizerConfig
+
+
+@dataclass(frozen=True)
+class OptimizerEntry:
+    """One optimizer. The defaults are what is assumed of a class that the configuration names by its dotted path."""
+
+    path: str  # dotted path of the class
+    package: str | None = None  # what pip calls the library, for the error message if it is missing
+    arguments: dict[str, Any] = field(default_factory=dict)  # of the constructor, as the authors advise for language models
+    route: Literal["hidden", "all"] = (
+        "hidden"  # hidden: it updates the hidden matrices, AdamW the rest; all: it updates everything
+    )
+    decay: float = 1.0  # factor on the weight decay of what it updates
+    third_party: bool = True  # its state becomes tensors through the adapter in `launch.optimizers.third_party`
+    sharded_path: str | None = None  # the class that updates local shards; None: it needs whole parameters
+    plain_matrices: bool = False  # refuses fused and stacked matrices
+    takes_rule: bool = False  # is Celo2: has optimizer.rule and optimizer.state_dtype, and divides its work over replicas
+    all_hidden: bool = False  # treats every parameter as hidden, and so has no optimizer.adamw_lr
+    orthogonalizes: bool = False  # the update of hidden matrices, by Newton–Schulz
+    state_per_weight: int = 2  # numbers of optimizer state for each weight that it updates
+
+
+ADAMW: dict[str, Any] = {"betas": (0.9, 0.95), "eps": 1e-8, "fused": True}
+CELO2: dict[str, Any] = {
+    "path": "celo2.Celo2",
+    "sharded_path": "celo2.Celo2",
+    "third_party": False,
+    "takes_rule": True,
+    "state_per_weight": 4,
+}
+TABLE = {
+    "celo2": OptimizerEntry(**CELO2, orthogonalizes=True),
+    "celo2-base": OptimizerEntry(**CELO2, all_hidden=True),
+    "adamw": OptimizerEntry(
+        "torch.optim.AdamW", sharded_path="torch.optim.AdamW", third_party=False, route="all", arguments=ADAMW
+    ),
+    # arXiv 2502.16982: at this scale an update is as large as AdamW's. The sharded class has no other.
+    "muon": OptimizerEntry(
+        "torch.optim.Muon",
+        sharded_path="launch.optimizers.sharded_muon.ShardedMuon",
+        arguments={"adjust_lr_fn": "match_rms_adamw"},
+        third_party=False,
+        plain_matrices=True,
+        orthogonalizes=True,
+        state_per_weight=1,
+    ),
+    # arXiv 2302.06675, section 5: these betas for language models, a weight decay 3 to 10 times AdamW's.
+    "lion": OptimizerEntry("pytorch_optimizer.Lion", "pytorch_optimizer", {"betas": (0.95, 0.98)}, decay=3.0),
+    # arXiv 2409.11321: betas (0.95, 0.95), eigenbases every 10 steps, on the matrices of the layers alone.
+    "soap": OptimizerEntry("pytorch_optimizer.SOAP", "pytorch_optimizer", {"precondition_frequency": 10}),
+    # arXiv 1804.04235. Its learning rate is relative to the RMS of the weight.
+    "adafactor": OptimizerEntry("torch.optim.Adafactor"),
+    # arXiv 2405.15682: it averages the weights, so it must have them all. It wants schedule.kind=constant.
+    "schedule-free": OptimizerEntry("schedulefree.AdamWScheduleFree", "schedulefree", route="all"),
+}
+
+
+def entry_of(config: OptimizerConfig) -> OptimizerEntry:
+    """The entry of the optimizer that `config` names, by a short name or a dotted path."""
+    return TABLE.get(config.name) or OptimizerEntry(config.name, route=config.route)
+
+
+def names_that_take_a_rule() -> str:
+    """For error messages: the optimizers that have a rule."""
+    return " and ".join(name for name, entry in TABLE.items() if entry.takes_rule)
