@@ -107,6 +107,7 @@ def pretrain(config: Config, accelerator: Accelerator, heartbeat: Heartbeat) -> 
         metrics.event(checkpoint)
 
     with (
+        metrics,
         Display(steps, state.step, first) as display,
         Saver(run_dir / "checkpoints", config.checkpoint, report, write=first, saved=state.step) as saver,
         Watch(accelerator, config.train) as watch,

@@ -15,7 +15,8 @@ from launch.compare.statistics import CONFIDENCE, Difference, difference, estima
 
 LEVEL = 1 - CONFIDENCE
 SAME_LENGTH = 1e-3  # runs of as many steps differ by a few tokens, since the last sequence of an epoch is shorter
-TRAINING = ("step", "tokens", "seconds", "loss", "grad_norm", "update_rms", "update_ratio", "optimizer_seconds")
+TRAINING = ("step", "tokens", "seconds", "loss", "grad_norm", "update_rms", "update_ratio")  # what the charts show
+MOST_POINTS = 1000  # of a curve
 
 Groups = Mapping[str, Sequence[Run]]  # the final runs of each optimizer, by label
 
@@ -180,7 +181,7 @@ def row(
             "asked": len(sound),
             "at_most": any(x == run.losses()[0][0] for run, x in hits),
             "tokens": mean(x for _, x in hits),
-            "steps": mean(step_at(run, x) for run, x in hits),
+            "steps": mean(run.steps_at(x) for run, x in hits),
             "seconds": mean(run.seconds_at(x) for run, x in hits),
         }
     if search is not None:
@@ -198,14 +199,9 @@ def losses_of(losses: Mapping[float, float]) -> list[dict[str, float | None]]:
     return [{"value": lr, "loss": loss if loss < float("inf") else None} for lr, loss in sorted(losses.items())]
 
 
-def step_at(run: Run, tokens: float) -> float:
-    """Optimizer steps until `tokens`."""
-    return at([(0, 0), *((r["tokens"], r["step"]) for r in run.validation)], tokens)
-
-
 def curves(run: Run) -> dict[str, Any]:
     """What the page draws of a run, with what repeats it."""
-    training = thinned(run.training)
+    training, validation = thinned(run.training, MOST_POINTS), thinned(run.validation, MOST_POINTS)
     columns = [name for name in TRAINING if any(name in r for r in training)]
     return {
         "label": run.label,
@@ -217,10 +213,10 @@ def curves(run: Run) -> dict[str, Any]:
         "flops_per_token": run.flops_per_token,
         "training": {name: [digits(r.get(name)) for r in training] for name in columns},
         "validation": {
-            "step": [r["step"] for r in run.validation],
-            "tokens": [r["tokens"] for r in run.validation],
-            "seconds": [digits(run.seconds_at(r["tokens"])) for r in run.validation],
-            "val_loss": [digits(r["val_loss"]) for r in run.validation],
+            "step": [r["step"] for r in validation],
+            "tokens": [r["tokens"] for r in validation],
+            "seconds": [digits(run.seconds_at(r["tokens"])) for r in validation],
+            "val_loss": [digits(r["val_loss"]) for r in validation],
         },
     }
 

@@ -6,7 +6,6 @@ import fcntl
 import json
 import math
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -29,8 +28,6 @@ from launch.monitoring.metrics import flat, read_metrics
 
 ROOT = Path(__file__).parents[2]
 POLL_SECONDS = 0.2
-# What train.py says last when a run cannot go on because of its numbers (launch.monitoring.guard, launch.run.setup).
-DIVERGED = re.compile(r"^error: .*(steps in a row were not finite|no checkpoint to roll back to|rollbacks did not help)", re.M)
 # May differ between a trial and what it would be today: where it lies and how it is kept, not what it computes.
 INCIDENTAL = ("run.dir", "run.name", "checkpoint.", "log.trackers", "log.sample_")
 
@@ -88,9 +85,16 @@ def outcome(trial: Trial) -> Outcome:
             )
     records = read_metrics(trial.folder / "metrics.jsonl")
     step = max((r["step"] for r in records), default=0)
-    if (trial.folder / "diverged.json").exists():
+    if stopped_diverged(trial.folder):
         return Outcome("diverged", step)
     return judge(records, int(now["train.steps"]))
+
+
+def stopped_diverged(folder: Path) -> bool:
+    """Whether train.py ended a run early because it diverged, which is then its last event."""
+    events = read_metrics(folder / "events.jsonl")
+    by_event = bool(events) and events[-1].get("reason") == "diverged"
+    return by_event or (folder / "diverged.json").exists()  # a file that launch.compare itself wrote before there were events
 
 
 def judge(records: list[dict], steps: int) -> Outcome:
@@ -144,7 +148,7 @@ class Pool:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._end(signal.SIGTERM)
+        self._end()
         self.display.stop()
         for number, handler in self.previous.items():
             signal.signal(number, handler)
@@ -155,9 +159,9 @@ class Pool:
         for running in self.running:
             running.process.send_signal(signal.SIGKILL if again else signal.SIGTERM)
 
-    def _end(self, number: int) -> None:
+    def _end(self) -> None:
         for running in self.running:
-            running.process.send_signal(number)
+            running.process.terminate()
         for running in self.running:
             running.process.wait()
             running.log.close()
@@ -231,13 +235,11 @@ class Pool:
             if not trial.keep:
                 shutil.rmtree(trial.folder / "checkpoints", ignore_errors=True)
             return f"validation loss {result.loss:.4f}" if result.status == "finished" else "diverged"
-        text = (trial.folder / "log.txt").read_text(errors="replace")
-        lines = [line for line in text.splitlines() if line.strip()]
-        if status == 2 and lines and DIVERGED.match(lines[-1]):
-            (trial.folder / "diverged.json").write_text(json.dumps({"error": lines[-1]}) + "\n")
-            return f"diverged ({lines[-1]})"
+        lines = [line for line in (trial.folder / "log.txt").read_text(errors="replace").splitlines() if line.strip()]
         reason = lines[-1] if lines else "it printed nothing"
-        self._end(signal.SIGTERM)
+        if stopped_diverged(trial.folder):
+            return f"diverged ({reason})"
+        self._end()
         raise TrialError(f"{trial.folder} failed with status {status}: {reason} (all of it: {trial.folder / 'log.txt'})")
 
 

@@ -27,6 +27,10 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the message names the step."""
 
 
+class Diverged(TrainingError):
+    """The loss or the gradient does not become finite again, or rolling back does not help."""
+
+
 @dataclass
 class Verdict:
     """What all ranks agreed on for one step."""
@@ -85,7 +89,7 @@ class Watch:
         """The verdict on a step from this rank's share of the loss and the norm of the whole gradient, before the update.
 
         Raises:
-            TrainingError: `max_bad_steps` steps in a row were not finite, and rolling back is not allowed.
+            Diverged: `max_bad_steps` steps in a row were not finite, and rolling back is not allowed.
         """
         total, saves, stops = self.agree(loss, float(save))
         verdict = Verdict(total, grad_norm.item(), stop=stops > 0, save=saves > 0)
@@ -96,7 +100,7 @@ class Watch:
             verdict.problem = f"loss {verdict.loss}, gradient norm {verdict.grad_norm}: the step is skipped"
             verdict.roll_back = may_roll_back and self.bad_in_a_row >= self.config.max_bad_steps
             if self.bad_in_a_row >= self.config.max_bad_steps and not may_roll_back:
-                raise TrainingError(f"{self.bad_in_a_row} steps in a row were not finite, the last with {verdict.problem}")
+                raise Diverged(f"{self.bad_in_a_row} steps in a row were not finite, the last with {verdict.problem}")
         else:
             self.bad_in_a_row = 0
             if self.config.spike and len(self.losses) == SPIKE_WINDOW:

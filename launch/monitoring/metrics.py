@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from configs.schema import Config
+from launch.monitoring.guard import Diverged
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -33,7 +34,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 class Metrics:
     """metrics.jsonl: one JSON object a line, on the first rank alone; the same numbers go to the trackers.
 
-    Beside it, events.jsonl says what happened to the run: starts, checkpoints, skipped steps, spikes, rollbacks.
+    Beside it, events.jsonl says what happened to the run: starts, checkpoints, skipped steps, spikes, rollbacks. Used as a
+    context manager around the training loop, it also says there that a run ended because it diverged.
     """
 
     def __init__(self, accelerator: Accelerator, config: Config, run_dir: Path, tracker_ids: dict[str, str]) -> None:
@@ -42,6 +44,13 @@ class Metrics:
         if config.log.trackers:
             continued = {name: {"id": value, "resume": "allow"} for name, value in tracker_ids.items()}
             accelerator.init_trackers(config.run.name, config=flat(asdict(config)), init_kwargs=continued)
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if isinstance(error, Diverged):
+            self.event({"event": "stopped", "reason": "diverged", "error": str(error)})
 
     def rewind(self, step: int, evaluated: int) -> None:
         """Drop what was logged after `step`, and an evaluation after `evaluated`: both are about to be done again."""

@@ -17,7 +17,7 @@ from data.batches import Batches
 from data.shards import TokenShards
 from launch.checkpoint.save import CheckpointError, Saver, find_checkpoint, load_checkpoint, read_state, tidy, verify
 from launch.distributed.strategy import Strategy
-from launch.monitoring.guard import TrainingError
+from launch.monitoring.guard import Diverged
 from launch.monitoring.metrics import flat
 from models import CausalLMLoss, build_model, check_matches_logits
 
@@ -146,15 +146,15 @@ def roll_back(run_dir: Path, state: RunState, batches: Batches, strategy: Strate
     """Go back to the newest checkpoint, to go on from there without the batches that were taken since.
 
     Raises:
-        TrainingError: no checkpoint to go back to, or too many rollbacks.
+        Diverged: no checkpoint to go back to, or too many rollbacks.
     """
     saver.wait()
     strategy.accelerator.wait_for_everyone()
     path, _ = find_checkpoint(run_dir / "checkpoints")
     if path is None:
-        raise TrainingError(f"step {state.step}: no checkpoint to roll back to")
+        raise Diverged(f"step {state.step}: no checkpoint to roll back to")
     if state.rollbacks >= MAX_ROLLBACKS:
-        raise TrainingError(f"step {state.step}: {MAX_ROLLBACKS} rollbacks did not help")
+        raise Diverged(f"step {state.step}: {MAX_ROLLBACKS} rollbacks did not help")
     load_checkpoint(path, strategy)
     back = state_from(read_state(path))
     start, stop = batches.data_step(back.step), batches.data_step(state.step - 1) + 1
