@@ -70,17 +70,17 @@ function tickNames(values) {
   return values.map((v) => (v === 0 ? "0" : `${(v / unit).toFixed(decimals)}${letter}`.replaceAll("-", "−")));
 }
 
-// Ticks of a logarithmic axis, at most `count`: uPlot's own begin at the end of the axis, not at a round number.
+// Ticks of a logarithmic axis, about `count`: uPlot's own begin at the end of the axis, not at a round number.
 function logTicks(low, high, count) {
-  const decades = Math.log10(high / low), found = [];
-  const steps = decades > 2.5 ? [1] : decades > 0.9 ? [1, 2, 5] : [1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9];
-  for (let e = Math.floor(Math.log10(low)); e <= Math.log10(high); e++)
-    for (const step of steps) found.push(+(step * 10 ** e).toPrecision(12)); // 10 ** -4 is not 1e-4
-  const inside = found.filter((v) => v >= low * (1 - 1e-9) && v <= high * (1 + 1e-9));
-  if (inside.length > 2) return inside.filter((_, i) => i % Math.ceil(inside.length / (count + 1)) === 0);
-  const unit = 10 ** Math.floor(Math.log10((high - low) / 4)), even = []; // less than any two of them apart: as a linear axis
-  for (let i = Math.ceil(low / unit); i * unit <= high; i++) even.push(+(i * unit).toPrecision(12));
-  return even.filter((_, i) => i % Math.ceil(even.length / (count + 1)) === 0);
+  const decades = Math.log10(high / low), rough = (high - low) / count, unit = 10 ** Math.floor(Math.log10(rough)), found = [];
+  const factors = decades > 2.5 ? [1] : decades > 0.9 ? [1, 2, 5] : [1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9];
+  for (let e = Math.floor(Math.log10(low)); e <= Math.log10(high); e++) found.push(...factors.map((f) => f * 10 ** e));
+  let shown = found.filter((v) => v >= low && v <= high);
+  if (shown.length < 3) { // within so little, they are those of a linear axis
+    const step = [1, 2, 5, 10].find((f) => f * unit >= rough) * unit, first = Math.ceil(low / step);
+    shown = Array.from({ length: Math.floor(high / step) - first + 1 }, (_, i) => (first + i) * step);
+  }
+  return shown.map((v) => +v.toPrecision(12)).filter((_, i) => i % Math.ceil(shown.length / (count + 1)) === 0);
 }
 
 // A range with some room at both ends. Values that differ by less than rounding does get the room of a single one.
@@ -150,7 +150,7 @@ function searchLines() {
 
 class Chart {
   constructor(host, options) {
-    Object.assign(this, { zoom: null, cursor: null, plot: null, dots: [] }, options);
+    Object.assign(this, { zoom: null, cursor: null, pointed: false, plot: null, dots: [] }, options);
     this.figure = element("figure", this.wide ? { class: "whole" } : {}, host);
     const head = element("div", { class: "head" }, this.figure);
     element("h3", {}, head, this.title);
@@ -188,7 +188,7 @@ class Chart {
       const columns = this.drawn.map(({ points }) => [0, 1].map((axis) => points.map((p) => p[axis])));
       this.plot = new uPlot(this.options(), [null, ...columns], this.frame);
     } else element("p", { class: "soft" }, this.frame, "nothing to show");
-    this.showCursor(false);
+    this.showCursor();
   }
 
   options() {
@@ -196,18 +196,22 @@ class Chart {
     const height = Math.round(clamp(width * (this.wide ? 0.42 : 0.6), 250, this.wide ? 440 : 340));
     this.named = width >= 460 && labels.length > 1;
     const room = this.named ? 8.1 * Math.max(...this.thick.map((line) => Math.min(18, line.label.length))) : 0;
-    const soft = variable("--soft"), grid = { stroke: variable("--rule"), width: 1 };
-    const axis = (log, space, count) => ({ stroke: soft, grid, space, font: FONT, labelFont: FONT, ticks: { show: false }, gap: 7,
-      values: (_, at) => tickNames(at), ...(log && { splits: (_, side, low, high) => logTicks(low, high, count) }) });
+    const soft = variable("--soft");
+    const axis = (scale, log, count) => ({ scale, stroke: soft, grid: { stroke: variable("--rule"), width: 1 }, gap: 7,
+      font: FONT, labelFont: FONT, ticks: { show: false }, values: (_, ticks) => tickNames(ticks),
+      ...(log && { splits: (_, side, low, high) => logTicks(low, high, count), filter: (_, ticks) => ticks }) });
     const series = this.drawn.map(({ label, thin }) => ({ facets: [{ scale: "x" }, { scale: "y" }], paths: uPlot.paths.linear(),
       points: { show: false }, stroke: color(label), width: thin ? 1 : 2.25, dash: thin ? [] : dash(label),
       alpha: this.alpha(label, thin) }));
     return {
-      mode: 2, width, height, series: [null, ...series], legend: { show: false }, padding: [10, 12 + room, 0, 0],
+      mode: 2, width, height, series: [null, ...series], legend: { show: false }, padding: [10, 16 + room, 0, 0],
       scales: { x: { time: false, distr: this.logX ? 3 : 1, range: () => this.range.x },
         y: { distr: this.logY ? 3 : 1, range: () => this.range.y } },
-      axes: [{ ...axis(this.logX, 80, width / 90), scale: "x", label: this.xName ?? X_AXES[view.x], size: 24, labelSize: 18,
-        border: { show: true, stroke: soft, width: 1 } }, { ...axis(this.logY, 45, 6), scale: "y", size: 58 }],
+      axes: [
+        { ...axis("x", this.logX, Math.max(3, Math.floor(width / 110))), label: this.xName ?? X_AXES[view.x], space: 80, size: 24,
+          labelSize: 18, border: { show: true, stroke: soft, width: 1 } },
+        { ...axis("y", this.logY, 6), space: 45, size: 58 },
+      ],
       cursor: { y: false, points: { show: false }, drag: { x: true, y: true, uni: 8, dist: 8, setScale: false },
         bind: { dblclick: () => () => this.show(null) } },
       hooks: {
@@ -342,10 +346,10 @@ class Chart {
   // The cursor is at the same place in all charts with the same axis; the values are told where it is pointed at.
   moveCursor(value, byPointer = false) {
     for (const chart of charts.filter((c) => c.ownX === this.ownX)) {
-      chart.cursor = value;
+      Object.assign(chart, { cursor: value, pointed: chart === this });
       const left = value === null || !chart.plot ? -10 : chart.plot.valToPos(value, "x");
       if (chart !== this || !byPointer) chart.plot?.setCursor({ left, top: 0 }, false);
-      chart.showCursor(chart === this);
+      chart.showCursor();
     }
   }
 
@@ -359,8 +363,8 @@ class Chart {
     return a.map((v, i) => v + part * (b[i] - v));
   }
 
-  // Dots where lines cross the cursor; `told`: their values, too.
-  showCursor(told) {
+  // Dots where lines cross the cursor, and their values.
+  showCursor() {
     for (const dot of this.dots) dot.remove();
     this.dots = [];
     this.tip.hidden = true;
@@ -373,7 +377,7 @@ class Chart {
       if (left < -1 || left > over.clientWidth + 1 || top < 0 || top > over.clientHeight) continue;
       this.dots.push(element("i", { class: "dot", style: `left:${left}px;top:${top}px;background:${color(label)}` }, over));
     }
-    if (told && found.length) this.tell(found);
+    if (this.pointed && found.length) this.tell(found);
   }
   tell(found) {
     this.tip.hidden = false;
