@@ -74,13 +74,14 @@ function tickNames(values) {
 function logTicks(low, high, count) {
   const decades = Math.log10(high / low), rough = (high - low) / count, unit = 10 ** Math.floor(Math.log10(rough)), found = [];
   const factors = decades > 2.5 ? [1] : decades > 0.9 ? [1, 2, 5] : [1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9];
-  for (let e = Math.floor(Math.log10(low)); e <= Math.log10(high); e++) found.push(...factors.map((f) => f * 10 ** e));
+  const rounded = (v) => +v.toPrecision(12); // 10 ** -4 is not 1e-4
+  for (let e = Math.floor(Math.log10(low)); e <= Math.log10(high); e++) found.push(...factors.map((f) => rounded(f * 10 ** e)));
   let shown = found.filter((v) => v >= low && v <= high);
   if (shown.length < 3) { // within so little, they are those of a linear axis
-    const step = [1, 2, 5, 10].find((f) => f * unit >= rough) * unit, first = Math.ceil(low / step);
-    shown = Array.from({ length: Math.floor(high / step) - first + 1 }, (_, i) => (first + i) * step);
+    const step = [1, 2, 5, 10].find((f) => f * unit >= rough) * unit, first = Math.ceil(low / step - 1e-9);
+    shown = Array.from({ length: Math.floor(high / step + 1e-9) - first + 1 }, (_, i) => rounded((first + i) * step));
   }
-  return shown.map((v) => +v.toPrecision(12)).filter((_, i) => i % Math.ceil(shown.length / (count + 1)) === 0);
+  return shown.filter((_, i) => i % Math.ceil(shown.length / (count + 1)) === 0);
 }
 
 // A range with some room at both ends. Values that differ by less than rounding does get the room of a single one.

@@ -69,7 +69,7 @@ def difference(a: Mapping[int, float], b: Mapping[int, float]) -> Difference:
         return Difference(gap, None, None, n, False)
     u, v = (stdev(side.values()) ** 2 / len(side) for side in (a, b))
     error = math.sqrt(u + v)
-    dof = (u + v) ** 2 / (u**2 / (len(a) - 1) + v**2 / (len(b) - 1)) if error else 1.0  # Welch and Satterthwaite's
+    dof = (u + v) ** 2 / (u**2 / (len(a) - 1) + v**2 / (len(b) - 1)) if error else 1  # Welch and Satterthwaite's
     return Difference(gap, half_width(error, dof), p_value(gap, error, dof), n, False)
 
 
