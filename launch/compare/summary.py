@@ -8,6 +8,8 @@ from itertools import combinations
 from statistics import mean, median
 from typing import Any
 
+import numpy as np
+
 from configs.load import to_yaml
 from launch.compare.curves import Run, at, other_differences, reaches, thinned, upto
 from launch.compare.search import Search
@@ -41,9 +43,7 @@ def summarize(groups: Groups, searches: Mapping[str, Search], about: dict[str, A
         "target_loss": target,
         "sentences": sentences,
         "caveats": caveats(everything, tokens),
-        "optimizers": [
-            row(label, list(groups[label]), sound[label], finals[label], tokens, target, searches.get(label)) for label in groups
-        ],
+        "optimizers": [row(label, runs, finals[label], tokens, target, searches.get(label)) for label, runs in groups.items()],
         "pairs": pairs,
         "runs": [curves(run) for runs in groups.values() for run in runs],
     }
@@ -147,16 +147,11 @@ def caveats(runs: Sequence[Run], tokens: float) -> list[str]:
 
 
 def row(
-    label: str,
-    runs: list[Run],
-    sound: list[Run],
-    finals: Mapping[int, float],
-    tokens: float,
-    target: float | None,
-    search: Search | None,
+    label: str, runs: Sequence[Run], finals: Mapping[int, float], tokens: float, target: float | None, search: Search | None
 ) -> dict[str, Any]:
-    """One optimizer's line of the table, with its search."""
+    """One optimizer's line of the table, with its search; `finals` holds the final losses of sound runs by seed."""
     config = runs[0].config.optimizer if runs else None
+    sound = [run for run in runs if run.seed in finals]
     timed = [r["optimizer_seconds"] for run in sound for r in run.training[1:] if "optimizer_seconds" in r]
     sizes = [run.state_bytes for run in sound if run.state_bytes is not None]
     asked = [(run, reaches(upto(run.losses(), tokens), target)) for run in sound] if target is not None else []
@@ -203,6 +198,8 @@ def curves(run: Run) -> dict[str, Any]:
     """What the page draws of a run, with what repeats it."""
     training, validation = thinned(run.training, MOST_POINTS), thinned(run.validation, MOST_POINTS)
     columns = [name for name in TRAINING if any(name in r for r in training)]
+    tokens = [r["tokens"] for r in validation]
+    seconds = np.interp(tokens, *zip(*run.clock, strict=True)).tolist()  # one by one, thousands would take minutes
     return {
         "label": run.label,
         "seed": run.seed,
@@ -214,8 +211,8 @@ def curves(run: Run) -> dict[str, Any]:
         "training": {name: [digits(r.get(name)) for r in training] for name in columns},
         "validation": {
             "step": [r["step"] for r in validation],
-            "tokens": [r["tokens"] for r in validation],
-            "seconds": [digits(run.seconds_at(r["tokens"])) for r in validation],
+            "tokens": tokens,
+            "seconds": [digits(value) for value in seconds],
             "val_loss": [digits(r["val_loss"]) for r in validation],
         },
     }

@@ -19,7 +19,7 @@ from typing import IO, NamedTuple
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from configs.load import ConfigError, load_config
 from configs.schema import Config
@@ -44,7 +44,6 @@ class Outcome(NamedTuple):
     """Where a trial stands."""
 
     status: str  # "new", "unfinished", "finished" or "diverged"
-    step: int = 0
     loss: float = math.inf  # the last validation loss of a finished trial; infinite otherwise
 
 
@@ -83,11 +82,9 @@ def outcome(trial: Trial) -> Outcome:
             raise ConfigError(
                 f"{trial.folder} holds a run with {key}={before.get(key)}, this comparison has {now[key]}: choose another --out"
             )
-    records = read_metrics(trial.folder / "metrics.jsonl")
-    step = max((r["step"] for r in records), default=0)
     if stopped_diverged(trial.folder):
-        return Outcome("diverged", step)
-    return judge(records, int(now["train.steps"]))
+        return Outcome("diverged")
+    return judge(read_metrics(trial.folder / "metrics.jsonl"), int(now["train.steps"]))
 
 
 def stopped_diverged(folder: Path) -> bool:
@@ -99,14 +96,13 @@ def stopped_diverged(folder: Path) -> bool:
 
 def judge(records: list[dict], steps: int) -> Outcome:
     """The outcome of a run of `steps` steps with these records: finished, unless it ends no lower than it began."""
-    step = max((r["step"] for r in records), default=0)
     last = next((r for r in reversed(records) if "val_loss" in r and r["step"] == steps), None)
     if last is None:
-        return Outcome("unfinished", step)
+        return Outcome("unfinished")
     first = next((r["loss"] for r in records if "loss" in r), None)
     if last["val_loss"] is None or (first is not None and steps > 1 and last["val_loss"] >= first):
-        return Outcome("diverged", step)
-    return Outcome("finished", step, last["val_loss"])
+        return Outcome("diverged")
+    return Outcome("finished", last["val_loss"])
 
 
 def visible_devices() -> list[str | None]:
@@ -184,7 +180,7 @@ class Pool:
         reused = len(trials) - len(waiting)
         self.say(f"{phase}: {len(trials)} trials" + (f", {reused} of them done already" if reused else ""))
         total = self.display.add_task(phase, total=len(trials), completed=reused, text="trials")
-        bars: dict[Trial, int] = {}
+        bars: dict[Trial, TaskID] = {}
         while self.running or (waiting and not self.signals):
             while waiting and len(self.running) < self.parallel and not self.signals:
                 trial = waiting.pop(0)

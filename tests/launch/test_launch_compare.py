@@ -290,10 +290,10 @@ def test_each_gpu_gets_one_trial_at_a_time(start, tmp_path, monkeypatch):
 
 def test_outcomes():
     start, end = {"step": 1, "loss": 5.0}, {"step": 9, "val_loss": 4.0}
-    assert judge([], 9) == ("unfinished", 0, float("inf"))
+    assert judge([], 9) == ("unfinished", float("inf"))
     assert judge([start], 9).status == "unfinished"
-    assert judge([start, {"step": 5, "val_loss": 4.0}], 9) == ("unfinished", 5, float("inf"))
-    assert judge([start, end], 9) == ("finished", 9, 4.0)
+    assert judge([start, {"step": 5, "val_loss": 4.0}], 9) == ("unfinished", float("inf"))
+    assert judge([start, end], 9) == ("finished", 4.0)
     assert judge([start, end | {"val_loss": 5.5}], 9).status == "diverged"  # ends above where it began
     assert judge([start, end | {"val_loss": None}], 9).status == "diverged"
 
