@@ -44,8 +44,8 @@ POINTS = 20  # evaluations that a curve has at least: tokens to a loss are inter
 LIBRARIES = ("torch", "transformers", "pytorch_optimizer", "schedulefree")  # whose versions change the numbers
 FLOPS = "FLOPs are the model's (forward and backward), without the optimizer's own, which the seconds contain."
 INTERVALS = (
-    "± stands before half the width of a 95 % confidence interval (Student's t over seeds). Differences are {pairing}, and "
-    "tested two-sided, with Holm's correction for the number of pairs. Without p < 0.05 there is no claim."
+    "Intervals are Student's t over seeds, at 95 % confidence. Differences are {pairing}, and tested two-sided, with Holm's "
+    "correction for the number of pairs. Without p < 0.05 there is no claim."
 )
 
 
@@ -62,7 +62,8 @@ class Comparison:
 
     def check_data(self) -> None:
         """Trials of an earlier start on other data must not be taken for trials on these."""
-        said, path = json.dumps({"data": open_data(self.config)[0].fingerprint}) + "\n", make_folder(self.out) / "comparison.json"
+        said = json.dumps({"data": open_data(self.config)[0].fingerprint}) + "\n"
+        path = make_folder(self.out) / "comparison.json"
         if path.exists() and path.read_text() != said:
             raise ConfigError(f"{self.out} holds a comparison on other data than {self.config.data.dir}: choose another --out")
         rewritten = path.with_suffix(".tmp")  # a kill in between must not leave half of it

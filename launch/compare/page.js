@@ -180,7 +180,8 @@ class Chart {
     this.frame.replaceChildren();
     [this.logX, this.logY] = [this.ownX || view.logX, view.logY];
     const usable = ([x, y]) => (!this.logX || x > 0) && (!this.logY || y > 0);
-    this.drawn = this.lines().map((line) => ({ ...line, points: line.points.filter(usable) })).filter((l) => l.points.length || l.lost);
+    const lines = this.lines().map((line) => ({ ...line, points: line.points.filter(usable) }));
+    this.drawn = lines.filter((line) => line.points.length || line.lost);
     this.thick = this.drawn.filter((line) => !line.thin);
     this.frame.setAttribute("aria-label", `${this.title}: ${this.thick.map((line) => line.label).join(", ")}`);
     this.back.hidden = !this.zoom;
@@ -429,9 +430,9 @@ function retarget(target) {
     const runs = results.runs.filter((r) => r.label === labels[+which] && r.status !== "diverged" && r.validation.step.length);
     const found = runs.map((run) => needed(run.validation, key, target)).filter((x) => x !== null);
     const bound = runs.some((run) => run.validation.val_loss[0] <= target) ? "≤ " : ""; // there already at the first evaluation
-    const decimals = key !== "seconds" ? 0 : mean(found) < 10 ? 2 : 1;
-    cell.textContent = found.length ? bound + mean(found).toLocaleString("en-US", { maximumFractionDigits: decimals }) : "never";
-    if (found.length && found.length < runs.length && key === "tokens") cell.textContent += ` (${found.length} of ${runs.length} runs)`;
+    const maximumFractionDigits = key !== "seconds" ? 0 : mean(found) < 10 ? 2 : 1;
+    const some = key === "tokens" && found.length < runs.length ? ` (${found.length} of ${runs.length} runs)` : "";
+    cell.textContent = found.length ? bound + mean(found).toLocaleString("en-US", { maximumFractionDigits }) + some : "never";
   }
 }
 
