@@ -60,8 +60,8 @@ def difference(a: Mapping[int, float], b: Mapping[int, float]) -> Difference:
     common = sorted(set(a) & set(b))
     if len(common) >= 2:
         gaps = [a[seed] - b[seed] for seed in common]
-        gap, error, dof = mean(gaps), stdev(gaps) / math.sqrt(len(gaps)), len(gaps) - 1
-        return Difference(gap, half_width(error, dof), p_value(gap, error, dof), len(gaps), True)
+        gap, error, n = mean(gaps), stdev(gaps) / math.sqrt(len(gaps)), len(gaps)
+        return Difference(gap, half_width(error, n - 1), p_value(gap, error, n - 1), n, True)
     if len(common) == 1 and (len(a) == 1 or len(b) == 1):
         return Difference(a[common[0]] - b[common[0]], None, None, 1, True)
     gap, n = mean(a.values()) - mean(b.values()), min(len(a), len(b))
