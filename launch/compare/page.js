@@ -128,11 +128,12 @@ function meanLine(parts) {
 function runLines(kind, quantity) {
   const thin = [], thick = [];
   for (const label of labels.filter((l) => !view.hidden.has(l))) {
-    const parts = results.runs.filter((run) => run.label === label).map((run) => pointsOf(run, kind, quantity));
-    const [diverged, sound] = [true, false].map((lost) =>
-      parts.filter(({ run, points }) => points.length && (run.status === "diverged") === lost));
-    for (const { points } of diverged) thin.push({ label, points, thin: true, diverged: true });
-    if (sound.length > 1 && view.seeds) for (const { points } of sound) thin.push({ label, points, thin: true });
+    const all = results.runs.filter((run) => run.label === label).map((run) => pointsOf(run, kind, quantity));
+    const logged = all.filter(({ points }) => points.length), sound = logged.filter(({ run }) => run.status !== "diverged");
+    for (const { run, points } of logged) {
+      const diverged = run.status === "diverged";
+      if (diverged || (view.seeds && sound.length > 1)) thin.push({ label, points, thin: true, diverged });
+    }
     const points = sound.length > 1 ? meanLine(sound) : sound[0]?.points;
     if (points) thick.push({ label, points, marks: kind === "validation" });
   }
