@@ -6,6 +6,8 @@ trials.py        trials as ordinary runs in folders of their own, started, watch
 curves.py        a finished run read from its folder; interpolation, crossings, state bytes
 statistics.py    Student's t: intervals, paired and unpaired tests, Holm's correction
 summary.py       all numbers and sentences of the report, as one JSON object
-report.py        the page and results.json; picture.py the same as PNG; page.* the page's template
+report.py        the page and results.json; picture.py the same as PNG
+page.*           the page: a Jinja template, its style, and its script
+vendor/          uPlot 1.6.32 (MIT), which draws the page's charts
 __main__.py      python -m launch.compare
 """

@@ -24,16 +24,17 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from jinja2 import TemplateError
 
 from celo2 import RuleError
 from configs.load import ConfigError, load_config
 from data import DataError
 from launch.compare.contestants import Contestant, parse_all
-from launch.compare.curves import label_runs, read_run
+from launch.compare.curves import Run, label_runs, read_run
 from launch.compare.report import write_report
 from launch.compare.search import FACTOR, MOST_ROUNDS, Search, grid, search
 from launch.compare.summary import asked_about, summarize
-from launch.compare.trials import Outcome, Pool, Stopped, Trial, TrialError, judge
+from launch.compare.trials import Pool, Stopped, Trial, TrialError, judge
 from launch.monitoring.guard import STOPPED
 from launch.monitoring.metrics import read_metrics
 from launch.run.setup import open_data
@@ -41,7 +42,11 @@ from models import ModelError
 
 POINTS = 20  # evaluations that a curve has at least: tokens to a loss are interpolated between them
 LIBRARIES = ("torch", "transformers", "pytorch_optimizer", "schedulefree")  # whose versions change the numbers
-FLOPS = "FLOPs are the model's (forward and backward), without the optimizer's own: those are in the seconds."
+FLOPS = "FLOPs are the model's (forward and backward), without the optimizer's own, which the seconds contain."
+INTERVALS = (
+    "Intervals are Student's t over seeds, at 95 % confidence. Differences are {pairing}, and tested two-sided, with Holm's "
+    "correction for the number of pairs. Without p < 0.05 there is no claim."
+)
 
 
 class Comparison:
@@ -57,7 +62,8 @@ class Comparison:
 
     def check_data(self) -> None:
         """Trials of an earlier start on other data must not be taken for trials on these."""
-        said, path = json.dumps({"data": open_data(self.config)[0].fingerprint}) + "\n", make_folder(self.out) / "comparison.json"
+        said = json.dumps({"data": open_data(self.config)[0].fingerprint}) + "\n"
+        path = make_folder(self.out) / "comparison.json"
         if path.exists() and path.read_text() != said:
             raise ConfigError(f"{self.out} holds a comparison on other data than {self.config.data.dir}: choose another --out")
         rewritten = path.with_suffix(".tmp")  # a kill in between must not leave half of it
@@ -75,10 +81,11 @@ class Comparison:
 
     def trial(self, contestant: Contestant, lr: float, adamw_lr: float | None, seed: int, keep: bool) -> Trial:
         """The run of one setting and seed."""
-        name = f"lr_{lr:g}" + (f"_adamw_{adamw_lr:g}" if adamw_lr is not None else "") + f"_seed_{seed}"
-        folder = self.out / "trials" / contestant.slug / name
-        overrides = [*self.args.overrides, *contestant.overrides, f"optimizer.lr={lr:g}"]
-        overrides += [f"optimizer.adamw_lr={adamw_lr:g}"] if adamw_lr is not None else []
+        overrides, name = [*self.args.overrides, *contestant.overrides, f"optimizer.lr={lr:g}"], f"lr_{lr:g}"
+        if adamw_lr is not None:
+            overrides.append(f"optimizer.adamw_lr={adamw_lr:g}")
+            name += f"_adamw_{adamw_lr:g}"
+        folder = self.out / "trials" / contestant.slug / f"{name}_seed_{seed}"
         overrides += [f"run.seed={seed}", f"run.name={contestant.slug}", f"run.dir={folder}"]
         overrides += ["checkpoint.keep=1", "log.sample_tokens=0"]
         if self.eval_every != self.config.eval.every:
@@ -88,39 +95,37 @@ class Comparison:
     def search(self) -> dict[str, Search]:
         """Every contestant's search, with the seed of the configuration."""
         by_label = {c.label: c for c in self.contestants}
-        seed = self.config.run.seed
 
-        def evaluate(phase: str, wanted: list[tuple[str, float]]) -> list[float]:
-            trials = [self.trial(by_label[label], lr, None, seed, keep=False) for label, lr in wanted]
+        def try_all(phase: str, wanted: list[tuple[str, float, float | None]]) -> list[float]:
+            trials = [self.trial(by_label[label], *lrs, self.config.run.seed, keep=False) for label, *lrs in wanted]
             self.searched += trials
             return [o.loss for o in self.pool.run(phase, trials)]
 
         grids = {c.label: self.args.lrs or grid(c.lr, self.args.trials) for c in self.contestants}
-        searches = search(grids, evaluate, self.pool.say)
-        wanted = [
-            (c, searches[c.label].lr, adamw_lr)
-            for c in self.contestants
-            for adamw_lr in self.args.adamw_lrs
-            if c.takes_adamw_lr and searches[c.label].lr is not None and adamw_lr != self.config.optimizer.adamw_lr
-        ]
-        if wanted:
-            trials = [self.trial(c, lr, adamw_lr, seed, keep=False) for c, lr, adamw_lr in wanted]
-            self.searched += trials
-            outcomes = self.pool.run("search of adamw_lr", trials)
-            for (c, _, adamw_lr), result in zip(wanted, outcomes, strict=True):
-                searches[c.label].adamw[adamw_lr] = result.loss
+        searches = search(grids, lambda phase, wanted: try_all(phase, [(*w, None) for w in wanted]), self.pool.say)
+        wanted = []
+        for c in self.contestants:
+            lr = searches[c.label].lr
+            if c.takes_adamw_lr and lr is not None:
+                others = [v for v in self.args.adamw_lrs if v != self.config.optimizer.adamw_lr]
+                wanted += [(c.label, lr, adamw_lr) for adamw_lr in others]
+        losses = try_all("search of adamw_lr", wanted) if wanted else []
+        for (label, _, adamw_lr), loss in zip(wanted, losses, strict=True):
+            searches[label].adamw[adamw_lr] = loss
         return searches
 
-    def finals(self, searches: dict[str, Search]) -> tuple[list[Trial], list[Outcome]]:
-        """The chosen settings with seeds that the search has not seen."""
-        seeds = [self.config.run.seed + 1 + i for i in range(self.args.seeds)]
-        trials = [
-            self.trial(c, searches[c.label].lr, searches[c.label].adamw_lr, seed, keep=True)
-            for seed in seeds
-            for c in self.contestants
-            if searches[c.label].lr is not None
-        ]
-        return trials, self.pool.run("final seeds", trials)
+    def finals(self, searches: dict[str, Search]) -> dict[str, list[Run]]:
+        """The runs of the chosen settings with seeds that the search has not seen, by label."""
+        trials = []
+        for seed in range(self.config.run.seed + 1, self.config.run.seed + 1 + self.args.seeds):
+            for c in self.contestants:
+                chosen = searches[c.label]
+                if chosen.lr is not None:
+                    trials.append(self.trial(c, chosen.lr, chosen.adamw_lr, seed, keep=True))
+        groups: dict[str, list[Run]] = {c.label: [] for c in self.contestants}
+        for trial, result in zip(trials, self.pool.run("final seeds", trials), strict=True):
+            groups[trial.label].append(read_run(trial.folder, trial.label, trial.command, result.status))
+        return groups
 
     def method(self, searches: dict[str, Search]) -> list[str]:
         """How the numbers came about, in sentences."""
@@ -131,55 +136,49 @@ class Comparison:
         if a.adamw_lrs:
             adamw += f", and then searched over {', '.join(f'{v:g}' for v in a.adamw_lrs)} at the chosen learning rate"
         said = [
-            f"Same model, batches and budget for all: {c.train.steps:,} steps of {c.train.batch_size} sequences. Initial weights "
-            f"and data order follow from the seed alone. Evaluated every {self.eval_every} steps.",
-            f"The learning rate of what AdamW trains beside the hidden matrices (adamw_lr) was {adamw}, the same rule for all.",
+            f"Every optimizer trains the same model on the same batches for the same budget: {c.train.steps:,} steps of "
+            f"{c.train.batch_size} sequences. Initial weights and data order follow from the seed alone. Each run is evaluated "
+            f"every {self.eval_every} steps.",
+            f"AdamW trains the parameters that are no hidden matrices. Its learning rate (adamw_lr) was {adamw}, by the same "
+            "rule for all.",
         ]
         said += [f"{c.label}: {'; '.join(c.special)}." for c in self.contestants if c.special]
         if any(s.trials for s in searches.values()):
             begun = ", ".join(f"{lr:g}" for lr in a.lrs) if a.lrs else f"{a.trials} values a factor {FACTOR:g} apart"
             said += [
-                f"Search: {begun}, the same number of trials for each. While anybody's best was at the edge of its grid, each "
-                f"got one more trial (at most {MOST_ROUNDS}): beyond the edge, or beside its best.",
+                f"Every search began with {begun}, and all got the same number of trials. While any optimizer's best value was "
+                f"at the edge of its grid, each got one more trial (at most {MOST_ROUNDS}): beyond the edge, or beside its best.",
                 f"The lowest final validation loss with seed {c.run.seed} decided the search. The best of many trials looks "
-                f"better than it is, so none of them counts: all results are from new runs with {seeds}. The validation "
-                "sequences are the same in both.",
+                f"better than it is, so no trial of the search counts as a result: all results are from new runs with {seeds}. "
+                "The validation sequences are the same in both.",
             ]
         else:
-            said.append(f"The learning rate was given, not searched for; the runs have {seeds}.")
+            said.append(f"The learning rate was given, not searched for. The runs have {seeds}.")
         if a.seeds > 1:
-            said.append(
-                "Intervals are Student's t over seeds. Differences are paired by seed and tested two-sided, with Holm's "
-                "correction for the number of pairs; without p < 0.05 there is no claim."
-            )
-        said.append("A run counts as diverged if its numbers stop being finite, or if it ends no lower than it began.")
-        side_by_side = f"; {self.pool.parallel} trials ran at a time" if self.pool.parallel > 1 else ""
-        return [
-            *said,
-            f"Seconds are those in training steps, without evaluation and checkpoints{side_by_side}.",
-            FLOPS,
-            "A run whose schedule was made for fewer tokens would often reach a given loss with fewer still: the shares of "
-            "tokens and time to another's loss are cautious.",
-        ]
+            said.append(INTERVALS.format(pairing="paired by seed"))
+        said.append("A run counts as diverged if its loss stops being finite, or if it ends no lower than it began.")
+        side_by_side = f" {self.pool.parallel} trials ran at a time." if self.pool.parallel > 1 else ""
+        said.append(f"Seconds are those in training steps, without evaluation and checkpoints.{side_by_side}")
+        said.append(FLOPS)
+        said.append(
+            "The shares of tokens and time to another's loss are cautious: a run whose schedule was made for fewer tokens would "
+            "often reach that loss earlier."
+        )
+        return said
 
 
-def compare(args: argparse.Namespace, command: str) -> int:
-    """Search, final seeds, report; returns the exit status."""
-    out = Path(args.out or f"runs/compare-{Path(args.config).stem}")
-    comparison = Comparison(args, out)
+def compare(args: argparse.Namespace, command: str) -> None:
+    """Search, final seeds, report."""
+    comparison = Comparison(args, Path(args.out or f"runs/compare-{Path(args.config).stem}"))
     with comparison.pool as pool:
         searches = comparison.search()
-        trials, outcomes = comparison.finals(searches)
-    groups = {c.label: [] for c in comparison.contestants}
-    for trial, result in zip(trials, outcomes, strict=True):
-        groups[trial.label].append(read_run(trial.folder, trial.label, trial.command, result.status))
+        groups = comparison.finals(searches)
     title = f"{comparison.config.run.name}: {', '.join(groups)}"
     said = about(title, command, comparison.method(searches)) | {"search_commands": [t.command for t in comparison.searched]}
-    finish(out, summarize(groups, searches, said), pool.say)
-    return 0
+    finish(comparison.out, summarize(groups, searches, said), pool.say)
 
 
-def compare_runs(folders: Sequence[str], out: Path, command: str) -> int:
+def compare_runs(folders: Sequence[str], out: Path, command: str) -> None:
     """A report on runs that are there already."""
     runs = []
     for folder in map(Path, folders):
@@ -191,16 +190,15 @@ def compare_runs(folders: Sequence[str], out: Path, command: str) -> int:
         run.command = shlex.join(["python", "train.py", str(whole / "config.yaml"), f"run.dir={whole}-again"])
         runs.append(run)
     label_runs(runs)
-    make_folder(out)
-    groups = {run.label: [r for r in runs if r.label == run.label] for run in runs}
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.label, []).append(run)
     method = [
-        "Runs that were there already: what was searched for, and how hard, is not known here.",
-        "Intervals are Student's t over seeds. Differences are paired where two seeds or more are common, else Welch's, and "
-        "tested two-sided with Holm's correction for the number of pairs; without p < 0.05 there is no claim.",
+        "The runs were there already. What was searched for, and how hard, is not known here.",
+        INTERVALS.format(pairing="paired by seed where two seeds or more are common, else Welch's"),
         FLOPS,
     ]
-    finish(out, summarize(groups, {}, about(", ".join(groups), command, method)), print)
-    return 0
+    finish(make_folder(out), summarize(groups, {}, about(", ".join(groups), command, method)), print)
 
 
 def about(title: str, command: str, method: list[str]) -> dict[str, object]:
@@ -224,17 +222,16 @@ def make_folder(out: Path) -> Path:
     return out
 
 
-def draw_again(path: str, out: Path | None) -> int:
+def draw_again(path: str, out: Path | None) -> None:
     """The report of a results.json that is there, beside it or in `out`."""
     try:
         results = json.loads(Path(path).read_text())
         page = write_report(make_folder(out or Path(path).parent), results)
     except OSError as error:
         raise ConfigError(f"cannot read results '{path}' ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+    except (ValueError, LookupError, TypeError, AttributeError, TemplateError):
         raise ConfigError(f"{path} is no results.json of a comparison") from None
     print(f"report: {page}")
-    return 0
 
 
 def finish(out: Path, results: dict, say: Any) -> None:
@@ -249,13 +246,6 @@ def finish(out: Path, results: dict, say: Any) -> None:
     say(f"report: {page}")
 
 
-def positive(text: str) -> int:
-    """An integer of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number of at least 1")
-    return int(text)
-
-
 class Parser(argparse.ArgumentParser):
     """Mistakes are one line, without the usage before it."""
 
@@ -263,17 +253,25 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message.removeprefix('argument ')} (all options: python -m launch.compare --help)")
 
 
+def positive(text: str) -> int:
+    """An integer of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number of at least 1")
+    return int(text)
+
+
+def is_override(text: str) -> bool:
+    """Whether a word of the command line is section.key=value, not an optimizer."""
+    return "=" in text.partition("{")[0]
+
+
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = Parser(prog="python -m launch.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", help="a YAML file, as for train.py")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the file, for all trials")
-    parser.add_argument(
-        "--optimizers",
-        nargs="+",
-        metavar="NAME",
-        help="names of optimizer.name, or dotted paths; options in braces: 'mypackage.Soap{route: hidden, arguments: {...}}'",
-    )
+    optimizers = "names of optimizer.name, or dotted paths; options in braces: 'mypackage.Soap{route: hidden, arguments: {...}}'"
+    parser.add_argument("--optimizers", nargs="+", metavar="NAME", help=optimizers)
     parser.add_argument("--lrs", nargs="+", metavar="LR", help="learning rates to begin with, for all (auto: around the usual)")
     parser.add_argument("--trials", type=positive, default=5, help="learning rates to begin with when they are auto (5)")
     parser.add_argument("--adamw-lrs", nargs="+", metavar="LR", help="then try these for optimizer.adamw_lr")
@@ -283,9 +281,8 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--results", metavar="FILE", help="draw the report of this results.json again")
     parser.add_argument("--out", help="folder of trials and report (runs/compare-<name of the file>)")
     args = parser.parse_intermixed_args(argv)
-    given = {word.partition("=")[0] for word in argv if word.startswith("--")}
-    words = [word for word in (args.config, *args.overrides) if word is not None]
-    for key in ("optimizers", "lrs", "adamw_lrs"):  # what stands behind a list is not all part of it
+    words = [args.config, *args.overrides] if args.config else []
+    for key in ("optimizers", "lrs", "adamw_lrs"):  # overrides may stand behind a list
         listed = getattr(args, key) or []
         words += [word for word in listed if is_override(word)]
         setattr(args, key, [word for word in listed if not is_override(word)])
@@ -294,8 +291,9 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     args.adamw_lrs = learning_rates("--adamw-lrs", args.adamw_lrs)
     if args.runs or args.results:
         kind = "--runs" if args.runs else "--results"
-        if args.config or given - {kind, "--out"}:
-            others = [*(["a configuration"] if args.config else []), *sorted(given - {kind, "--out"})]
+        others = sorted({word.partition("=")[0] for word in argv if word.startswith("--")} - {kind, "--out"})
+        if args.config or others:
+            others = ["a configuration", *others] if args.config else others
             raise ConfigError(f"{kind} takes what is there already: nothing else but --out goes with it, not {', '.join(others)}")
     elif not args.config or is_override(args.config):
         raise ConfigError("a configuration is missing: python -m launch.compare CONFIG.yaml --optimizers celo2 adamw")
@@ -315,11 +313,6 @@ def learning_rates(option: str, words: list[str]) -> list[float]:
     return values
 
 
-def is_override(text: str) -> bool:
-    """Whether a word of the command line is section.key=value, not an optimizer."""
-    return "=" in text.partition("{")[0]
-
-
 def main(argv: list[str] | None = None) -> int:
     """Exit status 0: done; 2: bad input or a failed trial, said in one line; 75: saved and stopped by a signal;
     130: interrupted while no trial ran."""
@@ -328,8 +321,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = arguments(argv)
         if args.results:
-            return draw_again(args.results, Path(args.out) if args.out else None)
-        return compare_runs(args.runs, Path(args.out or "runs/compare"), command) if args.runs else compare(args, command)
+            draw_again(args.results, Path(args.out) if args.out else None)
+        elif args.runs:
+            compare_runs(args.runs, Path(args.out or "runs/compare"), command)
+        else:
+            compare(args, command)
     except Stopped:
         print("stopped by a signal, all trials are saved; the same command continues")
         return STOPPED
@@ -339,6 +335,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ConfigError, DataError, ModelError, RuleError, TrialError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    return 0
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,6 @@ class Run:
     status: str = "finished"  # or "unfinished", "diverged"
     flops_per_token: float | None = None
     state_bytes: int | None = None
-    clock: Curve = field(default_factory=list)  # (tokens, seconds in training steps)
 
     @property
     def seed(self) -> int:
@@ -49,9 +49,18 @@ class Run:
         """Validation loss over tokens."""
         return [(r["tokens"], r["val_loss"]) for r in self.validation]
 
+    @cached_property
+    def clock(self) -> Curve:
+        """Seconds in training steps over tokens."""
+        return [(0.0, 0.0)] + [(r["tokens"], r["seconds"]) for r in self.training]
+
     def seconds_at(self, tokens: float) -> float:
         """Seconds in training steps until `tokens`."""
         return at(self.clock, tokens)
+
+    def steps_at(self, tokens: float) -> float:
+        """Optimizer steps until `tokens`."""
+        return at([(0, 0), *((r["tokens"], r["step"]) for r in self.validation)], tokens)
 
 
 def read_run(folder: Path, label: str = "", command: str = "", status: str = "finished") -> Run:
@@ -69,17 +78,15 @@ def read_run(folder: Path, label: str = "", command: str = "", status: str = "fi
             raise ConfigError(f"{folder / 'metrics.jsonl'}, line {number}: neither a training record nor an evaluation")
     training = [r for r in records if r.get("loss") is not None]
     validation = [r for r in records if r.get("val_loss") is not None]
-    clock = [(0.0, 0.0)] + [(r["tokens"], r["seconds"]) for r in training]
-    run = Run(label, folder, config, command, training, validation, status, clock=clock)
-    run.flops_per_token = model_flops(folder, config)
-    run.state_bytes = state_bytes(folder)
-    return run
+    return Run(label, folder, config, command, training, validation, status, model_flops(folder, config), state_bytes(folder))
 
 
 def is_record(record: Any) -> bool:
     """Whether a line of metrics.jsonl is what train.py writes; other keys, as of a later version, may stand there, too."""
-    known = ("step", "tokens", *(("val_loss",) if isinstance(record, dict) and "val_loss" in record else ("loss", "seconds")))
-    return isinstance(record, dict) and all(isinstance(record.get(k, ""), int | float | None) for k in known)
+    if not isinstance(record, dict):
+        return False
+    known = ("step", "tokens", "val_loss") if "val_loss" in record else ("step", "tokens", "loss", "seconds")
+    return all(isinstance(record.get(key, ""), int | float | None) for key in known)
 
 
 def model_flops(folder: Path, config: Config) -> float | None:
@@ -132,8 +139,8 @@ def reaches(curve: Curve, target: float) -> float | None:
     return None
 
 
-def thinned(points: Sequence[Any], most: int = 1000) -> list[Any]:
-    """At most about `most` of the points, evenly spread, the first and the last among them."""
+def thinned(points: Sequence[Any], most: int) -> list[Any]:
+    """At most `most` of the points, evenly spread, the first and the last among them."""
     if len(points) <= most:
         return list(points)
     indices = np.unique(np.linspace(0, len(points) - 1, most).round().astype(int))

@@ -1,9 +1,9 @@
 "use strict";
-// Curves of the report, drawn as SVG. A chart asks `lines()` for what to draw, so that every control redraws all charts.
+// Curves of the report, drawn by uPlot. A chart asks `lines()` for what to draw, so that every control redraws all charts.
 const results = JSON.parse(document.getElementById("results").textContent);
 const labels = results.optimizers.map((row) => row.label);
 // Lines are told apart by colour, dashes and marks; 8, 8 and 7 of them, so that 56 optimizers differ in something.
-const DASHES = ["", "7 4", "2 3", "9 3 2 3", "5 2", "1 4", "12 4", "4 4"];
+const DASHES = [[], [7, 4], [2, 3], [9, 3, 2, 3], [5, 2], [1, 4], [12, 4], [4, 4]];
 const MARKS = [
   (x, y, r) => `M${x - r},${y}a${r},${r} 0 1 0 ${2 * r},0a${r},${r} 0 1 0 ${-2 * r},0Z`,
   (x, y, r) => `M${x - r},${y - r}h${2 * r}v${2 * r}h${-2 * r}Z`,
@@ -13,70 +13,86 @@ const MARKS = [
   (x, y, r) => `M${x - 1.5 * r},${y - 0.5 * r}h${3 * r}v${r}h${-3 * r}Z`,
   (x, y, r) => `M${x - 0.5 * r},${y - 1.5 * r}h${r}v${3 * r}h${-r}Z`,
 ];
+const FONT = '12px system-ui, "Segoe UI", "DejaVu Sans", sans-serif';
 const X_AXES = { tokens: "tokens", step: "optimizer steps", seconds: "seconds in training steps", flops: "model FLOPs" };
 const view = { x: "tokens", logX: false, logY: false, smooth: 0.6, seeds: true, hidden: new Set(), focus: null };
 const charts = [];
 
 const index = (label) => labels.indexOf(label);
-const color = (label) => `var(--c${index(label) % 8})`;
+const variable = (name) => getComputedStyle(document.documentElement).getPropertyValue(name); // a canvas knows no var()
+const color = (label) => variable(`--c${index(label) % 8}`);
 const dash = (label) => DASHES[index(label) % DASHES.length];
 const mark = (label) => MARKS[index(label) % MARKS.length];
 const clamp = (value, low, high) => Math.min(high, Math.max(low, value));
 const clip = (text, most) => (text.length > most ? `${text.slice(0, most - 1)}…` : text);
+const mean = (values) => values.reduce((sum, v) => sum + v, 0) / values.length;
+const extremes = (values) => values.reduce(([a, b], v) => [Math.min(a, v), Math.max(b, v)], [Infinity, -Infinity]);
 
-function element(name, attributes = {}, parent = null, text = null) {
-  const svg = ["svg", "g", "path", "line", "rect", "text", "circle", "clipPath"].includes(name);
+function element(name, attributes, parent, text = null) {
+  const svg = ["svg", "path", "line"].includes(name);
   const node = svg ? document.createElementNS("http://www.w3.org/2000/svg", name) : document.createElement(name);
   for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
   if (text !== null) node.textContent = text;
-  if (parent) parent.append(node);
+  parent.append(node);
   return node;
 }
 
-// The sample of a line that stands beside a name.
+// The sample of a line that stands beside a name. Its colour is the style sheet's, so that it follows dark mode by itself.
 function sample(label, parent, width = 28) {
-  const svg = element("svg", { width, height: 12, "aria-hidden": "true" }, parent);
-  element("line", { x1: 0, x2: width, y1: 6, y2: 6, stroke: color(label), "stroke-width": 2.5, "stroke-dasharray": dash(label) }, svg);
-  element("path", { d: mark(label)(width / 2, 6, 3.5), fill: color(label) }, svg);
+  const svg = element("svg", { width, height: 12, "aria-hidden": "true", style: `color:var(--c${index(label) % 8})` }, parent);
+  const line = { x1: 0, x2: width, y1: 6, y2: 6, stroke: "currentcolor", "stroke-width": 2.5, "stroke-dasharray": dash(label) };
+  element("line", line, svg);
+  element("path", { d: mark(label)(width / 2, 6, 3.5), fill: "currentcolor" }, svg);
+}
+
+// [unit, letter] that a number of this size is told in: thousands from 10,000 on, powers of ten below a thousandth.
+function unitOf(size) {
+  if (size >= 1e15 || (size > 0 && size < 1e-3)) {
+    const exponent = Math.floor(Math.log10(size) + 1e-9);
+    return [10 ** exponent, `e${exponent}`];
+  }
+  return [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]].find(([unit]) => size >= (unit === 1e3 ? 1e4 : unit)) ?? [1, ""];
 }
 
 function short(value) {
-  if (value === 0) return "0";
-  const size = Math.abs(value);
-  if (size >= 1e15 || size < 1e-3) return value.toExponential(2).replace(/\.?0*e/, "e").replace("e+", "e").replace("-", "−");
-  for (const [unit, letter] of [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e4, "k"]])
-    if (size >= unit) return `${+(value / (letter === "k" ? 1e3 : unit)).toPrecision(3)}${letter}`;
-  return `${+value.toPrecision(4)}`.replace("-", "−");
+  const [unit, letter] = unitOf(Math.abs(value));
+  return `${+(value / unit).toPrecision(letter ? 3 : 4)}${letter}`.replaceAll("-", "−");
 }
 
 // Names of ticks that are close to each other: one unit and as many decimals for all.
 function tickNames(values) {
   const most = Math.max(...values.map(Math.abs));
   if (values.length < 2 || (values[0] > 0 && most > 30 * values[0])) return values.map(short);
-  const tiny = most < 1e-3 || most >= 1e15;
-  const [unit, letter] = [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e4, "k"]].find(([u]) => most >= u) || [1, ""];
-  const scale = tiny ? 10 ** Math.floor(Math.log10(most) + 1e-9) : letter === "k" ? 1e3 : unit;
+  const [unit, letter] = unitOf(most);
+  const whole = (v, decimals) => Math.abs((v / unit) * 10 ** decimals - Math.round((v / unit) * 10 ** decimals)) <= 1e-6;
   let decimals = 0;
-  while (decimals < 6 && values.some((v) => Math.abs((v / scale) * 10 ** decimals - Math.round((v / scale) * 10 ** decimals)) > 1e-6)) decimals++;
-  const suffix = tiny ? `e${Math.round(Math.log10(scale))}`.replace("-", "−") : letter;
-  return values.map((v) => (v === 0 ? "0" : `${(v / scale).toFixed(decimals)}${suffix}`.replace(/^-/, "−")));
+  while (decimals < 6 && !values.every((v) => whole(v, decimals))) decimals++;
+  return values.map((v) => (v === 0 ? "0" : `${(v / unit).toFixed(decimals)}${letter}`.replaceAll("-", "−")));
 }
 
-function ticks(low, high, log, count) {
-  if (log) {
-    const found = [], decades = Math.log10(high / low);
-    const steps = decades > 2.5 ? [1] : decades > 0.9 ? [1, 2, 5] : [1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9];
-    for (let e = Math.floor(Math.log10(low)); e <= Math.log10(high); e++)
-      for (const value of steps.map((m) => +(m * 10 ** e).toPrecision(12))) // 10 ** -4 is not 1e-4
-        if (value >= low * (1 - 1e-9) && value <= high * (1 + 1e-9)) found.push(value);
-    const every = Math.ceil(found.length / (count + 1));
-    if (found.length > 2) return found.filter((_, i) => i % every === 0);
+// Ticks of a logarithmic axis, about `count`: uPlot's own begin at the end of the axis, not at a round number.
+function logTicks(low, high, count) {
+  const decades = Math.log10(high / low), rough = (high - low) / count, unit = 10 ** Math.floor(Math.log10(rough)), found = [];
+  const factors = decades > 2.5 ? [1] : decades > 0.9 ? [1, 2, 5] : [1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9];
+  const rounded = (v) => +v.toPrecision(12); // 10 ** -4 is not 1e-4
+  for (let e = Math.floor(Math.log10(low)); e <= Math.log10(high); e++) found.push(...factors.map((f) => rounded(f * 10 ** e)));
+  let shown = found.filter((v) => v >= low && v <= high);
+  if (shown.length < 3) { // within so little, they are those of a linear axis
+    const step = [1, 2, 5, 10].find((f) => f * unit >= rough) * unit, first = Math.ceil(low / step - 1e-9);
+    shown = Array.from({ length: Math.floor(high / step + 1e-9) - first + 1 }, (_, i) => rounded((first + i) * step));
   }
-  const rough = (high - low) / count, unit = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 2.5, 5, 10].find((m) => m * unit >= rough * 0.999) * unit;
-  const found = [];
-  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) found.push(+(i * step).toPrecision(12));
-  return found;
+  return shown.filter((_, i) => i % Math.ceil(shown.length / (count + 1)) === 0);
+}
+
+// A range with some room at both ends. Values that differ by less than rounding does get the room of a single one.
+function padded([low, high], share, log) {
+  const flat = high - low <= 1e-9 * Math.abs(high);
+  if (log) {
+    const factor = flat ? 1.1 : (high / low) ** share;
+    return [low / factor, high * factor];
+  }
+  const pad = share * (flat ? Math.abs(high) || 1 : high - low);
+  return [low >= 0 ? Math.max(0, low - pad) : low - pad, high + pad];
 }
 
 // Exponential moving average whose start is not pulled towards 0; weight 0 leaves the points alone.
@@ -89,49 +105,44 @@ function smoothed(points, weight) {
   });
 }
 
-function xValues(run, table) {
-  if (view.x !== "flops") return table[view.x];
-  return run.flops_per_token ? table.tokens.map((t) => t * run.flops_per_token) : null;
+// The steps of a run at which a quantity was logged, with points (x, y).
+function pointsOf(run, kind, quantity) {
+  const table = run[kind], ys = table[quantity] ?? [];
+  let xs = table[view.x] ?? [];
+  if (view.x === "flops") xs = run.flops_per_token ? table.tokens.map((t) => t * run.flops_per_token) : [];
+  const kept = xs.map((_, i) => i).filter((i) => xs[i] !== null && ys[i] !== null && ys[i] !== undefined);
+  const points = smoothed(kept.map((i) => [xs[i], ys[i]]), kind === "training" ? view.smooth : 0);
+  return { run, points, steps: kept.map((i) => table.step[i]) };
 }
 
 // Over the steps that all seeds have: mean x, mean y, smallest and largest y.
 function meanLine(parts) {
   const maps = parts.map(({ steps, points }) => new Map(steps.map((s, i) => [s, points[i]])));
-  const common = parts[0].steps.filter((s) => maps.every((m) => m.has(s)));
-  return common.map((s) => {
+  return parts[0].steps.filter((s) => maps.every((m) => m.has(s))).map((s) => {
     const at = maps.map((m) => m.get(s)), ys = at.map((p) => p[1]);
-    const average = (values) => values.reduce((sum, v) => sum + v, 0) / values.length;
-    return [average(at.map((p) => p[0])), average(ys), Math.min(...ys), Math.max(...ys)];
+    return [mean(at.map((p) => p[0])), mean(ys), ...extremes(ys)];
   });
 }
 
 // Lines of one logged quantity: each seed thin, the mean of an optimizer's seeds thick. A diverged run is no part of a mean.
 function runLines(kind, quantity) {
-  const lines = [];
-  for (const label of labels) {
-    if (view.hidden.has(label)) continue;
-    const parts = [];
-    for (const run of results.runs) {
-      const table = run[kind], xs = table[quantity] && xValues(run, table);
-      if (run.label !== label || !xs) continue;
-      const keep = xs.map((_, i) => i).filter((i) => table[quantity][i] !== null && xs[i] !== null);
-      const points = smoothed(keep.map((i) => [xs[i], table[quantity][i]]), kind === "training" ? view.smooth : 0);
-      if (!points.length) continue;
-      if (run.status === "diverged") lines.push({ label, name: `${label}, seed ${run.seed}, diverged`, points, thin: true, diverged: true });
-      else parts.push({ run, steps: keep.map((i) => table.step[i]), points });
+  const thin = [], thick = [];
+  for (const label of labels.filter((l) => !view.hidden.has(l))) {
+    const all = results.runs.filter((run) => run.label === label).map((run) => pointsOf(run, kind, quantity));
+    const logged = all.filter(({ points }) => points.length), sound = logged.filter(({ run }) => run.status !== "diverged");
+    for (const { run, points } of logged) {
+      const diverged = run.status === "diverged";
+      if (diverged || (view.seeds && sound.length > 1)) thin.push({ label, points, thin: true, diverged });
     }
-    if (!parts.length) continue;
-    if (parts.length > 1 && view.seeds)
-      for (const { run, points } of parts) lines.push({ label, name: `${label}, seed ${run.seed}`, points, thin: true });
-    lines.push({ label, name: label, points: parts.length > 1 ? meanLine(parts) : parts[0].points, marks: kind === "validation" });
+    const points = sound.length > 1 ? meanLine(sound) : sound[0]?.points;
+    if (points) thick.push({ label, points, marks: kind === "validation" });
   }
-  return lines.sort((a, b) => (a.thin ? 0 : 1) - (b.thin ? 0 : 1)); // means lie above seeds
+  return [...thin, ...thick]; // means lie above seeds
 }
 
 function searchLines() {
-  return results.optimizers.filter((row) => row.search && row.search.lr.length && !view.hidden.has(row.label)).map((row) => ({
+  return results.optimizers.filter((row) => row.search?.lr.length && !view.hidden.has(row.label)).map((row) => ({
     label: row.label,
-    name: row.label,
     points: row.search.lr.filter((p) => p.loss !== null).map((p) => [p.value, p.loss]),
     lost: row.search.lr.filter((p) => p.loss === null).map((p) => p.value),
     chosen: row.lr,
@@ -141,258 +152,253 @@ function searchLines() {
 
 class Chart {
   constructor(host, options) {
-    Object.assign(this, { zoom: null, cursor: null, pointed: false }, options);
+    Object.assign(this, { zoom: null, cursor: null, pointed: false, plot: null, dots: [] }, options);
     this.figure = element("figure", this.wide ? { class: "whole" } : {}, host);
     const head = element("div", { class: "head" }, this.figure);
     element("h3", {}, head, this.title);
     const tools = element("div", { class: "tools" }, head);
-    for (const [text, name, act] of [["−", "zoom out", () => this.scaleX(2)], ["+", "zoom in", () => this.scaleX(0.5)]])
-      element("button", { type: "button", "aria-label": `${name}: ${this.title}`, title: name }, tools, text).addEventListener("click", act);
-    this.back = element("button", { type: "button", hidden: "", "aria-label": `whole range: ${this.title}` }, tools, "whole range");
-    this.back.addEventListener("click", () => this.reset());
-    this.svg = element("svg", { tabindex: 0, role: "img", "aria-describedby": "help" }, this.figure);
+    const tool = (text, name, act) => {
+      const button = element("button", { type: "button", "aria-label": `${name}: ${this.title}`, title: name }, tools, text);
+      button.addEventListener("click", act);
+      return button;
+    };
+    tool("−", "zoom out", () => this.scaleX(2));
+    tool("+", "zoom in", () => this.scaleX(0.5));
+    this.back = tool("whole range", "whole range", () => this.show(null));
+    this.frame = element("div", { class: "frame", tabindex: 0, role: "img", "aria-describedby": "help" }, this.figure);
     this.tip = element("div", { class: "tip", hidden: "", role: "status" }, this.figure);
     if (this.note) element("figcaption", {}, this.figure, this.note);
-    const on = (name, handler, options = {}) => this.svg.addEventListener(name, handler, options);
-    on("pointermove", (event) => this.point(event));
-    on("pointerleave", (event) => event.pointerType !== "touch" && this.leave()); // what a finger asked for stays
-    on("pointerdown", (event) => this.press(event));
-    on("pointerup", (event) => this.release(event));
-    on("pointercancel", () => { this.start = null; this.showCursor(); });
-    on("wheel", (event) => this.wheel(event), { passive: false });
-    on("dblclick", () => this.reset());
-    on("keydown", (event) => this.key(event));
-    on("blur", () => this.leave());
+    for (const name of ["pointerdown", "pointermove"]) this.frame.addEventListener(name, (event) => this.touch(event));
+    this.frame.addEventListener("wheel", (event) => this.wheel(event), { passive: false });
+    this.frame.addEventListener("keydown", (event) => this.key(event));
+    this.frame.addEventListener("blur", () => this.moveCursor(null));
     charts.push(this);
   }
 
-  usable([x, y]) { return (!this.logX || x > 0) && (!this.logY || y > 0); }
-
-  // Where a chart begins: all x; of losses the part after the first fifth, since the first steps would flatten the rest.
-  extent() {
-    const sound = this.drawn.filter((line) => !line.diverged);
-    const points = (sound.length ? sound : this.drawn).flatMap((line) => line.points).filter((p) => this.usable(p));
-    if (!points.length) return null;
-    const range = (values) => values.reduce(([a, b], v) => [Math.min(a, v), Math.max(b, v)], [Infinity, -Infinity]);
-    let [x0, x1] = range([...points.map((p) => p[0]), ...this.drawn.flatMap((line) => line.lost || [])]);
-    if (!this.logX && !this.ownX) x0 = 0;
-    const late = this.tail ? points.filter((p) => p[0] >= x0 + 0.2 * (x1 - x0)) : points;
-    let [y0, y1] = range((late.length ? late : points).map((p) => p[1]));
-    const pad = this.logY ? (y1 / y0) ** 0.05 : 0.05 * (y1 - y0) || Math.abs(y1) * 0.05 || 1;
-    [y0, y1] = this.logY ? [y0 / pad, y1 * pad] : [y0 >= 0 ? Math.max(0, y0 - pad) : y0 - pad, y1 + pad];
-    const margin = Math.max(1.15, (x1 / x0) ** 0.03); // room for the hollow mark of the chosen one
-    if (this.ownX) [x0, x1] = [x0 / margin, x1 * margin];
-    else x1 = this.logX ? x1 * (x1 / x0) ** 0.012 : x1 + 0.012 * (x1 - x0); // room for the last mark
-    if (x0 === x1) x1 = this.logX ? x0 * 2 : x0 + 1;
-    if (y0 === y1) [y0, y1] = this.logY ? [y0 / 1.1, y1 * 1.1] : [y0, y0 + 1];
-    return { x: [x0, x1], y: [y0, y1] };
-  }
-
   draw() {
-    this.logX = this.ownX ? true : view.logX;
-    this.logY = view.logY;
-    this.drawn = this.lines();
-    const width = Math.max(280, this.figure.clientWidth || 560);
-    const height = Math.round(clamp(width * (this.wide ? 0.42 : 0.6), 250, this.wide ? 440 : 340));
-    const named = width >= 460 && labels.length > 1 ? this.drawn.filter((line) => !line.thin) : [];
-    const room = Math.max(0, ...named.map((line) => Math.min(18, line.name.length))) * 8.1;
-    this.box = { left: 58, right: width - 12 - room, top: 10, bottom: height - 42 };
-    const { left, right, top, bottom } = this.box;
-    this.svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
-    this.svg.setAttribute("aria-label", `${this.title}: ${this.drawn.filter((l) => !l.thin).map((l) => l.name).join(", ")}`);
-    this.svg.replaceChildren();
+    this.plot?.destroy();
+    this.plot = null;
+    this.frame.replaceChildren();
+    [this.logX, this.logY] = [this.ownX || view.logX, view.logY];
+    const usable = ([x, y]) => (!this.logX || x > 0) && (!this.logY || y > 0);
+    const lines = this.lines().map((line) => ({ ...line, points: line.points.filter(usable) }));
+    this.drawn = lines.filter((line) => line.points.length || line.lost);
+    this.thick = this.drawn.filter((line) => !line.thin);
+    this.frame.setAttribute("aria-label", `${this.title}: ${this.thick.map((line) => line.label).join(", ")}`);
     this.back.hidden = !this.zoom;
-    this.range = this.zoom || this.extent();
-    if (!this.range) {
-      this.overlay = null;
-      this.tip.hidden = true;
-      element("text", { x: (left + right) / 2, y: height / 2, "text-anchor": "middle" }, this.svg, "nothing to show");
-      return;
-    }
-    const number = charts.indexOf(this);
-    element("rect", { x: left, y: top, width: right - left, height: bottom - top }, element("clipPath", { id: `clip${number}` }, this.svg));
-    const xs = ticks(...this.range.x, this.logX, Math.max(3, Math.floor((right - left) / 90)));
-    tickNames(xs).forEach((name, i) => {
-      const x = this.toX(xs[i]);
-      element("line", { class: "grid", x1: x, x2: x, y1: top, y2: bottom }, this.svg);
-      element("text", { x, y: bottom + 17, "text-anchor": "middle" }, this.svg, name);
-    });
-    const ys = ticks(...this.range.y, this.logY, 6);
-    tickNames(ys).forEach((name, i) => {
-      const y = this.toY(ys[i]);
-      element("line", { class: "grid", x1: left, x2: right, y1: y, y2: y }, this.svg);
-      element("text", { x: left - 7, y: y + 4, "text-anchor": "end" }, this.svg, name);
-    });
-    element("line", { class: "axis", x1: left, x2: right, y1: bottom, y2: bottom }, this.svg);
-    element("text", { x: (left + right) / 2, y: height - 5, "text-anchor": "middle" }, this.svg, this.xName || X_AXES[view.x]);
-    const inside = element("g", { "clip-path": `url(#clip${number})` }, this.svg);
-    for (const line of this.drawn) this.drawLine(inside, line);
-    this.nameLines(named);
-    this.overlay = element("g", {}, this.svg);
+    this.range = this.zoom ?? this.whole();
+    if (this.range) {
+      const columns = this.drawn.map(({ points }) => [0, 1].map((axis) => points.map((p) => p[axis])));
+      this.plot = new uPlot(this.options(), [null, ...columns], this.frame);
+    } else element("p", { class: "soft" }, this.frame, "nothing to show");
     this.showCursor();
   }
 
-  drawLine(parent, line) {
-    const points = line.points.filter((p) => this.usable(p)), faded = view.focus && view.focus !== line.label;
-    const path = points.map(([x, y], i) => `${i ? "L" : "M"}${this.toX(x).toFixed(1)},${this.toY(y).toFixed(1)}`).join("");
-    const own = element("g", { opacity: faded ? 0.12 : line.thin ? 0.35 : 1 }, parent);
-    element("path", { d: path, fill: "none", stroke: color(line.label), "stroke-width": line.thin ? 1 : 2.25,
-      "stroke-dasharray": line.thin ? "" : dash(line.label), "stroke-linejoin": "round" }, own);
-    const every = Math.ceil(points.length / 12); // marks tell lines apart; more of them would hide the line
-    if (line.marks)
-      points.forEach(([x, y], i) => {
-        const chosen = x === line.chosen;
-        if (!chosen && !this.ownX && (points.length - 1 - i) % every) return;
-        element("path", { d: mark(line.label)(this.toX(x), this.toY(y), chosen ? 6 : 3.5), fill: chosen ? "var(--paper)" : color(line.label),
-          stroke: color(line.label), "stroke-width": chosen ? 3 : 0 }, own);
-      });
-    if (line.diverged && points.length) this.cross(own, line, this.toX(points[points.length - 1][0]), Math.max(this.box.top + 8, this.toY(points[points.length - 1][1])));
-    for (const x of line.lost || []) this.cross(own, line, this.toX(x), this.box.top + 8 + 13 * index(line.label));
+  options() {
+    const width = Math.max(280, this.figure.clientWidth || 560);
+    const height = Math.round(clamp(width * (this.wide ? 0.42 : 0.6), 250, this.wide ? 440 : 340));
+    this.named = width >= 460 && labels.length > 1;
+    const room = this.named ? 8.1 * Math.max(...this.thick.map((line) => Math.min(18, line.label.length))) : 0;
+    const soft = variable("--soft");
+    const axis = (scale, log, count) => ({ scale, stroke: soft, grid: { stroke: variable("--rule"), width: 1 }, gap: 7,
+      font: FONT, labelFont: FONT, ticks: { show: false }, values: (_, ticks) => tickNames(ticks),
+      ...(log && { splits: (_, side, low, high) => logTicks(low, high, count), filter: (_, ticks) => ticks }) });
+    const series = this.drawn.map(({ label, thin }) => ({ facets: [{ scale: "x" }, { scale: "y" }], paths: uPlot.paths.linear(),
+      points: { show: false }, stroke: color(label), width: thin ? 1 : 2.25, dash: thin ? [] : dash(label),
+      alpha: this.alpha(label, thin) }));
+    return {
+      mode: 2, width, height, series: [null, ...series], legend: { show: false }, padding: [10, 16 + room, 0, 0],
+      scales: { x: { time: false, distr: this.logX ? 3 : 1, range: () => this.range.x },
+        y: { distr: this.logY ? 3 : 1, range: () => this.range.y } },
+      axes: [
+        { ...axis("x", this.logX, Math.max(3, Math.floor(width / 110))), label: this.xName ?? X_AXES[view.x], space: 80, size: 24,
+          labelSize: 18, border: { show: true, stroke: soft, width: 1 } },
+        { ...axis("y", this.logY, 6), space: 45, size: 58 },
+      ],
+      cursor: { y: false, points: { show: false }, drag: { x: true, y: true, uni: 8, dist: 8, setScale: false },
+        bind: { dblclick: () => () => this.show(null) } },
+      hooks: {
+        drawSeries: [(plot, i) => this.drawMarks(plot, this.drawn[i - 1])],
+        draw: [(plot) => this.drawNames(plot)],
+        setCursor: [({ cursor: { left } }) => this.moveCursor(left < 0 ? null : this.plot.posToVal(left, "x"), true)],
+        setSelect: [({ select }) => this.selected(select)],
+      },
+    };
   }
-  cross(parent, line, x, y) {
-    element("path", { d: `M${x - 4},${y - 4}l8,8m0,-8l-8,8`, stroke: color(line.label), "stroke-width": 2.5, fill: "none" }, parent);
+  alpha(label, thin = false) { return view.focus && view.focus !== label ? 0.12 : thin ? 0.35 : 1; }
+
+  // Where a chart begins: all x; of losses the part after the first fifth, since the first steps would flatten the rest.
+  whole() {
+    const sound = this.drawn.filter((line) => !line.diverged);
+    const points = (sound.length ? sound : this.drawn).flatMap((line) => line.points);
+    if (!points.length) return null;
+    let [x0, x1] = extremes([...points.map((p) => p[0]), ...this.drawn.flatMap((line) => line.lost ?? [])]);
+    if (!this.logX) x0 = 0;
+    const late = this.tail ? points.filter((p) => p[0] >= x0 + 0.2 * (x1 - x0)) : points;
+    const margin = Math.max(1.15, (x1 / x0) ** 0.03); // room for the hollow mark of the chosen one
+    const x = this.ownX ? [x0 / margin, x1 * margin] : [x0, padded([x0, x1], 0.012, this.logX)[1]]; // and for the last mark
+    return { x, y: padded(extremes(late.map((p) => p[1])), 0.05, this.logY) };
+  }
+
+  // Marks on a line, and crosses where it diverged. In hooks of uPlot, places are pixels of the device.
+  drawMarks({ ctx, bbox, valToPos }, { label, points, thin, marks, chosen, diverged, lost = [] }) {
+    const ratio = uPlot.pxRatio, last = points.length - 1;
+    const place = ([x, y]) => [valToPos(x, "x", true), valToPos(y, "y", true)];
+    ctx.save();
+    ctx.beginPath();
+    ctx.rect(bbox.left, bbox.top, bbox.width, bbox.height);
+    ctx.clip();
+    ctx.globalAlpha = this.alpha(label, thin);
+    ctx.strokeStyle = color(label);
+    ctx.setLineDash([]);
+    ctx.lineWidth = 3 * ratio;
+    const every = this.ownX ? 1 : Math.ceil(points.length / 12); // marks tell lines apart; more of them would hide the line
+    for (const [i, point] of marks ? points.entries() : []) {
+      const hollow = point[0] === chosen;
+      if (!hollow && (last - i) % every) continue;
+      const path = new Path2D(mark(label)(...place(point), (hollow ? 6 : 3.5) * ratio));
+      ctx.fillStyle = hollow ? variable("--paper") : color(label);
+      ctx.fill(path);
+      if (hollow) ctx.stroke(path);
+    }
+    ctx.lineWidth = 2.5 * ratio;
+    const crosses = lost.map((x) => [valToPos(x, "x", true), bbox.top + (8 + 13 * index(label)) * ratio]), r = 4 * ratio;
+    if (diverged) crosses.push([place(points[last])[0], Math.max(bbox.top + 8 * ratio, place(points[last])[1])]);
+    for (const [x, y] of crosses) ctx.stroke(new Path2D(`M${x - r},${y - r}l${2 * r},${2 * r}m0,${-2 * r}l${-2 * r},${2 * r}`));
+    ctx.restore();
   }
 
   // Names at the right ends of lines, moved apart where they would cover each other.
-  nameLines(lines) {
-    const { right, top, bottom } = this.box;
-    const ends = lines.map((line) => {
-      const seen = line.points.filter((p) => this.usable(p) && p[0] <= this.range.x[1] * (1 + 1e-9));
-      const x = this.ownX && seen.length ? this.toX(seen[seen.length - 1][0]) : right; // a search ends where it ends
-      return { line, x, y: seen.length ? this.toY(seen[seen.length - 1][1]) : NaN };
-    }).filter(({ y }) => y >= top - 1 && y <= bottom + 1).sort((a, b) => a.y - b.y);
-    const gap = Math.min(14, (bottom - top) / Math.max(1, ends.length));
-    ends.forEach((end, i) => { end.y = Math.max(end.y, i ? ends[i - 1].y + gap : top + 4); });
+  drawNames({ ctx, bbox: { left, top, width, height }, valToPos }) {
+    if (!this.named) return;
+    const ratio = uPlot.pxRatio, [right, bottom] = [left + width, top + height], ends = [];
+    for (const { label, points } of this.thick) {
+      const end = points.filter((p) => p[0] <= this.range.x[1] * (1 + 1e-9)).pop();
+      const y = end ? valToPos(end[1], "y", true) : NaN;
+      if (y >= top - 1 && y <= bottom + 1) // a search ends where it ends
+        ends.push({ label, y, x: this.ownX ? valToPos(end[0], "x", true) : right });
+    }
+    ends.sort((a, b) => a.y - b.y);
+    const gap = Math.min(14 * ratio, height / Math.max(1, ends.length));
+    ends.forEach((end, i) => { end.y = Math.max(end.y, i ? ends[i - 1].y + gap : top + 4 * ratio); });
     ends.reverse().forEach((end, i) => { end.y = Math.min(end.y, i ? ends[i - 1].y - gap : bottom); });
-    for (const { line, x, y } of ends)
-      element("text", { x: x + 10, y: y + 4, class: "name", style: `fill:${color(line.label)}`,
-        opacity: view.focus && view.focus !== line.label ? 0.25 : 1 }, this.svg, clip(line.name, 18));
+    ctx.save();
+    ctx.font = `600 ${FONT.replace("12px", `${12 * ratio}px`)}`;
+    [ctx.textAlign, ctx.textBaseline] = ["left", "alphabetic"];
+    for (const { label, x, y } of ends) {
+      [ctx.fillStyle, ctx.globalAlpha] = [color(label), this.alpha(label)];
+      ctx.fillText(clip(label, 18), x + 10 * ratio, y + 4 * ratio);
+    }
+    ctx.restore();
   }
 
-  scale(value, [low, high], from, to, log) {
-    return from + (log ? Math.log(value / low) / Math.log(high / low) : (value - low) / (high - low)) * (to - from);
+  show(range) {
+    this.zoom = range;
+    this.draw();
   }
-  unscale(position, [low, high], from, to, log) {
-    const part = (position - from) / (to - from);
-    return log ? low * (high / low) ** part : low + part * (high - low);
+  selected({ left, top, width, height }) {
+    const from = (start, size, axis) => [start, start + size].map((p) => this.plot.posToVal(p, axis)).sort((a, b) => a - b);
+    if (width < 8) return;
+    const flat = height >= this.plot.over.clientHeight; // a horizontal drag zooms x alone
+    const zoom = { x: from(left, width, "x"), y: flat ? this.range.y : from(top, height, "y") };
+    setTimeout(() => this.show(zoom)); // when uPlot is done with the event
   }
-  toX(value) { return this.scale(value, this.range.x, this.box.left, this.box.right, this.logX); }
-  toY(value) { return this.scale(value, this.range.y, this.box.bottom, this.box.top, this.logY); }
-  fromX(position) { return this.unscale(position, this.range.x, this.box.left, this.box.right, this.logX); }
-  fromY(position) { return this.unscale(position, this.range.y, this.box.bottom, this.box.top, this.logY); }
-  place(event) {
-    const frame = this.svg.getBoundingClientRect(), unit = this.svg.viewBox.baseVal.width / frame.width;
-    const { left, right, top, bottom } = this.box;
-    return [clamp((event.clientX - frame.left) * unit, left, right), clamp((event.clientY - frame.top) * unit, top, bottom)];
+  wheel(event) {
+    if (!(event.ctrlKey || event.metaKey) || !this.plot) return; // the wheel alone scrolls the page
+    event.preventDefault();
+    this.scaleX(1.25 ** Math.sign(event.deltaY));
+  }
+  // Show `factor` times as much of x, around the cursor or before the end; losses fill the height again.
+  scaleX(factor) {
+    if (!this.range) return;
+    const [to, from] = this.logX ? [Math.log, Math.exp] : [(v) => v, (v) => v];
+    const whole = this.whole(), at = clamp(this.cursor ?? Infinity, ...this.range.x);
+    const x = this.range.x.map((v) => clamp(from(to(at) + (to(v) - to(at)) * factor), ...whole.x));
+    const inside = this.drawn.filter((l) => !l.diverged).flatMap((l) => l.points).filter((p) => p[0] >= x[0] && p[0] <= x[1]);
+    if (!inside.length || x[0] === x[1]) return;
+    if (x[0] <= whole.x[0] && x[1] >= whole.x[1]) this.show(null);
+    else this.show({ x, y: padded(extremes(inside.map((p) => p[1])), 0.05, this.logY) });
+  }
+
+  // A finger moves the cursor; it neither zooms nor keeps the page from scrolling. What it asked for stays.
+  touch(event) {
+    if (event.pointerType !== "touch" || !this.plot) return;
+    const frame = this.plot.over.getBoundingClientRect();
+    this.plot.setCursor({ left: clamp(event.clientX - frame.left, 0, frame.width), top: 0 });
+  }
+  key(event) {
+    if (!this.plot || event.altKey || event.ctrlKey || event.metaKey) return;
+    const xs = [...new Set(this.thick.flatMap((line) => line.points.map((p) => p[0])))].sort((a, b) => a - b);
+    const shown = xs.filter((x) => x >= this.range.x[0] && x <= this.range.x[1]);
+    const now = this.cursor ?? shown[shown.length - 1];
+    const acts = {
+      ArrowRight: () => this.moveCursor(shown.find((x) => x > now) ?? now),
+      ArrowLeft: () => this.moveCursor(shown.filter((x) => x < now).pop() ?? now),
+      Home: () => this.moveCursor(shown[0] ?? null),
+      End: () => this.moveCursor(shown[shown.length - 1] ?? null),
+      "+": () => this.scaleX(0.5),
+      "-": () => this.scaleX(2),
+      Escape: () => { this.moveCursor(null); this.show(null); },
+    };
+    const act = acts[{ "=": "+", 0: "Escape" }[event.key] ?? event.key];
+    if (!act) return;
+    act();
+    event.preventDefault();
   }
 
   // The cursor is at the same place in all charts with the same axis; the values are told where it is pointed at.
-  moveCursor(value) {
-    for (const chart of charts)
-      if (Boolean(chart.ownX) === Boolean(this.ownX)) {
-        Object.assign(chart, { cursor: value, pointed: chart === this });
-        chart.showCursor();
-      }
-  }
-  leave() { if (!this.start && this.pointed) this.moveCursor(null); }
-
-  point(event) {
-    if (!this.range) return;
-    const [x, y] = this.place(event);
-    this.moveCursor(this.fromX(x));
-    if (!this.start) return;
-    const [x0, y0] = this.start;
-    element("rect", { class: "zoom", x: Math.min(x, x0), y: Math.min(y, y0), width: Math.abs(x - x0), height: Math.abs(y - y0) }, this.overlay);
-  }
-  press(event) {
-    if (event.pointerType === "touch" || event.button || !this.range) return this.point(event); // a finger scrolls the page
-    this.svg.setPointerCapture(event.pointerId);
-    this.start = this.place(event);
-  }
-  release(event) {
-    if (!this.start) return;
-    const [x0, y0] = this.start, [x1, y1] = this.place(event);
-    this.start = null;
-    if (Math.abs(x1 - x0) < 8) return this.showCursor();
-    const sorted = (values) => values.sort((a, b) => a - b);
-    const flat = Math.abs(y1 - y0) < 8; // a horizontal drag zooms x alone
-    this.zoom = { x: sorted([this.fromX(x0), this.fromX(x1)]), y: flat ? this.range.y : sorted([this.fromY(y0), this.fromY(y1)]) };
-    this.draw();
-  }
-  wheel(event) {
-    if (!(event.ctrlKey || event.metaKey) || !this.range) return; // the wheel alone scrolls the page
-    event.preventDefault();
-    this.scaleX(1.25 ** Math.sign(event.deltaY), this.place(event)[0]);
-  }
-  // Show `factor` times as much of x, with what is at `position` staying there; losses fill the height again.
-  scaleX(factor, position = null) {
-    if (!this.range) return;
-    const { left, right } = this.box, at = position ?? (this.cursor === null ? right : clamp(this.toX(this.cursor), left, right));
-    const whole = this.zoom ? this.wholeX() : this.range.x;
-    const x = [at - (at - left) * factor, at + (right - at) * factor].map((v) => clamp(this.fromX(v), ...whole));
-    const inside = this.drawn.filter((l) => !l.diverged).flatMap((l) => l.points).filter((p) => this.usable(p) && p[0] >= x[0] && p[0] <= x[1]);
-    if (!inside.length || x[0] === x[1]) return;
-    if (x[0] <= whole[0] && x[1] >= whole[1]) return this.reset();
-    const ys = inside.map((p) => p[1]), low = Math.min(...ys), high = Math.max(...ys), pad = this.logY ? (high / low) ** 0.05 : 0.05 * (high - low);
-    this.zoom = { x, y: low === high ? this.range.y : this.logY ? [low / pad, high * pad] : [low - pad, high + pad] };
-    this.draw();
-  }
-  wholeX() { const range = this.extent(); return range ? range.x : this.range.x; }
-  reset() { this.zoom = null; this.draw(); }
-
-  key(event) {
-    if (!this.range || event.altKey || event.ctrlKey || event.metaKey) return;
-    const xs = [...new Set(this.drawn.filter((l) => !l.thin).flatMap((l) => l.points.map((p) => p[0])))].sort((a, b) => a - b);
-    const shown = xs.filter((x) => x >= this.range.x[0] && x <= this.range.x[1]);
-    const now = this.cursor ?? shown[shown.length - 1];
-    const move = { ArrowRight: () => shown.find((x) => x > now) ?? now, ArrowLeft: () => shown.filter((x) => x < now).pop() ?? now,
-      Home: () => shown[0], End: () => shown[shown.length - 1] }[event.key];
-    if (move) this.moveCursor(move() ?? null);
-    else if (event.key === "+" || event.key === "=") this.scaleX(0.5);
-    else if (event.key === "-") this.scaleX(2);
-    else if (event.key === "0" || event.key === "Escape") { this.moveCursor(null); this.reset(); }
-    else return;
-    event.preventDefault();
+  moveCursor(value, byPointer = false) {
+    for (const chart of charts.filter((c) => c.ownX === this.ownX)) {
+      Object.assign(chart, { cursor: value, pointed: chart === this });
+      const left = value === null || !chart.plot ? -10 : chart.plot.valToPos(value, "x");
+      if (chart !== this || !byPointer) chart.plot?.setCursor({ left, top: 0 }, false);
+      chart.showCursor();
+    }
   }
 
   // The point of a line at the cursor: between two points interpolated, of a search the nearest trial; none beyond its ends.
-  under(line) {
-    const points = line.points.filter((p) => this.usable(p)), x = this.toX(this.cursor);
-    if (!points.length || x < this.toX(points[0][0]) - 8 || x > this.toX(points[points.length - 1][0]) + 8) return null;
-    const distance = (p) => Math.abs(this.toX(p[0]) - x);
-    const next = points.findIndex((p) => p[0] >= this.cursor);
+  under({ points }) {
+    const place = (p) => this.plot.valToPos(p[0], "x"), x = this.plot.valToPos(this.cursor, "x");
+    if (!points.length || x < place(points[0]) - 8 || x > place(points[points.length - 1]) + 8) return null;
+    const next = points.findIndex((p) => p[0] >= this.cursor), distance = (p) => Math.abs(place(p) - x);
     if (this.ownX || next < 1) return points.reduce((best, p) => (distance(p) < distance(best) ? p : best));
     const [a, b] = [points[next - 1], points[next]], part = (this.cursor - a[0]) / (b[0] - a[0]);
     return a.map((v, i) => v + part * (b[i] - v));
   }
 
+  // Dots where lines cross the cursor, and their values.
   showCursor() {
-    if (!this.overlay) return;
-    this.overlay.replaceChildren();
-    const { left, right, top, bottom } = this.box, x = this.cursor === null ? NaN : this.toX(this.cursor);
+    for (const dot of this.dots) dot.remove();
+    this.dots = [];
     this.tip.hidden = true;
-    if (!(x >= left - 1 && x <= right + 1)) return;
-    const nearest = this.drawn.filter((line) => !line.thin).map((line) => [line, this.under(line)]).filter(([, p]) => p)
-      .sort((a, b) => a[1][1] - b[1][1]);
-    element("line", { class: "cross", x1: x, x2: x, y1: top, y2: bottom }, this.overlay);
-    for (const [line, [px, py]] of nearest)
-      if (this.toX(px) >= left - 1 && this.toX(px) <= right + 1 && this.toY(py) >= top && this.toY(py) <= bottom)
-        element("circle", { cx: this.toX(px), cy: this.toY(py), r: 4.5, fill: color(line.label), stroke: "var(--paper)", "stroke-width": 1.5 }, this.overlay);
-    if (!this.pointed || !nearest.length) return;
+    if (!this.plot || this.cursor === null || this.cursor < this.range.x[0] || this.cursor > this.range.x[1]) return;
+    const found = this.thick.map(({ label, ...line }) => ({ label, point: this.under(line) })).filter(({ point }) => point);
+    found.sort((a, b) => a.point[1] - b.point[1]);
+    const { over } = this.plot;
+    for (const { label, point } of found) {
+      const [left, top] = [this.plot.valToPos(point[0], "x"), this.plot.valToPos(point[1], "y")];
+      if (left < -1 || left > over.clientWidth + 1 || top < 0 || top > over.clientHeight) continue;
+      this.dots.push(element("i", { class: "dot", style: `left:${left}px;top:${top}px;background:${color(label)}` }, over));
+    }
+    if (this.pointed && found.length) this.tell(found);
+  }
+  tell(found) {
     this.tip.hidden = false;
     this.tip.replaceChildren();
-    element("div", { class: "at" }, this.tip, this.xName ? `${this.xName} ${short(this.cursor)}` : `${short(this.cursor)} ${X_AXES[view.x]}`);
-    for (const [line, [px, py, low, high]] of nearest) {
+    const at = short(this.cursor);
+    element("div", { class: "at" }, this.tip, this.xName ? `${this.xName} ${at}` : `${at} ${X_AXES[view.x]}`);
+    for (const { label, point: [x, y, low, high] } of found) {
       const item = element("div", {}, this.tip), name = element("span", {}, item);
-      sample(line.label, name, 22);
-      element("span", {}, name, line.name);
-      const value = element("span", {}, item, this.ownX ? `${py.toFixed(4)} at ${short(px)}` : py.toPrecision(5));
+      sample(label, name, 22);
+      element("span", {}, name, label);
+      const value = element("span", {}, item, this.ownX ? `${y.toFixed(4)} at ${short(x)}` : y.toPrecision(5));
       if (low !== undefined && view.seeds) element("small", {}, value, ` ${low.toPrecision(4)}–${high.toPrecision(4)}`);
     }
-    const frame = this.svg.getBoundingClientRect(), home = this.figure.getBoundingClientRect(), unit = frame.width / this.svg.viewBox.baseVal.width;
-    const width = this.tip.offsetWidth, wanted = x > (left + right) / 2 ? (x - 12) * unit - width : (x + 12) * unit;
+    const home = this.figure.getBoundingClientRect(), frame = this.plot.over.getBoundingClientRect();
+    const x = frame.left - home.left + this.plot.valToPos(this.cursor, "x"), width = this.tip.offsetWidth;
+    const wanted = this.plot.valToPos(this.cursor, "x") > frame.width / 2 ? x - 12 - width : x + 12;
     this.tip.style.left = `${clamp(wanted, 0, Math.max(0, home.width - width))}px`;
-    this.tip.style.top = `${frame.top - home.top + (top + 4) * unit}px`;
+    this.tip.style.top = `${frame.top - home.top + 4}px`;
   }
 }
 
@@ -410,21 +416,24 @@ function crossing(xs, losses, target) {
   return xs[i - 1] + ((xs[i] - xs[i - 1]) * (losses[i - 1] - target)) / (losses[i - 1] - losses[i]);
 }
 
-// The table of what each optimizer needs to come down to a loss, for the loss that the reader asks for.
+// What a run needs to come down to the loss, within the tokens that the comparison goes to.
+function needed({ tokens, val_loss: losses, ...others }, key, target) {
+  const kept = tokens.filter((t) => t <= results.compared_at_tokens).length, [before, after] = [tokens[kept - 1], tokens[kept]];
+  const part = (results.compared_at_tokens - before) / (after - before); // of the way to the first evaluation after it
+  const cut = (ys) => [...ys.slice(0, kept), ...(part > 0 ? [ys[kept - 1] + part * (ys[kept] - ys[kept - 1])] : [])];
+  return crossing(cut({ tokens, ...others }[key]), cut(losses), target);
+}
+
+// The table of what each optimizer needs to come down to the loss that the reader asks for.
 function retarget(target) {
   for (const cell of document.querySelectorAll("td[data-cost]")) {
     const [which, key] = cell.dataset.cost.split(" ");
-    const runs = results.runs.filter((run) => run.label === labels[+which] && run.status !== "diverged" && run.validation.step.length);
-    const limit = results.compared_at_tokens;
-    const found = runs.map(({ validation: v }) => {
-      const kept = v.tokens.filter((t) => t <= limit).length, part = (limit - v.tokens[kept - 1]) / (v.tokens[kept] - v.tokens[kept - 1]);
-      const upto = (ys) => [...ys.slice(0, kept), ...(part > 0 ? [ys[kept - 1] + part * (ys[kept] - ys[kept - 1])] : [])];
-      return crossing(upto(v[key]), upto(v.val_loss), target);
-    }).filter((x) => x !== null);
-    const mean = found.reduce((sum, x) => sum + x, 0) / found.length;
-    const bound = runs.some(({ validation: v }) => v.val_loss[0] <= target) ? "≤ " : ""; // there already at the first evaluation
-    cell.textContent = found.length ? bound + mean.toLocaleString("en-US", { maximumFractionDigits: key !== "seconds" ? 0 : mean < 10 ? 2 : 1 }) : "never";
-    if (found.length && found.length < runs.length && key === "tokens") cell.textContent += ` (${found.length} of ${runs.length} runs)`;
+    const runs = results.runs.filter((r) => r.label === labels[+which] && r.status !== "diverged" && r.validation.step.length);
+    const found = runs.map((run) => needed(run.validation, key, target)).filter((x) => x !== null);
+    const bound = runs.some((run) => run.validation.val_loss[0] <= target) ? "≤ " : ""; // there already at the first evaluation
+    const maximumFractionDigits = key !== "seconds" ? 0 : mean(found) < 10 ? 2 : 1;
+    const some = key === "tokens" && found.length < runs.length ? ` (${found.length} of ${runs.length} runs)` : "";
+    cell.textContent = found.length ? bound + mean(found).toLocaleString("en-US", { maximumFractionDigits }) + some : "never";
   }
 }
 
@@ -467,10 +476,14 @@ function start() {
   control("log-x", "change", (node) => { view.logX = node.checked; }, true);
   control("log-y", "change", (node) => { view.logY = node.checked; }, true);
   control("seeds", "change", (node) => { view.seeds = node.checked; }, false);
-  control("smooth", "input", (node) => { view.smooth = +node.value; node.nextElementSibling.textContent = (+node.value).toFixed(2); }, false);
+  control("smooth", "input", (node) => {
+    view.smooth = +node.value;
+    node.nextElementSibling.textContent = view.smooth.toFixed(2);
+  }, false);
   document.getElementById("reset").addEventListener("click", () => redraw(true));
   const target = document.getElementById("target");
   if (target) target.addEventListener("input", () => { if (target.value > 0) retarget(+target.value); });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => redraw());
   new ResizeObserver(() => redraw()).observe(curves);
   redraw();
 }

@@ -3,7 +3,8 @@ searches; details.png the same loss over steps and FLOPs, the training loss, gra
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -19,39 +20,36 @@ MARKERS = "os^DvPX"  # 7, so that with 8 colours and dashes 56 optimizers differ
 SMOOTHING = 0.6  # of what is logged while training, as on the page
 X_NAMES = {"tokens": "tokens", "step": "optimizer steps", "seconds": "seconds in training steps", "flops": "model FLOPs"}
 NAME = 28  # letters of an optimizer's name
+# Kind of record, column, title, and whether the axis leaves out what the first fifth alone shows.
+VALIDATION = ("validation", "val_loss", "validation loss, nats per token", True)
+TRAINING = (
+    ("loss", "training loss, nats per token", True),
+    ("grad_norm", "norm of the gradient, before clipping", True),
+    ("update_rms", "RMS change of a hidden weight in one step", False),
+    ("update_ratio", "the same relative to the RMS of the weight", False),
+)
 
 Labels = list[str]
-Panel = Callable[[Axes], None]
+Rows = list[dict[str, Any]]
+Panel = Callable[[Labels, Axes], None]
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
     """Write the picture of the answer."""
-    runs, rows, labels = parts(results)
-    lines = [lambda axes, x=x: validation(axes, runs, labels, x) for x in ("tokens", "seconds")]
-    sheet(path, labels, [*lines, lambda axes: final_losses(axes, rows, labels), lambda axes: sensitivity(axes, rows, labels)])
+    panels = [partial(curves, results["runs"], *VALIDATION, "tokens"), partial(curves, results["runs"], *VALIDATION, "seconds")]
+    sheet(path, results, [*panels, partial(final_losses, results["optimizers"]), partial(sensitivity, results["optimizers"])])
 
 
 def draw_details(results: dict[str, Any], path: Path) -> None:
     """Write the picture of everything else that was logged."""
-    runs, _, labels = parts(results)
-    panels: list[Panel] = [lambda axes, x=x: validation(axes, runs, labels, x) for x in ("step", "flops")]
-    for column, title, tail in (
-        ("loss", "training loss, nats per token", True),
-        ("grad_norm", "norm of the gradient, before clipping", True),
-        ("update_rms", "RMS change of a hidden weight in one step", False),
-        ("update_ratio", "the same relative to the RMS of the weight", False),
-    ):
-        panels.append(lambda axes, c=column, t=title, late=tail: curves(axes, runs, labels, "training", c, "tokens", t, late))
-    sheet(path, labels, panels)
+    panels = [partial(curves, results["runs"], *VALIDATION, x) for x in ("step", "flops")]
+    panels += [partial(curves, results["runs"], "training", *quantity, "tokens") for quantity in TRAINING]
+    sheet(path, results, panels)
 
 
-def parts(results: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]], Labels]:
-    """Runs, rows and labels of the optimizers."""
-    return results["runs"], results["optimizers"], [row["label"] for row in results["optimizers"]]
-
-
-def sheet(path: Path, labels: Labels, panels: list[Panel]) -> None:
+def sheet(path: Path, results: dict[str, Any], panels: Sequence[Panel]) -> None:
     """Panels two by two under one legend."""
+    labels = [row["label"] for row in results["optimizers"]]
     rows = -(-len(panels) // 2)
     figure = Figure(figsize=(11, 3.9 * rows + 0.4), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
@@ -59,7 +57,7 @@ def sheet(path: Path, labels: Labels, panels: list[Panel]) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, linewidth=0.7)
         axes.tick_params(labelsize=9)
-        panel(axes)
+        panel(labels, axes)
     proxies = [figure.axes[0].plot([], [], markersize=5, linewidth=1.8, **style(label, labels))[0] for label in labels]
     names = [short(label) for label in labels]
     figure.legend(proxies, names, loc="outside upper center", ncols=min(4, len(labels)), frameon=False, handlelength=3.5)
@@ -77,22 +75,14 @@ def short(label: str) -> str:
     return (label if len(label) <= NAME else label[: NAME - 1] + "…").replace("$", r"\$")
 
 
-def validation(axes: Axes, runs: list[dict[str, Any]], labels: Labels, x: str) -> None:
-    """Validation loss over `x`."""
-    curves(axes, runs, labels, "validation", "val_loss", x, "validation loss, nats per token", True)
-
-
-def curves(
-    axes: Axes, runs: list[dict[str, Any]], labels: Labels, kind: str, column: str, x: str, title: str, tail: bool
-) -> None:
+def curves(runs: Rows, kind: str, column: str, title: str, tail: bool, x: str, labels: Labels, axes: Axes) -> None:
     """One logged quantity: each seed thin, the mean thick; with `tail`, the axis leaves out what the first fifth alone shows."""
     late: list[float] = []
     for label in labels:
         seeds = [points(run, kind, column, x) for run in runs if run["label"] == label and run["status"] != "diverged"]
         seeds = [seed for seed in seeds if seed]
         for seed in seeds if len(seeds) > 1 else []:
-            xs, ys = zip(*seed.values(), strict=True)
-            axes.plot(xs, ys, linewidth=0.7, alpha=0.4, color=style(label, labels)["color"])
+            axes.plot(*zip(*seed.values(), strict=True), linewidth=0.7, alpha=0.4, color=style(label, labels)["color"])
         common = [step for step in seeds[0] if all(step in seed for seed in seeds)] if seeds else []
         if not common:
             continue
@@ -128,7 +118,7 @@ def points(run: dict[str, Any], kind: str, column: str, x: str) -> dict[int, tup
     return found
 
 
-def final_losses(axes: Axes, rows: list[dict[str, Any]], labels: Labels) -> None:
+def final_losses(rows: Rows, labels: Labels, axes: Axes) -> None:
     """Each seed's final loss, with mean and interval; the lowest is on top."""
     shown = sorted((row for row in rows if row["loss"]), key=lambda row: -row["loss"]["mean"])
     for height, row in enumerate(shown):
@@ -145,7 +135,7 @@ def final_losses(axes: Axes, rows: list[dict[str, Any]], labels: Labels) -> None
     axes.set(xlabel="final validation loss: seeds, mean, 95 % interval", ylim=(-0.5, max(len(shown), 1) - 0.35))
 
 
-def sensitivity(axes: Axes, rows: list[dict[str, Any]], labels: Labels) -> None:
+def sensitivity(rows: Rows, labels: Labels, axes: Axes) -> None:
     """Validation loss by learning rate; the chosen one is hollow, crosses at the top diverged."""
     searched = [row for row in rows if row["search"] and row["search"]["lr"]]
     if not searched:

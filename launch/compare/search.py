@@ -75,7 +75,7 @@ def next_lr(losses: Losses) -> float:
     if side is not None:
         ratio = max(tried[1] / tried[0] if side == "below" else tried[-1] / tried[-2], FACTOR) if len(tried) > 1 else FACTOR
         return rounded(tried[0] / ratio) if side == "below" else rounded(tried[-1] * ratio)
-    middle = tried.index(best(losses))
+    middle = tried.index(min(tried, key=lambda lr: losses[lr]))
     left, right = tried[middle - 1], tried[middle + 1]
     return rounded(math.sqrt(tried[middle] * (left if losses[left] <= losses[right] else right)))
 

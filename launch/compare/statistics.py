@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 
+from scipy.special import stdtr, stdtrit  # Student's t: distribution function and quantile
+
 CONFIDENCE = 0.95
 
 
@@ -31,43 +33,16 @@ class Difference:
     paired: bool
 
 
-def incomplete_beta(a: float, b: float, x: float) -> float:
-    """The regularized incomplete beta function I_x(a, b), by its continued fraction (Lentz; DLMF 8.17.22)."""
-    if not 0 < x < 1:
-        return 0.0 if x <= 0 else 1.0
-    if x > (a + 1) / (a + b + 2):  # where the fraction converges slowly, its mirror image does not
-        return 1 - incomplete_beta(b, a, 1 - x)
-    tiny = 1e-300
-    c, d = 1.0, 1 / (1 - (a + b) * x / (a + 1))
-    fraction = d
-    for m in range(1, 500):
-        for term in (
-            m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m)),
-            -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1)),
-        ):
-            d = 1 / (1 + term * d or tiny)
-            c = 1 + term / c or tiny
-            fraction *= c * d
-        if abs(c * d - 1) < 1e-15:
-            break
-    front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
-    return math.exp(front) * fraction / a
+def half_width(error: float, dof: float) -> float:
+    """Half the width of the confidence interval of a mean with this standard error and these degrees of freedom."""
+    return error * float(stdtrit(dof, (1 + CONFIDENCE) / 2))
 
 
-def t_p_value(t: float, dof: float) -> float:
-    """P(|T| >= |t|) of Student's t with `dof` degrees of freedom."""
-    return 0.0 if math.isinf(t) else incomplete_beta(dof / 2, 0.5, dof / (dof + t * t))
-
-
-def t_quantile(confidence: float, dof: float) -> float:
-    """The t with P(|T| <= t) = `confidence`, by bisection."""
-    low, high = 0.0, 1.0
-    while t_p_value(high, dof) > 1 - confidence:
-        high *= 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_p_value(middle, dof) > 1 - confidence else (low, middle)
-    return (low + high) / 2
+def p_value(gap: float, error: float, dof: float) -> float:
+    """Two-sided p of a difference with a standard error; without any spread, equal is 1 and different 0."""
+    if error == 0:
+        return 1.0 if gap == 0 else 0.0
+    return float(2 * stdtr(dof, -abs(gap) / error))
 
 
 def estimate(values: Sequence[float]) -> Estimate:
@@ -76,7 +51,7 @@ def estimate(values: Sequence[float]) -> Estimate:
     if n < 2:
         return Estimate(values[0], None, None, 1)
     sd = stdev(values)
-    return Estimate(mean(values), sd, t_quantile(CONFIDENCE, n - 1) * sd / math.sqrt(n), n)
+    return Estimate(mean(values), sd, half_width(sd / math.sqrt(n), n - 1), n)
 
 
 def difference(a: Mapping[int, float], b: Mapping[int, float]) -> Difference:
@@ -84,27 +59,18 @@ def difference(a: Mapping[int, float], b: Mapping[int, float]) -> Difference:
     Welch's, which needs two values on each side; no test otherwise."""
     common = sorted(set(a) & set(b))
     if len(common) >= 2:
-        e = estimate([a[seed] - b[seed] for seed in common])
-        return Difference(e.mean, e.half, p_of(e.mean, e.sd / math.sqrt(e.n), e.n - 1), e.n, True)
+        gaps = [a[seed] - b[seed] for seed in common]
+        gap, error, n = mean(gaps), stdev(gaps) / math.sqrt(len(gaps)), len(gaps)
+        return Difference(gap, half_width(error, n - 1), p_value(gap, error, n - 1), n, True)
     if len(common) == 1 and (len(a) == 1 or len(b) == 1):
         return Difference(a[common[0]] - b[common[0]], None, None, 1, True)
-    left, right = estimate(list(a.values())), estimate(list(b.values()))
-    n, gap = min(left.n, right.n), left.mean - right.mean
+    gap, n = mean(a.values()) - mean(b.values()), min(len(a), len(b))
     if n < 2:
         return Difference(gap, None, None, n, False)
-    u, v = left.sd**2 / left.n, right.sd**2 / right.n
-    if u + v == 0:
-        return Difference(gap, 0.0, p_of(gap, 0.0, 1), n, False)
-    dof = (u + v) ** 2 / (u**2 / (left.n - 1) + v**2 / (right.n - 1))
+    u, v = (stdev(side.values()) ** 2 / len(side) for side in (a, b))
     error = math.sqrt(u + v)
-    return Difference(gap, t_quantile(CONFIDENCE, dof) * error, p_of(gap, error, dof), n, False)
-
-
-def p_of(gap: float, error: float, dof: float) -> float:
-    """Two-sided p of a difference with a standard error; without any spread, equal is 1 and different 0."""
-    if error == 0:
-        return 1.0 if gap == 0 else 0.0
-    return t_p_value(gap / error, dof)
+    dof = (u + v) ** 2 / (u**2 / (len(a) - 1) + v**2 / (len(b) - 1)) if error else 1  # Welch and Satterthwaite's
+    return Difference(gap, half_width(error, dof), p_value(gap, error, dof), n, False)
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:

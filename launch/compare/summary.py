@@ -8,6 +8,8 @@ from itertools import combinations
 from statistics import mean, median
 from typing import Any
 
+import numpy as np
+
 from configs.load import to_yaml
 from launch.compare.curves import Run, at, other_differences, reaches, thinned, upto
 from launch.compare.search import Search
@@ -15,7 +17,8 @@ from launch.compare.statistics import CONFIDENCE, Difference, difference, estima
 
 LEVEL = 1 - CONFIDENCE
 SAME_LENGTH = 1e-3  # runs of as many steps differ by a few tokens, since the last sequence of an epoch is shorter
-TRAINING = ("step", "tokens", "seconds", "loss", "grad_norm", "update_rms", "update_ratio", "optimizer_seconds")
+TRAINING = ("step", "tokens", "seconds", "loss", "grad_norm", "update_rms", "update_ratio")  # what the charts show
+MOST_POINTS = 1000  # of a curve
 
 Groups = Mapping[str, Sequence[Run]]  # the final runs of each optimizer, by label
 
@@ -40,9 +43,7 @@ def summarize(groups: Groups, searches: Mapping[str, Search], about: dict[str, A
         "target_loss": target,
         "sentences": sentences,
         "caveats": caveats(everything, tokens),
-        "optimizers": [
-            row(label, list(groups[label]), sound[label], finals[label], tokens, target, searches.get(label)) for label in groups
-        ],
+        "optimizers": [row(label, runs, finals[label], tokens, target, searches.get(label)) for label, runs in groups.items()],
         "pairs": pairs,
         "runs": [curves(run) for runs in groups.values() for run in runs],
     }
@@ -146,16 +147,11 @@ def caveats(runs: Sequence[Run], tokens: float) -> list[str]:
 
 
 def row(
-    label: str,
-    runs: list[Run],
-    sound: list[Run],
-    finals: Mapping[int, float],
-    tokens: float,
-    target: float | None,
-    search: Search | None,
+    label: str, runs: Sequence[Run], finals: Mapping[int, float], tokens: float, target: float | None, search: Search | None
 ) -> dict[str, Any]:
-    """One optimizer's line of the table, with its search."""
+    """One optimizer's line of the table, with its search; `finals` holds the final losses of sound runs by seed."""
     config = runs[0].config.optimizer if runs else None
+    sound = [run for run in runs if run.seed in finals]
     timed = [r["optimizer_seconds"] for run in sound for r in run.training[1:] if "optimizer_seconds" in r]
     sizes = [run.state_bytes for run in sound if run.state_bytes is not None]
     asked = [(run, reaches(upto(run.losses(), tokens), target)) for run in sound] if target is not None else []
@@ -180,7 +176,7 @@ def row(
             "asked": len(sound),
             "at_most": any(x == run.losses()[0][0] for run, x in hits),
             "tokens": mean(x for _, x in hits),
-            "steps": mean(step_at(run, x) for run, x in hits),
+            "steps": mean(run.steps_at(x) for run, x in hits),
             "seconds": mean(run.seconds_at(x) for run, x in hits),
         }
     if search is not None:
@@ -198,15 +194,12 @@ def losses_of(losses: Mapping[float, float]) -> list[dict[str, float | None]]:
     return [{"value": lr, "loss": loss if loss < float("inf") else None} for lr, loss in sorted(losses.items())]
 
 
-def step_at(run: Run, tokens: float) -> float:
-    """Optimizer steps until `tokens`."""
-    return at([(0, 0), *((r["tokens"], r["step"]) for r in run.validation)], tokens)
-
-
 def curves(run: Run) -> dict[str, Any]:
     """What the page draws of a run, with what repeats it."""
-    training = thinned(run.training)
+    training, validation = thinned(run.training, MOST_POINTS), thinned(run.validation, MOST_POINTS)
     columns = [name for name in TRAINING if any(name in r for r in training)]
+    tokens = [r["tokens"] for r in validation]
+    seconds = np.interp(tokens, *zip(*run.clock, strict=True)).tolist()  # one by one, thousands would take minutes
     return {
         "label": run.label,
         "seed": run.seed,
@@ -217,10 +210,10 @@ def curves(run: Run) -> dict[str, Any]:
         "flops_per_token": run.flops_per_token,
         "training": {name: [digits(r.get(name)) for r in training] for name in columns},
         "validation": {
-            "step": [r["step"] for r in run.validation],
-            "tokens": [r["tokens"] for r in run.validation],
-            "seconds": [digits(run.seconds_at(r["tokens"])) for r in run.validation],
-            "val_loss": [digits(r["val_loss"]) for r in run.validation],
+            "step": [r["step"] for r in validation],
+            "tokens": tokens,
+            "seconds": [digits(value) for value in seconds],
+            "val_loss": [digits(r["val_loss"]) for r in validation],
         },
     }
 

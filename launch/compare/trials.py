@@ -6,7 +6,6 @@ import fcntl
 import json
 import math
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -20,7 +19,7 @@ from typing import IO, NamedTuple
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from configs.load import ConfigError, load_config
 from configs.schema import Config
@@ -29,8 +28,6 @@ from launch.monitoring.metrics import flat, read_metrics
 
 ROOT = Path(__file__).parents[2]
 POLL_SECONDS = 0.2
-# What train.py says last when a run cannot go on because of its numbers (launch.monitoring.guard, launch.run.setup).
-DIVERGED = re.compile(r"^error: .*(steps in a row were not finite|no checkpoint to roll back to|rollbacks did not help)", re.M)
 # May differ between a trial and what it would be today: where it lies and how it is kept, not what it computes.
 INCIDENTAL = ("run.dir", "run.name", "checkpoint.", "log.trackers", "log.sample_")
 
@@ -47,7 +44,6 @@ class Outcome(NamedTuple):
     """Where a trial stands."""
 
     status: str  # "new", "unfinished", "finished" or "diverged"
-    step: int = 0
     loss: float = math.inf  # the last validation loss of a finished trial; infinite otherwise
 
 
@@ -86,23 +82,27 @@ def outcome(trial: Trial) -> Outcome:
             raise ConfigError(
                 f"{trial.folder} holds a run with {key}={before.get(key)}, this comparison has {now[key]}: choose another --out"
             )
-    records = read_metrics(trial.folder / "metrics.jsonl")
-    step = max((r["step"] for r in records), default=0)
-    if (trial.folder / "diverged.json").exists():
-        return Outcome("diverged", step)
-    return judge(records, int(now["train.steps"]))
+    if stopped_diverged(trial.folder):
+        return Outcome("diverged")
+    return judge(read_metrics(trial.folder / "metrics.jsonl"), int(now["train.steps"]))
+
+
+def stopped_diverged(folder: Path) -> bool:
+    """Whether train.py ended a run early because it diverged, which is then its last event."""
+    events = read_metrics(folder / "events.jsonl")
+    by_event = bool(events) and events[-1].get("reason") == "diverged"
+    return by_event or (folder / "diverged.json").exists()  # a file that launch.compare itself wrote before there were events
 
 
 def judge(records: list[dict], steps: int) -> Outcome:
     """The outcome of a run of `steps` steps with these records: finished, unless it ends no lower than it began."""
-    step = max((r["step"] for r in records), default=0)
     last = next((r for r in reversed(records) if "val_loss" in r and r["step"] == steps), None)
     if last is None:
-        return Outcome("unfinished", step)
+        return Outcome("unfinished")
     first = next((r["loss"] for r in records if "loss" in r), None)
     if last["val_loss"] is None or (first is not None and steps > 1 and last["val_loss"] >= first):
-        return Outcome("diverged", step)
-    return Outcome("finished", step, last["val_loss"])
+        return Outcome("diverged")
+    return Outcome("finished", last["val_loss"])
 
 
 def visible_devices() -> list[str | None]:
@@ -144,7 +144,7 @@ class Pool:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._end(signal.SIGTERM)
+        self._end()
         self.display.stop()
         for number, handler in self.previous.items():
             signal.signal(number, handler)
@@ -155,9 +155,9 @@ class Pool:
         for running in self.running:
             running.process.send_signal(signal.SIGKILL if again else signal.SIGTERM)
 
-    def _end(self, number: int) -> None:
+    def _end(self) -> None:
         for running in self.running:
-            running.process.send_signal(number)
+            running.process.terminate()
         for running in self.running:
             running.process.wait()
             running.log.close()
@@ -180,7 +180,7 @@ class Pool:
         reused = len(trials) - len(waiting)
         self.say(f"{phase}: {len(trials)} trials" + (f", {reused} of them done already" if reused else ""))
         total = self.display.add_task(phase, total=len(trials), completed=reused, text="trials")
-        bars: dict[Trial, int] = {}
+        bars: dict[Trial, TaskID] = {}
         while self.running or (waiting and not self.signals):
             while waiting and len(self.running) < self.parallel and not self.signals:
                 trial = waiting.pop(0)
@@ -231,13 +231,11 @@ class Pool:
             if not trial.keep:
                 shutil.rmtree(trial.folder / "checkpoints", ignore_errors=True)
             return f"validation loss {result.loss:.4f}" if result.status == "finished" else "diverged"
-        text = (trial.folder / "log.txt").read_text(errors="replace")
-        lines = [line for line in text.splitlines() if line.strip()]
-        if status == 2 and lines and DIVERGED.match(lines[-1]):
-            (trial.folder / "diverged.json").write_text(json.dumps({"error": lines[-1]}) + "\n")
-            return f"diverged ({lines[-1]})"
+        lines = [line for line in (trial.folder / "log.txt").read_text(errors="replace").splitlines() if line.strip()]
         reason = lines[-1] if lines else "it printed nothing"
-        self._end(signal.SIGTERM)
+        if stopped_diverged(trial.folder):
+            return f"diverged ({reason})"
+        self._end()
         raise TrialError(f"{trial.folder} failed with status {status}: {reason} (all of it: {trial.folder / 'log.txt'})")
 
 

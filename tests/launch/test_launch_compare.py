@@ -11,16 +11,19 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from configs.load import ConfigError, load_config
 from configs.schema import Config
 from launch.compare import __main__ as compare
 from launch.compare import trials
 from launch.compare.contestants import parse, parse_all
-from launch.compare.trials import judge
-from launch.monitoring.guard import STOPPED, TrainingError, Watch
+from launch.compare.trials import judge, stopped_diverged
+from launch.monitoring.guard import STOPPED, Diverged, Guard
+from launch.monitoring.metrics import Metrics
 
 ROOT = Path(__file__).parents[2]
 STAND_IN = f"""
@@ -37,6 +40,8 @@ with (folder.parent.parent.parent / "starts.txt").open("a") as file:
 if config.optimizer.weight_decay == 7:
     sys.exit("something\\nelse is wrong")
 if lr > 0.5:
+    with (folder / "events.jsonl").open("a") as file:
+        file.write(json.dumps({{"event": "stopped", "reason": "diverged"}}) + "\\n")
     print("error: 10 steps in a row were not finite, the last with loss nan", file=sys.stderr)
     sys.exit(2)
 stopped = []
@@ -285,26 +290,32 @@ def test_each_gpu_gets_one_trial_at_a_time(start, tmp_path, monkeypatch):
 
 def test_outcomes():
     start, end = {"step": 1, "loss": 5.0}, {"step": 9, "val_loss": 4.0}
-    assert judge([], 9) == ("unfinished", 0, float("inf"))
+    assert judge([], 9) == ("unfinished", float("inf"))
     assert judge([start], 9).status == "unfinished"
-    assert judge([start, {"step": 5, "val_loss": 4.0}], 9) == ("unfinished", 5, float("inf"))
-    assert judge([start, end], 9) == ("finished", 9, 4.0)
+    assert judge([start, {"step": 5, "val_loss": 4.0}], 9) == ("unfinished", float("inf"))
+    assert judge([start, end], 9) == ("finished", 4.0)
     assert judge([start, end | {"val_loss": 5.5}], 9).status == "diverged"  # ends above where it began
     assert judge([start, end | {"val_loss": None}], 9).status == "diverged"
 
 
-def test_divergence_is_recognized_by_what_train_says():
-    from types import SimpleNamespace
-
-    import torch
-
-    device = SimpleNamespace(device=torch.device("cpu"), reduce=lambda tensor, _: tensor)
-    watch = Watch(device, Config().train)
-    with pytest.raises(TrainingError) as error:
+def test_divergence_is_recognized_by_the_event_that_train_writes(tmp_path):
+    device = SimpleNamespace(device=torch.device("cpu"), reduce=lambda tensor, _: tensor, is_main_process=True)
+    guard = Guard(device, Config().train)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with pytest.raises(Diverged), Metrics(device, Config(), folder, {}) as metrics:
+        metrics.event({"event": "start"})
+        assert not stopped_diverged(folder)
         for _ in range(Config().train.max_bad_steps):
-            watch.judge(torch.tensor(float("nan")), torch.tensor(1.0), False)
-    assert trials.DIVERGED.match(f"error: {error.value}")
-    assert not trials.DIVERGED.match("error: data.dir is missing")
+            guard.judge(torch.tensor(float("nan")), torch.tensor(1.0), False)
+    assert stopped_diverged(folder)
+    metrics.event({"event": "start"})  # somebody runs it again
+    assert not stopped_diverged(folder)
+    with pytest.raises(ConfigError), Metrics(device, Config(), tmp_path, {}):
+        raise ConfigError("data.dir is missing")
+    assert not stopped_diverged(tmp_path)
+    (tmp_path / "diverged.json").write_text('{"error": "error: 10 steps in a row were not finite"}')  # of an earlier version
+    assert stopped_diverged(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 
 from configs.load import ConfigError
 from configs.schema import Config
+from launch.compare import __main__ as compare
 from launch.compare import report
 from launch.compare.curves import Run, label_runs, other_differences, reaches, thinned, upto
 from launch.compare.picture import COLORS, style
@@ -35,9 +36,7 @@ def make_run(label, seed, final, seconds=1.0, steps=100, status="finished", star
         {"step": s, "tokens": 10 * s, "loss": loss(s), "grad_norm": 1.0, "seconds": seconds * s} for s in range(10, steps + 1, 10)
     ]
     validation = [{"step": s, "tokens": 10 * s, "val_loss": loss(s)} for s in range(20, steps + 1, 20)]
-    run = Run(label, Path(f"runs/{label}_{seed}"), config, "python train.py", training, validation, status, 6.0, 1_500_000)
-    run.clock = [(0.0, 0.0)] + [(r["tokens"], r["seconds"]) for r in training]
-    return run
+    return Run(label, Path(f"runs/{label}_{seed}"), config, "python train.py", training, validation, status, 6.0, 1_500_000)
 
 
 def results_of(groups, searches=None):
@@ -186,7 +185,9 @@ def test_the_page_is_one_file_and_holds_no_foreign_markup(tmp_path):
     page = write_report(tmp_path, results).read_text()
     assert page.count("<script") == page.count("</script>") == 2 and "alert(1)</script" not in page
     assert "{{" not in page.replace("{{data}}", "")
-    assert not re.search(r"(src|href)=|https?://(?!www\.w3\.org/2000/svg)|@import|url\((?!#)", page.replace("url(#clip", ""))
+    assert "uPlot (v1.6.32)" in page and "Copyright (c) 2022 Leon Sorokin" in page  # its licence goes with it
+    own = page.replace("/*! https://github.com/leeoniya/uPlot (v1.6.32) */", "")
+    assert not re.search(r"(src|href)=|https?://(?!www\.w3\.org/2000/svg)|@import|url\(", own)
     embedded = re.search(r'<script type="application/json" id="results">(.*?)</script>', page, re.S)[1]
     drawn = json.loads(embedded)
     assert drawn["title"] == EVIL and drawn["runs"][0]["validation"]["val_loss"][-1] == 4.0
@@ -218,7 +219,7 @@ def test_many_optimizers_few_runs_and_holes(tmp_path):
     page = write_report(tmp_path, results).read_text()
     assert page.count('class="mean"') == 9 + 1 and "1 diverged" in page
     alone = write_report(tmp_path / "alone", results_of({"a": seeds("a", [4.0])})).read_text()
-    assert '<i class="mean" style="left:50.00%">' in alone and "<h2>Differences" not in alone
+    assert '<i class="mean" style="left:50.0%">' in alone and "<h2>Differences" not in alone
     none = results_of({"a": [make_run("a", 1, 9.0, status="diverged")]})
     assert "<h2>Cost" not in write_report(tmp_path / "none", none).read_text()
 
@@ -228,38 +229,68 @@ def test_the_picture_has_the_colours_of_the_page():
     assert tuple(re.findall(r"--c\d: (#\w{6})", css)) == COLORS
 
 
+def test_a_pair_and_a_table_say_the_same():
+    """± is half a confidence interval in both; the standard deviation stands by itself."""
+    results = results_of({"a": seeds("a", [4.0, 4.2, 4.4]), "b": seeds("b", [3.0, 3.2, 3.4])})
+    loss, page = results["optimizers"][0]["loss"], render(results)
+    assert loss["sd"] == pytest.approx(0.2) and loss["half"] == pytest.approx(4.302653 * 0.2 / 3**0.5)
+    assert f"<td>4.2000</td>\n<td>± {loss['half']:.4f}</td>\n<td>0.2000</td>" in page
+    assert page.count("± stands") + page.count("±\nstands") == 1
+
+
+def test_what_older_versions_wrote_is_drawn(tmp_path):
+    """results.json without `at_most`, commands of the search and configurations, and with every curve that was logged."""
+    results = results_of({"a": seeds("a", [4.0, 4.2]), "b": seeds("b", [3.0, 3.2])}, {"a": Search(losses={1e-3: 4.0})})
+    for row in results["optimizers"]:
+        del row["to_target"]["at_most"]
+    for run in results["runs"]:
+        del run["config"], run["command"]
+        run["training"]["optimizer_seconds"] = [0.1] * len(run["training"]["step"])
+    del results["pairs"][0]["reach"]["at_most"]
+    (tmp_path / "old.json").write_text(json.dumps(results, indent=1))
+    assert compare.main(["--results", str(tmp_path / "old.json"), "--out", str(tmp_path / "out")]) == 0
+    assert "Every run behind" not in (tmp_path / "out" / "report.html").read_text()
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
+
+
 @pytest.mark.skipif(shutil.which("node") is None, reason="node runs the page's script here")
 def test_the_script_counts_as_python_does(tmp_path):
-    """`crossing` is `reaches`, and ticks are named with one unit and as many decimals as they need."""
+    """`crossing` is `reaches`; ticks are named with one unit and as many decimals as they need; a flat curve has a range."""
     source = (Path(report.__file__).parent / "page.js").read_text()
-    functions = [
-        re.search(rf"^function {name}\(.*?^}}$", source, re.M | re.S)[0] for name in ("short", "tickNames", "ticks", "crossing")
-    ]
+    names = ("unitOf", "short", "tickNames", "logTicks", "padded", "crossing")
+    functions = [re.search(rf"^function {name}\(.*?^}}$", source, re.M | re.S)[0] for name in names]
     curve = [(10, 5.0), (20, 4.0), (30, 4.5), (40, 3.0)]
     xs, ys = map(list, zip(*curve, strict=True))
     targets = [6, 5, 4.25, 3.75, 2]
     asked = [f"{targets}.map((t) => crossing({xs}, {ys}, t))"]
-    spans = [(0, 1.07e6, False), (4.4, 6.1, False), (1e-4, 0.1, True), (4, 6, True), (0, 2.1e-4, False)]
-    asked += [f"tickNames(ticks({low}, {high}, {str(log).lower()}, 6))" for low, high, log in spans]
+    ticks = ["0, 2e5, 4e5, 6e5, 8e5, 1e6", "4.5, 5, 5.5, 6", "...logTicks(1e-4, 0.1, 6)", "4, 5, 6"]
+    ticks += ["0, 0.5e-4, 1e-4, 1.5e-4, 2e-4", "...logTicks(0.9e4, 2.3e4, 6)", "...logTicks(4.1, 4.3, 6)"]
+    asked += [f"tickNames([{values}])" for values in ticks]
+    asked += ["padded([1e-3 - 1e-19, 1e-3], 0.05, false)", "padded([2, 2], 0.05, true)", "padded([1, 2], 0.5, false)"]
     (tmp_path / "script.js").write_text("\n".join([*functions, f"console.log(JSON.stringify([{', '.join(asked)}]))"]))
     said = subprocess.run(["node", str(tmp_path / "script.js")], capture_output=True, text=True, check=True).stdout
-    crossings, *names = json.loads(said)
+    crossings, *names, flat, flat_log, usual = json.loads(said)
     assert crossings == [reaches(curve, target) for target in targets]
     assert names[0] == ["0", "0.2M", "0.4M", "0.6M", "0.8M", "1.0M"]
     assert names[1] == ["4.5", "5.0", "5.5", "6.0"]
     assert names[2] == ["1e−4", "0.001", "0.01", "0.1"]
     assert names[3] == ["4", "5", "6"]
     assert names[4] == ["0", "0.5e−4", "1.0e−4", "1.5e−4", "2.0e−4"]
+    assert names[5] == ["9k", "10k", "15k", "20k"]
+    assert names[6] == ["4.10", "4.15", "4.20", "4.25", "4.30"]
+    assert flat == pytest.approx([0.95e-3, 1.05e-3]) and flat_log == pytest.approx([2 / 1.1, 2.2]) and usual == [0.5, 2.5]
 
 
-def test_the_committed_comparison_is_what_the_readme_says():
+def test_the_committed_comparison_is_what_the_documents_say():
     root = Path(report.__file__).parents[2]
     results = json.loads((root / "docs" / "compare.json").read_text())
-    readme = (root / "README.md").read_text()
+    paths = (root / "README.md", *sorted((root / "docs").glob("*.md")))
+    documents = " ".join(" ".join(path.read_text() for path in paths).split())  # wherever their lines end
     for text in results["sentences"]:
         if text.startswith(("celo2 is lower than muon", "celo2 is lower than adamw")):
-            assert text in readme
+            assert text in documents
     for row in results["optimizers"]:
-        assert f"| {row['label']} | {row['loss']['mean']:.3f} ± {row['loss']['sd']:.3f} | {row['lr']:g} |" in readme
+        loss = row["loss"]
+        assert f"| {row['label']} | {loss['mean']:.3f} | {loss['sd']:.3f} | {loss['n']} | {row['lr']:g} |" in documents
     assert all(pair["claim"] == (pair["p_corrected"] < 0.05) for pair in results["pairs"])
     assert render(results).count("<h2>") == 6
