@@ -26,6 +26,18 @@ def read_state(path: Path) -> dict[str, Any]:
     return json.loads((path / "state.json").read_text())
 
 
+def optimizer_bytes(path: Path) -> int | None:
+    """Bytes of optimizer state in a checkpoint, from the header of its file; None without a whole file."""
+    file = path / "optimizer.safetensors"
+    try:
+        with file.open("rb") as opened:
+            header = int.from_bytes(opened.read(8), "little")
+    except OSError:
+        return None
+    size = file.stat().st_size - 8 - header
+    return size if size >= 0 else None
+
+
 def load_checkpoint(path: Path, strategy: Strategy) -> None:
     """Fill this rank's weights and optimizer state from a checkpoint, tensor by tensor through CPU memory.
 

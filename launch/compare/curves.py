@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -14,6 +13,8 @@ from tokenizers import Tokenizer
 
 from configs.load import ConfigError, load_config
 from configs.schema import Config
+from launch.checkpoint.load import optimizer_bytes, read_state
+from launch.checkpoint.verify import list_checkpoints
 from launch.monitoring.metrics import flat, read_metrics
 from launch.run.setup import build_from_config, vocabulary
 from models import ModelError, flops_per_token
@@ -105,14 +106,9 @@ def model_flops(folder: Path, config: Config) -> float | None:
 
 
 def state_bytes(folder: Path) -> int | None:
-    """Bytes of optimizer state in the newest checkpoint, from the header of its file; None without a whole one."""
-    files = sorted(folder.glob("checkpoints/step_*/optimizer.safetensors"))
-    if not files:
-        return None
-    with files[-1].open("rb") as file:
-        header = int.from_bytes(file.read(8), "little")
-    size = files[-1].stat().st_size - 8 - header
-    return size if size >= 0 else None
+    """Bytes of optimizer state in the newest checkpoint of a run; None without one."""
+    checkpoints = list_checkpoints(folder / "checkpoints")
+    return optimizer_bytes(checkpoints[-1]) if checkpoints else None
 
 
 def at(curve: Curve, x: float) -> float:
@@ -191,10 +187,10 @@ def other_differences(runs: list[Run]) -> list[str]:
 
 def data_of(run: Run) -> str:
     """What tells a run's data set from others: the fingerprint in its newest checkpoint, else the name of its folder."""
-    states = sorted(run.folder.glob("checkpoints/step_*/state.json"))
-    if states:
+    checkpoints = list_checkpoints(run.folder / "checkpoints")
+    if checkpoints and (checkpoints[-1] / "state.json").exists():
         try:
-            return str(json.loads(states[-1].read_text())["identity"]["data set"])
+            return str(read_state(checkpoints[-1])["identity"]["data set"])
         except (ValueError, KeyError, TypeError):
-            raise ConfigError(f"{states[-1]} is damaged") from None
+            raise ConfigError(f"{checkpoints[-1] / 'state.json'} is damaged") from None
     return Path(run.config.data.dir or "none").name
