@@ -4,8 +4,11 @@ import importlib.util
 import re
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import nn
 
 from celo2.metatrain import config as metatrain
 from celo2.rule import CHANNEL_GROUPS, FIRST_LAYER
@@ -16,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 CARDS = sorted((ROOT / "celo2" / "pretrained").glob("*.md"))
 DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md")), *CARDS]
 CHANGELOG = ROOT / "CHANGELOG.md"
-FOLDERS = sorted(path.name for path in ROOT.iterdir() if (path / "__init__.py").exists()) + ["docs", "examples", "tests"]
+FOLDERS = [*sorted(path.name for path in ROOT.iterdir() if (path / "__init__.py").exists()), "docs", "examples", "tests"]
 
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 NAMED_PATH = re.compile(rf"(?<![\w./-])(?:{'|'.join(FOLDERS)})/[\w./-]*\w/?")
@@ -103,6 +106,29 @@ def test_every_document_is_in_the_index():
     assert not [path.name for path in (ROOT / "docs").glob("*.md") if f"({path.name})" not in index and path.name != "README.md"]
 
 
+class Model(nn.Module):
+    """A language model as the examples call it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.hidden, self.head = nn.Embedding(7, 4), nn.Linear(4, 4), nn.Linear(4, 7, bias=False)
+
+    def forward(self, tokens: torch.Tensor) -> SimpleNamespace:
+        logits = self.head(self.hidden(self.embedding(tokens[:, :-1])))
+        return SimpleNamespace(loss=nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()))
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/optimizer.md"])
+def test_example_runs(document, capsys):
+    """The first Python example moves every weight, and prints the routing."""
+    example = re.search(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)[1]
+    model = Model()
+    before = [p.detach().clone() for p in model.parameters()]
+    exec(example, {"model": model, "batches": [{"tokens": torch.tensor([[0, 1, 2, 3, 4, 5, 6]])}]})
+    assert all(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+    assert "hidden.weight" in capsys.readouterr().out
+
+
 def test_channel_table():
     """The channels in docs/algorithm.md are those of the code."""
     text = (ROOT / "docs" / "algorithm.md").read_text()
@@ -114,8 +140,8 @@ def test_channel_table():
 
 def test_plus_or_minus_is_said_once():
     """It is half a confidence interval of a difference, which only the comparison prints."""
-    allowed = {"README.md", "comparing.md", "contributing.md"}
-    assert not [by_name(path) for path in [*DOCUMENTS] if "±" in path.read_text() and path.name not in allowed]
+    allowed = {"README.md", "architecture.md", "comparing.md", "contributing.md"}
+    assert not [by_name(path) for path in DOCUMENTS if "±" in path.read_text() and path.name not in allowed]
 
 
 def test_changelog_knows_the_version():
