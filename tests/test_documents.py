@@ -1,6 +1,5 @@
 """The documents name what exists: files, modules, options, channels; and the README stays short."""
 
-import importlib.util
 import re
 import tomllib
 from pathlib import Path
@@ -10,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from celo2.metatrain import config as metatrain
+from celo2.metatrain.config import Config as MetatrainConfig
 from celo2.rule import CHANNEL_GROUPS, FIRST_LAYER
-from configs.load import options
+from celo2.training.configuration import options
 from configs.schema import Config
 
 ROOT = Path(__file__).parents[1]
@@ -25,7 +24,7 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 NAMED_PATH = re.compile(rf"(?<![\w./-])(?:{'|'.join(FOLDERS)})/[\w./-]*\w/?")
 MODULE = re.compile(r"python3? -m ([\w.]+)")
 CODE = re.compile(r"```(\w*)\n(.*?)```|`([^`\n]+)`", re.DOTALL)
-FILE_SUFFIXES = ("py", "yaml", "md", "json", "jsonl", "safetensors", "gz", "npz", "png", "txt", "html", "sh", "dir")
+FILE_SUFFIXES = ("py", "yaml", "md", "json", "jsonl", "safetensors", "gz", "npz", "png", "txt", "html", "sh")
 README_LINES, LINE_LENGTH = 120, 160
 
 
@@ -45,9 +44,9 @@ def anchors(document: Path) -> set[str]:
 
 
 def module_exists(name: str) -> bool:
-    """Whether `python -m name` finds a module, without importing it."""
+    """Whether the project has a module of this dotted name, or a package that can be run under it."""
     path = ROOT.joinpath(*name.split("."))
-    return path.with_suffix(".py").exists() or (path / "__main__.py").exists() or importlib.util.find_spec(name) is not None
+    return path.with_suffix(".py").exists() or (path / "__main__.py").exists()
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=by_name)
@@ -78,7 +77,7 @@ def test_named_modules(document):
 @pytest.mark.parametrize("document", [path for path in DOCUMENTS if path != CHANGELOG], ids=by_name)
 def test_named_options(document):
     """Every `section.key`. The sections of meta-training are others; where both have one, a key of either will do."""
-    known = {name for name, _, _ in [*options(), *metatrain.options()]}
+    known = {name for name, _, _ in [*options(Config), *options(MetatrainConfig)]}
     sections = {name.partition(".")[0] for name in known}
     named = re.compile(rf"(?<![\w./-])((?:{'|'.join(sorted(sections))})\.[a-z]\w*)(?![\w(]|\.\w)")
     found = {name for text in code(document.read_text()) for name in named.findall(text)}
