@@ -34,7 +34,7 @@ def hand_momentum(variant: str = "celo2") -> Rule:
 def hand_nesterov() -> Rule:
     """The momentum of decay 0.9 plus 0.8 of the gradient, both over the root of Adafactor's second moment of decay 0.9.
 
-    On a two-layer byte-level GPT none of 25 sums of channels was better (docs/metatraining.md): the strongest baseline.
+    On a two-layer byte-level GPT none of 25 sums of channels was better (docs/meta-training.md): the strongest baseline.
     """
     return hand_set(
         {"factored_momentum": (1.0,), "factored_gradient": (0.8,)},

@@ -14,7 +14,8 @@ import functools
 import math
 import operator
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from celo2.cutting import Layout, cut, merged_axes
 from celo2.rule import factored_axes
 
 
-def as_layout(value: object) -> Layout:
+def as_layout(value: Any) -> Layout:
     """`value` as nested tuples of integers (JSON gives lists); ValueError if it is not a layout."""
     try:
         split, order, shape = (tuple(operator.index(n) for n in part) for part in value)
@@ -74,7 +75,7 @@ def is_dtensor(tensor: Tensor) -> bool:
     return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
 
 
-def local(tensor: Tensor) -> Tensor:
+def local(tensor: Any) -> Tensor:
     """What of `tensor` is on this rank, sharing its memory: a DTensor's local shard, any other tensor itself."""
     return tensor.to_local() if is_dtensor(tensor) else tensor
 
@@ -117,14 +118,14 @@ def regions(shape: tuple[int, ...], layout: Layout | None, start: int, stop: int
     if start >= stop:
         return []
     if layout is None:
-        n, rows, cols = stack = (math.prod(shape[:-2]), *shape[-2:])
-        if stop - start == math.prod(stack):
-            return [Region(slice(0, n), slice(0, rows), slice(0, cols), stack, (rows * cols, cols, 1), 0)]
-        layout = (stack, (0, 1, 2), stack)
+        n, rows, cols = math.prod(shape[:-2]), *shape[-2:]
+        if stop - start == n * rows * cols:
+            return [Region(slice(0, n), slice(0, rows), slice(0, cols), (n, rows, cols), (rows * cols, cols, 1), 0)]
+        layout = ((n, rows, cols), (0, 1, 2), (n, rows, cols))
     found = []
-    for slices, strides, first in cut(layout, start, stop):
-        size = tuple(s.stop - s.start for s in slices)
-        found.append(Region(*slices, size, tuple(strides), first - start))
+    for (matrices, rows_of, cols_of), (by_n, by_r, by_c), first in cut(layout, start, stop):
+        n, r, c = (s.stop - s.start for s in (matrices, rows_of, cols_of))
+        found.append(Region(matrices, rows_of, cols_of, (n, r, c), (by_n, by_r, by_c), first - start))
     return found
 
 
@@ -145,7 +146,8 @@ def form_of(shape: tuple[int, ...], layout: Layout | None, start: int, stop: int
     axes = stacked_axes(stacked, layout)
     if axes is None:
         return Form((1, 1, math.prod(shape)), None, by_reference=True)
-    n_matrices, rows, cols = stack = (matrix_count(stacked), *stacked[-2:])
+    n_matrices, rows, cols = matrix_count(stacked), *stacked[-2:]
+    stack = n_matrices, rows, cols
     if is_factored_over_batch(stacked, layout):
         return Form(stack, axes, by_reference=True)
     here = regions(shape, layout, start, stop)
@@ -189,7 +191,8 @@ class Piece(NamedTuple):
     cols: slice  # which of the C columns
 
 
-class Stack(NamedTuple):
+@dataclass(frozen=True)
+class Stack:
     """N equal matrices with their accumulators: whole, or those pieces of them that are here.
 
     `row` holds the means over the longer axis of a matrix, `col` the means over the shorter one, so that `row` runs along
@@ -230,7 +233,7 @@ def stack_of(
 def part_of(stack: Stack, part: slice) -> Stack:
     """The matrices `part` of a stack."""
     _, rows, cols = stack.shape
-    pieces = [Piece(*(field[part] for field in piece[:4]), piece.rows, piece.cols) for piece in stack.pieces]
+    pieces = [Piece(p.g[part], p.w[part], p.m[part], p.v[part], p.rows, p.cols) for p in stack.pieces]
     count = None if stack.count is None else stack.count[part]
     return Stack((part.stop - part.start, rows, cols), pieces, stack.row[part], stack.col[part], count)
 
@@ -240,8 +243,8 @@ def gathered(stacks: Sequence[Stack], elements: bool) -> Stack:
     _, rows, cols = stacks[0].shape
     pieces = []
     if elements:
-        fields = zip(*(stack.pieces[0][:4] for stack in stacks), strict=True)
-        pieces = [Piece(*(torch.cat(tensors) for tensors in fields), slice(0, rows), slice(0, cols))]
+        g, w, m, v = (torch.cat(tensors) for tensors in zip(*(stack.pieces[0][:4] for stack in stacks), strict=True))
+        pieces = [Piece(g, w, m, v, slice(0, rows), slice(0, cols))]
     counts = [stack.count for stack in stacks if stack.count is not None]
     row, col = torch.cat([stack.row for stack in stacks]), torch.cat([stack.col for stack in stacks])
     return Stack((len(row), rows, cols), pieces, row, col, torch.cat(counts) if counts else None)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +32,8 @@ RMS_EPS = 1e-9  # inside every RMS: of the channels, and of the final update
 ELEMENT, FACTORED, ROW, COLUMN = "element", "element, row and column", "row", "column"
 
 
-class ChannelGroup(NamedTuple):
+@dataclass(frozen=True)
+class ChannelGroup:
     """Input channels of the MLP that are alike: one, or one for each of the K decays."""
 
     name: str
@@ -164,7 +165,7 @@ def lerp_(stored: Tensor, target: Tensor, weight: float, index: Tensor | None, c
     Without `count` as `Tensor.lerp_` does. With it `stored` is bfloat16, moves in float32 and is rounded stochastically, by the
     `celo2.rounding.noise` of `index`, `count` and `slot`.
     """
-    if count is None:
+    if count is None or index is None:
         stored.lerp_(target, weight)
     else:
         stored.copy_(stochastic_round(stored.float().lerp_(target, weight), noise(index, count, slot)))

@@ -7,6 +7,7 @@ weights; the published MessagePack file holds the weights alone, so what it is f
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgpack
@@ -77,7 +78,7 @@ def save_rule(rule: Rule, path: str | Path) -> None:
         raise RuleError(f"{path}: a rule is written as .safetensors or .state, not '{path.suffix}'")
 
 
-def check_weights(weights: dict[str, Tensor], path: Path) -> None:
+def check_weights(weights: Mapping[str, Tensor], path: Path) -> None:
     """Raise RuleError unless names, shapes, dtypes and values are a rule's."""
     hidden = weights["b0"].shape[0] if "b0" in weights and weights["b0"].ndim == 1 else 8
     expected = weight_shapes(hidden)

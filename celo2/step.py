@@ -14,7 +14,7 @@ import functools
 import importlib.util
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -176,7 +176,7 @@ class MatrixPasses:
         _, rows, cols = self.together.shape
         scale = (squares / (rows * cols) + SQUARE_FLOOR).rsqrt()
         sizes = [stack.shape[0] for stack in self.stacks]
-        self.stacks = [s._replace(scale=part) for s, part in zip(self.stacks, scale.split(sizes), strict=True)]
+        self.stacks = [replace(s, scale=part) for s, part in zip(self.stacks, scale.split(sizes), strict=True)]
 
     def accumulate_(self, rule: Rule) -> Tensor:
         """Steps 1 to 3; -> the sums of `Passes.accumulate_`."""

@@ -23,7 +23,7 @@ class Vector(NamedTuple):
     pieces: list[Piece]  # one; momentum and second moment are not used
     g: Tensor  # what is here of the gradient, (..., R, C) or (n,)
     w: Tensor  # the weight, of the same shape
-    state: Mapping[str, Tensor] | None  # accumulators; None: another rank keeps them
+    state: Mapping[str, Tensor]  # accumulators; empty where another rank keeps them
     axes: tuple[int, int] | None  # of the factored second moment; None for a vector
 
 
@@ -33,7 +33,7 @@ def vector_of(g: Tensor, w: Tensor, state: Mapping[str, Tensor] | None, form: Fo
     view = w.shape if form.axes is not None else (-1,)
     g_whole, w_whole = g.view(n, rows, -1), w.view(n, rows, -1)
     piece = Piece(g_whole, w_whole, g_whole, g_whole, slice(0, rows), slice(0, w_whole.shape[2]))
-    return Vector(form.stack, [piece], g.view(view), w.view(view), state, form.axes)
+    return Vector(form.stack, [piece], g.view(view), w.view(view), state or {}, form.axes)
 
 
 class VectorPasses:

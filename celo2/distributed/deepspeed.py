@@ -60,7 +60,7 @@ class ZeroClient(torch.optim.Optimizer):
                 if p not in held:
                     raise ShardingError(f"DeepSpeed's {type(zero).__name__} does not know the parameter {name}")
                 flat, offset, start, numel, process_group = held[p]
-                view = flat.detach()[offset : offset + numel]
+                view: Any = flat.detach()[offset : offset + numel]
                 view.local_shard = LocalShard(shape, start, start + numel, process_group)
                 views.append(view)
                 self.views[flat].append((view, offset))

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor
 
 from celo2.layout import Region, is_dtensor
 
@@ -40,7 +40,7 @@ class LocalShard:
         return self.group is None
 
 
-def local_shard_of(p: Tensor) -> LocalShard:
+def local_shard_of(p: Any) -> LocalShard:
     """The local shard that parameter `p` is: its attribute `local_shard` if it has one, what its placements
     say if it is a DTensor, and otherwise all of it.
 

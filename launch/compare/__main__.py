@@ -97,7 +97,8 @@ class Comparison:
         by_label = {c.label: c for c in self.contestants}
 
         def try_all(phase: str, wanted: list[tuple[str, float, float | None]]) -> list[float]:
-            trials = [self.trial(by_label[label], *lrs, self.config.run.seed, keep=False) for label, *lrs in wanted]
+            seed = self.config.run.seed
+            trials = [self.trial(by_label[label], lr, adamw_lr, seed, keep=False) for label, lr, adamw_lr in wanted]
             self.searched += trials
             return [o.loss for o in self.pool.run(phase, trials)]
 

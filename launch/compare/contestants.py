@@ -65,7 +65,7 @@ def parse(spec: str, config: Config) -> Contestant:
     if not same:
         own = {"rule": None, "arguments": None, "route": Optimizer().route} | own
         if not entry_of(Optimizer(name=name)).takes_rule and config.optimizer.state_dtype != Optimizer().state_dtype:
-            own.setdefault("state_dtype", Optimizer().state_dtype)  # the others have no other state
+            own = {"state_dtype": Optimizer().state_dtype} | own  # the others have no other state
     usual = asdict(config.optimizer) if same else {"weight_decay": config.optimizer.weight_decay}
     section = build(Optimizer, usual | own | {"name": name}, "optimizer.")
     check_optimizer_name(name)

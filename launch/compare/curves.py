@@ -172,7 +172,16 @@ def setting(run: Run) -> dict[str, str]:
 
 def other_differences(runs: list[Run]) -> list[str]:
     """Sentences on what else differs between runs: then a difference of losses is not the optimizer's alone."""
-    incidental = ("run.", "log.", "checkpoint.", "optimizer.", "schedule.", "train.steps", "distributed.", "data.")
+    incidental: tuple[str, ...] = (
+        "run.",
+        "log.",
+        "checkpoint.",
+        "optimizer.",
+        "schedule.",
+        "train.steps",
+        "distributed.",
+        "data.",
+    )
     incidental += ("train.micro_batch_size", "train.compile", "eval.every")
     options = [{k: str(v) for k, v in flat(asdict(run.config)).items() if not k.startswith(incidental)} for run in runs]
     for run, option in zip(runs, options, strict=True):

@@ -74,7 +74,8 @@ def render(results: Results) -> str:
 
 def statements(results: Results) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """Sentences with their kind: those on the pairs that are asked about and the caveats, and those on the other pairs."""
-    shown, folded = [], []
+    shown: list[tuple[str, str]] = []
+    folded: list[tuple[str, str]] = []
     pairs, asked = results["pairs"], asked_about(results)
     for index, text in enumerate(results["sentences"]):
         if index >= len(pairs):
@@ -84,14 +85,14 @@ def statements(results: Results) -> tuple[list[tuple[str, str]], list[tuple[str,
     return [*shown, *(("caveat", text) for text in results["caveats"])], folded
 
 
-def span(results: Results) -> tuple[float | None, float | None]:
+def span(results: Results) -> tuple[float, float]:
     """What the picture of the final losses must have room for: seeds, and intervals of means."""
     ends: list[float] = []
     for row in results["optimizers"]:
         if row["loss"]:
             mean, half = row["loss"]["mean"], row["loss"]["half"] or 0.0
             ends += [*row["final"].values(), mean - half, mean + half]
-    return min(ends, default=None), max(ends, default=None)
+    return min(ends, default=0.0), max(ends, default=0.0)
 
 
 def breakable(label: str) -> Markup:

@@ -32,7 +32,7 @@ def summarize(groups: Groups, searches: Mapping[str, Search], about: dict[str, A
     finals = {label: {run.seed: at(run.losses(), tokens) for run in runs} for label, runs in sound.items()}
     whole = [label for label in groups if finals[label] and not diverged[label]]
     means = {label: mean(finals[label].values()) for label in whole}
-    pairs = pairwise(sound, finals, sorted(whole, key=means.get), tokens)
+    pairs = pairwise(sound, finals, sorted(whole, key=means.__getitem__), tokens)
     target = max((loss for label in whole for loss in finals[label].values()), default=None)
     missing = [label for label in groups if label not in whole]
     sentences = [sentence(pair, len(pairs)) for pair in pairs]
@@ -199,7 +199,8 @@ def curves(run: Run) -> dict[str, Any]:
     training, validation = thinned(run.training, MOST_POINTS), thinned(run.validation, MOST_POINTS)
     columns = [name for name in TRAINING if any(name in r for r in training)]
     tokens = [r["tokens"] for r in validation]
-    seconds = np.interp(tokens, *zip(*run.clock, strict=True)).tolist()  # one by one, thousands would take minutes
+    at_tokens, clock = zip(*run.clock, strict=True)
+    seconds = np.interp(tokens, at_tokens, clock).tolist()  # one by one, thousands would take minutes
     return {
         "label": run.label,
         "seed": run.seed,

@@ -37,7 +37,7 @@ class ShardedMuon(torch.optim.Optimizer):
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One update of every parameter that has a gradient."""
         loss = None
         if closure is not None:
@@ -68,14 +68,17 @@ class ShardedMuon(torch.optim.Optimizer):
     def _update(self, p: Tensor, group: dict[str, Any], split: dict[dist.ProcessGroup, list[tuple]]) -> None:
         """Move the momentum of `p`, update it if it is whole here, and otherwise add it to `split`."""
         local_shard, momentum = local_shard_of(p), group["momentum"]
+        rows, cols = local_shard.shape
+        assert p.grad is not None
         buffer = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
         direction = p.grad.lerp(buffer, momentum).bfloat16()
         for region in regions(local_shard.shape, None, local_shard.start, local_shard.stop):
-            if region.is_full(*local_shard.shape):
+            if region.is_full(rows, cols):
                 u = orthogonalize(region.of(direction))
-                apply_(region.of(p), u, local_shard.shape, group)
+                apply_(region.of(p), u, (rows, cols), group)
                 self.orthogonalized += 1
         for matrix in self.entries[p].split.values():
+            assert local_shard.group is not None
             held = matrix.held[dist.get_rank(local_shard.group)]
             views = [region.of(direction) for region in held]
             split.setdefault(local_shard.group, []).append((matrix, views, p, held, group))

@@ -95,7 +95,7 @@ def copied(stack: Stack) -> Stack:
         return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t)
 
     pieces = [p._replace(m=copy(p.m), v=copy(p.v)) for p in stack.pieces]
-    return stack._replace(pieces=pieces, row=stack.row.clone(), col=stack.col.clone())
+    return replace(stack, pieces=pieces, row=stack.row.clone(), col=stack.col.clone())
 
 
 def cut_stack(device, shape, layout, n, cuts, state_dtype) -> Stack:
