@@ -10,7 +10,7 @@ import torch
 import yaml
 from torch import nn
 
-from configs.load import ConfigError, build, check_optimizer_name
+from configs.load import ConfigError, build
 from configs.schema import Config, Optimizer
 from launch.optimizers.build import LIBRARIES, build_optimizer, check_optimizer
 from launch.optimizers.third_party import accepted, find_class
@@ -68,8 +68,7 @@ def parse(spec: str, config: Config) -> Contestant:
         if name not in ("celo2", "celo2-base") and config.optimizer.state_dtype != Optimizer().state_dtype:
             own.setdefault("state_dtype", Optimizer().state_dtype)  # the others have no other state
     usual = asdict(config.optimizer) if same else {"weight_decay": config.optimizer.weight_decay}
-    section = build(Optimizer, usual | own | {"name": name}, "optimizer.")
-    check_optimizer_name(name)
+    section = build({"optimizer": usual | own | {"name": name}}).optimizer
     check_optimizer(section)
     try_out(section)
     lr = section.lr if same or "lr" in own else usual_lr(name) * config.optimizer.lr / usual_lr(config.optimizer.name)

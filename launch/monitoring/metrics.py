@@ -15,19 +15,10 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from celo2.training.metrics import read_metrics, rewind
 from configs.schema import Config
 
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line that a kill cut short is left out."""
-    records = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-    return records
+__all__ = ["Display", "Metrics", "flat", "read_metrics"]
 
 
 class Metrics:
@@ -46,11 +37,7 @@ class Metrics:
     def rewind(self, step: int, evaluated: int) -> None:
         """Drop what was logged after `step`, and an evaluation after `evaluated`: both are about to be done again."""
         if self.first:
-            records = read_metrics(self.path)
-            kept = [r for r in records if r["step"] <= (evaluated if "val_loss" in r else step)]
-            rewritten = self.path.with_suffix(".tmp")
-            rewritten.write_text("".join(json.dumps(record) + "\n" for record in kept))
-            rewritten.replace(self.path)
+            rewind(self.path, lambda record: record["step"] <= (evaluated if "val_loss" in record else step))
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record; the trackers get it under the same names. Numbers that are not finite become null."""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 from torch.optim import Optimizer
 
+from celo2.training.schedule import cosine
 from configs.schema import Schedule
 
 
@@ -24,8 +23,9 @@ def lr_factor(schedule: Schedule, step: int, steps: int) -> float:
     if step < start:
         return 1.0
     progress = (step + 1 - start) / (steps - start)  # in (0, 1]
-    remaining = (1 + math.cos(math.pi * progress)) / 2 if schedule.kind == "cosine" else 1 - progress
-    return schedule.final + (1 - schedule.final) * remaining
+    if schedule.kind == "cosine":
+        return cosine(progress, schedule.final)
+    return schedule.final + (1 - schedule.final) * (1 - progress)
 
 
 def set_lr(optimizer: Optimizer, factor: float) -> None:
