@@ -155,7 +155,7 @@ def nearest(prefix: str, key: Any, known: Sequence[str]) -> str:
 
 
 def checked(kind: Any, value: Any, name: str, allowed: Range | None = None) -> Any:
-    """`value` if it is of type `kind` and in its range. A float may come as an integer, or as the text that YAML makes of 1e-3."""
+    """`value` if it is of type `kind` and in its range. A float may be an integer, or the text that YAML makes of 1e-3."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is types.UnionType:  # X | None
         return None if value is None else checked(arguments[0], value, name, allowed)
