@@ -14,7 +14,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -45,9 +45,16 @@ FRACTION = Range("a fraction between 0 and 1", lambda x: 0 <= x <= 1)
 DECAY = Range("in [0, 1)", lambda x: 0 <= x < 1)
 
 
-def option(default: Any, doc: str, allowed: Range | None = None) -> Any:
-    """A field of a section. `allowed`: the range of its value, or of every item of a list; None is never checked."""
-    metadata = {"doc": doc, "allowed": allowed}
+def option(default: Any, doc: str, allowed: Range | None = None, was: str | None = None) -> Any:
+    """A field of a section.
+
+    Args:
+        default: its value where the configuration has none.
+        doc: what --help says.
+        allowed: the range of its value, or of every item of a list. None is never checked.
+        was: its key in earlier versions, which had no sections. It is still read, with a note on stderr.
+    """
+    metadata = {"doc": doc, "allowed": allowed, "was": was}
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -58,16 +65,8 @@ def section(cls: type) -> Any:
     return field(default_factory=cls)
 
 
-def load(
-    schema: type[Schema], path: str | Path, overrides: Sequence[str] = (), renamed: Mapping[str, str] | None = None
-) -> Schema:
-    """The configuration of the YAML file `path` with `section.key=value` overrides. The values of overrides are YAML, too.
-
-    Args:
-        schema: the dataclass of the whole configuration.
-        path: the file, a mapping of sections. An empty file is the defaults.
-        overrides: they replace values of the file.
-        renamed: the new name of each key of earlier versions, which had no sections. Such a key is read, with a note on stderr.
+def load(schema: type[Schema], path: str | Path, overrides: Sequence[str] = ()) -> Schema:
+    """The configuration of the YAML file `path` with `section.key=value` overrides, whose values are YAML, too.
 
     Raises:
         ConfigError: no such file, no YAML mapping, an unknown key (naming the nearest right one), a wrong type or value.
@@ -84,7 +83,7 @@ def load(
     # Sections first, so that they do not replace what an old key beside them sets.
     given = sorted(((str(key), value) for key, value in tree.items()), key=lambda item: not isinstance(item[1], dict))
     given += [parse_override(override) for override in overrides]
-    return build(schema, nested(given, renamed or {}))
+    return build(schema, nested(schema, given))
 
 
 def parse_override(override: str) -> tuple[str, Any]:
@@ -98,13 +97,14 @@ def parse_override(override: str) -> tuple[str, Any]:
         raise ConfigError(f"'{override}': the value is not YAML") from None
 
 
-def nested(given: Sequence[tuple[str, Any]], renamed: Mapping[str, str]) -> dict[str, Any]:
-    """The mapping of sections that holds the values given by dotted keys; of several values for a key the last."""
+def nested(schema: type, given: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """The mapping of sections that holds the values given by dotted or old keys; of several values for a key the last."""
+    new_names, sections = renamed(schema), {s.name for s in fields(schema)}
     tree: dict[str, Any] = {}
     noted = set()
     for key, value in given:
-        # A section may be called as an old key was, so a mapping is never an old key's value.
-        dotted = key if isinstance(value, dict) else renamed.get(key, key)
+        is_section = key in sections and (value is None or isinstance(value, dict))  # not the old key of the same name
+        dotted = key if is_section else new_names.get(key, key)
         if dotted != key and key not in noted:
             noted.add(key)
             print(f"note: the key '{key}' is now '{dotted}'", file=sys.stderr)
@@ -122,26 +122,23 @@ def nested(given: Sequence[tuple[str, Any]], renamed: Mapping[str, str]) -> dict
 
 def build(schema: type[Schema], tree: Mapping[str, Any]) -> Schema:
     """The configuration from nested mappings: every key known, every value of its type and in its range."""
-    sections = [f.name for f in fields(schema)]  # type: ignore[arg-type]
-    known = [name for name, _, _ in options(schema)] + sections
-    return build_section(schema, tree, "", known)
+    return build_part(schema, tree, "", [f.name for f in fields(schema)] + [name for name, _, _ in options(schema)])  # type: ignore[arg-type]
 
 
-def build_section(cls: type[Schema], tree: Any, prefix: str, known: Sequence[str]) -> Schema:
-    """A schema or a section of it. `prefix`: what comes before its keys, "section."; known: all dotted names of the schema."""
+def build_part(cls: type[Schema], tree: Any, prefix: str, known: Sequence[str]) -> Schema:
+    """A schema, or a section of it whose keys have the prefix `section.`; `known` holds all names of the schema."""
     if not isinstance(tree, Mapping):
         raise ConfigError(f"'{prefix.rstrip('.')}' is a section: expected keys below it, found {tree!r}")
-    hints = typing.get_type_hints(cls)
-    declared = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+    kinds, own = typing.get_type_hints(cls), {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
     values: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
-        if key not in declared:
+        if key not in own:
             raise ConfigError(f"unknown key '{name}'{nearest(prefix, key, known)}")
-        if is_dataclass(hints[key]):
-            values[key] = build_section(hints[key], {} if value is None else value, f"{name}.", known)
+        if is_dataclass(kinds[key]):
+            values[key] = build_part(kinds[key], {} if value is None else value, f"{name}.", known)
         else:
-            values[key] = checked(hints[key], value, name, declared[key].metadata["allowed"])
+            values[key] = checked(kinds[key], value, name, own[key].metadata["allowed"])
     return cls(**values)
 
 
@@ -187,11 +184,24 @@ def checked(kind: Any, value: Any, name: str, allowed: Range | None = None) -> A
 
 def options(schema: type) -> list[tuple[str, Any, str]]:
     """Every option as (dotted name, default, documentation)."""
-    found = []
-    for s in fields(schema):
-        default = getattr(schema(), s.name)
-        found += [(f"{s.name}.{f.name}", getattr(default, f.name), f.metadata["doc"]) for f in fields(default)]
-    return found
+    defaults = asdict(schema())
+    return [(name, defaults[part][option.name], option.metadata["doc"]) for name, part, option in declared(schema)]
+
+
+def help_text(schema: type) -> str:
+    """Every option on a line, for --help."""
+    return "\n".join(["options:", *(f"  {name} = {default!r}: {doc}" for name, default, doc in options(schema))])
+
+
+def renamed(schema: type) -> dict[str, str]:
+    """The dotted name of every key of earlier versions."""
+    return {option.metadata["was"]: name for name, _, option in declared(schema) if option.metadata["was"]}
+
+
+def declared(schema: type) -> list[tuple[str, str, Field]]:
+    """Every option as (dotted name, section, field)."""
+    defaults = schema()
+    return [(f"{s.name}.{f.name}", s.name, f) for s in fields(defaults) for f in fields(getattr(defaults, s.name))]
 
 
 def to_yaml(config: Any) -> str:

@@ -14,8 +14,8 @@ import numpy as np
 from numba import njit
 
 from celo2 import rule
-from celo2.metatrain.products import ONE, OPTIONS, ZERO, accumulate, newton_schulz_, scale_, sum_of_squares
-from celo2.metatrain.simd import (
+from celo2.metatrain.numba_engine.products import ONE, OPTIONS, ZERO, accumulate, newton_schulz_, scale_, sum_of_squares
+from celo2.metatrain.numba_engine.simd import (
     LANES,
     add,
     broadcast,

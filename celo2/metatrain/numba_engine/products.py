@@ -9,7 +9,7 @@ import numpy as np
 from numba import njit
 
 from celo2 import orthogonalize
-from celo2.metatrain.simd import LANES, broadcast, fma, lane_sum, load, mul, splat, store
+from celo2.metatrain.numba_engine.simd import LANES, broadcast, fma, lane_sum, load, mul, splat, store
 
 OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
 ZERO, ONE = np.float32(0), np.float32(1)

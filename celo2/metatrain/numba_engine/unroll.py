@@ -17,13 +17,14 @@ import numpy as np
 
 from celo2 import orthogonalize
 from celo2 import rule as rules
-from celo2.metatrain import families, kernels, mlp, products, simd, transformer
+from celo2.metatrain import families, tasks
 from celo2.metatrain.config import Config
+from celo2.metatrain.engine import State, accumulator_shapes, by_adam
 from celo2.metatrain.families import Family
-from celo2.metatrain.kernels import ADAM, MATRIX, VECTOR
+from celo2.metatrain.numba_engine import mlp, transformer
+from celo2.metatrain.numba_engine.kernels import ADAM, MATRIX, VECTOR
+from celo2.metatrain.numba_engine.products import padded
 from celo2.metatrain.problems import Truncation, Weights
-from celo2.metatrain.products import padded
-from celo2.metatrain.unroll import State, accumulator_shapes, by_adam
 
 NETWORKS = {"images": mlp, "text": transformer}
 ELEMENTWISE = {"weight", "momentum", "second_moment", "m", "v"}  # what of a matrix's segment has its two axes
@@ -101,15 +102,15 @@ def pack_weights(weights: Weights) -> np.ndarray:
 
 def unroll(config: Config, family: Family, state: State, theta: np.ndarray, truncation: Truncation) -> np.ndarray:
     """As `celo2.metatrain.unroll.unroll`."""
-    layout, table = segments(config.variant, family), table_of(config.variant, family)
+    layout, table = segments(config.rule.variant, family), table_of(config.rule.variant, family)
     packed = pack(layout, state)
     zeros = {key: np.zeros((len(truncation.rows), *x.shape[1:]), np.float32) for key, x in state.items()}
     fresh = pack(layout, zeros | {f"{name}.weight": w for name, w in truncation.fresh.items()})
     before, after = pack_weights(truncation.scale_before), pack_weights(truncation.scale_after)
-    losses = np.empty((len(theta), config.truncation), np.float32)
+    losses = np.empty((len(theta), config.inner.truncation), np.float32)
     theta = np.ascontiguousarray(theta, np.float32)
     unroll_one, arrays = kernel(family.name), tuple(x.ravel() for x in family.arrays)
-    flags = config.variant == "celo2", config.normalize_gradient
+    flags = config.rule.variant == "celo2", config.rule.normalize_gradient
     rates = np.float32(family.lr), np.float32(family.adam_lr)
 
     def run(u: int) -> None:
@@ -119,7 +120,7 @@ def unroll(config: Config, family: Family, state: State, theta: np.ndarray, trun
             theta[u], packed[u], losses[u], *flags, *rates,
         )  # fmt: skip
 
-    with ThreadPoolExecutor(config.threads or os.cpu_count()) as pool:
+    with ThreadPoolExecutor(config.engine.threads or os.cpu_count()) as pool:
         list(pool.map(run, range(len(theta))))
     for key, view in views(layout, packed, state).items():
         state[key][...] = view
@@ -129,6 +130,6 @@ def unroll(config: Config, family: Family, state: State, theta: np.ndarray, trun
 @cache
 def kernel(name: str):
     """The compiled unroll of the family of that name; its cache on disk is found by the sources it is made of."""
-    modules = (families, kernels, products, simd, rules, orthogonalize, NETWORKS[name])
-    source = b"".join(Path(module.__file__).read_bytes() for module in modules)
+    shared = [Path(module.__file__) for module in (families, tasks, rules, orthogonalize)]
+    source = b"".join(path.read_bytes() for path in (*shared, *sorted(Path(__file__).parent.glob("*.py"))))
     return NETWORKS[name].compiled(hashlib.sha256(source).hexdigest())
