@@ -25,6 +25,7 @@ from celo2.orthogonalize import newton_schulz
 from celo2.rule import FIRST_LAYER, Rule
 
 ADAM_BETAS, ADAM_EPS = (0.9, 0.95), 1e-8
+PUBLISHED = Rule({})  # for its decays; its weights would be those of one rule
 WARM_UP = 3  # steps before a CUDA graph is captured: libraries allocate in their first ones
 
 State = dict[str, np.ndarray]
@@ -83,6 +84,10 @@ class Unrolls:
     losses: Tensor  # (T, U)
     t: Tensor  # (1,), the next step
 
+    def parameter(self, name: str) -> dict[str, Tensor]:
+        """A weight of all unrolls and its accumulators, by their names in the state without that of the weight."""
+        return {key.removeprefix(f"{name}."): x for key, x in self.live.items() if key.startswith(f"{name}.")}
+
     def tensors(self) -> list[Tensor]:
         """All of them, in a fixed order."""
         groups = [field if isinstance(field, dict) else {"": field} for field in vars(self).values()]
@@ -120,23 +125,27 @@ def advance_(config: Config, family: Family, arrays: tuple[Tensor, ...], unrolls
     """
     starts = unrolls.reset_at == unrolls.t  # (U,)
     for name in family.shapes:
-        own = {key: x for key, x in unrolls.live.items() if key.startswith(f"{name}.")}
-        news = {key: unrolls.fresh[name] if key == f"{name}.weight" else torch.zeros_like(x) for key, x in own.items()}
-        for old, new in [(unrolls.scale[name], unrolls.after[name]), *((own[key], news[key]) for key in own)]:
-            old.copy_(torch.where(starts.view(-1, *[1] * (old.ndim - 1)), new, old))
+        replace_(unrolls.scale[name], unrolls.after[name], starts)
+        for key, x in unrolls.parameter(name).items():
+            replace_(x, unrolls.fresh[name] if key == "weight" else torch.zeros_like(x), starts)
     batch = unrolls.rows.index_select(1, unrolls.t)[:, 0].repeat_interleave(2, 0)  # (U, B)
     rate = unrolls.rate.index_select(0, unrolls.t)[0]  # (U,)
     weights = {name: unrolls.scale[name] * unrolls.live[f"{name}.weight"] for name in family.shapes}
     losses, gradients = loss_and_gradients(family, weights, arrays, batch)
     unrolls.losses.index_copy_(0, unrolls.t, losses[None])
     for name in family.shapes:
-        parameter = {key.removeprefix(f"{name}."): x for key, x in unrolls.live.items() if key.startswith(f"{name}.")}
+        parameter = unrolls.parameter(name)
         g = unrolls.scale[name] * gradients[name]
         if by_adam(config.rule.variant, family, name):
             adam_(parameter, g, family.adam_lr * rate)
         else:
             step_(config, unrolls.networks, parameter, g, family.lr * rate)
     unrolls.t += 1
+
+
+def replace_(x: Tensor, new: Tensor, where: Tensor) -> None:
+    """x (U, ...) becomes `new` in the unrolls `where` (U,) is true, in place."""
+    x.copy_(torch.where(where.view(-1, *[1] * (x.ndim - 1)), new, x))
 
 
 def unroll(config: Config, family: Family, state: State, theta: np.ndarray, truncation: Truncation) -> np.ndarray:
@@ -245,13 +254,14 @@ def step_(config: Config, networks: Mapping[str, Tensor], parameter: dict[str, T
     """
     w = parameter.pop("weight")
     is_vector = g.ndim < 3  # leading axis U
-    axes = None if is_vector else tuple(1 + axis for axis in rules.factored_axes(g.shape[1:]))
+    d1, d0 = (0, 0) if is_vector else rules.factored_axes(g.shape[1:])
+    axes = None if is_vector else (1 + d1, 1 + d0)
     last = (-1,) if is_vector else (-2, -1)
     accumulators = {key: x if key == "second_moment" else x.transpose(0, 1) for key, x in parameter.items()}  # K leads
     if config.rule.normalize_gradient:
         g = rules.normalized_gradient(g, last)
     g = g.clamp(-rules.GRADIENT_CLIP, rules.GRADIENT_CLIP)
-    rules.accumulate_(accumulators, g, Rule, axes)  # the class carries the published decays
+    rules.accumulate_(accumulators, g, PUBLISHED, axes)
     groups = [group.expand(-1, *g.shape) for group in rules.channels(accumulators, g, w, axes)]
     u = directions(networks, torch.cat([rules.rms_normalized(group, last) for group in groups]))
     if config.rule.variant == "celo2":

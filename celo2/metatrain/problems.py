@@ -51,6 +51,7 @@ def draw_episode(config: Config, family: Family, problem: int, episode: int) -> 
     shared = log_uniform(rng, low, high)
     scale, weights = {}, {}
     sharing = config.inner.reparametrization
+    s: np.ndarray | float
     for name, shape in family.shapes.items():
         if sharing == "parameter":
             s = log_uniform(rng, low, high, shape)

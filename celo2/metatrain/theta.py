@@ -18,18 +18,20 @@ from celo2.rule import CHANNEL_GROUPS, FIRST_LAYER, Rule, weight_shapes
 from celo2.rule_files import load_rule
 
 SHAPES = weight_shapes(HIDDEN)
-SIZE = sum(math.prod(shape) for shape in SHAPES.values())
+STARTS, SIZE = {}, 0  # where each weight begins in θ
+for _name, _shape in SHAPES.items():
+    STARTS[_name] = SIZE
+    SIZE += math.prod(_shape)
 CHANNELS = sum(group.count for group in CHANNEL_GROUPS)
 ODD = {FIRST_LAYER[group.name] for group in CHANNEL_GROUPS if group.odd} | {"w2", "b2"}  # weights whose sign turns
 
 
 def parts(theta: np.ndarray) -> dict[str, np.ndarray]:
     """Views of θ (..., 347) as the rule's weights (..., *shape), by name."""
-    ends = np.cumsum([math.prod(shape) for shape in SHAPES.values()])
-    return {
-        name: part.reshape(*theta.shape[:-1], *shape)
-        for (name, shape), part in zip(SHAPES.items(), np.split(theta, ends[:-1], axis=-1), strict=True)
-    }
+    found = {}
+    for name, shape in SHAPES.items():
+        found[name] = theta[..., STARTS[name] : STARTS[name] + math.prod(shape)].reshape(*theta.shape[:-1], *shape)
+    return found
 
 
 def theta_of(rule: Rule) -> np.ndarray:

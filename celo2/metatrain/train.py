@@ -82,8 +82,9 @@ class MetaTraining:
         self.iteration, self.seconds = 0, 0.0
         self.theta = torch.nn.Parameter(torch.from_numpy(first_theta(config)))
         self.average = self.theta.detach().numpy().copy()
+        outer = config.outer
         self.outer = torch.optim.AdamW(
-            [self.theta], lr=config.outer.lr, betas=tuple(config.outer.betas), weight_decay=config.outer.weight_decay
+            [self.theta], lr=outer.lr, betas=(outer.betas[0], outer.betas[1]), weight_decay=outer.weight_decay
         )
         self.outer.state[self.theta] = {"step": torch.zeros(())} | {
             key: torch.zeros_like(self.theta) for key in ("exp_avg", "exp_avg_sq")
@@ -105,9 +106,11 @@ class MetaTraining:
     def step(self) -> dict[str, float]:
         """One outer iteration; returns its metrics."""
         start, config = time.monotonic(), self.config
-        noise = [random(config.run.seed, NOISE, self.iteration, n).standard_normal(SIZE) for n in range(len(self.task))]
+        streams = [random(config.run.seed, NOISE, self.iteration, n) for n in range(len(self.task))]
+        noise = np.stack([stream.standard_normal(SIZE) for stream in streams])
+        if config.rule.odd:
+            noise = math.sqrt(2) * odd_part(noise)  # its deviation is 1 again
         theta = self.theta.detach().numpy()
-        noise = math.sqrt(2) * odd_part(np.stack(noise)) if config.rule.odd else np.stack(noise)  # deviation 1 either way
         # ε is what float32 makes of it, so that θ + ε and θ - ε lie where the estimate believes.
         epsilon = (config.estimator.sigma * free(config) * noise).astype(np.float32)
         bucket = np.concatenate([self.bucket(group.problems) for group in self.groups])

@@ -190,7 +190,12 @@ def options(schema: type) -> list[tuple[str, Any, str]]:
 
 def help_text(schema: type) -> str:
     """Every option on a line, for --help."""
-    return "\n".join(["options:", *(f"  {name} = {default!r}: {doc}" for name, default, doc in options(schema))])
+    return "\n".join(
+        [
+            "keys of the configuration, with their defaults:",
+            *(f"  {name} = {default!r}: {doc}" for name, default, doc in options(schema)),
+        ]
+    )
 
 
 def renamed(schema: type) -> dict[str, str]:

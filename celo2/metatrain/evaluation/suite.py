@@ -10,17 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from celo2 import Celo2, Rule, load_rule
 from celo2.baselines import hand_set
-from celo2.metatrain.evaluation.networks import Autoencoder, Convolutional, Recurrent, Transformer
+from celo2.metatrain.evaluation.networks import Autoencoder, Convolutional, Network, Recurrent, Transformer
 from celo2.metatrain.problems import warm_up_and_cosine
 from celo2.metatrain.tasks import CLASSES, load_images, read_text
 from celo2.training.configuration import ConfigError
 
 VALIDATION_SHARE, VALIDATION_BATCHES = 0.1, 16
-WEIGHT_DECAY, ADAMW_LR, ADAMW = 0.1, 3e-3, {"betas": (0.9, 0.95), "eps": 1e-8}
+WEIGHT_DECAY, ADAMW_LR = 0.1, 3e-3
 
 Batch = tuple[Tensor, Tensor]
 
@@ -29,7 +29,7 @@ Batch = tuple[Tensor, Tensor]
 class Task:
     """A network, its kind of data ("text" or "images"), and its batches: sequences of `context` bytes, or images."""
 
-    build: Callable[[], nn.Module]
+    build: Callable[[], Network]
     data: str
     batch: int
     context: int = 0
@@ -64,7 +64,7 @@ def first_lr(optimizer: str) -> float:
 
 
 def build_optimizers(
-    name: str, network: nn.Module, lr: float, adamw_lr: float = ADAMW_LR, ns_dtype: torch.dtype | None = None
+    name: str, network: Network, lr: float, adamw_lr: float = ADAMW_LR, ns_dtype: torch.dtype | None = None
 ) -> list[torch.optim.Optimizer]:
     """The optimizers of a network: the hidden matrices by `name`, a baseline or a rule, everything else by AdamW at `adamw_lr`.
 
@@ -73,16 +73,16 @@ def build_optimizers(
     boundary = {id(p) for module in network.boundary() for p in module.parameters()}
     hidden = [p for p in network.parameters() if p.ndim == 2 and id(p) not in boundary]
     rest = [p for p in network.parameters() if p.ndim != 2 or id(p) in boundary]
-    adamw = lambda ps, lr: torch.optim.AdamW(ps, lr=lr, weight_decay=WEIGHT_DECAY, **ADAMW)  # noqa: E731
+    adamw = partial(torch.optim.AdamW, betas=(0.9, 0.95), eps=1e-8, weight_decay=WEIGHT_DECAY)
     if name == "adamw":
-        return [adamw(hidden, lr), adamw(rest, adamw_lr)]
+        return [adamw(hidden, lr=lr), adamw(rest, lr=adamw_lr)]
     if name == "muon":
-        return [torch.optim.Muon(hidden, lr=lr, weight_decay=WEIGHT_DECAY), adamw(rest, adamw_lr)]
+        return [torch.optim.Muon(hidden, lr=lr, weight_decay=WEIGHT_DECAY), adamw(rest, lr=adamw_lr)]
     rule = adam_orthogonalized() if name == "adam-orthogonalized" else load_rule(name)
     if rule.variant == "celo2-base":
         groups = [{"params": hidden + rest, "update": "celo2"}]
         return [Celo2(groups, lr=lr, rule=rule, orthogonalize=False, weight_decay=WEIGHT_DECAY)]
-    return [Celo2(hidden, lr=lr, rule=rule, weight_decay=WEIGHT_DECAY, ns_dtype=ns_dtype), adamw(rest, adamw_lr)]
+    return [Celo2(hidden, lr=lr, rule=rule, weight_decay=WEIGHT_DECAY, ns_dtype=ns_dtype), adamw(rest, lr=adamw_lr)]
 
 
 def train(
@@ -108,7 +108,7 @@ def train(
     for part in optimizers:
         for group in part.param_groups:
             group["peak"] = group["lr"]
-    curve = []
+    curve: list[float] = []
     for step, (x, y) in enumerate(batches(task, data, "training", seed, steps, device)):
         for part in optimizers:
             for group in part.param_groups:

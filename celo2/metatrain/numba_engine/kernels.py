@@ -10,8 +10,6 @@ one vector per row and one per column; and a channel's 1 / RMS multiplies its ro
 
 from __future__ import annotations
 
-from itertools import accumulate as running_sums
-
 import numpy as np
 from numba import njit
 
@@ -43,10 +41,10 @@ from celo2.metatrain.numba_engine.simd import (
     store,
     sub,
 )
+from celo2.metatrain.theta import CHANNELS, STARTS
 
-# Places of the channels, a group's first one each, and of the weights in θ: all from the table of `celo2.rule`.
-COUNTS = {group.name: group.count for group in rule.CHANNEL_GROUPS}
-FIRST = {name: end - COUNTS[name] for name, end in zip(COUNTS, running_sums(COUNTS.values()), strict=True)}
+# The first channel of each group, and where the other weights begin in θ.
+FIRST = {group: STARTS[weight] // HIDDEN for group, weight in rule.FIRST_LAYER.items()}
 GRADIENT, CLIPPED_GRADIENT, WEIGHT = FIRST["gradient"], FIRST["clipped_gradient"], FIRST["weight"]
 MOMENTUM, SCALED_MOMENTUM, FACTORED_MOMENTUM = FIRST["momentum"], FIRST["scaled_momentum"], FIRST["factored_momentum"]
 SECOND_MOMENT, SCALE, SCALED_GRADIENT = FIRST["second_moment"], FIRST["scale"], FIRST["scaled_gradient"]
@@ -54,13 +52,8 @@ FACTORED_GRADIENT, ROW_MEAN, COLUMN_MEAN = FIRST["factored_gradient"], FIRST["ro
 ROW_SCALE, COLUMN_SCALE = FIRST["row_scale"], FIRST["column_scale"]
 OF_ELEMENTS = tuple(FIRST[g.name] + k for g in rule.groups_of(rule.ELEMENT, rule.FACTORED) for k in range(g.count))
 VECTOR_CHANNELS = sum(group.count for group in rule.CHANNEL_GROUPS if group.in_vectors)  # the first ones
-CHANNELS = sum(COUNTS.values())
 H, OUTPUTS = HIDDEN, rule.OUTPUTS
-B0 = CHANNELS * H
-W1 = B0 + H
-B1 = W1 + H * H
-W2 = B1 + H
-B2 = W2 + H * OUTPUTS
+B0, W1, B1, W2, B2 = (STARTS[name] for name in ("b0", "w1", "b1", "w2", "b2"))
 
 CLIP, SMALL_CLIP = np.float32(rule.GRADIENT_CLIP), np.float32(rule.SMALL_CLIP)
 SQUARE_FLOOR, FACTOR_EPS = np.float32(rule.SQUARE_FLOOR), np.float32(rule.FACTOR_EPS)

@@ -5,6 +5,8 @@ Matrices are row-major in one-dimensional float32 arrays, from an offset on; the
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numba import njit
 
@@ -24,7 +26,7 @@ from celo2.metatrain.numba_engine.simd import (
     zeros,
 )
 
-OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
+OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
 ZERO, ONE = np.float32(0), np.float32(1)
 NS_A, NS_B, NS_C = (np.float32(x) for x in orthogonalize.COEFFICIENTS)
 NS_STEPS, NS_EPS = orthogonalize.STEPS, np.float32(orthogonalize.EPS)

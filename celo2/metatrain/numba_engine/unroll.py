@@ -1,7 +1,7 @@
-"""The truncated unroll in Numba, on CPU threads: the same numbers as `unroll.py` to within rounding, about ten times as fast.
+"""The truncated unroll on CPU threads: packs the state for the compiled kernels, runs them, and unpacks it.
 
-Each unroll is one call that runs all T steps in caches of its own, so the result does not depend on the number of threads.
-The state is packed for the kernels (see `kernels.py`) before the steps and unpacked after them.
+Each unroll is one call that runs all T steps in memory of its own, so the result does not depend on the number of threads.
+`kernels.py` says how the state is packed.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Segment:
 
 def held(shape: tuple[int, ...]) -> tuple[int, int]:
     """Rows and columns of a weight as the kernels hold it: the longer axis as rows, a square one transposed, a vector a row."""
-    return (max(shape), min(shape)) if len(shape) == 2 else (1, *shape)
+    return (max(shape), min(shape)) if len(shape) == 2 else (1, shape[0])
 
 
 def segments(variant: str, family: Family) -> dict[str, Segment]:
@@ -101,7 +101,7 @@ def pack_weights(weights: Weights) -> np.ndarray:
 
 
 def unroll(config: Config, family: Family, state: State, theta: np.ndarray, truncation: Truncation) -> np.ndarray:
-    """As `celo2.metatrain.unroll.unroll`."""
+    """As `celo2.metatrain.engine.unroll`."""
     layout, table = segments(config.rule.variant, family), table_of(config.rule.variant, family)
     packed = pack(layout, state)
     zeros = {key: np.zeros((len(truncation.rows), *x.shape[1:]), np.float32) for key, x in state.items()}
@@ -130,6 +130,6 @@ def unroll(config: Config, family: Family, state: State, theta: np.ndarray, trun
 @cache
 def kernel(name: str):
     """The compiled unroll of the family of that name; its cache on disk is found by the sources it is made of."""
-    shared = [Path(module.__file__) for module in (families, tasks, rules, orthogonalize)]
+    shared = [Path(str(module.__file__)) for module in (families, tasks, rules, orthogonalize)]
     source = b"".join(path.read_bytes() for path in (*shared, *sorted(Path(__file__).parent.glob("*.py"))))
     return NETWORKS[name].compiled(hashlib.sha256(source).hexdigest())
