@@ -1,8 +1,8 @@
-"""Two families of inner problems: networks 64-32-10 on images, and small transformers on text, as the outer loop sees them.
+"""The two families of inner problems: networks 64-32-10 on images, and small transformers on text.
 
-A family says what its network's weights are, how they start and what they are trained with; its loss in plain torch serves
-every unroll at once. Weights of the transformer are held as `nn.Linear` holds them (out, in), because a square matrix tells
-its axes apart: that is how the rule meets the weights of large models.
+A family names the weights of its network, and says how they start and how they are trained. Its loss in plain torch serves all
+unrolls at once. The transformer's weights are (out, in), as `nn.Linear` holds them, because the rule treats the two axes of a
+square matrix differently: it must meet them as in large models.
 
 Legend: U unrolls, B images or sequences, T positions of a sequence, D width, V vocabulary.
 """
@@ -32,7 +32,7 @@ Batch = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Family:
-    """Everything about a kind of inner problem but where its problems stand.
+    """A kind of inner problem: its network, its data, and how it is trained.
 
     Attributes:
         name: "images" or "text".

@@ -1,8 +1,8 @@
 """Inner problems: how long, how scaled, on which data. Everything random is a pure function of the seed.
 
 Problem n runs episodes, one after the other. An episode has a length L, a scale s and initial weights that depend on
-(seed, n, episode); the data of a truncation depend on (seed, iteration, n). So a resumed run repeats exactly, threads do not
-matter, and both signs of a problem see the same.
+(seed, n, episode); the data of a truncation depend on (seed, iteration, n). So a resumed training run repeats exactly, the
+number of threads does not matter, and both signs of a problem see the same data.
 
 Legend: N inner problems, T steps of a truncation, B examples of a batch, U = 2N unrolls (+ε and -ε of each problem in turn).
 """

@@ -96,7 +96,7 @@ def train(
     precision: str = "fp32",
     adamw_lr: float = ADAMW_LR,
 ) -> dict[str, object]:
-    """One run: its validation loss at the end and its training losses in twenty equal parts. Inf: it diverged.
+    """One training run: its validation loss at the end and the means of twenty parts of its training losses. Inf: it diverged.
 
     With `precision` "bf16" the forward pass runs under torch's autocast and Newton–Schulz in bfloat16.
     """

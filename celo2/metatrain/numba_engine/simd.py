@@ -40,10 +40,10 @@ f32x16s = types.UniTuple(f32x16, EIGHT)
 
 
 def emitted(result):
-    """Makes a function that is called in Numba code and returns `result` out of one that writes LLVM's instructions for it.
+    """A decorator. The decorated function writes LLVM instructions; Numba code calls what comes of it, and gets a `result`.
 
-    That one gets an llvmlite builder and the arguments as LLVM values: an array as the address of its first element, without
-    Numba's handling of negative indices, and a tuple as the list of its vectors. It returns the result, of a tuple a list.
+    The decorated function gets an llvmlite builder and the arguments as LLVM values. It gets an array as the address of its first
+    element (so that negative indices have no meaning), and a tuple as a list of vectors; it returns a tuple as a list, too.
     """
 
     def decorate(emit):
