@@ -1,29 +1,21 @@
-"""Every option of a run: one typed schema, each default beside its documentation.
+"""Every option of a training run: one typed schema, each default beside its documentation and its range.
 
 `python train.py --help` prints this table. A YAML file gives what differs from the defaults, `section.key=value` on the
-command line what differs from the file; see `configs.load`.
+command line gives what differs from the file.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
-
-def option(default: Any, doc: str) -> Any:
-    """A field with its default and its documentation."""
-    return field(default=default, metadata={"doc": doc})
-
-
-def section(cls: type) -> Any:
-    """A field that is a section with all its defaults."""
-    return field(default_factory=cls)
+from celo2.training.configuration import FRACTION, at_least, option, section
 
 
 @dataclass
 class Run:
-    name: str = option("run", "name of the run; the trackers show it")
-    dir: str | None = option(None, "folder of the run; null: runs/<name>")
+    name: str = option("run", "name of the training run; the trackers show it")
+    dir: str | None = option(None, "folder of the training run; null: runs/<name>")
     seed: int = option(0, "seeds initialization, data order and dropout")
 
 
@@ -35,7 +27,7 @@ class Model:
     heads: int | None = option(None, "attention heads; null: the size's")
     context: int | None = option(None, "sequence length T in tokens; null: the size's")
     vocab_size: int | None = option(None, "rows of the embedding; null: the tokenizer's, rounded up to a multiple of 64")
-    dropout: float = option(0.0, "dropout probability everywhere")
+    dropout: float = option(0.0, "dropout probability everywhere", FRACTION)
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, a third more time")
     hf: dict[str, Any] | None = option(None, "instead of a GPT-3: the config of any causal LM of transformers {model_type: ...}")
 
@@ -51,9 +43,11 @@ OPTIMIZERS = ("celo2", "celo2-base", "adamw", "muon", "lion", "soap", "adafactor
 @dataclass
 class Optimizer:
     name: str = option("celo2", f"of the hidden matrices: {', '.join(OPTIMIZERS)}, or a dotted path (torch.optim.NAdam)")
-    lr: float = option(1e-3, "peak learning rate of hidden matrices (celo2: the RMS change of a weight in one step)")
-    adamw_lr: float | None = option(None, "peak learning rate of embeddings, output layer, biases and norms; null: lr")
-    weight_decay: float = option(0.1, "decoupled decay of matrices and embeddings; biases and norms have none")
+    lr: float = option(1e-3, "peak learning rate of hidden matrices (celo2: the RMS change of a weight in one step)", at_least(0))
+    adamw_lr: float | None = option(
+        None, "peak learning rate of embeddings, output layer, biases and norms; null: lr", at_least(0)
+    )
+    weight_decay: float = option(0.1, "decoupled decay of matrices and embeddings; biases and norms have none", at_least(0))
     rule: str | None = option(None, "for celo2 and celo2-base: a shipped rule or the path of a rule file; null: the name's own")
     state_dtype: Literal["fp32", "bf16"] = option("fp32", "celo2, celo2-base: state of matrices, 16 or 8 bytes a weight")
     arguments: dict[str, Any] | None = option(None, "further arguments of the optimizer's constructor {betas: [0.9, 0.99]}")
@@ -63,21 +57,25 @@ class Optimizer:
 @dataclass
 class Schedule:
     kind: Literal["cosine", "linear", "constant", "wsd"] = option("cosine", "shape after warm-up; wsd: constant, then linear")
-    warmup: float = option(0.05, "fraction of train.steps with linear warm-up from 0")
-    final: float = option(0.1, "learning rate at the last step, as a fraction of the peak (constant: unused)")
-    decay: float = option(0.2, "wsd: fraction of train.steps that decays, at the end")
+    warmup: float = option(0.05, "fraction of train.steps with linear warm-up from 0", FRACTION)
+    final: float = option(0.1, "learning rate at the last step, as a fraction of the peak (constant: unused)", FRACTION)
+    decay: float = option(0.2, "wsd: fraction of train.steps that decays, at the end", FRACTION)
 
 
 @dataclass
 class Train:
-    steps: int = option(1000, "optimizer steps")
-    batch_size: int = option(32, "sequences in one optimizer step, over all ranks")
-    micro_batch_size: int = option(32, "sequences in one forward pass of one rank; the rest is gradient accumulation")
-    grad_clip: float = option(1.0, "largest norm of the whole gradient; 0: no clipping")
+    steps: int = option(1000, "optimizer steps", at_least(1))
+    batch_size: int = option(32, "sequences in one optimizer step, over all ranks", at_least(1))
+    micro_batch_size: int = option(
+        32, "sequences in one forward pass of one rank; the rest is gradient accumulation", at_least(1)
+    )
+    grad_clip: float = option(1.0, "largest norm of the whole gradient; 0: no clipping", at_least(0))
     precision: Literal["fp32", "bf16"] = option("fp32", "bf16: autocast, with float32 weights (for the optimizer: state_dtype)")
     compile: bool = option(False, "torch.compile of the model")
-    max_bad_steps: int = option(10, "stop after so many steps in a row whose loss or gradient norm is not finite")
-    spike: float = option(1.0, "a loss this many nats above the median of the last 50 steps is a spike; 0: no monitor")
+    max_bad_steps: int = option(10, "stop after so many steps in a row whose loss or gradient norm is not finite", at_least(1))
+    spike: float = option(
+        1.0, "a loss this many nats above the median of the last 50 steps is a spike; 0: no monitor", at_least(0)
+    )
     on_spike: Literal["log", "rollback"] = option(
         "log", "rollback: go back to the last checkpoint and skip the batches since, on spikes and after max_bad_steps"
     )
@@ -88,29 +86,29 @@ class Distributed:
     strategy: Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"] = option("ddp", "how weights and state are held by the ranks")
     shard_state: bool = option(False, "ddp with celo2: keep the optimizer state of a parameter on one rank")
     replicas: int = option(1, "fsdp2: copies of the model, each sharded over processes / replicas ranks")
-    timeout: float = option(600.0, "seconds without a sign of another rank after which a run ends with an error")
+    timeout: float = option(600.0, "seconds without a sign of another rank after which the training run ends with an error")
 
 
 @dataclass
 class Checkpoint:
-    every: int = option(500, "steps between checkpoints; 0: only at the end")
-    minutes: float = option(0.0, "minutes between checkpoints, besides `every`; 0: by steps alone")
-    keep: int = option(2, "newest checkpoints to keep")
+    every: int = option(500, "steps between checkpoints; 0: only at the end", at_least(0))
+    minutes: float = option(0.0, "minutes between checkpoints, besides `every`; 0: by steps alone", at_least(0))
+    keep: int = option(2, "newest checkpoints to keep", at_least(1))
     resume: str = option("auto", "auto: continue from the newest whole checkpoint; never: start anew; or a checkpoint's path")
 
 
 @dataclass
 class Log:
-    every: int = option(10, "steps between lines of metrics.jsonl; the first and the last step are always there")
-    trackers: list[str] = field(default_factory=list, metadata={"doc": "any of tensorboard, wandb"})
-    sample_tokens: int = option(200, "tokens of the text sample at the end; 0: none")
+    every: int = option(10, "steps between lines of metrics.jsonl; the first and the last step are always there", at_least(1))
+    trackers: list[Literal["tensorboard", "wandb"]] = option([], "any of tensorboard, wandb")
+    sample_tokens: int = option(200, "tokens of the text sample at the end; 0: none", at_least(0))
     sample_prompt: str = option("", "text that the sample continues; empty: the start of a document")
 
 
 @dataclass
 class Eval:
-    every: int = option(100, "steps between evaluations, and always at the end; 0: only at the end")
-    sequences: int = option(256, "validation sequences, evenly spread over the validation split, always the same")
+    every: int = option(100, "steps between evaluations, and always at the end; 0: only at the end", at_least(0))
+    sequences: int = option(256, "validation sequences, evenly spread over the validation split, always the same", at_least(1))
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""`python -m celo2.metatrain CONFIG.yaml [key=value ...]`: meta-train a rule. Exit status 2: bad input, in one line."""
+"""`python -m celo2.metatrain CONFIG.yaml [section.key=value ...]`: meta-train a rule. Exit status 2: bad input, in one line."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from celo2.metatrain.config import Config, MetatrainError, help_text, load_config
+from celo2.metatrain.config import Config, ConfigError, load_config
 from celo2.metatrain.train import run
 from celo2.rule_files import RuleError
+from celo2.training.configuration import help_text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,16 +21,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m celo2.metatrain",
         description="Meta-train a rule, or continue: the same command resumes exactly.",
-        epilog="keys, with their defaults:\n" + help_text(),
+        epilog=help_text(Config),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", help="YAML file; an empty one is the published recipe")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a value of the file")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the file")
     options = parser.parse_args(arguments)
     try:
         config = load_config(options.config, options.overrides)
         rule = meta_train(config)
-    except (MetatrainError, RuleError) as error:
+    except (ConfigError, RuleError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -44,13 +45,13 @@ def meta_train(config: Config) -> Path:
     console = Console(file=sys.stdout)
     columns = (BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=config.iterations, text="")
+        task = bar.add_task("", total=config.outer.iterations, text="")
 
         def show(iteration: int, record: dict[str, float]) -> None:
             text = f"loss {record['loss']:.4f}  |g| {record['gradient_norm']:.3g}  {record['seconds']:.0f} s"
             bar.update(task, completed=iteration, text=text)
             if not console.is_terminal:
-                print(f"iteration {iteration:>7}/{config.iterations}  {text}", flush=True)
+                print(f"iteration {iteration:>7}/{config.outer.iterations}  {text}", flush=True)
 
         return run(config, show)
 

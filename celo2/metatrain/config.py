@@ -1,208 +1,201 @@
-"""The configuration of a meta-training: one flat dataclass, from YAML and `key=value`. The defaults are the published recipe."""
+"""The configuration of a meta-training. The defaults are the published recipe (arXiv 2602.19142)."""
 
 from __future__ import annotations
 
-import difflib
-import types
-import typing
-from dataclasses import asdict, dataclass, field, fields
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
+from celo2.rule import FIRST_LAYER, weight_shapes
+from celo2.training import configuration
+from celo2.training.configuration import DECAY, POSITIVE, ConfigError, at_least, option, renamed, section
 
-from celo2.rule import weight_shapes
-
-
-class MetatrainError(ValueError):
-    """A meta-training or evaluation that cannot run as asked; the message names what is wrong."""
-
-
-def option(default: Any, doc: str) -> Any:
-    """A field with its default and its documentation."""
-    if isinstance(default, list):
-        return field(metadata={"doc": doc}, default_factory=default.copy)
-    return field(metadata={"doc": doc}, default=default)
+HIDDEN = 8  # hidden units H of the rule's two layers
+GROUP_OF = {weight: group for group, weight in FIRST_LAYER.items()}
+FREEZABLE = [GROUP_OF.get(weight, weight) for weight in weight_shapes(HIDDEN)]
 
 
-@dataclass(frozen=True)
-class Config:
-    """Keys of a meta-training. Symbols of the paper (arXiv 2602.19142) and of PES in brackets."""
+@dataclass
+class Run:
+    dir: str = option("runs/metatrain", "folder of the training run; the same command continues it", was="run_dir")
+    seed: int = option(0, "every random number is a function of it, the iteration and the problem", at_least(0), was="seed")
 
-    run_dir: str = option("runs/metatrain", "folder of checkpoints, metrics, curve and rules; the same command continues it")
-    variant: Literal["celo2", "celo2-base"] = option(
-        "celo2", "celo2: orthogonalized, Adam for biases, embeddings and head; celo2-base: the rule alone"
-    )
-    seed: int = option(0, "every random number is a function of this, the iteration and the inner problem")
-    iterations: int = option(100_000, "outer iterations")
 
-    tasks: list[str] = option(
+@dataclass
+class Tasks:
+    sources: list[str] = option(
         ["hub:mnist", "hub:fashion_mnist", "hub:cifar10", "hub:svhn"],
         "images: digits, hub:NAME, FILE.npz (all of its sets), FILE.npz:NAME; text: text:FILE, FILE a .txt, .jsonl, .jsonl.gz",
+        was="tasks",
     )
-    problems_per_task: int = option(8, "inner problems per task, each with both signs")
-    batch_size: int = option(64, "images per inner step; of text always 8 sequences of 32 bytes")
-    inner_lr: float = option(1e-3, "inner learning rate of an image network's matrices (celo2-base: of everything)")
-    inner_adam_lr: float = option(0.02, "inner learning rate of an image network's biases under Adam (celo2)")
-    inner_schedule: Literal["constant", "cosine"] = option(
-        "constant", "cosine: warm-up over 5 % of an inner problem, then down to a tenth; constant: published"
-    )
-    normalize_gradient: bool = option(False, "the rule divides a gradient by its RMS before all else; the rule's file says so")
-    odd: bool = option(False, "keep the rule odd: -g and -W give -u, as in every optimizer set by hand; half of θ is free then")
-    frozen: list[str] = option([], "weights of the rule that keep the value they have in `init`, such as w0__2: the channel of W")
-    truncation: int = option(50, "inner steps per outer iteration")
-    min_length: int = option(100, "shortest inner problem, in steps; lengths are log-uniform")
-    max_length: int = option(2000, "longest inner problem, in steps")
+    problems: int = option(8, "inner problems per task, each unrolled with both signs of ε", at_least(1), was="problems_per_task")
+
+
+@dataclass
+class Images:
+    batch_size: int = option(64, "images per inner step", at_least(1), was="batch_size")
+    lr: float = option(1e-3, "learning rate of matrices (celo2-base: of everything)", at_least(0), was="inner_lr")
+    adam_lr: float = option(0.02, "learning rate of biases under Adam (celo2)", at_least(0), was="inner_adam_lr")
+    min_scale: float = option(1e-3, "smallest s; s is log-uniform, the optimizer sees w / s", POSITIVE, was="min_scale")
+    max_scale: float = option(1e3, "largest s", POSITIVE, was="max_scale")
+
+
+@dataclass
+class Text:
+    layers: int = option(1, "blocks of the transformer, of width 32, on 8 sequences of 32 bytes", at_least(1), was="text_layers")
+    lr: float = option(2e-3, "learning rate of hidden matrices (celo2-base: of everything)", at_least(0), was="text_lr")
+    adam_lr: float = option(3e-3, "learning rate of embeddings and head under Adam (celo2)", at_least(0), was="text_adam_lr")
+    min_scale: float = option(0.5, "smallest s; s multiplies the learning rate, too", POSITIVE, was="text_min_scale")
+    max_scale: float = option(2.0, "largest s", POSITIVE, was="text_max_scale")
+
+
+@dataclass
+class Inner:
+    truncation: int = option(50, "inner steps per outer iteration", at_least(1), was="truncation")
+    min_length: int = option(100, "shortest episode in steps; lengths are log-uniform", at_least(1), was="min_length")
+    max_length: int = option(2000, "longest episode in steps", at_least(1), was="max_length")
     staggered: bool = option(
-        True, "inner problems start at ages spread over their lengths; false: at 0, and a truncation of one length is an episode"
+        True,
+        "problems start at ages spread over their episode; false: at 0, so that a truncation can be an episode",
+        was="staggered",
+    )
+    schedule: Literal["constant", "cosine"] = option(
+        "constant", "cosine: warm-up over 5 % of an episode, then down to a tenth; constant: published", was="inner_schedule"
     )
     reparametrization: Literal["none", "global", "tensor", "parameter"] = option(
-        "global", "what shares one scale s: all weights of a problem, a tensor, or nothing"
+        "global", "what shares one scale s: all weights of a problem, a tensor, or nothing", was="reparametrization"
     )
-    min_scale: float = option(1e-3, "smallest s; s is log-uniform, the optimizer sees w / s")
-    max_scale: float = option(1e3, "largest s")
-    text_layers: int = option(1, "blocks of the transformer that text tasks train, of width 32")
-    text_lr: float = option(2e-3, "inner learning rate of a transformer's hidden matrices (celo2-base: of everything)")
-    text_adam_lr: float = option(3e-3, "inner learning rate of its embeddings and its head under Adam (celo2)")
-    text_min_scale: float = option(0.5, "smallest s of text problems; s multiplies their learning rates, too")
-    text_max_scale: float = option(2.0, "largest s of text problems")
-
-    sigma: float = option(0.01, "standard deviation of the perturbation ε")
-    loss_clip: float | None = option(None, "inner losses count at most this many times the loss of a uniform guess; null: raw")
-    scale_buckets: int = option(0, "divide loss differences by their running RMS per task and bucket of log s; 0: do not")
-    outer_lr: float = option(5e-5, "learning rate of the outer AdamW (published: 5e-5 celo2, 1e-4 celo2-base)")
-    outer_betas: list[float] = option([0.9, 0.999], "decays of the outer AdamW")
-    outer_weight_decay: float = option(0.0, "decoupled weight decay of the outer AdamW")
-    average: float = option(0.0, "decay of the running mean of θ that becomes the rule; 0: the last θ")
-    init: str = option("random", "first θ: random, or a rule by name or path")
-    init_noise: float = option(0.0, "standard deviation of normal noise on the first θ")
-
-    engine: Literal["auto", "fast", "plain"] = option("auto", "fast: Numba, CPU; plain: batched torch; auto: fast on CPU")
-    device: str = option("cpu", "torch device of the plain engine")
-    threads: int = option(0, "threads of the fast engine; 0: one per core. The result does not depend on it")
-    checkpoint_every: int = option(200, "outer iterations between checkpoints")
-    snapshot_every: int = option(2000, "outer iterations between the rules kept in run_dir/rules")
-    log_every: int = option(20, "outer iterations per line of metrics.jsonl")
 
 
-# Keys that may differ when a run continues: they change how it is run, not what it computes.
-FREE_KEYS = {"run_dir", "iterations", "threads", "checkpoint_every", "snapshot_every", "log_every"}
-AT_LEAST = {
-    "seed": 0,
-    "iterations": 1,
-    "problems_per_task": 1,
-    "batch_size": 1,
-    "truncation": 1,
-    "min_length": 1,
-    "inner_lr": 0,
-    "inner_adam_lr": 0,
-    "text_layers": 1,
-    "text_lr": 0,
-    "text_adam_lr": 0,
-    "scale_buckets": 0,
-    "outer_lr": 0,
-    "outer_weight_decay": 0,
-    "init_noise": 0,
-    "threads": 0,
-    "checkpoint_every": 1,
-    "snapshot_every": 1,
-    "log_every": 1,
-}
+@dataclass
+class Rule:
+    variant: Literal["celo2", "celo2-base"] = option(
+        "celo2", "celo2: orthogonalized, Adam for biases, embeddings and head; celo2-base: the rule alone", was="variant"
+    )
+    init: str = option("random", "first θ: random, or a rule by name or path", was="init")
+    init_noise: float = option(0.0, "standard deviation of normal noise on the first θ", at_least(0), was="init_noise")
+    normalize_gradient: bool = option(
+        False, "the rule divides a gradient by its RMS before all else; its file says so", was="normalize_gradient"
+    )
+    odd: bool = option(False, "keep the rule odd: -g and -W give -u, as in optimizers set by hand; halves the free θ", was="odd")
+    frozen: list[str] = option([], f"weights that keep their value in `init`: any of {', '.join(FREEZABLE)}", was="frozen")
 
 
-def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
-    """The configuration of the YAML file `path` with `key=value` overrides.
+@dataclass
+class Estimator:
+    sigma: float = option(0.01, "standard deviation σ of the perturbation ε", POSITIVE, was="sigma")
+    loss_clip: float | None = option(
+        None, "inner losses count at most this many times the loss of a uniform guess; null: raw", POSITIVE, was="loss_clip"
+    )
+    scale_buckets: int = option(
+        0,
+        "divide loss differences by their running RMS per task and bucket of log s; 0: do not",
+        at_least(0),
+        was="scale_buckets",
+    )
+
+
+@dataclass
+class Outer:
+    iterations: int = option(100_000, "outer iterations", at_least(1), was="iterations")
+    lr: float = option(5e-5, "learning rate of AdamW (published: 5e-5 celo2, 1e-4 celo2-base)", at_least(0), was="outer_lr")
+    betas: list[float] = option([0.9, 0.999], "decays of AdamW", DECAY, was="outer_betas")
+    weight_decay: float = option(0.0, "decoupled weight decay of AdamW", at_least(0), was="outer_weight_decay")
+    average: float = option(0.0, "decay of the running mean of θ that becomes the rule; 0: the last θ", DECAY, was="average")
+
+
+@dataclass
+class Engine:
+    name: Literal["auto", "fast", "plain"] = option(
+        "auto", "fast: compiled by Numba, CPU; plain: batched torch; auto: fast on CPU", was="engine"
+    )
+    device: str = option("cpu", "torch device of the plain engine", was="device")
+    threads: int = option(0, "threads of the fast engine; 0: one per core. No result depends on it", at_least(0), was="threads")
+
+
+@dataclass
+class Checkpoint:
+    every: int = option(200, "outer iterations between checkpoints", at_least(1), was="checkpoint_every")
+    snapshot_every: int = option(
+        2000, "outer iterations between the rules kept in the folder rules", at_least(1), was="snapshot_every"
+    )
+
+
+@dataclass
+class Log:
+    every: int = option(20, "outer iterations per line of metrics.jsonl", at_least(1), was="log_every")
+
+
+@dataclass
+class Config:
+    run: Run = section(Run)
+    tasks: Tasks = section(Tasks)
+    images: Images = section(Images)
+    text: Text = section(Text)
+    inner: Inner = section(Inner)
+    rule: Rule = section(Rule)
+    estimator: Estimator = section(Estimator)
+    outer: Outer = section(Outer)
+    engine: Engine = section(Engine)
+    checkpoint: Checkpoint = section(Checkpoint)
+    log: Log = section(Log)
+
+
+# What may differ when a training run continues: it changes how long and where it runs, not what it computes.
+FREE = {"run.dir", "outer.iterations", "engine.threads", "checkpoint.every", "checkpoint.snapshot_every", "log.every"}
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of the YAML file `path` with `section.key=value` overrides; also the flat keys of earlier versions.
 
     Raises:
-        MetatrainError: no such file, no YAML mapping, an unknown key (naming the nearest right one), a wrong type or value.
+        ConfigError: as `configuration.load`, or options that contradict each other.
     """
-    try:
-        tree = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise MetatrainError(f"cannot read configuration '{path}' ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise MetatrainError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
-    tree = {} if tree is None else tree
-    if not isinstance(tree, dict):
-        raise MetatrainError(f"{path}: expected keys like 'seed:', found a {type(tree).__name__}")
-    for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator or not key:
-            raise MetatrainError(f"'{override}': expected key=value")
-        try:
-            tree[key] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise MetatrainError(f"'{override}': the value is not YAML") from None
-    return build(tree)
-
-
-def build(tree: dict[str, Any]) -> Config:
-    """A checked configuration from a mapping."""
-    hints = typing.get_type_hints(Config)
-    for key in tree:
-        if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1)
-            raise MetatrainError(f"unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else ""))
-    config = Config(**{key: checked(hints[key], value, key) for key, value in tree.items()})
-    for key, minimum in AT_LEAST.items():
-        if not getattr(config, key) >= minimum:
-            raise MetatrainError(f"{key} is {getattr(config, key)}, expected at least {minimum}")
-    if not config.tasks:
-        raise MetatrainError("tasks is empty, expected at least one data set")
-    for name in config.frozen:
-        if name not in weight_shapes(hidden=8):
-            raise MetatrainError(
-                f"frozen: the rule has no weight '{name}', expected some of {', '.join(weight_shapes(hidden=8))}"
-            )
-    if config.frozen and config.outer_weight_decay:
-        raise MetatrainError(f"outer_weight_decay is {config.outer_weight_decay}, expected 0 with frozen weights")
-    if config.min_length < config.truncation:
-        raise MetatrainError(
-            f"min_length is {config.min_length}, expected at least truncation ({config.truncation}): one reset a truncation"
-        )
-    for low, high in (("min_length", "max_length"), ("min_scale", "max_scale"), ("text_min_scale", "text_max_scale")):
-        if not 0 < getattr(config, low) <= getattr(config, high):
-            raise MetatrainError(f"{low} is {getattr(config, low)}, expected above 0 and at most {high}")
-    if config.checkpoint_every % config.log_every:
-        raise MetatrainError(
-            f"checkpoint_every is {config.checkpoint_every}, expected a multiple of log_every ({config.log_every}): "
-            "a line of metrics must not span a checkpoint"
-        )
-    if not config.sigma > 0:
-        raise MetatrainError(f"sigma is {config.sigma}, expected above 0")
-    if config.loss_clip is not None and not config.loss_clip > 0:
-        raise MetatrainError(f"loss_clip is {config.loss_clip}, expected above 0")
-    if not 0 <= config.average < 1:
-        raise MetatrainError(f"average is {config.average}, expected in [0, 1)")
-    if len(config.outer_betas) != 2 or not all(0 <= beta < 1 for beta in config.outer_betas):
-        raise MetatrainError(f"outer_betas is {config.outer_betas}, expected two numbers in [0, 1)")
+    config = configuration.load(Config, path, overrides)
+    for name in config.rule.frozen:
+        if name in GROUP_OF:
+            print(f"note: '{name}' in rule.frozen is now '{GROUP_OF[name]}'", file=sys.stderr)
+    config.rule.frozen = [GROUP_OF.get(name, name) for name in config.rule.frozen]
+    check(config)
     return config
 
 
-def checked(kind: Any, value: Any, key: str) -> Any:
-    """`value` if it is of type `kind`; integers pass for floats, and so do the exponents that YAML reads as text (1e-3)."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin is types.UnionType:
-        return None if value is None else checked(arguments[0], value, key)
-    if origin is Literal:
-        if value not in arguments:
-            raise MetatrainError(f"{key} is '{value}', expected one of {', '.join(arguments)}")
-        return value
-    if origin is list:
-        if not isinstance(value, list):
-            raise MetatrainError(f"{key} is {value!r}, expected a list")
-        return [checked(arguments[0], item, f"{key}[{i}]") for i, item in enumerate(value)]
-    if kind is float and isinstance(value, str | int) and not isinstance(value, bool):
-        try:
-            value = float(value)
-        except ValueError:
-            raise MetatrainError(f"{key} is '{value}', expected a number") from None
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise MetatrainError(f"{key} is {value!r}, expected {kind.__name__}")
-    return value
+def check(config: Config) -> None:
+    """Raise ConfigError where options do not fit each other."""
+    if not config.tasks.sources:
+        raise ConfigError("tasks.sources is empty, expected at least one data set")
+    for name in config.rule.frozen:
+        if name not in FREEZABLE:
+            raise ConfigError(f"rule.frozen: the rule has no weights '{name}', expected some of {', '.join(FREEZABLE)}")
+    if config.rule.frozen and config.outer.weight_decay:
+        raise ConfigError(f"outer.weight_decay is {config.outer.weight_decay}, expected 0 with frozen weights")
+    if config.inner.min_length < config.inner.truncation:
+        raise ConfigError(
+            f"inner.min_length is {config.inner.min_length}, expected at least inner.truncation ({config.inner.truncation}): "
+            "one reset a truncation"
+        )
+    for part, low, high in (
+        ("inner", "min_length", "max_length"),
+        ("images", "min_scale", "max_scale"),
+        ("text", "min_scale", "max_scale"),
+    ):
+        options = vars(getattr(config, part))
+        if options[low] > options[high]:
+            raise ConfigError(f"{part}.{low} is {options[low]}, expected at most {part}.{high} ({options[high]})")
+    if config.checkpoint.every % config.log.every:
+        raise ConfigError(
+            f"checkpoint.every is {config.checkpoint.every}, expected a multiple of log.every ({config.log.every}): "
+            "a line of metrics must not span a checkpoint"
+        )
+    if len(config.outer.betas) != 2:
+        raise ConfigError(f"outer.betas is {config.outer.betas}, expected two numbers")
 
 
-def help_text() -> str:
-    """One line per key: name, default, meaning."""
-    values = asdict(Config())
-    return "\n".join(f"  {f.name} = {values[f.name]}: {f.metadata['doc']}" for f in fields(Config))
+def dotted(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a nested configuration, or of a flat one that an earlier version wrote, by today's dotted names."""
+    if not any(isinstance(value, dict) for value in tree.values()):
+        options = {new: tree[old] for old, new in renamed(Config).items() if old in tree}
+        return options | {"rule.frozen": [GROUP_OF.get(name, name) for name in options["rule.frozen"]]}
+    return {f"{part}.{key}": value for part, options in tree.items() for key, value in options.items()}

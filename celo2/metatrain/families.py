@@ -1,8 +1,8 @@
-"""Two families of inner problems: networks 64-32-10 on images, and small transformers on text, as the outer loop sees them.
+"""The two families of inner problems: networks 64-32-10 on images, and small transformers on text.
 
-A family says what its network's weights are, how they start and what they are trained with; its loss in plain torch serves
-every unroll at once. Weights of the transformer are held as `nn.Linear` holds them (out, in), because a square matrix tells
-its axes apart: that is how the rule meets the weights of large models.
+A family names the weights of its network, and says how they start and how they are trained. Its loss in plain torch serves all
+unrolls at once. The transformer's weights are (out, in), as `nn.Linear` holds them, because the rule treats the two axes of a
+square matrix differently: it must meet them as in large models.
 
 Legend: U unrolls, B images or sequences, T positions of a sequence, D width, V vocabulary.
 """
@@ -32,7 +32,7 @@ Batch = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Family:
-    """Everything about a kind of inner problem but where its problems stand.
+    """A kind of inner problem: its network, its data, and how it is trained.
 
     Attributes:
         name: "images" or "text".
@@ -74,10 +74,10 @@ def image_family(config: Config, data: Images) -> Family:
         arrays=(data.pixels, data.labels),
         shapes={"w1": (SIDE * SIDE, HIDDEN), "b1": (HIDDEN,), "w2": (HIDDEN, CLASSES), "b2": (CLASSES,)},
         boundary=frozenset({"b1", "b2"}),
-        batch=config.batch_size,
-        lr=config.inner_lr,
-        adam_lr=config.inner_adam_lr,
-        scales=(config.min_scale, config.max_scale),
+        batch=config.images.batch_size,
+        lr=config.images.lr,
+        adam_lr=config.images.adam_lr,
+        scales=(config.images.min_scale, config.images.max_scale),
         uniform_loss=math.log(CLASSES),
         draw=draw_image_weight,
         losses=image_losses,
@@ -89,8 +89,8 @@ def text_family(config: Config, data: Texts) -> Family:
     block = {"q": (WIDTH, WIDTH), "k": (WIDTH, WIDTH), "v": (WIDTH, WIDTH), "o": (WIDTH, WIDTH)}
     block |= {"up": (4 * WIDTH, WIDTH), "down": (WIDTH, 4 * WIDTH)}
     boundary = {"embedding": (VOCABULARY, WIDTH), "position": (CONTEXT, WIDTH), "head": (VOCABULARY, WIDTH)}
-    blocks = {f"{name}{i}": shape for i in range(config.text_layers) for name, shape in block.items()}
-    residual = 1 / math.sqrt(2 * config.text_layers)
+    blocks = {f"{name}{i}": shape for i in range(config.text.layers) for name, shape in block.items()}
+    residual = 1 / math.sqrt(2 * config.text.layers)
 
     def draw(rng: np.random.Generator, name: str, shape: Shape) -> np.ndarray:
         """As GPT-2: small, and what is added to the residual stream the smaller the deeper the network."""
@@ -104,9 +104,9 @@ def text_family(config: Config, data: Texts) -> Family:
         shapes=boundary | blocks,
         boundary=frozenset(boundary),
         batch=SEQUENCES,
-        lr=config.text_lr,
-        adam_lr=config.text_adam_lr,
-        scales=(config.text_min_scale, config.text_max_scale),
+        lr=config.text.lr,
+        adam_lr=config.text.adam_lr,
+        scales=(config.text.min_scale, config.text.max_scale),
         uniform_loss=math.log(VOCABULARY),
         draw=draw,
         losses=text_losses,

@@ -1,8 +1,8 @@
 """Inner problems: how long, how scaled, on which data. Everything random is a pure function of the seed.
 
 Problem n runs episodes, one after the other. An episode has a length L, a scale s and initial weights that depend on
-(seed, n, episode); the data of a truncation depend on (seed, iteration, n). So a resumed run repeats exactly, threads do not
-matter, and both signs of a problem see the same.
+(seed, n, episode); the data of a truncation depend on (seed, iteration, n). So a resumed training run repeats exactly, the
+number of threads does not matter, and both signs of a problem see the same data.
 
 Legend: N inner problems, T steps of a truncation, B examples of a batch, U = 2N unrolls (+ε and -ε of each problem in turn).
 """
@@ -10,14 +10,15 @@ Legend: N inner problems, T steps of a truncation, B examples of a batch, U = 2N
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from celo2.metatrain.config import Config
 from celo2.metatrain.families import Family
+from celo2.training.schedule import cosine
 
-WARM_UP, FINAL = 0.05, 0.1  # of inner_schedule cosine: shares of an episode and of the learning rate
+WARM_UP, FINAL = 0.05, 0.1  # of a cosine schedule: shares of its steps and of the peak learning rate
 EPISODE, DATA, NOISE, START = range(4)  # purposes of random numbers: no two share a stream
 
 Weights = dict[str, np.ndarray]
@@ -45,27 +46,30 @@ class Episode:
 def draw_episode(config: Config, family: Family, problem: int, episode: int) -> Episode:
     """The episode of (seed, problem, episode)."""
     low, high = family.scales
-    rng = random(config.seed, EPISODE, problem, episode)
-    length = round(float(log_uniform(rng, config.min_length, config.max_length)))
+    rng = random(config.run.seed, EPISODE, problem, episode)
+    length = round(float(log_uniform(rng, config.inner.min_length, config.inner.max_length)))
     shared = log_uniform(rng, low, high)
     scale, weights = {}, {}
+    sharing = config.inner.reparametrization
+    s: np.ndarray | float
     for name, shape in family.shapes.items():
-        if config.reparametrization == "parameter":
+        if sharing == "parameter":
             s = log_uniform(rng, low, high, shape)
-        elif config.reparametrization == "tensor":
+        elif sharing == "tensor":
             s = log_uniform(rng, low, high)
         else:
-            s = shared if config.reparametrization == "global" else 1.0
+            s = shared if sharing == "global" else 1.0
         scale[name] = np.broadcast_to(np.float32(s), shape)
         weights[name] = (family.draw(rng, name, shape) / s).astype(np.float32)
     return Episode(length, scale, weights)
 
 
-def cosine(age: np.ndarray, length: np.ndarray) -> np.ndarray:
-    """The factor on the learning rates at `age` steps into episodes of `length`: linear warm-up, then a cosine to a tenth."""
-    warm_up = np.maximum(1, np.round(WARM_UP * length))
-    angle = np.pi * (age - warm_up) / np.maximum(1, length - warm_up)
-    return np.where(age < warm_up, (age + 1) / warm_up, FINAL + (1 - FINAL) * 0.5 * (1 + np.cos(angle)))
+def warm_up_and_cosine(age: int, length: int) -> float:
+    """The factor on learning rates at step `age` (from 0) of `length`: linear warm-up, then a cosine down to a tenth."""
+    warm_up = max(1, round(WARM_UP * length))
+    if age < warm_up:
+        return (age + 1) / warm_up
+    return cosine((age - warm_up) / max(1, length - warm_up), FINAL)
 
 
 @dataclass(frozen=True)
@@ -87,66 +91,65 @@ class Truncation:
     scale_after: Weights
 
 
-@dataclass
 class Problems:
-    """Where every problem of a family stands: task, episode, age in steps and length (N,), and its scales (N, *shape).
+    """Where every problem of a family stands.
 
-    `first_number` is the number of the first of them among the problems of all families, on which random numbers depend.
+    Attributes:
+        number, task: (N,), of each problem among the problems of all families (random numbers depend on it), and its task.
+        episode, age, length: (N,), its episode, the steps it has done of it, and those it has in all.
+        scale: the scales s (N, *shape) of its weights. first: their values at the start of the first episode.
     """
 
-    config: Config
-    family: Family
-    first_number: int = 0
-    number: np.ndarray = field(init=False)
-    task: np.ndarray = field(init=False)
-    episode: np.ndarray = field(init=False)
-    age: np.ndarray = field(init=False)
-    length: np.ndarray = field(init=False)
-    scale: Weights = field(init=False)
-    first: Weights = field(init=False)
-
-    def __post_init__(self) -> None:
+    def __init__(self, config: Config, family: Family, first_number: int = 0) -> None:
         """All problems at their first episode: at ages below its length, drawn so that they do not end together, or at 0."""
-        tasks = len(self.family.data.names)
-        count = tasks * self.config.problems_per_task
-        self.number = self.first_number + np.arange(count)
-        self.task = np.repeat(np.arange(tasks), self.config.problems_per_task)
-        self.episode = np.zeros(count, np.int64)
-        episodes = [draw_episode(self.config, self.family, int(n), 0) for n in self.number]
+        self.config, self.family = config, family
+        tasks = len(family.data.names)
+        self.task = np.repeat(np.arange(tasks), config.tasks.problems)
+        self.number = first_number + np.arange(len(self.task))
+        self.episode = np.zeros(len(self.task), np.int64)
+        episodes = [draw_episode(config, family, int(n), 0) for n in self.number]
         self.length = np.array([e.length for e in episodes])
-        starts = [random(self.config.seed, START, int(n)) for n in self.number]
+        starts = [random(config.run.seed, START, int(n)) for n in self.number]
         self.age = np.array([rng.integers(length) for rng, length in zip(starts, self.length, strict=True)])
-        self.age *= self.config.staggered
+        self.age *= config.inner.staggered
         self.scale = stacked([e.scale for e in episodes])
         self.first = stacked([e.weights for e in episodes])
 
     def truncation(self, iteration: int) -> Truncation:
         """The next T steps; moves every problem past them."""
-        config, family, steps = self.config, self.family, self.config.truncation
+        config, family, steps = self.config, self.family, self.config.inner.truncation
         rows = np.empty((len(self.task), steps, family.batch), np.int64)
-        for n, task in enumerate(self.task):
-            rng = random(config.seed, DATA, iteration, int(self.number[n]))
-            rows[n] = family.data.starts[task] + rng.integers(family.data.counts[task], size=rows.shape[1:])
-        left = self.length - self.age
-        reset_at = np.where(left < steps, left, steps)
+        rate = np.empty((len(self.task), steps), np.float32)
+        reset_at = np.minimum(self.length - self.age, steps)
         before = self.scale
         after = {name: s.copy() for name, s in before.items()}
         fresh = {name: np.zeros_like(s) for name, s in before.items()}
-        age, length = self.age, self.length
-        self.age, self.length = age + steps, length.copy()
-        for n in np.flatnonzero(left < steps):
-            self.episode[n] += 1
-            episode = draw_episode(config, family, int(self.number[n]), int(self.episode[n]))
-            self.length[n], self.age[n] = episode.length, steps - left[n]
-            for name in family.shapes:
-                after[name][n], fresh[name][n] = episode.scale[name], episode.weights[name]
+        for n, task in enumerate(self.task):
+            rng = random(config.run.seed, DATA, iteration, int(self.number[n]))
+            rows[n] = family.data.starts[task] + rng.integers(family.data.counts[task], size=rows.shape[1:])
+            reset = int(reset_at[n])
+            rate[n, :reset] = self.rates(n, reset)
+            if reset < steps:
+                self.restart(n, after, fresh)
+                rate[n, reset:] = self.rates(n, steps - reset)
         self.scale = after
-        t = np.arange(steps)
-        is_new = t >= reset_at[:, None]
-        ages = np.where(is_new, t - reset_at[:, None], age[:, None] + t)
-        lengths = np.where(is_new, self.length[:, None], length[:, None])
-        rate = cosine(ages, lengths) if config.inner_schedule == "cosine" else np.ones(ages.shape)
-        return Truncation(rows, rate.astype(np.float32), reset_at, fresh, before, after)
+        return Truncation(rows, rate, reset_at, fresh, before, after)
+
+    def rates(self, n: int, count: int) -> list[float]:
+        """The factors on the learning rates of problem n in its next `count` steps; moves it past them."""
+        first, length = int(self.age[n]), int(self.length[n])
+        self.age[n] += count
+        if self.config.inner.schedule == "constant":
+            return [1.0] * count
+        return [warm_up_and_cosine(age, length) for age in range(first, first + count)]
+
+    def restart(self, n: int, scale: Weights, weights: Weights) -> None:
+        """Problem n starts its next episode: writes its scales and weights into those of all problems (N, *shape)."""
+        self.episode[n] += 1
+        episode = draw_episode(self.config, self.family, int(self.number[n]), int(self.episode[n]))
+        self.length[n], self.age[n] = episode.length, 0
+        for name in self.family.shapes:
+            scale[name][n], weights[name][n] = episode.scale[name], episode.weights[name]
 
 
 def stacked(weights: list[Weights]) -> Weights:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from celo2.metatrain.config import MetatrainError
+from celo2.training.configuration import ConfigError
 
 SIDE, CLASSES = 8, 10
 CONTEXT, VOCABULARY = 32, 128  # positions of a sequence; bytes that are told apart
@@ -66,7 +66,7 @@ def load_data(sources: Sequence[str]) -> list[Images | Texts]:
     """The images of `sources`, if any, then the texts, if any.
 
     Raises:
-        MetatrainError: as `load_images` and `load_texts`.
+        ConfigError: as `load_images` and `load_texts`.
     """
     texts = [source for source in sources if source.startswith(TEXT)]
     images = [source for source in sources if not source.startswith(TEXT)]
@@ -77,18 +77,18 @@ def load_images(sources: Sequence[str]) -> Images:
     """The data sets of `sources`, in their order.
 
     Raises:
-        MetatrainError: a source that is unknown, cannot be read, or is not 8 × 8 images with ten classes.
+        ConfigError: a source that is unknown, cannot be read, or is not 8 × 8 images with ten classes.
     """
     sets = [found for source in sources for found in read_source(source)]
     pixels, labels = [], []
     for name, x, y in sets:
         if x.ndim != 3 or x.shape[1:] != (SIDE, SIDE) or y.shape != x.shape[:1] or len(x) == 0:
-            raise MetatrainError(f"task {name}: images {x.shape} and labels {y.shape}, expected (N, 8, 8) and (N,)")
+            raise ConfigError(f"task {name}: images {x.shape} and labels {y.shape}, expected (N, 8, 8) and (N,)")
         if y.min() < 0 or y.max() >= CLASSES:
-            raise MetatrainError(f"task {name}: labels from {y.min()} to {y.max()}, expected 0 to {CLASSES - 1}")
+            raise ConfigError(f"task {name}: labels from {y.min()} to {y.max()}, expected 0 to {CLASSES - 1}")
         x = x.reshape(len(x), -1).astype(np.float64)
         if not x.std() > 0:
-            raise MetatrainError(f"task {name}: every pixel has the same value")
+            raise ConfigError(f"task {name}: every pixel has the same value")
         pixels.append(((x - x.mean()) / x.std()).astype(np.float32))
         labels.append(y.astype(np.int64))
     counts = np.array([len(x) for x in pixels])
@@ -101,30 +101,40 @@ def load_texts(sources: Sequence[str]) -> Texts:
     """The texts of the sources `text:FILE`, in their order.
 
     Raises:
-        MetatrainError: a file of another kind, that cannot be read, or that is shorter than a window.
+        ConfigError: a file of another kind, that cannot be read, or that is shorter than a window.
     """
-    texts = [read_text(source) for source in sources]
+    texts = [read_tokens(source) for source in sources]
     sizes = np.array([len(tokens) for tokens in texts])
     names = tuple(Path(source.removeprefix(TEXT)).name.partition(".")[0] for source in sources)
     return Texts(np.concatenate(texts), np.cumsum(sizes) - sizes, sizes - CONTEXT, names)
 
 
-def read_text(source: str) -> np.ndarray:
+def read_tokens(source: str) -> np.ndarray:
     """The tokens (n,) of a source `text:FILE`."""
     path = Path(source.removeprefix(TEXT))
-    name = path.name.removesuffix(".gz")
-    if not (path.name.endswith(".txt") or name.endswith(".jsonl")):
-        raise MetatrainError(f"task '{source}': expected text:FILE with FILE a .txt, .jsonl or .jsonl.gz")
+    if not (path.suffix == ".txt" or path.name.removesuffix(".gz").endswith(".jsonl")):
+        raise ConfigError(f"task '{source}': expected text:FILE with FILE a .txt, .jsonl or .jsonl.gz")
+    tokens = np.frombuffer(read_text(path, CONTEXT + 1), np.uint8)
+    return np.where(tokens < VOCABULARY, tokens, 0).astype(np.uint8)
+
+
+def read_text(path: Path, least: int) -> bytes:
+    """The bytes of a text file, or of the `text` of every line of a .jsonl or .jsonl.gz, for tasks and for the evaluation.
+
+    `data.preparation` has a reader of its own, which streams and resumes: `data` and `celo2` do not import each other.
+
+    Raises:
+        ConfigError: it cannot be read, or is shorter than `least` bytes.
+    """
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        if name.endswith(".jsonl"):
+        if path.name.removesuffix(".gz").endswith(".jsonl"):
             raw = "\n\n".join(json.loads(line)["text"] for line in raw.splitlines()).encode()
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-        raise MetatrainError(f"task {source}: cannot be read ({type(error).__name__}: {error})") from None
-    if len(raw) <= CONTEXT:
-        raise MetatrainError(f"task {source}: {len(raw)} bytes, expected more than {CONTEXT}")
-    tokens = np.frombuffer(raw, np.uint8)
-    return np.where(tokens < VOCABULARY, tokens, 0).astype(np.uint8)
+        raise ConfigError(f"text {path}: cannot be read ({type(error).__name__}: {error})") from None
+    if len(raw) < least:
+        raise ConfigError(f"text {path}: {len(raw)} bytes, expected at least {least}")
+    return raw
 
 
 def read_source(source: str) -> list[tuple[str, np.ndarray, np.ndarray]]:
@@ -136,7 +146,7 @@ def read_source(source: str) -> list[tuple[str, np.ndarray, np.ndarray]]:
     path, separator, name = source.rpartition(":") if not source.endswith(".npz") else (source, "", "")
     if path.endswith(".npz"):
         return read_npz(Path(path), name if separator else None)
-    raise MetatrainError(f"task '{source}': expected digits, hub:NAME, FILE.npz, FILE.npz:NAME or text:FILE")
+    raise ConfigError(f"task '{source}': expected digits, hub:NAME, FILE.npz, FILE.npz:NAME or text:FILE")
 
 
 def read_digits() -> tuple[str, np.ndarray, np.ndarray]:
@@ -144,7 +154,7 @@ def read_digits() -> tuple[str, np.ndarray, np.ndarray]:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise MetatrainError("task 'digits' needs scikit-learn: pip install scikit-learn") from None
+        raise ConfigError("task 'digits' needs scikit-learn: pip install scikit-learn") from None
     digits = load_digits()
     return "digits", digits.images, digits.target
 
@@ -155,27 +165,27 @@ def read_npz(path: Path, name: str | None) -> list[tuple[str, np.ndarray, np.nda
         with np.load(path, allow_pickle=False) as arrays:
             names = sorted(key.removesuffix("_images") for key in arrays if key.endswith("_images"))
             if name is not None and name not in names:
-                raise MetatrainError(f"task {path}:{name}: no such data set; the file holds {', '.join(names) or 'none'}")
+                raise ConfigError(f"task {path}:{name}: no such data set; the file holds {', '.join(names) or 'none'}")
             if not names:
-                raise MetatrainError(f"task {path}: no array NAME_images in the file")
+                raise ConfigError(f"task {path}: no array NAME_images in the file")
             return [(n, arrays[f"{n}_images"], arrays[f"{n}_labels"]) for n in ([name] if name else names)]
     except (OSError, ValueError, KeyError) as error:
-        if isinstance(error, MetatrainError):
+        if isinstance(error, ConfigError):
             raise
-        raise MetatrainError(f"task {path}: cannot be read ({error})") from None
+        raise ConfigError(f"task {path}: cannot be read ({error})") from None
 
 
 def read_hub(name: str) -> tuple[str, np.ndarray, np.ndarray]:
     """The training split of an image data set of the hub, as 8 × 8 greyscale averaged over the area of each pixel."""
     if name not in HUB_IDS:
-        raise MetatrainError(f"task 'hub:{name}': expected one of {', '.join(HUB_IDS)}")
+        raise ConfigError(f"task 'hub:{name}': expected one of {', '.join(HUB_IDS)}")
     from datasets import load_dataset
     from PIL.Image import Resampling
 
     try:
         split = load_dataset(*HUB_IDS[name], split="train")
     except Exception as error:  # datasets raises many types, of several packages, for no network and no such data set
-        raise MetatrainError(f"task 'hub:{name}': cannot be loaded ({type(error).__name__}: {error})") from None
+        raise ConfigError(f"task 'hub:{name}': cannot be loaded ({type(error).__name__}: {error})") from None
     image_key, label_key = ("img", "label") if "img" in split.column_names else ("image", "label")
     images = [np.asarray(image.convert("L").resize((SIDE, SIDE), Resampling.BOX)) for image in split[image_key]]
     return name, np.stack(images), np.asarray(split[label_key])

@@ -1,11 +1,11 @@
-"""The outer loop: perturb, unroll, estimate, AdamW; metrics, curve, rules, and checkpoints from which it resumes exactly.
+"""The outer loop: perturb θ, unroll, estimate the gradient, AdamW. It logs, checkpoints, and resumes exactly.
 
-run_dir/config.yaml             the configuration as resolved
-run_dir/metrics.jsonl           one JSON object per `log_every` iterations
-run_dir/state.safetensors       the whole meta-state; written beside, flushed, renamed
-run_dir/rules/00002000.safetensors   the rule every `snapshot_every` iterations
-run_dir/rule.safetensors        the rule at the last checkpoint
-run_dir/curve.png
+run.dir/config.yaml                  the configuration as resolved
+run.dir/metrics.jsonl                one JSON object per `log.every` iterations
+run.dir/state.safetensors            the whole meta-state
+run.dir/rules/00002000.safetensors   the rule every `checkpoint.snapshot_every` iterations
+run.dir/rule.safetensors             the rule at the last checkpoint
+run.dir/curve.png
 """
 
 from __future__ import annotations
@@ -20,64 +20,28 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from celo2.metatrain import pes
-from celo2.metatrain import unroll as plain
-from celo2.metatrain.config import FREE_KEYS, Config, MetatrainError
+from celo2.metatrain.config import FREE, Config, ConfigError, dotted
+from celo2.metatrain.engine import State, Unroll, choose_unroll, initial_state
 from celo2.metatrain.families import family_of
-from celo2.metatrain.odd import odd_part
-from celo2.metatrain.problems import NOISE, START, Problems, random
+from celo2.metatrain.problems import NOISE, Problems, random
 from celo2.metatrain.tasks import Images, Texts, load_data
-from celo2.metatrain.unroll import RULE_SHAPES, THETA_SIZE, State, initial_state, rule_of, theta_of
-from celo2.rule import CHANNEL_GROUPS, Rule
-from celo2.rule_files import load_rule, save_rule
+from celo2.metatrain.theta import SIZE, first_theta, free, odd_part, rule_of
+from celo2.rule import Rule
+from celo2.rule_files import save_rule
+from celo2.training.configuration import to_yaml
+from celo2.training.metrics import read_metrics, rewind
 
 FORMAT = "celo2-metatrain"
-Unroll = Callable[..., np.ndarray]
-
-
-def choose_unroll(config: Config) -> Unroll:
-    """The engine that the configuration asks for."""
-    if config.engine == "plain" or (config.engine == "auto" and config.device != "cpu"):
-        return plain.GraphUnroll() if torch.device(config.device).type == "cuda" else plain.unroll
-    if config.device != "cpu" or config.batch_size % 8:
-        raise MetatrainError("engine fast needs device cpu and a batch_size that 8 divides; engine=plain takes any")
-    try:
-        from celo2.metatrain import fast
-    except ImportError:
-        raise MetatrainError("engine fast needs numba: pip install numba, or use engine=plain (ten times as slow)") from None
-    return fast.unroll
-
-
-def first_theta(config: Config) -> np.ndarray:
-    """θ before the first iteration (347,). `random`: normal weights with deviation 1 / sqrt(inputs), biases zero."""
-    rng = random(config.seed, START)
-    if config.init == "random":
-        fan_in = {"w1": 8, "w2": 8, "b0": math.inf, "b1": math.inf, "b2": math.inf}
-        scales = [
-            np.full(int(np.prod(s)), 1 / math.sqrt(fan_in.get(name, sum(g.count for g in CHANNEL_GROUPS))))
-            for name, s in RULE_SHAPES.items()
-        ]
-        theta = rng.standard_normal(THETA_SIZE) * np.concatenate(scales)
-    else:
-        theta = theta_of(load_rule(config.init)).astype(np.float64)
-        if theta.shape != (THETA_SIZE,):
-            raise MetatrainError(f"init '{config.init}': {theta.size} weights, expected {THETA_SIZE}")
-    theta = theta + config.init_noise * free(config) * rng.standard_normal(THETA_SIZE)
-    return (odd_part(theta) if config.odd else theta).astype(np.float32)
-
-
-def free(config: Config) -> np.ndarray:
-    """(347,): 1 for the weights that are trained, 0 for the frozen ones."""
-    return np.concatenate([np.full(math.prod(shape), float(name not in config.frozen)) for name, shape in RULE_SHAPES.items()])
+POSITIONS = ("episode", "age", "length")  # what of `Problems` a checkpoint holds, beside the scales
 
 
 @dataclass
 class Group:
-    """The problems of one family: where they stand, weights and accumulators of their unrolls, and what advances them."""
+    """The problems of one family, the weights and accumulators of their unrolls, and the engine that advances them."""
 
     problems: Problems
     state: State
@@ -86,14 +50,14 @@ class Group:
     def tensors(self) -> dict[str, np.ndarray]:
         """Every array of it by name."""
         name, problems = self.problems.family.name, self.problems
-        places = {f"{name}.problems.{key}": getattr(problems, key) for key in ("episode", "age", "length")}
-        scales = {f"{name}.scale.{key}": x for key, x in problems.scale.items()}
-        return places | scales | {f"{name}.state.{key}": x for key, x in self.state.items()}
+        arrays = {f"{name}.problems.{key}": getattr(problems, key) for key in POSITIONS}
+        arrays |= {f"{name}.scale.{key}": x for key, x in problems.scale.items()}
+        return arrays | {f"{name}.state.{key}": x for key, x in self.state.items()}
 
     def load(self, arrays: dict[str, np.ndarray]) -> None:
         """Continue from the arrays of `tensors`."""
         name, problems = self.problems.family.name, self.problems
-        for key in ("episode", "age", "length"):
+        for key in POSITIONS:
             setattr(problems, key, arrays[f"{name}.problems.{key}"])
         problems.scale = {key: arrays[f"{name}.scale.{key}"] for key in problems.scale}
         self.state = {key: arrays[f"{name}.state.{key}"] for key in self.state}
@@ -118,8 +82,9 @@ class MetaTraining:
         self.iteration, self.seconds = 0, 0.0
         self.theta = torch.nn.Parameter(torch.from_numpy(first_theta(config)))
         self.average = self.theta.detach().numpy().copy()
+        outer = config.outer
         self.outer = torch.optim.AdamW(
-            [self.theta], lr=config.outer_lr, betas=tuple(config.outer_betas), weight_decay=config.outer_weight_decay
+            [self.theta], lr=outer.lr, betas=(outer.betas[0], outer.betas[1]), weight_decay=outer.weight_decay
         )
         self.outer.state[self.theta] = {"step": torch.zeros(())} | {
             key: torch.zeros_like(self.theta) for key in ("exp_avg", "exp_avg_sq")
@@ -129,41 +94,45 @@ class MetaTraining:
         for found in data:
             family = family_of(config, found)
             problems = Problems(config, family, sum(len(group.problems.task) for group in self.groups))
-            state = initial_state(config.variant, family, problems.first)
+            state = initial_state(config.rule.variant, family, problems.first)
             self.groups.append(Group(problems, state, choose_unroll(config)))
-        self.task = np.repeat(np.arange(len(self.tasks)), config.problems_per_task)
+        self.task = np.repeat(np.arange(len(self.tasks)), config.tasks.problems)
         self.uniform_loss = np.concatenate([np.full(len(g.problems.task), g.problems.family.uniform_loss) for g in self.groups])
-        self.xi = np.zeros((len(self.task), THETA_SIZE))
-        self.buckets = pes.BucketScale(len(self.tasks) * config.scale_buckets) if config.scale_buckets else None
+        self.xi = np.zeros((len(self.task), SIZE))
+        self.buckets = (
+            pes.BucketScale(len(self.tasks) * config.estimator.scale_buckets) if config.estimator.scale_buckets else None
+        )
 
     def step(self) -> dict[str, float]:
         """One outer iteration; returns its metrics."""
         start, config = time.monotonic(), self.config
-        noise = [random(config.seed, NOISE, self.iteration, n).standard_normal(THETA_SIZE) for n in range(len(self.task))]
+        streams = [random(config.run.seed, NOISE, self.iteration, n) for n in range(len(self.task))]
+        noise = np.stack([stream.standard_normal(SIZE) for stream in streams])
+        if config.rule.odd:
+            noise = math.sqrt(2) * odd_part(noise)  # its deviation is 1 again
         theta = self.theta.detach().numpy()
-        noise = math.sqrt(2) * odd_part(np.stack(noise)) if config.odd else np.stack(noise)  # deviation 1 either way
         # ε is what float32 makes of it, so that θ + ε and θ - ε lie where the estimate believes.
-        epsilon = (config.sigma * free(config) * noise).astype(np.float32)
+        epsilon = (config.estimator.sigma * free(config) * noise).astype(np.float32)
         bucket = np.concatenate([self.bucket(group.problems) for group in self.groups])
         raw, reset_at = self.advance(pes.antithetic(theta, epsilon))
 
         finite, uniform = np.isfinite(raw), np.repeat(self.uniform_loss, 2)[:, None]
-        if config.loss_clip is None:  # a pair with a loss that is not finite says nothing
+        if config.estimator.loss_clip is None:  # a pair with a loss that is not finite says nothing
             losses = np.where(np.repeat(finite[0::2] & finite[1::2], 2, axis=0), raw, 0.0)
         else:
-            bound = (config.loss_clip * uniform).astype(np.float32)
+            bound = (config.estimator.loss_clip * uniform).astype(np.float32)
             losses = np.minimum(np.where(finite, raw, bound), bound)
         before, after = pes.differences(losses, reset_at)
         xi = self.xi + epsilon
         weight = np.ones(len(self.task))
         if self.buckets is not None:
             weight = self.buckets.weights(bucket, before + after)
-        gradient = pes.estimate(before, after, xi, epsilon, config.sigma, weight)
-        self.xi = pes.persisted(xi, epsilon, reset_at, config.truncation)
+        gradient = pes.estimate(before, after, xi, epsilon, config.estimator.sigma, weight)
+        self.xi = pes.persisted(xi, epsilon, reset_at, config.inner.truncation)
         self.theta.grad = torch.from_numpy(gradient.astype(np.float32))
         self.outer.step()
         self.iteration += 1
-        decay = min(config.average, 1 - 1 / self.iteration)
+        decay = min(config.outer.average, 1 - 1 / self.iteration)
         self.average = decay * self.average + (1 - decay) * self.theta.detach().numpy()
         self.seconds += time.monotonic() - start
 
@@ -190,9 +159,9 @@ class MetaTraining:
 
     def bucket(self, problems: Problems) -> np.ndarray:
         """The bucket of each of the problems: by task, and by its scale's place between the smallest and the largest."""
-        count, (low, high) = self.config.scale_buckets, map(math.log, problems.family.scales)
+        count, (low, high) = self.config.estimator.scale_buckets, map(math.log, problems.family.scales)
         first = self.task[problems.number] * count
-        if self.config.reparametrization != "global" or high == low:
+        if self.config.inner.reparametrization != "global" or high == low:
             return first
         scale = next(iter(problems.scale.values())).reshape(len(first), -1)[:, 0]
         place = np.clip(((np.log(scale) - low) / (high - low) * count).astype(np.int64), 0, count - 1)
@@ -202,8 +171,9 @@ class MetaTraining:
         """The rule as it stands, with a description that says how it came about."""
         config = self.config
         data = ", ".join(self.tasks)
-        text = f"meta-trained: {self.iteration} iterations on {data}; seed {config.seed}, from {config.init}; celo2.metatrain"
-        return rule_of(self.average if config.average else self.theta.detach().numpy(), config, text)
+        start = f"seed {config.run.seed}, from {config.rule.init}"
+        text = f"meta-trained: {self.iteration} iterations on {data}; {start}; celo2.metatrain"
+        return rule_of(self.average if config.outer.average else self.theta.detach().numpy(), config, text)
 
     def tensors(self) -> dict[str, np.ndarray]:
         """Every array of the meta-state by name."""
@@ -228,20 +198,21 @@ class MetaTraining:
         """Continue from a file of `save`.
 
         Raises:
-            MetatrainError: not such a file, or one of another configuration.
+            ConfigError: not such a file, or one of another configuration.
         """
         try:
             with safe_open(path, "numpy") as file:
                 meta = json.loads((file.metadata() or {})[FORMAT])
                 arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise MetatrainError(f"{path}: not a meta-training state ({type(error).__name__}: {error})") from None
-        for key, value in asdict(self.config).items():
-            if key not in FREE_KEYS and meta["config"].get(key) != value:
-                raise MetatrainError(f"{path} was written with {key} {meta['config'].get(key)!r}, now it is {value!r}")
+            raise ConfigError(f"{path}: not a meta-training state ({type(error).__name__}: {error})") from None
+        written = dotted(meta["config"])
+        for key, value in dotted(asdict(self.config)).items():
+            if key not in FREE and written.get(key) != value:
+                raise ConfigError(f"{path} was written with {key} {written.get(key)!r}, now it is {value!r}")
         own = self.tensors()
         if {k: x.shape for k, x in own.items()} != {k: x.shape for k, x in arrays.items()}:
-            raise MetatrainError(f"{path}: its arrays are not those of this configuration")
+            raise ConfigError(f"{path}: its arrays are not those of this configuration")
         self.iteration, self.seconds = meta["iteration"], meta["seconds"]
         with torch.no_grad():
             self.theta.copy_(torch.from_numpy(arrays["theta"]))
@@ -255,50 +226,37 @@ class MetaTraining:
 
 
 def run(config: Config, show: Callable[[int, dict[str, float]], None]) -> Path:
-    """Meta-train, or continue, to `iterations`; `show` gets each record. Returns the path of the rule."""
-    folder = Path(config.run_dir)
-    training = MetaTraining(config, *load_data(config.tasks))
+    """Meta-train, or continue, to `outer.iterations`; `show` gets each record of the metrics. Returns the path of the rule."""
+    folder = Path(config.run.dir)
+    training = MetaTraining(config, *load_data(config.tasks.sources))
     try:
         (folder / "rules").mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise MetatrainError(f"run_dir '{folder}': {error.strerror}") from None
+        raise ConfigError(f"run.dir '{folder}': {error.strerror}") from None
     state, metrics, rule_path = folder / "state.safetensors", folder / "metrics.jsonl", folder / "rule.safetensors"
     if state.exists():
         training.load(state)
-    (folder / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
-    records = [record for record in read_metrics(metrics) if record["iteration"] <= training.iteration]
-    metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "config.yaml").write_text(to_yaml(config))
+    rewind(metrics, lambda record: record["iteration"] <= training.iteration)
 
     recent: list[dict[str, float]] = []
-    while training.iteration < config.iterations:
+    while training.iteration < config.outer.iterations:
         recent.append(training.step())
-        i, last = training.iteration, training.iteration == config.iterations
-        if i % config.log_every == 0 or last:
+        i, last = training.iteration, training.iteration == config.outer.iterations
+        if i % config.log.every == 0 or last:
             means = {key: float(np.mean([r[key] for r in recent])) for key in recent[0]}
             record = {"iteration": i, "seconds": round(training.seconds, 3), **means}
             recent = []
             with metrics.open("a") as file:
                 file.write(json.dumps(record) + "\n")
             show(i, record)
-        if i % config.snapshot_every == 0 or last:
+        if i % config.checkpoint.snapshot_every == 0 or last:
             save_rule(training.rule(), folder / "rules" / f"{i:08d}.safetensors")
-        if i % config.checkpoint_every == 0 or last:
+        if i % config.checkpoint.every == 0 or last:
             training.save(state)
             save_rule(training.rule(), rule_path)
     draw(read_metrics(metrics), folder / "curve.png")
     return rule_path
-
-
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a metrics.jsonl; a last line that a kill cut short is left out."""
-    records = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-    return records
 
 
 def draw(records: list[dict[str, float]], path: Path) -> None:

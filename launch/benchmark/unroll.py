@@ -10,7 +10,7 @@ import importlib.util
 import numpy as np
 import torch
 
-from celo2.metatrain.config import Config
+from celo2.metatrain.config import Config, Engine, Tasks
 from celo2.metatrain.tasks import CLASSES, SIDE, Images
 from celo2.metatrain.train import MetaTraining
 from launch.benchmark.measure import TIMES, Column, Row, environment, summary, time_rounds
@@ -31,13 +31,13 @@ def random_images(names: list[str]) -> Images:
 
 def measure_unrolls(rounds: int, device: torch.device) -> Row:
     """A row for each engine that runs on `device`."""
-    configs = {"plain": Config(engine="plain", device=device.type)}
+    configs = {"plain": Config(engine=Engine("plain", device.type))}
     if device.type == "cpu" and importlib.util.find_spec("numba"):
-        configs["fast"] = Config(engine="fast")
+        configs["fast"] = Config(engine=Engine("fast"))
     if device.type == "cuda":
-        many = MANY * Config().problems_per_task
-        configs["plain, many"] = Config(engine="plain", device="cuda", problems_per_task=many)
-    found = {name: MetaTraining(config, random_images(config.tasks)) for name, config in configs.items()}
+        many = Tasks(problems=MANY * Tasks().problems)
+        configs["plain, many"] = Config(tasks=many, engine=Engine("plain", "cuda"))
+    found = {name: MetaTraining(config, random_images(config.tasks.sources)) for name, config in configs.items()}
     seconds = time_rounds({name: training.step for name, training in found.items()}, rounds, device)
     rows = []
     for name, values in seconds.items():

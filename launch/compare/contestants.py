@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from configs.load import ConfigError, build, check_optimizer_name
+from configs.load import ConfigError, build
 from configs.schema import Config, Optimizer
 from launch.optimizers.build import check_optimizer
 from launch.optimizers.table import TABLE, entry_of
@@ -67,8 +67,7 @@ def parse(spec: str, config: Config) -> Contestant:
         if not entry_of(Optimizer(name=name)).takes_rule and config.optimizer.state_dtype != Optimizer().state_dtype:
             own = {"state_dtype": Optimizer().state_dtype} | own  # the others have no other state
     usual = asdict(config.optimizer) if same else {"weight_decay": config.optimizer.weight_decay}
-    section = build(Optimizer, usual | own | {"name": name}, "optimizer.")
-    check_optimizer_name(name)
+    section = build({"optimizer": usual | own | {"name": name}}).optimizer
     check_optimizer(section)  # now, not after the trials of the others
     entry = entry_of(section)
     lr = section.lr if same or "lr" in own else usual_lr(name) * config.optimizer.lr / usual_lr(config.optimizer.name)

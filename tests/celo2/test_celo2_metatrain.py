@@ -1,6 +1,5 @@
 """The unroll, its fast path, and the estimator: each against a plain version of itself."""
 
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,20 +10,28 @@ import torch.nn.functional as F
 
 from celo2 import Rule
 from celo2.baselines import hand_momentum
+from celo2.metatrain import engine as plain
 from celo2.metatrain import pes
-from celo2.metatrain import unroll as plain
 from celo2.metatrain.config import Config
+from celo2.metatrain.engine import initial_state
 from celo2.metatrain.families import family_of
-from celo2.metatrain.odd import odd_part
-from celo2.metatrain.problems import Problems, cosine, draw_episode
+from celo2.metatrain.problems import Problems, draw_episode, warm_up_and_cosine
 from celo2.metatrain.tasks import load_data
+from celo2.metatrain.theta import SIZE, odd_part, rule_of, theta_of
 from celo2.metatrain.train import MetaTraining
-from celo2.metatrain.unroll import THETA_SIZE, initial_state, rule_of, theta_of
 from celo2.rule import accumulator_shapes, factored_axes, update
 from celo2.rule_files import load_rule
+from celo2.training.configuration import build, nested, parse_override
 
-SIZES = {"problems_per_task": 3, "batch_size": 16, "truncation": 6, "min_length": 6, "max_length": 30}
-SMALL = Config(tasks=["digits"], min_scale=0.1, max_scale=10.0, engine="plain", **SIZES)
+SMALL = """
+    tasks.sources=[digits] tasks.problems=3 images.batch_size=16 images.min_scale=0.1 images.max_scale=10.0
+    inner.truncation=6 inner.min_length=6 inner.max_length=30 engine.name=plain
+"""
+
+
+def small(changes: str = "") -> Config:
+    """The small configuration with `section.key=value` changes."""
+    return build(Config, nested(Config, [parse_override(word) for word in (SMALL + changes).split()]))
 
 
 @pytest.fixture(scope="module")
@@ -42,16 +49,16 @@ def digits(data):
 
 @pytest.fixture(scope="module")
 def fast():
-    return pytest.importorskip("celo2.metatrain.fast")
+    return pytest.importorskip("celo2.metatrain.numba_engine.unroll")
 
 
 def prepared(config: Config, family, spread: float = 0.1):
     """The first truncation with a reset, a state, and a θ near hand-momentum for every unroll."""
     problems = Problems(config, family)
-    truncation = next(t for t in map(problems.truncation, range(20)) if (t.reset_at < config.truncation).any())
-    noise = np.random.default_rng(0).standard_normal((2 * len(problems.task), plain.THETA_SIZE))
-    theta = (theta_of(hand_momentum(config.variant)) + spread * noise).astype(np.float32)
-    return truncation, initial_state(config.variant, family, problems.first), theta
+    truncation = next(t for t in map(problems.truncation, range(20)) if (t.reset_at < config.inner.truncation).any())
+    noise = np.random.default_rng(0).standard_normal((2 * len(problems.task), SIZE))
+    theta = (theta_of(hand_momentum(config.rule.variant)) + spread * noise).astype(np.float32)
+    return truncation, initial_state(config.rule.variant, family, problems.first), theta
 
 
 def image_loss(data, weights, rows):
@@ -81,7 +88,7 @@ def loop_of_one_unroll(config, family, state, theta, truncation, u):
     n, rule = u // 2, rule_of(theta[u], config, "")
     weights = {name: torch.from_numpy(state[f"{name}.weight"][u].copy()) for name in family.shapes}
     scale, losses = truncation.scale_before, []
-    for t in range(config.truncation):
+    for t in range(config.inner.truncation):
         if t in (0, truncation.reset_at[n]):
             if t == truncation.reset_at[n]:
                 scale = truncation.scale_after
@@ -100,12 +107,12 @@ def loop_of_one_unroll(config, family, state, theta, truncation, u):
         losses.append(loss.item())
         for name, w in weights.items():
             g, s, rate = leaves[name].grad, zeros[name], float(truncation.rate[n, t])
-            if name in family.boundary and config.variant == "celo2":
+            if name in family.boundary and config.rule.variant == "celo2":
                 s["momentum"][0].lerp_(g, 0.1)
                 s["second_moment"].lerp_(g * g, 0.05)
                 w -= rate * family.adam_lr * s["momentum"][0] / (s["second_moment"] + 1e-8).sqrt()
             else:
-                w -= rate * family.lr * update(rule, s, g, w, orthogonalize=config.variant == "celo2")
+                w -= rate * family.lr * update(rule, s, g, w, orthogonalize=config.rule.variant == "celo2")
     return losses, weights
 
 
@@ -115,7 +122,7 @@ def loop_of_one_unroll(config, family, state, theta, truncation, u):
 def test_unroll_equals_a_loop_with_a_reset(name, variant, scale_free, data):
     """Scales from 0.1 to 10, since larger ones make six steps chaotic."""
     schedule = "cosine" if scale_free else "constant"
-    config = replace(SMALL, variant=variant, problems_per_task=2, normalize_gradient=scale_free, inner_schedule=schedule)
+    config = small(f"rule.variant={variant} tasks.problems=2 rule.normalize_gradient={scale_free} inner.schedule={schedule}")
     family = family_of(config, data[name])
     truncation, state, theta = prepared(config, family)
     start = {key: x.copy() for key, x in state.items()}
@@ -136,7 +143,7 @@ def test_replayed_steps_equal_the_unroll(device, name, data, monkeypatch):
         pytest.skip("needs a GPU")
     if device == "cpu":
         monkeypatch.setattr(plain, "captured", lambda step, warm_up: SimpleNamespace(replay=step))
-    config = replace(SMALL, device=device)
+    config = small(f"engine.device={device}")
     family = family_of(config, data[name])
     truncation, state, theta = prepared(config, family)
     other, replayed = {key: x.copy() for key, x in state.items()}, plain.GraphUnroll()
@@ -152,16 +159,16 @@ def test_replayed_steps_equal_the_unroll(device, name, data, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("images", {}),
-        ("images", {"reparametrization": "parameter"}),
-        ("images", {"normalize_gradient": True, "inner_schedule": "cosine"}),
-        ("text", {"text_layers": 2}),
-        ("text", {"reparametrization": "parameter"}),
-        ("text", {"normalize_gradient": True, "inner_schedule": "cosine"}),
+        ("images", ""),
+        ("images", "inner.reparametrization=parameter"),
+        ("images", "rule.normalize_gradient=true inner.schedule=cosine"),
+        ("text", "text.layers=2"),
+        ("text", "inner.reparametrization=parameter"),
+        ("text", "rule.normalize_gradient=true inner.schedule=cosine"),
     ],
 )
 def test_fast_equals_plain(name, changes, variant, data, fast):
-    config = replace(SMALL, variant=variant, **changes)
+    config = small(f"rule.variant={variant} {changes}")
     family = family_of(config, data[name])
     truncation, state, theta = prepared(config, family)
     other = {key: x.copy() for key, x in state.items()}
@@ -177,7 +184,10 @@ def test_fast_equals_plain(name, changes, variant, data, fast):
 
 def test_fast_stays_close_over_a_published_truncation(digits, fast):
     """Fifty steps of batch 64 over the whole range of scales: the median over unrolls, since some are chaotic."""
-    config = replace(SMALL, truncation=50, min_length=100, max_length=200, batch_size=64, min_scale=1e-3, max_scale=1e3)
+    config = small(
+        "inner.truncation=50 inner.min_length=100 inner.max_length=200 images.batch_size=64"
+        " images.min_scale=1e-3 images.max_scale=1e3"
+    )
     family = family_of(config, digits)
     truncation, state, theta = prepared(config, family)
     other = {key: x.copy() for key, x in state.items()}
@@ -190,7 +200,7 @@ def test_fast_stays_close_over_a_published_truncation(digits, fast):
 def test_threads_do_not_change_a_bit(name, data, fast):
     results = []
     for threads in (1, 3):
-        config = replace(SMALL, threads=threads)
+        config = small(f"engine.threads={threads}")
         family = family_of(config, data[name])
         truncation, state, theta = prepared(config, family)
         results.append((fast.unroll(config, family, state, theta, truncation), state))
@@ -203,14 +213,14 @@ def test_threads_do_not_change_a_bit(name, data, fast):
 @pytest.mark.parametrize("reparametrization", ["none", "global", "tensor", "parameter"])
 def test_reparametrization_keeps_the_function(reparametrization, digits):
     """s · (w / s) is the same network for every s; how many different s there are is the level."""
-    config = replace(SMALL, reparametrization=reparametrization)
+    config = small(f"inner.reparametrization={reparametrization}")
     family = family_of(config, digits)
     episodes = [draw_episode(config, family, 0, e) for e in range(30)]
     for e in episodes:
         real = e.scale["w1"].astype(np.float64) * e.weights["w1"]
         assert 0.5 / 8 < real.std() < 1.0 / 8  # truncated normal of deviation 0.88 / sqrt(64)
-        assert SMALL.min_scale <= e.scale["w1"].min() and e.scale["w1"].max() <= SMALL.max_scale
-        assert SMALL.min_length <= e.length <= SMALL.max_length
+        assert config.images.min_scale <= e.scale["w1"].min() and e.scale["w1"].max() <= config.images.max_scale
+        assert config.inner.min_length <= e.length <= config.inner.max_length
     distinct = {np.unique(np.concatenate([s.ravel() for s in e.scale.values()])).size for e in episodes}
     count = sum(int(np.prod(shape)) for shape in family.shapes.values())
     expected = {"none": 1, "global": 1, "tensor": len(family.shapes), "parameter": count}[reparametrization]
@@ -219,7 +229,7 @@ def test_reparametrization_keeps_the_function(reparametrization, digits):
 
 def test_starts_are_staggered_and_lengths_are_kept(digits):
     """The steps at which one problem starts anew, counted by hand over many truncations."""
-    config = replace(SMALL, problems_per_task=8)
+    config = small("tasks.problems=8")
     family = family_of(config, digits)
     problems = Problems(config, family)
     left = problems.length - problems.age
@@ -228,34 +238,33 @@ def test_starts_are_staggered_and_lengths_are_kept(digits):
     for i in range(40):
         truncation = problems.truncation(i)
         for n, t in enumerate(truncation.reset_at):
-            if t < config.truncation:
-                assert i * config.truncation + t == ends[n][-1]
+            if t < config.inner.truncation:
+                assert i * config.inner.truncation + t == ends[n][-1]
                 ends[n].append(ends[n][-1] + draw_episode(config, family, n, len(ends[n])).length)
     assert all(len(e) > 5 for e in ends)
 
 
 def test_cosine_follows_the_episode(digits):
     """A twentieth of warm-up, then down to a tenth at the end; anew from a reset on; on the scale of the published constant."""
-    ages = cosine(np.arange(100), np.full(100, 100))
+    ages = [warm_up_and_cosine(age, 100) for age in range(100)]
     np.testing.assert_allclose(ages[:5], [0.2, 0.4, 0.6, 0.8, 1.0])
     assert (np.diff(ages[5:]) < 0).all() and ages[-1] == pytest.approx(0.1, abs=1e-3)
-    config = replace(SMALL, inner_schedule="cosine")
+    config = small("inner.schedule=cosine")
     problems = Problems(config, family_of(config, digits))
     for i in range(20):
-        age, length = problems.age, problems.length
+        age, length = problems.age.copy(), problems.length.copy()
         truncation = problems.truncation(i)
         for n, reset in enumerate(truncation.reset_at):
-            expected = cosine(np.arange(age[n], age[n] + reset), np.full(reset, length[n]))
+            expected = [warm_up_and_cosine(age[n] + t, length[n]) for t in range(reset)]
             np.testing.assert_allclose(truncation.rate[n, :reset], expected, rtol=1e-6)
-            fresh = np.arange(config.truncation - reset)
-            expected = cosine(fresh, np.full(len(fresh), problems.length[n]))
+            expected = [warm_up_and_cosine(t, problems.length[n]) for t in range(config.inner.truncation - reset)]
             np.testing.assert_allclose(truncation.rate[n, reset:], expected, rtol=1e-6)
-    assert (Problems(SMALL, family_of(SMALL, digits)).truncation(0).rate == 1).all()
+    assert (Problems(small(), family_of(small(), digits)).truncation(0).rate == 1).all()
 
 
 def test_problems_do_not_depend_on_their_number(digits):
-    family = family_of(SMALL, digits)
-    few, many = (Problems(replace(SMALL, problems_per_task=n), family).truncation(3) for n in (2, 5))
+    family = family_of(small(), digits)
+    few, many = (Problems(small(f"tasks.problems={n}"), family).truncation(3) for n in (2, 5))
     np.testing.assert_array_equal(few.rows, many.rows[:2])
     np.testing.assert_array_equal(few.scale_before["w1"], many.scale_before["w1"][:2])
 
@@ -329,9 +338,9 @@ def test_buckets_weigh_large_and_small_differences_alike():
 
 def test_meta_training_lowers_the_loss(digits):
     """A rule that walks uphill is turned round; the fixed seed makes the test exact."""
-    short = replace(SMALL, engine="auto", problems_per_task=8, batch_size=8, truncation=5, min_length=5, max_length=10)
-    config = replace(short, min_scale=10.0, max_scale=10.0, init="hand-momentum", sigma=0.1, outer_lr=0.2, seed=1)
-    training = MetaTraining(config, digits)
+    short = "engine.name=auto tasks.problems=8 images.batch_size=8 inner.truncation=5 inner.min_length=5 inner.max_length=10"
+    steep = "images.min_scale=10.0 images.max_scale=10.0 rule.init=hand-momentum estimator.sigma=0.1 outer.lr=0.2 run.seed=1"
+    training = MetaTraining(small(f"{short} {steep}"), digits)
     with torch.no_grad():
         training.theta.mul_(0.0).add_(torch.from_numpy(uphill_theta()))
     losses = [training.step()["loss"] for _ in range(60)]
@@ -341,8 +350,8 @@ def test_meta_training_lowers_the_loss(digits):
 @pytest.mark.parametrize("loss_clip", [None, 1.5])
 def test_losses_that_are_not_finite_do_not_spoil_theta(loss_clip, digits):
     """Clipped they count as the bound; raw, the pair says nothing."""
-    training = MetaTraining(replace(SMALL, loss_clip=loss_clip, init="hand-momentum"), digits)
-    losses = np.ones((2 * len(training.task), SMALL.truncation), np.float32)
+    training = MetaTraining(small(f"estimator.loss_clip={loss_clip or 'null'} rule.init=hand-momentum"), digits)
+    losses = np.ones((2 * len(training.task), training.config.inner.truncation), np.float32)
     losses[1, 3:], losses[4, :] = np.nan, np.inf
     training.groups[0].unroll = lambda *_: losses
     record = training.step()
@@ -353,22 +362,22 @@ def test_losses_that_are_not_finite_do_not_spoil_theta(loss_clip, digits):
 
 def test_both_families_make_one_gradient(data):
     """Images are what they are alone; the estimate is of all problems, each loss bounded by its own uniform guess."""
-    config = replace(SMALL, init="hand-momentum", loss_clip=1.5, scale_buckets=2)
+    config = small("rule.init=hand-momentum estimator.loss_clip=1.5 estimator.scale_buckets=2")
     alone, both = MetaTraining(config, data["images"]), MetaTraining(config, data["images"], data["text"])
-    theta = pes.antithetic(both.theta.detach().numpy(), np.zeros((6, plain.THETA_SIZE), np.float32))
+    theta = pes.antithetic(both.theta.detach().numpy(), np.zeros((6, SIZE), np.float32))
     np.testing.assert_array_equal(both.advance(theta)[0][:6], alone.advance(theta[:6])[0])
     np.testing.assert_allclose(both.uniform_loss, np.log([10] * 3 + [128] * 3))
     assert set(np.concatenate([both.bucket(group.problems) for group in both.groups])) <= {0, 1, 2, 3}
     for group in both.groups:
-        group.unroll = lambda config, family, state, theta, truncation: np.full((6, config.truncation), 1e9, np.float32)
+        group.unroll = lambda config, family, state, theta, truncation: np.full((6, config.inner.truncation), 1e9, np.float32)
     record = both.step()
     assert record["loss/digits"] == pytest.approx(np.log(10)) and record["loss/code"] == pytest.approx(np.log(128))
     assert record["loss"] == pytest.approx(np.log(1280) / 2)
 
 
 def test_the_rule_says_that_it_normalizes_gradients(digits):
-    assert MetaTraining(replace(SMALL, normalize_gradient=True), digits).rule().normalize_gradient
-    assert not MetaTraining(SMALL, digits).rule().normalize_gradient
+    assert MetaTraining(small("rule.normalize_gradient=true"), digits).rule().normalize_gradient
+    assert not MetaTraining(small(), digits).rule().normalize_gradient
 
 
 def uphill_theta() -> np.ndarray:
@@ -380,7 +389,7 @@ def uphill_theta() -> np.ndarray:
 def test_odd_rules_turn_with_their_input():
     """The update of -g and -W is minus that of g and W; for θ drawn at random it is not."""
     rng = np.random.default_rng(0)
-    theta = rng.standard_normal(THETA_SIZE)
+    theta = rng.standard_normal(SIZE)
     g, w = (torch.from_numpy(rng.standard_normal((3, 12, 20)).astype(np.float32)) for _ in range(2))
 
     def updates(theta, sign):
@@ -396,7 +405,7 @@ def test_odd_rules_turn_with_their_input():
 
 
 def test_an_odd_rule_stays_odd(digits):
-    training = MetaTraining(replace(SMALL, odd=True, init="hand-momentum", init_noise=0.1, outer_lr=0.01), digits)
+    training = MetaTraining(small("rule.odd=true rule.init=hand-momentum rule.init_noise=0.1 outer.lr=0.01"), digits)
     start = training.theta.detach().numpy().copy()
     for _ in range(3):
         training.step()
@@ -407,7 +416,7 @@ def test_an_odd_rule_stays_odd(digits):
 
 
 def test_frozen_weights_keep_their_value(digits):
-    training = MetaTraining(replace(SMALL, frozen=["w0__2", "w1"], init="celo2", init_noise=0.1, outer_lr=0.01), digits)
+    training = MetaTraining(small("rule.frozen=[weight,w1] rule.init=celo2 rule.init_noise=0.1 outer.lr=0.01"), digits)
     for _ in range(2):
         training.step()
     first, last = load_rule("celo2").weights, training.rule().weights

@@ -16,26 +16,19 @@ from celo2 import load_rule
 from celo2.metatrain.__main__ import main
 from celo2.metatrain.config import Config, load_config
 from celo2.metatrain.tasks import load_images, load_texts
-from celo2.metatrain.train import read_metrics
+from celo2.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
 TINY = """
-tasks: [digits]
-engine: plain
-problems_per_task: 2
-batch_size: 8
-truncation: 4
-min_length: 4
-max_length: 20
-iterations: 12
-init: hand-momentum
-init_noise: 0.1
-average: 0.9
-scale_buckets: 2
-loss_clip: 1.5
-checkpoint_every: 4
-snapshot_every: 4
-log_every: 2
+tasks: {sources: [digits], problems: 2}
+images: {batch_size: 8}
+inner: {truncation: 4, min_length: 4, max_length: 20}
+rule: {init: hand-momentum, init_noise: 0.1}
+estimator: {scale_buckets: 2, loss_clip: 1.5}
+outer: {iterations: 12, average: 0.9}
+engine: {name: plain}
+checkpoint: {every: 4, snapshot_every: 4}
+log: {every: 2}
 """
 
 
@@ -48,7 +41,7 @@ def tiny(tmp_path):
 
 def folder_of(tiny: Path, name: str, *overrides: str) -> Path:
     folder = tiny.parent / name
-    assert main([str(tiny), f"run_dir={folder}", *overrides]) == 0
+    assert main([str(tiny), f"run.dir={folder}", *overrides]) == 0
     return folder
 
 
@@ -59,17 +52,17 @@ def numbers(folder: Path) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("variant", ["celo2", "celo2-base"])
 def test_run_leaves_metrics_curve_and_a_rule_that_loads(variant, tiny):
-    folder = folder_of(tiny, "run", f"variant={variant}")
+    folder = folder_of(tiny, "run", f"rule.variant={variant}")
     assert [record["iteration"] for record in numbers(folder)] == [2, 4, 6, 8, 10, 12]
     assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
     rule = load_rule(folder / "rule.safetensors")
     assert rule.variant == variant and "12 iterations on digits" in rule.description
     assert sorted(path.name for path in (folder / "rules").iterdir()) == [f"{i:08d}.safetensors" for i in (4, 8, 12)]
-    assert load_config(folder / "config.yaml").variant == variant
+    assert load_config(folder / "config.yaml").rule.variant == variant
 
 
 def test_same_seed_same_rule_another_seed_another(tiny):
-    first, again, other = (folder_of(tiny, name, f"seed={seed}") for name, seed in (("a", 0), ("b", 0), ("c", 1)))
+    first, again, other = (folder_of(tiny, name, f"run.seed={seed}") for name, seed in (("a", 0), ("b", 0), ("c", 1)))
     assert load_rule(first / "rule.safetensors") == load_rule(again / "rule.safetensors")
     assert load_rule(first / "rule.safetensors") != load_rule(other / "rule.safetensors")
     assert numbers(first) == numbers(again)
@@ -78,21 +71,21 @@ def test_same_seed_same_rule_another_seed_another(tiny):
 @pytest.mark.parametrize("tasks", ["[digits]", "[text:{text},digits]"])
 def test_resumes_exactly_after_two_stops(tasks, tiny, tmp_path):
     (tmp_path / "code.txt").write_bytes(Path(__file__).read_bytes())
-    overrides = (f"tasks={tasks.format(text=tmp_path / 'code.txt')}", "inner_schedule=cosine")
+    overrides = (f"tasks.sources={tasks.format(text=tmp_path / 'code.txt')}", "inner.schedule=cosine")
     whole = folder_of(tiny, "whole", *overrides)
     for iterations in (4, 8, 12):
-        pieces = folder_of(tiny, "pieces", *overrides, f"iterations={iterations}")
+        pieces = folder_of(tiny, "pieces", *overrides, f"outer.iterations={iterations}")
     assert load_rule(pieces / "rule.safetensors") == load_rule(whole / "rule.safetensors")
     assert numbers(pieces) == numbers(whole)
 
 
 def test_resumes_exactly_after_a_kill(tiny):
     """SIGKILL between two checkpoints, so that work is lost and lines of metrics are ahead of the state."""
-    whole = folder_of(tiny, "whole", "iterations=60", "log_every=1", "checkpoint_every=10")
+    whole = folder_of(tiny, "whole", "outer.iterations=60", "log.every=1", "checkpoint.every=10")
     folder = tiny.parent / "killed"
-    command = [sys.executable, "-m", "celo2.metatrain", str(tiny), f"run_dir={folder}", "iterations=60", "log_every=1"]
+    command = [sys.executable, "-m", "celo2.metatrain", str(tiny), f"run.dir={folder}", "outer.iterations=60", "log.every=1"]
     process = subprocess.Popen(
-        [*command, "checkpoint_every=10"], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL
+        [*command, "checkpoint.every=10"], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 180
     while not len(read_metrics(folder / "metrics.jsonl")) > 12:
@@ -102,7 +95,7 @@ def test_resumes_exactly_after_a_kill(tiny):
     process.wait()
     assert (folder / "state.safetensors").exists()
     assert len(read_metrics(folder / "metrics.jsonl")) < 60
-    folder_of(tiny, "killed", "iterations=60", "log_every=1", "checkpoint_every=10")
+    folder_of(tiny, "killed", "outer.iterations=60", "log.every=1", "checkpoint.every=10")
     assert load_rule(folder / "rule.safetensors") == load_rule(whole / "rule.safetensors")
     assert numbers(folder) == numbers(whole)
 
@@ -110,34 +103,37 @@ def test_resumes_exactly_after_a_kill(tiny):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["iteration=3"], "unknown key 'iteration'; did you mean 'iterations'?"),
-        (["iterations=abc"], "iterations is 'abc', expected int"),
-        (["iterations=0"], "iterations is 0, expected at least 1"),
-        (["variant=celo3"], "variant is 'celo3', expected one of celo2, celo2-base"),
-        (["tasks=[]"], "tasks is empty"),
-        (["tasks=[cats]"], "task 'cats': expected digits, hub:NAME"),
-        (["tasks=[hub:cats]"], "task 'hub:cats': expected one of mnist"),
-        (["tasks=[missing.npz]"], "task missing.npz: cannot be read"),
-        (["tasks=[text:missing.jsonl.gz]"], "task text:missing.jsonl.gz: cannot be read"),
-        (["tasks=[text:novel.pdf]"], "task 'text:novel.pdf': expected text:FILE with FILE a .txt, .jsonl or .jsonl.gz"),
-        (["text_layers=0"], "text_layers is 0, expected at least 1"),
-        (["text_min_scale=0"], "text_min_scale is 0.0, expected above 0"),
-        (["frozen=[w0__14]"], "frozen: the rule has no weight 'w0__14', expected some of w0__0, w0__1"),
-        (["frozen=[w1]", "outer_weight_decay=0.1"], "outer_weight_decay is 0.1, expected 0 with frozen weights"),
-        (["normalize_gradient=1"], "normalize_gradient is 1, expected bool"),
-        (["inner_schedule=linear"], "inner_schedule is 'linear', expected one of constant, cosine"),
-        (["min_length=3"], "min_length is 3, expected at least truncation (4)"),
-        (["min_scale=2", "max_scale=1"], "min_scale is 2.0"),
-        (["sigma=0"], "sigma is 0.0, expected above 0"),
-        (["checkpoint_every=3"], "checkpoint_every is 3, expected a multiple of log_every"),
-        (["init=nothing"], "no rule 'nothing'"),
-        (["engine=fast", "batch_size=9"], "engine fast needs device cpu and a batch_size that 8 divides"),
-        (["sigma"], "'sigma': expected key=value"),
-        (["outer_betas=[0.9]"], "outer_betas is [0.9], expected two numbers"),
+        (["outer.iteration=3"], "unknown key 'outer.iteration'; did you mean 'outer.iterations'?"),
+        (["outer.iterations=abc"], "outer.iterations is 'abc', expected int"),
+        (["outer.iterations=0"], "outer.iterations is 0, expected at least 1"),
+        (["rule.variant=celo3"], "rule.variant is 'celo3', expected one of celo2, celo2-base"),
+        (["tasks.sources=[]"], "tasks.sources is empty"),
+        (["tasks.sources=[cats]"], "task 'cats': expected digits, hub:NAME"),
+        (["tasks.sources=[hub:cats]"], "task 'hub:cats': expected one of mnist"),
+        (["tasks.sources=[missing.npz]"], "task missing.npz: cannot be read"),
+        (["tasks.sources=[text:missing.jsonl.gz]"], "text missing.jsonl.gz: cannot be read"),
+        (["tasks.sources=[text:novel.pdf]"], "task 'text:novel.pdf': expected text:FILE with FILE a .txt, .jsonl or .jsonl.gz"),
+        (["text.layers=0"], "text.layers is 0, expected at least 1"),
+        (["text.min_scale=0"], "text.min_scale is 0.0, expected above 0"),
+        (["rule.frozen=[w0__14]"], "rule.frozen: the rule has no weights 'w0__14', expected some of gradient, clipped_gradient"),
+        (["rule.frozen=[w1]", "outer.weight_decay=0.1"], "outer.weight_decay is 0.1, expected 0 with frozen weights"),
+        (["rule.normalize_gradient=1"], "rule.normalize_gradient is 1, expected bool"),
+        (["inner.schedule=linear"], "inner.schedule is 'linear', expected one of constant, cosine"),
+        (["inner.min_length=3"], "inner.min_length is 3, expected at least inner.truncation (4)"),
+        (["images.min_scale=2", "images.max_scale=1"], "images.min_scale is 2.0, expected at most images.max_scale (1.0)"),
+        (["estimator.sigma=0"], "estimator.sigma is 0.0, expected above 0"),
+        (["checkpoint.every=3"], "checkpoint.every is 3, expected a multiple of log.every"),
+        (["rule.init=nothing"], "no rule 'nothing'"),
+        (
+            ["engine.name=fast", "images.batch_size=9"],
+            "engine.name=fast needs engine.device cpu and an images.batch_size that 8 divides",
+        ),
+        (["estimator.sigma"], "'estimator.sigma': expected section.key=value"),
+        (["outer.betas=[0.9]"], "outer.betas is [0.9], expected two numbers"),
     ],
 )
 def test_a_mistake_is_one_clear_line(overrides, message, tiny, capsys):
-    assert main([str(tiny), f"run_dir={tiny.parent / 'bad'}", *overrides]) == 2
+    assert main([str(tiny), f"run.dir={tiny.parent / 'bad'}", *overrides]) == 2
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1 and errors[0].startswith("error: ") and message in errors[0]
     assert not (tiny.parent / "bad").exists()
@@ -146,13 +142,32 @@ def test_a_mistake_is_one_clear_line(overrides, message, tiny, capsys):
 def test_another_configuration_does_not_continue_a_run(tiny, capsys):
     folder = folder_of(tiny, "run")
     before = (folder / "state.safetensors").read_bytes()
-    assert main([str(tiny), f"run_dir={folder}", "sigma=0.5"]) == 2
-    assert "was written with sigma 0.01, now it is 0.5" in capsys.readouterr().err
-    assert main([str(tiny), f"run_dir={folder}", "normalize_gradient=true"]) == 2
-    assert "was written with normalize_gradient False, now it is True" in capsys.readouterr().err
+    assert main([str(tiny), f"run.dir={folder}", "estimator.sigma=0.5"]) == 2
+    assert "was written with estimator.sigma 0.01, now it is 0.5" in capsys.readouterr().err
+    assert main([str(tiny), f"run.dir={folder}", "rule.normalize_gradient=true"]) == 2
+    assert "was written with rule.normalize_gradient False, now it is True" in capsys.readouterr().err
     (folder / "state.safetensors").write_bytes(before[:100])
-    assert main([str(tiny), f"run_dir={folder}"]) == 2
+    assert main([str(tiny), f"run.dir={folder}"]) == 2
     assert "not a meta-training state" in capsys.readouterr().err
+
+
+def test_flat_keys_of_earlier_versions(tiny, capsys):
+    """They are read, from the file and the command line, each with one note; a section without keys is no old key."""
+    tiny.write_text("tasks: [digits]\nengine: plain\nloss_clip: null\nouter_lr: 0.5\nfrozen: [w0__2, b0]\nlog:\n")
+    config = load_config(tiny, ["outer_lr=1e-3", "estimator.loss_clip=2"])
+    assert (config.tasks.sources, config.engine.name, config.rule.frozen) == (["digits"], "plain", ["weight", "b0"])
+    assert (config.outer.lr, config.estimator.loss_clip, config.log.every) == (1e-3, 2.0, 20)
+    assert capsys.readouterr().err.splitlines() == [
+        "note: the key 'tasks' is now 'tasks.sources'",
+        "note: the key 'engine' is now 'engine.name'",
+        "note: the key 'loss_clip' is now 'estimator.loss_clip'",
+        "note: the key 'outer_lr' is now 'outer.lr'",
+        "note: the key 'frozen' is now 'rule.frozen'",
+        "note: 'w0__2' in rule.frozen is now 'weight'",
+    ]
+    tiny.write_text("outer_lr: 0.5\nengine:\nouter: {average: 0.5}\n")
+    config = load_config(tiny)
+    assert (config.outer.lr, config.outer.average, config.engine.name) == (0.5, 0.5, "auto")
 
 
 def test_npz_of_images(tmp_path):
@@ -185,7 +200,7 @@ def test_texts_of_all_kinds(tmp_path):
     assert texts.names == ("a", "b", "c") and list(texts.starts) == [0, n, 2 * n] and list(texts.counts) == [n - 32] * 3
     for k in range(3):
         assert bytes(texts.tokens[k * n : (k + 1) * n]) == bytes(byte if byte < 128 else 0 for byte in plain)
-    for content, message in ((b"{}", "KeyError"), (b'{"text": "short"}', "5 bytes, expected more than 32")):
+    for content, message in ((b"{}", "KeyError"), (b'{"text": "short"}', "5 bytes, expected at least 33")):
         (tmp_path / "b.jsonl").write_bytes(content)
         with pytest.raises(ValueError, match=message):
             load_texts([f"text:{tmp_path / 'b.jsonl'}"])

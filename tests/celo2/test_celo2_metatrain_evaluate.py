@@ -41,6 +41,15 @@ def test_table_pairs_by_seed():
     assert lines[3] == "| gpt | celo2 | 0.001 (edge) | 2.4000 ± 0.7071 | -0.1000 ± 0.0000 | 2 |"
 
 
+def test_every_pair_on_a_task_is_tested():
+    """Differences of 0.1, 0.2 and 0.3: mean 0.2, SD 0.1, t = 2 sqrt 3 with two degrees of freedom, so p = 0.074."""
+    rows = [Row(task, "a", 1e-3, False, [2.1, 3.2, 4.3]) for task in ("gpt", "vit")]
+    rows += [Row("gpt", "b", 1e-3, False, [2.0, 3.0, 4.0]), Row("vit", "c", 1e-3, False, [2.0, 3.0, math.inf])]
+    _, _, gpt, vit, *_ = evaluate.pairs(rows).splitlines()
+    assert gpt == "| gpt | a minus b | +0.2000 ± 0.1000 | 0.074 | 3 |"
+    assert vit == "| vit | a minus c | -inf ± nan |  | 3 |"
+
+
 def test_evaluation_table_and_continuation(tmp_path, capsys):
     """Two optimizers on a language model and an image task; the second command runs nothing again."""
     (tmp_path / "text.txt").write_bytes(bytes(np.random.default_rng(0).integers(97, 105, 12_000, np.uint8)))
@@ -49,7 +58,9 @@ def test_evaluation_table_and_continuation(tmp_path, capsys):
     arguments += ["--search-steps", "2", "--seeds", "2", "--baselines", "adamw", "--out", str(out)]
     assert evaluate.main(arguments) == 0
     table = capsys.readouterr().out
-    assert table.count("| gpt-tiny | ") == 2 and table.count("| autoencoder | hand-momentum |") == 1
+    losses, pairs = table.split("\n\n", 1)
+    assert losses.count("| gpt-tiny | ") == 2 and losses.count("| autoencoder | hand-momentum |") == 1
+    assert pairs.count("| adamw minus hand-momentum |") == 2
     lines = out.read_text()
     records = [json.loads(line) for line in lines.splitlines()]
     assert len(records) == 2 * 2 * (6 + 2)

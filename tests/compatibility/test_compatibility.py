@@ -63,3 +63,12 @@ def test_metatraining_continues(written):
     """The run's own `config.yaml`, with the flat keys and weight names of that time, continues it."""
     assert metatrain(["metatrain/config.yaml", "iterations=6"]) == 0
     assert [r["iteration"] for r in records(written / "metatrain" / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_metatraining_repeats(written):
+    """The same configuration in a new folder gives the numbers of that time (measured: bit for bit)."""
+    pytest.importorskip("numba")
+    assert metatrain(["metatrain/config.yaml", "run.dir=again"]) == 0
+    for new, old in zip(records(Path("again/metrics.jsonl")), records(written / "metatrain" / "metrics.jsonl"), strict=True):
+        del new["seconds"], old["seconds"]
+        assert new == pytest.approx(old, rel=1e-6)

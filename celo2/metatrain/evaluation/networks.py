@@ -14,6 +14,18 @@ from torch import Tensor, nn
 BYTES = 256
 
 
+class Network(nn.Module):
+    """What the evaluation asks of a network."""
+
+    def boundary(self) -> list[nn.Module]:
+        """Input and output layers, which AdamW trains."""
+        raise NotImplementedError
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        """The mean loss of a batch."""
+        raise NotImplementedError
+
+
 class Block(nn.Module):
     """A pre-norm transformer block: attention with separate q, k, v, o, then a GELU MLP four times as wide."""
 
@@ -33,7 +45,7 @@ class Block(nn.Module):
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
 
-class Transformer(nn.Module):
+class Transformer(Network):
     """Blocks on embedded bytes (a GPT) or on embedded image patches (a vision transformer, averaged over positions)."""
 
     def __init__(
@@ -43,17 +55,17 @@ class Transformer(nn.Module):
         self.is_gpt = patch is None
         self.embedding = nn.Embedding(BYTES, width) if patch is None else nn.Linear(patch, width)
         self.position = nn.Embedding(positions, width)
-        self.blocks = nn.ModuleList(Block(width, heads, causal=self.is_gpt) for _ in range(layers))
+        blocks = [Block(width, heads, causal=self.is_gpt) for _ in range(layers)]
+        self.blocks = nn.ModuleList(blocks)
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes, bias=False)
         for p in self.parameters():
             if p.ndim == 2:
                 nn.init.normal_(p, std=0.02 if self.is_gpt else p.shape[1] ** -0.5)
-        for block in self.blocks:
+        for block in blocks:
             nn.init.normal_(block.o.weight, std=block.o.in_features**-0.5 / (2 * layers) ** 0.5)
             nn.init.normal_(block.down.weight, std=block.down.in_features**-0.5 / (2 * layers) ** 0.5)
 
     def boundary(self) -> list[nn.Module]:
-        """Input and output layers, which AdamW trains."""
         return [self.embedding, self.position, self.head]
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
@@ -66,7 +78,7 @@ class Transformer(nn.Module):
         return F.cross_entropy(logits.flatten(0, -2), y.flatten())
 
 
-class Convolutional(nn.Module):
+class Convolutional(Network):
     """Three 3 × 3 convolutions with a residual around the last two, as products with unfolded patches; then the mean."""
 
     def __init__(self, channels: int, classes: int) -> None:
@@ -76,7 +88,6 @@ class Convolutional(nn.Module):
         self.head = nn.Linear(channels, classes)
 
     def boundary(self) -> list[nn.Module]:
-        """Input and output layers, which AdamW trains."""
         return [self.first, self.head]
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
@@ -92,7 +103,7 @@ class Convolutional(nn.Module):
         return F.relu(layer(patches)).mT.unflatten(-1, (8, 8))
 
 
-class Autoencoder(nn.Module):
+class Autoencoder(Network):
     """64-128-64-16-64-128-64 with GELU; the loss is the mean squared error of pixels with variance 1."""
 
     def __init__(self) -> None:
@@ -101,7 +112,6 @@ class Autoencoder(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
 
     def boundary(self) -> list[nn.Module]:
-        """Input and output layers, which AdamW trains."""
         return [self.layers[0], self.layers[-1]]
 
     def loss(self, x: Tensor, _: Tensor) -> Tensor:
@@ -112,7 +122,7 @@ class Autoencoder(nn.Module):
         return F.mse_loss(h, x)
 
 
-class Recurrent(nn.Module):
+class Recurrent(Network):
     """A two-layer recurrent language model on bytes: h = tanh(W x + U h)."""
 
     def __init__(self, width: int) -> None:
@@ -122,7 +132,6 @@ class Recurrent(nn.Module):
         self.recurrent = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(2))
 
     def boundary(self) -> list[nn.Module]:
-        """Input and output layers, which AdamW trains."""
         return [self.embedding, self.head]
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:

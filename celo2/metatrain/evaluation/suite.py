@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,17 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from celo2 import Celo2, Rule, load_rule
 from celo2.baselines import hand_set
-from celo2.metatrain.config import MetatrainError
-from celo2.metatrain.evaluation.networks import Autoencoder, Convolutional, Recurrent, Transformer
-from celo2.metatrain.tasks import CLASSES, load_images
+from celo2.metatrain.evaluation.networks import Autoencoder, Convolutional, Network, Recurrent, Transformer
+from celo2.metatrain.problems import warm_up_and_cosine
+from celo2.metatrain.tasks import CLASSES, load_images, read_text
+from celo2.training.configuration import ConfigError
 
 VALIDATION_SHARE, VALIDATION_BATCHES = 0.1, 16
-WEIGHT_DECAY, ADAMW_LR, ADAMW = 0.1, 3e-3, {"betas": (0.9, 0.95), "eps": 1e-8}
-WARMUP, FINAL = 0.05, 0.1  # shares of the steps and of the learning rate; a cosine between
+WEIGHT_DECAY, ADAMW_LR = 0.1, 3e-3
 
 Batch = tuple[Tensor, Tensor]
 
@@ -31,7 +29,7 @@ Batch = tuple[Tensor, Tensor]
 class Task:
     """A network, its kind of data ("text" or "images"), and its batches: sequences of `context` bytes, or images."""
 
-    build: Callable[[], nn.Module]
+    build: Callable[[], Network]
     data: str
     batch: int
     context: int = 0
@@ -66,7 +64,7 @@ def first_lr(optimizer: str) -> float:
 
 
 def build_optimizers(
-    name: str, network: nn.Module, lr: float, adamw_lr: float = ADAMW_LR, ns_dtype: torch.dtype | None = None
+    name: str, network: Network, lr: float, adamw_lr: float = ADAMW_LR, ns_dtype: torch.dtype | None = None
 ) -> list[torch.optim.Optimizer]:
     """The optimizers of a network: the hidden matrices by `name`, a baseline or a rule, everything else by AdamW at `adamw_lr`.
 
@@ -75,24 +73,16 @@ def build_optimizers(
     boundary = {id(p) for module in network.boundary() for p in module.parameters()}
     hidden = [p for p in network.parameters() if p.ndim == 2 and id(p) not in boundary]
     rest = [p for p in network.parameters() if p.ndim != 2 or id(p) in boundary]
-    adamw = lambda ps, lr: torch.optim.AdamW(ps, lr=lr, weight_decay=WEIGHT_DECAY, **ADAMW)  # noqa: E731
+    adamw = partial(torch.optim.AdamW, betas=(0.9, 0.95), eps=1e-8, weight_decay=WEIGHT_DECAY)
     if name == "adamw":
-        return [adamw(hidden, lr), adamw(rest, adamw_lr)]
+        return [adamw(hidden, lr=lr), adamw(rest, lr=adamw_lr)]
     if name == "muon":
-        return [torch.optim.Muon(hidden, lr=lr, weight_decay=WEIGHT_DECAY), adamw(rest, adamw_lr)]
+        return [torch.optim.Muon(hidden, lr=lr, weight_decay=WEIGHT_DECAY), adamw(rest, lr=adamw_lr)]
     rule = adam_orthogonalized() if name == "adam-orthogonalized" else load_rule(name)
     if rule.variant == "celo2-base":
         groups = [{"params": hidden + rest, "update": "celo2"}]
         return [Celo2(groups, lr=lr, rule=rule, orthogonalize=False, weight_decay=WEIGHT_DECAY)]
-    return [Celo2(hidden, lr=lr, rule=rule, weight_decay=WEIGHT_DECAY, ns_dtype=ns_dtype), adamw(rest, adamw_lr)]
-
-
-def schedule(step: int, steps: int) -> float:
-    """The factor on every learning rate at `step`: linear warm-up, then a cosine to a tenth."""
-    warmup = max(1, round(WARMUP * steps))
-    if step < warmup:
-        return (step + 1) / warmup
-    return FINAL + (1 - FINAL) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    return [Celo2(hidden, lr=lr, rule=rule, weight_decay=WEIGHT_DECAY, ns_dtype=ns_dtype), adamw(rest, lr=adamw_lr)]
 
 
 def train(
@@ -106,7 +96,7 @@ def train(
     precision: str = "fp32",
     adamw_lr: float = ADAMW_LR,
 ) -> dict[str, object]:
-    """One run: its validation loss at the end and its training losses in twenty equal parts. Inf: it diverged.
+    """One training run: its validation loss at the end and the means of twenty parts of its training losses. Inf: it diverged.
 
     With `precision` "bf16" the forward pass runs under torch's autocast and Newton–Schulz in bfloat16.
     """
@@ -118,11 +108,11 @@ def train(
     for part in optimizers:
         for group in part.param_groups:
             group["peak"] = group["lr"]
-    curve = []
+    curve: list[float] = []
     for step, (x, y) in enumerate(batches(task, data, "training", seed, steps, device)):
         for part in optimizers:
             for group in part.param_groups:
-                group["lr"] = group["peak"] * schedule(step, steps)
+                group["lr"] = group["peak"] * warm_up_and_cosine(step, steps)
         with autocast():
             loss = network.loss(x, y)
         if not loss.isfinite():
@@ -158,23 +148,16 @@ def batches(task: Task, data: Batch | Tensor, split: str, seed: int, count: int,
             yield x.to(device), y.to(device)
 
 
-def read_text(path: str) -> Tensor:
-    """The bytes of a text, or of the `text` of every line of .jsonl or .jsonl.gz, as uint8 (n,)."""
-    try:
-        raw = gzip.decompress(Path(path).read_bytes()) if path.endswith(".gz") else Path(path).read_bytes()
-        if path.removesuffix(".gz").endswith(".jsonl"):
-            raw = "\n\n".join(json.loads(line)["text"] for line in raw.splitlines()).encode()
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise MetatrainError(f"text {path}: cannot be read ({type(error).__name__}: {error})") from None
-    if len(raw) * VALIDATION_SHARE < 1000:
-        raise MetatrainError(f"text {path}: {len(raw)} bytes, expected at least {round(1000 / VALIDATION_SHARE)}")
+def text_of(path: str) -> Tensor:
+    """The bytes of a text as uint8 (n,)."""
+    raw = read_text(Path(path), least=round(1000 / VALIDATION_SHARE))
     return torch.from_numpy(np.frombuffer(raw, np.uint8).copy())
 
 
-def read_images(source: str) -> Batch:
+def images_of(source: str) -> Batch:
     """Pixels (N, 64) and labels (N,) of one data set, in an order of their own, so that no split is all of one class."""
     images = load_images([source])
     if len(images.names) != 1:
-        raise MetatrainError(f"images {source}: {len(images.names)} data sets, expected one: {source}:{images.names[0]}")
+        raise ConfigError(f"images {source}: {len(images.names)} data sets, expected one: {source}:{images.names[0]}")
     order = np.random.default_rng(0).permutation(len(images.labels))
     return torch.from_numpy(images.pixels[order]), torch.from_numpy(images.labels[order])

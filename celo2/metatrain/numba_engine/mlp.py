@@ -6,13 +6,26 @@ import numpy as np
 from numba import njit
 
 from celo2.metatrain import families, tasks
-from celo2.metatrain.kernels import exponential, lane_mask, scaled_weights, step_all
-from celo2.metatrain.products import ONE, OPTIONS, ZERO, matmul, padded
-from celo2.metatrain.simd import LANES, add, lane_max, lane_sum, larger, load, mul, smaller, splat, store, sub, where_positive
+from celo2.metatrain.numba_engine.kernels import exponential, lane_mask, scaled_weights, step_all
+from celo2.metatrain.numba_engine.products import ONE, OPTIONS, ZERO, matmul, padded
+from celo2.metatrain.numba_engine.simd import (
+    LANES,
+    add,
+    lane_max,
+    lane_sum,
+    larger,
+    load,
+    mul,
+    smaller,
+    splat,
+    store,
+    sub,
+    where_positive,
+)
 
 # As int64, not int: Numba compiles every function again for each literal integer that it is called with.
 INPUTS, HIDDEN, CLASSES = np.int64(tasks.SIDE**2), np.int64(families.HIDDEN), np.int64(tasks.CLASSES)
-WIDTH = np.int64(padded(CLASSES))  # of the logits' rows
+WIDTH = np.int64(padded(tasks.CLASSES))  # of the logits' rows
 W1, B1 = np.int64(0), INPUTS * HIDDEN  # offsets of the weights in a packed gradient or scale
 W2 = B1 + HIDDEN
 B2 = W2 + HIDDEN * WIDTH

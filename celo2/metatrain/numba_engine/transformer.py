@@ -12,9 +12,9 @@ import numpy as np
 from numba import njit
 
 from celo2.metatrain import families, tasks
-from celo2.metatrain.kernels import exponential, scaled_weights, step_all
-from celo2.metatrain.products import ONE, OPTIONS, ZERO, matmul
-from celo2.metatrain.simd import LANES, add, fma, lane_max, lane_sum, larger, load, mul, smaller, splat, store, sub
+from celo2.metatrain.numba_engine.kernels import exponential, scaled_weights, step_all
+from celo2.metatrain.numba_engine.products import ONE, OPTIONS, ZERO, matmul
+from celo2.metatrain.numba_engine.simd import LANES, add, fma, lane_max, lane_sum, larger, load, mul, smaller, splat, store, sub
 
 # As int64, not int: Numba compiles every function again for each literal integer that it is called with.
 B, T, D, V = np.int64(families.SEQUENCES), np.int64(tasks.CONTEXT), np.int64(families.WIDTH), np.int64(tasks.VOCABULARY)

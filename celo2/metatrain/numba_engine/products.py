@@ -5,13 +5,28 @@ Matrices are row-major in one-dimensional float32 arrays, from an offset on; the
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numba import njit
 
 from celo2 import orthogonalize
-from celo2.metatrain.simd import LANES, broadcast, fma, lane_sum, load, mul, splat, store
+from celo2.metatrain.numba_engine.simd import (
+    LANES,
+    accumulate,
+    accumulate_pair,
+    fma,
+    lane_sum,
+    load,
+    mul,
+    splat,
+    store,
+    store_column,
+    store_pairs,
+    zeros,
+)
 
-OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
+OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
 ZERO, ONE = np.float32(0), np.float32(1)
 NS_A, NS_B, NS_C = (np.float32(x) for x in orthogonalize.COEFFICIENTS)
 NS_STEPS, NS_EPS = orthogonalize.STEPS, np.float32(orthogonalize.EPS)
@@ -25,62 +40,20 @@ def padded(n: int) -> int:
 @njit(**OPTIONS)
 def matmul(a, a_at, a_row, a_col, b, b_at, c, c_at, m, k, n):
     """c (m, n) = A (m, k) @ b (k, n); A's element (i, j) is a[a_at + i * a_row + j * a_col]. m % 8 == 0, n % 16 == 0."""
-    zero = splat(ZERO)
     for j in range(0, n // 32 * 32, 32):
         for i in range(0, m, 4):
-            p0 = a_at + i * a_row
-            p1, p2, p3 = p0 + a_row, p0 + 2 * a_row, p0 + 3 * a_row
-            c00, c01, c10, c11, c20, c21, c30, c31 = zero, zero, zero, zero, zero, zero, zero, zero
+            tile = zeros()
             for t in range(k):
-                b0, b1 = load(b, b_at + t * n + j), load(b, b_at + t * n + j + 16)
-                x = broadcast(a, p0 + t * a_col)
-                c00, c01 = fma(x, b0, c00), fma(x, b1, c01)
-                x = broadcast(a, p1 + t * a_col)
-                c10, c11 = fma(x, b0, c10), fma(x, b1, c11)
-                x = broadcast(a, p2 + t * a_col)
-                c20, c21 = fma(x, b0, c20), fma(x, b1, c21)
-                x = broadcast(a, p3 + t * a_col)
-                c30, c31 = fma(x, b0, c30), fma(x, b1, c31)
-            q = c_at + i * n + j
-            store(c, q, c00)
-            store(c, q + 16, c01)
-            store(c, q + n, c10)
-            store(c, q + n + 16, c11)
-            store(c, q + 2 * n, c20)
-            store(c, q + 2 * n + 16, c21)
-            store(c, q + 3 * n, c30)
-            store(c, q + 3 * n + 16, c31)
+                q = b_at + t * n + j
+                tile = accumulate_pair(tile, a, a_at + i * a_row + t * a_col, a_row, load(b, q), load(b, q + 16))
+            store_pairs(c, c_at + i * n + j, n, tile)
     if n % 32:
         j = n - 16
         for i in range(0, m, 8):
-            p = a_at + i * a_row
-            h = (zero, zero, zero, zero, zero, zero, zero, zero)
+            tile = zeros()
             for t in range(k):
-                h = accumulate(h, load(b, b_at + t * n + j), a, p + t * a_col, a_row)
-            q = c_at + i * n + j
-            store(c, q, h[0])
-            store(c, q + n, h[1])
-            store(c, q + 2 * n, h[2])
-            store(c, q + 3 * n, h[3])
-            store(c, q + 4 * n, h[4])
-            store(c, q + 5 * n, h[5])
-            store(c, q + 6 * n, h[6])
-            store(c, q + 7 * n, h[7])
-
-
-@njit(**OPTIONS)
-def accumulate(h, x, weights, at, stride):
-    """h[i] + x * weights[at + i * stride], for the eight vectors of h."""
-    return (
-        fma(x, broadcast(weights, at), h[0]),
-        fma(x, broadcast(weights, at + stride), h[1]),
-        fma(x, broadcast(weights, at + 2 * stride), h[2]),
-        fma(x, broadcast(weights, at + 3 * stride), h[3]),
-        fma(x, broadcast(weights, at + 4 * stride), h[4]),
-        fma(x, broadcast(weights, at + 5 * stride), h[5]),
-        fma(x, broadcast(weights, at + 6 * stride), h[6]),
-        fma(x, broadcast(weights, at + 7 * stride), h[7]),
-    )
+                tile = accumulate(tile, a, a_at + i * a_row + t * a_col, a_row, load(b, b_at + t * n + j))
+            store_column(c, c_at + i * n + j, n, tile)
 
 
 @njit(**OPTIONS)

@@ -1,7 +1,10 @@
-"""The truncated unroll in plain torch: every problem and both signs in one batch, on any device. The reference of `fast.py`.
+"""The truncated unroll in plain torch: every problem and both signs in one batch, on any device.
 
-The update is made of the functions of `celo2.rule`; only the MLP is written again, because here every unroll has its own θ.
-Legend: N problems, U = 2N unrolls (signs +, - of each problem in turn), T steps, B examples, K decays.
+It is the reference of `numba_engine`, and it serves GPUs. The update is made of the functions of `celo2.rule`; only the MLP is
+written again, because here every unroll has its own θ.
+
+Legend: N problems, U = 2N unrolls (signs +, - of each problem in turn), T steps, B examples, K decays, F channels, H hidden
+units.
 """
 
 from __future__ import annotations
@@ -14,30 +17,33 @@ import torch
 from torch import Tensor
 
 from celo2 import rule as rules
-from celo2.metatrain.config import Config
+from celo2.metatrain.config import Config, ConfigError
 from celo2.metatrain.families import Family
 from celo2.metatrain.problems import Truncation, Weights
+from celo2.metatrain.theta import parts
 from celo2.orthogonalize import newton_schulz
-from celo2.rule import Rule, weight_shapes
+from celo2.rule import FIRST_LAYER, Rule
 
 ADAM_BETAS, ADAM_EPS = (0.9, 0.95), 1e-8
+PUBLISHED = Rule({})  # for its decays; its weights would be those of one rule
 WARM_UP = 3  # steps before a CUDA graph is captured: libraries allocate in their first ones
-RULE_SHAPES = weight_shapes(hidden=8)
-THETA_SIZE = sum(int(np.prod(shape)) for shape in RULE_SHAPES.values())
 
 State = dict[str, np.ndarray]
+Unroll = Callable[[Config, Family, State, np.ndarray, Truncation], np.ndarray]
 
 
-def theta_of(rule: Rule) -> np.ndarray:
-    """The weights of a rule as one float32 vector (347,), in the order of `weight_shapes`."""
-    return np.concatenate([rule.weights[name].numpy().ravel() for name in RULE_SHAPES])
-
-
-def rule_of(theta: np.ndarray, config: Config, description: str) -> Rule:
-    """The rule with the weights θ (347,), as the configuration uses it."""
-    parts = np.split(theta.astype(np.float32), np.cumsum([int(np.prod(s)) for s in RULE_SHAPES.values()])[:-1])
-    weights = {n: torch.from_numpy(p.reshape(s).copy()) for (n, s), p in zip(RULE_SHAPES.items(), parts, strict=True)}
-    return Rule(weights, variant=config.variant, normalize_gradient=config.normalize_gradient, description=description)
+def choose_unroll(config: Config) -> Unroll:
+    """The engine that the configuration asks for."""
+    name, device = config.engine.name, config.engine.device
+    if name == "plain" or (name == "auto" and device != "cpu"):
+        return GraphUnroll() if torch.device(device).type == "cuda" else unroll
+    if device != "cpu" or config.images.batch_size % 8:
+        raise ConfigError("engine.name=fast needs engine.device cpu and an images.batch_size that 8 divides; plain takes any")
+    try:
+        from celo2.metatrain.numba_engine.unroll import unroll as compiled_unroll
+    except ImportError:
+        raise ConfigError("engine.name=fast needs numba: pip install numba, or engine.name=plain (ten times as slow)") from None
+    return compiled_unroll
 
 
 def by_adam(variant: str, family: Family, name: str) -> bool:
@@ -78,6 +84,10 @@ class Unrolls:
     losses: Tensor  # (T, U)
     t: Tensor  # (1,), the next step
 
+    def parameter(self, name: str) -> dict[str, Tensor]:
+        """A weight of all unrolls and its accumulators, by their names in the state without that of the weight."""
+        return {key.removeprefix(f"{name}."): x for key, x in self.live.items() if key.startswith(f"{name}.")}
+
     def tensors(self) -> list[Tensor]:
         """All of them, in a fixed order."""
         groups = [field if isinstance(field, dict) else {"": field} for field in vars(self).values()]
@@ -86,19 +96,23 @@ class Unrolls:
 
 def on_device(state: State, theta: np.ndarray, truncation: Truncation, device: torch.device) -> Unrolls:
     """The unrolls of a truncation before their first step."""
-    put = lambda x: torch.from_numpy(np.ascontiguousarray(x)).to(device, copy=True)  # noqa: E731
-    twice = lambda w: {name: put(np.repeat(x, 2, axis=0)) for name, x in w.items()}  # noqa: E731
-    rows = put(truncation.rows)
+
+    def put(x: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(x)).to(device, copy=True)
+
+    def twice(weights: Weights) -> dict[str, Tensor]:
+        return {name: put(np.repeat(x, 2, axis=0)) for name, x in weights.items()}
+
     return Unrolls(
         live={key: put(x) for key, x in state.items()},
         scale=twice(truncation.scale_before),
         after=twice(truncation.scale_after),
         fresh=twice(truncation.fresh),
         reset_at=put(np.repeat(truncation.reset_at, 2)),
-        rows=rows,
+        rows=put(truncation.rows),
         rate=put(np.repeat(truncation.rate, 2, axis=0).T),
-        networks=batched_mlp(put(theta)),
-        losses=torch.empty(rows.shape[1], len(theta), device=device),
+        networks={name: put(x) for name, x in batched_mlp(theta).items()},
+        losses=torch.empty(truncation.rows.shape[1], len(theta), device=device),
         t=torch.zeros(1, dtype=torch.int64, device=device),
     )
 
@@ -111,28 +125,32 @@ def advance_(config: Config, family: Family, arrays: tuple[Tensor, ...], unrolls
     """
     starts = unrolls.reset_at == unrolls.t  # (U,)
     for name in family.shapes:
-        own = {key: x for key, x in unrolls.live.items() if key.startswith(f"{name}.")}
-        news = {key: unrolls.fresh[name] if key == f"{name}.weight" else torch.zeros_like(x) for key, x in own.items()}
-        for old, new in [(unrolls.scale[name], unrolls.after[name]), *((own[key], news[key]) for key in own)]:
-            old.copy_(torch.where(starts.view(-1, *[1] * (old.ndim - 1)), new, old))
+        replace_(unrolls.scale[name], unrolls.after[name], starts)
+        for key, x in unrolls.parameter(name).items():
+            replace_(x, unrolls.fresh[name] if key == "weight" else torch.zeros_like(x), starts)
     batch = unrolls.rows.index_select(1, unrolls.t)[:, 0].repeat_interleave(2, 0)  # (U, B)
     rate = unrolls.rate.index_select(0, unrolls.t)[0]  # (U,)
     weights = {name: unrolls.scale[name] * unrolls.live[f"{name}.weight"] for name in family.shapes}
     losses, gradients = loss_and_gradients(family, weights, arrays, batch)
     unrolls.losses.index_copy_(0, unrolls.t, losses[None])
     for name in family.shapes:
-        parameter = {key.removeprefix(f"{name}."): x for key, x in unrolls.live.items() if key.startswith(f"{name}.")}
+        parameter = unrolls.parameter(name)
         g = unrolls.scale[name] * gradients[name]
-        if by_adam(config.variant, family, name):
+        if by_adam(config.rule.variant, family, name):
             adam_(parameter, g, family.adam_lr * rate)
         else:
             step_(config, unrolls.networks, parameter, g, family.lr * rate)
     unrolls.t += 1
 
 
+def replace_(x: Tensor, new: Tensor, where: Tensor) -> None:
+    """x (U, ...) becomes `new` in the unrolls `where` (U,) is true, in place."""
+    x.copy_(torch.where(where.view(-1, *[1] * (x.ndim - 1)), new, x))
+
+
 def unroll(config: Config, family: Family, state: State, theta: np.ndarray, truncation: Truncation) -> np.ndarray:
     """T steps of every unroll under its own θ (U, 347): inner losses (U, T). Moves `state` in place."""
-    device = torch.device(config.device)
+    device = torch.device(config.engine.device)
     unrolls = on_device(state, theta, truncation, device)
     arrays = tuple(torch.from_numpy(x).to(device) for x in family.arrays)
     for _ in range(len(unrolls.losses)):
@@ -160,7 +178,7 @@ class GraphUnroll:
 
     def __call__(self, config: Config, family: Family, state: State, theta: np.ndarray, truncation: Truncation) -> np.ndarray:
         """As `unroll`, with the same configuration and family in every call."""
-        device = torch.device(config.device)
+        device = torch.device(config.engine.device)
         unrolls = on_device(state, theta, truncation, device)
         if self.graph is None:
             self.arrays = tuple(torch.from_numpy(x).to(device) for x in family.arrays)
@@ -197,14 +215,11 @@ def loss_and_gradients(
     return losses.detach(), dict(zip(leaves, gradients, strict=True))
 
 
-def batched_mlp(theta: Tensor) -> dict[str, Tensor]:
+def batched_mlp(theta: np.ndarray) -> dict[str, np.ndarray]:
     """The rules' MLPs from θ (U, 347), ready for `bmm`: w0 (U, F, H), b0, b1 (U, H), w1 (U, H, H), w2 (U, H), b2 (U,)."""
-    sizes = [int(np.prod(shape)) for shape in RULE_SHAPES.values()]
-    parts = {
-        name: part.reshape(-1, *shape) for (name, shape), part in zip(RULE_SHAPES.items(), theta.split(sizes, 1), strict=True)
-    }
-    first = torch.cat([part for name, part in parts.items() if name.startswith("w0")], 1)
-    return {"w0": first, **{n: parts[n] for n in ("b0", "w1", "b1")}, "w2": parts["w2"][..., 0], "b2": parts["b2"][:, 0]}
+    weights = parts(theta)
+    first = np.concatenate([weights[name] for name in FIRST_LAYER.values()], 1)
+    return {"w0": first, **{n: weights[n] for n in ("b0", "w1", "b1")}, "w2": weights["w2"][..., 0], "b2": weights["b2"][:, 0]}
 
 
 def directions(networks: Mapping[str, Tensor], x: Tensor) -> Tensor:
@@ -239,15 +254,16 @@ def step_(config: Config, networks: Mapping[str, Tensor], parameter: dict[str, T
     """
     w = parameter.pop("weight")
     is_vector = g.ndim < 3  # leading axis U
-    axes = None if is_vector else tuple(1 + axis for axis in rules.factored_axes(g.shape[1:]))
+    d1, d0 = (0, 0) if is_vector else rules.factored_axes(g.shape[1:])
+    axes = None if is_vector else (1 + d1, 1 + d0)
     last = (-1,) if is_vector else (-2, -1)
     accumulators = {key: x if key == "second_moment" else x.transpose(0, 1) for key, x in parameter.items()}  # K leads
-    if config.normalize_gradient:
+    if config.rule.normalize_gradient:
         g = rules.normalized_gradient(g, last)
     g = g.clamp(-rules.GRADIENT_CLIP, rules.GRADIENT_CLIP)
-    rules.accumulate_(accumulators, g, Rule, axes)  # the class carries the published decays
+    rules.accumulate_(accumulators, g, PUBLISHED, axes)
     groups = [group.expand(-1, *g.shape) for group in rules.channels(accumulators, g, w, axes)]
     u = directions(networks, torch.cat([rules.rms_normalized(group, last) for group in groups]))
-    if config.variant == "celo2":
+    if config.rule.variant == "celo2":
         u = newton_schulz(u)
     w -= across(lr, g) * rules.rms_normalized(u, last)

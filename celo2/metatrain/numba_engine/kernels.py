@@ -14,18 +14,26 @@ import numpy as np
 from numba import njit
 
 from celo2 import rule
-from celo2.metatrain.products import ONE, OPTIONS, ZERO, accumulate, newton_schulz_, scale_, sum_of_squares
-from celo2.metatrain.simd import (
+from celo2.metatrain import engine
+from celo2.metatrain.config import HIDDEN
+from celo2.metatrain.numba_engine.products import ONE, OPTIONS, ZERO, newton_schulz_, scale_, sum_of_squares
+from celo2.metatrain.numba_engine.simd import (
     LANES,
+    accumulate,
     add,
+    add_eight,
     broadcast,
+    broadcast_eight,
     div,
     floor,
     fma,
+    hidden_layer,
     lane_sum,
     larger,
     load,
+    load_eight,
     mul,
+    output_layer,
     power_of_two,
     smaller,
     splat,
@@ -33,15 +41,19 @@ from celo2.metatrain.simd import (
     store,
     sub,
 )
+from celo2.metatrain.theta import CHANNELS, STARTS
 
-H = 8
-CHANNELS = sum(group.count for group in rule.CHANNEL_GROUPS)
-VECTOR_CHANNELS = sum(group.count for group in rule.CHANNEL_GROUPS if group.in_vectors)
-B0 = CHANNELS * H  # offsets in the flat weights of the rule
-W1 = B0 + H
-B1 = W1 + H * H
-W2 = B1 + H
-B2 = W2 + 3 * H
+# The first channel of each group, and where the other weights begin in θ.
+FIRST = {group: STARTS[weight] // HIDDEN for group, weight in rule.FIRST_LAYER.items()}
+GRADIENT, CLIPPED_GRADIENT, WEIGHT = FIRST["gradient"], FIRST["clipped_gradient"], FIRST["weight"]
+MOMENTUM, SCALED_MOMENTUM, FACTORED_MOMENTUM = FIRST["momentum"], FIRST["scaled_momentum"], FIRST["factored_momentum"]
+SECOND_MOMENT, SCALE, SCALED_GRADIENT = FIRST["second_moment"], FIRST["scale"], FIRST["scaled_gradient"]
+FACTORED_GRADIENT, ROW_MEAN, COLUMN_MEAN = FIRST["factored_gradient"], FIRST["row_mean"], FIRST["column_mean"]
+ROW_SCALE, COLUMN_SCALE = FIRST["row_scale"], FIRST["column_scale"]
+OF_ELEMENTS = tuple(FIRST[g.name] + k for g in rule.groups_of(rule.ELEMENT, rule.FACTORED) for k in range(g.count))
+VECTOR_CHANNELS = sum(group.count for group in rule.CHANNEL_GROUPS if group.in_vectors)  # the first ones
+H, OUTPUTS = HIDDEN, rule.OUTPUTS
+B0, W1, B1, W2, B2 = (STARTS[name] for name in ("b0", "w1", "b1", "w2", "b2"))
 
 CLIP, SMALL_CLIP = np.float32(rule.GRADIENT_CLIP), np.float32(rule.SMALL_CLIP)
 SQUARE_FLOOR, FACTOR_EPS = np.float32(rule.SQUARE_FLOOR), np.float32(rule.FACTOR_EPS)
@@ -53,42 +65,7 @@ EXP_COEFFICIENTS = tuple(
     np.float32(c) for c in (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
 )
 MATRIX, VECTOR, ADAM = range(3)  # what a weight takes: the rule, the rule on a vector, Adam
-
-ADAM_BETA1, ADAM_BETA2, ADAM_EPS = np.float32(0.9), np.float32(0.95), np.float32(1e-8)
-
-
-@njit(**OPTIONS)
-def direction(h, theta):
-    """The rest of the MLP: output 0 from the eight pre-activations of the first layer."""
-    zero = splat(ZERO)
-    k = (
-        broadcast(theta, B1),
-        broadcast(theta, B1 + 1),
-        broadcast(theta, B1 + 2),
-        broadcast(theta, B1 + 3),
-        broadcast(theta, B1 + 4),
-        broadcast(theta, B1 + 5),
-        broadcast(theta, B1 + 6),
-        broadcast(theta, B1 + 7),
-    )
-    k = accumulate(k, larger(h[0], zero), theta, W1, 1)
-    k = accumulate(k, larger(h[1], zero), theta, W1 + 1 * H, 1)
-    k = accumulate(k, larger(h[2], zero), theta, W1 + 2 * H, 1)
-    k = accumulate(k, larger(h[3], zero), theta, W1 + 3 * H, 1)
-    k = accumulate(k, larger(h[4], zero), theta, W1 + 4 * H, 1)
-    k = accumulate(k, larger(h[5], zero), theta, W1 + 5 * H, 1)
-    k = accumulate(k, larger(h[6], zero), theta, W1 + 6 * H, 1)
-    k = accumulate(k, larger(h[7], zero), theta, W1 + 7 * H, 1)
-    u = broadcast(theta, B2)
-    u = fma(larger(k[0], zero), broadcast(theta, W2), u)
-    u = fma(larger(k[1], zero), broadcast(theta, W2 + 3), u)
-    u = fma(larger(k[2], zero), broadcast(theta, W2 + 6), u)
-    u = fma(larger(k[3], zero), broadcast(theta, W2 + 9), u)
-    u = fma(larger(k[4], zero), broadcast(theta, W2 + 12), u)
-    u = fma(larger(k[5], zero), broadcast(theta, W2 + 15), u)
-    u = fma(larger(k[6], zero), broadcast(theta, W2 + 18), u)
-    u = fma(larger(k[7], zero), broadcast(theta, W2 + 21), u)
-    return u
+ADAM_BETA1, ADAM_BETA2, ADAM_EPS = (np.float32(x) for x in (*engine.ADAM_BETAS, engine.ADAM_EPS))
 
 
 @njit(**OPTIONS)
@@ -133,7 +110,7 @@ def lane_mask(mask, width, n):
 def accumulate_elementwise(state, at, size, p, g, q, mask, s, sums):
     """Steps 1 to 3 on sixteen elements: element p of the segment at `at`, gradient element q. Returns the clipped gradient.
 
-    Stores s = rsqrt(v + eps) at s[q], and adds the squares of the first eleven channels and of g * s (channel 14) to sums.
+    Stores s = rsqrt(v + eps) at s[q], and adds the squares of the channels that depend on the element alone to sums.
     """
     x = clipped(load(g, q), CLIP)
     store(g, q, x)
@@ -141,18 +118,18 @@ def accumulate_elementwise(state, at, size, p, g, q, mask, s, sums):
     store(state, at + 4 * size + p, v)
     r = mul(reciprocal_root(add(v, splat(RSQRT_EPS))), mask)
     store(s, q, r)
-    add_square(sums, 0, x)
-    add_square(sums, 1, clipped(x, SMALL_CLIP))
-    add_square(sums, 2, load(state, at + p))
+    add_square(sums, GRADIENT, x)
+    add_square(sums, CLIPPED_GRADIENT, clipped(x, SMALL_CLIP))
+    add_square(sums, WEIGHT, load(state, at + p))
     for k in range(3):
         place = at + (1 + k) * size + p
         m = moved(load(state, place), x, MOMENTUM_RATES[k])
         store(state, place, m)
-        add_square(sums, 3 + k, m)
-        add_square(sums, 7 + k, mul(m, r))
-    add_square(sums, 6, v)
-    add_square(sums, 10, r)
-    add_square(sums, 14, mul(x, r))
+        add_square(sums, MOMENTUM + k, m)
+        add_square(sums, SCALED_MOMENTUM + k, mul(m, r))
+    add_square(sums, SECOND_MOMENT, v)
+    add_square(sums, SCALE, r)
+    add_square(sums, SCALED_GRADIENT, mul(x, r))
     return x
 
 
@@ -164,17 +141,17 @@ def add_square(sums, channel, x):
 
 @njit(**OPTIONS)
 def elementwise_channels(h, state, at, size, p, x, r, scaled):
-    """First-layer contributions of channels 0 to 10 and 14 for sixteen elements with gradient x and r = rsqrt(v + eps)."""
-    h = accumulate(h, x, scaled, 0, 1)
-    h = accumulate(h, clipped(x, SMALL_CLIP), scaled, H, 1)
-    h = accumulate(h, load(state, at + p), scaled, 2 * H, 1)
+    """h + what the channels of the element alone add, for sixteen elements with gradient x and r = rsqrt(v + eps)."""
+    h = accumulate(h, scaled, GRADIENT * H, 1, x)
+    h = accumulate(h, scaled, CLIPPED_GRADIENT * H, 1, clipped(x, SMALL_CLIP))
+    h = accumulate(h, scaled, WEIGHT * H, 1, load(state, at + p))
     for k in range(3):
         m = load(state, at + (1 + k) * size + p)
-        h = accumulate(h, m, scaled, (3 + k) * H, 1)
-        h = accumulate(h, mul(m, r), scaled, (7 + k) * H, 1)
-    h = accumulate(h, load(state, at + 4 * size + p), scaled, 6 * H, 1)
-    h = accumulate(h, r, scaled, 10 * H, 1)
-    return accumulate(h, mul(x, r), scaled, 14 * H, 1)
+        h = accumulate(h, scaled, (MOMENTUM + k) * H, 1, m)
+        h = accumulate(h, scaled, (SCALED_MOMENTUM + k) * H, 1, mul(m, r))
+    h = accumulate(h, scaled, SECOND_MOMENT * H, 1, load(state, at + 4 * size + p))
+    h = accumulate(h, scaled, SCALE * H, 1, r)
+    return accumulate(h, scaled, SCALED_GRADIENT * H, 1, mul(x, r))
 
 
 @njit(**OPTIONS)
@@ -204,27 +181,27 @@ def matrix_factors(theta, state, row_at, col_at, rows, cols, width, mask, row_fa
             row_factor[k * width + j] = ONE / np.sqrt(max(x / mean, FACTOR_EPS))
             squares += x * x
             root_squares += ONE / (x + RSQRT_EPS)
-        scale_first_layer(theta, scaled, 15 + k, squares / np.float32(cols))
-        scale_first_layer(theta, scaled, 21 + k, root_squares / np.float32(cols))
+        scale_first_layer(theta, scaled, ROW_MEAN + k, squares / np.float32(cols))
+        scale_first_layer(theta, scaled, ROW_SCALE + k, root_squares / np.float32(cols))
         squares, root_squares = ZERO, ZERO
         for i in range(rows):
             x = state[col_at + k * rows + i]
             col_factor[k * rows + i] = ONE / np.sqrt(max(x, FACTOR_EPS))
             squares += x * x
             root_squares += ONE / (x + RSQRT_EPS)
-        scale_first_layer(theta, scaled, 18 + k, squares / np.float32(rows))
-        scale_first_layer(theta, scaled, 24 + k, root_squares / np.float32(rows))
+        scale_first_layer(theta, scaled, COLUMN_MEAN + k, squares / np.float32(rows))
+        scale_first_layer(theta, scaled, COLUMN_SCALE + k, root_squares / np.float32(rows))
         for j in range(0, width, LANES):
             x = load(state, row_at + k * width + j)
             r = reciprocal_root(add(x, splat(RSQRT_EPS)))
             for h in range(H):
-                t = fma(x, broadcast(scaled, (15 + k) * H + h), load(row_term, h * width + j))
-                store(row_term, h * width + j, fma(r, broadcast(scaled, (21 + k) * H + h), t))
+                t = fma(x, broadcast(scaled, (ROW_MEAN + k) * H + h), load(row_term, h * width + j))
+                store(row_term, h * width + j, fma(r, broadcast(scaled, (ROW_SCALE + k) * H + h), t))
         for i in range(rows):
             x = state[col_at + k * rows + i]
             r = ONE / np.sqrt(x + RSQRT_EPS)
             for h in range(H):
-                col_term[i * H + h] += scaled[(18 + k) * H + h] * x + scaled[(24 + k) * H + h] * r
+                col_term[i * H + h] += scaled[(COLUMN_MEAN + k) * H + h] * x + scaled[(COLUMN_SCALE + k) * H + h] * r
 
 
 @njit(**OPTIONS)
@@ -261,33 +238,22 @@ def matrix_direction(theta, state, at, g, u, rows, cols, width):
             x = load(g, p)
             for k in range(3):
                 f = mul(load(row_factor, k * width + j), broadcast(col_factor, k * rows + i))
-                add_square(sums, 11 + k, mul(x, f))
-                add_square(sums, 27 + k, mul(load(state, at + (1 + k) * size + p), f))
-    for c in range(CHANNELS):
-        if c <= 14 or c >= 27:
-            scale_first_layer(theta, scaled, c, lane_sum(load(sums, c * LANES)) / n)
+                add_square(sums, FACTORED_GRADIENT + k, mul(x, f))
+                add_square(sums, FACTORED_MOMENTUM + k, mul(load(state, at + (1 + k) * size + p), f))
+    for c in OF_ELEMENTS:
+        scale_first_layer(theta, scaled, c, lane_sum(load(sums, c * LANES)) / n)
 
     for i in range(rows):
-        t = i * H
         for j in range(0, width, LANES):
             p = i * width + j
             x = load(g, p)
-            h = (
-                add(load(row_term, j), broadcast(col_term, t)),
-                add(load(row_term, width + j), broadcast(col_term, t + 1)),
-                add(load(row_term, 2 * width + j), broadcast(col_term, t + 2)),
-                add(load(row_term, 3 * width + j), broadcast(col_term, t + 3)),
-                add(load(row_term, 4 * width + j), broadcast(col_term, t + 4)),
-                add(load(row_term, 5 * width + j), broadcast(col_term, t + 5)),
-                add(load(row_term, 6 * width + j), broadcast(col_term, t + 6)),
-                add(load(row_term, 7 * width + j), broadcast(col_term, t + 7)),
-            )
+            h = add_eight(load_eight(row_term, j, width), broadcast_eight(col_term, i * H, 1))
             h = elementwise_channels(h, state, at, size, p, x, load(s, p), scaled)
             for k in range(3):
                 f = mul(load(row_factor, k * width + j), broadcast(col_factor, k * rows + i))
-                h = accumulate(h, mul(x, f), scaled, (11 + k) * H, 1)
-                h = accumulate(h, mul(load(state, at + (1 + k) * size + p), f), scaled, (27 + k) * H, 1)
-            store(u, p, mul(direction(h, theta), load(mask, j)))
+                h = accumulate(h, scaled, (FACTORED_GRADIENT + k) * H, 1, mul(x, f))
+                h = accumulate(h, scaled, (FACTORED_MOMENTUM + k) * H, 1, mul(load(state, at + (1 + k) * size + p), f))
+            store(u, p, mul(output_layer(hidden_layer(h, theta, W1, B1), theta, W2, OUTPUTS, B2), load(mask, j)))
 
 
 @njit(**OPTIONS)
@@ -309,7 +275,7 @@ def subtract_normalized(state, at, u, size, n, lr):
 
 @njit(**OPTIONS)
 def step_vector(theta, state, at, g, n, width, lr):
-    """One step of the rule on a vector of n elements (Celo2-base): fifteen channels, full accumulators."""
+    """One step of the rule on a vector of n elements (Celo2-base): the channels of vectors, full accumulators."""
     mask, s, u = np.empty(width, np.float32), np.empty(width, np.float32), np.empty(width, np.float32)
     sums, scaled = np.zeros(VECTOR_CHANNELS * LANES, np.float32), np.empty(VECTOR_CHANNELS * H, np.float32)
     factor = np.empty(3 * width, np.float32)
@@ -322,25 +288,15 @@ def step_vector(theta, state, at, g, n, width, lr):
             store(state, place, d)
             f = reciprocal_root(larger(add(d, splat(FACTOR_EPS)), splat(FACTOR_EPS)))
             store(factor, k * width + j, f)
-            add_square(sums, 11 + k, mul(x, f))
+            add_square(sums, FACTORED_GRADIENT + k, mul(x, f))
     for c in range(VECTOR_CHANNELS):
         scale_first_layer(theta, scaled, c, lane_sum(load(sums, c * LANES)) / np.float32(n))
     for j in range(0, width, LANES):
-        h = (
-            broadcast(theta, B0),
-            broadcast(theta, B0 + 1),
-            broadcast(theta, B0 + 2),
-            broadcast(theta, B0 + 3),
-            broadcast(theta, B0 + 4),
-            broadcast(theta, B0 + 5),
-            broadcast(theta, B0 + 6),
-            broadcast(theta, B0 + 7),
-        )
         x = load(g, j)
-        h = elementwise_channels(h, state, at, width, j, x, load(s, j), scaled)
+        h = elementwise_channels(broadcast_eight(theta, B0, 1), state, at, width, j, x, load(s, j), scaled)
         for k in range(3):
-            h = accumulate(h, mul(x, load(factor, k * width + j)), scaled, (11 + k) * H, 1)
-        store(u, j, mul(direction(h, theta), load(mask, j)))
+            h = accumulate(h, scaled, (FACTORED_GRADIENT + k) * H, 1, mul(x, load(factor, k * width + j)))
+        store(u, j, mul(output_layer(hidden_layer(h, theta, W1, B1), theta, W2, OUTPUTS, B2), load(mask, j)))
     subtract_normalized(state, at, u, width, n, lr)
 
 
