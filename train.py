@@ -29,7 +29,6 @@ from data.batches import check_batch_size
 from launch.checkpoint.save import Saver
 from launch.checkpoint.verify import CheckpointError
 from launch.distributed.heartbeat import STATUS, Heartbeat, RankError, print_error
-from launch.distributed.private import leave
 from launch.distributed.setup import make_accelerator, make_strategy, peak
 from launch.distributed.verification import Verification
 from launch.monitoring.guard import STOPPED, Diverged, Guard, Verdict
@@ -37,6 +36,7 @@ from launch.monitoring.metrics import Display, Metrics
 from launch.monitoring.step_statistics import StepStatistics, hidden_names
 from launch.optimizers.build import set_mode
 from launch.planning.plan import make_plan
+from launch.private import leave
 from launch.run.evaluation import evaluate
 from launch.run.hooks import Hooks
 from launch.run.resume import resume, roll_back

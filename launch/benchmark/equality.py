@@ -23,13 +23,13 @@ from configs.schema import Config, Distributed, Train
 from configs.schema import Optimizer as OptimizerConfig
 from launch.benchmark.traffic import Traffic
 from launch.distributed.gather import collect
-from launch.distributed.private import leave
 from launch.distributed.setup import STRATEGIES, make_accelerator, make_strategy
 from launch.distributed.strategy import Strategy
 from launch.distributed.zero import Zero
 from launch.monitoring.guard import Verdict
 from launch.optimizers.build import optimizer_groups
 from launch.planning.cost import exchanged_bytes, setup_of, workload_of
+from launch.private import leave
 from models import build_model
 
 # Sizes that 2 and 4 do not divide.

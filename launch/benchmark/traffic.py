@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from launch.distributed.private import DispatchMode
+from launch.private import DispatchMode
 
 SHARE = {  # factor on n (W-1)/W, by the beginning of the operator's name
     "alltoall": 1.0,

@@ -38,7 +38,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from launch.distributed.private import connect_to_default_store
+from launch.private import connect_to_default_store
 
 STATUS = 70  # exit status (EX_SOFTWARE) of a rank that stops because of another one
 ALERT = 15.0  # s; half of what torchrun waits between SIGTERM and SIGKILL, and longer than writing a checkpoint holds the GIL

@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 from celo2.distributed.deepspeed import ZeroClient
 from configs.load import ConfigError
 from configs.schema import Config
-from launch.distributed.private import forbid_deepspeed_compilation, zero3_refresh_weights, zero_gradient_norm
 from launch.distributed.strategy import Judge, MicroBatches, Strategy, sharded_parameters
 from launch.monitoring.guard import Verdict
 from launch.optimizers.build import build_optimizer, optimizer_groups
+from launch.private import forbid_deepspeed_compilation, zero3_refresh_weights, zero_gradient_norm
 from models import CausalLMLoss
 
 

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C, DEFAULT_NS_STEPS, EPS, _zeropower_via_newtonschulz
 
 from celo2.distributed.collectives import orthogonalize_split
 from celo2.distributed.plan import Entry, make_plan
 from celo2.distributed.shard import local_shard_of
 from celo2.layout import regions
 from celo2.step import batch_elements
+from launch.private import muon_orthogonalize
 
 
 class ShardedMuon(torch.optim.Optimizer):
@@ -86,8 +86,7 @@ class ShardedMuon(torch.optim.Optimizer):
 
 def orthogonalize(u: Tensor) -> Tensor:
     """torch's Newton–Schulz, which takes one matrix at a time, on u (N, R, C)."""
-    coefficients = (DEFAULT_A, DEFAULT_B, DEFAULT_C)
-    return torch.stack([_zeropower_via_newtonschulz(m, coefficients, DEFAULT_NS_STEPS, EPS) for m in u])
+    return torch.stack([muon_orthogonalize(m) for m in u])
 
 
 def apply_(w: Tensor, u: Tensor, shape: tuple[int, int], group: dict[str, Any]) -> None:

@@ -35,8 +35,19 @@ def group():
     dist.destroy_process_group()
 
 
+def test_muon_orthogonalizes_as_torch_does():
+    """One step of torch's own Muon without momentum and decay is this direction times its learning rate."""
+    from launch.private import muon_orthogonalize
+
+    g = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
+    p = torch.nn.Parameter(torch.zeros(6, 10))
+    p.grad = g.clone()
+    torch.optim.Muon([p], lr=1.0, momentum=0.0, nesterov=False, weight_decay=0.0).step()
+    torch.testing.assert_close(-p.detach(), muon_orthogonalize(g).float() * max(1, 6 / 10) ** 0.5)
+
+
 def test_the_store_of_the_group_is_found_and_shared(group):
-    from launch.distributed.private import connect_to_default_store
+    from launch.private import connect_to_default_store
 
     connect_to_default_store("mine").set("key", "value")
     assert connect_to_default_store("mine").get("key") == b"value"
@@ -62,7 +73,7 @@ def test_a_dispatch_mode_sees_collectives_with_their_group(group):
 ZERO = """
 import sys
 import deepspeed  # before the names are used
-from launch.distributed.private import forbid_deepspeed_compilation
+from launch.private import forbid_deepspeed_compilation
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Stage3
 assert "deepspeed_shm_comm" in deepspeed.ops.__compatible_ops__
 forbid_deepspeed_compilation(deepspeed)
@@ -81,7 +92,7 @@ def test_what_is_used_of_deepspeed_is_there():
 
 
 def main(rank, path):
-    from launch.distributed.private import leave
+    from launch.private import leave
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=WORLD)

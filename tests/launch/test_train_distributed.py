@@ -225,7 +225,7 @@ def main():
     import train
     from celo2 import optimizer
     from celo2.blocked import PLAIN
-    from launch.distributed.private import leave
+    from launch.private import leave
 
     dist.destroy_process_group = lambda *_: None  # the runs of one start share the group: a new one would meet stale addresses
     statuses = []

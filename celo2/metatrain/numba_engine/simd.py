@@ -8,6 +8,7 @@ registers the processor has, so the same source runs on any of them.
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 from llvmlite import ir
 from numba import types
@@ -47,8 +48,8 @@ def emitted(result):
     """
 
     def decorate(emit):
-        def define(typing_context, *kinds):
-            kinds = [types.intp if isinstance(kind, types.Integer) else kind for kind in kinds]
+        def define(typing_context: Any, *given: Any) -> Any:
+            kinds = [types.intp if isinstance(kind, types.Integer) else kind for kind in given]
 
             def generate(context, builder, signature, arguments):
                 values = []
@@ -63,7 +64,7 @@ def emitted(result):
 
             return result(*kinds), generate
 
-        define.__signature__ = inspect.signature(emit)  # Numba refuses arguments by star
+        define.__signature__ = inspect.signature(emit)  # type: ignore[attr-defined]  # Numba refuses arguments by star
         return intrinsic(define)
 
     return decorate

@@ -173,13 +173,13 @@ def backward_block(w, at, dx, saved, s, turned, y, g):
     transpose(w, at + WO, D, D, turned)
     matmul(dx, 0, D, 1, turned, 0, dy, 0, N, D, D)
     for b in range(B):
-        i, o, p = b * T * D, s + b * T * D, s + P + b * T * T
+        n, o, p = b * T * D, s + b * T * D, s + P + b * T * T
         transpose(saved, o + VALUE, T, D, turned)
-        matmul(dy, i, D, 1, turned, 0, z, 0, T, D, T)
-        matmul(saved, p, 1, T, dy, i, dv, i, T, T, D)
+        matmul(dy, n, D, 1, turned, 0, z, 0, T, D, T)
+        matmul(saved, p, 1, T, dy, n, dv, n, T, T, D)
         softmax_gradient(z, saved, p)
-        matmul(z, 0, T, 1, saved, o + K, dq, i, T, T, D)
-        matmul(z, 0, 1, T, saved, o + Q, dk, i, T, T, D)
+        matmul(z, 0, T, 1, saved, o + K, dq, n, T, T, D)
+        matmul(z, 0, 1, T, saved, o + Q, dk, n, T, T, D)
     dy[: N * D] = ZERO
     for m, d in ((WQ, dq), (WK, dk), (WV, dv)):
         matmul(saved, s + H1, 1, D, d, 0, g, at + m, D, N, D)

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
+from torch.optim import _muon
 from torch.utils._python_dispatch import TorchDispatchMode
 
 DispatchMode = TorchDispatchMode  # sees every operator that torch calls, collectives included; hooks see modules only
@@ -61,3 +62,10 @@ def zero3_refresh_weights(zero: Any) -> None:
 def forbid_deepspeed_compilation(deepspeed: Any) -> None:
     """Without this DeepSpeed compiles C++ for inference on CPUs at its first start, which training does not need."""
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def muon_orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
+    """The Newton–Schulz of `torch.optim.Muon` on one matrix (R, C), so that sharded matrices get the same numbers."""
+    return _muon._zeropower_via_newtonschulz(
+        matrix, (_muon.DEFAULT_A, _muon.DEFAULT_B, _muon.DEFAULT_C), _muon.DEFAULT_NS_STEPS, _muon.EPS
+    )
