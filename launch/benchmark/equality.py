@@ -64,7 +64,8 @@ def measure(row: str, optimizer: str, accelerator: Accelerator, folder: Path) ->
     torch.manual_seed(0)
     model = build_model(**MODEL)
     groups = optimizer_groups(config.optimizer, model)
-    formula = exchanged_bytes(workload_of(model, groups, activations=0.0, loss=0.0), setup_of(config, world))
+    workload = workload_of(model, groups, MODEL["context"], 0.0, 0.0, 0.0, False)
+    formula = exchanged_bytes(workload, setup_of(config, world))
     strategies = STRATEGIES | dict.fromkeys(("zero1", "zero2", "zero3"), ZeroOfLargeModel)
     strategy = make_strategy(config, accelerator, model, strategies)
 

@@ -1,7 +1,8 @@
-"""What a step takes on N GPUs, from the shapes of the weights: bytes that travel, and memory of a rank.
+"""What a step takes on N GPUs: bytes that travel, memory of a rank, and seconds, from shapes and data sheets alone.
 
 `--plan` prints it. "Sent" are the bytes that one rank sends in one optimizer step, with ring algorithms, averaged over the
-ranks, without the padding that libraries add. `python -m launch.benchmark strategies` compares them with counted bytes.
+ranks, without the padding that libraries add. Seconds assume that whatever can overlap with computing does. They rest on
+`Machine` and are good for choosing a strategy; they are no promise.
 
 Letters: N weights, of which H in hidden matrices (which Newton–Schulz orthogonalizes); W ranks; M micro-batches in a step.
 """
@@ -13,7 +14,9 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from celo2.distributed.plan import balance
 from celo2.layout import matrix_count, stacked_shape
+from celo2.orthogonalize import newton_schulz_flops
 from configs.schema import Config
 from configs.schema import Optimizer as OptimizerConfig
 from launch.distributed.blocks import blocks_of
@@ -21,8 +24,32 @@ from launch.optimizers.build import Groups, normalizes_gradient
 from launch.optimizers.table import OptimizerEntry, entry_of
 
 FP32, BF16 = 4, 2  # bytes
-WORLDS = tuple(8 << i for i in range(8))  # GPUs: 8 .. 1024
-GPU_MEMORY = 80e9  # bytes, of an H100
+WORLDS = tuple(8 << i for i in range(8))  # 8 .. 1024
+
+
+@dataclass(frozen=True)
+class Machine:
+    """GPUs and the wires between them. Defaults: H100 SXM in DGX H100 nodes, from NVIDIA's data sheets."""
+
+    flops: float = 989e12  # bf16 peak without sparsity, FLOP/s
+    efficiency: float = 0.4  # of the peak in forward and backward passes: 0.33 to 0.5 in published GPT runs on H100
+    newton_schulz_efficiency: float = 0.6  # large square products alone: 62 TFLOP of a 1.3B model take about 0.1 s
+    memory: float = 80e9  # bytes of a GPU
+    memory_bandwidth: float = 3.35e12  # bytes/s
+    gpus_per_node: int = 8
+    intra_node_bandwidth: float = 450e9  # bytes/s that a GPU sends: NVLink 4, 900 GB/s for both directions
+    inter_node_bandwidth: float = 50e9  # bytes/s that a GPU sends: one 400 Gb/s adapter for each GPU
+    latency: float = 10e-6  # s for one hop of a tree of ranks, launch of the kernel included
+
+    def ring(self, world: int) -> float:
+        """Bytes/s of a rank in ring collectives; between nodes a ring uses all adapters of a node for one copy of the data."""
+        if world <= self.gpus_per_node:
+            return self.intra_node_bandwidth
+        return min(self.intra_node_bandwidth, self.gpus_per_node * self.inter_node_bandwidth)
+
+    def exchange(self, world: int) -> float:
+        """Bytes/s of a rank in an all-to-all, most of which goes to other nodes."""
+        return self.intra_node_bandwidth if world <= self.gpus_per_node else self.inter_node_bandwidth
 
 
 @dataclass(frozen=True)
@@ -33,8 +60,11 @@ class Workload:
     hidden: tuple[tuple[int, int], ...]  # (R, C) of every hidden matrix, in the order of the parameters
     block_parameters: int  # of all transformer blocks together
     blocks: int
+    context: int  # tokens of a sequence
+    flops_per_token: float  # forward and backward
     activations: float  # elements that the forward pass of one sequence keeps
     loss: float  # float32 elements that the loss holds
+    recompute: bool = False  # gradient checkpointing: one more forward pass
 
     @property
     def hidden_parameters(self) -> int:
@@ -227,7 +257,77 @@ def directions_held(workload: Workload, setup: Setup) -> float:
     return setup.direction_bytes * (2 * sum(split) / setup.shards + 2 * owned)
 
 
-def workload_of(model: nn.Module, groups: Groups, activations: float, loss: float) -> Workload:
+def optimizer_seconds(workload: Workload, setup: Setup, machine: Machine) -> float:
+    """Seconds of the update on the busiest rank: Newton–Schulz on its matrices, and passes over memory."""
+    entry = setup.entry
+    owners = setup.shards if setup.strategy != "ddp" or entry.takes_rule else 1
+    seconds = 0.0
+    if entry.orthogonalizes:
+        loads = [0.0] * owners
+        balance([newton_schulz_flops(rows, cols) for rows, cols in workload.hidden], loads)
+        seconds += max(loads) / (machine.flops * machine.newton_schulz_efficiency)
+    # Bytes moved for a weight. AdamW reads w, g, m, v and writes w, m, v. The rule reads g, w, three m, v and writes three m
+    # and v; reads g and three m; reads g, w, three m, v and writes a direction; and reads that and w and writes w.
+    adamw, muon = 7 * FP32, 6 * FP32 + 2 * setup.direction_bytes
+    accumulate, direct = 2 * FP32 + 8 * setup.state_bytes, 3 * FP32 + 7 * setup.state_bytes + setup.direction_bytes
+    if setup.normalize_gradient:  # reads g once more, for its norm
+        accumulate += FP32
+    apply = 2 * FP32 + setup.direction_bytes
+    hidden, others = workload.hidden_parameters, workload.parameters - workload.hidden_parameters
+    own = 1 / setup.shards  # share of the weights whose state is here, or whose direction is computed here
+    kept = own if setup.shard_state or setup.strategy != "ddp" else 1
+    held = 1 if setup.strategy == "ddp" else own  # share of the weights that are updated here
+    if entry.takes_rule:
+        moved = hidden * (kept * accumulate + own * direct + held * apply)
+    else:
+        moved = hidden * kept * (muon if entry.orthogonalizes else adamw)
+    return seconds + (moved + others * kept * adamw) / machine.memory_bandwidth
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step."""
+
+    compute: float  # forward and backward
+    hidden: float  # communication behind computing
+    exposed: float  # communication that computing waits for
+    optimizer: float
+
+    @property
+    def total(self) -> float:
+        """Of the step."""
+        return self.compute + self.exposed + self.optimizer
+
+
+def step_time(workload: Workload, setup: Setup, machine: Machine) -> StepTime:
+    """Seconds of one optimizer step.
+
+    Gradients travel during the backward pass (two thirds of computing; under DDP and zero1 of the last micro-batch alone), and
+    weights of zero3 and fsdp2 during all of computing. What takes longer than that, and everything else, is waited for.
+    """
+    tokens = setup.accumulation * setup.micro_batch * workload.context
+    compute = tokens * workload.flops_per_token * (4 / 3 if workload.recompute else 1) / (machine.flops * machine.efficiency)
+    sent, ring = exchanged_bytes(workload, setup), machine.ring(setup.world)
+    hop = machine.latency * math.log2(setup.world) if setup.world > 1 else 0.0
+    once = setup.strategy in ("ddp", "zero1")  # gradients travel once a step
+    streamed = setup.strategy in ("zero3", "fsdp2")
+    collectives = workload.blocks * (1 if once else setup.accumulation) * (3 if streamed else 1)
+    overlappable = sent["gradients"] / ring + collectives * hop
+    hops = 6 + setup.normalize_gradient  # three sums or four, two exchanges, one agreement
+    waited = (sent["sums"] + sent["agreement"]) / ring + hops * hop
+    waited += sent["directions"] / (ring if setup.strategy == "ddp" else machine.exchange(setup.shards))
+    if streamed:
+        overlappable += sent["weights"] / ring
+    else:
+        waited += sent["weights"] / ring
+    window = compute if streamed else compute * 2 / 3 / (setup.accumulation if once else 1)
+    exposed = max(0.0, overlappable - window)
+    return StepTime(compute, overlappable - exposed, exposed + waited, optimizer_seconds(workload, setup, machine))
+
+
+def workload_of(
+    model: nn.Module, groups: Groups, context: int, flops_per_token: float, activations: float, loss: float, recompute: bool
+) -> Workload:
     """The workload of `model`, which may be on the meta device, with the groups of `optimizer_groups`."""
     hidden: list[tuple[int, int]] = []
     for group in groups:
@@ -241,20 +341,26 @@ def workload_of(model: nn.Module, groups: Groups, activations: float, loss: floa
         hidden=tuple(hidden),
         block_parameters=sum(p.numel() for block in blocks for p in block.parameters()),
         blocks=len(blocks),
+        context=context,
+        flops_per_token=flops_per_token,
         activations=activations,
         loss=loss,
+        recompute=recompute,
     )
 
 
-def cost_lines(workload: Workload, setup: Setup, batch: int, worlds: tuple[int, ...] = WORLDS) -> list[str]:
+def cost_lines(workload: Workload, setup: Setup, batch: int, machine: Machine, worlds: tuple[int, ...] = WORLDS) -> list[str]:
     """A table over the numbers of GPUs in `worlds` for a global batch of `batch` sequences; those it does not fill are left out.
 
     Where a micro-batch of `setup.micro_batch` does not divide the batch of a rank, the largest one that divides both is taken.
     """
     precision = "bf16" if setup.bf16 else "fp32"
     lines = [
-        f"cost        {setup.strategy}, {setup.optimizer}, {precision}, {batch} sequences, {GPU_MEMORY / 1e9:.0f} GB a GPU",
-        f"{'GPUs':>6} {'micro-batches':>14} {'GB a GPU':>9} {'fits':>5} {'GB sent a step':>15}",
+        f"cost        {setup.strategy}, {setup.optimizer}, {precision}, {batch} x {workload.context} tokens a step on "
+        f"{machine.flops / 1e12:.0f} TFLOP/s x {machine.efficiency:.0%}, {machine.gpus_per_node} GPUs a node, "
+        f"{machine.intra_node_bandwidth / 1e9:.0f} and {machine.inter_node_bandwidth / 1e9:.0f} GB/s (estimate)",
+        f"{'GPUs':>6} {'micro':>9} {'GB/GPU':>8} {'fits':>5} {'GB sent':>8} {'compute':>9} {'waiting':>9} {'optimizer':>9} "
+        f"{'step s':>8} {'tokens/s':>11} {'MFU':>6}",
     ]
     for world in worlds:
         if batch % world or world % setup.replicas:
@@ -262,9 +368,16 @@ def cost_lines(workload: Workload, setup: Setup, batch: int, worlds: tuple[int, 
         of_rank = batch // world
         micro = math.gcd(of_rank, setup.micro_batch)
         here = replace(setup, world=world, micro_batch=micro, accumulation=of_rank // micro)
-        memory, sent = sum(memory_per_rank(workload, here).values()), sum(exchanged_bytes(workload, here).values())
-        fits = "yes" if memory < GPU_MEMORY else "no"
-        lines.append(f"{world:>6} {f'{here.accumulation} x {micro}':>14} {memory / 1e9:>9.1f} {fits:>5} {sent / 1e9:>15.2f}")
+        memory = sum(memory_per_rank(workload, here).values())
+        fits = "yes" if memory < machine.memory else "no"
+        seconds = step_time(workload, here, machine)
+        speed = batch * workload.context / seconds.total
+        utilization = speed * workload.flops_per_token / (world * machine.flops)
+        lines.append(
+            f"{world:>6} {f'{here.accumulation} x {micro}':>9} {memory / 1e9:>8.1f} {fits:>5} "
+            f"{sum(exchanged_bytes(workload, here).values()) / 1e9:>8.2f} {seconds.compute:>9.3f} {seconds.exposed:>9.3f} "
+            f"{seconds.optimizer:>9.3f} {seconds.total:>8.3f} {speed:>11,.0f} {utilization:>6.1%}"
+        )
     if len(lines) == 2:
         lines.append(f"       train.batch_size {batch} divides over none of {', '.join(map(str, worlds))} GPUs")
     return lines

@@ -1,4 +1,4 @@
-"""`--plan`: what a training run would take, without training: parameters, routing, tokens, FLOPs, memory, bytes sent."""
+"""`--plan`: what a training run would take, without training: parameters, routing, tokens, FLOPs, memory, cost on N GPUs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from configs.schema import Config
 from data.batches import check_batch_size
 from launch.optimizers.build import as_celo2_groups, optimizer_groups
 from launch.optimizers.table import entry_of
-from launch.planning.cost import cost_lines, memory_per_rank, setup_of, workload_of
+from launch.planning.cost import Machine, cost_lines, memory_per_rank, setup_of, workload_of
 from launch.run.schedule import lr_factor
 from launch.run.setup import build_from_config, open_data, vocabulary
 from models import flops_per_token
@@ -42,7 +42,7 @@ def make_plan(config: Config) -> str:
     tokens = step_tokens * config.train.steps
     per_token = flops_per_token(model, context)
     one = activation_elements(model, 1, context, config.model.gradient_checkpointing)
-    workload = workload_of(model, groups, one, loss_elements(model))
+    workload = workload_of(model, groups, context, per_token, one, loss_elements(model), config.model.gradient_checkpointing)
     setup = setup_of(config, world)
     memory = {name: size for name, size in memory_per_rank(workload, setup).items() if size}
     orthogonalized = workload.hidden if entry_of(optimizer).orthogonalizes else ()
@@ -63,7 +63,7 @@ def make_plan(config: Config) -> str:
         f"memory      {sum(memory.values()) / GB:.2f} GB a process under {config.distributed.strategy}: "
         + ", ".join(f"{name} {size / GB:.2f}" for name, size in memory.items()),
         "",
-        *cost_lines(workload, setup, config.train.batch_size),
+        *cost_lines(workload, setup, config.train.batch_size, Machine()),
         "",
         routing_table(as_celo2_groups(groups)),
     ]

@@ -1,12 +1,15 @@
 """The cost model against numbers worked out by hand, on a toy model and on GPT-3's shapes."""
 
+from dataclasses import replace
+
 import pytest
 from torch import nn
 
 from celo2.orthogonalize import newton_schulz_flops
 from launch.planning.cost import (
-    GPU_MEMORY,
+    Machine,
     Setup,
+    StepTime,
     Workload,
     all_gather,
     all_reduce,
@@ -15,9 +18,11 @@ from launch.planning.cost import (
     cost_lines,
     exchanged_bytes,
     memory_per_rank,
+    optimizer_seconds,
     reduce_scatter,
     split_matrices,
     state_bytes,
+    step_time,
     workload_of,
 )
 
@@ -27,6 +32,8 @@ TOY = Workload(
     hidden=((10, 20),) * 4,
     block_parameters=850,
     blocks=2,
+    context=8,
+    flops_per_token=6000.0,
     activations=500.0,
     loss=30.0,
 )
@@ -106,6 +113,51 @@ def test_memory_by_hand():
     assert memory_per_rank(TOY, Setup("fsdp2", 4, replicas=2))["weights"] == 2000
 
 
+def test_seconds_by_hand():
+    machine = Machine(
+        flops=1e6,
+        efficiency=0.5,
+        newton_schulz_efficiency=0.5,
+        memory_bandwidth=1e4,
+        gpus_per_node=2,
+        intra_node_bandwidth=1e4,
+        inter_node_bandwidth=1e3,
+        latency=0.0,
+    )
+    # 3 micro-batches x 2 sequences x 8 tokens x 6000 FLOPs at 0.5 MFLOP/s.
+    setup = Setup("ddp", 4, 3, 2)
+    time = step_time(TOY, setup, machine)
+    assert time.compute == pytest.approx(0.576)
+    # Gradients: 6000 bytes over two adapters, 3 s, behind two thirds of one micro-batch of three: 0.128 s. Directions 0.6 s.
+    assert time.hidden == pytest.approx(0.128) and time.exposed == pytest.approx(3 - 0.128 + 0.6 + JUDGED / 2000)
+    # One matrix each of four ranks: 5 x (4 x 10 x 10 x 20 + 2 x 1000) FLOPs at 0.5 MFLOP/s. Memory: 40 bytes of each of 800
+    # weights, 42 of each of 200 directions, 10 to apply, and AdamW's 28 of each of 200.
+    assert newton_schulz_flops(10, 20) == 50000
+    expected = 0.1 + (800 * 40 + 200 * 42 + 800 * 10 + 200 * 28) / 1e4
+    assert time.optimizer == optimizer_seconds(TOY, setup, machine) == pytest.approx(expected)
+    assert time.total == pytest.approx(0.576 + time.exposed + expected)
+    # With bfloat16 state 24 and 28 bytes instead.
+    low = (0.1 * 1e4 + 800 * 24 + 200 * 28 + 800 * 10 + 200 * 28) / 1e4
+    assert optimizer_seconds(TOY, replace(setup, state_bf16=True), machine) == pytest.approx(low)
+    # A rule that normalizes gradients reads 4 bytes more of each weight, of each of the 200 that a rank has of split matrices.
+    for strategy, more in (("ddp", 4 * 800), ("zero3", 4 * 200)):
+        plain = Setup(strategy, 4, 3, 2)
+        seconds = [optimizer_seconds(TOY, replace(plain, normalize_gradient=on), machine) for on in (False, True)]
+        assert seconds[1] - seconds[0] == pytest.approx(more / 1e4)
+    assert StepTime(1, 2, 3, 4).total == 8  # what is hidden takes no time
+    # In one node the ring is ten times as fast, and zero3 hides weights and gradients behind all of computing.
+    inside = step_time(TOY, Setup("zero3", 2, 3, 2), machine)
+    sent = exchanged_bytes(TOY, Setup("zero3", 2, 3, 2))
+    behind = (sent["gradients"] + sent["weights"]) / 1e4
+    rest = (sent["sums"] + sent["agreement"] + sent["directions"]) / 1e4
+    assert inside.hidden == pytest.approx(0.576) and inside.exposed == pytest.approx(behind - 0.576 + rest)
+    # Across nodes an all-to-all has one adapter for each GPU, not a node's.
+    slow = step_time(TOY, Setup("zero3", 4, 3, 2), machine)
+    sent = exchanged_bytes(TOY, Setup("zero3", 4, 3, 2))
+    rest = (sent["sums"] + sent["agreement"]) / 2e3 + sent["directions"] / 1e3
+    assert slow.exposed == pytest.approx((sent["gradients"] + sent["weights"]) / 2e3 - 0.576 + rest)
+
+
 class Tiny(nn.Module):
     """Two blocks, an embedding outside, and a fused parameter of two matrices in the groups."""
 
@@ -123,7 +175,7 @@ def test_workload_of_a_model():
         {"params": [other], "role": "hidden", "matrices": None},
         {"params": [model.embedding.weight, *(block.bias for block in model.blocks)], "role": "other", "matrices": None},
     ]
-    workload = workload_of(model, groups, 2.0, 3.0)
+    workload = workload_of(model, groups, 16, 1.0, 2.0, 3.0, False)
     assert workload.hidden == ((4, 4), (4, 4), (8, 4)) and workload.blocks == 2
     assert (workload.parameters, workload.block_parameters, workload.outside, workload.hidden_parameters) == (108, 80, 28, 64)
 
@@ -134,7 +186,7 @@ def gpt3(width, layers):
     blocks = sum(r * c for r, c in hidden) + layers * 13 * width
     n = blocks + (50304 + 2048) * width
     activations = 2048 * width * (layers + 16)
-    return Workload(n, hidden, blocks, layers, activations, 3 * 4096 * 50304.0)
+    return Workload(n, hidden, blocks, layers, 2048, 6.0 * n, activations, 3 * 4096 * 50304.0, recompute=True)
 
 
 def test_the_large_sizes():
@@ -145,17 +197,26 @@ def test_the_large_sizes():
     davinci = gpt3(12288, 96)
     assert davinci.parameters == pytest.approx(175e9, rel=0.01)
     # Without sharding, 8 accumulators and more a weight fit nowhere; over 1,024 GPUs they do.
-    assert sum(memory_per_rank(davinci, Setup("ddp", 1024)).values()) > 20 * GPU_MEMORY
-    assert sum(memory_per_rank(davinci, Setup("fsdp2", 1024)).values()) < GPU_MEMORY
+    machine = Machine()
+    assert sum(memory_per_rank(davinci, Setup("ddp", 1024)).values()) > 20 * machine.memory
+    assert sum(memory_per_rank(davinci, Setup("fsdp2", 1024)).values()) < machine.memory
+    # More owners than matrices do not help: the largest matrix is left.
+    largest = newton_schulz_flops(12288, 49152) / (machine.flops * machine.newton_schulz_efficiency)
+    assert optimizer_seconds(davinci, Setup("fsdp2", 1024), machine) == pytest.approx(largest, rel=0.05)
 
 
 def test_the_table():
-    lines = cost_lines(gpt3(2048, 24), Setup("fsdp2", micro_batch=4), 256)
+    lines = cost_lines(gpt3(2048, 24), Setup("fsdp2", micro_batch=4), 256, Machine())
     rows = [line.split() for line in lines[2:]]
     assert [int(row[0]) for row in rows] == [8, 16, 32, 64, 128, 256]  # 256 sequences do not reach 512 GPUs
     assert rows[0][1:4] == ["8", "x", "4"] and rows[-1][1:4] == ["1", "x", "1"]
-    assert all(row[5] == "yes" for row in rows)
-    memory = [float(row[4]) for row in rows]
-    assert memory == sorted(memory, reverse=True)
-    assert max(map(len, lines)) <= 110
-    assert "divides over none" in cost_lines(gpt3(2048, 24), Setup("ddp"), 7)[-1]
+    speeds = [float(row[11].replace(",", "")) for row in rows]
+    assert speeds == sorted(speeds) and all(row[5] == "yes" for row in rows)
+    assert max(map(len, lines[1:])) <= 110
+    assert "divides over none" in cost_lines(gpt3(2048, 24), Setup("ddp"), 7, Machine())[-1]
+
+
+def test_recomputing_costs_a_third():
+    setup, machine = Setup("ddp", 8), Machine()
+    more = Workload(**{**TOY.__dict__, "recompute": True})
+    assert step_time(more, setup, machine).compute == pytest.approx(4 / 3 * step_time(TOY, setup, machine).compute)
