@@ -55,7 +55,7 @@ from launch.run.state import RunState, to_saved
 from launch.run.summary import finish
 from models import LossMismatch, ModelError, flops_per_token
 
-# What a person can mend: bad input, a full disk, a run whose numbers do not allow it to go on. Reported in one line.
+# Errors that the user can fix: bad input, a full disk, a run that diverged. Each is printed in one line.
 EXPECTED_ERRORS = (
     ConfigError,
     DataError,
@@ -171,7 +171,7 @@ def pretrain(config: Config, accelerator: Accelerator, heartbeat: Heartbeat, hoo
             stop, saver.asked = verdict.stop, verdict.save
             display.advance(state.step)
 
-            # What came of it.
+            # Report the step.
             if verdict.problem:
                 sequences = batches.sequences(state.step - 1).tolist()
                 metrics.event({"event": "problem", "step": state.step, "problem": verdict.problem, "sequences": sequences})
@@ -213,7 +213,9 @@ def main(argv: list[str] | None = None, hooks: Hooks | None = None) -> int:
     parser.add_argument("config", help="a YAML file, such as configs/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the file")
     parser.add_argument("--plan", action="store_true", help="print parameters, routing, tokens, FLOPs and memory, and stop")
-    parser.epilog = "options:\n" + "\n".join(f"  {name} = {default!r}: {doc}" for name, default, doc in options())
+    parser.epilog = "keys of the configuration, with their defaults:\n" + "\n".join(
+        f"  {name} = {default!r}: {doc}" for name, default, doc in options()
+    )
     args = parser.parse_intermixed_args(argv)
     try:
         config = load_config(args.config, args.overrides)

@@ -74,7 +74,7 @@ class FirstLayer(NamedTuple):
 
 
 class Passes(NamedTuple):
-    """What of the rule touches every element of a matrix. `PLAIN`, below, is the reference of every other implementation.
+    """The functions that read every element of a matrix. `PLAIN`, below, is the reference of every other implementation.
 
     A pass takes several stacks whose matrices have one shape and are cut into the same pieces, and returns a row for each of
     their N matrices in all. Sums are over what is here: they are complete when those of all ranks are added.
@@ -105,10 +105,7 @@ def row_blocks(piece: Piece) -> list[slice]:
 
 
 def tiles(piece: Piece, features: int) -> Iterator[tuple[slice, Tensor]]:
-    """(rows of a block, room for `features` numbers of each of its elements (N, F, r, c)) for every block of a piece.
-
-    All blocks use the same memory, one after the other.
-    """
+    """For every row block of a piece: its rows, and a buffer (N, F, r, c) for F features. All blocks share its memory."""
     n, _, cols = piece.g.shape
     blocks = row_blocks(piece)
     buffer = torch.empty(n, features, (blocks[0].stop - blocks[0].start) * cols, device=piece.g.device)

@@ -134,7 +134,7 @@ class Form(NamedTuple):
 
     stack: tuple[int, int, int]  # (N, R, C) of the whole parameter; of a vector of E elements (1, 1, E)
     axes: tuple[int, int] | None  # of the factored second moment, in the stacked shape; None for a vector
-    by_reference: bool  # a vector, or matrices whose second moment is factored over the batch: no stack of equal matrices
+    by_reference: bool  # `celo2.vectors` updates it: a vector, or a second moment factored over the batch
     whole: tuple[tuple[slice, tuple[Region, ...]], ...] = ()  # equal matrices that lie whole here: which ones, and their regions
     split: Mapping[int, tuple[Region, ...]] = {}  # regions of matrices that other ranks hold parts of, by number
 

@@ -59,9 +59,9 @@ class Celo2(torch.optim.Optimizer):
     State, allocated at construction, for a parameter of shape P and stacked shape S = (..., R, C) (see `celo2.layout`): by
     the rule, `momentum` (3, *P), `second_moment` P, and `row` and `col`, means over the longer and the shorter axis of a
     matrix, or `diag` (3, *P) for a vector; by AdamW `step`, `exp_avg`, `exp_avg_sq`. A matrix with bfloat16 state has `count`,
-    int32 (), its steps so far. Of a parameter that is sharded, P is its local shard, `count` is the
-    same on all ranks, and `row` and `col` are those of all its matrices: every rank moves them where a matrix is split, one that
-    lies whole on a rank moves there.
+    int32 (), its steps so far. For a sharded parameter P is its local shard, and `count` is the same on all ranks. `row` and
+    `col` cover all its matrices: every rank updates them for a split matrix; for a matrix that is whole on one rank, only that
+    rank does.
 
     Raises:
         ValueError, TypeError: a bad option, naming the parameter group.
@@ -92,7 +92,7 @@ class Celo2(torch.optim.Optimizer):
         self.ns_dtype = ns_dtype
         self.state_dtype = state_dtype
         self.replicas = Replicas(replicas, shard_state) if replicas is not None else None
-        self.passes: Passes | None = None  # those of every device; None: `celo2.step.passes_for` chooses
+        self.passes: Passes | None = None  # None: `celo2.step.passes_for` chooses; benchmarks and tests set them
         self.orthogonalized = 0  # matrices that this rank has orthogonalized so far
         self._rule_on: dict[torch.device, Rule] = {}
         self._entries: dict[Tensor, Entry] = {}  # found at the first step
@@ -196,8 +196,8 @@ class Celo2(torch.optim.Optimizer):
             for p in group["params"]:
                 if p not in self.state and (self.replicas is None or p not in self.replicas.owners):
                     raise ShardingError(
-                        f"parameter group {index}: a tensor of shape {tuple(p.shape)} that nothing explains has replaced its "
-                        "parameters; if DeepSpeed ZeRO put it there, see celo2.distributed.deepspeed"
+                        f"parameter group {index}: a tensor of shape {tuple(p.shape)} that nothing explains has replaced a "
+                        "parameter that Celo2 was built with; for DeepSpeed ZeRO use celo2.distributed.deepspeed.ZeroClient"
                     )
 
     def _find_entries(self) -> dict[Tensor, Entry]:

@@ -23,8 +23,8 @@ from celo2.rounding import SECOND_MOMENT_SLOT, noise, places, stochastic_round
 
 GRADIENT_CLIP = 1000.0
 SMALL_CLIP = 0.1
-SQUARE_FLOOR = 1e-30  # added to g² before the factored means, and to its mean before the gradient is divided by its RMS
-FACTOR_EPS = 1e-9  # beside the mean of the row accumulator, and the floor under both factors
+SQUARE_FLOOR = 1e-30  # added to g² in step 4, and to mean(g²) in step 0
+FACTOR_EPS = 1e-9  # added to the mean of the row accumulator; also the lower bound of both factors
 RSQRT_EPS = 1e-8  # inside rsqrt(v + eps), rsqrt(row + eps), rsqrt(col + eps)
 OUTPUTS = 3  # of the MLP: the direction, and two that have no effect
 RMS_EPS = 1e-9  # inside every RMS: of the channels, and of the final update

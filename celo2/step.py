@@ -32,7 +32,7 @@ from celo2.vectors import Vector, VectorPasses, vector_of
 
 # Newton–Schulz takes matrices of one shape together, up to this many elements or one matrix. CPU: 64 MB in float32. Elsewhere
 # 256 MB in bfloat16: eight matrices of 2048 x 8192, whose 576 tiles of X Xᵀ (`celo2.kernels.symmetric`) keep 132
-# multiprocessors busy to 87 %; the 72 tiles of one matrix, only to 55 %.
+# multiprocessors busy to 87 %; the 72 tiles of one matrix, only to 55 % (computed, not measured).
 BATCH_ELEMENTS = {"cpu": 1 << 24}
 DEFAULT_BATCH_ELEMENTS = 1 << 27
 
@@ -81,6 +81,7 @@ class Item(NamedTuple):
 
 
 Batch = list[Item]
+# Who carries out steps 0 to 8: of whole matrices, batch by batch; of split matrices, all together.
 Whole = Callable[[list[Item], Context], Iterator[tuple[Batch, Direction]]]
 OverRanks = Callable[[list[Item], Context, dist.ProcessGroup, Reduce], list[Direction]]
 
@@ -131,7 +132,7 @@ class Work:
             weight.copy_(w)
 
 
-# Steps 0 to 7: put in order here and nowhere else.
+# Only this section orders steps 0 to 7.
 
 
 def accumulate_(parts: Sequence[MatrixPasses | VectorPasses], rule: Rule, reduce: Reduce) -> None:

@@ -32,12 +32,13 @@ def vector_of(g: Tensor, w: Tensor, state: Mapping[str, Tensor] | None, form: Fo
     n, rows, _ = form.stack
     view = w.shape if form.axes is not None else (-1,)
     g_whole, w_whole = g.view(n, rows, -1), w.view(n, rows, -1)
+    # Momentum and second moment of a piece are never read here.
     piece = Piece(g_whole, w_whole, g_whole, g_whole, slice(0, rows), slice(0, w_whole.shape[2]))
     return Vector(form.stack, [piece], g.view(view), w.view(view), state or {}, form.axes)
 
 
 class VectorPasses:
-    """The same for a vector, or for matrices whose second moment is factored over the batch."""
+    """One `Vector` on its way through steps 0 to 7, with the methods of `celo2.step.MatrixPasses`."""
 
     def __init__(self, vector: Vector) -> None:
         self.vector = vector

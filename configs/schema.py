@@ -9,14 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from celo2.training.configuration import FRACTION, at_least, option, section
+from celo2.training.configuration import FRACTION, POSITIVE, SEED, at_least, option, section
 
 
 @dataclass
 class Run:
     name: str = option("run", "name of the training run; the trackers show it")
     dir: str | None = option(None, "folder of the training run; null: runs/<name>")
-    seed: int = option(0, "seeds initialization, data order and dropout")
+    seed: int = option(0, "seeds initialization, data order and dropout", SEED)
 
 
 @dataclass
@@ -42,7 +42,7 @@ OPTIMIZERS = ("celo2", "celo2-base", "adamw", "muon", "lion", "soap", "adafactor
 
 @dataclass
 class Optimizer:
-    name: str = option("celo2", f"of the hidden matrices: {', '.join(OPTIMIZERS)}, or a dotted path (torch.optim.NAdam)")
+    name: str = option("celo2", f"optimizer of hidden matrices: {', '.join(OPTIMIZERS)}, or a dotted path (torch.optim.NAdam)")
     lr: float = option(1e-3, "peak learning rate of hidden matrices (celo2: the RMS change of a weight in one step)", at_least(0))
     adamw_lr: float | None = option(
         None, "peak learning rate of embeddings, output layer, biases and norms; null: lr", at_least(0)
@@ -51,12 +51,14 @@ class Optimizer:
     rule: str | None = option(None, "for celo2 and celo2-base: a shipped rule or the path of a rule file; null: the name's own")
     state_dtype: Literal["fp32", "bf16"] = option("fp32", "celo2, celo2-base: state of matrices, 16 or 8 bytes a weight")
     arguments: dict[str, Any] | None = option(None, "further arguments of the optimizer's constructor {betas: [0.9, 0.99]}")
-    route: Literal["hidden", "all"] = option("hidden", "for a dotted path: hidden matrices, AdamW the rest; all: everything")
+    route: Literal["hidden", "all"] = option("hidden", "for a dotted path: hidden (AdamW updates the rest) or all")
 
 
 @dataclass
 class Schedule:
-    kind: Literal["cosine", "linear", "constant", "wsd"] = option("cosine", "shape after warm-up; wsd: constant, then linear")
+    kind: Literal["cosine", "linear", "constant", "wsd"] = option(
+        "cosine", "cosine, linear, constant or wsd (constant, then linear)"
+    )
     warmup: float = option(0.05, "fraction of train.steps with linear warm-up from 0", FRACTION)
     final: float = option(0.1, "learning rate at the last step, as a fraction of the peak (constant: unused)", FRACTION)
     decay: float = option(0.2, "wsd: fraction of train.steps that decays, at the end", FRACTION)
@@ -70,23 +72,23 @@ class Train:
         32, "sequences in one forward pass of one rank; the rest is gradient accumulation", at_least(1)
     )
     grad_clip: float = option(1.0, "largest norm of the whole gradient; 0: no clipping", at_least(0))
-    precision: Literal["fp32", "bf16"] = option("fp32", "bf16: autocast, with float32 weights (for the optimizer: state_dtype)")
+    precision: Literal["fp32", "bf16"] = option("fp32", "fp32 or bf16 (autocast with float32 weights; see optimizer.state_dtype)")
     compile: bool = option(False, "torch.compile of the model")
     max_bad_steps: int = option(10, "stop after so many steps in a row whose loss or gradient norm is not finite", at_least(1))
     spike: float = option(
         1.0, "a loss this many nats above the median of the last 50 steps is a spike; 0: no monitor", at_least(0)
     )
     on_spike: Literal["log", "rollback"] = option(
-        "log", "rollback: go back to the last checkpoint and skip the batches since, on spikes and after max_bad_steps"
+        "log", "log or rollback (to the last checkpoint, skipping the batches since, on spikes and after max_bad_steps)"
     )
 
 
 @dataclass
 class Distributed:
-    strategy: Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"] = option("ddp", "how weights and state are held by the ranks")
+    strategy: Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"] = option("ddp", "ddp, zero1, zero2, zero3 or fsdp2")
     shard_state: bool = option(False, "ddp with celo2: keep the optimizer state of a parameter on one rank")
-    replicas: int = option(1, "fsdp2: copies of the model, each sharded over processes / replicas ranks")
-    timeout: float = option(600.0, "seconds without a sign of another rank after which the training run ends with an error")
+    replicas: int = option(1, "fsdp2: copies of the model, each sharded over processes / replicas ranks", at_least(1))
+    timeout: float = option(600.0, "seconds without a sign of another rank after which the run ends with an error", POSITIVE)
 
 
 @dataclass

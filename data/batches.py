@@ -1,6 +1,6 @@
-"""Batches of training and validation tokens, the same whatever the number of processes and the micro batch.
+"""Batches of training and validation tokens, the same whatever the number of processes and the micro-batch.
 
-T context, B sequences of a step over all ranks, M sequences of a micro batch. Sequence i of a split has the inputs
+T context, B sequences of a step over all ranks, M sequences of a micro-batch. Sequence i of a split has the inputs
 [i T, (i + 1) T) and the targets [i T + 1, (i + 1) T + 1). So every token but the split's first is a target once an epoch.
 The last sequence is filled up with end-of-text inputs and targets IGNORE.
 """
@@ -24,7 +24,7 @@ class Batches:
     """The training batches of a split. Each is a pure function of (seed, step).
 
     batch_size is B; it must be a multiple of world_size * micro_batch_size. A step's batch holds the B sequences that
-    data.order gives. Rank r has the r-th of world_size contiguous parts of it, cut into micro batches in order. The
+    data.order gives. Rank r has the r-th of world_size contiguous parts of it, cut into micro-batches in order. The
     batches in the ranges `skipped` (start, stop) are left out, and later steps take the batches after them.
     """
 
@@ -44,7 +44,7 @@ class Batches:
         self.n_sequences = sequence_count(shards, context)
 
     def micro_batches(self, step: int, rank: int, world_size: int, micro_batch_size: int) -> list[MicroBatch]:
-        """This rank's micro batches of a step. DataError if the sizes do not divide, or a token is not in the vocabulary."""
+        """This rank's micro-batches of a step. DataError if the sizes do not divide, or a token is not in the vocabulary."""
         check_batch_size(self.batch_size, world_size, micro_batch_size)
         ids = self.sequences(step)
         mine = ids.reshape(world_size, -1, micro_batch_size)[rank]
@@ -70,18 +70,19 @@ class Batches:
 
 
 def check_batch_size(batch_size: int, world_size: int, micro_batch_size: int) -> None:
-    """DataError unless every rank gets the same number of whole micro batches."""
+    """DataError unless every rank gets the same number of whole micro-batches."""
     if min(batch_size, world_size, micro_batch_size) < 1:
         raise DataError(
-            f"batch_size {batch_size}, world_size {world_size} and micro_batch_size {micro_batch_size} must be positive"
+            f"train.batch_size={batch_size}, train.micro_batch_size={micro_batch_size}, {world_size} process(es): "
+            "all must be positive"
         )
     multiple = world_size * micro_batch_size
     below = batch_size // multiple * multiple
     if below != batch_size:
         near = " and ".join(str(size) for size in (below, below + multiple) if size)
         raise DataError(
-            f"batch_size {batch_size} is not a multiple of world_size {world_size} times micro_batch_size "
-            f"{micro_batch_size}, {multiple}; the nearest that are: {near}"
+            f"train.batch_size={batch_size} must be a multiple of {multiple} ({world_size} processes x "
+            f"train.micro_batch_size={micro_batch_size}); nearest: {near}"
         )
 
 
@@ -145,7 +146,7 @@ def prefetch(
     depth: int = 3,
     pin_memory: bool = False,
 ) -> Generator[list[MicroBatch]]:
-    """The micro batches of steps [start, stop), up to `depth` steps prepared ahead by one background thread.
+    """The micro-batches of steps [start, stop), up to `depth` steps prepared ahead by one background thread.
 
     An error in the thread is raised by next(). close(), an error or the end of the loop end the thread.
     """

@@ -286,7 +286,7 @@ def main(argv: list[str] | None = None) -> int:
         default=50,
         help="SIGKILLs in all, half of them at random moments and half in the phases of a save (50)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the random moments")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments (0)")
     parser.add_argument("--dir", help="where to work: a folder on the file system to be tested (a temporary one)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="options of the disturbed run")
     args = parser.parse_intermixed_args(argv)

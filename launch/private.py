@@ -1,6 +1,8 @@
 """Private names of other libraries that this project cannot do without, each behind a function that says why.
 
-Nothing else in `launch` uses private names. tests/launch/test_launch_private.py fails when a library changes one of them.
+Nothing else in `launch` uses private names. `celo2`, which may not import this module, uses two: DeepSpeed's `_hp_mapping` in
+`celo2/distributed/deepspeed.py`, and torch's `_foreach_*`. tests/launch/test_launch_private.py fails when a library changes one
+of the names here.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from torch.optim import _muon
 from torch.utils._python_dispatch import TorchDispatchMode
 
-DispatchMode = TorchDispatchMode  # sees every operator that torch calls, collectives included; hooks see modules only
+DispatchMode = TorchDispatchMode  # sees every torch operator, collectives included; module hooks do not
 
 
 def connect_to_default_store(prefix: str) -> dist.Store:
@@ -31,7 +33,7 @@ def connect_to_default_store(prefix: str) -> dist.Store:
 
 
 def leave(status: int) -> NoReturn:
-    """End the process with `status`. Exit handlers run, output is flushed, but the interpreter is not taken apart.
+    """End the process with `status`. Exit handlers run and output is flushed, but the interpreter does not run its shutdown.
 
     Gloo's worker threads release a collective's tensors a moment after the collective is done. One that does so while the
     interpreter is being taken apart aborts the process (SIGABRT), and a run that has succeeded counts as failed. Taking down
@@ -60,7 +62,7 @@ def zero3_refresh_weights(zero: Any) -> None:
 
 
 def forbid_deepspeed_compilation(deepspeed: Any) -> None:
-    """Without this DeepSpeed compiles C++ for inference on CPUs at its first start, which training does not need."""
+    """Stop DeepSpeed from compiling C++ for CPU inference at its first start; training does not need it."""
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 

@@ -34,7 +34,7 @@ def add_up_(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
 def swap(outgoing: list[Tensor], incoming: list[int], group: dist.ProcessGroup) -> list[Tensor]:
     """Send outgoing[r] (vectors of one dtype) to rank r of `group`; -> what every rank sent here, of `incoming` elements.
 
-    Travels as bytes: not every backend knows every dtype.
+    Tensors are sent as bytes: not every backend knows every dtype.
     """
     size = outgoing[0].element_size()
     send = torch.cat([t.reshape(-1) for t in outgoing])
@@ -81,7 +81,7 @@ def orthogonalize_split(
         pieces: of each matrix, what is here, in the order of its regions.
         empty: (0,), of the dtype and on the device of the pieces, of which a rank may have none.
         orthogonalize: takes matrices of one shape (N, R, C).
-        most_elements: that it gets at once, or one matrix.
+        most_elements: limit of elements for one call; a larger matrix goes alone.
 
     Returns:
         Pieces of the results, like those that came in.

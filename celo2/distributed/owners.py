@@ -1,6 +1,6 @@
 """Step 8 over several ranks: the owner of a matrix orthogonalizes it, and the result travels.
 
-`celo2.step` is handed one of these where `orthogonalized_here` does not do.
+`celo2.step` calls these instead of `orthogonalized_here` where several ranks share the work.
 """
 
 from __future__ import annotations

@@ -133,7 +133,10 @@ def gather_ranges(members: list[Entry], group: dist.ProcessGroup, recipe: str) -
     first_recipe, first_facts, _ = everyone[0]
     for rank, (other_recipe, other_facts, _) in zip(ranks, everyone, strict=True):
         if other_recipe != first_recipe:
-            raise ShardingError(f"ranks {ranks[0]} and {rank} run different rules: {first_recipe}, {other_recipe}")
+            raise ShardingError(
+                f"ranks {ranks[0]} and {rank} run different rules, optimizers or ns_dtype ({first_recipe}, {other_recipe}); "
+                "give every rank the same"
+            )
         if len(other_facts) != len(first_facts):
             raise ShardingError(f"rank {ranks[0]} has {len(first_facts)} parameters, rank {rank} has {len(other_facts)}")
         for mine, theirs in zip(first_facts, other_facts, strict=True):

@@ -41,6 +41,7 @@ def at_least(minimum: float) -> Range:
 
 
 POSITIVE = Range("above 0", lambda x: x > 0)
+SEED = Range("between 0 and 4294967295", lambda x: 0 <= x < 1 << 32)
 FRACTION = Range("a fraction between 0 and 1", lambda x: 0 <= x <= 1)
 DECAY = Range("in [0, 1)", lambda x: 0 <= x < 1)
 

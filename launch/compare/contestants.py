@@ -14,21 +14,6 @@ from launch.optimizers.build import check_optimizer
 from launch.optimizers.table import TABLE, entry_of
 from launch.optimizers.third_party import accepted, find_class
 
-# Where a grid begins, times what the configuration asks of its own optimizer beyond its usual: what authors use for language
-# models. No more than a beginning: grids are extended until the best value lies inside.
-USUAL_LR = {
-    "celo2": 1e-3,  # arXiv 2602.19142: 3e-4 to 1e-3; an update has RMS 1
-    "celo2-base": 1e-3,
-    "adamw": 1e-3,  # 6e-4 at 125M, more for smaller models (arXiv 2005.14165, table 2.1)
-    "muon": 1e-3,  # at AdamW's scale of updates (match_rms_adamw, arXiv 2502.16982)
-    "lion": 2e-4,  # 3 to 10 times below AdamW's (arXiv 2302.06675, section 5)
-    "soap": 3e-3,  # arXiv 2409.11321
-    "adafactor": 1e-2,  # torch's default; relative to the RMS of the weight
-    "schedule-free": 3e-3,  # 1 to 10 times AdamW's (arXiv 2405.15682)
-}
-# Schedule-free averages the weights instead of lowering the learning rate; the warm-up stays.
-NEEDS = {"schedule-free": ["schedule.kind=constant"]}
-
 
 @dataclass(frozen=True)
 class Contestant:
@@ -74,7 +59,7 @@ def parse(spec: str, config: Config) -> Contestant:
     if not lr > 0:
         raise ConfigError(f"{spec}: a grid of learning rates cannot begin at {lr:g}")
     given = [f"optimizer.{key}={flow(value)}" for key, value in own.items() if key != "lr"]
-    overrides = (f"optimizer.name={name}", *given, *NEEDS.get(name, []))
+    overrides = (f"optimizer.name={name}", *given, *entry.needs)
     special = [option for option in overrides[1:] if not option.endswith("=null") and option != "optimizer.route=hidden"]
     if entry.all_hidden:
         special.append("trains every parameter with its own learning rate, without adamw_lr")
@@ -110,8 +95,9 @@ def with_numbers(value: Any) -> Any:
 
 def usual_lr(name: str) -> float:
     """Where a grid begins: what authors use, or the default of a library's constructor, or 1e-3 where it has none."""
-    if name in USUAL_LR:
-        return USUAL_LR[name]
+    usual = entry_of(Optimizer(name=name)).usual_lr
+    if usual is not None:
+        return usual
     parameter = accepted(find_class(name)).get("lr")
     value = getattr(parameter, "default", None)
     return float(value) if isinstance(value, int | float) and value > 0 else 1e-3

@@ -145,12 +145,15 @@ def rule_of(config: OptimizerConfig) -> Rule:
     """The rule of `config`. Raises ConfigError if it was trained for the other variant."""
     rule = load_rule(config.rule or config.name)
     if rule.variant != config.name:
-        raise ConfigError(f"optimizer.rule '{config.rule}' is a {rule.variant} rule, but optimizer.name is {config.name}")
+        raise ConfigError(
+            f"optimizer.rule '{config.rule}' is a {rule.variant} rule, but optimizer.name is {config.name}; "
+            f"set optimizer.name={rule.variant}"
+        )
     return rule
 
 
 def normalizes_gradient(config: OptimizerConfig) -> bool:
-    """Whether the optimizer has a rule that divides each gradient by its norm."""
+    """Whether the optimizer has a rule that divides each gradient by its RMS."""
     return entry_of(config).takes_rule and rule_of(config).normalize_gradient
 
 

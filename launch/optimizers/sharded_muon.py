@@ -23,9 +23,9 @@ from launch.private import muon_orthogonalize
 
 
 class ShardedMuon(torch.optim.Optimizer):
-    """Muon over local shards of matrices (R, C): parameters are this rank's flat runs. Equals torch.optim.Muon.
+    """Muon over local shards of matrices (R, C): parameters are this rank's local shards, flat. Equals torch.optim.Muon.
 
-    State, allocated at construction: `momentum_buffer`, as long as the run.
+    State, allocated at construction: `momentum_buffer`, as long as the local shard.
     """
 
     def __init__(self, params: list[dict[str, Any]], momentum: float = 0.95, weight_decay: float = 0.1) -> None:

@@ -21,14 +21,17 @@ class OptimizerEntry:
     route: Literal["hidden", "all"] = (
         "hidden"  # hidden: it updates the hidden matrices, AdamW the rest; all: it updates everything
     )
-    decay: float = 1.0  # factor on the weight decay of what it updates
+    decay: float = 1.0  # factor on optimizer.weight_decay for the parameters that it updates
     third_party: bool = True  # its state becomes tensors through the adapter in `launch.optimizers.third_party`
     sharded_path: str | None = None  # the class that updates local shards; None: it needs whole parameters
     plain_matrices: bool = False  # refuses fused and stacked matrices
-    takes_rule: bool = False  # is Celo2: has optimizer.rule and optimizer.state_dtype, and divides its work over replicas
+    takes_rule: bool = False  # runs a rule: accepts optimizer.rule and optimizer.state_dtype, and can divide work over replicas
     all_hidden: bool = False  # treats every parameter as hidden, and so has no optimizer.adamw_lr
     orthogonalizes: bool = False  # the update of hidden matrices, by Newton–Schulz
     state_per_weight: int = 2  # numbers of optimizer state for each weight that it updates
+    # For comparisons: where a grid of learning rates begins, and what else the authors ask for.
+    usual_lr: float | None = None  # what authors use for language models; None: the default of the constructor
+    needs: tuple[str, ...] = ()  # section.key=value
 
 
 ADAMW: dict[str, Any] = {"betas": (0.9, 0.95), "eps": 1e-8, "fused": True}
@@ -38,14 +41,16 @@ CELO2: dict[str, Any] = {
     "third_party": False,
     "takes_rule": True,
     "state_per_weight": 4,
+    "usual_lr": 1e-3,  # arXiv 2602.19142: 3e-4 to 1e-3; an update has RMS 1
 }
 TABLE = {
     "celo2": OptimizerEntry(**CELO2, orthogonalizes=True),
     "celo2-base": OptimizerEntry(**CELO2, all_hidden=True),
+    # Learning rate: 6e-4 at 125M, more for smaller models (arXiv 2005.14165, table 2.1).
     "adamw": OptimizerEntry(
-        "torch.optim.AdamW", sharded_path="torch.optim.AdamW", third_party=False, route="all", arguments=ADAMW
+        "torch.optim.AdamW", sharded_path="torch.optim.AdamW", third_party=False, route="all", arguments=ADAMW, usual_lr=1e-3
     ),
-    # arXiv 2502.16982: at this scale an update is as large as AdamW's. The sharded class has no other.
+    # match_rms_adamw (arXiv 2502.16982) makes an update as large as AdamW's. ShardedMuon always does, without the argument.
     "muon": OptimizerEntry(
         "torch.optim.Muon",
         sharded_path="launch.optimizers.sharded_muon.ShardedMuon",
@@ -54,15 +59,20 @@ TABLE = {
         plain_matrices=True,
         orthogonalizes=True,
         state_per_weight=1,
+        usual_lr=1e-3,
     ),
-    # arXiv 2302.06675, section 5: these betas for language models, a weight decay 3 to 10 times AdamW's.
-    "lion": OptimizerEntry("pytorch_optimizer.Lion", "pytorch_optimizer", {"betas": (0.95, 0.98)}, decay=3.0),
+    # arXiv 2302.06675, section 5: these betas for language models, a weight decay 3 to 10 times AdamW's, a learning rate 3 to 10
+    # times below.
+    "lion": OptimizerEntry("pytorch_optimizer.Lion", "pytorch_optimizer", {"betas": (0.95, 0.98)}, decay=3.0, usual_lr=2e-4),
     # arXiv 2409.11321: betas (0.95, 0.95), eigenbases every 10 steps, on the matrices of the layers alone.
-    "soap": OptimizerEntry("pytorch_optimizer.SOAP", "pytorch_optimizer", {"precondition_frequency": 10}),
+    "soap": OptimizerEntry("pytorch_optimizer.SOAP", "pytorch_optimizer", {"precondition_frequency": 10}, usual_lr=3e-3),
     # arXiv 1804.04235. Its learning rate is relative to the RMS of the weight.
-    "adafactor": OptimizerEntry("torch.optim.Adafactor"),
-    # arXiv 2405.15682: it averages the weights, so it must have them all. It wants schedule.kind=constant.
-    "schedule-free": OptimizerEntry("schedulefree.AdamWScheduleFree", "schedulefree", route="all"),
+    "adafactor": OptimizerEntry("torch.optim.Adafactor", usual_lr=1e-2),
+    # arXiv 2405.15682: it averages the weights instead of lowering the learning rate, so it must have them all. The warm-up
+    # stays. A learning rate 1 to 10 times AdamW's.
+    "schedule-free": OptimizerEntry(
+        "schedulefree.AdamWScheduleFree", "schedulefree", route="all", usual_lr=3e-3, needs=("schedule.kind=constant",)
+    ),
 }
 
 

@@ -48,6 +48,9 @@ def test_resolved_configuration_reads_back(file, tmp_path):
         ("train.steps=abc", "train.steps is 'abc', expected int"),
         ("train.steps=1.5", "train.steps is 1.5, expected int"),
         ("train.steps=0", "train.steps is 0, expected at least 1"),
+        ("run.seed=-1", "run.seed is -1, expected between 0 and 4294967295"),
+        ("distributed.replicas=0", "distributed.replicas is 0, expected at least 1"),
+        ("distributed.timeout=0", "distributed.timeout is 0.0, expected above 0"),
         ("train.steps=", "train.steps is None, expected int"),
         (
             "optimizer.name=celo",

@@ -110,13 +110,13 @@ def test_sizes_that_do_not_divide(train):
     for sizes, message in (
         (
             (10, 2, 4),
-            "batch_size 10 is not a multiple of world_size 2 times micro_batch_size 4, 8; the nearest that are: 8 and 16",
+            "train.batch_size=10 must be a multiple of 8 (2 processes x train.micro_batch_size=4); nearest: 8 and 16",
         ),
         (
             (3, 4, 1),
-            "batch_size 3 is not a multiple of world_size 4 times micro_batch_size 1, 4; the nearest that are: 4",
+            "train.batch_size=3 must be a multiple of 4 (4 processes x train.micro_batch_size=1); nearest: 4",
         ),
-        ((8, 1, 0), "batch_size 8, world_size 1 and micro_batch_size 0 must be positive"),
+        ((8, 1, 0), "train.batch_size=8, train.micro_batch_size=0, 1 process(es): all must be positive"),
     ):
         with pytest.raises(DataError) as caught:
             Batches(train, CONTEXT, sizes[0], seed=0).micro_batches(0, 0, *sizes[1:])
@@ -233,5 +233,5 @@ def test_prefetch_raises_the_thread_s_error(too_small_vocabulary):
     with pytest.raises(DataError, match="outside the vocabulary of 256"):
         list(steps)
     assert prefetch_threads() == 0
-    with pytest.raises(DataError, match="is not a multiple of world_size 3"):
+    with pytest.raises(DataError, match="must be a multiple of 3"):
         list(prefetch(Batches(too_small_vocabulary, CONTEXT, BATCH, 0), 0, 100, 0, 3, 1))

@@ -127,7 +127,7 @@ def test_trackers_get_the_same_numbers(run):
     [
         (["data.dir=null"], "data.dir is missing"),
         (["data.dir=/nowhere"], "/nowhere: no such folder"),
-        (["train.batch_size=8", "train.micro_batch_size=3"], "batch_size 8 is not a multiple of"),
+        (["train.batch_size=8", "train.micro_batch_size=3"], "train.batch_size=8 must be a multiple of"),
         (["model.size=gpt3-126m"], "unknown size 'gpt3-126m'; did you mean 'gpt3-125m'"),
         (["model.heads=3"], "3"),
         (["model.vocab_size=100"], "model.vocab_size is 100, but the data has tokens up to 256"),

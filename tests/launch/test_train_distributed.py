@@ -150,7 +150,7 @@ def test_two_processes(run, prepared):
     assert losses(back) == pytest.approx({step: loss for step, loss in later.items() if step > 8}, rel=1e-4)
     # A signal that only the second rank got: both saved after that step, and the continued run is the same.
     assert losses(read(run.tmp_path / "signal")) == losses(double)
-    assert "is not a multiple of world_size 2 times micro_batch_size 4" in done.stderr
+    assert "(2 processes x train.micro_batch_size=4)" in done.stderr
     # Orthogonalization that is silently off is found at the first step, before anything is saved.
     for strategy, folder in (("fsdp2", "wrong"), ("ddp", "wrong1")):
         assert f"distributed.strategy {strategy}: the update of model.layers.0.attn.q_proj.weight is 0." in done.stderr
