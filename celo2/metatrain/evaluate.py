@@ -39,15 +39,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=400, help="training steps (default: 400)")
     parser.add_argument("--trials", type=int, default=6, help="learning rates that are tried for every optimizer (default: 6)")
     parser.add_argument("--search-steps", type=int, help="training steps of the search (default: as --steps)")
-    parser.add_argument("--search-seeds", type=int, default=1, help="seeds of each of them, their mean counts (default: 1)")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds beside those of the search (default: 3)")
+    parser.add_argument("--search-seeds", type=int, default=1, help="seeds of the search; their mean decides (default: 1)")
+    parser.add_argument("--seeds", type=int, default=3, help="further seeds, which give the results (default: 3)")
     parser.add_argument(
-        "--adamw-lr", type=float, default=ADAMW_LR, help=f"of embeddings, heads and vectors, under AdamW (default: {ADAMW_LR:g})"
+        "--adamw-lr", type=float, default=ADAMW_LR, help=f"AdamW's, for embeddings, heads and vectors (default: {ADAMW_LR:g})"
     )
     parser.add_argument("--baselines", default=",".join(BASELINES), help=f"comma-separated (default: {','.join(BASELINES)})")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (what is there)")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="bf16: autocast (default: fp32)")
-    parser.add_argument("--out", default="evaluation.jsonl", help="one line per training run (default: evaluation.jsonl)")
+    parser.add_argument("--out", default="evaluation.jsonl", help="file: a line per training run (default: evaluation.jsonl)")
     options = parser.parse_args(arguments)
     options.tasks = [name for name in options.tasks.split(",") if name]
     options.optimizers = [name for name in options.baselines.split(",") if name] + options.rules
@@ -190,7 +190,7 @@ def pairs(rows: Sequence[Row]) -> str:
             found = differences(a.losses, b.losses)
             pair = f"{a.optimizer} minus {b.optimizer}"
             lines.append(f"| {a.task} | {pair} | {spread(found, sign='+')} | {p_value(found)} | {len(found)} |")
-    return "\n".join([*lines, "", "mean ± standard deviation (SD) over n seeds; p: two-sided t-test of the paired differences"])
+    return "\n".join([*lines, "", "mean (standard deviation) over n seeds; p: two-sided t-test of the paired differences"])
 
 
 def differences(a: Sequence[float], b: Sequence[float]) -> list[float]:
@@ -199,9 +199,9 @@ def differences(a: Sequence[float], b: Sequence[float]) -> list[float]:
 
 
 def spread(values: Sequence[float], sign: str = "") -> str:
-    """Mean ± standard deviation."""
+    """Mean (standard deviation)."""
     deviation = statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else math.nan
-    return f"{statistics.mean(values):{sign}.4f} ± {deviation:.4f}"
+    return f"{statistics.mean(values):{sign}.4f} ({deviation:.4f})"
 
 
 def p_value(values: Sequence[float]) -> str:

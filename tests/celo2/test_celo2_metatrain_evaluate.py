@@ -37,8 +37,8 @@ def test_search_survives_divergence():
 def test_table_pairs_by_seed():
     rows = [Row("gpt", "hand-momentum", 2e-3, False, [2.0, 3.0]), Row("gpt", "celo2", 1e-3, True, [1.9, 2.9])]
     lines = evaluate.table(rows, 400).splitlines()
-    assert lines[2] == "| gpt | hand-momentum | 0.002 | 2.5000 ± 0.7071 |  | 2 |"
-    assert lines[3] == "| gpt | celo2 | 0.001 (edge) | 2.4000 ± 0.7071 | -0.1000 ± 0.0000 | 2 |"
+    assert lines[2] == "| gpt | hand-momentum | 0.002 | 2.5000 (0.7071) |  | 2 |"
+    assert lines[3] == "| gpt | celo2 | 0.001 (edge) | 2.4000 (0.7071) | -0.1000 (0.0000) | 2 |"
 
 
 def test_every_pair_on_a_task_is_tested():
@@ -46,8 +46,8 @@ def test_every_pair_on_a_task_is_tested():
     rows = [Row(task, "a", 1e-3, False, [2.1, 3.2, 4.3]) for task in ("gpt", "vit")]
     rows += [Row("gpt", "b", 1e-3, False, [2.0, 3.0, 4.0]), Row("vit", "c", 1e-3, False, [2.0, 3.0, math.inf])]
     _, _, gpt, vit, *_ = evaluate.pairs(rows).splitlines()
-    assert gpt == "| gpt | a minus b | +0.2000 ± 0.1000 | 0.074 | 3 |"
-    assert vit == "| vit | a minus c | -inf ± nan |  | 3 |"
+    assert gpt == "| gpt | a minus b | +0.2000 (0.1000) | 0.074 | 3 |"
+    assert vit == "| vit | a minus c | -inf (nan) |  | 3 |"
 
 
 def test_evaluation_table_and_continuation(tmp_path, capsys):
