@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from celo2.training.configuration import options
 from torch import nn
 
 from celo2.metatrain.config import Config as MetatrainConfig
 from celo2.rule import CHANNEL_GROUPS, FIRST_LAYER
+from celo2.training.configuration import options
 from configs.schema import Config
 
 ROOT = Path(__file__).parents[1]
