@@ -91,10 +91,11 @@ class Region(NamedTuple):
     offset: int  # of its first element in the local shard
 
     def of(self, shard: Tensor) -> Tensor:
-        """It (n, r, c) in the elements (E,) of the local shard, without a copy."""
-        step = shard.stride(-1)
-        strides = self.strides if step == 1 else [step * stride for stride in self.strides]
-        return shard.as_strided(self.size, strides, shard.storage_offset() + step * self.offset)
+        """It (n, r, c) in the elements of the local shard, contiguous and of any shape, without a copy.
+
+        The strides of `shard` say nothing: an axis of size 1 may have any and be contiguous.
+        """
+        return shard.as_strided(self.size, self.strides, shard.storage_offset() + self.offset)
 
     def of_each(self, shards: Tensor) -> Tensor:
         """It (n, K, r, c) in K tensors (K, E) of the local shard's elements, each contiguous."""

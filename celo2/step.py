@@ -125,6 +125,7 @@ class Work:
         """Steps 0 to 10 on everything; `whole` and `over_ranks` say who orthogonalizes whole and split matrices."""
         for batch, direction in whole(self.whole, context):
             finish_([batch], [direction], context, nothing)
+            del direction  # before the next one is made
         for group, items in self.split.items():
             reduce = functools.partial(add_up_, group=group)
             finish_([[item] for item in items], over_ranks(items, context, group, reduce), context, reduce)

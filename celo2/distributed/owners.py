@@ -29,19 +29,32 @@ from celo2.step import (
     passes_over,
     room_for,
 )
+from celo2.vectors import Vector
 
 
 def orthogonalized_by_owners(items: list[Item], context: Context, replicas: Replicas) -> Iterator[tuple[Batch, Direction]]:
-    """Whole matrices under replicas: every rank works on the batches that it owns, then everybody sends its results."""
+    """Whole matrices under replicas: every rank works on the batches that it owns, then everybody sends its results.
+
+    Vectors cost less than a message: without `shard_state` every rank updates them itself.
+    """
     batches, mine = list(batched(items)), []
-    for batch in batches:
+    everywhere = [not replicas.shard_state and isinstance(batch[0].part, Vector) for batch in batches]
+    for batch, by_all in zip(batches, everywhere, strict=True):
+        if by_all:
+            continue
         if batch[0].owner == replicas.rank:
             mine.append(direction_of(batch, context).contiguous())
         elif not replicas.shard_state:  # everybody keeps the accumulators, so everybody moves them
             for chunk in chunks(batch, context.passes):
                 accumulate_([passes_over(chunk, context)], context.rule, nothing)
     results = iter(mine)
-    for batch in batches:
+    for batch, by_all in zip(batches, everywhere, strict=True):
+        if by_all:
+            count = context.orthogonalized
+            yield batch, direction_of(batch, context)
+            if batch[0].owner != replicas.rank:
+                context.orthogonalized = count  # counted once, by the owner
+            continue
         direction = next(results) if batch[0].owner == replicas.rank else room_for(batch, context)
         broadcast_(direction, batch[0].owner, replicas.group)
         yield batch, direction
