@@ -140,7 +140,7 @@ class Form(NamedTuple):
     split: Mapping[int, tuple[Region, ...]] = {}  # regions of matrices that other ranks hold parts of, by number
 
 
-@functools.lru_cache(maxsize=1 << 12)  # the same numbers in every step: worked out anew they take a fifth of the host's time
+@functools.lru_cache(maxsize=1 << 12)  # the same numbers in every step: computed again they take a fifth of the host's time
 def form_of(shape: tuple[int, ...], layout: Layout | None, start: int, stop: int, alone: bool) -> Form:
     """The form of the elements [start, stop) of a parameter of `shape`; `alone`: no other rank holds a part of it."""
     stacked = stacked_shape(shape, layout)

@@ -77,7 +77,7 @@ class Unrolls:
     scale: dict[str, Tensor]  # (U, *shape) of each weight, now
     after: dict[str, Tensor]  # the same, and the weights, from a reset on
     fresh: dict[str, Tensor]
-    reset_at: Tensor  # (U,), the step at which a problem starts anew
+    reset_at: Tensor  # (U,), the step at which a problem starts again
     rows: Tensor  # (N, T, B), examples by number
     rate: Tensor  # (T, U), on the learning rates
     networks: dict[str, Tensor]
@@ -120,7 +120,7 @@ def on_device(state: State, theta: np.ndarray, truncation: Truncation, device: t
 def advance_(config: Config, family: Family, arrays: tuple[Tensor, ...], unrolls: Unrolls) -> None:
     """One step of every unroll: resets, losses, gradients, updates. Nothing in it depends on what the host can see.
 
-    A loss is measured before the step that learns from it. A problem that starts anew at step t loses its weights and
+    A loss is measured before the step that learns from it. A problem that starts again at step t loses its weights and
     accumulators before the loss of step t.
     """
     starts = unrolls.reset_at == unrolls.t  # (U,)

@@ -38,7 +38,7 @@ def estimate(
 
 
 def persisted(xi: np.ndarray, epsilon: np.ndarray, reset_at: np.ndarray, steps: int) -> np.ndarray:
-    """ξ for the next truncation: it restarts from this truncation's ε where a problem started anew."""
+    """ξ for the next truncation: it restarts from this truncation's ε where a problem started again."""
     return np.where((reset_at < steps)[:, None], epsilon, xi)
 
 

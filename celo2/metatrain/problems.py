@@ -79,7 +79,7 @@ class Truncation:
     Attributes:
         rows: (N, T, B) int64, the examples of each step: images, or the first bytes of sequences.
         rate: (N, T) float32, what multiplies the inner learning rates.
-        reset_at: (N,) int64, the step before which a problem starts anew; T: not in this truncation.
+        reset_at: (N,) int64, the step before which a problem starts again; T: not in this truncation.
         fresh: weights (N, *shape) from there on; scale_before, scale_after: the scales s (N, *shape) until and from there.
     """
 

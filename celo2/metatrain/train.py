@@ -147,7 +147,7 @@ class MetaTraining:
         }
 
     def advance(self, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The next truncation of every problem under θ (2N, 347): inner losses (2N, T), and where problems start anew (N,)."""
+        """The next truncation of every problem under θ (2N, 347): inner losses (2N, T), and where problems start again (N,)."""
         losses, resets = [], []
         for group in self.groups:
             problems = group.problems

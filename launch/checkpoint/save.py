@@ -151,7 +151,7 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, keep: int, announce: Anno
             announce("flush to disk")
             flush(path)
         announce("rename")
-        if target.exists():  # of the same step: a damaged one, or one that a rollback writes anew
+        if target.exists():  # of the same step: a damaged one, or one that a rollback writes again
             shutil.rmtree(replaced, ignore_errors=True)
             target.rename(replaced)
         temporary.rename(target)

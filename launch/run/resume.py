@@ -31,8 +31,10 @@ def resume(config: Config, run_dir: Path, strategy: Strategy, shards: TokenShard
     path: Path | None = None
     if config.checkpoint.resume == "auto":
         path, notes = find_checkpoint(run_dir / "checkpoints")
-        if path is None and notes:  # starting anew would throw the run away
-            raise CheckpointError(f"{run_dir}: no checkpoint is whole ({'; '.join(notes)}); choose another run.dir to start anew")
+        if path is None and notes:  # starting from the beginning would throw the run away
+            raise CheckpointError(
+                f"{run_dir}: no checkpoint is whole ({'; '.join(notes)}); choose another run.dir to start from the beginning"
+            )
     elif config.checkpoint.resume != "never":
         path = Path(config.checkpoint.resume)
         verify(path)
