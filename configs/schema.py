@@ -96,9 +96,7 @@ class Checkpoint:
     every: int = option(500, "steps between checkpoints; 0: only at the end", at_least(0))
     minutes: float = option(0.0, "minutes between checkpoints, besides `every`; 0: by steps alone", at_least(0))
     keep: int = option(2, "newest checkpoints to keep", at_least(1))
-    resume: str = option(
-        "auto", "auto: continue from the newest whole checkpoint; never: from the beginning; or a checkpoint's path"
-    )
+    resume: str = option("auto", "auto: from the newest whole checkpoint; never: from the beginning; or a checkpoint's path")
 
 
 @dataclass
