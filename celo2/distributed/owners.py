@@ -51,9 +51,10 @@ def orthogonalized_by_owners(items: list[Item], context: Context, replicas: Repl
     for batch, by_all in zip(batches, everywhere, strict=True):
         if by_all:
             count = context.orthogonalized
-            yield batch, direction_of(batch, context)
+            direction = direction_of(batch, context)
             if batch[0].owner != replicas.rank:
-                context.orthogonalized = count  # counted once, by the owner
+                context.orthogonalized = count  # the owner counts for all
+            yield batch, direction
             continue
         direction = next(results) if batch[0].owner == replicas.rank else room_for(batch, context)
         broadcast_(direction, batch[0].owner, replicas.group)
