@@ -37,19 +37,19 @@ from launch.monitoring.step_statistics import StepStatistics, hidden_names
 from launch.optimizers.build import set_mode
 from launch.planning.plan import make_plan
 from launch.private import leave
+from launch.run.agreement import identity_of
 from launch.run.evaluation import evaluate
 from launch.run.hooks import Hooks
 from launch.run.resume import resume, roll_back
 from launch.run.schedule import dropout_seed, due, lr_factor, set_lr
 from launch.run.setup import (
-    build_from_config,
     describe_run,
     describe_training,
+    make_model,
     open_batches,
     open_data,
     open_run,
     run_folder,
-    vocabulary,
 )
 from launch.run.state import RunState, to_saved
 from launch.run.summary import finish
@@ -90,7 +90,7 @@ def pretrain(config: Config, accelerator: Accelerator, heartbeat: Heartbeat, hoo
     check_batch_size(config.train.batch_size, world, config.train.micro_batch_size)
     shards, validation = open_data(config)
     set_seed(config.run.seed)
-    model, context = build_from_config(config, vocabulary(config, shards.vocab_size))
+    model, context, taken = make_model(config, shards)
     flops, parameters, hidden = flops_per_token(model, context), model.num_parameters(), hidden_names(model)
     heartbeat.mark("model built")
     strategy = make_strategy(config, accelerator, model)
@@ -103,10 +103,11 @@ def pretrain(config: Config, accelerator: Accelerator, heartbeat: Heartbeat, hoo
     # The run's folder, and where the run stands.
     run_dir = open_run(config, accelerator)
     heartbeat.mark("sharded")
-    state, notes = resume(config, run_dir, strategy, shards)
+    identity = identity_of(config, shards, context, optimizer)
+    state, notes = resume(config, run_dir, strategy, identity)
     heartbeat.mark("loaded")
     if first:
-        describe_run(config, run_dir, shards)
+        describe_run(config, run_dir, shards, optimizer)
     metrics = Metrics(accelerator, config, run_dir, state.tracker_ids)
     metrics.rewind(state.step, state.evaluated)
 
@@ -122,6 +123,7 @@ def pretrain(config: Config, accelerator: Accelerator, heartbeat: Heartbeat, hoo
         Guard(accelerator, config.train) as guard,
     ):
         batches, stream = open_batches(config, shards, context, state, accelerator)
+        notes += taken if state.step == 0 else []
         for note in [*notes, describe_training(config, parameters, optimizer, batches, world)]:
             display.say(note)
             metrics.event({"event": "start", "step": state.step, "note": note})
@@ -143,7 +145,7 @@ def pretrain(config: Config, accelerator: Accelerator, heartbeat: Heartbeat, hoo
                 heartbeat.mark(f"step {state.step}: saving")
                 metrics.flush()
                 set_mode(optimizer, "eval")
-                saver.save(strategy, to_saved(config, state, shards))
+                saver.save(strategy, to_saved(config, state, identity))
             if stop or state.step == steps:
                 break
 
@@ -167,7 +169,7 @@ def pretrain(config: Config, accelerator: Accelerator, heartbeat: Heartbeat, hoo
             verdict = strategy.step(partial(guard.judge, loss, save=saver.overdue))
             if verdict.healthy:
                 verification.check()
-            state.finish_step(n_targets, time.perf_counter() - start, verdict.healthy)
+            state.finish_step(config.train.batch_size, n_targets, time.perf_counter() - start, verdict.healthy)
             stop, saver.asked = verdict.stop, verdict.save
             display.advance(state.step)
 
@@ -177,10 +179,10 @@ def pretrain(config: Config, accelerator: Accelerator, heartbeat: Heartbeat, hoo
                 metrics.event({"event": "problem", "step": state.step, "problem": verdict.problem, "sequences": sequences})
                 display.say(f"step {state.step}: {verdict.problem}")
             if verdict.roll_back:
-                state = roll_back(run_dir, state, batches, strategy, saver)
-                saver.save(strategy, to_saved(config, state, shards))
+                state, left_out = roll_back(run_dir, state, strategy, saver)
+                saver.save(strategy, to_saved(config, state, identity))
                 metrics.rewind(state.step, state.evaluated)
-                display.say(f"rolled back to step {state.step}; batches {state.skipped[-1]} are left out")
+                display.say(f"rolled back to step {state.step}; the {left_out} sequences since then are left out")
                 batches, stream = open_batches(config, shards, context, state, accelerator)
                 since = replace(state)
             elif logged:

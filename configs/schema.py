@@ -29,6 +29,7 @@ class Model:
     vocab_size: int | None = option(None, "rows of the embedding; null: the tokenizer's, rounded up to a multiple of 64")
     dropout: float = option(0.0, "dropout probability everywhere", FRACTION)
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, a third more time")
+    init: str | None = option(None, "begin with the weights of a run, checkpoint, transformers folder or hub:NAME[@REVISION]")
     hf: dict[str, Any] | None = option(None, "instead of a GPT-3: the config of any causal LM of transformers {model_type: ...}")
 
 
@@ -71,6 +72,7 @@ class Train:
     micro_batch_size: int = option(
         32, "sequences in one forward pass of one rank; the rest is gradient accumulation", at_least(1)
     )
+    on_batch_change: Literal["refuse", "allow"] = option("refuse", "what a batch_size other than the checkpoint's does on resume")
     grad_clip: float = option(1.0, "largest norm of the whole gradient; 0: no clipping", at_least(0))
     precision: Literal["fp32", "bf16"] = option("fp32", "fp32 or bf16 (autocast with float32 weights; see optimizer.state_dtype)")
     compile: bool = option(False, "torch.compile of the model")

@@ -6,14 +6,14 @@ The last sequence is filled up with end-of-text inputs and targets IGNORE.
 """
 
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 
 from data import DataError
-from data.order import data_step, sequence_ids
+from data.order import sequence_ids
 from data.shards import TokenShards
 
 IGNORE = -100  # the target that torch's cross entropy leaves out
@@ -21,11 +21,11 @@ MicroBatch = tuple[torch.Tensor, torch.Tensor]  # inputs, targets: (M, T) int64 
 
 
 class Batches:
-    """The training batches of a split. Each is a pure function of (seed, step).
+    """The training batches of a split from one point of a training run on. Each is a pure function of its step.
 
-    batch_size is B; it must be a multiple of world_size * micro_batch_size. A step's batch holds the B sequences that
-    data.order gives. Rank r has the r-th of world_size contiguous parts of it, cut into micro-batches in order. The
-    batches in the ranges `skipped` (start, stop) are left out, and later steps take the batches after them.
+    batch_size is B; it must be a multiple of world_size * micro_batch_size. The batch of step `step`, counted from 0, begins
+    with sequence number `sequence` of `data.order`, and each later step takes the B sequences after those of the step before.
+    Rank r has the r-th of world_size contiguous parts of a batch, cut into micro-batches in order.
     """
 
     def __init__(
@@ -34,12 +34,13 @@ class Batches:
         context: int,
         batch_size: int,
         seed: int,
-        skipped: Sequence[tuple[int, int]] = (),
+        step: int = 0,
+        sequence: int = 0,
     ):
         if context < 1 or batch_size < 1:
             raise DataError(f"context {context} and batch_size {batch_size} must be positive")
         self.shards, self.context, self.batch_size, self.seed = shards, context, batch_size, seed
-        self.skipped = list(skipped)
+        self.step, self.sequence = step, sequence
         self.tokens_per_epoch = shards.n_tokens - 1  # targets
         self.n_sequences = sequence_count(shards, context)
 
@@ -56,17 +57,10 @@ class Batches:
         lacking = self.n_sequences * self.context - self.tokens_per_epoch
         return self.batch_size * self.context - lacking * int((ids == self.n_sequences - 1).sum())
 
-    def epoch(self, step: int) -> int:
-        """The epoch, from 0, that the step's first sequence belongs to."""
-        return self.data_step(step) * self.batch_size // self.n_sequences
-
-    def data_step(self, step: int) -> int:
-        """The number of the batch that a step takes. It is the step itself until batches are skipped."""
-        return data_step(step, self.skipped)
-
     def sequences(self, step: int) -> np.ndarray:
         """The ids (B,) of the step's sequences."""
-        return sequence_ids(self.seed, self.data_step(step), self.batch_size, self.n_sequences)
+        first = self.sequence + (step - self.step) * self.batch_size
+        return sequence_ids(self.seed, first, self.batch_size, self.n_sequences)
 
 
 def check_batch_size(batch_size: int, world_size: int, micro_batch_size: int) -> None:

@@ -1,13 +1,12 @@
-"""The order of training sequences: a pure function of (seed, step), the same on every machine and for every world size.
+"""The order of training sequences: a pure function of the seed, the same on every machine and for every world size.
 
 Sequences are counted over the whole training run: number g has epoch g // n and position g % n. A pseudo-random
 permutation, whose key is (seed, epoch), gives which of the n sequences lies at that position. So every epoch has every
-sequence once, a batch may extend into the next epoch, and a checkpoint needs the step alone.
+sequence once, a batch may extend into the next epoch, and a checkpoint needs the number of sequences that were taken alone.
+From there the order goes on with any batch size.
 The permutation is a Feistel network on the smallest power of four >= n, applied again until the result is below n
 (cycle walking; Black and Rogaway 2002). Memory and time are O(batch), and all numbers are integers.
 """
-
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -16,24 +15,13 @@ LEAST_HALF_BITS = 3  # with 2, the orders of n = 4 are 28 standard deviations fr
 MASK = 2**64 - 1
 
 
-def sequence_ids(seed: int, step: int, batch_size: int, n_sequences: int) -> np.ndarray:
-    """The ids (batch_size,) int64, in [0, n_sequences), of the global batch of one step, counted from 0."""
-    if n_sequences < 1 or batch_size < 1 or step < 0:
-        raise ValueError(f"step {step}, batch_size {batch_size}, n_sequences {n_sequences}: out of range")
-    counter = step * batch_size + np.arange(batch_size, dtype=np.int64)
+def sequence_ids(seed: int, first: int, count: int, n_sequences: int) -> np.ndarray:
+    """The ids (count,) int64, in [0, n_sequences), of the sequences numbered first, first + 1, ... in the training run."""
+    if n_sequences < 1 or count < 1 or first < 0:
+        raise ValueError(f"first {first}, count {count}, n_sequences {n_sequences}: out of range")
+    counter = first + np.arange(count, dtype=np.int64)
     epoch, position = np.divmod(counter, n_sequences)
     return _permute(position.astype(np.uint64), _epoch_keys(seed, epoch), n_sequences).astype(np.int64)
-
-
-def data_step(step: int, skipped: Sequence[tuple[int, int]]) -> int:
-    """The batch, counted from 0, that optimizer step `step` takes when the batches of the ranges `skipped` are left out.
-
-    A range is (start, stop), stop excluded, in the numbers of `sequence_ids`; no two overlap.
-    """
-    for start, stop in sorted(skipped):
-        if step >= start:
-            step += stop - start
-    return step
 
 
 def _permute(position: np.ndarray, keys: np.ndarray, n: int) -> np.ndarray:

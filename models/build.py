@@ -55,8 +55,17 @@ def build_model(
         if of_gpt3:
             raise ModelError(f"hf and {', '.join(of_gpt3)} exclude each other: write the model's own keys into hf")
         config = _hf_config(hf, vocab_size)
+    return prepare_model(model_of(config, device), gradient_checkpointing)
+
+
+def model_of(config: PretrainedConfig, device: str | torch.device | None = None) -> PreTrainedModel:
+    """A freshly initialized causal language model of a configuration of transformers."""
     with torch.device(device) if device is not None else nullcontext(), _model_errors(config.model_type):
-        model = AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config)
+
+
+def prepare_model(model: PreTrainedModel, gradient_checkpointing: bool) -> PreTrainedModel:
+    """`model` in training mode, with gradient checkpointing if asked for."""
     if gradient_checkpointing:
         _checkpoint_activations(model)
     return model.train()

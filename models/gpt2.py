@@ -1,4 +1,4 @@
-"""A GPT-3 of this project as a stock GPT-2 of transformers, which computes the same function."""
+"""A GPT-3 of this project as a stock GPT-2 of transformers, which computes the same function, and back."""
 
 from typing import Any
 
@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from models.gpt3 import LAYER_NORM_EPS, GPT3LMHeadModel
+from models.gpt3 import LAYER_NORM_EPS, GPT3Config, GPT3LMHeadModel
+
+# What a GPT-2 must have so that a GPT-3 computes the same function. `gelu_pytorch_tanh` is `gelu_new` under another name.
+OF_GPT3 = {
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "layer_norm_epsilon": (LAYER_NORM_EPS,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+}
 
 
 def to_gpt2(model: GPT3LMHeadModel) -> GPT2LMHeadModel:
@@ -55,3 +64,46 @@ def to_gpt2(model: GPT3LMHeadModel) -> GPT2LMHeadModel:
         weights |= {f"{name}.{key}": value for key, value in module.named_parameters()}
     gpt2.load_state_dict(weights)
     return gpt2.train(model.training)
+
+
+def gpt3_config(config: GPT2Config, dropout: float) -> GPT3Config | None:
+    """The configuration of the GPT-3 that computes the same function as the GPT-2 of `config`; None if there is none."""
+    same = all(getattr(config, key) in values for key, values in OF_GPT3.items())
+    if not same or config.n_inner not in (None, 4 * config.n_embd):
+        return None
+    return GPT3Config(
+        vocab_size=config.vocab_size,
+        layers=config.n_layer,
+        width=config.n_embd,
+        heads=config.n_head,
+        context=config.n_positions,
+        dropout=dropout,
+        initializer_range=config.initializer_range,
+        tie_word_embeddings=config.tie_word_embeddings,
+    )
+
+
+@torch.no_grad()
+def from_gpt2(gpt2: GPT2LMHeadModel, config: GPT3Config) -> GPT3LMHeadModel:
+    """The same function as a GPT-3 of `config` (see `gpt3_config`), a copy: the inverse of `to_gpt2`."""
+    model = GPT3LMHeadModel(config).to(gpt2.dtype)
+    source, body = gpt2.transformer, model.model
+    body.embed_tokens.load_state_dict(source.wte.state_dict())
+    body.embed_positions.load_state_dict(source.wpe.state_dict())
+    body.norm.load_state_dict(source.ln_f.state_dict())
+    model.lm_head.load_state_dict(gpt2.lm_head.state_dict())
+    block: Any
+    for block, h in zip(body.layers, source.h, strict=True):
+        block.norm_1.load_state_dict(h.ln_1.state_dict())
+        block.norm_2.load_state_dict(h.ln_2.state_dict())
+        qkv = (block.attn.q_proj, block.attn.k_proj, block.attn.v_proj)
+        weights = h.attn.c_attn.weight.chunk(3, dim=1)  # (D, 3D) -> 3 x (D, D)
+        biases = h.attn.c_attn.bias.chunk(3)  # (3D,) -> 3 x (D,)
+        others = ((block.attn.o_proj, h.attn.c_proj), (block.mlp.up_proj, h.mlp.c_fc), (block.mlp.down_proj, h.mlp.c_proj))
+        for linear, weight, bias in (
+            *zip(qkv, weights, biases, strict=True),
+            *((linear, conv.weight, conv.bias) for linear, conv in others),
+        ):
+            linear.weight.copy_(weight.T)  # (in, out) -> (out, in)
+            linear.bias.copy_(bias)
+    return model.train(gpt2.training)

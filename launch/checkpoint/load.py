@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from celo2.distributed.shard import LocalShard
 from launch.checkpoint.verify import CheckpointError
@@ -109,17 +109,33 @@ def require_same_names(path: Path, what: str, own: Collection[str], saved: Colle
     missing, extra = sorted(set(own) - set(saved)), sorted(set(saved) - set(own))
     if missing or extra:
         which = f"lacks '{missing[0]}'" if missing else f"holds '{extra[0]}', which this run does not have"
-        raise CheckpointError(f"{path}: of another model or optimizer: its {what} {which}")
+        raise CheckpointError(f"{path}: of another model or optimizer: its {what} {which}; {weights_alone(path)}")
 
 
 def require_same_shape(path: Path, name: str, own: Sequence[int], saved: Sequence[int]) -> None:
     """Raise CheckpointError if a saved tensor has another shape."""
     if tuple(own) != tuple(saved):
-        raise CheckpointError(f"{path}: of another model: '{name}' has shape {tuple(saved)}, in this run {tuple(own)}")
+        problem = f"of another model: '{name}' has shape {tuple(saved)}, in this run {tuple(own)}"
+        raise CheckpointError(f"{path}: {problem}; {weights_alone(path)}")
 
 
-def load_model(path: Path) -> PreTrainedModel:
+def weights_alone(path: Path) -> str:
+    """For error messages: what to do with a checkpoint that does not fit."""
+    return f"choose another run.dir, where model.init={path} begins with its weights and architecture"
+
+
+def read_model_config(path: Path) -> PretrainedConfig:
+    """The transformers configuration in `path`. Raises CheckpointError for a file that is missing or cannot be read."""
+    try:
+        return AutoConfig.from_pretrained(path / "config.json", trust_remote_code=False)
+    except Exception as error:  # transformers raises whatever reading its JSON raises
+        raise CheckpointError(f"cannot read {path / 'config.json'}: {' '.join(str(error).split())}") from error
+
+
+def load_model(path: Path, config: PretrainedConfig | None = None) -> PreTrainedModel:
     """The model of a checkpoint on the CPU, in the checkpoint's dtype and in evaluation mode.
+
+    `config` replaces the checkpoint's own configuration: the same function, perhaps with another dropout.
 
     Raises:
         CheckpointError: a file that is missing or cannot be read, or weights that do not fit the configuration.
@@ -127,8 +143,8 @@ def load_model(path: Path) -> PreTrainedModel:
     for name in ("config.json", "model.safetensors"):
         if not (path / name).is_file():
             raise CheckpointError(f"{path} has no {name}")
+    config = config or read_model_config(path)
     try:
-        config = AutoConfig.from_pretrained(path / "config.json")
         weights = load_file(path / "model.safetensors")
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"cannot read {path}: {' '.join(str(error).split())}") from error

@@ -5,27 +5,27 @@ from __future__ import annotations
 import uuid
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from configs.schema import Config
-from data.batches import Batches
-from data.shards import TokenShards
 from launch.checkpoint.load import load_checkpoint, read_state
 from launch.checkpoint.save import Saver
 from launch.checkpoint.verify import CheckpointError, find_checkpoint, verify
 from launch.distributed.strategy import Strategy
 from launch.monitoring.guard import Diverged
 from launch.monitoring.metrics import flat
-from launch.run.state import RunState, from_saved, identity
+from launch.run.agreement import require_agreement
+from launch.run.state import RunState, from_saved
 
 MAX_ROLLBACKS = 10
 
 
-def resume(config: Config, run_dir: Path, strategy: Strategy, shards: TokenShards) -> tuple[RunState, list[str]]:
+def resume(config: Config, run_dir: Path, strategy: Strategy, identity: dict[str, Any]) -> tuple[RunState, list[str]]:
     """Begin or continue as `checkpoint.resume` says. Returns the state, and notes for a person to read.
 
     Raises:
-        CheckpointError: a checkpoint of another model, optimizer, data set or batch order, naming the difference; or
-            checkpoints of which none is whole.
+        CheckpointError: a checkpoint that does not agree with this run, naming the difference; or checkpoints of which none
+            is whole.
     """
     notes: list[str] = []
     path: Path | None = None
@@ -41,11 +41,7 @@ def resume(config: Config, run_dir: Path, strategy: Strategy, shards: TokenShard
     if path is None:
         return RunState(tracker_ids={"wandb": uuid.uuid4().hex} if "wandb" in config.log.trackers else {}), notes
     saved = read_state(path)
-    for key, value in identity(config, shards).items():
-        if saved["identity"].get(key) != value:
-            raise CheckpointError(f"{path}: its {key} is {saved['identity'].get(key)}, this run's is {value}")
-    if saved["step"] > config.train.steps:
-        raise CheckpointError(f"{path} is at step {saved['step']}, beyond train.steps={config.train.steps}")
+    require_agreement(path, saved, config, strategy.model.config, identity)
     load_checkpoint(path, strategy)
     before, now = flat(saved["config"]), flat(asdict(config))
     changes = [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
@@ -53,8 +49,10 @@ def resume(config: Config, run_dir: Path, strategy: Strategy, shards: TokenShard
     return from_saved(saved), notes
 
 
-def roll_back(run_dir: Path, state: RunState, batches: Batches, strategy: Strategy, saver: Saver) -> RunState:
-    """Load the newest checkpoint, and leave out the batches that were taken since then. Returns the state to go on from.
+def roll_back(run_dir: Path, state: RunState, strategy: Strategy, saver: Saver) -> tuple[RunState, int]:
+    """Load the newest checkpoint, and leave out the sequences that were taken since then.
+
+    Returns the state to go on from, and how many sequences are left out.
 
     Raises:
         Diverged: no checkpoint to go back to, or too many rollbacks.
@@ -68,8 +66,6 @@ def roll_back(run_dir: Path, state: RunState, batches: Batches, strategy: Strate
         raise Diverged(f"step {state.step}: {MAX_ROLLBACKS} rollbacks did not help")
     load_checkpoint(path, strategy)
     back = from_saved(read_state(path))
-    start, stop = batches.data_step(back.step), batches.data_step(state.step - 1) + 1
-    # The new range contains the earlier ones that begin in it.
-    skipped = [earlier for earlier in state.skipped if not start <= earlier[0] < stop] + [(start, stop)]
-    strategy.accelerator.wait_for_everyone()  # the checkpoint is about to be written again, with the batches that are left out
-    return replace(back, bad_steps=state.bad_steps, rollbacks=state.rollbacks + 1, skipped=skipped)
+    strategy.accelerator.wait_for_everyone()  # the checkpoint is about to be written again, with what is left out
+    on = replace(back, sequences=state.sequences, bad_steps=state.bad_steps, rollbacks=state.rollbacks + 1)
+    return on, state.sequences - back.sequences

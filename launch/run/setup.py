@@ -11,14 +11,18 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from celo2 import Celo2
+from celo2 import Celo2, save_rule
 from configs.load import ConfigError, to_yaml
 from configs.schema import Config
 from data.batches import Batches, prefetch
 from data.shards import TokenShards
 from launch.checkpoint.save import remove_leftovers
+from launch.run.agreement import RULE_FILE
+from launch.run.initialize import architecture, architecture_source, begun, check_tokenizer, find_source, load_source
 from launch.run.state import RunState
 from models import CausalLMLoss, build_model, check_matches_logits
+from models.build import model_of, prepare_model
+from models.gpt3 import GPT3Config
 
 VOCABULARY_MULTIPLE = 64  # matrix units work on multiples of 64; the rows beyond the tokenizer's are never a target
 
@@ -34,7 +38,7 @@ def open_batches(
     config: Config, shards: TokenShards, context: int, state: RunState, accelerator: Accelerator
 ) -> tuple[Batches, Iterator]:
     """The order of the batches, and a stream of this rank's micro-batches from the step of `state` on."""
-    batches = Batches(shards, context, config.train.batch_size, config.run.seed, state.skipped)
+    batches = Batches(shards, context, config.train.batch_size, config.run.seed, state.step, state.sequences)
     stream = prefetch(
         batches,
         state.step,
@@ -48,8 +52,10 @@ def open_batches(
 
 
 def vocabulary(config: Config, tokenizer_size: int) -> int:
-    """Rows of the embedding for a tokenizer of `tokenizer_size` tokens."""
+    """Rows of the embedding for a tokenizer of `tokenizer_size` tokens; with `model.init` the least that will do."""
     wanted = config.model.vocab_size
+    if wanted is None and config.model.init is not None:
+        return tokenizer_size
     if wanted is None:
         return -(-tokenizer_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     if wanted < tokenizer_size:
@@ -58,20 +64,46 @@ def vocabulary(config: Config, tokenizer_size: int) -> int:
 
 
 def build_from_config(config: Config, vocab_size: int, device: str | None = None) -> tuple[PreTrainedModel, int]:
-    """The model of `config` and the context T (tokens) it trains on."""
+    """The model of `config` and the context T (tokens) it trains on. With `model.init` the architecture comes from there, and
+    the weights do not (see `make_model`)."""
     options = asdict(config.model) | {"vocab_size": vocab_size, "device": device}
+    del options["init"]
+    source = architecture_source(config, run_folder(config))
+    if source is not None:
+        model = model_of(architecture(config.model, source, vocab_size), device)
+        return prepare_model(model, config.model.gradient_checkpointing), checked_context(config, model, device)
     if config.model.hf is None:
         model = build_model(**options)
         return model, model.config.max_position_embeddings
-    if config.model.context is None:
-        raise ConfigError("model.context is missing: with model.hf, say how many tokens a training sequence has")
     model = build_model(**options | {"context": None})
+    return model, checked_context(config, model, device)
+
+
+def checked_context(config: Config, model: PreTrainedModel, device: str | None = None) -> int:
+    """The context T that `model` can train on. Raises ConfigError for one that is missing or longer than its positions."""
     longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is not None and longest < config.model.context:
-        raise ConfigError(f"model.context is {config.model.context}, but the model has {longest} positions")
-    if device != "meta":
+    context = config.model.context
+    if isinstance(model.config, GPT3Config):
+        context = context or longest
+    elif device != "meta":
         check_matches_logits(CausalLMLoss(model))
-    return model, config.model.context
+    if context is None:
+        raise ConfigError("model.context is missing: say how many tokens a training sequence has")
+    if longest is not None and longest < context:
+        raise ConfigError(f"model.context is {context}, but the model has {longest} positions")
+    return context
+
+
+def make_model(config: Config, shards: TokenShards) -> tuple[PreTrainedModel, int, list[str]]:
+    """The model to train, its context T, and what was taken from `model.init`, which counts only where the run begins."""
+    vocab_size = vocabulary(config, shards.vocab_size)
+    if config.model.init is None or begun(config, run_folder(config)):
+        return *build_from_config(config, vocab_size), []
+    source = find_source(config.model.init)
+    wanted = architecture(config.model, source, vocab_size)
+    tokenizer = check_tokenizer(source, shards)
+    model, taken = load_source(source, wanted, config.model.gradient_checkpointing)
+    return model, checked_context(config, model), [f"{taken}; {tokenizer}"]
 
 
 def run_folder(config: Config) -> Path:
@@ -94,11 +126,13 @@ def open_run(config: Config, accelerator: Accelerator) -> Path:
     return run_dir
 
 
-def describe_run(config: Config, run_dir: Path, shards: TokenShards) -> None:
-    """Write the resolved configuration and the tokenizer into the run's folder, once nothing more can refuse the start."""
+def describe_run(config: Config, run_dir: Path, shards: TokenShards, optimizer: torch.optim.Optimizer) -> None:
+    """Write the resolved configuration, tokenizer and rule into the run's folder, once nothing more can refuse the start."""
     (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(to_yaml(config))
     shutil.copyfile(shards.folder / "tokenizer.json", run_dir / "tokenizer.json")
+    if isinstance(optimizer, Celo2):  # a rule file may change or go
+        save_rule(optimizer.rule, run_dir / RULE_FILE)
 
 
 def describe_training(config: Config, parameters: int, optimizer: torch.optim.Optimizer, batches: Batches, world: int) -> str:

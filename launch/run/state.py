@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from configs.schema import Config
-from data.shards import TokenShards
 
 
 @dataclass
@@ -14,38 +13,32 @@ class RunState:
     """The state of a training run after `step` optimizer steps."""
 
     step: int = 0
+    sequences: int = 0  # of the order of the data (data.order) that are behind it, those that rollbacks left out included
     tokens: int = 0  # targets trained on
     seconds: float = 0.0  # in training steps, over all starts; without evaluation and checkpoints
     evaluated: int = 0  # the step of the last evaluation
     bad_steps: int = 0  # steps that were skipped because loss or gradient norm was not finite
     rollbacks: int = 0
-    skipped: list[tuple[int, int]] = field(default_factory=list)  # ranges of batches that rollbacks left out (data.order)
     tracker_ids: dict[str, str] = field(default_factory=dict)  # of the trackers' own runs, which a resumed run continues
 
-    def finish_step(self, tokens: int, seconds: float, healthy: bool) -> None:
+    def finish_step(self, sequences: int, tokens: int, seconds: float, healthy: bool) -> None:
         """Count one step."""
-        self.step, self.tokens, self.seconds = self.step + 1, self.tokens + tokens, self.seconds + seconds
+        self.step, self.sequences = self.step + 1, self.sequences + sequences
+        self.tokens, self.seconds = self.tokens + tokens, self.seconds + seconds
         self.bad_steps += not healthy
 
 
-def to_saved(config: Config, state: RunState, shards: TokenShards) -> dict[str, Any]:
-    """The contents of state.json."""
-    return asdict(state) | {"identity": identity(config, shards), "config": asdict(config)}
+def to_saved(config: Config, state: RunState, identity: dict[str, Any]) -> dict[str, Any]:
+    """The contents of state.json; `identity` is what must be the same when it is continued (`launch.run.agreement`)."""
+    return asdict(state) | {"identity": identity, "config": asdict(config)}
 
 
 def from_saved(saved: dict[str, Any]) -> RunState:
-    """The state in the contents of a state.json."""
-    state = RunState(**{f.name: saved[f.name] for f in fields(RunState)})
-    state.skipped = [(start, stop) for start, stop in state.skipped]
+    """The state in the contents of a state.json, of earlier versions too."""
+    state = RunState(**{f.name: saved[f.name] for f in fields(RunState) if f.name in saved})
+    if "sequences" not in saved:  # an earlier version counted batches, and named the ranges of them that rollbacks left out
+        batch = state.step
+        for start, stop in sorted(saved["skipped"]):
+            batch += stop - start if batch >= start else 0
+        state.sequences = batch * saved["config"]["train"]["batch_size"]
     return state
-
-
-def identity(config: Config, shards: TokenShards) -> dict[str, Any]:
-    """What must be the same at every start of one run, because otherwise its steps would see other data."""
-    return {
-        "data set": shards.fingerprint,
-        "run.seed": config.run.seed,
-        "train.batch_size": config.train.batch_size,
-        "model.context": config.model.context,
-        "optimizer.name": config.optimizer.name,
-    }

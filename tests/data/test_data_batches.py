@@ -92,12 +92,23 @@ def test_n_targets_counts_what_is_there(train):
             assert batches.n_targets(step) == int((whole(batches, step)[1] != IGNORE).sum())
 
 
-def test_epoch_and_seed(train):
+def test_seed(train):
     batches = Batches(train, CONTEXT, BATCH, seed=3)
-    edge = batches.n_sequences // BATCH
-    assert [batches.epoch(step) for step in (0, edge, edge + 1)] == [0, 0, 1]
     assert not same(whole(batches, 0), whole(Batches(train, CONTEXT, BATCH, seed=4), 0))
     assert same(whole(batches, 7), whole(Batches(train, CONTEXT, BATCH, seed=3), 7))
+
+
+def test_another_batch_size_goes_on_where_the_last_one_ended(train):
+    """Batches of 8, then 3, then 16: no sequence twice or left out, over three epochs."""
+    taken, step = [], 0
+    for batch_size, steps in ((8, 3), (3, 5), (16, 4), (8, 300)):
+        batches = Batches(train, CONTEXT, batch_size, 3, step, len(taken))
+        step += steps
+        for number in range(step - steps, step):
+            taken += batches.sequences(number).tolist()
+    n = batches.n_sequences
+    assert len(taken) > 2 * n and sorted(taken[:n]) == sorted(taken[n : 2 * n]) == list(range(n))
+    assert taken == sequence_ids(3, 0, len(taken), n).tolist()
 
 
 def test_a_context_longer_than_the_split(train):

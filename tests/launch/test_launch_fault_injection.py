@@ -139,8 +139,8 @@ def test_rollback_goes_back_and_leaves_the_batches_out(run):
     assert all(r["loss"] is not None and r["grad_norm"] is not None for r in records if "loss" in r)
     newest = sorted((run.tmp_path / "run" / "checkpoints").iterdir())[-1]
     state = json.loads((newest / "state.json").read_text())
-    assert (state["skipped"], state["rollbacks"], state["bad_steps"]) == ([[8, 10]], 1, 2)
-    assert "rolled back to step 8" in run.out
+    assert (state["sequences"], state["rollbacks"], state["bad_steps"]) == ((14 + 2) * 8, 1, 2)
+    assert "rolled back to step 8; the 16 sequences since then are left out" in run.out
     # The same steps on the batches that are left: what a run that never saw the bad ones does.
     _, again, _ = run(*options, folder="again")
     assert losses(again)[:8] == losses(records)[:8]

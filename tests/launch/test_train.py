@@ -171,16 +171,17 @@ def test_a_run_is_never_overwritten(run):
 def test_resume_refuses_another_model_or_data_order(run):
     run("train.steps=3")
     for change, message in (
-        ("model.width=64", "has shape"),
-        ("model.layers=3", "lacks"),
-        ("run.seed=5", "run.seed"),
-        ("train.batch_size=16", "train.batch_size"),
-        ("optimizer.name=adamw", "optimizer.name"),
-        ("train.steps=2", "beyond train.steps=2"),
+        ("model.width=64", "model.width is 32 in the checkpoint, 64 now. Restore model.width=32; or "),
+        ("model.layers=3", "model.layers is 2 in the checkpoint, 3 now"),
+        ("model.heads=4", "model.heads is 2 in the checkpoint, 4 now"),
+        ("run.seed=5", "run.seed is 1 in the checkpoint, 5 now"),
+        ("train.batch_size=16", "is 8 in the checkpoint, 16 now. Restore train.batch_size=8 or train.on_batch_change=allow; or "),
+        ("optimizer.name=adamw", "optimizer.name is celo2 in the checkpoint, adamw now"),
+        ("train.steps=2", "train.steps is already at step 3 in the checkpoint, 2 now. Restore train.steps=3 or more"),
     ):
         status, _, err = run(change)
-        assert status == 2
-        assert message in err
+        assert status == 2 and err.count("\n") == 1
+        assert message in err and "or choose another run.dir, where model.init=" in err
 
 
 def test_plan_trains_nothing(run):

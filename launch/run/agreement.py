@@ -1,0 +1,185 @@
+"""What must be the same when a training run continues from a checkpoint, and what is said where it is not.
+
+docs/training.md has the table of what may change and what may not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PretrainedConfig
+
+from celo2 import Celo2, Rule, RuleError, load_rule
+from configs.schema import Config
+from configs.schema import Optimizer as OptimizerConfig
+from data.shards import TokenShards
+from launch.checkpoint.load import weights_alone
+from launch.checkpoint.verify import CheckpointError
+from launch.optimizers.table import entry_of
+from launch.optimizers.third_party import find_class
+from models.function import NOT_SET, function_differences, plain
+
+RULE_FILE = "rule.safetensors"  # in a run's folder: a copy of the rule that it trains with
+# Arguments of optimizers that have an option of their own, or say how a step is computed and not what it is.
+FREE_ARGUMENTS = {
+    "lr", "weight_decay", "rule", "state_dtype", "replicas", "shard_state", "foreach", "fused", "capturable", "differentiable",
+    "ns_dtype",
+}  # fmt: skip
+
+
+class Difference(NamedTuple):
+    """A key whose value is `there` in the checkpoint and `here` in the configuration, and what to do about it."""
+
+    key: str
+    there: Any
+    here: Any
+    remedy: str = ""  # empty: key=there restores it
+
+
+def identity_of(config: Config, shards: TokenShards, context: int, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What of a run a checkpoint notes because the configuration alone does not say it."""
+    return {
+        "data set": shards.fingerprint,
+        "tokenizer": shards.tokenizer_hash,
+        "run.seed": config.run.seed,
+        "train.batch_size": config.train.batch_size,
+        "model.context": context,
+        "optimizer.name": config.optimizer.name,
+        "rule": rule_hash(optimizer.rule) if isinstance(optimizer, Celo2) else None,
+    }
+
+
+def rule_hash(rule: Rule) -> str:
+    """sha256 of everything that a rule computes with: its weights and settings, without its description."""
+    settings = {key: value for key, value in rule.settings().items() if key != "description"}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for name, weight in sorted(rule.weights.items()):
+        digest.update(f"{name}{tuple(weight.shape)}".encode() + weight.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def require_agreement(
+    path: Path, saved: Mapping[str, Any], config: Config, model: PretrainedConfig, identity: Mapping[str, Any]
+) -> None:
+    """Raise CheckpointError unless the run of `config` may continue from the checkpoint `path`.
+
+    Args:
+        path: the checkpoint.
+        saved: its state.json, of any version.
+        config: of the run that is about to continue.
+        model: the configuration of its model.
+        identity: of the run (`identity_of`).
+    """
+    found = [
+        *data_differences(saved, config, identity),
+        *model_differences(path, saved, config, model, identity),
+        *optimizer_differences(path, saved, config, identity),
+    ]
+    if not found:
+        return
+    shown = "; ".join(f"{d.key} is {d.there} in the checkpoint, {d.here} now" for d in found[:4])
+    more = f"; and {len(found) - 4} more" if len(found) > 4 else ""
+    restore = ", ".join(dict.fromkeys(d.remedy or f"{d.key}={d.there}" for d in found))
+    raise CheckpointError(f"{path} does not fit this run: {shown}{more}. Restore {restore}; or {weights_alone(path)}")
+
+
+def data_differences(saved: Mapping[str, Any], config: Config, identity: Mapping[str, Any]) -> Iterator[Difference]:
+    """What would change the order of the data, or what a step sees; and where the checkpoint is beyond the end."""
+    there = saved["identity"]
+    if there["data set"] != identity["data set"]:
+        same_tokenizer = there.get("tokenizer") in (None, identity["tokenizer"])
+        folder = saved["config"]["data"]["dir"]
+        yield Difference(
+            f"the {'data set' if same_tokenizer else 'tokenizer'} of data.dir",
+            f"another one, {there['data set'][:12]} in {folder}",
+            f"{identity['data set'][:12]} in {config.data.dir}",
+            f"data.dir=a folder with the data set {there['data set'][:12]}",
+        )
+    if there["run.seed"] != config.run.seed:
+        yield Difference("run.seed", there["run.seed"], config.run.seed)
+    size = there["train.batch_size"]
+    if size != config.train.batch_size and config.train.on_batch_change == "refuse":
+        remedy = f"train.batch_size={size} or train.on_batch_change=allow"
+        yield Difference("train.batch_size", size, config.train.batch_size, remedy)
+    if saved["step"] > config.train.steps:
+        remedy = f"train.steps={saved['step']} or more"
+        yield Difference("train.steps", f"already at step {saved['step']}", config.train.steps, remedy)
+
+
+def model_differences(
+    path: Path, saved: Mapping[str, Any], config: Config, model: PretrainedConfig, identity: Mapping[str, Any]
+) -> Iterator[Difference]:
+    """What would make the weights another function, or sequences another length."""
+    there, before = json.loads((path / "config.json").read_text()), saved["config"]["model"]
+    now, init = config.model.init, before.get("init")
+    if now is not None and now != init and (init is None or os.path.realpath(now) != os.path.realpath(init)):
+        yield Difference("model.init", init or NOT_SET, now, f"model.init={init}" if init else "no model.init")
+    context = saved["identity"]["model.context"] or there.get("context")  # an earlier version noted what the configuration said
+    if context != identity["model.context"]:
+        yield Difference("model.context", context, identity["model.context"])
+    given = {*(before.get("hf") or {}), *(config.model.hf or {})}
+    for key, (old, new) in function_differences(there, model, given).items():
+        if model.model_type == "gpt3" and key == "context":
+            continue  # the positions of a GPT-3; a sequence may be shorter
+        own = key == "vocab_size" or (model.model_type == "gpt3" and key != "model_type")
+        name = f"model.{key}" if own else f"model.hf.{key.removeprefix('rope_parameters.')}"
+        yield Difference(name, old, new, f"no {name}" if old == NOT_SET else "")
+
+
+def optimizer_differences(
+    path: Path, saved: Mapping[str, Any], config: Config, identity: Mapping[str, Any]
+) -> Iterator[Difference]:
+    """What would give the optimizer's state another meaning."""
+    now, before = config.optimizer, saved["config"]["optimizer"]
+    was = OptimizerConfig(**{f.name: before[f.name] for f in fields(OptimizerConfig) if f.name in before})
+    if was.name != now.name:
+        yield Difference("optimizer.name", was.name, now.name)
+        return
+    if "." in now.name and was.route != now.route:
+        yield Difference("optimizer.route", was.route, now.route)
+    old, new = effective_arguments(was), effective_arguments(now)
+    for key in sorted(old.keys() | new.keys()):
+        pair = old.get(key, NOT_SET), new.get(key, NOT_SET)
+        if plain(pair[0]) != plain(pair[1]):
+            yield Difference(f"optimizer.arguments.{key}", *pair)
+    if identity["rule"] is None:
+        return
+    name, content = was.rule or was.name, saved["identity"].get("rule")
+    if content is None and name != (now.rule or now.name):  # an earlier version noted the name alone
+        content = content_of(name)
+    elif content is None:
+        content = identity["rule"]
+    if content != identity["rule"]:
+        copy = path.parent.parent / RULE_FILE
+        remedy = copy if content_of(copy) == content else name if content_of(name) == content else f"the rule that {name} was"
+        yield Difference(
+            "optimizer.rule",
+            f"{name} with the content {str(content)[:12]}",
+            f"{now.rule or now.name} with {identity['rule'][:12]}",
+            f"optimizer.rule={remedy}",
+        )
+
+
+def effective_arguments(config: OptimizerConfig) -> dict[str, Any]:
+    """Every argument that the optimizer's constructor gets and its state or step depends on, defaults included."""
+    entry = entry_of(config)
+    parameters = inspect.signature(find_class(entry.path, entry.package)).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    given = defaults | entry.arguments | (config.arguments or {})
+    return {key: value for key, value in given.items() if key not in FREE_ARGUMENTS}
+
+
+def content_of(rule: str | Path) -> str | None:
+    """`rule_hash` of a rule by name or path; None if there is none."""
+    try:
+        return rule_hash(load_rule(rule))
+    except RuleError:
+        return None

@@ -1,0 +1,341 @@
+"""`model.init`: a training run that begins with the weights of another, of a folder of transformers, or of the Hugging Face hub.
+
+The architecture comes from there, too. Optimizer, step and data begin anew. Only safetensors are read, and no code is run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
+
+from configs.load import ConfigError
+from configs.schema import Config
+from configs.schema import Model as ModelSection
+from data import first_line
+from data.shards import TokenShards
+from launch.checkpoint.export import choose_checkpoint
+from launch.checkpoint.load import load_model, read_model_config, read_state
+from launch.checkpoint.verify import MANIFEST, list_checkpoints
+from models.build import prepare_model
+from models.function import function_differences
+from models.gpt2 import from_gpt2, gpt3_config
+from models.gpt3 import GPT3Config
+from models.sizes import SIZES
+
+HUB = "hub:"
+INDEX = "model.safetensors.index.json"
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+ROPE_PARTS = ("rope_theta", "partial_rotary_factor")  # old keys of their own for what lies in `rope_parameters` today
+PROBE = 4096  # tokens of the data that both tokenizers must write alike
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where weights come from: a folder with a config.json, and what a message says of it."""
+
+    path: Path
+    name: str  # as the user wrote it, or the checkpoint that was taken
+    step: int | None = None  # of a checkpoint; None: a folder of transformers
+    note: str = ""  # what is wrong with newer checkpoints
+
+    @property
+    def tokenizer_file(self) -> Path:
+        """The tokenizer beside the weights; of a checkpoint, that of its run."""
+        return (self.path if self.step is None else self.path.parent.parent) / "tokenizer.json"
+
+
+def begun(config: Config, run_dir: Path) -> Source | None:
+    """A checkpoint of the training run that `config` continues; None if it begins. Whether it is whole is not looked at."""
+    resume = config.checkpoint.resume
+    if resume == "never":
+        return None
+    for path in reversed(list_checkpoints(run_dir / "checkpoints") if resume == "auto" else [Path(resume)]):
+        if (path / "config.json").is_file():
+            return Source(path, str(path), step=0)
+    return None
+
+
+def architecture_source(config: Config, run_dir: Path) -> Source | None:
+    """What says which model `config` with `model.init` trains: the run itself once it has begun, else `model.init`'s folder.
+
+    None without `model.init`. Of a model of the hub it gets the small files alone.
+    """
+    if config.model.init is None:
+        return None
+    return begun(config, run_dir) or find_source(config.model.init, weights=False)
+
+
+def find_source(init: str, weights: bool = True) -> Source:
+    """The folder that `model.init` names; of a model of the hub a local copy, with or without its weights.
+
+    Raises:
+        ConfigError: nothing there, or not a causal language model in safetensors; the message names the remedy.
+        CheckpointError: a run without a whole checkpoint.
+    """
+    if init.startswith(HUB):
+        return Source(download(init, weights), init)
+    path = Path(init).expanduser()
+    if not path.is_dir():
+        hint = "name its folder" if path.exists() else f"for a model of the Hugging Face hub write model.init={HUB}{init}"
+        raise ConfigError(f"model.init: {init} is {'a file' if path.exists() else 'not there'}; {hint}")
+    if (path / MANIFEST).exists() or (path / "state.json").exists() or (path / "checkpoints").is_dir():
+        checkpoint, problems = choose_checkpoint(path)
+        note = f" (not a newer one: {'; '.join(problems)})" if problems else ""
+        return Source(checkpoint, str(checkpoint), read_state(checkpoint)["step"], note)
+    return Source(path, init)
+
+
+def download(init: str, weights: bool) -> Path:
+    """A local copy of a model of the Hugging Face hub, `hub:NAME` or `hub:NAME@REVISION`."""
+    from huggingface_hub import snapshot_download
+
+    name, _, revision = init.removeprefix(HUB).partition("@")
+    patterns = ["*.json", "*.model", "merges.txt", *(["*.safetensors"] if weights else [])]
+    try:
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
+    except Exception as error:  # offline, no such name or revision, gated, a bad name: the library raises many kinds
+        raise ConfigError(
+            f"model.init: {init} cannot be read from the Hugging Face hub ({first_line(error)}); check its name, log in for a "
+            "gated model, or without a network give the folder of a downloaded copy"
+        ) from None
+
+
+def source_config(source: Source) -> PretrainedConfig:
+    """The configuration of the model in a source. Raises ConfigError for one that is no causal language model or no plain one."""
+    if (source.path / "adapter_config.json").exists():
+        raise ConfigError(f"model.init: {source.name} holds an adapter: merge it into its model, and name that folder")
+    if not (source.path / "config.json").is_file():
+        raise ConfigError(
+            f"model.init: {source.name} has no config.json: it is no run, checkpoint or folder of save_pretrained() with a model"
+        )
+    config = read_model_config(source.path)
+    if config.model_type not in (*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "gpt3") or getattr(config, "vocab_size", None) is None:
+        raise ConfigError(
+            f"model.init: {source.name} is a {config.model_type}, which is no causal language model of transformers"
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise ConfigError(f"model.init: {source.name} has quantized weights, which cannot be trained: name the original model")
+    config._name_or_path, config.dtype = "", None  # the weights become float32, as those of every training run
+    return config
+
+
+def architecture(model: ModelSection, source: Source, vocab_size: int) -> PretrainedConfig:
+    """The configuration of the model to train: the source's, with the dropout that `model` asks for.
+
+    A GPT-2 becomes the GPT-3 that computes the same function, unless `model.hf` asks for a GPT-2.
+
+    Raises:
+        ConfigError: a key of `model` that contradicts the source, or a source with fewer tokens than `vocab_size`.
+    """
+    found = source_config(source)
+    config = found
+    if isinstance(found, GPT2Config) and model.hf is None:
+        config = gpt3_config(found, model.dropout) or found
+    if config.vocab_size < vocab_size:
+        raise ConfigError(
+            f"model.init: {source.name} has a vocabulary of {config.vocab_size}, the data one of {vocab_size}: "
+            "prepare the data with the tokenizer of these weights"
+        )
+    if isinstance(config, GPT3Config):
+        asked = {**(vars(known_size(model.size)) if model.size else {}), **own_numbers(model)}
+        asked.pop("context", None)  # the length of a training sequence, which may be shorter
+        differences = {
+            f"model.{key}": (getattr(config, key), value) for key, value in asked.items() if getattr(config, key) != value
+        }
+        if model.hf is not None:
+            differences["model.hf"] = ("a gpt3", model.hf)
+        config.dropout = model.dropout
+    else:
+        asked = {key: value for key, value in own_numbers(model).items() if key != "context"}
+        asked |= {key: value for key in ("size", "dropout") if (value := getattr(model, key))}
+        there = {"vocab_size": config.vocab_size}
+        differences = {
+            f"model.{key}": (there.get(key, f"a {config.model_type} without it"), value)
+            for key, value in asked.items()
+            if there.get(key) != value
+        }
+        config, of_hf = with_keys(config, dict(model.hf or {}))
+        differences |= {f"model.hf.{key}": pair for key, pair in of_hf.items()}
+    if differences:
+        text = "; ".join(f"{key} is {here!r}, there it is {there!r}" for key, (there, here) in differences.items())
+        raise ConfigError(f"model.init: the architecture comes from {source.name}: {text}; leave {', '.join(differences)} out")
+    return config
+
+
+def own_numbers(model: ModelSection) -> dict[str, int]:
+    """The numbers of a GPT-3 that the section gives."""
+    given = {key: getattr(model, key) for key in ("layers", "width", "heads", "context", "vocab_size")}
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def known_size(name: str) -> Any:
+    """The shape of a named size."""
+    if name not in SIZES:
+        raise ConfigError(f"unknown size {name!r}; sizes are {', '.join(SIZES)}")
+    return SIZES[name]
+
+
+def with_keys(config: PretrainedConfig, keys: dict[str, Any]) -> tuple[PretrainedConfig, dict[str, tuple[Any, Any]]]:
+    """`config` with `keys` in place of its own, and those of them that would make it another function, with both values."""
+    before = config.to_dict()
+    tree = config.to_dict()
+    asked = keys.pop("model_type", config.model_type)
+    if asked != config.model_type:
+        return config, {"model_type": (config.model_type, asked)}
+    unknown = {key for key in keys if not hasattr(config, config.attribute_map.get(key, key)) and key not in ROPE_PARTS}
+    for key, value in keys.items():
+        if key in ROPE_PARTS or (key == "rope_scaling" and isinstance(value, dict)):
+            tree["rope_parameters"] = {**(tree.get("rope_parameters") or {}), **({key: value} if key in ROPE_PARTS else value)}
+        else:
+            tree[config.attribute_map.get(key, key)] = value
+    changed = type(config).from_dict(tree)
+    return changed, function_differences(before, changed) | {key: ("not a key", keys[key]) for key in unknown}
+
+
+def load_source(source: Source, config: PretrainedConfig, gradient_checkpointing: bool) -> tuple[PreTrainedModel, str]:
+    """The model of `architecture` with the weights of the source, in float32 on the CPU, and what was taken, in one line.
+
+    Raises:
+        ConfigError: weights that are not there, pickled, damaged, or not those of the configuration.
+        CheckpointError: the same of a checkpoint.
+    """
+    files = weight_files(source)
+    model: PreTrainedModel
+    if source.step is not None:
+        model = load_model(source.path, config).float()
+    else:
+        convert = isinstance(config, GPT3Config) and source_config(source).model_type == "gpt2"
+        model = from_pretrained(source, source_config(source) if convert else config)
+        if convert:
+            model = from_gpt2(model, config)
+    dtypes = stored_dtypes(source, files)
+    step = "" if source.step is None else f" of step {source.step:,}"
+    line = f"began with the weights{step} of {source.name}{source.note}: {model.num_parameters():,} in {dtypes}"
+    return prepare_model(model, gradient_checkpointing), line + ("" if dtypes == "float32" else ", trained in float32")
+
+
+def weight_files(source: Source) -> list[Path]:
+    """The safetensors files of a source, all of which are there."""
+    names = {"model.safetensors"}
+    if (index := source.path / INDEX).exists() and not (source.path / "model.safetensors").exists():
+        try:
+            names = {str(name) for name in json.loads(index.read_text())["weight_map"].values()}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ConfigError(f"model.init: {index} is damaged: download or export the model again") from None
+    missing = sorted(name for name in names if not (source.path / name).is_file())
+    if not missing:
+        return [source.path / name for name in sorted(names)]
+    pickled = sorted(path.name for path in source.path.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    if pickled and names == {"model.safetensors"}:
+        raise ConfigError(
+            f"model.init: {source.name} holds pickled weights alone ({pickled[0]}), which are never read: if you trust it, load it "
+            "with transformers and write it again with save_pretrained(), which makes safetensors"
+        )
+    raise ConfigError(f"model.init: {source.name} has no {missing[0]}: name a folder that save_pretrained() wrote, whole")
+
+
+def stored_dtypes(source: Source, files: list[Path]) -> str:
+    """The dtypes of the weights in safetensors files."""
+    found = set()
+    for path in files:
+        try:
+            with safe_open(path, "pt") as file:
+                found |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"model.init: {path} is damaged ({first_line(error)}): copy or download it again") from None
+    return " and ".join(sorted(DTYPES.get(name, name) for name in found))
+
+
+def from_pretrained(source: Source, config: PretrainedConfig) -> PreTrainedModel:
+    """The model of a folder of transformers. Raises ConfigError unless its weights are those of `config`, no more and no less."""
+    try:
+        with quiet():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                source.path,
+                config=config,
+                dtype=torch.float32,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # they are found below, by name
+                output_loading_info=True,
+            )
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # transformers raises what reading its files raises
+        raise ConfigError(f"model.init: {source.name} cannot be loaded: {first_line(error)}") from error
+    shapes = [f"{name} of shape {tuple(there)}, not {tuple(here)}" for name, there, here in info["mismatched_keys"]]
+    for problem, names in (("lacks", info["missing_keys"]), ("has unknown", info["unexpected_keys"]), ("has", shapes)):
+        if names:
+            more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+            raise ConfigError(
+                f"model.init: {source.name} {problem} {', '.join(sorted(names)[:2])}{more}: its weights are not those of its "
+                f"config.json, a {config.model_type}; restore the config.json that belongs to them"
+            )
+    return model
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' progress bars, tables and advice; errors are raised all the same."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def check_tokenizer(source: Source, shards: TokenShards) -> str:
+    """What the line says of the tokenizer. Raises ConfigError unless the source's writes the data as the data's does.
+
+    Each token of the data must have the same id there. The source may have more tokens.
+    """
+    own = Tokenizer.from_file(str(shards.folder / "tokenizer.json"))
+    other = read_tokenizer(source)
+    if other is None:
+        return "it has no tokenizer to compare with that of the data"
+    remedy = "prepare the data with the tokenizer of these weights (python -m data.prepare ... --tokenizer FOLDER)"
+    theirs = other.get_vocab(with_added_tokens=True)
+    for token, number in own.get_vocab(with_added_tokens=True).items():
+        if theirs.get(token) != number:
+            found = f"is {theirs[token]} here" if token in theirs else "is not here"
+            raise ConfigError(
+                f"model.init: the tokenizer of {source.name} is not that of the data: {token!r}, there {number}, {found}; {remedy}"
+            )
+    text = own.decode(shards.read(0, min(PROBE, shards.n_tokens)).tolist())
+    if own.encode(text, add_special_tokens=False).ids != other.encode(text, add_special_tokens=False).ids:
+        raise ConfigError(
+            f"model.init: the tokenizer of {source.name} cuts the data into other tokens than its own did; {remedy}"
+        )
+    return "its tokenizer is that of the data"
+
+
+def read_tokenizer(source: Source) -> Tokenizer | None:
+    """The tokenizer of a source; None if there is none, or none that transformers can make."""
+    if source.tokenizer_file.is_file():
+        try:
+            return Tokenizer.from_file(str(source.tokenizer_file))
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise ConfigError(f"model.init: {source.tokenizer_file} is damaged: {first_line(error)}") from None
+    if source.step is not None or not any((source.path / name).exists() for name in ("vocab.json", "tokenizer.model")):
+        return None
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(source.path, local_files_only=True, trust_remote_code=False).backend_tokenizer
+    except Exception:  # an old or incomplete format: there is nothing to compare with
+        return None
