@@ -99,8 +99,8 @@ def data_differences(saved: Mapping[str, Any], config: Config, identity: Mapping
         folder = saved["config"]["data"]["dir"]
         yield Difference(
             f"the {'data set' if same_tokenizer else 'tokenizer'} of data.dir",
-            f"another one, {there['data set'][:12]} in {folder}",
-            f"{identity['data set'][:12]} in {config.data.dir}",
+            f"{there['data set'][:12]} ({folder})",
+            f"{identity['data set'][:12]} ({config.data.dir})",
             f"data.dir=a folder with the data set {there['data set'][:12]}",
         )
     if there["run.seed"] != config.run.seed:

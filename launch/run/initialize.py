@@ -37,6 +37,7 @@ HUB = "hub:"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 ROPE_PARTS = ("rope_theta", "partial_rotary_factor")  # old keys of their own for what lies in `rope_parameters` today
+NUMBERS = ("layers", "width", "heads", "vocab_size")  # of a GPT-3 but its context: a training sequence may be shorter
 PROBE = 4096  # tokens of the data that both tokenizers must write alike
 
 
@@ -119,7 +120,8 @@ def source_config(source: Source) -> PretrainedConfig:
         raise ConfigError(
             f"model.init: {source.name} has no config.json: it is no run, checkpoint or folder of save_pretrained() with a model"
         )
-    config = read_model_config(source.path)
+    with quiet():  # no advice on special tokens
+        config = read_model_config(source.path)
     if config.model_type not in (*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "gpt3") or getattr(config, "vocab_size", None) is None:
         raise ConfigError(
             f"model.init: {source.name} is a {config.model_type}, which is no causal language model of transformers"
@@ -147,36 +149,30 @@ def architecture(model: ModelSection, source: Source, vocab_size: int) -> Pretra
             f"model.init: {source.name} has a vocabulary of {config.vocab_size}, the data one of {vocab_size}: "
             "prepare the data with the tokenizer of these weights"
         )
+    size = vars(known_size(model.size)) if model.size is not None else {}
+    asked = [(f"model.{key}", key, getattr(model, key) or size.get(key)) for key in NUMBERS]
+    asked = [("model.size", key, value) if getattr(model, key) is None else (name, key, value) for name, key, value in asked]
+    there: dict[str, Any] = {"vocab_size": config.vocab_size}
+    differences: list[tuple[str, str]] = []  # what to leave out, and why
     if isinstance(config, GPT3Config):
-        asked = {**(vars(known_size(model.size)) if model.size else {}), **own_numbers(model)}
-        asked.pop("context", None)  # the length of a training sequence, which may be shorter
-        differences = {
-            f"model.{key}": (getattr(config, key), value) for key, value in asked.items() if getattr(config, key) != value
-        }
-        if model.hf is not None:
-            differences["model.hf"] = ("a gpt3", model.hf)
+        there = {key: getattr(config, key) for key in NUMBERS}
         config.dropout = model.dropout
+        if model.hf is not None:
+            differences.append(("model.hf", "model.hf is given, there is a gpt3"))
     else:
-        asked = {key: value for key, value in own_numbers(model).items() if key != "context"}
-        asked |= {key: value for key in ("size", "dropout") if (value := getattr(model, key))}
-        there = {"vocab_size": config.vocab_size}
-        differences = {
-            f"model.{key}": (there.get(key, f"a {config.model_type} without it"), value)
-            for key, value in asked.items()
-            if there.get(key) != value
-        }
+        asked.append(("model.dropout", "dropout", model.dropout or None))
         config, of_hf = with_keys(config, dict(model.hf or {}))
-        differences |= {f"model.hf.{key}": pair for key, pair in of_hf.items()}
+        names = {key: f"model.hf.{key.removeprefix('rope_parameters.')}" for key in of_hf}
+        differences += [(names[key], f"{names[key]} is {new}, there {old}") for key, (old, new) in of_hf.items()]
+    for name, key, value in asked:
+        if value is not None and value != there.get(key):
+            what = key if name == "model.size" else name
+            found = there.get(key, f"a {config.model_type} has no such key")
+            differences.append((name, f"{what} is {value}, there {found}"))
     if differences:
-        text = "; ".join(f"{key} is {here!r}, there it is {there!r}" for key, (there, here) in differences.items())
-        raise ConfigError(f"model.init: the architecture comes from {source.name}: {text}; leave {', '.join(differences)} out")
+        text, keys = "; ".join(text for _, text in differences), ", ".join(dict(differences))
+        raise ConfigError(f"model.init: the architecture comes from {source.name}: {text}; leave {keys} out")
     return config
-
-
-def own_numbers(model: ModelSection) -> dict[str, int]:
-    """The numbers of a GPT-3 that the section gives."""
-    given = {key: getattr(model, key) for key in ("layers", "width", "heads", "context", "vocab_size")}
-    return {key: value for key, value in given.items() if value is not None}
 
 
 def known_size(name: str) -> Any:
@@ -210,7 +206,7 @@ def load_source(source: Source, config: PretrainedConfig, gradient_checkpointing
         ConfigError: weights that are not there, pickled, damaged, or not those of the configuration.
         CheckpointError: the same of a checkpoint.
     """
-    files = weight_files(source)
+    dtypes = stored_dtypes(weight_files(source))
     model: PreTrainedModel
     if source.step is not None:
         model = load_model(source.path, config).float()
@@ -219,7 +215,6 @@ def load_source(source: Source, config: PretrainedConfig, gradient_checkpointing
         model = from_pretrained(source, source_config(source) if convert else config)
         if convert:
             model = from_gpt2(model, config)
-    dtypes = stored_dtypes(source, files)
     step = "" if source.step is None else f" of step {source.step:,}"
     line = f"began with the weights{step} of {source.name}{source.note}: {model.num_parameters():,} in {dtypes}"
     return prepare_model(model, gradient_checkpointing), line + ("" if dtypes == "float32" else ", trained in float32")
@@ -239,13 +234,13 @@ def weight_files(source: Source) -> list[Path]:
     pickled = sorted(path.name for path in source.path.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
     if pickled and names == {"model.safetensors"}:
         raise ConfigError(
-            f"model.init: {source.name} holds pickled weights alone ({pickled[0]}), which are never read: if you trust it, load it "
-            "with transformers and write it again with save_pretrained(), which makes safetensors"
+            f"model.init: {source.name} holds pickled weights alone ({pickled[0]}), which are never read: if you trust it, load "
+            "it with transformers and write it again with save_pretrained(), which makes safetensors"
         )
     raise ConfigError(f"model.init: {source.name} has no {missing[0]}: name a folder that save_pretrained() wrote, whole")
 
 
-def stored_dtypes(source: Source, files: list[Path]) -> str:
+def stored_dtypes(files: list[Path]) -> str:
     """The dtypes of the weights in safetensors files."""
     found = set()
     for path in files:
@@ -309,14 +304,12 @@ def check_tokenizer(source: Source, shards: TokenShards) -> str:
     other = read_tokenizer(source)
     if other is None:
         return "it has no tokenizer to compare with that of the data"
-    remedy = "prepare the data with the tokenizer of these weights (python -m data.prepare ... --tokenizer FOLDER)"
+    remedy = "prepare the data with it (data.prepare --tokenizer)"
     theirs = other.get_vocab(with_added_tokens=True)
     for token, number in own.get_vocab(with_added_tokens=True).items():
         if theirs.get(token) != number:
-            found = f"is {theirs[token]} here" if token in theirs else "is not here"
-            raise ConfigError(
-                f"model.init: the tokenizer of {source.name} is not that of the data: {token!r}, there {number}, {found}; {remedy}"
-            )
+            found = f"{token!r} is {number} here, {theirs.get(token, 'missing')} there"
+            raise ConfigError(f"model.init: the tokenizer of {source.name} is not the data's: {found}; {remedy}")
     text = own.decode(shards.read(0, min(PROBE, shards.n_tokens)).tolist())
     if own.encode(text, add_special_tokens=False).ids != other.encode(text, add_special_tokens=False).ids:
         raise ConfigError(

@@ -54,13 +54,11 @@ def open_batches(
 def vocabulary(config: Config, tokenizer_size: int) -> int:
     """Rows of the embedding for a tokenizer of `tokenizer_size` tokens; with `model.init` the least that will do."""
     wanted = config.model.vocab_size
-    if wanted is None and config.model.init is not None:
-        return tokenizer_size
-    if wanted is None:
-        return -(-tokenizer_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-    if wanted < tokenizer_size:
+    if wanted is not None and wanted < tokenizer_size:
         raise ConfigError(f"model.vocab_size is {wanted}, but the data has tokens up to {tokenizer_size - 1}")
-    return wanted
+    if config.model.init is not None:
+        return tokenizer_size
+    return wanted or -(-tokenizer_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
 def build_from_config(config: Config, vocab_size: int, device: str | None = None) -> tuple[PreTrainedModel, int]:
