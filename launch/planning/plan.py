@@ -31,8 +31,9 @@ def make_plan(config: Config) -> str:
         shards, _ = open_data(config)
         tokenizer_size, epoch_tokens, data = shards.vocab_size, shards.n_tokens - 1, config.data.dir
     else:
-        tokenizer_size = config.model.vocab_size or GPT2_VOCABULARY
-        data = f"{config.data.dir} is not prepared yet; a vocabulary of {tokenizer_size:,} is assumed"
+        tokenizer_size = config.model.vocab_size or (1 if config.model.init else GPT2_VOCABULARY)
+        assumed = "the vocabulary of model.init" if config.model.init else f"a vocabulary of {tokenizer_size:,}"
+        data = f"{config.data.dir} is not prepared yet; {assumed} is assumed"
     model, context = build_from_config(config, vocabulary(config, tokenizer_size), device="meta")
 
     optimizer = config.optimizer

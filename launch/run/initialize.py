@@ -59,12 +59,10 @@ class Source:
 def begun(config: Config, run_dir: Path) -> Source | None:
     """A checkpoint of the training run that `config` continues; None if it begins. Whether it is whole is not looked at."""
     resume = config.checkpoint.resume
-    if resume == "never":
-        return None
-    for path in reversed(list_checkpoints(run_dir / "checkpoints") if resume == "auto" else [Path(resume)]):
-        if (path / "config.json").is_file():
-            return Source(path, str(path), step=0)
-    return None
+    given = [] if resume in ("auto", "never") else [Path(resume).expanduser()]
+    runs = [*given, run_dir] if resume != "never" else []  # `given` may be a checkpoint or a run
+    paths = [*given, *(path for run in runs for path in reversed(list_checkpoints(run / "checkpoints")))]
+    return next((Source(path, str(path), step=0) for path in paths if (path / "config.json").is_file()), None)
 
 
 def architecture_source(config: Config, run_dir: Path) -> Source | None:

@@ -227,7 +227,8 @@ def test_from_the_hub(run, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert run(*QUICK, *BARE, "model.init=hub:some/gpt2@main")[0] == 0
     assert "of hub:some/gpt2@main: " in taken(run)
-    assert run("--plan", *BARE, "model.init=hub:some/gpt2", folder="plan")[0] == 0
+    assert run("--plan", *BARE, "model.init=hub:some/gpt2", "data.dir=not/yet", folder="plan")[0] == 0
+    assert "the vocabulary of model.init is assumed" in run.out and "vocabulary 257" in run.out
     assert asked == [("some/gpt2", "main", True, False), ("some/gpt2", None, False, False)]
     refused(run(*BARE, "model.init=hub:gone", folder="b"), "hub:gone cannot be read from the Hugging Face hub (Cannot find")
 

@@ -15,7 +15,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from launch.run.hooks import Hooks
 
@@ -121,6 +123,39 @@ def test_every_strategy_equals_one_process(world, run, prepared):
         assert means <= MEANS["celo2"], (before, after)
         assert loss < 1e-4, (before, after)
         assert weights < WEIGHTS["celo2"], (before, after)
+
+
+@pytest.mark.slow  # 60 s
+def test_weights_to_begin_with_and_another_batch_size_under_every_strategy(run, prepared):
+    """Begun from a GPT-2 of transformers with batches of 8, continued with batches of 16: as with one process."""
+    torch.manual_seed(0)
+    shape = {"vocab_size": 261, "n_positions": 40, "n_embd": 30, "n_layer": 3, "n_head": 3}
+    GPT2LMHeadModel(GPT2Config(**shape)).save_pretrained(run.tmp_path / "gpt2")
+    options = [*STEPS, "model.layers=null", "model.width=null", "model.heads=null", f"model.init={run.tmp_path / 'gpt2'}"]
+    more = [*options, "train.steps=16", "train.batch_size=16", "train.on_batch_change=allow"]
+    assert run(*options, folder="one")[0] == run(*more, folder="one")[0] == 0
+    names = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
+    spawn(
+        2,
+        [
+            [
+                str(run.tmp_path / "config.yaml"),
+                f"data.dir={prepared}",
+                *start,
+                *LAYOUTS[name][0],
+                f"run.dir={run.tmp_path / name}",
+            ]
+            for name in names
+            for start in (options, more)
+        ],
+        [0] * 2 * len(names),
+    )
+    single = read(run.tmp_path / "one")
+    for name in names:
+        double = read(run.tmp_path / name)
+        assert losses(double) == pytest.approx(losses(single), rel=1e-5), name
+        assert validation(double) == pytest.approx(validation(single), rel=1e-5), name
+        assert len(losses(double)) == 16
 
 
 def test_two_processes(run, prepared):
