@@ -28,6 +28,7 @@ from data import DataError
 from data.batches import check_batch_size
 from launch.checkpoint.save import Saver
 from launch.checkpoint.verify import CheckpointError
+from launch.distributed.first_rank import on_first_rank, refuse_tasks_without_launcher
 from launch.distributed.heartbeat import STATUS, Heartbeat, RankError, print_error
 from launch.distributed.setup import make_accelerator, make_strategy, peak
 from launch.distributed.verification import Verification
@@ -45,10 +46,10 @@ from launch.run.schedule import dropout_seed, due, lr_factor, set_lr
 from launch.run.setup import (
     describe_run,
     describe_training,
+    lock_run,
     make_model,
     open_batches,
     open_data,
-    open_run,
     run_folder,
 )
 from launch.run.state import RunState, to_saved
@@ -71,13 +72,15 @@ EXPECTED_ERRORS = (
 
 def train(config: Config, hooks: Hooks) -> int:
     """One training run, from the beginning or its newest checkpoint to its last step or a signal; returns the exit status."""
+    refuse_tasks_without_launcher()
     accelerator = make_accelerator(config, str(run_folder(config)))
-    with Heartbeat(accelerator.process_index, accelerator.num_processes, config.distributed.timeout) as heartbeat:
-        status = pretrain(config, accelerator, heartbeat, hooks)
-    if status == 0 and accelerator.is_main_process:
-        finish(config, run_folder(config), accelerator.device)
-    accelerator.wait_for_everyone()  # a process group that is taken down while another rank still works can block
-    accelerator.end_training()
+    with lock_run(config, accelerator):
+        with Heartbeat(accelerator.process_index, accelerator.num_processes, config.distributed.timeout) as heartbeat:
+            status = pretrain(config, accelerator, heartbeat, hooks)
+        if status == 0 and accelerator.is_main_process:
+            finish(config, run_folder(config), accelerator.device)
+        accelerator.wait_for_everyone()  # a process group that is taken down while another rank still works can block
+        accelerator.end_training()
     return status
 
 
@@ -101,13 +104,13 @@ def pretrain(config: Config, accelerator: Accelerator, heartbeat: Heartbeat, hoo
     peak_speed = peak_flops * world / flops if peak_flops else None  # tokens/s
 
     # The run's folder, and where the run stands.
-    run_dir = open_run(config, accelerator)
+    run_dir = run_folder(config)
     heartbeat.mark("sharded")
     identity = identity_of(config, shards, context, optimizer)
-    state, notes = resume(config, run_dir, strategy, identity)
+    state, resumed = resume(config, run_dir, strategy, identity)
     heartbeat.mark("loaded")
-    if first:
-        describe_run(config, run_dir, shards, optimizer)
+    on_first_rank(accelerator, lambda: describe_run(config, run_dir, shards, optimizer, resumed))
+    folder, origin = run_dir / "checkpoints", resumed.origin.step if resumed.origin else None
     metrics = Metrics(accelerator, config, run_dir, state.tracker_ids)
     metrics.rewind(state.step, state.evaluated)
 
@@ -119,14 +122,16 @@ def pretrain(config: Config, accelerator: Accelerator, heartbeat: Heartbeat, hoo
     with (
         metrics,
         Display(steps, state.step, first) as display,
-        Saver(run_dir / "checkpoints", config.checkpoint, report, first, state.step, hooks.before_save_phase) as saver,
+        Saver(folder, config.checkpoint, report, first, state.step, hooks.before_save_phase, origin) as saver,
         Guard(accelerator, config.train) as guard,
     ):
         batches, stream = open_batches(config, shards, context, state, accelerator)
-        notes += taken if state.step == 0 else []
-        for note in [*notes, describe_training(config, parameters, optimizer, batches, world)]:
+        resumed.notes.extend(taken if state.step == 0 else [])
+        for note in [*resumed.notes, describe_training(config, parameters, optimizer, batches, world)]:
             display.say(note)
             metrics.event({"event": "start", "step": state.step, "note": note})
+        if branch := resumed.event():
+            metrics.event(branch)
         stop = False
         since = replace(state)  # the state at the last logged step
 
@@ -137,11 +142,13 @@ def pretrain(config: Config, accelerator: Accelerator, heartbeat: Heartbeat, hoo
                 set_mode(optimizer, "eval")
                 val_loss = evaluate(strategy, validation, context, config, guard.stopping, heartbeat.mark)
                 stop = val_loss is None
-                if not stop:
-                    state.evaluated = state.step
+                if val_loss is not None:
+                    if state.finish_evaluation(val_loss) and config.checkpoint.keep_best:
+                        saver.ask(state.step)
                     metrics.write({"step": state.step, "tokens": state.tokens, "val_loss": val_loss})
                     display.say(f"step {state.step:>6}/{steps}  validation loss {val_loss:.4f}")
-            if saver.due(state.step, due(state.step, config.checkpoint.every, steps), stop):
+            scheduled = any(due(state.step, every, steps) for every in (config.checkpoint.every, config.checkpoint.keep_every))
+            if saver.due(state.step, scheduled, stop):
                 heartbeat.mark(f"step {state.step}: saving")
                 metrics.flush()
                 set_mode(optimizer, "eval")

@@ -98,7 +98,12 @@ class Checkpoint:
     every: int = option(500, "steps between checkpoints; 0: only at the end", at_least(0))
     minutes: float = option(0.0, "minutes between checkpoints, besides `every`; 0: by steps alone", at_least(0))
     keep: int = option(2, "newest checkpoints to keep", at_least(1))
-    resume: str = option("auto", "auto: from the newest whole checkpoint; never: from the beginning; or a checkpoint's path")
+    keep_every: int = option(0, "steps between milestones: checkpoints that are kept for good; 0: none", at_least(0))
+    keep_best: bool = option(False, "also save at, and keep, the lowest validation loss so far")
+    resume: str = option(
+        "auto",
+        "auto: from the newest whole checkpoint; never: from the beginning; or the path of a checkpoint or run to go on from",
+    )
 
 
 @dataclass

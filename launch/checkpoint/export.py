@@ -16,7 +16,8 @@ from tokenizers import Tokenizer
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 from launch.checkpoint.load import load_model
-from launch.checkpoint.verify import MANIFEST, CheckpointError, find_checkpoint, verify
+from launch.checkpoint.permissions import usual_permissions
+from launch.checkpoint.verify import CheckpointError, choose_checkpoint
 from models.gpt2 import to_gpt2
 from models.gpt3 import GPT3LMHeadModel
 
@@ -57,25 +58,13 @@ def export(run: str | Path, out: str | Path, note: Callable[[str], None] = lambd
         partial.mkdir(parents=True)
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        usual_permissions(partial)
         os.replace(partial, out)
     except OSError as error:
         raise CheckpointError(f"cannot write {out}: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return checkpoint
-
-
-def choose_checkpoint(run: Path) -> tuple[Path, list[str]]:
-    """`run` if it is a checkpoint, or else the newest whole one in it, and what is wrong with newer ones."""
-    if not run.is_dir():
-        raise CheckpointError(f"there is no folder {run}")
-    if (run / MANIFEST).exists() or (run / "model.safetensors").exists():
-        verify(run)
-        return run, []
-    checkpoint, problems = find_checkpoint(run / "checkpoints")
-    if checkpoint is None:
-        raise CheckpointError("; ".join([f"{run} holds no whole checkpoint (checkpoints/step_*)", *problems]))
-    return checkpoint, problems
 
 
 def load_tokenizer(path: Path, config: PretrainedConfig) -> PreTrainedTokenizerFast:

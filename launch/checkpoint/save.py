@@ -16,7 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from configs.schema import Checkpoint as CheckpointConfig
-from launch.checkpoint.verify import MANIFEST, CheckpointError, list_checkpoints, sha256
+from launch.checkpoint.permissions import usual_permissions
+from launch.checkpoint.retention import surplus
+from launch.checkpoint.verify import MANIFEST, CheckpointError, checkpoint_name, sha256
 from launch.distributed.gather import collect
 from launch.distributed.strategy import Strategy
 
@@ -40,6 +42,7 @@ class Saver:
         write: bool,
         saved: int,
         announce: Announce = lambda phase: None,
+        origin: int | None = None,
     ) -> None:
         """A saver of the run whose checkpoints are in `folder`.
 
@@ -50,9 +53,10 @@ class Saver:
             write: whether this rank writes.
             saved: the step of the newest checkpoint.
             announce: called in the thread that writes, before each of its PHASES.
+            origin: the step of the checkpoint that the run branched from; it is never deleted. None: it began at step 0.
         """
         self.folder, self.config, self.report, self.write, self.saved = folder, config, report, write, saved
-        self.announce = announce
+        self.announce, self.origin = announce, origin
         self.asked = False  # all ranks agreed that the first one's clock asks for a checkpoint
         self.clock = time.monotonic()
         self.thread: threading.Thread | None = None
@@ -74,6 +78,10 @@ class Saver:
         """Whether to save after `step`: it is not saved yet, and the schedule, the clock or the end of the run asks for it."""
         return step > self.saved and (scheduled or self.asked or stop)
 
+    def ask(self, step: int) -> None:
+        """Ask for a checkpoint of `step`, even if there is one: its state has changed."""
+        self.asked, self.saved = True, min(self.saved, step - 1)
+
     def save(self, strategy: Strategy, state: dict[str, Any]) -> None:
         """Wait for the checkpoint before this one, copy everything to the first rank's host memory, and start writing.
 
@@ -92,7 +100,7 @@ class Saver:
     def _write(self, snapshot: Snapshot, stall: float) -> None:
         start, record = time.perf_counter(), {"step": snapshot.state["step"], "stall_seconds": stall}
         try:
-            path = write_checkpoint(self.folder, snapshot, self.config.keep, self.announce)
+            path = write_checkpoint(self.folder, snapshot, self.config, self.announce, self.origin)
             record["bytes"] = sum(file.stat().st_size for file in path.iterdir())
             self.error = None
         except Exception as error:  # whatever it is, the run goes on, and its events say so
@@ -128,13 +136,15 @@ def take_snapshot(strategy: Strategy, state: dict[str, Any]) -> Snapshot:
     return Snapshot(weights, moments, strategy.model.config.to_json_string(use_diff=False), state)
 
 
-def write_checkpoint(folder: Path, snapshot: Snapshot, keep: int, announce: Announce = lambda phase: None) -> Path:
-    """Write `folder/step_<state["step"]>`, and then delete all but the newest `keep` checkpoints.
+def write_checkpoint(
+    folder: Path, snapshot: Snapshot, config: CheckpointConfig, announce: Announce = lambda phase: None, origin: int | None = None
+) -> Path:
+    """Write `folder/step_<state["step"]>`, and then delete the checkpoints that `launch.checkpoint.retention` gives up.
 
     Raises:
         CheckpointError: no space, no permission, ...; everything that was there before is still there.
     """
-    target = folder / f"step_{snapshot.state['step']:08d}"
+    target = folder / checkpoint_name(snapshot.state["step"])
     temporary, replaced = folder / f".{target.name}.tmp", folder / f".{target.name}.old"
     try:
         announce("temporary folder")
@@ -146,6 +156,7 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, keep: int, announce: Anno
         save_file(snapshot.moments, temporary / "optimizer.safetensors")
         (temporary / "config.json").write_text(snapshot.config)
         (temporary / "state.json").write_text(json.dumps(snapshot.state, indent=1))
+        usual_permissions(temporary)
         write_manifest(temporary, announce)
         for path in (*temporary.iterdir(), temporary):
             announce("flush to disk")
@@ -157,7 +168,7 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, keep: int, announce: Anno
         temporary.rename(target)
         flush(folder)
         announce("deletion of old checkpoints")
-        for old in [replaced, *list_checkpoints(folder)[:-keep]]:
+        for old in [replaced, *surplus(target, config, origin)]:
             shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)

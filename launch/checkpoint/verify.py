@@ -1,9 +1,10 @@
-"""Which checkpoints of a training run are whole: every file of the manifest is there, with its size and hash."""
+"""What is a checkpoint, by its name, and which are whole: every file of the manifest is there, with its size and hash."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 MANIFEST = "manifest.json"
@@ -13,9 +14,25 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be written, read or exported. The message names it."""
 
 
+def checkpoint_name(step: int) -> str:
+    """The name of the checkpoint of a step."""
+    return f"step_{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    """The step in the name of a checkpoint; -1 for any other name, such as a copy's."""
+    digits = re.fullmatch(r"step_([0-9]+)", path.name)
+    step = int(digits[1]) if digits else -1
+    return step if path.name == checkpoint_name(step) else -1
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The folders `step_*` in `folder`, oldest first."""
-    return sorted(path for path in folder.glob("step_*") if path.is_dir())
+    """The checkpoints in `folder` by their names, oldest first, whole or not.
+
+    Only what this project itself wrote counts: no copy under another name, no link, no empty folder.
+    """
+    found = (path for path in folder.glob("step_*") if step_of(path) >= 0 and path.is_dir() and not path.is_symlink())
+    return sorted((path for path in found if any(path.iterdir())), key=step_of)
 
 
 def find_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
@@ -24,10 +41,24 @@ def find_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     for path in reversed(list_checkpoints(folder)):
         try:
             verify(path)
+            require_its_step(path)
             return path, problems
         except CheckpointError as error:
             problems.append(str(error))
     return None, problems
+
+
+def choose_checkpoint(run: Path) -> tuple[Path, list[str]]:
+    """`run` if it is a checkpoint, or else the newest whole one in it, and what is wrong with newer ones."""
+    if not run.is_dir():
+        raise CheckpointError(f"there is no folder {run}")
+    if (run / MANIFEST).exists() or (run / "model.safetensors").exists():
+        verify(run)
+        return run, []
+    checkpoint, problems = find_checkpoint(run / "checkpoints")
+    if checkpoint is None:
+        raise CheckpointError("; ".join([f"{run} holds no whole checkpoint (checkpoints/step_*)", *problems]))
+    return checkpoint, problems
 
 
 def verify(path: Path) -> None:
@@ -46,6 +77,14 @@ def verify(path: Path) -> None:
         raise CheckpointError(f"{path} is no whole checkpoint: {Path(error.filename).name} is missing") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path / MANIFEST} cannot be read ({error})") from None
+
+
+def require_its_step(path: Path) -> None:
+    """Raise CheckpointError if a whole checkpoint was renamed: its name says another step than its state."""
+    state = path / "state.json"
+    step = json.loads(state.read_text())["step"] if state.exists() else step_of(path)
+    if step != step_of(path):
+        raise CheckpointError(f"{path} is a copy of step {step} under the name of another step")
 
 
 def sha256(path: Path) -> str:

@@ -4,49 +4,46 @@ from __future__ import annotations
 
 import uuid
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from configs.schema import Config
 from launch.checkpoint.load import load_checkpoint, read_state
 from launch.checkpoint.save import Saver
-from launch.checkpoint.verify import CheckpointError, find_checkpoint, verify
+from launch.checkpoint.verify import CheckpointError, find_checkpoint
+from launch.distributed.first_rank import on_first_rank
 from launch.distributed.strategy import Strategy
 from launch.monitoring.guard import Diverged
 from launch.monitoring.metrics import flat
 from launch.run.agreement import require_agreement
+from launch.run.branch import Start, choose_start
 from launch.run.state import RunState, from_saved
 
 MAX_ROLLBACKS = 10
 
 
-def resume(config: Config, run_dir: Path, strategy: Strategy, identity: dict[str, Any]) -> tuple[RunState, list[str]]:
-    """Begin or continue as `checkpoint.resume` says. Returns the state, and notes for a person to read.
+def resume(config: Config, run_dir: Path, strategy: Strategy, identity: dict[str, Any]) -> tuple[RunState, Start]:
+    """Begin or continue as `checkpoint.resume` says. Returns the state, and the start with notes for a person to read.
 
     Raises:
-        CheckpointError: a checkpoint that does not agree with this run, naming the difference; or checkpoints of which none
-            is whole.
+        ConfigError, CheckpointError: as `choose_start`; a checkpoint that does not agree with this run, naming the difference.
     """
-    notes: list[str] = []
-    path: Path | None = None
-    if config.checkpoint.resume == "auto":
-        path, notes = find_checkpoint(run_dir / "checkpoints")
-        if path is None and notes:  # starting from the beginning would throw the run away
-            raise CheckpointError(
-                f"{run_dir}: no checkpoint is whole ({'; '.join(notes)}); choose another run.dir to start from the beginning"
-            )
-    elif config.checkpoint.resume != "never":
-        path = Path(config.checkpoint.resume)
-        verify(path)
+    start = on_first_rank(strategy.accelerator, partial(choose_start, config, run_dir))
+    path = start.checkpoint
     if path is None:
-        return RunState(tracker_ids={"wandb": uuid.uuid4().hex} if "wandb" in config.log.trackers else {}), notes
+        ids = {"wandb": uuid.uuid4().hex} if "wandb" in config.log.trackers else {}
+        return RunState(tracker_ids=ids), start
     saved = read_state(path)
     require_agreement(path, saved, config, strategy.model.config, identity)
     load_checkpoint(path, strategy)
     before, now = flat(saved["config"]), flat(asdict(config))
     changes = [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
-    notes.append(f"resumed from {path}" + (f" with {', '.join(changes)}" if changes else ""))
-    return from_saved(saved), notes
+    start.notes.append(f"resumed from {path}" + (f" with {', '.join(changes)}" if changes else ""))
+    state = from_saved(saved)
+    if start.origin is not None and start.origin.id and state.step == start.origin.step:
+        state.tracker_ids = dict.fromkeys(state.tracker_ids, start.origin.id)  # the trackers show a branch as a run of its own
+    return state, start
 
 
 def roll_back(run_dir: Path, state: RunState, strategy: Strategy, saver: Saver) -> tuple[RunState, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,12 +13,14 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from celo2 import Celo2, save_rule
+from celo2.training.lock import FolderLock
 from configs.load import ConfigError, to_yaml
 from configs.schema import Config
 from data.batches import Batches, prefetch
 from data.shards import TokenShards
-from launch.checkpoint.save import remove_leftovers
+from launch.distributed.first_rank import on_first_rank
 from launch.run.agreement import RULE_FILE
+from launch.run.branch import Start, begin_line
 from launch.run.initialize import architecture, architecture_source, begun, check_tokenizer, find_source, load_source
 from launch.run.state import RunState
 from models import CausalLMLoss, build_model, check_matches_logits
@@ -109,23 +112,18 @@ def run_folder(config: Config) -> Path:
     return Path(config.run.dir or f"runs/{config.run.name}")
 
 
-def open_run(config: Config, accelerator: Accelerator) -> Path:
-    """The run's folder, without the leftovers of a killed process. An earlier run is never overwritten.
-
-    Raises:
-        ConfigError: the folder holds a run and `checkpoint.resume` is "never".
-    """
-    run_dir = run_folder(config)
-    if config.checkpoint.resume == "never" and (run_dir / "metrics.jsonl").exists():
-        raise ConfigError(f"{run_dir} holds a run already: choose another run.dir, or checkpoint.resume=auto to continue it")
-    if accelerator.is_main_process:
-        remove_leftovers(run_dir / "checkpoints")
-    accelerator.wait_for_everyone()  # before the other ranks look for checkpoints
-    return run_dir
+@contextmanager
+def lock_run(config: Config, accelerator: Accelerator) -> Iterator[None]:
+    """Hold the run's folder, on the first rank: a second process that would train there is refused, on every rank."""
+    with ExitStack() as stack:
+        on_first_rank(accelerator, lambda: stack.enter_context(FolderLock(run_folder(config))).path)
+        yield
 
 
-def describe_run(config: Config, run_dir: Path, shards: TokenShards, optimizer: torch.optim.Optimizer) -> None:
-    """Write the resolved configuration, tokenizer and rule into the run's folder, once nothing more can refuse the start."""
+def describe_run(config: Config, run_dir: Path, shards: TokenShards, optimizer: torch.optim.Optimizer, start: Start) -> None:
+    """Write configuration, tokenizer, rule and branch into the run's folder, once nothing more can refuse the start."""
+    if start.begins and start.origin is not None:
+        begin_line(run_dir, start.origin)
     (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(to_yaml(config))
     shutil.copyfile(shards.folder / "tokenizer.json", run_dir / "tokenizer.json")

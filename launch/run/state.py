@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -17,6 +18,8 @@ class RunState:
     tokens: int = 0  # targets trained on
     seconds: float = 0.0  # in training steps, over all starts; without evaluation and checkpoints
     evaluated: int = 0  # the step of the last evaluation
+    val_loss: float | None = None  # its validation loss, if it is finite
+    best_loss: float | None = None  # the lowest validation loss so far
     bad_steps: int = 0  # steps that were skipped because loss or gradient norm was not finite
     rollbacks: int = 0
     tracker_ids: dict[str, str] = field(default_factory=dict)  # of the trackers' own runs, which a resumed run continues
@@ -26,6 +29,13 @@ class RunState:
         self.step, self.sequences = self.step + 1, self.sequences + sequences
         self.tokens, self.seconds = self.tokens + tokens, self.seconds + seconds
         self.bad_steps += not healthy
+
+    def finish_evaluation(self, val_loss: float) -> bool:
+        """Record the validation loss after `step`; returns whether it is the lowest so far."""
+        self.evaluated, self.val_loss = self.step, val_loss if math.isfinite(val_loss) else None
+        best = self.val_loss is not None and (self.best_loss is None or self.val_loss < self.best_loss)
+        self.best_loss = self.val_loss if best else self.best_loss
+        return best
 
 
 def to_saved(config: Config, state: RunState, identity: dict[str, Any]) -> dict[str, Any]:

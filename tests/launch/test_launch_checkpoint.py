@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from configs.schema import Config, Optimizer
+from configs.schema import Checkpoint, Config, Optimizer
 from launch.checkpoint import save as save_module
 from launch.checkpoint.load import load_checkpoint, read_state
 from launch.checkpoint.save import take_snapshot, write_checkpoint
@@ -33,7 +33,7 @@ def trained(name: str, steps: int = 2, seed: int = 0, state_dtype: str = "fp32")
 
 
 def save_checkpoint(folder, strategy, state, keep):
-    return write_checkpoint(folder, take_snapshot(strategy, state), keep)
+    return write_checkpoint(folder, take_snapshot(strategy, state), Checkpoint(keep=keep))
 
 
 def step(strategy, seed=3):
@@ -146,7 +146,7 @@ def test_a_failed_save_leaves_the_last_checkpoint_and_no_litter(tmp_path, monkey
                 raise OSError(28, "No space left on device")
 
         with pytest.raises(CheckpointError, match="No space left"):
-            write_checkpoint(tmp_path, take_snapshot(strategy, {"step": 2}), 1, no_space)
+            write_checkpoint(tmp_path, take_snapshot(strategy, {"step": 2}), Checkpoint(keep=1), no_space)
         assert list(tmp_path.iterdir()) == [first]
     monkeypatch.setattr(save_module, "SPARE_BYTES", 1 << 60)
     with pytest.raises(CheckpointError, match=r"no space left: .* GB needed"):

@@ -12,7 +12,7 @@ from torch import nn
 from celo2 import Celo2
 from celo2.distributed.shard import LocalShard
 from configs.load import ConfigError
-from configs.schema import OPTIMIZERS, Config, Optimizer
+from configs.schema import OPTIMIZERS, Checkpoint, Config, Optimizer
 from launch.checkpoint.load import load_checkpoint
 from launch.checkpoint.save import take_snapshot, write_checkpoint
 from launch.distributed.setup import make_strategy
@@ -158,7 +158,7 @@ def test_a_checkpoint_holds_all_that_a_library_remembers(name, tmp_path, monkeyp
     for seed in range(11):  # beyond SOAP's 10 steps between eigenbases
         step(going.model, going.optimizer, seed)
     set_mode(going.optimizer, "eval")
-    path = write_checkpoint(tmp_path, take_snapshot(going, {"step": 11}), keep=1)
+    path = write_checkpoint(tmp_path, take_snapshot(going, {"step": 11}), Checkpoint(keep=1))
     load_checkpoint(path, resumed)
     for strategy in (going, resumed):
         set_mode(strategy.optimizer, "train")

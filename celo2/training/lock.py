@@ -1,0 +1,150 @@
+"""One folder, one training run: a lock that is taken before anything is written into the folder.
+
+The kernel's lock on the file `lock` ends with its process, however that ends. It decides between processes of one machine, and of
+all machines where the file system carries locks between them. Some mounts of NFS and Lustre do not. So the holder also renews the
+file's time every HEARTBEAT seconds, and a newcomer from another machine waits until it has been silent for SILENCE seconds.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+HEARTBEAT = 5.0  # s between two signs of life of the holder
+SILENCE = 30.0  # s without one after which a holder on another machine is dead; its job may have been queued again
+SETTLE = 1.0  # s after which a newcomer looks whether another one took the lock in the same moment
+LOST = 2  # exit status of a holder that finds its lock taken
+
+
+class FolderInUse(OSError):
+    """Another process holds the folder. The message names it and the remedy."""
+
+
+class FolderLock:
+    """A lock on `folder`, which is made if it is missing. A context manager that takes the lock and gives it back.
+
+    Raises:
+        FolderInUse: a process that lives holds it.
+        OSError: a folder that cannot be written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.path = folder, folder / "lock"
+        boot = Path("/proc/sys/kernel/random/boot_id")  # containers of one machine share it, and its kernel's locks
+        machine = boot.read_text().strip() if boot.exists() else socket.gethostname()
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": since, "machine": machine, "id": uuid.uuid4().hex}
+        self.own = json.dumps(owner).encode()
+        self.machine = machine
+        self.made = False  # the folder was missing
+        self.descriptor = -1
+        self.released = threading.Event()
+        self.thread = threading.Thread(target=self._beat, name="lock", daemon=True)
+
+    def __enter__(self) -> FolderLock:
+        while True:
+            self.made |= not self.folder.exists()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                self._take()
+            except BaseException:
+                os.close(self.descriptor)
+                raise
+            if not self._replaced():
+                break
+            os.close(self.descriptor)  # its last holder has just removed it
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.released.set()
+        self.thread.join(HEARTBEAT)
+        with suppress(OSError):
+            if self._content() == self.own and not self._replaced():
+                self.path.unlink()
+                if self.made:
+                    self.folder.rmdir()  # if nothing was written: the start was refused
+        os.close(self.descriptor)
+
+    def _take(self) -> None:
+        """Write this process into the file, or raise FolderInUse."""
+        certain = True  # whether the kernel decides
+        try:
+            # Not flock: processes that this one forks would inherit it, and hold it when this one is dead.
+            fcntl.lockf(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise self._in_use() from None
+            certain = False  # a file system without locks
+        owner = self._owner()
+        if owner is not None and not (certain and owner.get("machine") == self.machine):
+            self._wait_for_silence()
+            certain = False
+        os.ftruncate(self.descriptor, 0)
+        os.pwrite(self.descriptor, self.own, 0)
+        os.fsync(self.descriptor)
+        if not certain:
+            time.sleep(SETTLE)
+            if self._content() != self.own:
+                raise self._in_use()
+
+    def _wait_for_silence(self) -> None:
+        """Return once the holder has not renewed the file's time for SILENCE seconds; raise FolderInUse when it does."""
+        with tempfile.TemporaryFile(dir=self.folder) as probe:  # both times are the file server's
+            silent = os.fstat(probe.fileno()).st_mtime - os.fstat(self.descriptor).st_mtime
+        first, end = self._sign(), time.monotonic() + SILENCE - max(0.0, silent)
+        while time.monotonic() < end:
+            time.sleep(min(1.0, SILENCE / 5))
+            if self._sign() != first:
+                raise self._in_use()
+
+    def _sign(self) -> tuple[bytes, int]:
+        """What changes while the holder lives."""
+        return self._content(), os.fstat(self.descriptor).st_mtime_ns
+
+    def _content(self) -> bytes:
+        return os.pread(self.descriptor, 4096, 0)  # opening and closing the file once more would end the kernel's lock
+
+    def _owner(self) -> dict[str, Any] | None:
+        """What the holder wrote; None if the lock is free."""
+        content = self._content()
+        try:
+            owner = json.loads(content)
+        except ValueError:
+            owner = {}
+        return (owner if isinstance(owner, dict) else {}) if content else None
+
+    def _in_use(self) -> FolderInUse:
+        owner = self._owner() or {}
+        who = "process {pid} on {host} since {since}".format(**owner) if {"pid", "host", "since"} <= owner.keys() else ""
+        return FolderInUse(f"{self.folder} is in use by {who or 'another process'}; stop it, or choose another run.dir")
+
+    def _replaced(self) -> bool:
+        """Whether the path is another file by now, or none."""
+        try:
+            return os.stat(self.path).st_ino != os.fstat(self.descriptor).st_ino
+        except FileNotFoundError:
+            return True
+
+    def _beat(self) -> None:
+        """Renew the file's time. A process that was stopped for so long that another took the lock must not write any more."""
+        while not self.released.wait(HEARTBEAT):
+            with suppress(OSError):
+                os.utime(self.descriptor)
+                taken = self._content() != self.own or (self._replaced() and self.path.exists())
+                if taken and not self.released.is_set():
+                    sys.stderr.write(f"error: {self.folder}: another process took over while this one was silent, which ends\n")
+                    sys.stderr.flush()
+                    os._exit(LOST)

@@ -1,0 +1,43 @@
+"""Which checkpoints of a training run are kept, and which are deleted when a new one is written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from configs.schema import Checkpoint as CheckpointConfig
+from launch.checkpoint.verify import MANIFEST, list_checkpoints, step_of
+
+
+def surplus(newest: Path, config: CheckpointConfig, origin: int | None = None) -> list[Path]:
+    """The checkpoints beside `newest`, which was just written, that nothing keeps any more.
+
+    Kept are: the newest `keep`, up to this step; milestones, which are multiples of `keep_every` or were when they were written;
+    with `keep_best` the one with the lowest validation loss; and step `origin`, which the run branched from. Steps after `newest`
+    and whatever is not named like a checkpoint, or has no manifest, is neither counted nor deleted.
+    """
+    own = [path for path in list_checkpoints(newest.parent) if step_of(path) <= step_of(newest) and (path / MANIFEST).exists()]
+    states = {path: state_of(path) for path in own}
+    kept = set(own[-config.keep :])
+    for path, state in states.items():
+        intervals = (config.keep_every, state.get("config", {}).get("checkpoint", {}).get("keep_every", 0))
+        if step_of(path) == origin or any(every and step_of(path) % every == 0 for every in intervals):
+            kept.add(path)
+    losses = {path: state["val_loss"] for path, state in states.items() if measured(state)}
+    if config.keep_best and losses:
+        kept.add(min(losses, key=lambda path: losses[path]))
+    return [path for path in own if path not in kept]
+
+
+def state_of(path: Path) -> dict[str, Any]:
+    """The state.json of a checkpoint; nothing if it is damaged."""
+    try:
+        return dict(json.loads((path / "state.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def measured(state: dict[str, Any]) -> bool:
+    """Whether the validation loss was measured at the very step of a checkpoint, and is finite."""
+    return state.get("val_loss") is not None and state.get("evaluated") == state.get("step")

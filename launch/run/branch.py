@@ -1,0 +1,247 @@
+"""Going back: `checkpoint.resume=CHECKPOINT` makes a training run go on from any checkpoint, its own or another run's.
+
+The run's folder then holds one line of steps, up to the checkpoint and on from there. What the folder held beyond the checkpoint
+is moved to `set_aside/1` (2, 3, ...), which is the folder of a training run, too: it can be continued, compared and exported.
+The checkpoint itself is in the run's `checkpoints/`, linked or copied there from another run, whose metrics up to that step come
+along. `origin.json` records where the line began, so that the same command continues it instead of going back once more.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from configs.load import ConfigError
+from configs.schema import Config
+from launch.checkpoint.load import read_state
+from launch.checkpoint.save import flush, remove_leftovers
+from launch.checkpoint.verify import (
+    MANIFEST,
+    CheckpointError,
+    checkpoint_name,
+    choose_checkpoint,
+    find_checkpoint,
+    list_checkpoints,
+    sha256,
+    step_of,
+)
+from launch.monitoring.metrics import flat
+
+# What changes the steps of a line: with another value there, the same checkpoint is another line's beginning.
+DECISIVE = ("run.seed", "model.", "optimizer.", "schedule.", "train.")
+INCIDENTAL = ("train.steps", "train.micro_batch_size", "train.compile", "train.max_bad_steps", "train.spike", "train.on_spike")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a line of steps began, as in origin.json."""
+
+    resume: str  # checkpoint.resume as an absolute path
+    checkpoint: str  # the checkpoint that it led to, resolved
+    manifest: str  # sha256 of its manifest: the checkpoint is known again, wherever it is copied or moved to
+    step: int
+    own: bool  # it was among the run's own checkpoints
+    settings: dict[str, Any]  # of the run, as far as they are DECISIVE
+    id: str  # names the line to the trackers; empty where the run just went on from its newest checkpoint
+    set_aside: str | None = None  # where the steps beyond the checkpoint went, below the run's folder
+    done: bool = False  # everything is in its place
+    before: dict[str, Any] | None = None  # the origin.json of the line that was set aside
+
+
+class Start(NamedTuple):
+    """Where a start of a training run takes up."""
+
+    checkpoint: Path | None  # None: from the beginning
+    notes: list[str]
+    origin: Origin | None  # of the line; None: it began at step 0
+    begins: bool  # the line begins with this start: `begin_line` is due
+
+    def event(self) -> dict[str, Any] | None:
+        """The event that says that the run branches; None if it does not."""
+        if not (self.begins and self.origin and self.origin.id):
+            return None
+        return {"event": "branch", "step": self.origin.step, "from": self.origin.checkpoint, "set_aside": self.origin.set_aside}
+
+
+def choose_start(config: Config, run_dir: Path) -> Start:
+    """The checkpoint that `checkpoint.resume` means. Finishes what a killed process left, and changes nothing else.
+
+    Raises:
+        ConfigError: "never", and the folder holds a run.
+        CheckpointError: no whole checkpoint where there must be one.
+    """
+    remove_leftovers(run_dir / "checkpoints")
+    put_in_place(run_dir)
+    checkpoints, origin = run_dir / "checkpoints", read_origin(run_dir)
+    if config.checkpoint.resume == "never":
+        if (run_dir / "metrics.jsonl").exists() or list_checkpoints(checkpoints):
+            raise ConfigError(f"{run_dir} holds a run already: choose another run.dir, or checkpoint.resume=auto to continue it")
+        return Start(None, [], None, False)
+    if config.checkpoint.resume != "auto":
+        given = Path(config.checkpoint.resume).expanduser()
+        if not (given.is_dir() and given.resolve() == run_dir.resolve()) and not is_line_of(origin, given, config):
+            return branch_from(given, config, run_dir)
+    path, notes = find_checkpoint(checkpoints)
+    if path is None and notes:  # starting from the beginning would throw the run away
+        raise CheckpointError(
+            f"{run_dir}: no checkpoint is whole ({'; '.join(notes)}); choose another run.dir to start from the beginning"
+        )
+    if path is None and origin is not None:
+        raise CheckpointError(f"{run_dir} began at {origin.checkpoint}, but holds no checkpoint any more; choose another run.dir")
+    copies = [] if path else sorted(copy.parent.name for copy in checkpoints.glob(f"step_*/{MANIFEST}"))
+    if copies:
+        raise CheckpointError(
+            f"{checkpoints} holds no step_<digits>, but {', '.join(copies)}: name one with checkpoint.resume, or another run.dir"
+        )
+    if origin is not None and path is not None and config.checkpoint.resume != "auto" and step_of(path) > origin.step:
+        notes.append(
+            f"{run_dir} already went on from step {origin.step} and continues; to begin there again, name another run.dir"
+        )
+    return Start(path, notes, origin, False)
+
+
+def is_line_of(origin: Origin | None, given: Path, config: Config) -> bool:
+    """Whether the line in the run's folder began at the checkpoint or run `given`, with the same settings."""
+    if origin is None:
+        return False
+    now = decisive(config)
+    if any(now[key] != value for key, value in origin.settings.items() if key in now):
+        return False
+    path = Path(origin.checkpoint) if origin.own else Path(origin.resume).resolve()
+    return given.resolve() == path or ((given / MANIFEST).is_file() and sha256(given / MANIFEST) == origin.manifest)
+
+
+def branch_from(given: Path, config: Config, run_dir: Path) -> Start:
+    """The start of a new line at the checkpoint or run `given`."""
+    if not given.is_dir():
+        moved = sorted(run_dir.glob(f"set_aside/*/checkpoints/{given.name}"))
+        hint = f"; there is {moved[-1]}" if moved else ""
+        raise CheckpointError(f"checkpoint.resume: {given} is no whole checkpoint: there is no such folder{hint}")
+    checkpoint, notes = choose_checkpoint(given.resolve())
+    checkpoint = checkpoint.resolve()
+    own = checkpoint.parent == (run_dir / "checkpoints").resolve()
+    step, manifest = read_state(checkpoint)["step"], sha256(checkpoint / MANIFEST)
+    origin = Origin(os.path.abspath(given), str(checkpoint), manifest, step, own, decisive(config), uuid.uuid4().hex)
+    if beyond(run_dir, origin) or (not own and (run_dir / "metrics.jsonl").exists()):
+        used = [int(path.name) for path in run_dir.glob("set_aside/*") if path.name.isdigit()]
+        origin = replace(origin, set_aside=f"set_aside/{max(used, default=0) + 1}")
+        aside = run_dir / str(origin.set_aside)
+        notes = [*notes, f"what {run_dir} held beyond step {step} is kept in {aside}, a run's folder of its own"]
+    elif own:
+        origin = replace(origin, id="")
+    return Start(checkpoint, notes, origin, True)
+
+
+def decisive(config: Config) -> dict[str, Any]:
+    """The settings that a line of steps depends on."""
+    settings = flat(asdict(config))
+    return {key: value for key, value in settings.items() if key.startswith(DECISIVE) and key not in INCIDENTAL}
+
+
+def begin_line(run_dir: Path, origin: Origin) -> None:
+    """Make the run's folder hold the line that begins at `origin`. A kill at any moment is made good by the next start.
+
+    Raises:
+        OSError, CheckpointError: the disk is full, or the other run's checkpoint is gone.
+    """
+    before = read_origin(run_dir)
+    write_origin(run_dir, replace(origin, before=asdict(replace(before, before=None)) if before else None))
+    put_in_place(run_dir)
+
+
+def put_in_place(run_dir: Path) -> None:
+    """Carry out what origin.json says, as far as it is not done yet."""
+    origin = read_origin(run_dir)
+    if origin is None or origin.done:
+        return
+    checkpoints, source = run_dir / "checkpoints", Path(origin.checkpoint)
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    if origin.set_aside is not None:
+        aside = run_dir / origin.set_aside
+        if not aside.exists():
+            copy_files(run_dir, aside, origin.before)
+        for path in beyond(run_dir, origin):
+            path.rename(aside / "checkpoints" / path.name)
+    target = checkpoints / checkpoint_name(origin.step)
+    if not is_copy(target, origin):
+        link_checkpoint(source, target)
+    if not origin.own:
+        metrics = source.parent.parent / "metrics.jsonl"
+        known = source.parent.name == "checkpoints" and metrics.exists()
+        replace_text(run_dir / "metrics.jsonl", metrics.read_text() if known else "")
+    write_origin(run_dir, replace(origin, done=True))
+
+
+def beyond(run_dir: Path, origin: Origin) -> list[Path]:
+    """The checkpoints of a run's folder that do not belong to the line of `origin`."""
+    found = list_checkpoints(run_dir / "checkpoints")
+    return [path for path in found if not (origin.own and step_of(path) < origin.step) and not is_copy(path, origin)]
+
+
+def is_copy(path: Path, origin: Origin) -> bool:
+    """Whether `path` is the checkpoint of `origin`, under its usual name."""
+    manifest = path / MANIFEST
+    return step_of(path) == origin.step and manifest.is_file() and sha256(manifest) == origin.manifest
+
+
+def copy_files(run_dir: Path, aside: Path, before: dict[str, Any] | None) -> None:
+    """Make `aside` a run's folder with the files of `run_dir`, but without checkpoints yet. It appears complete."""
+    partial = aside.with_name(f".{aside.name}.tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    (partial / "checkpoints").mkdir(parents=True)
+    for file in run_dir.iterdir():
+        if file.is_file() and file.name not in ("lock", "origin.json"):
+            shutil.copy2(file, partial / file.name)
+    if before is not None:
+        (partial / "origin.json").write_text(json.dumps(before, indent=1))
+    partial.rename(aside)
+    flush(aside.parent)
+
+
+def link_checkpoint(source: Path, target: Path) -> None:
+    """Make `target` the same checkpoint as `source`: with hard links, which take no space, or else a copy."""
+    partial = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    for name in (*json.loads((source / MANIFEST).read_text()), MANIFEST):
+        try:
+            os.link((source / name).resolve(), partial / name)
+        except OSError:  # another disk, or one without links
+            shutil.copy2(source / name, partial / name)
+    partial.rename(target)
+    flush(target.parent)
+
+
+def read_origin(run_dir: Path) -> Origin | None:
+    """Where the line in a run's folder began; None: at step 0.
+
+    Raises:
+        CheckpointError: a file that is damaged.
+    """
+    path = run_dir / "origin.json"
+    if not path.exists():
+        return None
+    try:
+        return Origin(**json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error})") from None
+
+
+def write_origin(run_dir: Path, origin: Origin) -> None:
+    """Write origin.json."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    replace_text(run_dir / "origin.json", json.dumps(asdict(origin), indent=1))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file. A kill leaves the old one or the new one, whole, and so does the loss of power."""
+    partial = path.with_name(f".{path.name}.tmp")
+    partial.write_text(text)
+    flush(partial)
+    partial.replace(path)
+    flush(path.parent)

@@ -1,0 +1,294 @@
+"""Going back to a checkpoint: both lines are kept, the same command continues, a kill at any moment harms nothing."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from configs.load import build
+from configs.schema import Checkpoint
+from launch.checkpoint import save as save_module
+from launch.checkpoint.retention import surplus
+from launch.checkpoint.save import write_manifest
+from launch.checkpoint.verify import CheckpointError, checkpoint_name, find_checkpoint, list_checkpoints, step_of
+from launch.monitoring.guard import STOPPED
+from launch.run import branch
+from launch.run.branch import begin_line, choose_start, read_origin
+from launch.run.hooks import Hooks
+
+
+class StopIn(Hooks):
+    def __init__(self, step):
+        self.step = step
+
+    def before_step(self, step, strategy):
+        if step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def losses(records):
+    return {r["step"]: r["loss"] for r in records if "loss" in r}
+
+
+def test_both_lines_are_kept_and_the_same_command_continues(run):
+    old = ["train.steps=12", "checkpoint.every=2", "eval.every=4", "checkpoint.keep=10"]
+    _, before, _ = run(*old)
+    folder = run.tmp_path / "run"
+    back = [*old[:3], "checkpoint.keep=2", "optimizer.lr=2e-3", f"checkpoint.resume={folder / 'checkpoints' / 'step_00000004'}"]
+    _, elsewhere, _ = run(*back, folder="elsewhere")  # a branch in a folder of its own, not interrupted
+    assert losses(elsewhere).keys() == losses(before).keys() and losses(elsewhere)[4] == losses(before)[4]
+    assert names(run.tmp_path / "elsewhere" / "checkpoints") == [checkpoint_name(step) for step in (4, 10, 12)]
+
+    status, _, _ = run(*back, hooks=StopIn(9))
+    assert status == STOPPED and "set_aside/1, a run's folder of its own" in run.out
+    assert names(folder / "checkpoints") == [checkpoint_name(step) for step in (4, 8, 9)]
+    aside = folder / "set_aside" / "1"
+    assert names(aside / "checkpoints") == [checkpoint_name(step) for step in (6, 8, 10, 12)]
+    assert [json.loads(line) for line in (aside / "metrics.jsonl").read_text().splitlines()] == before
+    status, _, _ = run(*back, hooks=StopIn(11))
+    assert status == STOPPED and "step_00000009" in run.out
+    status, branched, _ = run(*back[:-1])  # auto
+    assert status == 0 and "step_00000011" in run.out
+    assert losses(branched) == losses(elsewhere)
+    assert names(folder / "set_aside") == ["1"]
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    (event,) = [e for e in events if e["event"] == "branch"]
+    assert (event["step"], event["set_aside"]) == (4, "set_aside/1")
+
+    # With another setting it is another branch; the first one is kept, too. The line that was set aside is a run's folder.
+    status, again, _ = run(*back, "optimizer.lr=1e-3")
+    assert status == 0 and losses(again)[6] != losses(branched)[6]
+    assert names(folder / "set_aside") == ["1", "2"]
+    status, continued, _ = run(*old, "train.steps=13", folder="run/set_aside/1")
+    assert status == 0 and losses(continued).keys() == {*losses(before), 13}
+
+
+def make_checkpoint(path, step, content="", **state):
+    path.mkdir(parents=True)
+    (path / "state.json").write_text(json.dumps({"step": step, "content": content, **state}))
+    write_manifest(path)
+
+
+def make_run(folder, steps, content):
+    for step in steps:
+        make_checkpoint(folder / "checkpoints" / checkpoint_name(step), step, content)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": s, "loss": content}) + "\n" for s in range(max(steps) + 1)))
+    (folder / "config.yaml").write_text(content)
+
+
+def config_of(resume, **optimizer):
+    return build({"checkpoint": {"resume": str(resume)}, "optimizer": optimizer})
+
+
+def tree(folder):
+    """Every file with its content, but for the name that a line has by chance."""
+    found = {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()}
+    origins = {name: json.loads(text) for name, text in found.items() if name.endswith("origin.json")}
+    return found | {name: {**origin, "id": ""} for name, origin in origins.items()}
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("source", ["own", "own copy", "other"])
+@pytest.mark.parametrize("then", ["the same command", "auto"])
+def test_a_kill_between_any_two_operations(source, then, tmp_path, monkeypatch):
+    make_run(tmp_path / "template", (2, 4, 6, 8), "old")
+    make_run(tmp_path / "other", (3, 4, 5), "other")
+    shutil.copytree(tmp_path / "template/checkpoints/step_00000004", tmp_path / "template/checkpoints/step_best")
+    resume = {
+        "own": "run/checkpoints/step_00000004",
+        "own copy": "run/checkpoints/step_best",
+        "other": "other/checkpoints/step_00000004",
+    }
+    config, run_dir = config_of(tmp_path / resume[source]), tmp_path / "run"
+    left = [0]
+
+    def killing(function):
+        def call(*args, **kwargs):
+            if left[0] == 0:
+                raise Killed
+            left[0] -= 1
+            return function(*args, **kwargs)
+
+        return call
+
+    results = []
+    for kill in range(100):
+        shutil.rmtree(run_dir, ignore_errors=True)
+        shutil.copytree(tmp_path / "template", run_dir)
+        start = choose_start(config, run_dir)
+        assert start.begins and start.checkpoint == (tmp_path / resume[source])
+        left[0], killed = kill, False
+        with monkeypatch.context() as patch:
+            for owner, name in ((Path, "rename"), (Path, "replace"), (Path, "mkdir"), (Path, "write_text"), (branch.os, "link")):
+                patch.setattr(owner, name, killing(getattr(owner, name)))
+            patch.setattr(branch.shutil, "copy2", killing(shutil.copy2))
+            try:
+                begin_line(run_dir, start.origin)
+            except Killed:
+                killed = True
+        again = choose_start(config if then == "the same command" else config_of("auto"), run_dir)
+        if again.begins:  # killed before anything was written: the start is made once more
+            assert not (run_dir / "set_aside").exists()
+            begin_line(run_dir, again.origin)
+        elif read_origin(run_dir) is None:  # likewise; the old line goes on
+            assert then == "auto" and again.checkpoint.name == "step_00000008" and not (run_dir / "set_aside").exists()
+            continue
+        else:
+            assert again.checkpoint == run_dir / "checkpoints" / "step_00000004"
+        results.append(tree(run_dir))
+        if not killed:
+            break
+    assert not killed and len(results) > 5
+    assert all(result == results[-1] for result in results)
+    kept = [checkpoint_name(step) for step in ((4,) if source == "other" else (2, 4))]
+    assert [path.name for path in list_checkpoints(run_dir / "checkpoints")] == kept
+    aside = run_dir / "set_aside/1"
+    moved = (2, 4, 6, 8) if source == "other" else (6, 8)
+    assert [path.name for path in list_checkpoints(aside / "checkpoints")] == [checkpoint_name(step) for step in moved]
+    assert (aside / "metrics.jsonl").read_text() == (tmp_path / "template/metrics.jsonl").read_text()
+    origin = "other" if source == "other" else "template"
+    assert (run_dir / "metrics.jsonl").read_text() == (tmp_path / origin / "metrics.jsonl").read_text()
+    assert (run_dir / "checkpoints/step_best").exists()  # a copy is never moved
+    assert len(list((tmp_path / "other/checkpoints").iterdir())) == 3  # nor is anything of the other run
+
+
+def test_the_line_is_known_again(tmp_path, monkeypatch):
+    """Relative, with a slash, through a link, in a copy of the whole run, and when the other run's checkpoint is gone."""
+    make_run(tmp_path / "run", (2, 4), "old")
+    run_dir, given = tmp_path / "run", tmp_path / "run/checkpoints/step_00000002"
+    begin_line(run_dir, choose_start(config_of(given), run_dir).origin)
+    make_checkpoint(run_dir / "checkpoints" / checkpoint_name(3), 3)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "link").symlink_to(run_dir)
+    for same in (
+        f"{given}/",
+        "run/checkpoints/step_00000002",
+        "link/checkpoints/step_00000002",
+        "~/run/checkpoints/step_00000002",
+    ):
+        start = choose_start(config_of(same), run_dir)
+        assert not start.begins and start.checkpoint.name == "step_00000003"
+    assert choose_start(config_of("link"), run_dir).checkpoint.name == "step_00000003"  # the run itself: as auto
+    shutil.copytree(run_dir, tmp_path / "copy")
+    for same in (given, "copy/checkpoints/step_00000002"):
+        assert not choose_start(config_of(same), tmp_path / "copy").begins
+    changed = choose_start(config_of(given, lr=0.5), run_dir)
+    assert changed.begins and changed.origin.set_aside == "set_aside/2"
+
+    other = tmp_path / "branch"
+    start = choose_start(config_of("copy"), other)  # a run: its newest checkpoint
+    begin_line(other, start.origin)
+    assert start.checkpoint.name == "step_00000003"
+    make_checkpoint(tmp_path / "copy/checkpoints" / checkpoint_name(9), 9)  # the other run has gone on
+    assert not choose_start(config_of("copy"), other).begins
+    shutil.rmtree(tmp_path / "copy")
+    assert choose_start(config_of("copy"), other).checkpoint == other / "checkpoints/step_00000003"
+    with pytest.raises(
+        CheckpointError, match=r"step_00000004 is no whole checkpoint: there is no such folder; there is .*set_aside/1/"
+    ):
+        choose_start(config_of("run/checkpoints/step_00000004"), run_dir)
+
+
+def test_the_newest_checkpoint_by_name_is_no_branch(run):
+    run("train.steps=6", "checkpoint.every=2")
+    newest = run.tmp_path / "run/checkpoints/step_00000006"
+    for steps in (8, 10):  # the second time 8 is newer, but it is the same command
+        status, records, _ = run(f"train.steps={steps}", "checkpoint.every=2", f"checkpoint.resume={newest}")
+        assert status == 0 and max(losses(records)) == steps
+    assert not (run.tmp_path / "run/set_aside").exists() and newest.exists()
+
+
+def clutter(folder, source):
+    """What people leave beside checkpoints."""
+    for name in ("step_best", "step_00000030_keep", "step_00000040 copy", "step_40", "step_000000040", "step_00000099"):
+        shutil.copytree(source, folder / name)
+    for name in ("step_", "step_00000098", "step_-0000001", "step_latest", "step_٠٠٠٠٠٠٩٩"):
+        (folder / name).mkdir()
+    (folder / "step_00000097").write_text("a file")
+    (folder / ".step_notes").write_text("mine")
+    (folder / "step_00000096").symlink_to(source)
+    (folder / "latest").symlink_to(source)
+    return set(names(folder))
+
+
+def test_what_is_no_checkpoint_harms_nothing_and_stays(tmp_path):
+    for step in (30, 40):
+        make_checkpoint(tmp_path / checkpoint_name(step), step)
+    there = clutter(tmp_path, tmp_path / checkpoint_name(30))
+    newest, problems = find_checkpoint(tmp_path)
+    assert newest == tmp_path / checkpoint_name(40)
+    assert len(problems) == 1 and "step_00000099 is a copy of step 30" in problems[0]
+    assert surplus(newest, Checkpoint(keep=1)) == [tmp_path / checkpoint_name(30)]
+    save_module.remove_leftovers(tmp_path)
+    assert set(names(tmp_path)) == there
+
+
+def test_large_steps_are_ordered_by_number(tmp_path):
+    for step in (99_999_999, 100_000_000):
+        make_checkpoint(tmp_path / checkpoint_name(step), step)
+    assert [step_of(path) for path in list_checkpoints(tmp_path)] == [99_999_999, 100_000_000]
+
+
+def test_a_run_with_copies_alone_is_not_started_anew(tmp_path):
+    make_run(tmp_path, (2,), "old")
+    (tmp_path / "checkpoints/step_00000002").rename(tmp_path / "checkpoints/step_mine")
+    with pytest.raises(CheckpointError, match="holds no step_<digits>, but step_mine: name one"):
+        choose_start(config_of("auto"), tmp_path)
+    assert choose_start(config_of(tmp_path / "checkpoints/step_mine"), tmp_path).begins
+
+
+def test_what_is_kept(tmp_path):
+    settings = {"config": {"checkpoint": {"keep_every": 20}}}
+    values = {10: 3.0, 20: 2.0, 30: 1.0, 40: 1.5, 50: None, 60: 0.5, 70: 4.0}
+    for step, loss in values.items():
+        evaluated = 55 if step == 60 else step  # the loss that 60 knows is not its own
+        make_checkpoint(
+            tmp_path / checkpoint_name(step), step, val_loss=loss, evaluated=evaluated, **settings if step == 20 else {}
+        )
+    make_checkpoint(tmp_path / checkpoint_name(80), 80)  # beyond: of another line
+
+    def kept(origin=None, **options):
+        gone = surplus(tmp_path / checkpoint_name(70), Checkpoint(**options), origin)
+        return [step for step in (*values, 80) if tmp_path / checkpoint_name(step) not in gone]
+
+    assert kept(keep=2) == [20, 60, 70, 80]  # 20 was a milestone when it was written
+    assert kept(keep=1, keep_every=30) == [20, 30, 60, 70, 80]
+    assert kept(keep=1, keep_best=True) == [20, 30, 70, 80]
+    assert kept(keep=1, origin=40) == [20, 40, 70, 80]
+
+
+def test_milestones_and_the_best_are_saved_though_no_checkpoint_is_due(run):
+    """No learning after step 2, so that evaluation 2 is the best; `every` comes to none of these steps."""
+    options = ["train.steps=9", "eval.every=1", "schedule.kind=constant", "checkpoint.every=0", "checkpoint.keep=1"]
+    status, records, _ = run(*options, "optimizer.lr=0.3", "checkpoint.keep_best=true", "checkpoint.keep_every=4")
+    measured = {r["step"]: r["val_loss"] for r in records if "val_loss" in r}
+    best = min(measured, key=measured.get)
+    assert status == 0
+    assert names(run.tmp_path / "run/checkpoints") == [checkpoint_name(step) for step in sorted({best, 4, 8, 9})]
+    state = json.loads((run.tmp_path / "run/checkpoints" / checkpoint_name(best) / "state.json").read_text())
+    assert state["best_loss"] == state["val_loss"] == measured[best]
+
+
+def test_files_have_the_usual_permissions(run):
+    from launch.checkpoint.export import export
+
+    before = os.umask(0o027)
+    try:
+        assert run("train.steps=3")[0] == 0
+        export(run.tmp_path / "run", run.tmp_path / "exported")
+    finally:
+        os.umask(before)
+    files = [path for top in ("run", "exported") for path in (run.tmp_path / top).rglob("*") if path.is_file()]
+    assert len(files) > 12
+    assert {(path.name, oct(path.stat().st_mode & 0o777)) for path in files} == {(path.name, "0o640") for path in files}
