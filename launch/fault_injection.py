@@ -31,8 +31,8 @@ from data.prepare import prepare
 from launch.checkpoint.save import PHASES
 from launch.checkpoint.verify import find_checkpoint, list_checkpoints
 from launch.distributed.strategy import Strategy
-from launch.monitoring.guard import STOPPED
 from launch.monitoring.metrics import read_metrics
+from launch.monitoring.signals import STOPPED
 from launch.run.hooks import Hooks
 
 STEPS = 60

@@ -139,7 +139,7 @@ def main(argv: list[str]) -> int:
     """Measure every row in this process of torchrun and write FOLDER/<processes>.json on the first rank."""
     folder, optimizer = Path(argv[0]), argv[1]
     torch.set_num_threads(1)
-    accelerator = make_accelerator(Config(), str(folder))
+    accelerator = make_accelerator(Config())
     results = [measure(row, optimizer, accelerator, folder) for row in ROWS]
     if accelerator.is_main_process:
         (folder / f"{accelerator.num_processes}.json").write_text(json.dumps(results))

@@ -35,8 +35,8 @@ from launch.compare.report import write_report
 from launch.compare.search import FACTOR, MOST_ROUNDS, Search, grid, search
 from launch.compare.summary import asked_about, summarize
 from launch.compare.trials import Pool, Stopped, Trial, TrialError, judge
-from launch.monitoring.guard import STOPPED
 from launch.monitoring.metrics import read_metrics
+from launch.monitoring.signals import STOPPED
 from launch.run.setup import open_data
 from models import ModelError
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -39,7 +38,7 @@ def resume(config: Config, run_dir: Path, strategy: Strategy, shards: TokenShard
         path = Path(config.checkpoint.resume)
         verify(path)
     if path is None:
-        return RunState(tracker_ids={"wandb": uuid.uuid4().hex} if "wandb" in config.log.trackers else {}), notes
+        return RunState(), notes
     saved = read_state(path)
     for key, value in identity(config, shards).items():
         if saved["identity"].get(key) != value:

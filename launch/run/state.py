@@ -20,12 +20,22 @@ class RunState:
     bad_steps: int = 0  # steps that were skipped because loss or gradient norm was not finite
     rollbacks: int = 0
     skipped: list[tuple[int, int]] = field(default_factory=list)  # ranges of batches that rollbacks left out (data.order)
-    tracker_ids: dict[str, str] = field(default_factory=dict)  # of the trackers' own runs, which a resumed run continues
+    window_loss: float | None = None  # mean over the targets of the healthy steps since the last logged one; None: no such step
+    window_tokens: int = 0  # those targets
 
-    def finish_step(self, tokens: int, seconds: float, healthy: bool) -> None:
-        """Count one step."""
+    def finish_step(self, tokens: int, seconds: float, loss: float | None) -> None:
+        """Count one step, with its mean loss, or None if it was skipped."""
         self.step, self.tokens, self.seconds = self.step + 1, self.tokens + tokens, self.seconds + seconds
-        self.bad_steps += not healthy
+        if loss is None:
+            self.bad_steps += 1
+            return
+        self.window_tokens += tokens
+        mean = self.window_loss or 0.0
+        self.window_loss = mean + (loss - mean) * (tokens / self.window_tokens)  # exactly `loss` where it is the only step
+
+    def begin_window(self) -> None:
+        """The step is logged: the next mean begins after it."""
+        self.window_loss, self.window_tokens = None, 0
 
 
 def to_saved(config: Config, state: RunState, shards: TokenShards) -> dict[str, Any]:
@@ -35,7 +45,7 @@ def to_saved(config: Config, state: RunState, shards: TokenShards) -> dict[str, 
 
 def from_saved(saved: dict[str, Any]) -> RunState:
     """The state in the contents of a state.json."""
-    state = RunState(**{f.name: saved[f.name] for f in fields(RunState)})
+    state = RunState(**{f.name: saved[f.name] for f in fields(RunState) if f.name in saved})  # an earlier version had fewer
     state.skipped = [(start, stop) for start, stop in state.skipped]
     return state
 
