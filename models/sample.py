@@ -1,4 +1,4 @@
-"""`python -m models.sample RUN|CHECKPOINT|EXPORT`: the documented name of `python -m launch.sample`. Text from a trained model."""
+"""`python -m models.sample MODEL`, text from a trained model: the documented name of `python -m launch.sample`."""
 
 import sys
 

@@ -180,7 +180,7 @@ def measure_training(rounds: int, device: torch.device, sizes: list[str], sequen
         seconds = time_rounds({str(compiled): trainer.step for compiled, trainer in trainers.items()}, rounds, device)
         rows += [trainer.row(seconds[str(compiled)]) for compiled, trainer in trainers.items()]
         if profile_path is not None and size == sizes[0]:
-            Path(profile_path).write_text(profile_steps(trainers[False]))
+            Path(profile_path).write_text(profile_steps(trainers[False]), encoding="utf-8")
         for trainer in trainers.values():
             trainer.stream.close()
         del trainers, trainer  # two models of the next size would not fit beside these

@@ -231,7 +231,9 @@ class Pool:
             if not trial.keep:
                 shutil.rmtree(trial.folder / "checkpoints", ignore_errors=True)
             return f"validation loss {result.loss:.4f}" if result.status == "finished" else "diverged"
-        lines = [line for line in (trial.folder / "log.txt").read_text(errors="replace").splitlines() if line.strip()]
+        lines = [
+            line for line in (trial.folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()
+        ]
         reason = lines[-1] if lines else "it printed nothing"
         if stopped_diverged(trial.folder):
             return f"diverged ({reason})"

@@ -97,7 +97,7 @@ def open_run(config: Config, accelerator: Accelerator) -> Path:
 def describe_run(config: Config, run_dir: Path, shards: TokenShards) -> None:
     """Write the resolved configuration and the tokenizer into the run's folder, once nothing more can refuse the start."""
     (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.yaml").write_text(to_yaml(config))
+    (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     shutil.copyfile(shards.folder / "tokenizer.json", run_dir / "tokenizer.json")
 
 
