@@ -68,8 +68,7 @@ def measure_gpu(out: Path, chosen: list[Part]) -> list[Row]:
         rows.append(run_part(part, out))
         print(f"{part.name}: {rows[-1]['outcome']} ({rows[-1]['seconds']:.0f} s)", flush=True)
         (out / "summary.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
-        texts = [(out / f"{row['part']}.txt").read_text(encoding="utf-8") if row["seconds"] else "" for row in rows]
-        sections = [f"## {row['part']}\n\n{text}" for row, text in zip(rows, texts, strict=True) if row["seconds"]]
+        sections = [
             f"## {row['part']}\n\n{(out / (row['part'] + '.txt')).read_text(encoding='utf-8')}" for row in rows if row["seconds"]
         ]
         (out / "summary.md").write_text("\n\n".join(["# Measurement", table(rows, COLUMNS), *sections]) + "\n", encoding="utf-8")
