@@ -30,16 +30,19 @@ from launch.checkpoint.save import Saver
 from launch.checkpoint.verify import CheckpointError
 from launch.distributed.first_rank import on_first_rank, refuse_tasks_without_launcher
 from launch.distributed.heartbeat import STATUS, Heartbeat, RankError, print_error
-from launch.distributed.setup import make_accelerator, make_strategy, peak
+from launch.distributed.launcher import say_after_launcher, tell_launcher
+from launch.distributed.setup import make_accelerator, make_strategy, memory, peak
 from launch.distributed.verification import Verification
-from launch.monitoring.guard import STOPPED, Diverged, Guard, Verdict
-from launch.monitoring.metrics import Display, Metrics
+from launch.monitoring.display import Display, show_any_text
+from launch.monitoring.guard import Diverged, Guard, Verdict
+from launch.monitoring.metrics import Metrics
+from launch.monitoring.signals import AT_ONCE, INTERRUPTED, STOPPED, StopSignals
 from launch.monitoring.step_statistics import StepStatistics, hidden_names
 from launch.optimizers.build import set_mode
 from launch.planning.plan import make_plan
 from launch.private import leave
 from launch.run.agreement import identity_of
-from launch.run.evaluation import evaluate
+from launch.run.evaluation import bytes_of_tokens, evaluate
 from launch.run.hooks import Hooks
 from launch.run.resume import resume, roll_back
 from launch.run.schedule import dropout_seed, due, lr_factor, set_lr
@@ -53,7 +56,7 @@ from launch.run.setup import (
     run_folder,
 )
 from launch.run.state import RunState, to_saved
-from launch.run.summary import finish
+from launch.run.summary import Summary
 from models import LossMismatch, ModelError, flops_per_token
 
 # Errors that the user can fix: bad input, a full disk, a run that diverged. Each is printed in one line.
@@ -73,25 +76,33 @@ EXPECTED_ERRORS = (
 def train(config: Config, hooks: Hooks) -> int:
     """One training run, from the beginning or its newest checkpoint to its last step or a signal; returns the exit status."""
     refuse_tasks_without_launcher()
-    accelerator = make_accelerator(config, str(run_folder(config)))
-    with lock_run(config, accelerator):
-        with Heartbeat(accelerator.process_index, accelerator.num_processes, config.distributed.timeout) as heartbeat:
-            status = pretrain(config, accelerator, heartbeat, hooks)
-        if status == 0 and accelerator.is_main_process:
-            finish(config, run_folder(config), accelerator.device)
-        accelerator.wait_for_everyone()  # a process group that is taken down while another rank still works can block
-        accelerator.end_training()
-    return status
+    with StopSignals() as signals:
+        accelerator = make_accelerator(config)
+        with lock_run(config, accelerator):
+            with Heartbeat(accelerator.process_index, accelerator.num_processes, config.distributed.timeout) as heartbeat:
+                signals.listener = heartbeat.signalled
+                summary = pretrain(config, accelerator, heartbeat, signals, hooks)
+            accelerator.wait_for_everyone()  # a process group that is taken down while another rank still works can block
+            accelerator.end_training()
+            if summary is not None and accelerator.is_main_process:  # no other rank waits for this
+                summary.finish(accelerator.device)
+    return 0 if summary is not None else STOPPED
 
 
-def pretrain(config: Config, accelerator: Accelerator, heartbeat: Heartbeat, hooks: Hooks) -> int:
-    """Setup and loop. `heartbeat` learns how far this rank is, so that a rank that dies or hangs is named."""
+def pretrain(
+    config: Config, accelerator: Accelerator, heartbeat: Heartbeat, signals: StopSignals, hooks: Hooks
+) -> Summary | None:
+    """Setup and loop. Returns the summary of a run that is done, or None if a signal stopped it.
+
+    `heartbeat` learns how far this rank is, so that a rank that dies or hangs is named.
+    """
     steps, world, first = config.train.steps, accelerator.num_processes, accelerator.is_main_process
 
     # Data and model; then model and optimizer as the strategy spreads them over the processes. The global batch of a step is
     # the same for every number of processes and micro-batch size.
     check_batch_size(config.train.batch_size, world, config.train.micro_batch_size)
     shards, validation = open_data(config)
+    lengths = bytes_of_tokens(validation)
     set_seed(config.run.seed)
     model, context, taken = make_model(config, shards)
     flops, parameters, hidden = flops_per_token(model, context), model.num_parameters(), hidden_names(model)
@@ -111,8 +122,12 @@ def pretrain(config: Config, accelerator: Accelerator, heartbeat: Heartbeat, hoo
     heartbeat.mark("loaded")
     on_first_rank(accelerator, lambda: describe_run(config, run_dir, shards, optimizer, resumed))
     folder, origin = run_dir / "checkpoints", resumed.origin.step if resumed.origin else None
-    metrics = Metrics(accelerator, config, run_dir, state.tracker_ids)
+    display = Display(steps, state.step, first)
+    metrics = Metrics(accelerator, config, run_dir, display.say)
     metrics.rewind(state.step, state.evaluated)
+    summary = Summary(config, run_dir, shards.eot_id, context, display.say, lambda: signals.received)
+    guard = Guard(accelerator, config.train, signals)
+    signals.wait = True  # from now on a signal waits for the end of the step and a checkpoint
 
     def report(checkpoint: dict[str, Any]) -> None:
         if "error" in checkpoint:
@@ -121,9 +136,8 @@ def pretrain(config: Config, accelerator: Accelerator, heartbeat: Heartbeat, hoo
 
     with (
         metrics,
-        Display(steps, state.step, first) as display,
+        display,
         Saver(folder, config.checkpoint, report, first, state.step, hooks.before_save_phase, origin) as saver,
-        Guard(accelerator, config.train) as guard,
     ):
         batches, stream = open_batches(config, shards, context, state, accelerator)
         resumed.notes.extend(taken if state.step == 0 else [])
@@ -140,13 +154,16 @@ def pretrain(config: Config, accelerator: Accelerator, heartbeat: Heartbeat, hoo
             if not stop and state.evaluated < state.step and due(state.step, config.eval.every, steps):
                 hooks.before_evaluation(state.step)
                 set_mode(optimizer, "eval")
-                val_loss = evaluate(strategy, validation, context, config, guard.stopping, heartbeat.mark)
-                stop = val_loss is None
-                if val_loss is not None:
-                    if state.finish_evaluation(val_loss) and config.checkpoint.keep_best:
+                found = evaluate(strategy, validation, lengths, context, config, guard.stopping, heartbeat.mark)
+                stop = found is None
+                if found is not None:
+                    if state.finish_evaluation(found.loss) and config.checkpoint.keep_best:
                         saver.ask(state.step)
-                    metrics.write({"step": state.step, "tokens": state.tokens, "val_loss": val_loss})
-                    display.say(f"step {state.step:>6}/{steps}  validation loss {val_loss:.4f}")
+                    metrics.write({"step": state.step, "tokens": state.tokens, **found.record()})
+                    display.say(f"step {state.step:>6}/{steps}  validation {found.text()}")
+                    if first and state.step < steps:  # the end has a summary of its own
+                        heartbeat.mark(f"step {state.step}: sample")
+                        summary.update(strategy.model if strategy.whole else None)
             scheduled = any(due(state.step, every, steps) for every in (config.checkpoint.every, config.checkpoint.keep_every))
             if saver.due(state.step, scheduled, stop):
                 heartbeat.mark(f"step {state.step}: saving")
@@ -176,7 +193,8 @@ def pretrain(config: Config, accelerator: Accelerator, heartbeat: Heartbeat, hoo
             verdict = strategy.step(partial(guard.judge, loss, save=saver.overdue))
             if verdict.healthy:
                 verification.check()
-            state.finish_step(config.train.batch_size, n_targets, time.perf_counter() - start, verdict.healthy)
+            healthy_loss = verdict.loss if verdict.healthy else None
+            state.finish_step(config.train.batch_size, n_targets, time.perf_counter() - start, healthy_loss)
             stop, saver.asked = verdict.stop, verdict.save
             display.advance(state.step)
 
@@ -193,22 +211,38 @@ def pretrain(config: Config, accelerator: Accelerator, heartbeat: Heartbeat, hoo
                 batches, stream = open_batches(config, shards, context, state, accelerator)
                 since = replace(state)
             elif logged:
-                record = training_record(state, since, verdict, config.optimizer.lr * factor, peak_speed)
+                record = training_record(state, since, verdict, config, factor, peak_speed) | memory(accelerator)
                 record |= statistics.record()
                 metrics.write(record)
                 display.training(record)
+                state.begin_window()
                 since = replace(state)
 
         saver.close()
         if stop:
-            display.say(f"stopped by a signal after step {state.step}, saved; the same command continues")
-    return STOPPED if stop else 0
+            line = f"stopped by a signal after step {state.step}, saved; the same command continues"
+            display.say(line)
+            metrics.event({"event": "stopped", "reason": "signal", "step": state.step})
+            tell_launcher(line)
+            if first:
+                say_after_launcher(line)
+        else:
+            metrics.event({"event": "finished", "step": state.step})
+    return None if stop else summary
 
 
-def training_record(state: RunState, since: RunState, verdict: Verdict, lr: float, peak_speed: float | None) -> dict[str, Any]:
-    """The line of metrics.jsonl for the step that is done; `since` is the state at the line before it."""
+def training_record(
+    state: RunState, since: RunState, verdict: Verdict, config: Config, factor: float, peak_speed: float | None
+) -> dict[str, Any]:
+    """The line of metrics.jsonl for the step that is done; `since` is the state at the line before it.
+
+    `loss` is the mean over the targets of the steps since then, `step_loss` that of the step alone.
+    """
+    optimizer = config.optimizer
     speed = (state.tokens - since.tokens) / (state.seconds - since.seconds)
-    record = {"step": state.step, "tokens": state.tokens, "loss": verdict.loss, "lr": lr, "grad_norm": verdict.grad_norm}
+    record = {"step": state.step, "tokens": state.tokens, "loss": state.window_loss, "step_loss": verdict.loss}
+    record |= {"lr": optimizer.lr * factor, "grad_norm": verdict.grad_norm}
+    record["adamw_lr"] = (optimizer.lr if optimizer.adamw_lr is None else optimizer.adamw_lr) * factor
     record |= {"tokens_per_second": speed, "seconds": state.seconds}
     if peak_speed:
         record["mfu"] = speed / peak_speed
@@ -225,6 +259,7 @@ def main(argv: list[str] | None = None, hooks: Hooks | None = None) -> int:
     parser.epilog = "keys of the configuration, with their defaults:\n" + "\n".join(
         f"  {name} = {default!r}: {doc}" for name, default, doc in options()
     )
+    show_any_text()
     args = parser.parse_intermixed_args(argv)
     try:
         config = load_config(args.config, args.overrides)
@@ -240,7 +275,9 @@ def main(argv: list[str] | None = None, hooks: Hooks | None = None) -> int:
         print_error(str(error))
         return STATUS
     except KeyboardInterrupt:
-        return 130
+        if os.environ.get("RANK", "0") == "0":
+            print_error(AT_ONCE)
+        return INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -110,7 +110,9 @@ class Checkpoint:
 class Log:
     every: int = option(10, "steps between lines of metrics.jsonl; the first and the last step are always there", at_least(1))
     trackers: list[Literal["tensorboard", "wandb"]] = option([], "any of tensorboard, wandb")
-    sample_tokens: int = option(200, "tokens of the text sample at the end; 0: none", at_least(0))
+    project: str = option("celo2", "wandb: the project, which holds many runs; run.name names this one")
+    group: str | None = option(None, "wandb: the group of runs that this one belongs to, such as a sweep; null: none")
+    sample_tokens: int = option(200, "tokens of the text sample at evaluations and at the end; 0: none", at_least(0))
     sample_prompt: str = option("", "text that the sample continues; empty: the start of a document")
 
 

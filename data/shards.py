@@ -79,7 +79,7 @@ def read_index(folder: Path) -> dict:
         state = "its preparation is not finished; run the same command again" if started else advice
         raise DataError(f"{folder}: no index.json; {state}")
     try:
-        index = json.loads(path.read_text())
+        index = json.loads(path.read_text(encoding="utf-8"))
         known = index["format"] == FORMAT
         version = index["version"]
     except (ValueError, KeyError, TypeError):

@@ -31,8 +31,8 @@ from data.prepare import prepare
 from launch.checkpoint.save import PHASES
 from launch.checkpoint.verify import find_checkpoint, list_checkpoints
 from launch.distributed.strategy import Strategy
-from launch.monitoring.guard import STOPPED
 from launch.monitoring.metrics import read_metrics
+from launch.monitoring.signals import STOPPED
 from launch.run.hooks import Hooks
 
 STEPS = 60
@@ -118,12 +118,12 @@ class Laboratory:
         self.folder, self.options = folder, options
         words = f"{train.__doc__} {__doc__}".split()
         texts = [" ".join(words[i % len(words)] for i in range(n, n * 7 + 80)) for n in range(1, 21)]
-        (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
         source, out = str(folder / "text.jsonl"), folder / "data"
         prepare(source, out, tokenizer="bytes", val_fraction=0.2, workers=1, log=lambda line: None)
-        (folder / "config.yaml").write_text(CONFIG)
+        (folder / "config.yaml").write_text(CONFIG, encoding="utf-8")
         if self.run("undisturbed") != 0:
-            raise SystemExit(f"the undisturbed run failed: {(folder / 'undisturbed.log').read_text()}")
+            raise SystemExit(f"the undisturbed run failed: {(folder / 'undisturbed.log').read_text(encoding='utf-8')}")
         self.undisturbed = self.metrics("undisturbed")
 
     def start(self, name: str, hooks: Hooks) -> int:
@@ -173,7 +173,9 @@ class Laboratory:
     def stop_halfway(self, name: str) -> Path:
         """A run that SIGTERM stops in the middle; its newest checkpoint."""
         if self.run(name, SignalAt(signal.SIGTERM, "step", STEPS // 2)) != STOPPED:
-            raise SystemExit(f"SIGTERM did not end in status {STOPPED}: {(self.folder / f'{name}.log').read_text()}")
+            raise SystemExit(
+                f"SIGTERM did not end in status {STOPPED}: {(self.folder / f'{name}.log').read_text(encoding='utf-8')}"
+            )
         return list_checkpoints(self.folder / name / "checkpoints")[-1]
 
 

@@ -41,7 +41,7 @@ def leave(status: int) -> NoReturn:
     https://github.com/pytorch/pytorch/pull/179291
     """
     atexit._run_exitfuncs()
-    with suppress(BrokenPipeError):  # nobody reads it
+    with suppress(OSError):  # nobody reads it, or the disk is full
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(status)

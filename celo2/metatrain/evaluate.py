@@ -146,7 +146,7 @@ class Runs:
         kinds = {TASKS[name].data for name in options.tasks}
         self.data = {kind: text_of(options.text) if kind == "text" else images_of(options.images) for kind in sorted(kinds)}
         try:
-            lines = self.path.read_text().splitlines() if self.path.exists() else []
+            lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
             self.records = [json.loads(line) for line in lines]
         except (OSError, ValueError) as error:
             raise ConfigError(f"{self.path}: not a file of training runs ({error})") from None
@@ -163,7 +163,7 @@ class Runs:
             how = options.device, options.precision, options.adamw_lr
             record = key | train(TASKS[task], self.data[kind], optimizer, lr, seed, steps, *how)
             self.records.append(record)
-            with self.path.open("a") as file:
+            with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
         self.bar.advance(self.bar.task_ids[0])
         return float(record["loss"])

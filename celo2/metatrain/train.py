@@ -236,7 +236,7 @@ def run(config: Config, show: Callable[[int, dict[str, float]], None]) -> Path:
     state, metrics, rule_path = folder / "state.safetensors", folder / "metrics.jsonl", folder / "rule.safetensors"
     if state.exists():
         training.load(state)
-    (folder / "config.yaml").write_text(to_yaml(config))
+    (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     rewind(metrics, lambda record: record["iteration"] <= training.iteration)
 
     recent: list[dict[str, float]] = []
@@ -247,7 +247,7 @@ def run(config: Config, show: Callable[[int, dict[str, float]], None]) -> Path:
             means = {key: float(np.mean([r[key] for r in recent])) for key in recent[0]}
             record = {"iteration": i, "seconds": round(training.seconds, 3), **means}
             recent = []
-            with metrics.open("a") as file:
+            with metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
             show(i, record)
         if i % config.checkpoint.snapshot_every == 0 or last:

@@ -73,7 +73,7 @@ def load(schema: type[Schema], path: str | Path, overrides: Sequence[str] = ()) 
         ConfigError: no such file, no YAML mapping, an unknown key (naming the nearest right one), a wrong type or value.
     """
     try:
-        tree = yaml.safe_load(Path(path).read_text())
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read configuration '{path}' ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -12,7 +12,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of the file; none if there is no file. A last line that a kill cut short is left out."""
     records = []
     if path.exists():
-        for line in path.read_text().splitlines():
+        for line in path.read_text(encoding="utf-8").splitlines():
             try:
                 records.append(json.loads(line))
             except json.JSONDecodeError:
@@ -24,5 +24,5 @@ def rewind(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
     """Rewrite the file with the records for which `keep` is true. A kill leaves the old file or the new one, whole."""
     kept = [json.dumps(record) + "\n" for record in read_metrics(path) if keep(record)]
     rewritten = path.with_suffix(".tmp")
-    rewritten.write_text("".join(kept))
+    rewritten.write_text("".join(kept), encoding="utf-8")
     rewritten.replace(path)

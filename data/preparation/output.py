@@ -45,7 +45,7 @@ def begin(partial: Path, arguments: dict, source: Source, log: Callable[[str], N
     plan = {"version": VERSION, "arguments": arguments, "inventory": source.inventory, "state": source.state}
     path = partial / "plan.json"
     if path.exists():
-        old = json.loads(path.read_text())
+        old = json.loads(path.read_text(encoding="utf-8"))
         difference = _difference(old["arguments"], arguments)
         if difference and any(partial.glob("*.tokens")):
             raise DataError(

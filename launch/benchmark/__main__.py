@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         for path in (args.json, getattr(args, "profile", None)):  # an error now saves the minutes of measuring
             if path is not None:
-                open(path, "a").close()
+                open(path, "a", encoding="utf-8").close()
         result = subject.measure(args, device)
     except (ConfigError, OSError) as error:
         print_error(str(error))
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{result['machine']}; {result['versions']}; {result['rounds']} rounds; {result['note']}")
     print(f"\n{table(result['rows'], subject.module.COLUMNS)}")
     if args.json is not None:
-        Path(args.json).write_text(json.dumps(result, indent=1))
+        Path(args.json).write_text(json.dumps(result, indent=1), encoding="utf-8")
     return 0
 
 

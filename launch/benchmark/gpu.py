@@ -51,7 +51,7 @@ def run_part(part: Part, out: Path) -> Row:
     log, start = out / f"{part.name}.txt", time.monotonic()
     if "pytest" in part.command and importlib.util.find_spec("pytest") is None:
         return {"part": part.name, "outcome": "not run: pytest is not installed", "seconds": 0.0}
-    with log.open("w") as file:
+    with log.open("w", encoding="utf-8") as file:
         try:
             status = subprocess.run(part.command, stdout=file, stderr=subprocess.STDOUT, timeout=part.limit).returncode
             outcome = "done" if status == 0 else f"failed with exit status {status}, see {log.name}"
@@ -67,7 +67,9 @@ def measure_gpu(out: Path, chosen: list[Part]) -> list[Row]:
     for part in chosen:
         rows.append(run_part(part, out))
         print(f"{part.name}: {rows[-1]['outcome']} ({rows[-1]['seconds']:.0f} s)", flush=True)
-        (out / "summary.json").write_text(json.dumps(rows, indent=1))
-        sections = [f"## {row['part']}\n\n{(out / (row['part'] + '.txt')).read_text()}" for row in rows if row["seconds"]]
-        (out / "summary.md").write_text("\n\n".join(["# Measurement", table(rows, COLUMNS), *sections]) + "\n")
+        (out / "summary.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+        sections = [
+            f"## {row['part']}\n\n{(out / (row['part'] + '.txt')).read_text(encoding='utf-8')}" for row in rows if row["seconds"]
+        ]
+        (out / "summary.md").write_text("\n\n".join(["# Measurement", table(rows, COLUMNS), *sections]) + "\n", encoding="utf-8")
     return rows

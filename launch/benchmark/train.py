@@ -7,7 +7,6 @@ grows with the tokens, that of the optimizer does not, and a step has 524,288 to
 from __future__ import annotations
 
 import statistics
-import tempfile
 import time
 import warnings
 from dataclasses import dataclass, field
@@ -85,7 +84,7 @@ class Trainer:
     updating: list[float] = field(default_factory=list)  # s, in the optimizer
 
     def __post_init__(self) -> None:
-        self.accelerator = make_accelerator(self.config, tempfile.gettempdir())
+        self.accelerator = make_accelerator(self.config)
         torch.manual_seed(0)
         device = self.accelerator.device  # a billion random numbers take half a minute on a CPU
         model = build_model(size=self.config.model.size, vocab_size=self.batch.vocabulary, device=device)
@@ -181,7 +180,7 @@ def measure_training(rounds: int, device: torch.device, sizes: list[str], sequen
         seconds = time_rounds({str(compiled): trainer.step for compiled, trainer in trainers.items()}, rounds, device)
         rows += [trainer.row(seconds[str(compiled)]) for compiled, trainer in trainers.items()]
         if profile_path is not None and size == sizes[0]:
-            Path(profile_path).write_text(profile_steps(trainers[False]))
+            Path(profile_path).write_text(profile_steps(trainers[False]), encoding="utf-8")
         for trainer in trainers.values():
             trainer.stream.close()
         del trainers, trainer  # two models of the next size would not fit beside these

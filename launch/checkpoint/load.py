@@ -23,7 +23,7 @@ from launch.distributed.strategy import Strategy, persistent_buffers
 
 def read_state(path: Path) -> dict[str, Any]:
     """The state.json of a checkpoint."""
-    return json.loads((path / "state.json").read_text())
+    return json.loads((path / "state.json").read_text(encoding="utf-8"))
 
 
 def optimizer_bytes(path: Path) -> int | None:

@@ -154,8 +154,8 @@ def write_checkpoint(
         announce("weights")
         save_file(snapshot.weights, temporary / "model.safetensors")
         save_file(snapshot.moments, temporary / "optimizer.safetensors")
-        (temporary / "config.json").write_text(snapshot.config)
-        (temporary / "state.json").write_text(json.dumps(snapshot.state, indent=1))
+        (temporary / "config.json").write_text(snapshot.config, encoding="utf-8")
+        (temporary / "state.json").write_text(json.dumps(snapshot.state, indent=1), encoding="utf-8")
         usual_permissions(temporary)
         write_manifest(temporary, announce)
         for path in (*temporary.iterdir(), temporary):
@@ -182,7 +182,7 @@ def write_manifest(folder: Path, announce: Announce = lambda phase: None) -> Non
     for file in sorted(folder.iterdir()):
         announce("hashes")
         manifest[file.name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -64,7 +64,7 @@ def choose_checkpoint(run: Path) -> tuple[Path, list[str]]:
 def verify(path: Path) -> None:
     """Raise CheckpointError unless every file of the manifest is there with its size and hash."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         for name, expected in manifest.items():
             file = path / name
             if file.stat().st_size != expected["bytes"]:

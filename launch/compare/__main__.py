@@ -35,8 +35,8 @@ from launch.compare.report import write_report
 from launch.compare.search import FACTOR, MOST_ROUNDS, Search, grid, search
 from launch.compare.summary import asked_about, summarize
 from launch.compare.trials import Pool, Stopped, Trial, TrialError, judge
-from launch.monitoring.guard import STOPPED
 from launch.monitoring.metrics import read_metrics
+from launch.monitoring.signals import STOPPED
 from launch.run.setup import open_data
 from models import ModelError
 
@@ -64,10 +64,10 @@ class Comparison:
         """Trials of an earlier start on other data must not be taken for trials on these."""
         said = json.dumps({"data": open_data(self.config)[0].fingerprint}) + "\n"
         path = make_folder(self.out) / "comparison.json"
-        if path.exists() and path.read_text() != said:
+        if path.exists() and path.read_text(encoding="utf-8") != said:
             raise ConfigError(f"{self.out} holds a comparison on other data than {self.config.data.dir}: choose another --out")
         rewritten = path.with_suffix(".tmp")  # a kill in between must not leave half of it
-        rewritten.write_text(said)
+        rewritten.write_text(said, encoding="utf-8")
         rewritten.replace(path)
 
     @property
@@ -226,7 +226,7 @@ def make_folder(out: Path) -> Path:
 def draw_again(path: str, out: Path | None) -> None:
     """The report of a results.json that is there, beside it or in `out`."""
     try:
-        results = json.loads(Path(path).read_text())
+        results = json.loads(Path(path).read_text(encoding="utf-8"))
         page = write_report(make_folder(out or Path(path).parent), results)
     except OSError as error:
         raise ConfigError(f"cannot read results '{path}' ({error.strerror})") from None

@@ -24,8 +24,8 @@ def write_report(out: Path, results: Results) -> Path:
     page, numbers = render(results), to_json(results)
     draw(results, out / "report.png")
     draw_details(results, out / "details.png")
-    (out / "results.json").write_text(numbers)
-    (out / "report.html").write_text(page)
+    (out / "results.json").write_text(numbers, encoding="utf-8")
+    (out / "report.html").write_text(page, encoding="utf-8")
     return out / "report.html"
 
 
@@ -64,10 +64,10 @@ def render(results: Results) -> str:
         high=high,
         by_loss=sorted(results["optimizers"], key=lambda row: row["loss"]["mean"] if row["loss"] else float("inf")),
         searched=[row for row in results["optimizers"] if row["search"] and row["search"]["lr"]],
-        style=(VENDOR / "uPlot.min.css").read_text() + (HERE / "page.css").read_text(),
-        script=f"/*\n{(VENDOR / 'uPlot.LICENSE').read_text()}*/\n"
-        + (VENDOR / "uPlot.iife.min.js").read_text()
-        + (HERE / "page.js").read_text(),
+        style=(VENDOR / "uPlot.min.css").read_text(encoding="utf-8") + (HERE / "page.css").read_text(encoding="utf-8"),
+        script=f"/*\n{(VENDOR / 'uPlot.LICENSE').read_text(encoding='utf-8')}*/\n"
+        + (VENDOR / "uPlot.iife.min.js").read_text(encoding="utf-8")
+        + (HERE / "page.js").read_text(encoding="utf-8"),
         data=json.dumps(drawn, allow_nan=False).replace("<", "\\u003c"),
     )
 

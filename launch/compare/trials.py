@@ -23,13 +23,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from configs.load import ConfigError, load_config
 from configs.schema import Config
-from launch.monitoring.guard import STOPPED
 from launch.monitoring.metrics import flat, read_metrics
+from launch.monitoring.signals import INTERRUPTED, STOPPED
 
 ROOT = Path(__file__).parents[2]
 POLL_SECONDS = 0.2
 # May differ between a trial and what it would be today: where it lies and how it is kept, not what it computes.
-INCIDENTAL = ("run.dir", "run.name", "checkpoint.", "log.trackers", "log.sample_")
+INCIDENTAL = ("run.dir", "run.name", "checkpoint.", "log.trackers", "log.project", "log.group", "log.sample_")
 
 
 class TrialError(RuntimeError):
@@ -222,7 +222,7 @@ class Pool:
     def _finish(self, running: Running) -> str:
         """What became of a trial whose process has ended, in words."""
         trial, status = running.trial, running.process.returncode
-        if status == STOPPED or (self.signals and status < 0):
+        if status == STOPPED or (self.signals and (status < 0 or status == INTERRUPTED)):
             if not self.signals:
                 self._receive(signal.SIGTERM)  # someone else stopped it, as a cluster does: so do we
             return "stopped by a signal, saved"
@@ -231,7 +231,9 @@ class Pool:
             if not trial.keep:
                 shutil.rmtree(trial.folder / "checkpoints", ignore_errors=True)
             return f"validation loss {result.loss:.4f}" if result.status == "finished" else "diverged"
-        lines = [line for line in (trial.folder / "log.txt").read_text(errors="replace").splitlines() if line.strip()]
+        lines = [
+            line for line in (trial.folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()
+        ]
         reason = lines[-1] if lines else "it printed nothing"
         if stopped_diverged(trial.folder):
             return f"diverged ({reason})"

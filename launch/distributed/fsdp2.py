@@ -31,6 +31,8 @@ class FSDP2(Strategy):
     gradients in float32. Norms, embeddings and the residual stream stay in float32, as under autocast alone.
     """
 
+    whole = False
+
     def __init__(self, config: Config, accelerator: Accelerator, model: PreTrainedModel) -> None:
         super().__init__(config, accelerator, model)
         self.copies = config.distributed.replicas

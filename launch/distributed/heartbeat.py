@@ -25,7 +25,6 @@ import itertools
 import json
 import os
 import select
-import signal
 import socket
 import sys
 import threading
@@ -38,6 +37,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
+from launch.distributed.launcher import tell_launcher
 from launch.private import connect_to_default_store
 
 STATUS = 70  # exit status (EX_SOFTWARE) of a rank that stops because of another one
@@ -121,7 +121,8 @@ def is_communication_error(error: BaseException) -> bool:
 
 
 def print_error(message: str) -> None:
-    """Print one line on stderr, in one write, as several processes share it."""
+    """Print one line on stderr, in one write, as several processes share it, and tell torchrun."""
+    tell_launcher(message)
     print(f"error: {message}\n", end="", file=sys.stderr, flush=True)
 
 
@@ -158,6 +159,12 @@ class Heartbeat:
         """Set a mark: the main thread is now at `text`. Costs no communication."""
         self._mark = (self._mark[0] + 1, text)
 
+    def signalled(self) -> None:
+        """This rank got a signal, as from torchrun when another one died: a dead rank is named sooner. Any thread may call it."""
+        if self._thread is not None and not self._alarm:
+            self._alarm = "signal"
+            self._wake.send(b"\0")
+
     def fail(self, message: str) -> None:
         """Tell the others that this rank fails. Returns once they can read it."""
         if self._thread is not None:
@@ -179,11 +186,9 @@ class Heartbeat:
             except dist.DistError as error:
                 raise RankError(f"rank {rank} did not start within {self.timeout:g} s") from error
         self._beats = self._read_beats()
-        # A main thread that is blocked in a collective runs no signal handler, but the number of the signal arrives here.
         self._woken, self._wake = socket.socketpair()
         self._woken.setblocking(False)
         self._wake.setblocking(False)
-        self._previous_fd = signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._work, name="heartbeat", daemon=True)
         self._thread.start()
         return self
@@ -202,7 +207,6 @@ class Heartbeat:
         self._wake.send(b"\0")
         self._ended.wait()
         self._thread = None
-        signal.set_wakeup_fd(self._previous_fd)
         diagnosis = self._diagnosis
         if diagnosis is None or diagnosis.message == self._failure:
             return
@@ -309,7 +313,7 @@ class Heartbeat:
         os._exit(STATUS)
 
     def _sleep(self, seconds: float) -> None:
-        """Wait; a signal or the main thread ends the wait early."""
+        """Wait; another thread of this process may end the wait early."""
         ready, _, _ = select.select([self._woken], [], [], seconds)
-        if ready and any(self._woken.recv(1024)) and not self._alarm:  # bytes are numbers of signals; the main thread sends 0
-            self._alarm = "signal"
+        if ready:
+            self._woken.recv(1024)

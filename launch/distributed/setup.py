@@ -40,10 +40,10 @@ def make_strategy(
     return strategy
 
 
-def make_accelerator(config: Config, logging_dir: str) -> Accelerator:
+def make_accelerator(config: Config) -> Accelerator:
     """The Accelerator of this process: one process, or one of those that torchrun, `accelerate launch` or `deepspeed` started.
 
-    It finds the processes, their devices, the precision and the trackers. Sharding is the strategy's: Accelerate's own plugins
+    It finds the processes, their devices and the precision. Sharding is the strategy's: Accelerate's own plugins
     are not used, since they are silently ignored where there is no GPU and know nothing of local shards.
 
     Raises:
@@ -62,8 +62,6 @@ def make_accelerator(config: Config, logging_dir: str) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision="bf16" if config.train.precision == "bf16" else "no",
         cpu=not torch.cuda.is_available(),  # without it, processes on a machine without GPUs do not find each other
-        log_with=config.log.trackers or None,
-        project_dir=logging_dir,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.distributed.timeout))],
     )
     expected = int(os.environ.get("WORLD_SIZE", "1"))
@@ -78,3 +76,10 @@ def peak(accelerator: Accelerator) -> float | None:
         return None
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     return peak_flops(torch.cuda.get_device_name(accelerator.device), dtype)
+
+
+def memory(accelerator: Accelerator) -> dict[str, float]:
+    """`peak_memory_gb`: the most memory that tensors of this process have taken on its GPU so far; nothing without a GPU."""
+    if accelerator.device.type != "cuda":
+        return {}
+    return {"peak_memory_gb": torch.cuda.max_memory_allocated(accelerator.device) / 1e9}

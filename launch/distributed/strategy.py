@@ -44,6 +44,7 @@ class Strategy:
         shards: every parameter by name, a tied weight once.
         matrices: how many hidden matrices of the model its optimizer orthogonalizes.
         copies: how many ranks hold the same shard and orthogonalize it each for itself.
+        whole: whether one rank alone can call its `model`.
         buffers: the buffers that a checkpoint holds, by name, whole on every rank.
     """
 
@@ -51,6 +52,7 @@ class Strategy:
     optimizer: torch.optim.Optimizer
     shards: dict[str, ShardedParameter]
     copies = 1
+    whole = True
 
     def __init__(self, config: Config, accelerator: Accelerator, model: PreTrainedModel) -> None:
         self.config, self.accelerator, self.model = config, accelerator, model

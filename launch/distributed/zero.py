@@ -31,6 +31,7 @@ class Zero(Strategy):
 
     def __init__(self, config: Config, accelerator: Accelerator, model: PreTrainedModel) -> None:
         super().__init__(config, accelerator, model)
+        self.whole = config.distributed.strategy != "zero3"
         deepspeed = import_deepspeed(accelerator.device)
         names = dict(model.named_parameters())
         groups = optimizer_groups(config.optimizer, model)

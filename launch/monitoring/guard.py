@@ -1,4 +1,4 @@
-"""The guard of a training run: it notices signals, steps that are not finite and spikes of the loss.
+"""The guard of a training run: it notices steps that are not finite and spikes of the loss, and tells all ranks of signals.
 
 In every step all ranks add up three numbers and so agree on what happens next. The host waits for the device there. That is short
 beside a step of a GPU, and no step that is not finite can reach the weights.
@@ -7,20 +7,18 @@ beside a step of a GPU, and no step that is not finite can reach the weights.
 from __future__ import annotations
 
 import math
-import signal
 import statistics
 from collections import deque
 from dataclasses import dataclass
-from types import FrameType
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 
 from configs.schema import Train
+from launch.monitoring.signals import STOP_SIGNALS, STOPPED, StopSignals
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-STOPPED = 75  # exit status (EX_TEMPFAIL): saved after a signal; the same command continues
+__all__ = ["STOPPED", "STOP_SIGNALS", "Diverged", "Guard", "Verdict"]
+
 SPIKE_WINDOW = 50  # a spike is measured against the median loss of so many healthy steps
 
 
@@ -42,33 +40,18 @@ class Verdict:
 
 
 class Guard:
-    """Judges every step. While the context is open, it handles STOP_SIGNALS."""
+    """Judges every step. `signals` tells whether this rank got one."""
 
-    def __init__(self, accelerator: Accelerator, config: Train) -> None:
-        self.accelerator, self.config = accelerator, config
-        self.signalled = False
+    def __init__(self, accelerator: Accelerator, config: Train, signals: StopSignals | None = None) -> None:
+        self.accelerator, self.config, self.signals = accelerator, config, signals or StopSignals()
         self.bad_in_a_row = 0
         self.losses: deque[float] = deque(maxlen=SPIKE_WINDOW)
-        self.previous: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> Guard:
-        self.previous = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, _: FrameType | None) -> None:
-        if number == signal.SIGINT and self.signalled:
-            raise KeyboardInterrupt  # the second Ctrl-C stops at once
-        self.signalled = True
 
     def agree(self, *values: torch.Tensor | float) -> list[float]:
         """The sums of `values` over all ranks, and as the last number how many ranks got a signal."""
         device = self.accelerator.device
         mine = []
-        for value in (*values, float(self.signalled)):
+        for value in (*values, float(self.signals.received)):
             if isinstance(value, torch.Tensor):
                 mine.append(value.to(device, torch.float64))
             else:  # `full` is a kernel; a number that is copied to a GPU would make the host wait once more

@@ -1,117 +1,88 @@
-"""What a training run writes and shows while it goes: metrics.jsonl, events.jsonl, trackers, a progress bar or plain lines."""
+"""What a training run writes while it goes: metrics.jsonl, events.jsonl, and the trackers."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import sys
 import time
-from dataclasses import asdict
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from celo2.training.metrics import read_metrics, rewind
 from configs.schema import Config
 from launch.monitoring.guard import Diverged
+from launch.monitoring.trackers import Tracker, open_trackers
 
-__all__ = ["Display", "Metrics", "flat", "read_metrics"]
+__all__ = ["Metrics", "flat", "read_metrics"]
 
 
 class Metrics:
     """Writes metrics.jsonl, one JSON object a line, on the first rank; the same numbers go to the trackers.
 
-    It also writes events.jsonl, which says what happened to the run: starts, checkpoints, skipped steps, spikes, rollbacks. As a
-    context manager around the training loop it adds the event that the run diverged, which `launch.compare` looks for.
+    It also writes events.jsonl, which says what happened to the run: starts, checkpoints, skipped steps, spikes, rollbacks, and
+    as the last event of a start that it finished or stopped. As a context manager around the training loop it adds the event that
+    the run stopped because it diverged, which `launch.compare` looks for, or because of an error.
     """
 
-    def __init__(self, accelerator: Accelerator, config: Config, run_dir: Path, tracker_ids: dict[str, str]) -> None:
-        self.accelerator, self.path, self.events = accelerator, run_dir / "metrics.jsonl", run_dir / "events.jsonl"
+    def __init__(
+        self, accelerator: Accelerator, config: Config, run_dir: Path, say: Callable[[str], None] = lambda text: None
+    ) -> None:
+        """`say` shows a warning to a person."""
+        self.path, self.events, self.say = run_dir / "metrics.jsonl", run_dir / "events.jsonl", say
         self.first = accelerator.is_main_process
-        if config.log.trackers:
-            continued = {name: {"id": value, "resume": "allow"} for name, value in tracker_ids.items()}
-            accelerator.init_trackers(config.run.name, config=flat(asdict(config)), init_kwargs=continued)
+        self.trackers: dict[str, Tracker] = open_trackers(config, run_dir) if self.first else {}
 
     def __enter__(self) -> Metrics:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        if isinstance(error, Diverged):
-            self.event({"event": "stopped", "reason": "diverged", "error": str(error)})
+        if isinstance(error, Exception):
+            reason = "diverged" if isinstance(error, Diverged) else "error"
+            with suppress(OSError):  # the error may be that the disk is full
+                self.event({"event": "stopped", "reason": reason, "error": str(error)})
+        self._track(lambda tracker: tracker.close())
 
     def rewind(self, step: int, evaluated: int) -> None:
         """Drop steps after `step` and evaluations after `evaluated`, which are about to be done again."""
         if self.first:
+            written = max((record["step"] for record in read_metrics(self.path)), default=0)
             rewind(self.path, lambda record: record["step"] <= (evaluated if "val_loss" in record else step))
+            self._track(lambda tracker: tracker.rewind(step, written))
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record, and give it to the trackers under the same names. Numbers that are not finite become null."""
-        record = {key: value if math.isfinite(value) else None for key, value in record.items()}
         if self.first:
-            with self.path.open("a") as file:
+            record = {key: value if value is not None and math.isfinite(value) else None for key, value in record.items()}
+            with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
-        values = {key: value for key, value in record.items() if key != "step" and value is not None}
-        self.accelerator.log(values, step=record["step"])
+            values = {key: value for key, value in record.items() if key != "step" and value is not None}
+            self._track(lambda tracker: tracker.write(record["step"], values))
+
+    def _track(self, act: Callable[[Tracker], None]) -> None:
+        """Do something with each tracker. One that fails is left out from then on: the run does not need it."""
+        for name, tracker in list(self.trackers.items()):
+            try:
+                act(tracker)
+            except Exception as error:
+                del self.trackers[name]
+                self.say(f"warning: {name} gets no more numbers: {' '.join(str(error).split())}")
 
     def flush(self) -> None:
         """Make the operating system write the metrics to the disk, before a checkpoint that counts on them."""
         if self.first and self.path.exists():
-            with self.path.open("a") as file:
+            with self.path.open("a", encoding="utf-8") as file:
                 os.fsync(file.fileno())
 
     def event(self, record: dict[str, Any]) -> None:
         """Append one record to events.jsonl, with the time. Any thread may call it."""
         if self.first:
-            with self.events.open("a") as file:
+            with self.events.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **record}) + "\n")
-
-
-class Display:
-    """A live progress bar on a terminal, or a plain line for each logged step. Other ranks show nothing."""
-
-    def __init__(self, steps: int, start: int, first: bool) -> None:
-        self.steps, self.first = steps, first
-        self.console = Console(file=sys.stdout)
-        self.bar = Progress(
-            BarColumn(20),
-            MofNCompleteColumn(),
-            TextColumn("[progress.percentage]{task.percentage:>3.0f}%"),
-            TextColumn("{task.fields[text]}"),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not (first and self.console.is_terminal),
-        )
-        self.task = self.bar.add_task("", total=steps, completed=start, text="")
-
-    def __enter__(self) -> Display:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-
-    def advance(self, done: int) -> None:
-        """Show that `done` steps are finished."""
-        self.bar.update(self.task, completed=done)
-
-    def training(self, record: dict[str, Any]) -> None:
-        """Show a training record."""
-        text = f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {record['tokens_per_second']:,.0f} tokens/s"
-        if "mfu" in record:
-            text += f"  MFU {record['mfu']:.1%}"
-        if self.bar.disable:
-            self.say(f"step {record['step']:>6}/{self.steps}  {text}  {record['seconds']:.0f} s")
-        else:
-            self.bar.update(self.task, text=text)
-
-    def say(self, text: str) -> None:
-        """Print a line above the bar."""
-        if self.first:
-            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -167,6 +167,7 @@ def put_in_place(run_dir: Path) -> None:
             copy_files(run_dir, aside, origin.before)
         for path in beyond(run_dir, origin):
             path.rename(aside / "checkpoints" / path.name)
+        (run_dir / "wandb.json").unlink(missing_ok=True)  # the new line is a run of its own there
     target = checkpoints / checkpoint_name(origin.step)
     if not is_copy(target, origin):
         link_checkpoint(source, target)

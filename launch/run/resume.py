@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from configs.schema import Config
 from launch.checkpoint.load import load_checkpoint, read_state
 from launch.checkpoint.save import Saver
-from launch.checkpoint.verify import CheckpointError, find_checkpoint
+from launch.checkpoint.verify import find_checkpoint
 from launch.distributed.first_rank import on_first_rank
 from launch.distributed.strategy import Strategy
 from launch.monitoring.guard import Diverged
@@ -32,18 +31,14 @@ def resume(config: Config, run_dir: Path, strategy: Strategy, identity: dict[str
     start = on_first_rank(strategy.accelerator, partial(choose_start, config, run_dir))
     path = start.checkpoint
     if path is None:
-        ids = {"wandb": uuid.uuid4().hex} if "wandb" in config.log.trackers else {}
-        return RunState(tracker_ids=ids), start
+        return RunState(), start
     saved = read_state(path)
     require_agreement(path, saved, config, strategy.model.config, identity)
     load_checkpoint(path, strategy)
     before, now = flat(saved["config"]), flat(asdict(config))
     changes = [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
     start.notes.append(f"resumed from {path}" + (f" with {', '.join(changes)}" if changes else ""))
-    state = from_saved(saved)
-    if start.origin is not None and start.origin.id and state.step == start.origin.step:
-        state.tracker_ids = dict.fromkeys(state.tracker_ids, start.origin.id)  # the trackers show a branch as a run of its own
-    return state, start
+    return from_saved(saved), start
 
 
 def roll_back(run_dir: Path, state: RunState, strategy: Strategy, saver: Saver) -> tuple[RunState, int]:

@@ -125,7 +125,7 @@ def describe_run(config: Config, run_dir: Path, shards: TokenShards, optimizer: 
     if start.begins and start.origin is not None:
         begin_line(run_dir, start.origin)
     (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.yaml").write_text(to_yaml(config))
+    (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     shutil.copyfile(shards.folder / "tokenizer.json", run_dir / "tokenizer.json")
     if isinstance(optimizer, Celo2):  # a rule file may change or go
         save_rule(optimizer.rule, run_dir / RULE_FILE)

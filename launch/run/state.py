@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from configs.schema import Config
@@ -22,13 +22,23 @@ class RunState:
     best_loss: float | None = None  # the lowest validation loss so far
     bad_steps: int = 0  # steps that were skipped because loss or gradient norm was not finite
     rollbacks: int = 0
-    tracker_ids: dict[str, str] = field(default_factory=dict)  # of the trackers' own runs, which a resumed run continues
+    window_loss: float | None = None  # mean over the targets of the healthy steps since the last logged one; None: no such step
+    window_tokens: int = 0  # those targets
 
-    def finish_step(self, sequences: int, tokens: int, seconds: float, healthy: bool) -> None:
-        """Count one step."""
+    def finish_step(self, sequences: int, tokens: int, seconds: float, loss: float | None) -> None:
+        """Count one step, with its mean loss, or None if it was skipped."""
         self.step, self.sequences = self.step + 1, self.sequences + sequences
         self.tokens, self.seconds = self.tokens + tokens, self.seconds + seconds
-        self.bad_steps += not healthy
+        if loss is None:
+            self.bad_steps += 1
+            return
+        self.window_tokens += tokens
+        mean = self.window_loss or 0.0
+        self.window_loss = mean + (loss - mean) * (tokens / self.window_tokens)  # exactly `loss` where it is the only step
+
+    def begin_window(self) -> None:
+        """The step is logged: the next mean begins after it."""
+        self.window_loss, self.window_tokens = None, 0
 
     def finish_evaluation(self, val_loss: float) -> bool:
         """Record the validation loss after `step`; returns whether it is the lowest so far."""

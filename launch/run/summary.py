@@ -1,84 +1,139 @@
-"""What a person looks at when a training run is done: a picture of the loss and a sample of the model's text."""
+"""What a person looks at: a picture of the loss and a sample of the model's text, at every evaluation and at the end.
+
+Nothing here may stop a training run, whose checkpoints are what counts: whatever fails is a warning.
+"""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
 from celo2.training.metrics import read_metrics
 from configs.schema import Config
+from data.tokenizer import load_tokenizer
 from launch.checkpoint.load import load_model
 from launch.checkpoint.verify import list_checkpoints
-from launch.run.setup import open_data
+from launch.run.sampling import after, sample_text
+
+SAMPLE_SECONDS = 60.0  # a sample of a slow model is cut off then, as the other ranks wait for the first one
+Say = Callable[[str], None]
 
 
-def finish(config: Config, run_dir: Path, device: torch.device) -> None:
-    """Draw the loss, write and print a sample of the last checkpoint, and print the losses."""
-    records = read_metrics(run_dir / "metrics.jsonl")
-    curve = draw_losses(records, run_dir / "loss.png", config.run.name)
-    if config.log.sample_tokens:
-        model = load_model(list_checkpoints(run_dir / "checkpoints")[-1]).to(device)
-        eot = open_data(config)[0].eot_id
-        tokenizer = Tokenizer.from_file(str(run_dir / "tokenizer.json"))
-        text = sample_text(model, tokenizer, eot, config.log.sample_prompt, config.log.sample_tokens, config.run.seed)
-        (run_dir / "sample.txt").write_text(text + "\n")
-        print(f"\na sample of {config.log.sample_tokens} tokens ({run_dir / 'sample.txt'}):\n{text}\n")
-    losses = [r["loss"] for r in records if r.get("loss") is not None]
-    validation = [r["val_loss"] for r in records if "val_loss" in r]
-    if losses and validation:
-        seconds = next(r["seconds"] for r in reversed(records) if "seconds" in r)
-        print(
-            f"training loss {losses[0]:.3f} -> {losses[-1]:.3f}, validation loss {validation[-1]:.3f}, "
-            f"{seconds:.0f} s in training steps; curve: {curve}"
-        )
+@contextmanager
+def warning(what: str, say: Say) -> Iterator[None]:
+    """Any exception becomes a line that warns."""
+    try:
+        yield
+    except Exception as error:
+        say(f"warning: {what}: {' '.join(str(error).split()) or type(error).__name__}")
 
 
-def draw_losses(records: list[dict], path: Path, title: str) -> Path | None:
-    """A picture of training and validation loss over tokens; None if nothing was logged."""
-    training = [(r["tokens"], r["loss"]) for r in records if r.get("loss") is not None]
-    validation = [(r["tokens"], r["val_loss"]) for r in records if "val_loss" in r]
-    if not training:
+class Summary:
+    """Writes `loss.png` and `sample.txt` into a run's folder, and says what ends a run. Only the first rank has one.
+
+    Args:
+        end: the token that ends a document.
+        context: tokens of a sequence, T.
+        say: shows a line to a person.
+        stopping: whether to cut a sample off.
+    """
+
+    def __init__(self, config: Config, run_dir: Path, end: int, context: int, say: Say, stopping: Callable[[], bool]) -> None:
+        self.config, self.run_dir, self.end, self.context = config, run_dir, end, context
+        self.say, self.stopping = say, stopping
+
+    def update(self, model: PreTrainedModel | None) -> str | None:
+        """Draw the loss so far and write a sample of `model`, if there is one. Returns the sample."""
+        with warning("no loss.png", self.say):
+            records = read_metrics(self.run_dir / "metrics.jsonl")
+            draw_losses(records, self.run_dir / "loss.png", self.config.run.name)
+        if model is None or not self.config.log.sample_tokens:
+            return None
+        with warning("no sample.txt", self.say):
+            log, seed = self.config.log, self.config.run.seed
+            tokenizer = load_tokenizer(self.run_dir / "tokenizer.json")
+            stopping = after(SAMPLE_SECONDS, self.stopping)
+            text = sample_text(
+                model,
+                tokenizer,
+                self.end,
+                self.context,
+                log.sample_prompt,
+                log.sample_tokens,
+                seed,
+                stopping=stopping,
+                note=self.say,
+            )
+            with replacing(self.run_dir / "sample.txt") as path:
+                path.write_text(text + "\n", encoding="utf-8")
+            return text
         return None
+
+    def finish(self, device: torch.device) -> None:
+        """At the end: the loss, a sample of the newest checkpoint, and a line with both losses."""
+        model = None
+        if self.config.log.sample_tokens:
+            with warning("no sample.txt", self.say):
+                model = load_model(list_checkpoints(self.run_dir / "checkpoints")[-1]).to(device)
+        text = self.update(model)
+        if text is not None:
+            name = self.run_dir / "sample.txt"
+            self.say(f"\na sample of {self.config.log.sample_tokens} tokens ({name}):\n{text}\n")
+        with warning("no last line", self.say):
+            self.say(last_line(read_metrics(self.run_dir / "metrics.jsonl"), self.run_dir / "loss.png"))
+
+
+def last_line(records: list[dict[str, Any]], curve: Path) -> str:
+    """Both losses in words. A loss that was not finite is null in metrics.jsonl."""
+
+    def text(loss: float | None) -> str:
+        return "not finite" if loss is None else f"{loss:.3f}"
+
+    training = [r["loss"] for r in records if "loss" in r]
+    validation = [r["val_loss"] for r in records if "val_loss" in r]
+    parts = [f"training loss {text(training[0])} -> {text(training[-1])}"] if training else []
+    parts += [f"validation loss {text(loss)}" for loss in validation[-1:]]
+    parts += [f"{r['seconds']:.0f} s in training steps" for r in records[::-1] if "seconds" in r][:1]
+    return ", ".join(parts) + (f"; curve: {curve}" if curve.exists() else "")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path beside `path` whose file takes its place at the end, so that a reader never sees half of it."""
+    aside = path.with_name(f".{path.name}")
+    try:
+        yield aside
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def draw_losses(records: list[dict], path: Path, title: str) -> None:
+    """A picture of training and validation loss over tokens, if there is any that is finite."""
+    training = [(r["tokens"], r["loss"]) for r in records if r.get("loss") is not None]
+    validation = [(r["tokens"], r["val_loss"]) for r in records if r.get("val_loss") is not None]
+    if not training and not validation:
+        return
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    axes.plot(*zip(*training, strict=True), linewidth=1, color="#9ecae1", label="training")
+    if training:
+        axes.plot(*zip(*training, strict=True), linewidth=1, color="#9ecae1", label="training")
     if validation:
         label = f"validation, last {validation[-1][1]:.3f}"
         axes.plot(*zip(*validation, strict=True), marker="o", markersize=3, color="#08519c", label=label)
-    axes.set(title=title, xlabel="tokens", ylabel="cross-entropy per token, nats")
+    axes.set(xlabel="tokens", ylabel="cross-entropy per token, nats")
+    axes.set_title(title, parse_math=False)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path)
-    return path
-
-
-@torch.no_grad()
-def sample_text(model: PreTrainedModel, tokenizer: Tokenizer, eot: int, prompt: str, length: int, seed: int) -> str:
-    """`prompt`, or the start of a document, continued by `length` tokens.
-
-    Drawn at temperature 0.7 from the 50 likeliest tokens. No six tokens come twice, as small models repeat themselves otherwise.
-    """
-    ids = tokenizer.encode(prompt).ids or [eot]
-    room = getattr(model.config, "max_position_embeddings", len(ids) + length) - len(ids)
-    training = model.training
-    model.eval()
-    torch.manual_seed(seed)
-    tokens = model.generate(
-        torch.tensor([ids], device=model.device),
-        max_new_tokens=max(1, min(length, room)),
-        do_sample=True,
-        temperature=0.7,
-        top_k=50,
-        no_repeat_ngram_size=6,
-        eos_token_id=None,
-        pad_token_id=eot,
-    )
-    model.train(training)
-    return tokenizer.decode([token for token in tokens[0].tolist() if token != eot])
+    with replacing(path) as aside:
+        figure.savefig(aside, format="png")

@@ -25,7 +25,7 @@ def test_a_run_learns_and_leaves_everything_behind(run):
     assert [r["step"] for r in training] == [1, 10, 20, 30, 40]
     assert [r["step"] for r in records if "val_loss" in r] == [20, 40]
     expected = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "seconds"}
-    expected |= {"optimizer_seconds", "update_rms", "update_ratio"}
+    expected |= {"optimizer_seconds", "update_rms", "update_ratio", "step_loss", "adamw_lr"}
     assert all(set(r) == expected for r in training)
     assert training[-1]["tokens"] <= 40 * 8 * 32
     assert training[-1]["loss"] < math.log(257) - 1.5  # measured 2.9 from 5.5

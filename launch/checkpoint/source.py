@@ -1,0 +1,110 @@
+"""A trained model and its tokenizer from wherever they are: a run, one of its checkpoints, or an exported folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from data import DataError
+from data.shards import read_index
+from data.tokenizer import end_of_text_id, load_tokenizer
+from launch.checkpoint.export import choose_checkpoint
+from launch.checkpoint.load import load_model, read_state
+from launch.checkpoint.verify import MANIFEST, CheckpointError
+
+UNLIMITED = 10**9  # transformers writes 10**30 where a tokenizer has no limit
+
+
+class Source(NamedTuple):
+    """A model on the CPU in evaluation mode, with what one needs to use it."""
+
+    path: Path  # the checkpoint, or the exported folder
+    model: PreTrainedModel
+    tokenizer: Tokenizer
+    end: int  # the token that ends a document
+    context: int | None  # tokens of a sequence that the model was trained on, T; None: the folder does not say
+    notes: list[str]  # what is wrong with newer checkpoints
+
+
+def open_source(path: str | Path) -> Source:
+    """The model of a run (its newest whole checkpoint), of a checkpoint, or of a folder that `models.export` wrote.
+
+    Any other folder that transformers loads is taken, too, if it has safetensors and a tokenizer.json.
+
+    Raises:
+        CheckpointError: none of these, or one that is damaged or has no tokenizer.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise CheckpointError(f"there is no folder {path}")
+    known = (MANIFEST, "state.json", "checkpoints")
+    if not any((path / name).exists() for name in known) and (path / "config.json").is_file():
+        return open_export(path)
+    if not any((path / name).exists() for name in (*known, "model.safetensors")):
+        raise CheckpointError(f"{path} is no training run, no checkpoint and no exported folder")
+    return open_checkpoint(*choose_checkpoint(path))
+
+
+def open_checkpoint(path: Path, notes: list[str]) -> Source:
+    """The model of a whole checkpoint, and the tokenizer of its run."""
+    tokenizer = read_tokenizer(path.absolute().parent.parent)
+    config = read_state(path)["config"]
+    model = load_model(path)
+    try:  # the data may be gone, or elsewhere
+        end = read_index(Path(config["data"]["dir"]))["end_of_text_id"]
+    except (DataError, OSError):
+        end = end_of(tokenizer, path)
+    return Source(path, model, tokenizer, end, config["model"]["context"] or positions(model.config), notes)
+
+
+def open_export(path: Path) -> Source:
+    """The model of a folder in the form of transformers; nothing is downloaded, unpickled or run from it."""
+    tokenizer = read_tokenizer(path)
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    except Exception as error:  # whatever transformers raises for files that are missing or damaged
+        raise CheckpointError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise CheckpointError(f"{path} lacks weights: {', '.join(missing[:3])}")
+    end = model.config.eos_token_id
+    end = end[0] if isinstance(end, list) else end
+    lengths = [length for length in (positions(model.config), trained_length(path)) if length]
+    end = end_of(tokenizer, path) if end is None else end
+    return Source(path, model.eval(), tokenizer, end, min(lengths, default=None), [])
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer.json of a run or an exported folder."""
+    try:
+        return load_tokenizer(folder / "tokenizer.json")
+    except DataError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def end_of(tokenizer: Tokenizer, path: Path) -> int:
+    """The end of text by its name in the tokenizer."""
+    try:
+        return end_of_text_id(tokenizer)
+    except DataError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def positions(config: Any) -> int | None:
+    """The positions of a model, by the names that configurations of transformers have for them."""
+    for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length"):
+        if isinstance(found := getattr(config, name, None), int):
+            return found
+    return None
+
+
+def trained_length(folder: Path) -> int | None:
+    """The length that an exported tokenizer is for, which may be less than the model has positions."""
+    path = folder / "tokenizer_config.json"
+    found = json.loads(path.read_text(encoding="utf-8")).get("model_max_length") if path.is_file() else None
+    return found if isinstance(found, int) and found < UNLIMITED else None

@@ -1,0 +1,37 @@
+"""What the small commands of `launch/` have in common: how they end."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+import torch
+
+from configs.load import ConfigError
+from data import DataError
+from launch.checkpoint.verify import CheckpointError
+from launch.monitoring.display import show_any_text
+from launch.monitoring.signals import INTERRUPTED
+from models import LossMismatch, ModelError
+
+
+def carry_out(name: str, act: Callable[[], None]) -> int:
+    """Call `act` and return the exit status: 0, or 2 after an error that is said in one line, under the command's `name`."""
+    show_any_text()
+    try:
+        act()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (CheckpointError, ConfigError, DataError, LossMismatch, ModelError, OSError, RuntimeError) as error:
+        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return 0
+
+
+def default_device() -> str:
+    """A GPU where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"

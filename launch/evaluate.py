@@ -1,0 +1,85 @@
+"""Loss, perplexity and bits per byte of a trained model: python -m launch.evaluate RUN|CHECKPOINT|EXPORT DATA.
+
+DATA is a folder that `data.prepare` wrote with the model's own tokenizer. With `--sequences` as `eval.sequences` of the training
+run, the loss of a checkpoint is the `val_loss` of its step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+
+from data.batches import validation_batches
+from data.shards import TokenShards
+from data.tokenizer import load_tokenizer
+from launch.checkpoint.source import Source, open_source
+from launch.checkpoint.verify import CheckpointError
+from launch.command import carry_out, default_device
+from launch.run.evaluation import add_up, bytes_of_tokens, evaluation
+from launch.sample import at_least
+from models import CausalLMLoss, check_matches_logits
+
+
+@torch.no_grad()
+def evaluate(options: argparse.Namespace) -> None:
+    """Print what the model makes of the data.
+
+    Raises:
+        CheckpointError: no model there, or one of another tokenizer than the data's.
+        DataError: no such data.
+        LossMismatch: an architecture whose loss is not known.
+    """
+    shards = TokenShards(options.data, options.split)
+    source = open_source(options.model)
+    for text in source.notes:
+        print(f"evaluate: note: {text}; taking {source.path.name} instead", file=sys.stderr)
+    require_same_tokenizer(source, shards)
+    context = options.context or source.context
+    if context is None:
+        raise CheckpointError(f"{source.path} does not say how long a sequence is: give --context")
+    loss = CausalLMLoss(source.model.to(options.device)).eval()
+    check_matches_logits(loss)
+    batches = validation_batches(shards, context, 1, options.sequences, micro_batch_size=options.batch_size)
+    sums = add_up(
+        lambda inputs, targets: loss(inputs.to(options.device), targets.to(options.device)),
+        batches,
+        bytes_of_tokens(shards),
+        lambda: True,
+    )
+    assert sums is not None
+    found = evaluation(*sums)
+    print(f"{source.path} on the split {shards.split} of {shards.folder}: {found.tokens:,} tokens in sequences of {context}")
+    print(f"loss {found.loss:.4f} nats per token, perplexity {found.perplexity:.4f}", end="")
+    print(f", {found.bits_per_byte:.4f} bits per byte of {found.bytes:,} bytes" if found.bytes else "")
+
+
+def require_same_tokenizer(source: Source, shards: TokenShards) -> None:
+    """Raise CheckpointError if a token of the data is another one for the model."""
+    ours = source.tokenizer.get_vocab(with_added_tokens=True)
+    for token, number in load_tokenizer(shards.folder).get_vocab(with_added_tokens=True).items():
+        if ours.get(token) != number:
+            here = "does not exist" if token not in ours else f"has the number {ours[token]}"
+            raise CheckpointError(
+                f"{shards.folder} was prepared with another tokenizer: its token {token!r} has the number {number}, "
+                f"in that of {source.path} it {here}"
+            )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Evaluate as the command line says. Exit status 2: an error, in one line."""
+    parser = argparse.ArgumentParser(prog="python -m launch.evaluate", description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="a run's folder, one checkpoint in it, or a folder that models.export wrote")
+    parser.add_argument("data", help="a folder that data.prepare wrote")
+    parser.add_argument("--split", default="val", help="train or val (val)")
+    parser.add_argument("--sequences", type=at_least(1), help="so many, evenly spread over the split; without it, all")
+    parser.add_argument("--batch-size", type=at_least(1), default=8, help="sequences in one forward pass (8)")
+    parser.add_argument("--context", type=at_least(1), help="tokens of a sequence; without it, as in training")
+    parser.add_argument("--device", default=default_device(), help="cpu, cuda, cuda:1, ... (cuda where there is one)")
+    options = parser.parse_args(arguments)
+    return carry_out("evaluate", lambda: evaluate(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""Text from a model: a prompt, and what the model writes after it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+
+
+class Drawing(NamedTuple):
+    """How the next token is drawn from the model's distribution."""
+
+    temperature: float = 0.7  # 0: always the likeliest token
+    top_k: int = 50  # among so many of the likeliest tokens; 0: all
+    top_p: float = 1.0  # among the likeliest tokens that together have this probability
+
+
+class Until(StoppingCriteria):
+    """Ends a sample early."""
+
+    def __init__(self, stopping: Callable[[], bool]) -> None:
+        self.stopping = stopping
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        return torch.full((len(input_ids),), self.stopping(), dtype=torch.bool, device=input_ids.device)
+
+
+def after(seconds: float, stopping: Callable[[], bool] = lambda: False) -> Callable[[], bool]:
+    """True from `seconds` from now on, or where `stopping` is."""
+    end = time.monotonic() + seconds
+    return lambda: stopping() or time.monotonic() > end
+
+
+@torch.no_grad()
+def sample_text(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    end: int,
+    context: int,
+    prompt: str,
+    length: int,
+    seed: int,
+    drawing: Drawing = Drawing(),  # noqa: B008
+    stop_at_end: bool = False,
+    stopping: Callable[[], bool] = lambda: False,
+    note: Callable[[str], None] = lambda text: None,
+) -> str:
+    """`prompt`, or the start of a document, continued by `length` tokens, or by fewer where the model's context ends.
+
+    The same seed gives the same text. The model may be one that is being trained: it comes back in its mode.
+
+    Args:
+        end: the token that ends a document. An empty prompt stands for it, and it is not shown.
+        context: tokens that the model can see, T. Of a longer prompt the last T / 2 tokens are taken.
+        stop_at_end: whether the text ends where the model ends the document.
+        stopping: asked before each token whether to leave the text as it is.
+        note: is told what a person should know.
+    """
+    # An argument of a process whose locale is not UTF-8 holds its bytes as surrogates.
+    text = prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    ids = tokenizer.encode(text, add_special_tokens=False).ids or [end]
+    unseen: list[int] = []
+    if len(ids) >= context:
+        kept = max(1, context // 2)
+        note(f"warning: the prompt has {len(ids)} tokens, the model's context {context}: the model sees its last {kept} tokens")
+        unseen, ids = ids[:-kept], ids[-kept:]
+    new = min(length, context - len(ids))
+    if new < 1:
+        return text
+    draws: dict[str, Any] = {"do_sample": drawing.temperature > 0}
+    if drawing.temperature > 0:
+        draws |= {"temperature": drawing.temperature, "top_k": drawing.top_k, "top_p": drawing.top_p}
+    options = GenerationConfig(max_new_tokens=new, eos_token_id=end if stop_at_end else None, pad_token_id=end, **draws)
+    inputs = torch.tensor([ids], device=model.device)
+    training, own = model.training, model.generation_config
+    model.eval()
+    model.generation_config = options  # what is unset in `options` would be filled from the model's own
+    torch.manual_seed(seed)
+    try:
+        with torch.compiler.set_stance("force_eager"):  # every length would be compiled anew
+            tokens = model.generate(
+                inputs,
+                attention_mask=torch.ones_like(inputs),
+                generation_config=options,
+                stopping_criteria=StoppingCriteriaList([Until(stopping)]),
+            )
+    finally:
+        model.generation_config = own
+        model.train(training)
+    return tokenizer.decode([token for token in [*unseen, *tokens[0].tolist()] if token != end])

@@ -1,0 +1,97 @@
+"""Text from a trained model: python -m models.sample RUN|CHECKPOINT|EXPORT [--prompt TEXT].
+
+The same seed gives the same text. With the defaults it is drawn as the samples of a training run are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from launch.checkpoint.source import open_source
+from launch.checkpoint.verify import CheckpointError
+from launch.command import carry_out, default_device
+from launch.run.sampling import Drawing, sample_text
+
+
+def sample(options: argparse.Namespace) -> None:
+    """Print the samples that the command line asks for.
+
+    Raises:
+        CheckpointError: no model there, or one that is damaged.
+    """
+
+    def note(text: str) -> None:
+        print(f"sample: {text}", file=sys.stderr)
+
+    source = open_source(options.model)
+    for text in source.notes:
+        note(f"note: {text}; taking {source.path.name} instead")
+    context = options.context or source.context
+    if context is None:
+        raise CheckpointError(f"{source.path} does not say how long a sequence may be: give --context")
+    model = source.model.to(options.device)
+    drawing = Drawing(0.0 if options.greedy else options.temperature, options.top_k, options.top_p)
+    for number in range(options.samples):
+        text = sample_text(
+            model,
+            source.tokenizer,
+            source.end,
+            context,
+            options.prompt,
+            options.tokens,
+            options.seed + number,
+            drawing,
+            stop_at_end=True,
+            note=note,
+        )
+        if options.samples > 1:
+            print(f"--- seed {options.seed + number}")
+        print(text)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Sample as the command line says. Exit status 2: an error, in one line."""
+    usual = Drawing()
+    parser = argparse.ArgumentParser(prog="python -m models.sample", description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="a run's folder, one checkpoint in it, or a folder that models.export wrote")
+    parser.add_argument("--prompt", default="", help="text to continue; empty: the start of a document")
+    parser.add_argument("--tokens", type=at_least(1), default=200, help="most tokens to write (200)")
+    parser.add_argument("--samples", type=at_least(1), default=1, help="how many, with the seeds SEED, SEED + 1, ... (1)")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of the random numbers (0)")
+    parser.add_argument("--greedy", action="store_true", help="always the likeliest token")
+    parser.add_argument("--temperature", type=number(0, 100), default=usual.temperature, help=f"({usual.temperature})")
+    parser.add_argument("--top-k", type=at_least(0), default=usual.top_k, help=f"among so many tokens; 0: all ({usual.top_k})")
+    parser.add_argument(
+        "--top-p", type=number(0, 1), default=usual.top_p, help=f"of so much probability together ({usual.top_p})"
+    )
+    parser.add_argument("--context", type=at_least(2), help="tokens that the model may see; without it, as many as in training")
+    parser.add_argument("--device", default=default_device(), help="cpu, cuda, cuda:1, ... (cuda where there is one)")
+    options = parser.parse_args(arguments)
+    return carry_out("sample", lambda: sample(options))
+
+
+def at_least(least: int):
+    """A type for argparse: an integer from `least` on."""
+
+    def integer(text: str) -> int:
+        if (value := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"{value} is less than {least}")
+        return value
+
+    return integer
+
+
+def number(least: float, most: float):
+    """A type for argparse: a number in [least, most]."""
+
+    def real(text: str) -> float:
+        if not least <= (value := float(text)) <= most:
+            raise argparse.ArgumentTypeError(f"{value} is not in {least:g} to {most:g}")
+        return value
+
+    return real
+
+
+if __name__ == "__main__":
+    sys.exit(main())
