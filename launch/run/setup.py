@@ -14,11 +14,12 @@ from transformers import PreTrainedModel
 from celo2 import Celo2
 from configs.load import ConfigError, to_yaml
 from configs.schema import Config
-from data.batches import Batches, prefetch
+from data.batches import Batches, fit_micro_batch, prefetch
 from data.shards import TokenShards
 from launch.checkpoint.save import remove_leftovers
 from launch.run.state import RunState
 from models import CausalLMLoss, build_model, check_matches_logits
+from models.build import positions
 
 VOCABULARY_MULTIPLE = 64  # matrix units work on multiples of 64; the rows beyond the tokenizer's are never a target
 
@@ -41,7 +42,7 @@ def open_batches(
         config.train.steps,
         accelerator.process_index,
         accelerator.num_processes,
-        config.train.micro_batch_size,
+        fit_micro_batch(config.train.batch_size, accelerator.num_processes, config.train.micro_batch_size),
         pin_memory=accelerator.device.type == "cuda",
     )
     return batches, stream
@@ -66,7 +67,7 @@ def build_from_config(config: Config, vocab_size: int, device: str | None = None
     if config.model.context is None:
         raise ConfigError("model.context is missing: with model.hf, say how many tokens a training sequence has")
     model = build_model(**options | {"context": None})
-    longest = getattr(model.config, "max_position_embeddings", None)
+    longest = positions(model)
     if longest is not None and longest < config.model.context:
         raise ConfigError(f"model.context is {config.model.context}, but the model has {longest} positions")
     if device != "meta":
@@ -104,9 +105,11 @@ def describe_run(config: Config, run_dir: Path, shards: TokenShards) -> None:
 def describe_training(config: Config, parameters: int, optimizer: torch.optim.Optimizer, batches: Batches, world: int) -> str:
     """The line that says what is trained, on what, with what."""
     rule = f" ({optimizer.rule.description})" if isinstance(optimizer, Celo2) else ""
-    accumulation = config.train.batch_size // (world * config.train.micro_batch_size)
+    largest = config.train.micro_batch_size
+    micro = fit_micro_batch(config.train.batch_size, world, largest)
+    lowered = f" (train.micro_batch_size is at most {largest}; this divides the batch)" if micro < largest else ""
     return (
         f"{config.run.name}: {parameters:,} parameters, {config.optimizer.name}{rule}; "
         f"{batches.tokens_per_epoch:,} tokens an epoch, {config.train.batch_size} x {batches.context} tokens a step = "
-        f"{world} process(es) x {accumulation} micro-batch(es) of {config.train.micro_batch_size}"
+        f"{world} process(es) x {config.train.batch_size // (world * micro)} micro-batch(es) of {micro}{lowered}"
     )
