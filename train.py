@@ -2,7 +2,7 @@
 
     python train.py CONFIG.yaml [section.key=value ...]                 one process
     torchrun --nproc_per_node N train.py CONFIG.yaml [...]              N processes
-    python train.py CONFIG.yaml --plan                                  what it would take, without training
+    python train.py CONFIG.yaml --plan                                  what it would take, without training [--gpu NAME]
     python train.py --help                                              every option with its default
 
 From the configuration to the last checkpoint on one page, read from top to bottom; `pretrain` has the loop over the steps.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
 from dataclasses import replace
 from functools import partial
@@ -22,13 +23,14 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from celo2 import RuleError, ShardingError
-from configs.load import ConfigError, load_config, options
+from celo2.training.configuration import help_text, parse_arguments
+from configs.load import ConfigError, load_written
 from configs.schema import Config
 from data import DataError
-from data.batches import check_batch_size
 from launch.checkpoint.save import Saver
 from launch.checkpoint.verify import CheckpointError
-from launch.distributed.first_rank import on_first_rank, refuse_tasks_without_launcher
+from launch.distributed.environment import check_environment
+from launch.distributed.first_rank import on_first_rank
 from launch.distributed.heartbeat import STATUS, Heartbeat, RankError, print_error
 from launch.distributed.launcher import say_after_launcher, tell_launcher
 from launch.distributed.setup import make_accelerator, make_strategy, memory, peak
@@ -39,9 +41,11 @@ from launch.monitoring.metrics import Metrics
 from launch.monitoring.signals import AT_ONCE, INTERRUPTED, STOPPED, StopSignals
 from launch.monitoring.step_statistics import StepStatistics, hidden_names
 from launch.optimizers.build import set_mode
+from launch.planning.machines import machine_of
 from launch.planning.plan import make_plan
 from launch.private import leave
 from launch.run.agreement import identity_of
+from launch.run.check import check, check_prompt
 from launch.run.evaluation import bytes_of_tokens, evaluate
 from launch.run.hooks import Hooks
 from launch.run.resume import resume, roll_back
@@ -75,7 +79,6 @@ EXPECTED_ERRORS = (
 
 def train(config: Config, hooks: Hooks) -> int:
     """One training run, from the beginning or its newest checkpoint to its last step or a signal; returns the exit status."""
-    refuse_tasks_without_launcher()
     with StopSignals() as signals:
         accelerator = make_accelerator(config)
         with lock_run(config, accelerator):
@@ -100,12 +103,12 @@ def pretrain(
 
     # Data and model; then model and optimizer as the strategy spreads them over the processes. The global batch of a step is
     # the same for every number of processes and micro-batch size.
-    check_batch_size(config.train.batch_size, world, config.train.micro_batch_size)
     shards, validation = open_data(config)
     lengths = bytes_of_tokens(validation)
     set_seed(config.run.seed)
     model, context, taken = make_model(config, shards)
     flops, parameters, hidden = flops_per_token(model, context), model.num_parameters(), hidden_names(model)
+    check_prompt(config, shards, context)
     heartbeat.mark("model built")
     strategy = make_strategy(config, accelerator, model)
     optimizer = strategy.optimizer
@@ -255,20 +258,31 @@ def main(argv: list[str] | None = None, hooks: Hooks | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="a YAML file, such as configs/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the file")
-    parser.add_argument("--plan", action="store_true", help="print parameters, routing, tokens, FLOPs and memory, and stop")
-    parser.epilog = "keys of the configuration, with their defaults:\n" + "\n".join(
-        f"  {name} = {default!r}: {doc}" for name, default, doc in options()
+    parser.add_argument("--plan", action="store_true", help="print parameters, routing, tokens, FLOPs, memory and time, and stop")
+    parser.add_argument(
+        "--gpu", metavar="NAME", help="with --plan: h100 (default), h200, b200, a100, ... (launch/planning/machines.py)"
     )
+    parser.epilog = help_text(Config)
     show_any_text()
-    args = parser.parse_intermixed_args(argv)
+    rank = os.environ.get("RANK", "0")
     try:
-        config = load_config(args.config, args.overrides)
+        args = parse_arguments(parser, argv)
+        config, written = load_written(args.config, args.overrides)
+        world = check_environment(config)
+        if args.plan and "RANK" not in os.environ:
+            world = config.distributed.replicas  # nothing was started: the fewest processes that will do
+        notes = check(config, written, world)
+        if rank == "0":
+            print("".join(f"note: {note}\n" for note in notes), end="", file=sys.stderr)
         if args.plan:
-            print(make_plan(config))
+            plan = make_plan(config, world, machine_of(args.gpu or "h100"))
+            if rank == "0":
+                print(plan)
             return 0
+        if args.gpu:
+            raise ConfigError("--gpu is for --plan; training takes the GPUs that are here")
         return train(config, hooks or Hooks())
     except EXPECTED_ERRORS as error:
-        rank = os.environ.get("RANK", "0")
         print_error(str(error) if rank == "0" else f"rank {rank}: {error}")
         return 2
     except RankError as error:

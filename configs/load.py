@@ -7,15 +7,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 from celo2.training import configuration
-from celo2.training.configuration import ConfigError, to_yaml
+from celo2.training.configuration import ConfigError, Written, to_yaml
 from configs.schema import OPTIMIZERS, Config
 
-__all__ = ["ConfigError", "build", "load_config", "options", "to_yaml"]
+__all__ = ["ConfigError", "build", "load_config", "load_written", "options", "to_yaml"]
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """As `configuration.load`."""
-    return with_known_optimizer(configuration.load(Config, path, overrides))
+    return load_written(path, overrides)[0]
+
+
+def load_written(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, Written]:
+    """As `configuration.load_written`."""
+    config, written = configuration.load_written(Config, path, overrides)
+    return with_known_optimizer(config), written
 
 
 def build(tree: Mapping[str, Any]) -> Config:

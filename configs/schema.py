@@ -9,33 +9,37 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from celo2.training.configuration import FRACTION, POSITIVE, SEED, at_least, option, section
+from celo2.training.configuration import DECAY, FRACTION, NOT_EMPTY, SEED, TIMEOUT, at_least, option, section
 
 
 @dataclass
 class Run:
-    name: str = option("run", "name of the training run; the trackers show it")
-    dir: str | None = option(None, "folder of the training run; null: runs/<name>")
+    name: str = option("run", "name of the training run; the trackers show it", NOT_EMPTY)
+    dir: str | None = option(None, "folder of the training run; null: runs/<name>", NOT_EMPTY, path=True)
     seed: int = option(0, "seeds initialization, data order and dropout", SEED)
 
 
 @dataclass
 class Model:
     size: str | None = option(None, "a named size: gpt3-125m, gpt3-350m, ... (models/sizes.py); null: the numbers below")
-    layers: int | None = option(None, "transformer blocks; null: the size's")
-    width: int | None = option(None, "model width D; null: the size's")
-    heads: int | None = option(None, "attention heads; null: the size's")
-    context: int | None = option(None, "sequence length T in tokens; null: the size's")
-    vocab_size: int | None = option(None, "rows of the embedding; null: the tokenizer's, rounded up to a multiple of 64")
-    dropout: float = option(0.0, "dropout probability everywhere", FRACTION)
+    layers: int | None = option(None, "transformer blocks; null: the size's", at_least(1))
+    width: int | None = option(None, "model width D; null: the size's", at_least(1))
+    heads: int | None = option(None, "attention heads; null: the size's", at_least(1))
+    context: int | None = option(None, "sequence length T in tokens; null: the size's", at_least(1))
+    vocab_size: int | None = option(
+        None, "rows of the embedding; null: the tokenizer's, rounded up to a multiple of 64", at_least(1)
+    )
+    dropout: float = option(0.0, "dropout probability everywhere", DECAY)
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, a third more time")
-    init: str | None = option(None, "begin with the weights of a run, checkpoint, transformers folder or hub:NAME[@REVISION]")
+    init: str | None = option(
+        None, "take the weights of a run, checkpoint, transformers folder or hub:NAME[@REVISION]", path=True
+    )
     hf: dict[str, Any] | None = option(None, "instead of a GPT-3: the config of any causal LM of transformers {model_type: ...}")
 
 
 @dataclass
 class Data:
-    dir: str | None = option(None, "folder that `python -m data.prepare` wrote; required")
+    dir: str | None = option(None, "folder that `python -m data.prepare` wrote; required", NOT_EMPTY, path=True)
 
 
 OPTIMIZERS = ("celo2", "celo2-base", "adamw", "muon", "lion", "soap", "adafactor", "schedule-free")
@@ -49,7 +53,9 @@ class Optimizer:
         None, "peak learning rate of embeddings, output layer, biases and norms; null: lr", at_least(0)
     )
     weight_decay: float = option(0.1, "decoupled decay of matrices and embeddings; biases and norms have none", at_least(0))
-    rule: str | None = option(None, "for celo2 and celo2-base: a shipped rule or the path of a rule file; null: the name's own")
+    rule: str | None = option(
+        None, "for celo2 and celo2-base: a shipped rule or the path of a rule file; null: the name's own", NOT_EMPTY, path=True
+    )
     state_dtype: Literal["fp32", "bf16"] = option("fp32", "celo2, celo2-base: state of matrices, 16 or 8 bytes a weight")
     arguments: dict[str, Any] | None = option(None, "further arguments of the optimizer's constructor {betas: [0.9, 0.99]}")
     route: Literal["hidden", "all"] = option("hidden", "for a dotted path: hidden (AdamW updates the rest) or all")
@@ -70,7 +76,7 @@ class Train:
     steps: int = option(1000, "optimizer steps", at_least(1))
     batch_size: int = option(32, "sequences in one optimizer step, over all ranks", at_least(1))
     micro_batch_size: int = option(
-        32, "sequences in one forward pass of one rank; the rest is gradient accumulation", at_least(1)
+        32, "largest number of sequences in one forward pass of one rank; the rest is gradient accumulation", at_least(1)
     )
     on_batch_change: Literal["refuse", "allow"] = option("refuse", "what a batch_size other than the checkpoint's does on resume")
     grad_clip: float = option(1.0, "largest norm of the whole gradient; 0: no clipping", at_least(0))
@@ -90,7 +96,7 @@ class Distributed:
     strategy: Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"] = option("ddp", "ddp, zero1, zero2, zero3 or fsdp2")
     shard_state: bool = option(False, "ddp with celo2: keep the optimizer state of a parameter on one rank")
     replicas: int = option(1, "fsdp2: copies of the model, each sharded over processes / replicas ranks", at_least(1))
-    timeout: float = option(600.0, "seconds without a sign of another rank after which the run ends with an error", POSITIVE)
+    timeout: float = option(600.0, "seconds without a sign of another rank after which the run ends with an error", TIMEOUT)
 
 
 @dataclass
@@ -103,6 +109,8 @@ class Checkpoint:
     resume: str = option(
         "auto",
         "auto: from the newest whole checkpoint; never: from the beginning; or the path of a checkpoint or run to go on from",
+        NOT_EMPTY,
+        path=True,
     )
 
 

@@ -80,6 +80,21 @@ def check_batch_size(batch_size: int, world_size: int, micro_batch_size: int) ->
         )
 
 
+def fit_micro_batch(batch_size: int, world_size: int, largest: int) -> int:
+    """The largest micro-batch of at most `largest` sequences that divides the part of the batch that every rank gets.
+
+    DataError if the ranks cannot have equal parts.
+    """
+    if batch_size % world_size:
+        below = batch_size // world_size * world_size
+        near = " and ".join(str(size) for size in (below, below + world_size) if size)
+        raise DataError(
+            f"train.batch_size={batch_size} must be a multiple of the number of processes, {world_size}; nearest: {near}"
+        )
+    share = batch_size // world_size
+    return next(size for size in range(min(largest, share), 0, -1) if share % size == 0)
+
+
 def validation_batches(
     shards: TokenShards,
     context: int,

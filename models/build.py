@@ -14,6 +14,7 @@ from models.sizes import SIZES
 
 # transformers accepts these of any configuration without listing them: the old spelling of `rope_parameters`.
 ROPE_KEYS = {"rope_theta", "rope_scaling", "partial_rotary_factor"}
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length")
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -129,6 +130,13 @@ def _model_errors(model_type: str) -> Iterator[None]:
         raise ModelError(f"{model_type}: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
+def positions(model: PreTrainedModel) -> int | None:
+    """The longest sequence, in tokens, that the model's configuration allows; None if it names no limit."""
+    config = model.config.get_text_config()
+    found = (getattr(config, name, None) for name in POSITIONS)
+    return next((value for value in found if isinstance(value, int)), None)
+
+
 def _checkpoint_activations(model: PreTrainedModel) -> None:
     if not model.supports_gradient_checkpointing:
         raise ModelError(f"{type(model).__name__} does not support gradient_checkpointing")
@@ -143,5 +151,5 @@ def _require_count(name: str, value: Any) -> None:
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.4)
+    near = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.75)
     return f"; did you mean {near[0]!r}?" if near else ""

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from celo2.metatrain.config import Config, ConfigError, load_config
 from celo2.metatrain.train import run
 from celo2.rule_files import RuleError
-from celo2.training.configuration import help_text
+from celo2.training.configuration import help_text, parse_arguments
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,8 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("config", help="YAML file; an empty one is the published recipe")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the file")
-    options = parser.parse_args(arguments)
     try:
+        options = parse_arguments(parser, arguments)
         config = load_config(options.config, options.overrides)
         rule = meta_train(config)
     except (ConfigError, RuleError) as error:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from celo2.rule import FIRST_LAYER, weight_shapes
 from celo2.training import configuration
-from celo2.training.configuration import DECAY, POSITIVE, ConfigError, at_least, option, renamed, section
+from celo2.training.configuration import DECAY, NOT_EMPTY, POSITIVE, ConfigError, at_least, option, renamed, section
 
 HIDDEN = 8  # hidden units H of the rule's two layers
 GROUP_OF = {weight: group for group, weight in FIRST_LAYER.items()}
@@ -19,7 +19,9 @@ FREEZABLE = [GROUP_OF.get(weight, weight) for weight in weight_shapes(HIDDEN)]
 
 @dataclass
 class Run:
-    dir: str = option("runs/metatrain", "folder of the training run; the same command continues it", was="run_dir")
+    dir: str = option(
+        "runs/metatrain", "folder of the training run; the same command continues it", NOT_EMPTY, was="run_dir", path=True
+    )
     seed: int = option(0, "every random number is a function of it, the iteration and the problem", at_least(0), was="seed")
 
 
@@ -28,7 +30,9 @@ class Tasks:
     sources: list[str] = option(
         ["hub:mnist", "hub:fashion_mnist", "hub:cifar10", "hub:svhn"],
         "images: digits, hub:NAME, FILE.npz (all of its sets), FILE.npz:NAME; text: text:FILE, FILE a .txt, .jsonl, .jsonl.gz",
+        NOT_EMPTY,
         was="tasks",
+        path=True,
     )
     problems: int = option(8, "inner problems per task, each unrolled with both signs of ε", at_least(1), was="problems_per_task")
 
@@ -74,7 +78,7 @@ class Rule:
     variant: Literal["celo2", "celo2-base"] = option(
         "celo2", "celo2: orthogonalized, Adam for biases, embeddings and head; celo2-base: the rule alone", was="variant"
     )
-    init: str = option("random", "first θ: random, or a rule by name or path", was="init")
+    init: str = option("random", "first θ: random, or a rule by name or path", NOT_EMPTY, was="init", path=True)
     init_noise: float = option(0.0, "standard deviation of normal noise on the first θ", at_least(0), was="init_noise")
     normalize_gradient: bool = option(
         False, "the rule divides a gradient by its RMS before all else; its file says so", was="normalize_gradient"

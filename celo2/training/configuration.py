@@ -1,30 +1,41 @@
 """Configurations: a schema of dataclasses, a YAML file and `section.key=value` overrides become one checked object.
 
-A schema is a dataclass of sections, and a section is a dataclass of options; `section` and `option` declare their fields.
+A schema is a dataclass of sections, and a section is a dataclass of options; `section` and `option` declare their fields. A value
+is what was written (`celo2.training.yaml_values`): the option's type decides whether 1.10 is text or a number.
 
 The loader is our own, because it is strict and each of its errors takes one line. OmegaConf accepts 1 for true and '5' for 5,
-resolves `${...}` in texts and knows no ranges. pydantic's strict mode refuses mappings for nested dataclasses and numbers that
-YAML reads as text (1e-3); with validators for these and a translation of its errors it would be no less code.
+resolves `${...}` in texts and knows no ranges. pydantic's strict mode refuses mappings for nested dataclasses; with validators
+for these and a translation of its errors it would be no less code.
 """
 
 from __future__ import annotations
 
+import argparse
 import difflib
+import math
+import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
-import yaml
+from celo2.training.yaml_values import (
+    BOOLS,
+    ConfigError,
+    Plain,
+    dump_yaml,
+    is_null,
+    number,
+    read_yaml,
+    read_yaml_file,
+    scalar,
+    untyped,
+)
 
 Schema = TypeVar("Schema")
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used. The message names the key."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +52,14 @@ def at_least(minimum: float) -> Range:
 
 
 POSITIVE = Range("above 0", lambda x: x > 0)
+NOT_EMPTY = Range("some text", lambda x: x.strip() != "")
+TIMEOUT = Range("above 0 and at most 31536000, a year", lambda x: 0 < x <= 365 * 24 * 3600)
 SEED = Range("between 0 and 4294967295", lambda x: 0 <= x < 1 << 32)
 FRACTION = Range("a fraction between 0 and 1", lambda x: 0 <= x <= 1)
 DECAY = Range("in [0, 1)", lambda x: 0 <= x < 1)
 
 
-def option(default: Any, doc: str, allowed: Range | None = None, was: str | None = None) -> Any:
+def option(default: Any, doc: str, allowed: Range | None = None, was: str | None = None, path: bool = False) -> Any:
     """A field of a section.
 
     Args:
@@ -54,8 +67,9 @@ def option(default: Any, doc: str, allowed: Range | None = None, was: str | None
         doc: what --help says.
         allowed: the range of its value, or of every item of a list. None is never checked.
         was: its key in earlier versions, which had no sections. It is still read, with a note on stderr.
+        path: it is a path, or a list of them, or a name for which a path may stand: a leading `~` is the home folder.
     """
-    metadata = {"doc": doc, "allowed": allowed, "was": was}
+    metadata = {"doc": doc, "allowed": allowed, "was": was, "path": path}
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -72,53 +86,120 @@ def load(schema: type[Schema], path: str | Path, overrides: Sequence[str] = ()) 
     Raises:
         ConfigError: no such file, no YAML mapping, an unknown key (naming the nearest right one), a wrong type or value.
     """
-    try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read configuration '{path}' ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
-    tree = {} if tree is None else tree
+    return load_written(schema, path, overrides)[0]
+
+
+class Written(NamedTuple):
+    """The dotted names of the options that a file and overrides give."""
+
+    file: set[str]
+    overrides: set[str]
+
+
+def load_written(schema: type[Schema], path: str | Path, overrides: Sequence[str] = ()) -> tuple[Schema, Written]:
+    """As `load`, and which options were written."""
+    tree = read_yaml_file(expanded(str(path), "the configuration"))
+    tree = {} if is_null(tree) else tree
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected sections like 'run:', found a {type(tree).__name__}")
-    # Sections first, so that they do not replace what an old key beside them sets.
-    given = sorted(((str(key), value) for key, value in tree.items()), key=lambda item: not isinstance(item[1], dict))
-    given += [parse_override(override) for override in overrides]
-    return build(schema, nested(schema, given))
-
-
-def parse_override(override: str) -> tuple[str, Any]:
-    """Key and value of `section.key=value`."""
-    key, separator, text = override.partition("=")
-    if not separator or not all(key.split(".")):
-        raise ConfigError(f"'{override}': expected section.key=value")
+        kind = "list" if isinstance(tree, list) else "single value"
+        raise ConfigError(f"{path}: expected sections like 'run:', found a {kind}")
     try:
-        return key, yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"'{override}': the value is not YAML") from None
+        nest = Nest(schema)
+        # Sections first, so that they do not replace what an old key beside them sets.
+        for key, value in sorted(tree.items(), key=lambda item: not isinstance(item[1], dict)):
+            nest.add(key, value, str(path))
+        of_file, nest.given = nest.given, set()
+        for override in overrides:
+            nest.add(*nest.parse(override))
+        return build(schema, nest.tree), Written(of_file, nest.given)
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deeply") from None
 
 
-def nested(schema: type, given: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """The mapping of sections that holds the values given by dotted or old keys; of several values for a key the last."""
-    new_names, sections = renamed(schema), {s.name for s in fields(schema)}
-    tree: dict[str, Any] = {}
-    noted = set()
-    for key, value in given:
-        is_section = key in sections and (value is None or isinstance(value, dict))  # not the old key of the same name
-        dotted = key if is_section else new_names.get(key, key)
-        if dotted != key and key not in noted:
-            noted.add(key)
-            print(f"note: the key '{key}' is now '{dotted}'", file=sys.stderr)
+def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments of a command that takes overrides.
+
+    Raises:
+        ConfigError: an override with dashes.
+    """
+    args, rest = parser.parse_known_intermixed_args(argv)
+    for word in rest:
+        if re.match(r"-+\w+\.\w", word):
+            plain = word.lstrip("-")
+            raise ConfigError(f"'{word}': write {plain if '=' in plain else f'{plain}=VALUE'}, without dashes")
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
+
+
+class Nest:
+    """The mapping of sections that holds what a file and overrides give by sections, dotted keys and old keys."""
+
+    def __init__(self, schema: type) -> None:
+        self.tree: dict[str, Any] = {}
+        self.sections = {s.name for s in fields(schema)}
+        self.new_names = renamed(schema)
+        self.kinds = {
+            f"{section}.{key}": kind
+            for section, part in vars(schema()).items()
+            for key, kind in typing.get_type_hints(type(part)).items()
+        }
+        self.noted: set[str] = set()
+        self.given: set[str] = set()  # the dotted names of options
+
+    def parse(self, override: str) -> tuple[str, Any]:
+        """Key and value of `section.key=value`. A text stands as it is, or in quotes; everything else is YAML."""
+        key, separator, text = override.partition("=")
+        key = key.strip()
+        if not separator:
+            word = re.match(r"([A-Za-z_]\w*(?:\.\w+)+)(?::\s*(.*))?$", override)
+            hint = f"; write {word[1]}={word[2] or 'VALUE'}, without spaces" if word else ""
+            raise ConfigError(f"'{override}': expected section.key=value{hint}")
+        if not all(key.split(".")):
+            raise ConfigError(f"'{override}': expected section.key=value")
+        if text.startswith("="):
+            raise ConfigError(f"'{override}': one = is enough; a text that begins with = stands in quotes")
+        kind = self.kinds.get(self.new_names.get(key, key))
+        if kind is not str and kind != str | None and typing.get_origin(kind) is not Literal:
+            value = read_yaml(text, f"'{override}': the value")
+            return key, Plain("") if value is None else value
+        if text.strip()[:1] in ('"', "'"):
+            try:
+                value = read_yaml(text, "")
+            except ConfigError:  # it only begins with a quote
+                value = None
+            if isinstance(value, str) and not isinstance(value, Plain):
+                return key, value
+        return key, Plain(text)
+
+    def add(self, key: str, value: Any, file: str | None = None) -> None:
+        """Put in what `key` gives: a later value replaces an earlier one, but for two in one `file`."""
+        if key in self.sections and isinstance(value, dict):
+            for option, item in value.items():
+                self.put(f"{key}.{option}", item, file)
+        elif key in self.sections and file and is_null(value):
+            self.tree.setdefault(key, {})  # a section without keys
+        else:
+            dotted = self.new_names.get(key, key)
+            if dotted != key and key not in self.noted:
+                self.noted.add(key)
+                print(f"note: the key '{key}' is now '{dotted}'", file=sys.stderr)
+            self.put(dotted, value, file)
+
+    def put(self, dotted: str, value: Any, file: str | None) -> None:
+        """Set one option, or one key of an option that is a mapping."""
         *parents, last = dotted.split(".")
-        place = tree
+        place = self.tree
         for parent in parents:
-            if place.get(parent) is None:
+            if is_null(place.get(parent)):
                 place[parent] = {}
             place = place[parent]
             if not isinstance(place, dict):
                 raise ConfigError(f"'{dotted}={value}': '{parent}' is a value, not a section")
+        if file and last in place:
+            raise ConfigError(f"{file}: '{dotted}' stands twice, in its section and by a name of its own")
         place[last] = value
-    return tree
+        self.given.add(".".join(dotted.split(".")[:2]))
 
 
 def build(schema: type[Schema], tree: Mapping[str, Any]) -> Schema:
@@ -128,9 +209,9 @@ def build(schema: type[Schema], tree: Mapping[str, Any]) -> Schema:
 
 def build_part(cls: type[Schema], tree: Any, prefix: str, known: Sequence[str]) -> Schema:
     """A schema, or a section of it whose keys have the prefix `section.`; `known` holds all names of the schema."""
-    if not isinstance(tree, Mapping):
-        raise ConfigError(f"'{prefix.rstrip('.')}' is a section: expected keys below it, found {tree!r}")
     kinds, own = typing.get_type_hints(cls), {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+    if not isinstance(tree, Mapping):
+        raise ConfigError(f"'{prefix.rstrip('.')}' is a section: set its keys ({prefix}{', '.join(own)}), found {shown(tree)}")
     values: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
@@ -140,47 +221,98 @@ def build_part(cls: type[Schema], tree: Any, prefix: str, known: Sequence[str]) 
             values[key] = build_part(kinds[key], {} if value is None else value, f"{name}.", known)
         else:
             values[key] = checked(kinds[key], value, name, own[key].metadata["allowed"])
+            if own[key].metadata["path"]:
+                values[key] = expanded(values[key], name)
     return cls(**values)
 
 
+def expanded(value: Any, name: str) -> Any:
+    """A path, or each of a list of them, whose leading `~` is a home folder."""
+    if isinstance(value, list):
+        return [expanded(item, name) for item in value]
+    home = re.match(r"(\w+:)?(~.*)", value or "", re.DOTALL)  # also text:~/FILE
+    if home is None:
+        return value
+    try:
+        return (home[1] or "") + str(Path(home[2]).expanduser())
+    except RuntimeError:
+        raise ConfigError(f"{name} is '{value}', but there is no such user; a name that begins with ~ is ./{value}") from None
+
+
 def nearest(prefix: str, key: Any, known: Sequence[str]) -> str:
-    """A hint at the nearest known name: in the same section, else the same key in another section, else any."""
+    """A hint at the nearest known name: in the same section, else the same or a similar key in another section."""
     own = [name for name in known if name.rpartition(".")[0] == prefix.rstrip(".")]
-    near = difflib.get_close_matches(f"{prefix}{key}", own, n=1)
-    near = near or [name for name in known if name.rpartition(".")[2] == str(key)]
-    near = near or difflib.get_close_matches(f"{prefix}{key}", known, n=1)
-    return f"; did you mean '{near[0]}'?" if near else f"; known here: {', '.join(own)}"
+    for names in (own, known):
+        by_key = {name.rpartition(".")[2]: name for name in reversed(names)}
+        near = [str(key)] if str(key) in by_key else close(str(key), by_key)
+        if near:
+            return f"; did you mean '{by_key[near[0]]}'?"
+    return f"; known here: {', '.join(own)}"
+
+
+def close(word: str, known: Iterable[str]) -> list[str]:
+    """The one of `known` that `word` was meant to be: it differs by a slip, or `word` is how it begins. Empty if none is near."""
+    known = list(known)
+    return (
+        difflib.get_close_matches(word, known, n=1, cutoff=0.75) or [k for k in known if len(word) > 2 and k.startswith(word)][:1]
+    )
+
+
+def shown(value: Any) -> str:
+    """A value for a message."""
+    text = repr(scalar(value))
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def checked(kind: Any, value: Any, name: str, allowed: Range | None = None) -> Any:
-    """`value` if it is of type `kind` and in its range. A float may be an integer, or the text that YAML makes of 1e-3."""
+    """`value` as one of type `kind` and in its range. What was written without quotes is read as the type wants it."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is types.UnionType:  # X | None
-        return None if value is None else checked(arguments[0], value, name, allowed)
+        return None if is_null(value) else checked(arguments[0], value, name, allowed)
     if origin is Literal:
         if value not in arguments:
-            near = difflib.get_close_matches(str(value), arguments, n=1)
+            near = close(str(value), arguments)
             hint = f"; did you mean '{near[0]}'?" if near else ""
             raise ConfigError(f"{name} is '{value}', expected one of {', '.join(arguments)}{hint}")
-        return value
+        return str(value)
     if origin is list:
         if not isinstance(value, list):
-            raise ConfigError(f"{name} is {value!r}, expected a list")
+            example = f"[{', '.join(part.strip() for part in str(value).split(','))}]"
+            raise ConfigError(f"{name} is {shown(value)}, expected a list: {name}='{example}'")
         return [checked(arguments[0], item, f"{name}[{i}]", allowed) for i, item in enumerate(value)]
     plain = origin or kind
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if plain is float and (is_number or isinstance(value, str)):
-        try:
-            value = float(value)
-        except ValueError:
-            raise ConfigError(f"{name} is '{value}', expected a number") from None
-    if plain is str and is_number:
-        value = str(value)
-    if not isinstance(value, plain) or (isinstance(value, bool) and plain is not bool):
-        raise ConfigError(f"{name} is {value!r}, expected {plain.__name__}")
-    if allowed is not None and not allowed.holds(value):
-        raise ConfigError(f"{name} is {value}, expected {allowed.words}")
-    return value
+    found: Any = None
+    if plain is dict and isinstance(value, dict):
+        found = untyped(value, name)
+    elif plain is str and isinstance(value, str):
+        found = str(value)
+    elif plain is bool:
+        found = BOOLS.get(value.lower()) if isinstance(value, Plain) else value
+    elif plain in (int, float):
+        found = value
+        if isinstance(value, Plain):
+            found = float(value) if value.lower().lstrip("+-") in ("inf", "nan") else number(value)
+        if isinstance(found, int | float) and not isinstance(found, bool):
+            if plain is float:
+                found = as_float(found)
+            elif isinstance(found, float) and found.is_integer() and abs(found) <= 1 << 53:
+                found = int(found)
+    if not isinstance(found, plain) or (isinstance(found, bool) and plain is not bool):
+        expected = {float: "a number", dict: "a mapping, such as {key: value}", str: "text"}.get(plain, plain.__name__)
+        raise ConfigError(f"{name} is {shown(value)}, expected {expected}")
+    if allowed is not None and not allowed.holds(found):
+        raise ConfigError(f"{name} is {shown(found)}, expected {allowed.words}")
+    if plain is float and not math.isfinite(found):
+        raise ConfigError(f"{name} is {found}, expected a finite number")
+    return found
+
+
+def as_float(value: int | float) -> float:
+    """`value` as a float, infinite if it is too large for one."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.copysign(math.inf, value)
 
 
 def options(schema: type) -> list[tuple[str, Any, str]]:
@@ -212,4 +344,4 @@ def declared(schema: type) -> list[tuple[str, str, Field]]:
 
 def to_yaml(config: Any) -> str:
     """The whole configuration, defaults included, as YAML that `load` reads back."""
-    return yaml.safe_dump(asdict(config), sort_keys=False)
+    return dump_yaml(asdict(config))

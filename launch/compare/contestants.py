@@ -6,8 +6,7 @@ import re
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import yaml
-
+from celo2.training.yaml_values import dump_yaml, read_yaml, untyped
 from configs.load import ConfigError, build
 from configs.schema import Config, Optimizer
 from launch.optimizers.build import check_optimizer
@@ -39,16 +38,17 @@ def parse(spec: str, config: Config) -> Contestant:
     name, brace, rest = spec.partition("{")
     name = name.strip()
     try:
-        own = yaml.safe_load(brace + rest) if brace else {}
-    except yaml.YAMLError:
+        own = read_yaml(brace + rest, spec) if brace else {}
+    except ConfigError:
         own = None
     if not isinstance(own, dict) or not name or "name" in own:
         raise ConfigError(f"--optimizers '{spec}': expected NAME or NAME{{key: value, ...}}")
     same = name == config.optimizer.name  # then the options of the configuration are meant for it
-    if own.get("arguments"):
-        own["arguments"] = with_numbers(own["arguments"])
+    own = untyped(own, spec)
     if not same:
         own = {"rule": None, "arguments": None, "route": Optimizer().route} | own
+        if entry_of(Optimizer(name=name)).all_hidden:
+            own = {"adamw_lr": None} | own
         if not entry_of(Optimizer(name=name)).takes_rule and config.optimizer.state_dtype != Optimizer().state_dtype:
             own = {"state_dtype": Optimizer().state_dtype} | own  # the others have no other state
     usual = asdict(config.optimizer) if same else {"weight_decay": config.optimizer.weight_decay}
@@ -84,15 +84,6 @@ def parse_all(specs: list[str], config: Config) -> list[Contestant]:
     return contestants
 
 
-def with_numbers(value: Any) -> Any:
-    """YAML 1.1 takes 1e-6 for a word, PyYAML as well: numbers, wherever they stand in the arguments."""
-    if isinstance(value, dict):
-        return {key: with_numbers(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [with_numbers(item) for item in value]
-    return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value) else value
-
-
 def usual_lr(name: str) -> float:
     """Where a grid begins: what authors use, or the default of a library's constructor, or 1e-3 where it has none."""
     usual = entry_of(Optimizer(name=name)).usual_lr
@@ -105,4 +96,4 @@ def usual_lr(name: str) -> float:
 
 def flow(value: Any) -> str:
     """A value as YAML on one line."""
-    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
+    return dump_yaml(value, default_flow_style=True, width=10**6).removesuffix("...\n").strip()

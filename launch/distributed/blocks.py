@@ -18,6 +18,14 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return list(max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()), default=()))
 
 
+def required_blocks(model: nn.Module) -> list[nn.Module]:
+    """As `blocks_of`, for fsdp2. Raises ConfigError where there are none."""
+    blocks = blocks_of(model)
+    if not blocks:
+        raise ConfigError(f"distributed.strategy fsdp2: {type(model).__name__} has no list of blocks to shard")
+    return blocks
+
+
 def compile_blocks(model: PreTrainedModel, device: torch.device) -> None:
     """Compile every block by itself, so that equal blocks share one compilation, however many layers there are.
 

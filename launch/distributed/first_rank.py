@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 from accelerate import Accelerator
-
-from configs.load import ConfigError
 
 Result = TypeVar("Result")
 
@@ -30,13 +27,3 @@ def on_first_rank(accelerator: Accelerator, action: Callable[[], Result]) -> Res
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
-
-
-def refuse_tasks_without_launcher() -> None:
-    """Raise ConfigError if Slurm started this command several times, and nothing tells the processes of each other."""
-    tasks, variables = os.environ.get("SLURM_NTASKS", "1"), os.environ
-    if "SLURM_PROCID" in variables and "WORLD_SIZE" not in variables and tasks.isdigit() and int(tasks) > 1:
-        raise ConfigError(
-            f"srun started this command as {tasks} separate tasks, and each would be a training run of its own: "
-            "start torchrun under srun, as launch/cluster/slurm.sbatch does, or one task (srun -n 1)"
-        )

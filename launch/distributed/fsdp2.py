@@ -17,7 +17,7 @@ from celo2.distributed.shard import local_shard_of
 from celo2.layout import is_dtensor, local
 from configs.load import ConfigError
 from configs.schema import Config
-from launch.distributed.blocks import blocks_of
+from launch.distributed.blocks import required_blocks
 from launch.distributed.strategy import Judge, Strategy, sharded_parameters
 from launch.monitoring.guard import Verdict
 from launch.optimizers.build import build_optimizer, optimizer_groups
@@ -45,10 +45,7 @@ class FSDP2(Strategy):
             mesh = init_device_mesh(accelerator.device.type, shape, mesh_dim_names=("replicate", "shard"))
         bf16 = config.train.precision == "bf16"
         halved = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        blocks = blocks_of(model)
-        if not blocks:
-            raise ConfigError(f"distributed.strategy fsdp2: {type(model).__name__} has no list of blocks to shard")
-        for block in blocks:
+        for block in required_blocks(model):
             for part in block.children() if bf16 else ():
                 if has(part, nn.Linear) and not has(part, nn.LayerNorm):
                     fully_shard(part, mesh=mesh, mp_policy=halved)

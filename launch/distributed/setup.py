@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from configs.load import ConfigError
 from configs.schema import Config
 from launch.distributed.ddp import DDP
+from launch.distributed.environment import check_environment
 from launch.distributed.fsdp2 import FSDP2
 from launch.distributed.strategy import Strategy
 from launch.distributed.zero import Zero
@@ -47,27 +48,37 @@ def make_accelerator(config: Config) -> Accelerator:
     are not used, since they are silently ignored where there is no GPU and know nothing of local shards.
 
     Raises:
-        ConfigError: a tracker that is not installed, a plugin that contradicts `distributed.strategy`, or processes that do not
-            see each other.
+        ConfigError: a tracker that is not installed, what the launcher's environment contradicts (`check_environment`), or
+            processes that do not find each other.
     """
-    for variable, name in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_FSDP", "FSDP")):
-        if os.environ.get(variable, "false").lower() in ("true", "1"):
-            raise ConfigError(
-                f"accelerate launch was told to use {name}; start plain processes (launch/cluster/accelerate.yaml) and "
-                f"choose with distributed.strategy, which is {config.distributed.strategy}"
-            )
+    expected = check_environment(config)
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available() and local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"process {local_rank} of this machine has no GPU: {torch.cuda.device_count()} are here; start one process for each"
+        )
     for name, available in (("tensorboard", is_tensorboard_available), ("wandb", is_wandb_available)):
         if name in config.log.trackers and not available():
             raise ConfigError(f"log.trackers asks for {name}, which is not installed (pip install {name})")
-    accelerator = Accelerator(
-        mixed_precision="bf16" if config.train.precision == "bf16" else "no",
-        cpu=not torch.cuda.is_available(),  # without it, processes on a machine without GPUs do not find each other
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.distributed.timeout))],
-    )
-    expected = int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        accelerator = Accelerator(
+            mixed_precision="bf16" if config.train.precision == "bf16" else "no",
+            cpu=not torch.cuda.is_available(),  # without it, processes on a machine without GPUs do not find each other
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.distributed.timeout))],
+        )
+    except torch.distributed.DistError as error:  # the port is taken, the address unknown, or a rank does not come
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise ConfigError(
+            f"the {expected} processes do not find each other at {where} (MASTER_ADDR, MASTER_PORT): {first_line(error)}"
+        ) from None
     if accelerator.num_processes != expected:
         raise ConfigError(f"{expected} processes were started, but Accelerate sees {accelerator.num_processes}")
     return accelerator
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without the stack of C++ that torch adds."""
+    return str(error).partition("\n")[0].strip()
 
 
 def peak(accelerator: Accelerator) -> float | None:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from celo2.distributed.deepspeed import ZeroClient
 from configs.load import ConfigError
 from configs.schema import Config
+from data.batches import fit_micro_batch
 from launch.distributed.strategy import Judge, MicroBatches, Strategy, sharded_parameters
 from launch.monitoring.guard import Verdict
 from launch.optimizers.build import build_optimizer, optimizer_groups
@@ -99,7 +100,7 @@ def import_deepspeed(device: torch.device) -> Any:
 
 def engine_config(config: Config, world: int, zero_options: dict[str, Any]) -> dict[str, Any]:
     """DeepSpeed's configuration: everything travels in float32, so that the strategy changes nothing but memory and speed."""
-    micro = config.train.micro_batch_size
+    micro = fit_micro_batch(config.train.batch_size, world, config.train.micro_batch_size)
     return {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": config.train.batch_size // (micro * world),

@@ -16,9 +16,12 @@ from torch import nn
 
 from celo2 import Celo2, Rule, load_rule, param_groups
 from celo2.distributed.shard import local_shard_of
+from celo2.training.idle import refuse_idle
 from configs.load import ConfigError
+from configs.schema import Config, Distributed
 from configs.schema import Optimizer as OptimizerConfig
-from launch.optimizers.table import ADAMW, OptimizerEntry, entry_of, names_that_take_a_rule
+from launch.optimizers.idle import IDLE
+from launch.optimizers.table import ADAMW, OptimizerEntry, entry_of
 from launch.optimizers.third_party import ThirdParty, accepted, construct, find_class
 
 Groups = list[dict[str, Any]]
@@ -71,7 +74,6 @@ def set_mode(optimizer: torch.optim.Optimizer, mode: Literal["train", "eval"]) -
 def optimizer_groups(config: OptimizerConfig, model: nn.Module) -> Groups:
     """The parameter groups of `model`: `params`, `param_names`, `role`, `lr`, `weight_decay`, `matrices` (`celo2.layout`)."""
     entry = entry_of(config)
-    check_state_dtype(config, entry)
     if entry.takes_rule:
         rule_of(config)
     adamw_lr = config.lr if config.adamw_lr is None else config.adamw_lr
@@ -100,11 +102,14 @@ def build_optimizer(
         ConfigError: the optimizer cannot be imported, refuses its arguments, or cannot do what is asked for.
     """
     entry = entry_of(config)
-    check_state_dtype(config, entry)
-    if shard_state and not entry.takes_rule:
-        raise ConfigError(f"distributed.shard_state divides the state of {names_that_take_a_rule()}, not of {config.name}")
+    refuse_idle(Config(optimizer=config, distributed=Distributed(shard_state=shard_state)), IDLE)
     if entry.takes_rule:
         options: dict[str, Any] = {"rule": rule_of(config), "state_dtype": STATE_DTYPES[config.state_dtype]}
+        for key in config.arguments or {}:
+            if key in options:
+                raise ConfigError(f"optimizer.arguments holds '{key}': give it as optimizer.{key}")
+            if key in entry.idle_arguments:
+                raise ConfigError(f"optimizer.arguments holds '{key}', which has no effect with {config.name}: leave it out")
         if replicas is not None:
             options |= {"replicas": replicas, "shard_state": shard_state}
         optimizer = construct(Celo2, as_celo2_groups(groups), options | (config.arguments or {}))
@@ -119,10 +124,7 @@ def build_by_class(config: OptimizerConfig, entry: OptimizerEntry, groups: Group
     """The class of `entry` over everything, or over the hidden matrices beside torch's AdamW for the rest."""
     own = [group for group in groups if entry.route == "all" or group["role"] == "hidden"]
     rest = [without(group, "role", "matrices") for group in groups if entry.route == "hidden" and group["role"] == "other"]
-    for group in own if entry.plain_matrices else ():
-        for name, p in zip(group["param_names"], group["params"], strict=True):
-            if group["matrices"] is not None or len(local_shard_of(p).shape) != 2:
-                raise ConfigError(f"optimizer.name {config.name} takes plain matrices only, '{name}' is fused or stacked")
+    check_matrices(config, own)
     cls, arguments = find_class(entry.path, entry.package), entry.arguments
     if not all(local_shard_of(p).whole for group in groups for p in group["params"]):
         if entry.sharded_path is None:
@@ -134,6 +136,14 @@ def build_by_class(config: OptimizerConfig, entry: OptimizerEntry, groups: Group
     if entry.third_party:
         optimizer = ThirdParty(optimizer)
     return Combined(optimizer, torch.optim.AdamW(rest, **ADAMW)) if rest else optimizer
+
+
+def check_matrices(config: OptimizerConfig, groups: Groups) -> None:
+    """Raise ConfigError if `groups` have hidden matrices that the optimizer does not take."""
+    for group in groups if entry_of(config).plain_matrices else ():
+        for name, p in zip(group["param_names"], group["params"], strict=True):
+            if group["role"] == "hidden" and (group["matrices"] is not None or len(local_shard_of(p).shape) != 2):
+                raise ConfigError(f"optimizer.name {config.name} takes plain matrices only, '{name}' is fused or stacked")
 
 
 def without(group: dict[str, Any], *keys: str) -> dict[str, Any]:
@@ -155,12 +165,6 @@ def rule_of(config: OptimizerConfig) -> Rule:
 def normalizes_gradient(config: OptimizerConfig) -> bool:
     """Whether the optimizer has a rule that divides each gradient by its RMS."""
     return entry_of(config).takes_rule and rule_of(config).normalize_gradient
-
-
-def check_state_dtype(config: OptimizerConfig, entry: OptimizerEntry) -> None:
-    """Raise ConfigError if the optimizer has float32 state only and another dtype is asked for."""
-    if config.state_dtype != "fp32" and not entry.takes_rule:
-        raise ConfigError(f"optimizer.state_dtype {config.state_dtype} is for {names_that_take_a_rule()}, not for {config.name}")
 
 
 def check_optimizer(config: OptimizerConfig) -> None:

@@ -27,8 +27,9 @@ class OptimizerEntry:
     plain_matrices: bool = False  # refuses fused and stacked matrices
     takes_rule: bool = False  # runs a rule: accepts optimizer.rule and optimizer.state_dtype, and can divide work over replicas
     all_hidden: bool = False  # treats every parameter as hidden, and so has no optimizer.adamw_lr
+    idle_arguments: tuple[str, ...] = ()  # of the constructor, without effect in this entry
     orthogonalizes: bool = False  # the update of hidden matrices, by Newton–Schulz
-    state_per_weight: int = 2  # numbers of optimizer state for each weight that it updates
+    state_per_weight: int | None = None  # numbers of optimizer state for each weight that it updates; None: unknown
     # For comparisons: where a grid of learning rates begins, and what else the authors ask for.
     usual_lr: float | None = None  # what authors use for language models; None: the default of the constructor
     needs: tuple[str, ...] = ()  # section.key=value
@@ -45,10 +46,16 @@ CELO2: dict[str, Any] = {
 }
 TABLE = {
     "celo2": OptimizerEntry(**CELO2, orthogonalizes=True),
-    "celo2-base": OptimizerEntry(**CELO2, all_hidden=True),
+    "celo2-base": OptimizerEntry(**CELO2, all_hidden=True, idle_arguments=("betas", "eps", "ns_dtype", "orthogonalize")),
     # Learning rate: 6e-4 at 125M, more for smaller models (arXiv 2005.14165, table 2.1).
     "adamw": OptimizerEntry(
-        "torch.optim.AdamW", sharded_path="torch.optim.AdamW", third_party=False, route="all", arguments=ADAMW, usual_lr=1e-3
+        "torch.optim.AdamW",
+        sharded_path="torch.optim.AdamW",
+        third_party=False,
+        route="all",
+        arguments=ADAMW,
+        state_per_weight=2,
+        usual_lr=1e-3,
     ),
     # match_rms_adamw (arXiv 2502.16982) makes an update as large as AdamW's. ShardedMuon always does, without the argument.
     "muon": OptimizerEntry(
@@ -63,15 +70,22 @@ TABLE = {
     ),
     # arXiv 2302.06675, section 5: these betas for language models, a weight decay 3 to 10 times AdamW's, a learning rate 3 to 10
     # times below.
-    "lion": OptimizerEntry("pytorch_optimizer.Lion", "pytorch_optimizer", {"betas": (0.95, 0.98)}, decay=3.0, usual_lr=2e-4),
+    "lion": OptimizerEntry(
+        "pytorch_optimizer.Lion", "pytorch_optimizer", {"betas": (0.95, 0.98)}, decay=3.0, state_per_weight=1, usual_lr=2e-4
+    ),
     # arXiv 2409.11321: betas (0.95, 0.95), eigenbases every 10 steps, on the matrices of the layers alone.
     "soap": OptimizerEntry("pytorch_optimizer.SOAP", "pytorch_optimizer", {"precondition_frequency": 10}, usual_lr=3e-3),
     # arXiv 1804.04235. Its learning rate is relative to the RMS of the weight.
-    "adafactor": OptimizerEntry("torch.optim.Adafactor", usual_lr=1e-2),
+    "adafactor": OptimizerEntry("torch.optim.Adafactor", state_per_weight=0, usual_lr=1e-2),
     # arXiv 2405.15682: it averages the weights instead of lowering the learning rate, so it must have them all. The warm-up
     # stays. A learning rate 1 to 10 times AdamW's.
     "schedule-free": OptimizerEntry(
-        "schedulefree.AdamWScheduleFree", "schedulefree", route="all", usual_lr=3e-3, needs=("schedule.kind=constant",)
+        "schedulefree.AdamWScheduleFree",
+        "schedulefree",
+        route="all",
+        state_per_weight=2,
+        usual_lr=3e-3,
+        needs=("schedule.kind=constant",),
     ),
 }
 

@@ -7,7 +7,6 @@ against the constructor, so that a wrong name or value is one clear line before 
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from celo2.training.configuration import close
 from configs.load import ConfigError
 
 NUMBERS = {bool: torch.bool, int: torch.int64, float: torch.float64}
@@ -140,7 +140,7 @@ def find_class(path: str, package: str | None = None) -> type[torch.optim.Optimi
     found = getattr(module, name, None)
     if found is None:
         names = [n for n, value in vars(module).items() if isinstance(value, type) and issubclass(value, torch.optim.Optimizer)]
-        near = difflib.get_close_matches(name, names, n=1)
+        near = close(name, names)
         raise ConfigError(f"optimizer {path}: '{module_name}' has no {name}" + (f"; did you mean {near[0]}?" if near else ""))
     if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
         raise ConfigError(f"optimizer {path} is not a torch.optim.Optimizer")
@@ -167,7 +167,7 @@ def construct(cls: type[torch.optim.Optimizer], groups: list[dict[str, Any]], ar
         if key in ("lr", "weight_decay"):
             raise ConfigError(f"optimizer.arguments holds '{key}': give it as optimizer.{key}")
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
+            near = close(str(key), known)
             hint = f"; did you mean '{near[0]}'?" if near else f"; it takes {', '.join(known) or 'none'}"
             raise ConfigError(f"{name} has no argument '{key}'{hint}")
     if "weight_decay" not in known and any(group["weight_decay"] for group in groups):

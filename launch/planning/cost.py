@@ -19,37 +19,16 @@ from celo2.layout import matrix_count, stacked_shape
 from celo2.orthogonalize import newton_schulz_flops
 from configs.schema import Config
 from configs.schema import Optimizer as OptimizerConfig
+from data.batches import fit_micro_batch
 from launch.distributed.blocks import blocks_of
 from launch.optimizers.build import Groups, normalizes_gradient
 from launch.optimizers.table import OptimizerEntry, entry_of
+from launch.planning.machines import Machine
+from launch.planning.units import amount, duration, size
 
 FP32, BF16 = 4, 2  # bytes
-WORLDS = tuple(8 << i for i in range(8))  # 8 .. 1024
-
-
-@dataclass(frozen=True)
-class Machine:
-    """GPUs and the wires between them. Defaults: H100 SXM in DGX H100 nodes, from NVIDIA's data sheets."""
-
-    flops: float = 989e12  # bf16 peak without sparsity, FLOP/s
-    efficiency: float = 0.4  # of the peak in forward and backward passes: 0.33 to 0.5 in published GPT runs on H100
-    newton_schulz_efficiency: float = 0.6  # large square products alone: 62 TFLOP of a 1.3B model take about 0.1 s
-    memory: float = 80e9  # bytes of a GPU
-    memory_bandwidth: float = 3.35e12  # bytes/s
-    gpus_per_node: int = 8
-    intra_node_bandwidth: float = 450e9  # bytes/s that a GPU sends: NVLink 4, 900 GB/s for both directions
-    inter_node_bandwidth: float = 50e9  # bytes/s that a GPU sends: one 400 Gb/s adapter for each GPU
-    latency: float = 10e-6  # s for one hop of a tree of ranks, launch of the kernel included
-
-    def ring(self, world: int) -> float:
-        """Bytes/s of a rank in ring collectives; between nodes a ring uses all adapters of a node for one copy of the data."""
-        if world <= self.gpus_per_node:
-            return self.intra_node_bandwidth
-        return min(self.intra_node_bandwidth, self.gpus_per_node * self.inter_node_bandwidth)
-
-    def exchange(self, world: int) -> float:
-        """Bytes/s of a rank in an all-to-all, most of which goes to other nodes."""
-        return self.intra_node_bandwidth if world <= self.gpus_per_node else self.inter_node_bandwidth
+WORLDS = tuple(1 << i for i in range(11))  # 1 .. 1024
+ASSUMED_STATE = 2  # numbers for each weight of an optimizer that is not known: AdamW's
 
 
 @dataclass(frozen=True)
@@ -98,6 +77,11 @@ class Setup:
         return entry_of(OptimizerConfig(name=self.optimizer))
 
     @property
+    def state_per_weight(self) -> int:
+        """Numbers of optimizer state for each weight that the optimizer updates."""
+        return ASSUMED_STATE if self.entry.state_per_weight is None else self.entry.state_per_weight
+
+    @property
     def shards(self) -> int:
         """Ranks that share one copy of the optimizer state, and under zero3 and fsdp2 of the weights."""
         return self.world // self.replicas if self.strategy == "fsdp2" else self.world
@@ -115,11 +99,12 @@ class Setup:
 
 def setup_of(config: Config, world: int) -> Setup:
     """The setup of `config` on `world` ranks."""
+    micro = fit_micro_batch(config.train.batch_size, world, config.train.micro_batch_size)
     return Setup(
         config.distributed.strategy,
         world,
-        config.train.batch_size // (world * config.train.micro_batch_size),
-        config.train.micro_batch_size,
+        config.train.batch_size // (world * micro),
+        micro,
         config.optimizer.name,
         config.train.precision == "bf16",
         config.distributed.shard_state,
@@ -236,8 +221,8 @@ def memory_per_rank(workload: Workload, setup: Setup) -> dict[str, float]:
 
 def state_bytes(workload: Workload, setup: Setup) -> float:
     """Bytes of optimizer state beside row and column means. The other parameters have AdamW's two numbers for each weight."""
-    of_hidden = setup.entry.state_per_weight * (setup.state_bytes if setup.entry.takes_rule else FP32)
-    of_others = FP32 * (setup.entry.state_per_weight if setup.entry.all_hidden else 2)
+    of_hidden = setup.state_per_weight * (setup.state_bytes if setup.entry.takes_rule else FP32)
+    of_others = FP32 * (setup.state_per_weight if setup.entry.all_hidden else 2)
     return of_hidden * workload.hidden_parameters + of_others * (workload.parameters - workload.hidden_parameters)
 
 
@@ -265,7 +250,8 @@ def optimizer_seconds(workload: Workload, setup: Setup, machine: Machine) -> flo
     if entry.orthogonalizes:
         loads = [0.0] * owners
         balance([newton_schulz_flops(rows, cols) for rows, cols in workload.hidden], loads)
-        seconds += max(loads) / (machine.flops * machine.newton_schulz_efficiency)
+        peak = machine.peak(setup.direction_bytes == BF16)
+        seconds += max(loads) / (peak * machine.newton_schulz_efficiency)
     # Bytes moved for a weight. AdamW reads w, g, m, v and writes w, m, v. The rule reads g, w, three m, v and writes three m
     # and v; reads g and three m; reads g, w, three m, v and writes a direction; and reads that and w and writes w.
     adamw, muon = 7 * FP32, 6 * FP32 + 2 * setup.direction_bytes
@@ -306,7 +292,8 @@ def step_time(workload: Workload, setup: Setup, machine: Machine) -> StepTime:
     weights of zero3 and fsdp2 during all of computing. What takes longer than that, and everything else, is waited for.
     """
     tokens = setup.accumulation * setup.micro_batch * workload.context
-    compute = tokens * workload.flops_per_token * (4 / 3 if workload.recompute else 1) / (machine.flops * machine.efficiency)
+    flops = tokens * workload.flops_per_token * (4 / 3 if workload.recompute else 1)
+    compute = flops / (machine.peak(setup.bf16) * machine.efficiency)
     sent, ring = exchanged_bytes(workload, setup), machine.ring(setup.world)
     hop = machine.latency * math.log2(setup.world) if setup.world > 1 else 0.0
     once = setup.strategy in ("ddp", "zero1")  # gradients travel once a step
@@ -349,35 +336,49 @@ def workload_of(
     )
 
 
-def cost_lines(workload: Workload, setup: Setup, batch: int, machine: Machine, worlds: tuple[int, ...] = WORLDS) -> list[str]:
-    """A table over the numbers of GPUs in `worlds` for a global batch of `batch` sequences; those it does not fill are left out.
+def on(setup: Setup, world: int, batch: int) -> Setup:
+    """`setup` on `world` ranks for a global batch of `batch` sequences; its micro-batch is a maximum."""
+    micro = fit_micro_batch(batch, world, setup.micro_batch)
+    return replace(setup, world=world, micro_batch=micro, accumulation=batch // (world * micro))
 
-    Where a micro-batch of `setup.micro_batch` does not divide the batch of a rank, the largest one that divides both is taken.
+
+def cost_lines(
+    workload: Workload, setup: Setup, batch: int, machine: Machine, worlds: tuple[int, ...] = WORLDS, steps: int = 1
+) -> list[str]:
+    """A table over the numbers of GPUs in `worlds` for `steps` steps with a global batch of `batch` sequences.
+
+    Numbers over which the batch does not divide, or which the replicas do not divide, are left out.
     """
-    precision = "bf16" if setup.bf16 else "fp32"
+    precision, peak = "bf16" if setup.bf16 else "fp32", machine.peak(setup.bf16)
     lines = [
-        f"cost        {setup.strategy}, {setup.optimizer}, {precision}, {batch} x {workload.context} tokens a step on "
-        f"{machine.flops / 1e12:.0f} TFLOP/s x {machine.efficiency:.0%}, {machine.gpus_per_node} GPUs a node, "
-        f"{machine.intra_node_bandwidth / 1e9:.0f} and {machine.inter_node_bandwidth / 1e9:.0f} GB/s (estimate)",
-        f"{'GPUs':>6} {'micro':>9} {'GB/GPU':>8} {'fits':>5} {'GB sent':>8} {'compute':>9} {'waiting':>9} {'optimizer':>9} "
-        f"{'step s':>8} {'tokens/s':>11} {'MFU':>6}",
+        f"cost        {setup.strategy}, {setup.optimizer}, {precision}, {batch} x {workload.context} tokens a step "
+        f"on {machine.name} (estimate)",
+        f"{'GPUs':>6} {'micro':>9} {'a GPU':>8} {'fits':>5} {'sent':>8} {'compute':>9} {'waiting':>9} {'optimizer':>9} "
+        f"{'step':>9} {'tokens/s':>11} {'MFU':>6} {'in all':>8} {'GPU hours':>10}",
     ]
-    for world in worlds:
-        if batch % world or world % setup.replicas:
-            continue
-        of_rank = batch // world
-        micro = math.gcd(of_rank, setup.micro_batch)
-        here = replace(setup, world=world, micro_batch=micro, accumulation=of_rank // micro)
+    for world in fitting_worlds(setup, batch, worlds):
+        here = on(setup, world, batch)
         memory = sum(memory_per_rank(workload, here).values())
-        fits = "yes" if memory < machine.memory else "no"
         seconds = step_time(workload, here, machine)
         speed = batch * workload.context / seconds.total
-        utilization = speed * workload.flops_per_token / (world * machine.flops)
+        utilization = speed * workload.flops_per_token / (world * peak)
+        times = (seconds.compute, seconds.exposed, seconds.optimizer, seconds.total)
         lines.append(
-            f"{world:>6} {f'{here.accumulation} x {micro}':>9} {memory / 1e9:>8.1f} {fits:>5} "
-            f"{sum(exchanged_bytes(workload, here).values()) / 1e9:>8.2f} {seconds.compute:>9.3f} {seconds.exposed:>9.3f} "
-            f"{seconds.optimizer:>9.3f} {seconds.total:>8.3f} {speed:>11,.0f} {utilization:>6.1%}"
+            f"{world:>6} {f'{here.accumulation} x {here.micro_batch}':>9} {cell(size(memory), 8)} "
+            f"{'yes' if memory < machine.memory else 'no':>5} {cell(size(sum(exchanged_bytes(workload, here).values())), 8)} "
+            f"{' '.join(cell(duration(time), 9) for time in times)} {speed:>11,.0f} {utilization:>6.1%} "
+            f"{cell(duration(steps * seconds.total), 8)} {amount(world * steps * seconds.total / 3600):>10}"
         )
     if len(lines) == 2:
         lines.append(f"       train.batch_size {batch} divides over none of {', '.join(map(str, worlds))} GPUs")
     return lines
+
+
+def cell(quantity: str, width: int) -> str:
+    """A number and its unit as one word of a table."""
+    return quantity.replace(" ", "").rjust(width)
+
+
+def fitting_worlds(setup: Setup, batch: int, worlds: tuple[int, ...] = WORLDS) -> list[int]:
+    """The numbers of GPUs over which the batch divides, and which the replicas divide."""
+    return [world for world in worlds if batch % world == 0 and world % setup.replicas == 0]

@@ -3,71 +3,100 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 from transformers import PreTrainedModel
 
 from celo2 import routing_table
 from celo2.orthogonalize import newton_schulz_flops
 from configs.schema import Config
-from data.batches import check_batch_size
-from launch.optimizers.build import as_celo2_groups, optimizer_groups
-from launch.optimizers.table import entry_of
-from launch.planning.cost import Machine, cost_lines, memory_per_rank, setup_of, workload_of
+from launch.distributed.blocks import required_blocks
+from launch.optimizers.build import as_celo2_groups, check_matrices, optimizer_groups
+from launch.planning.cost import ASSUMED_STATE, cost_lines, memory_per_rank, setup_of, workload_of
+from launch.planning.machines import Machine
+from launch.planning.remedies import remedy_lines
+from launch.planning.units import size
+from launch.run.check import check_prompt
 from launch.run.schedule import lr_factor
 from launch.run.setup import build_from_config, open_data, vocabulary
 from models import flops_per_token
 from models.loss import CHUNK_TOKENS
 
-GB = 1e9
+MANY_EPOCHS = 4  # up to here repeated tokens are nearly as good as new ones (arXiv 2305.16264)
 GPT2_VOCABULARY = 50257  # assumed where neither model.vocab_size nor data.dir says
 
 
-def make_plan(config: Config) -> str:
-    """The plan as text. Raises what training would raise for the same configuration before its first step."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    check_batch_size(config.train.batch_size, world, config.train.micro_batch_size)
-    epoch_tokens = None
+def make_plan(config: Config, world: int, machine: Machine) -> str:
+    """The plan as text, for a configuration that `launch.run.check` has passed.
+
+    Raises what training would raise for the same configuration before its first step.
+    """
+    shards, tokenizer_size = None, config.model.vocab_size or (1 if config.model.init else GPT2_VOCABULARY)
+    assumed = "the vocabulary of model.init" if config.model.init else f"a vocabulary of {tokenizer_size:,}"
+    data = f"{config.data.dir} is not prepared yet; {assumed} is assumed"
     if config.data.dir is not None and os.path.isdir(config.data.dir):
         shards, _ = open_data(config)
-        tokenizer_size, epoch_tokens, data = shards.vocab_size, shards.n_tokens - 1, config.data.dir
-    else:
-        tokenizer_size = config.model.vocab_size or (1 if config.model.init else GPT2_VOCABULARY)
-        assumed = "the vocabulary of model.init" if config.model.init else f"a vocabulary of {tokenizer_size:,}"
-        data = f"{config.data.dir} is not prepared yet; {assumed} is assumed"
+        tokenizer_size, data = shards.vocab_size, config.data.dir
     model, context = build_from_config(config, vocabulary(config, tokenizer_size), device="meta")
+    if shards is not None:
+        check_prompt(config, shards, context)
+    if config.distributed.strategy == "fsdp2":
+        required_blocks(model)
 
     optimizer = config.optimizer
     groups = optimizer_groups(optimizer, model)
+    check_matrices(optimizer, groups)
     parameters = sum(p.numel() for p in model.parameters())
     step_tokens = config.train.batch_size * context
     tokens = step_tokens * config.train.steps
     per_token = flops_per_token(model, context)
-    one = activation_elements(model, 1, context, config.model.gradient_checkpointing)
-    workload = workload_of(model, groups, context, per_token, one, loss_elements(model), config.model.gradient_checkpointing)
+    workload, recomputed = (
+        workload_of(model, groups, context, per_token, activation_elements(model, 1, context, again), loss_elements(model), again)
+        for again in (config.model.gradient_checkpointing, True)
+    )
     setup = setup_of(config, world)
-    memory = {name: size for name, size in memory_per_rank(workload, setup).items() if size}
-    orthogonalized = workload.hidden if entry_of(optimizer).orthogonalizes else ()
+    largest = replace(setup, micro_batch=config.train.micro_batch_size)
+    memory = {name: count for name, count in memory_per_rank(workload, setup).items() if count}
+    orthogonalized = workload.hidden if setup.entry.orthogonalizes else ()
     newton_schulz = sum(newton_schulz_flops(rows, cols) for rows, cols in orthogonalized)
+    epoch_tokens = shards.n_tokens - 1 if shards is not None else None
     epochs = f", {tokens / epoch_tokens:.2f} epochs of {epoch_tokens:,}" if epoch_tokens else ""
     warmup = next((s for s in range(config.train.steps) if lr_factor(config.schedule, s, config.train.steps) == 1), 0)
+    last = lr_factor(config.schedule, config.train.steps - 1, config.train.steps)
     lines = [
         f"run         {config.run.name}",
         f"model       {parameters:,} parameters, context {context}, vocabulary {model.get_input_embeddings().weight.shape[0]:,}",
         f"data        {data}",
         f"batch       {config.train.batch_size} x {context} = {step_tokens:,} tokens a step = {world} process(es) x "
-        f"{setup.accumulation} micro-batch(es) x {config.train.micro_batch_size} sequences",
+        f"{setup.accumulation} micro-batch(es) x {setup.micro_batch} sequences (at most {config.train.micro_batch_size})",
         f"tokens      {config.train.steps:,} steps x {step_tokens:,} = {tokens:,}{epochs}; "
         f"{tokens / parameters:.1f} a parameter (about 20 are compute-optimal)",
+    ]
+    if epoch_tokens and tokens > MANY_EPOCHS * epoch_tokens:
+        lines.append(
+            f"warning     more than {MANY_EPOCHS} epochs: tokens teach less when seen again (arXiv 2305.16264); take more data, "
+            f"or train.steps={max(1, MANY_EPOCHS * epoch_tokens // step_tokens)}"
+        )
+    lines += [
         f"FLOPs       {per_token * tokens:.3g} in all, {per_token:.3g} a token; "
         f"Newton-Schulz adds {newton_schulz / (per_token * step_tokens):.2%} a step",
-        f"schedule    {config.schedule.kind}, peak after step {warmup + 1}, last at {config.schedule.final:g} of the peak",
-        f"memory      {sum(memory.values()) / GB:.2f} GB a process under {config.distributed.strategy}: "
-        + ", ".join(f"{name} {size / GB:.2f}" for name, size in memory.items()),
-        "",
-        *cost_lines(workload, setup, config.train.batch_size, Machine()),
-        "",
-        routing_table(as_celo2_groups(groups)),
+        f"schedule    {config.schedule.kind}, peak after step {warmup + 1}, last at {last:g} of the peak",
+        f"memory      {size(sum(memory.values()))} a process under {config.distributed.strategy} with {world} process(es): "
+        + ", ".join(f"{name} {size(count)}" for name, count in memory.items()),
     ]
+    if setup.entry.state_per_weight is None:
+        lines.append(
+            f"unknown     {optimizer.name}: its state is counted as {ASSUMED_STATE} numbers a weight, its time as AdamW's"
+        )
+    lines += [
+        f"machine     {machine.name}: {size(machine.memory)}, {machine.peak(setup.bf16) / 1e12:g} TFLOP/s in "
+        f"{config.train.precision}, of which {machine.efficiency:.0%} are assumed (the MFU without waiting), "
+        f"{size(machine.memory_bandwidth)}/s; nodes of {machine.gpus_per_node}, "
+        f"{size(machine.intra_node_bandwidth)}/s in one, {size(machine.inter_node_bandwidth)}/s between",
+    ]
+    lines += ["", *cost_lines(workload, largest, config.train.batch_size, machine, steps=config.train.steps)]
+    lines += remedy_lines(workload, recomputed, largest, config.train.batch_size, machine)
+    lines += ["", routing_table(as_celo2_groups(groups))]
     return "\n".join(lines)
 
 

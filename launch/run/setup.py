@@ -16,7 +16,7 @@ from celo2 import Celo2, save_rule
 from celo2.training.lock import FolderLock
 from configs.load import ConfigError, to_yaml
 from configs.schema import Config
-from data.batches import Batches, prefetch
+from data.batches import Batches, fit_micro_batch, prefetch
 from data.shards import TokenShards
 from launch.distributed.first_rank import on_first_rank
 from launch.run.agreement import RULE_FILE
@@ -24,7 +24,7 @@ from launch.run.branch import Start, begin_line
 from launch.run.initialize import architecture, architecture_source, begun, check_tokenizer, find_source, load_source
 from launch.run.state import RunState
 from models import CausalLMLoss, build_model, check_matches_logits
-from models.build import model_of, prepare_model
+from models.build import model_of, positions, prepare_model
 from models.gpt3 import GPT3Config
 
 VOCABULARY_MULTIPLE = 64  # matrix units work on multiples of 64; the rows beyond the tokenizer's are never a target
@@ -48,7 +48,7 @@ def open_batches(
         config.train.steps,
         accelerator.process_index,
         accelerator.num_processes,
-        config.train.micro_batch_size,
+        fit_micro_batch(config.train.batch_size, accelerator.num_processes, config.train.micro_batch_size),
         pin_memory=accelerator.device.type == "cuda",
     )
     return batches, stream
@@ -82,7 +82,7 @@ def build_from_config(config: Config, vocab_size: int, device: str | None = None
 
 def checked_context(config: Config, model: PreTrainedModel, device: str | None = None) -> int:
     """The context T that `model` can train on. Raises ConfigError for one that is missing or longer than its positions."""
-    longest = getattr(model.config, "max_position_embeddings", None)
+    longest = positions(model)
     context = config.model.context
     if isinstance(model.config, GPT3Config):
         context = context or longest
@@ -134,9 +134,11 @@ def describe_run(config: Config, run_dir: Path, shards: TokenShards, optimizer: 
 def describe_training(config: Config, parameters: int, optimizer: torch.optim.Optimizer, batches: Batches, world: int) -> str:
     """The line that says what is trained, on what, with what."""
     rule = f" ({optimizer.rule.description})" if isinstance(optimizer, Celo2) else ""
-    accumulation = config.train.batch_size // (world * config.train.micro_batch_size)
+    largest = config.train.micro_batch_size
+    micro = fit_micro_batch(config.train.batch_size, world, largest)
+    lowered = f" (train.micro_batch_size is at most {largest}; this divides the batch)" if micro < largest else ""
     return (
         f"{config.run.name}: {parameters:,} parameters, {config.optimizer.name}{rule}; "
         f"{batches.tokens_per_epoch:,} tokens an epoch, {config.train.batch_size} x {batches.context} tokens a step = "
-        f"{world} process(es) x {accumulation} micro-batch(es) of {config.train.micro_batch_size}"
+        f"{world} process(es) x {config.train.batch_size // (world * micro)} micro-batch(es) of {micro}{lowered}"
     )

@@ -68,7 +68,34 @@ def test_resolved_configuration_reads_back(file, tmp_path):
         ("optimizer.adamw_lr=-1", "optimizer.adamw_lr is -1.0, expected at least 0"),
         ("train.steps", "'train.steps': expected section.key=value"),
         ("=3", "'=3': expected section.key=value"),
-        ("run.name=[", "the value is not YAML"),
+        ("model.hf=[", "the value: not YAML"),
+        ("model.hf={a: 1, a: 2}", "'a' stands twice"),
+        ("train.steps==5", "one = is enough"),
+        ("train.steps:5", "write train.steps=5"),
+        ("train.steps: 5", "write train.steps=5"),
+        ("train.steps", "write train.steps=VALUE, without spaces"),
+        ("", "'': expected section.key=value"),
+        ("train.steps=1e400", "expected int"),
+        ("train.steps=" + "9" * 5000, "expected int"),
+        ("train.steps=12:30", "train.steps is '12:30', expected int"),
+        ("train.steps='5'", "train.steps is '5', expected int"),
+        ("train.compile=maybe", "train.compile is 'maybe', expected bool"),
+        ("distributed.timeout=.inf", "distributed.timeout is inf, expected above 0 and at most 31536000"),
+        ("distributed.timeout=12:30", "distributed.timeout is '12:30', expected a number"),
+        ("optimizer.lr=.inf", "optimizer.lr is inf, expected a finite number"),
+        ("optimizer.lr=.nan", "optimizer.lr is nan, expected at least 0"),
+        ("model.context=0", "model.context is 0, expected at least 1"),
+        ("model.dropout=1", "model.dropout is 1.0, expected in [0, 1)"),
+        ("run.name=", "run.name is '', expected some text"),
+        ("run.dir=~nobody-of-this-name/x", "run.dir is '~nobody-of-this-name/x', but there is no such user"),
+        ("run.seed=20261125123456", "expected between 0 and 4294967295"),
+        ("log.trackers=wandb,tensorboard", "expected a list: log.trackers='[wandb, tensorboard]'"),
+        ("model.hf=llama", "expected a mapping, such as {key: value}"),
+        ("model.hf={tie_word_embeddings: no}", "model.hf.tie_word_embeddings is no: write true or false"),
+        ("eval=false", "'eval' is a section: set its keys (eval.every, sequences), found False"),
+        ("eval=null", "'eval' is a section"),
+        ("optimizer.colour=1", "unknown key 'optimizer.colour'; known here: optimizer.name, "),
+        ("train.batch=1", "did you mean 'train.batch_size'?"),
         ("distributed.strategy=zero9", "expected one of ddp, zero1, zero2, zero3, fsdp2"),
     ],
 )
@@ -79,11 +106,88 @@ def test_mistakes_are_named(file, override, message):
     assert "\n" not in str(error.value)
 
 
-def test_files_that_are_no_configuration(tmp_path):
-    for text, message in (("- a\n", "found a list"), ("a: [\n", "not YAML")):
-        (tmp_path / "bad.yaml").write_text(text)
-        with pytest.raises(ConfigError, match=message):
-            load_config(tmp_path / "bad.yaml")
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        *((f"run.name={text}", text) for text in ("1.10", "007", "12:30", "1e3", "yes", "2026-11-25", "0x1f", "1_000", "null")),
+        *((f"run.name={text}", text) for text in ("[a", "a: b", "# a", "*a", "- a", "'tis", "{x", "true", ".inf", "é")),
+        ("run.name='quoted'", "quoted"),
+        ('log.sample_prompt="= 1"', "= 1"),
+        ("log.sample_prompt=def f(x): # a", "def f(x): # a"),
+        ("log.sample_prompt=def ", "def "),
+        ("log.sample_prompt=", ""),
+        ("optimizer.rule=null", None),
+        ("run.dir=", None),
+        *((f"train.steps={text}", 1000) for text in ("1e3", "1000.0", "1_000", "0x3e8", "0o1750", "001000", "+1000")),
+        *((f"optimizer.lr={text}", 1e-8) for text in ("1e-8", "1E-8", "1.e-8", "+.1e-7", "0.00000001")),
+        *((f"train.compile={text}", True) for text in ("true", "True", "yes", "on")),
+        (
+            "optimizer.arguments={eps: 1e-8, betas: [9e-1, 1.0], k: {e: 1e6, n: null, t: '1e6', s: 1:30}}",
+            {"eps": 1e-8, "betas": [0.9, 1.0], "k": {"e": 1e6, "n": None, "t": "1e6", "s": "1:30"}},
+        ),
+        ("model.hf.rope_theta=1e6", {"rope_theta": 1e6}),
+    ],
+)
+def test_values_are_what_was_written(file, tmp_path, override, value):
+    """On the command line, in a file, and in the resolved file that a training run writes."""
+    section, key = override.partition("=")[0].split(".")[:2]
+    config = load_config(file, [override])
+    found = getattr(getattr(config, section), key)
+    assert found == value and type(found) is type(value)
+    (tmp_path / "resolved.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "resolved.yaml") == config
+
+
+def test_values_of_a_file(tmp_path):
+    """Text without quotes, anchors and merge keys, a byte order mark, and sections given twice by different spellings."""
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "\ufeff---\nrun: {name: 1.10, dir: 12:30}\nmodel:\n  hf: &a {rms_norm_eps: 1e-6, x: 007}\n"
+        "optimizer:\n  arguments: {<<: *a, x: 2}\ntrain.steps: 1e3\ntrain: {batch_size: 4}\n"
+    )
+    config = load_config(path)
+    assert (config.run.name, config.run.dir, config.train.steps, config.train.batch_size) == ("1.10", "12:30", 1000, 4)
+    assert config.model.hf == {"rms_norm_eps": 1e-6, "x": 7} and config.optimizer.arguments == {"rms_norm_eps": 1e-6, "x": 2}
+    assert load_config(path, ["train={steps: 3}"]).train.batch_size == 4  # a section adds to the file's
+
+
+def test_paths_begin_at_home(file, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    given = ["run.dir=~/run", "data.dir=~/data", "optimizer.rule=~/a.safetensors", "checkpoint.resume=~/run/checkpoints/step_1"]
+    config = load_config(file, given)
+    found = (config.run.dir, config.data.dir, config.optimizer.rule, config.checkpoint.resume)
+    assert found == tuple(word.partition("=")[2].replace("~", "/home/me") for word in given)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"- a\n", "found a list"),
+        (b"word\n", "found a single value"),
+        (b"a: [\n", "not YAML"),
+        (b"train:\n  steps: 4\ntrain:\n  grad_clip: 0.5\n", "line 3: 'train' stands twice, in line 1 too"),
+        (b"train: {steps: 4}\ntrain.steps: 5\n", "'train.steps' stands twice"),
+        (b"run: {name: a}\n---\nrun: {name: b}\n", "line 2: a second document begins"),
+        (b"train:\n\tsteps: 4\n", "line 2: a tab at the start of the line"),
+        (b"run: {name: !!str a}\ntrain: {steps: !!int 4}\n", "line 2: the tag"),
+        (b"model: {hf: &a {b: *a}}\n", "line 1: an alias stands inside what it names"),
+        (b"eval: false\n", "'eval' is a section"),
+        (b"[" * 5000, "nested too deeply"),
+        (b"model: {hf: " + b"[" * 150 + b"]" * 150 + b"}", "expected a mapping"),
+        ("run: {name: é}".encode("latin-1"), "not UTF-8"),
+        (b"a: \x00", "not YAML"),
+    ],
+)
+def test_files_that_are_no_configuration(tmp_path, text, message):
+    (tmp_path / "bad.yaml").write_bytes(text)
+    with pytest.raises(ConfigError) as error:
+        load_config(tmp_path / "bad.yaml")
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_files_that_are_not_there(tmp_path):
+    with pytest.raises(ConfigError, match="Is a directory"):
+        load_config(tmp_path)
     with pytest.raises(ConfigError, match=r"cannot read configuration .*missing\.yaml"):
         load_config(tmp_path / "missing.yaml")
 

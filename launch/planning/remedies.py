@@ -1,0 +1,75 @@
+"""What to change where a training run does not fit into the memory of its GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from launch.planning.cost import Setup, Workload, fitting_worlds, memory_per_rank, on
+from launch.planning.machines import Machine
+from launch.planning.units import size
+
+SHOWN = 3  # remedies for a number of GPUs
+
+
+def remedy_lines(workload: Workload, recomputed: Workload, setup: Setup, batch: int, machine: Machine) -> list[str]:
+    """A line for each number of GPUs on which the run does not fit, those with the same remedies together.
+
+    `recomputed` is `workload` with gradient checkpointing.
+    """
+    by_remedy: dict[str, list[str]] = {}
+    for world in fitting_worlds(setup, batch):
+        here = on(setup, world, batch)
+        if used(workload, here) >= machine.memory:
+            by_remedy.setdefault(remedies(workload, recomputed, here, batch, machine), []).append(str(world))
+    return [f"too large   on {', '.join(worlds)} GPU(s): {remedy}" for remedy, worlds in by_remedy.items()]
+
+
+def used(workload: Workload, setup: Setup) -> float:
+    """Bytes on one rank."""
+    return sum(memory_per_rank(workload, setup).values())
+
+
+def remedies(workload: Workload, recomputed: Workload, setup: Setup, batch: int, machine: Machine) -> str:
+    """The single changes that make a run fit, or all of them together if none does alone."""
+    fitting: dict[str, str] = {}  # the first value that fits of each option
+    for name, model, changed in single_changes(workload, recomputed, setup, batch):
+        option, _, value = name.partition("=")
+        if option not in fitting and used(model, changed) < machine.memory:
+            fitting[option] = value
+    if fitting:
+        return f"{' or '.join(f'{option}={value}' for option, value in list(fitting.items())[:SHOWN])} fits"
+    strategy = "fsdp2" if setup.entry.sharded_path is not None and setup.world > 1 else setup.strategy
+    smallest = replace(
+        on(replace(setup, micro_batch=1), setup.world, batch),
+        strategy=strategy,
+        shard_state=False,
+        state_bf16=setup.entry.takes_rule,
+    )
+    together = [f"distributed.strategy={strategy}", "train.micro_batch_size=1", "model.gradient_checkpointing=true"]
+    together += ["optimizer.state_dtype=bf16"] if setup.entry.takes_rule else []
+    if (least := used(recomputed, smallest)) < machine.memory:
+        return f"{' '.join(together)} fits with {size(least)}"
+    return f"even {' '.join(together)} takes {size(least)}: more or larger GPUs"
+
+
+def single_changes(workload: Workload, recomputed: Workload, setup: Setup, batch: int) -> Iterator[tuple[str, Workload, Setup]]:
+    """(override, workload, setup) for each change; those that cost less time come first."""
+    for micro in range(setup.micro_batch - 1, 0, -1):
+        smaller = on(replace(setup, micro_batch=micro), setup.world, batch)
+        if smaller.micro_batch == micro and used(workload, smaller) < used(workload, setup):
+            yield f"train.micro_batch_size={micro}", workload, smaller
+    if setup.entry.takes_rule and not setup.state_bf16:
+        yield "optimizer.state_dtype=bf16", workload, replace(setup, state_bf16=True)
+    if setup.world > 1 and setup.strategy == "ddp" and setup.entry.takes_rule and not setup.shard_state:
+        yield "distributed.shard_state=true", workload, replace(setup, shard_state=True)
+    if setup.world > 1 and setup.entry.sharded_path is not None:
+        for strategy in ("zero1", "zero2", "fsdp2", "zero3"):
+            if strategy != setup.strategy:
+                yield (
+                    f"distributed.strategy={strategy}",
+                    workload,
+                    replace(setup, strategy=strategy, shard_state=False, replicas=1),
+                )
+    if not workload.recompute:
+        yield "model.gradient_checkpointing=true", recomputed, setup

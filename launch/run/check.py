@@ -1,0 +1,62 @@
+"""What a configuration can be refused for before anything is built: by training and by `--plan` alike."""
+
+from __future__ import annotations
+
+from tokenizers import Tokenizer
+
+from celo2.training.configuration import Written
+from celo2.training.idle import refuse_idle
+from configs.load import ConfigError
+from configs.schema import Config
+from data.batches import fit_micro_batch
+from data.shards import TokenShards
+from launch.optimizers.build import check_optimizer
+from launch.optimizers.idle import IDLE
+from launch.optimizers.table import entry_of
+
+DTYPE_KEYS = ("dtype", "torch_dtype")
+
+
+def check(config: Config, written: Written, world: int) -> list[str]:
+    """Check `config`, of which `written` was written, for `world` processes. Returns notes on settings that are passed over.
+
+    Raises:
+        ConfigError, DataError, RuleError: what training would be refused for, or would ignore.
+    """
+    notes = refuse_idle(config, IDLE, written)
+    check_optimizer(config.optimizer)
+    strategy, copies = config.distributed.strategy, config.distributed.replicas
+    if strategy != "ddp" and entry_of(config.optimizer).sharded_path is None:
+        raise ConfigError(f"optimizer.name {config.optimizer.name} knows whole parameters only: use distributed.strategy=ddp")
+    if world % copies:
+        raise ConfigError(f"distributed.replicas is {copies}, which does not divide {world} processes")
+    if config.schedule.kind == "wsd" and config.schedule.warmup + config.schedule.decay > 1:
+        raise ConfigError("schedule.warmup and schedule.decay are more than 1 together: the decay would begin in the warm-up")
+    check_model_keys(config)
+    fit_micro_batch(config.train.batch_size, world, config.train.micro_batch_size)
+    return notes
+
+
+def check_prompt(config: Config, shards: TokenShards, context: int) -> None:
+    """Raise ConfigError for a prompt of the sample that fills the whole context (tokens)."""
+    if config.log.sample_tokens and config.log.sample_prompt:
+        tokenizer = Tokenizer.from_file(str(shards.folder / "tokenizer.json"))
+        length = len(tokenizer.encode(config.log.sample_prompt).ids)
+        if length >= context:
+            raise ConfigError(f"log.sample_prompt has {length} tokens, expected fewer than the context of {context}")
+
+
+def check_model_keys(config: Config) -> None:
+    """Raise ConfigError for keys of `model.hf` that another option decides."""
+    hf = config.model.hf or {}
+    for name, keys in [("model.hf", hf), *((f"model.hf.{key}", value) for key, value in hf.items() if isinstance(value, dict))]:
+        for key in DTYPE_KEYS:
+            if str(keys.get(key, "float32")).removeprefix("torch.") not in ("float32", "fp32"):
+                raise ConfigError(
+                    f"{name}.{key} is {keys[key]}, but train.precision decides, which is {config.train.precision}: weights are "
+                    "float32, and bf16 is autocast; leave the key out"
+                )
+    if config.model.vocab_size is not None and hf.get("vocab_size", config.model.vocab_size) != config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size is {config.model.vocab_size}, but model.hf.vocab_size is {hf['vocab_size']}: give one"
+        )
