@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +15,7 @@ from configs.load import ConfigError, to_yaml
 from configs.schema import Config
 from data.batches import Batches, prefetch
 from data.shards import TokenShards
+from data.tokenizer import copy_tokenizer
 from launch.checkpoint.save import remove_leftovers
 from launch.run.state import RunState
 from models import CausalLMLoss, build_model, check_matches_logits
@@ -98,7 +98,7 @@ def describe_run(config: Config, run_dir: Path, shards: TokenShards) -> None:
     """Write the resolved configuration and the tokenizer into the run's folder, once nothing more can refuse the start."""
     (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(to_yaml(config))
-    shutil.copyfile(shards.folder / "tokenizer.json", run_dir / "tokenizer.json")
+    copy_tokenizer(shards.folder, run_dir, shards.eot_id)
 
 
 def describe_training(config: Config, parameters: int, optimizer: torch.optim.Optimizer, batches: Batches, world: int) -> str:

@@ -65,7 +65,7 @@ def sample_text(model: PreTrainedModel, tokenizer: Tokenizer, eot: int, prompt: 
 
     Drawn at temperature 0.7 from the 50 likeliest tokens. No six tokens come twice, as small models repeat themselves otherwise.
     """
-    ids = tokenizer.encode(prompt).ids or [eot]
+    ids = tokenizer.encode(prompt, add_special_tokens=False).ids or [eot]
     room = getattr(model.config, "max_position_embeddings", len(ids) + length) - len(ids)
     training = model.training
     model.eval()
