@@ -79,7 +79,7 @@ def save_tokenizer(tok: Tokenizer, folder: Path, end: str, declared: dict[str, s
 
 
 def copy_tokenizer(folder: Path, target: Path, end_id: int) -> None:
-    """Copy tokenizer.json, and write the tokenizer_config.json that keeps its end of text; folders of former versions have none."""
+    """Copy tokenizer.json, and write the tokenizer_config.json that keeps its end of text; former versions wrote none."""
     tok = load_tokenizer(folder)
     end = tok.id_to_token(end_id)
     if end is None:

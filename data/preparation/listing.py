@@ -4,7 +4,7 @@ import codecs
 import glob
 import os
 import stat
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,9 +36,6 @@ class Listing:
     names: list[str] = field(default_factory=list)
     left_out: dict[str, list[str]] = field(default_factory=dict)
 
-    def leave_out(self, reason: str, name: str) -> None:
-        self.left_out.setdefault(reason, []).append(name)
-
     def notes(self) -> list[str]:
         """What is read as what, and what is left out, in one line each."""
         kinds = Counter(_suffix(name) for name in self.names)
@@ -52,7 +49,7 @@ class Listing:
         parts = []
         for reason, names in sorted(self.left_out.items()):
             more = ", ..." if len(names) > EXAMPLES else ""
-            parts.append(f"{len(names)} {reason} ({', '.join(sorted(names)[:EXAMPLES])}{more})")
+            parts.append(f"{len(names)} {reason} ({', '.join(names[:EXAMPLES])}{more})")
         return "; ".join(parts)
 
 
@@ -62,70 +59,65 @@ def local_files(name: str) -> Listing:
     DataError: nothing there, or no file that is read.
     """
     path = Path(name)
-    if not path.is_dir() and os.path.lexists(path):
-        listing = Listing(path.parent)
+    left_out: dict[str, list[Path]] = defaultdict(list)
+    if path.is_dir():
+        found = [file for _, file in sorted(_walk(path, left_out), key=lambda pair: (pair[0], pair[1].as_posix()))]
+    elif os.path.lexists(path):
         if reason := _why_not(path):
             raise DataError(f"source {name}: {_refusal(reason)}")
-        listing.names = [path.name]
-        return listing
-    if path.is_dir():
-        listing = Listing(path)
-        found = sorted(_walk(path, listing), key=lambda file: (file.is_symlink(), file.relative_to(path).as_posix()))
+        found = [path]
     else:
-        found = sorted(map(Path, glob.glob(name, recursive=True)))
-        if not found and not glob.has_magic(name):
+        matches = sorted(map(Path, glob.glob(name, recursive=True)))
+        if not matches and not glob.has_magic(name):
             raise DataError(f"source {name}: no such file or folder, nor hub:NAME or stdlib")
-        listing = Listing(Path(os.path.commonpath([match.parent for match in found])) if found else path)
-        folders = [match for match in found if match.is_dir()]
-        found = sorted((match for match in found if not match.is_dir()), key=lambda file: (file.is_symlink(), file.as_posix()))
-        for folder in folders if "**" not in name else []:
-            listing.leave_out("folders: a glob takes files, ** those below too", folder.relative_to(listing.base).as_posix())
-    seen: set[tuple[int, int]] = set()
+        found = [match for match in matches if not match.is_dir()]
+        found.sort(key=Path.is_symlink)
+        if "**" not in name:
+            left_out["folders: a glob takes files, ** those below too"] = [match for match in matches if match.is_dir()]
+    read, seen = [], set()
     for file in found:
-        below = file.relative_to(listing.base).as_posix()
         if reason := _why_not(file):
-            listing.leave_out(reason, below)
+            left_out[reason].append(file)
         elif (identity := _identity(file)) in seen:
-            listing.leave_out("further links to a file that is read", below)
+            left_out["further links to a file that is read"].append(file)
         else:
             seen.add(identity)
-            listing.names.append(below)
-    if not listing.names:
-        left = f" that can be read; left out: {listing.left_out_line()}" if listing.left_out else ""
+            read.append(file)
+    base = path if path.is_dir() else Path(os.path.commonpath([file.parent for file in read or [path]]))
+    said = {
+        reason: sorted(Path(os.path.relpath(file, base)).as_posix() for file in files)
+        for reason, files in left_out.items()
+        if files
+    }
+    listing = Listing(base, sorted(file.relative_to(base).as_posix() for file in read), said)
+    if not read:
+        left = f" that can be read; left out: {listing.left_out_line()}" if said else ""
         raise DataError(f"source {name}: it holds no file{left}")
-    listing.names.sort()
     return listing
 
 
-def _walk(base: Path, listing: Listing) -> Iterator[Path]:
-    """Every file below `base` that is not hidden. Linked folders come after all others, and each folder once."""
+def _walk(base: Path, left_out: dict[str, list[Path]]) -> Iterator[tuple[bool, Path]]:
+    """(whether by a link, file) for every file below `base` that is not hidden. Linked folders come last, each folder once."""
 
     def unreadable(error: OSError) -> None:
-        listing.leave_out("unreadable", Path(error.filename).relative_to(base).as_posix())
+        left_out["unreadable"].append(Path(error.filename))
 
     waiting, seen = [base], set()
     while waiting:
         root = waiting.pop(0)
         for parent, folders, files in os.walk(root, onerror=unreadable):
-            folders.sort()
             inside = Path(parent)
-            for name in list(folders):
-                path = inside / name
-                if name.startswith("."):
-                    listing.leave_out("hidden", path.relative_to(base).as_posix())
-                    folders.remove(name)
-                elif path.is_symlink():
-                    waiting.append(path)
             if (identity := _identity(inside)) in seen:
-                listing.leave_out("further links to a folder that is read", inside.relative_to(base).as_posix())
+                left_out["further links to a folder that is read"].append(inside)
                 folders.clear()
                 continue
             seen.add(identity)
+            left_out["hidden"] += [inside / name for name in (*folders, *files) if name.startswith(".")]
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            waiting += [inside / name for name in folders if (inside / name).is_symlink()]
             for name in files:
-                if name.startswith("."):
-                    listing.leave_out("hidden", (inside / name).relative_to(base).as_posix())
-                else:
-                    yield inside / name
+                if not name.startswith("."):
+                    yield root != base or (inside / name).is_symlink(), inside / name
 
 
 def _identity(path: Path) -> tuple[int, int]:

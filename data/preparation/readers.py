@@ -174,7 +174,7 @@ def _json_text(line: bytes, key: str, first: bool) -> str | None:
     except UnicodeDecodeError as error:
         raise BadRecord("is not UTF-8 text", error.start) from None
     except json.JSONDecodeError as error:
-        raise BadRecord(f"is not a JSON line: {error.msg} at column {error.colno}") from None
+        raise BadRecord(f"is not a JSON line: {error.msg} at character {error.pos + 1}") from None
     except ValueError as error:
         raise BadRecord(f"is not a JSON line: {first_line(error)}") from None
     except RecursionError:
