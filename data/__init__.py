@@ -11,3 +11,8 @@ class DataError(ValueError):
 def first_line(error: Exception) -> str:
     """What another library's error says, on one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def printable(text: str) -> str:
+    """A line that any terminal takes: line ends in names of files, and bytes of names that are not UTF-8, are escaped."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)

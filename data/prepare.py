@@ -8,6 +8,7 @@ their disk space.
 
 import argparse
 import inspect
+import os
 import shutil
 import signal
 import sys
@@ -18,16 +19,28 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from data import DataError
+from data import DataError, printable
 from data.preparation.assemble import assemble
-from data.preparation.encode import token_dtype
+from data.preparation.encode import Encoder, token_dtype
 from data.preparation.output import begin, is_finished, locked, publish, summary
 from data.preparation.progress import progress
 from data.preparation.sources import Source, Unit, open_source, total_bytes
-from data.preparation.workers import cores, encode_units, save_bpe, save_tokenizer, unit_path
+from data.preparation.split import choose_split, cut_document, text_notes
+from data.preparation.workers import cores, encode_units, save_bpe, unit_path
 from data.shards import FORMAT, VERSION
-from data.tokenizer import byte_tokenizer, end_of_text_id, is_byte_tokenizer, load_tokenizer, tokenizer_hash, vocabulary_size
+from data.special_tokens import CONFIG, END_OF_TEXT, as_trained, declared_tokens, end_of_text
+from data.tokenizer import (
+    byte_tokenizer,
+    is_byte_tokenizer,
+    load_declared,
+    load_tokenizer,
+    save_tokenizer,
+    token_id,
+    tokenizer_hash,
+    vocabulary_size,
+)
 
+VAL_FRACTION = 0.01
 BPE_BYTES_PER_TOKEN = 3  # of English text, a low estimate; the byte tokenizer has 1
 
 
@@ -41,7 +54,9 @@ def prepare(
     *,
     tokenizer: str = "bpe",
     vocab_size: int = 8192,
-    val_fraction: float = 0.01,
+    end_token: str | None = None,
+    val_fraction: float | None = None,
+    val_source: str | None = None,
     shard_tokens: int = 100_000_000,
     workers: int | None = None,
     text_key: str = "text",
@@ -51,12 +66,14 @@ def prepare(
 ) -> Path:
     """Prepare `source` (see data/preparation/sources.py) into the folder `out` and return it; a finished one is left as it is.
 
-    tokenizer: "bytes"; "bpe", trained on a sample with vocab_size; or what load_tokenizer takes. val_fraction, in
-    [0, 1): of documents, chosen by a hash of their text. shard_tokens: tokens of a file. workers: processes, by default
-    one for each core, spawned (so a script calls this under `if __name__ == "__main__"`); 1 is this process itself, in
-    which the package tokenizers may still use threads. text_key: of JSON lines, Parquet and hub rows. hub_config,
-    hub_split: of a hub data set. DataError for whatever the user can put right, such as an `out` that holds another
-    preparation, finished or not. If the source changed before its preparation was finished, it starts over.
+    tokenizer: "bytes"; "bpe", trained on a sample with vocab_size; or what load_tokenizer takes. end_token: its token that
+    ends a document, by default what special_tokens.end_of_text finds. val_fraction, in [0, 1): of the text, see
+    data/preparation/split.py; by default VAL_FRACTION. val_source: a source that is the validation split, instead. shard_tokens:
+    tokens of a file. workers: processes, by default one for each core, spawned (so a script calls this under
+    `if __name__ == "__main__"`); 1 is this process itself, in which the package tokenizers may still use threads. text_key: of
+    JSON lines, Parquet and hub rows. hub_config, hub_split: of a hub data set; of val_source the split is "validation".
+    DataError for whatever the user can put right, such as an `out` that holds another preparation, finished or not. If a source
+    changed before its preparation was finished, it starts over.
     """
     out = Path(out)
     arguments: dict[str, Any] = {
@@ -66,38 +83,53 @@ def prepare(
         "hub_split": hub_split,
         "tokenizer": str(tokenizer),
         "vocab_size": vocab_size if tokenizer == "bpe" else None,
-        "val_fraction": float(val_fraction),
+        "end_token": end_token,
+        "val_fraction": float((0 if val_source else VAL_FRACTION) if val_fraction is None else val_fraction),
+        "val_source": None if val_source is None else str(val_source),
         "shard_tokens": shard_tokens,
     }
     workers = cores() if workers is None else workers
+
+    def say(line: str) -> None:
+        log(printable(line))
+
     _check_arguments(out, arguments, workers)
-    if is_finished(out, arguments, log):
+    if is_finished(out, arguments, say):
         return out
     begun = time.monotonic()
-    opened = open_source(arguments["source"], hub_config, hub_split)
+    sources = [open_source(arguments["source"], hub_config, hub_split)]
+    if arguments["val_source"]:
+        sources.append(open_source(arguments["val_source"], hub_config, "validation"))
+    _check_overlap(out, sources)
+    units = [unit for opened in sources for unit in opened.units]
     out.mkdir(parents=True, exist_ok=True)
     partial = out / ".partial"
     with locked(out):
-        if is_finished(out, arguments, log):
+        if is_finished(out, arguments, say):
             return out
-        begin(partial, arguments, opened, log)
-        log(f"source: {source}, {total_bytes(opened.units) / 1e6:,.1f} MB of text in {len(opened.units)} units")
-        tok = _tokenizer(partial, arguments, opened.units, workers, log)
-        todo = {i: unit for i, unit in enumerate(opened.units) if not unit_path(partial, i).with_suffix(".tokens").exists()}
-        if len(todo) < len(opened.units):
-            log(f"continuing: {len(opened.units) - len(todo)} of {len(opened.units)} units are kept from before")
-        _check_space(partial, opened.units, todo, tok)
-        with progress({i: total_bytes([unit]) for i, unit in todo.items()}, log) as update:
-            encode_units(todo, partial, partial / "tokenizer.json", text_key, workers, update)
-        index = _write_shards(partial, arguments, opened, tok)
+        begin(partial, arguments, sources, say)
+        for name, opened in zip((arguments["source"], arguments["val_source"]), sources, strict=False):
+            say(f"source: {name}, {total_bytes(opened.units) / 1e6:,.1f} MB of text in {len(opened.units)} units")
+            for note in opened.notes:
+                say(note)
+        tok, end = _tokenizer(partial, arguments, sources[0].units, workers, say)
+        todo = {i: unit for i, unit in enumerate(units) if not unit_path(partial, i).with_suffix(".tokens").exists()}
+        if len(todo) < len(units):
+            say(f"continuing: {len(units) - len(todo)} of {len(units)} units are kept from before")
+        _check_space(partial, units, todo, tok)
+        with progress({i: total_bytes([unit]) for i, unit in todo.items()}, say) as update:
+            encode_units(todo, partial, partial / "tokenizer.json", end, text_key, workers, update)
+        index = _write_shards(partial, arguments, sources, tok, end, say)
         publish(partial, partial / "shards", out, index)
-    log(f"prepared {out} in {time.monotonic() - begun:.1f} s: {summary(index)}")
+    say(f"prepared {out} in {time.monotonic() - begun:.1f} s: {summary(index)}")
     return out
 
 
 def _check_arguments(out: Path, arguments: dict, workers: int) -> None:
     if not 0 <= arguments["val_fraction"] < 1:
         raise DataError(f"val_fraction {arguments['val_fraction']} is not in [0, 1)")
+    if arguments["val_source"] and arguments["val_fraction"]:
+        raise DataError("--val-source and --val-fraction exclude each other: validation is a source of its own, or a part")
     if arguments["shard_tokens"] < 1:
         raise DataError(f"shard_tokens {arguments['shard_tokens']} is not positive")
     if workers < 1:
@@ -109,21 +141,38 @@ def _check_arguments(out: Path, arguments: dict, workers: int) -> None:
         raise DataError(f"{out} lies inside the source {source}: choose a folder outside it")
 
 
-def _tokenizer(partial: Path, arguments: dict, units: list[Unit], workers: int, log: Callable[[str], None]) -> Tokenizer:
-    """The tokenizer of this preparation, made at its first start and kept in `partial`."""
-    path = partial / "tokenizer.json"
-    if path.exists():
-        return Tokenizer.from_file(str(path))
-    if arguments["tokenizer"] == "bpe":
+def _check_overlap(out: Path, sources: list[Source]) -> None:
+    """DataError if a source has files of `out`, or `out` has files of another origin that the preparation would overwrite."""
+    inside = os.path.join(os.path.realpath(out), "")
+    for piece in (piece for opened in sources for unit in opened.units for piece in unit):
+        if os.path.realpath(piece.path).startswith(inside) and piece.kind not in ("hub", "topics"):
+            raise DataError(f"{piece.path} lies inside {out}: choose a folder outside the source")
+    if out.is_dir() and not (out / ".partial").exists() and not (out / "index.json").exists():
+        for pattern in ("tokenizer.json", CONFIG, "*_[0-9][0-9][0-9][0-9][0-9].bin"):
+            for path in sorted(out.glob(pattern)):
+                raise DataError(f"{path} exists and belongs to no preparation: choose another folder, or remove it")
+
+
+def _tokenizer(
+    partial: Path, arguments: dict, units: list[Unit], workers: int, say: Callable[[str], None]
+) -> tuple[Tokenizer, int]:
+    """The tokenizer of this preparation, made at its first start and kept in `partial`, and the id of the end of text."""
+    path, kind, asked = partial / "tokenizer.json", arguments["tokenizer"], arguments["end_token"]
+    if not path.exists() and kind == "bpe":
         begun = time.monotonic()
-        save_bpe(path, units, arguments["text_key"], arguments["vocab_size"], workers)
-        tok = Tokenizer.from_file(str(path))
-        log(f"tokenizer: {vocabulary_size(tok)} entries, trained in {time.monotonic() - begun:.1f} s")
-        return tok
-    tok = byte_tokenizer() if arguments["tokenizer"] == "bytes" else load_tokenizer(arguments["tokenizer"])
-    end_of_text_id(tok)  # or a DataError, before any work
-    save_tokenizer(tok, path)
-    return tok
+        save_bpe(partial, units, arguments["text_key"], arguments["vocab_size"], asked or END_OF_TEXT, workers)
+        size = vocabulary_size(Tokenizer.from_file(str(path)))
+        say(f"tokenizer: {size} entries, trained in {time.monotonic() - begun:.1f} s")
+        if size < arguments["vocab_size"]:
+            say(f"the vocabulary has {size} entries, not {arguments['vocab_size']}: no more pairs occur twice in the text")
+    elif not path.exists():
+        tok, declared = (byte_tokenizer(), {}) if kind == "bytes" else (load_tokenizer(kind), load_declared(kind))
+        end = end_of_text(tok, declared, asked)
+        save_tokenizer(as_trained(tok, end), partial, end, declared)
+    tok = Tokenizer.from_file(str(path))
+    end = end_of_text(tok, declared_tokens(partial), asked)
+    say(f"end of text: {end!r}, id {token_id(tok, end)}")
+    return tok, token_id(tok, end)
 
 
 def _check_space(partial: Path, units: list[Unit], todo: dict[int, Unit], tok: Tokenizer) -> None:
@@ -135,28 +184,54 @@ def _check_space(partial: Path, units: list[Unit], todo: dict[int, Unit], tok: T
         raise DataError(f"{partial.parent}: about {needed / 1e9:.1f} GB of disk needed, {free / 1e9:.1f} GB free")
 
 
-def _write_shards(partial: Path, arguments: dict, source: Source, tok: Tokenizer) -> dict:
-    """Write the shards into partial/shards and return the index. DataError if no document has any text."""
+def _write_shards(
+    partial: Path, arguments: dict, sources: list[Source], tok: Tokenizer, end: int, say: Callable[[str], None]
+) -> dict:
+    """Write the shards into partial/shards and return the index. DataError if there is too little text."""
     folder = partial / "shards"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    dtype = token_dtype(tok)
-    units = [unit_path(partial, i) for i in range(len(source.units))]
-    splits = assemble(units, folder, dtype, arguments["val_fraction"], arguments["shard_tokens"])
-    if not splits["train"]["documents"]:
+    dtype, fraction = token_dtype(tok), arguments["val_fraction"]
+    units = [unit for opened in sources for unit in opened.units]
+    paths = [unit_path(partial, i) for i in range(len(units))]
+    first_val = len(sources[0].units)
+    split = choose_split(paths, dtype, first_val, fraction)
+    cut = cut_document(split, units, arguments["text_key"], Encoder(tok, end))
+    splits = assemble(paths, folder, dtype, split, cut, arguments["shard_tokens"])
+    try:
+        _check_splits(splits, arguments)
+    except DataError:
         shutil.rmtree(partial)
-        raise DataError(f"source {arguments['source']}: it holds no text")
+        raise
+    notes = [note for opened in sources for note in opened.notes]
+    for note in text_notes(paths, dtype, split, fraction):
+        say(note)
+        notes.append(note)
     return {
         "format": FORMAT,
         "version": VERSION,
         "dtype": dtype.name,
         "vocab_size": vocabulary_size(tok),
-        "end_of_text_id": end_of_text_id(tok),
+        "end_of_text_id": end,
         "tokenizer_sha256": tokenizer_hash(tok),
         "splits": splits,
         "arguments": arguments,
-        "inventory": source.inventory,
+        "inventory": sources[0].inventory,
+        "val_inventory": sources[1].inventory if sources[1:] else None,
+        "notes": notes,
     }
+
+
+def _check_splits(splits: dict[str, dict], arguments: dict) -> None:
+    """DataError for a split without a target, unless no validation is asked for."""
+    if not splits["train"]["documents"] and not splits["val"]["documents"]:
+        raise DataError(f"source {arguments['source']}: it holds no text")
+    if arguments["val_source"] and not splits["val"]["documents"]:
+        raise DataError(f"source {arguments['val_source']}: it holds no text")
+    for name in ("train", "val") if arguments["val_source"] or arguments["val_fraction"] else ("train",):
+        if splits[name]["tokens"] < 2:
+            found = f"source {arguments['source']}: too little text, the split {name!r} gets {splits[name]['tokens']} tokens"
+            raise DataError(f"{found}; add text, or give --val-source or --val-fraction 0")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -171,7 +246,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("out", metavar="OUT", help="folder for the shards")
     parser.add_argument("--tokenizer", default=default["tokenizer"], help="bytes, bpe, or a path or pretrained name")
     parser.add_argument("--vocab-size", type=int, default=default["vocab_size"], help="entries of the bpe vocabulary")
-    parser.add_argument("--val-fraction", type=float, default=default["val_fraction"], help="fraction for validation")
+    parser.add_argument("--end-token", help="the tokenizer's token that ends a document; without it, its end-of-text token")
+    parser.add_argument("--val-fraction", type=float, help=f"fraction for validation; without it {VAL_FRACTION}")
+    parser.add_argument("--val-source", metavar="SOURCE", help="a source for validation, instead of a fraction of SOURCE")
     parser.add_argument("--shard-tokens", type=int, default=default["shard_tokens"], help="tokens in each shard file")
     parser.add_argument("--workers", type=int, default=default["workers"], help="processes; without it one for each core")
     parser.add_argument("--text-key", default=default["text_key"], help="key of the text in JSON lines, Parquet and hub rows")
@@ -187,7 +264,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"data.prepare: stopped by {name}; the same command continues from here", file=sys.stderr)
         return 128 + stopped.args[0]
     except (DataError, OSError) as error:
-        print(f"data.prepare: {error}", file=sys.stderr)
+        print(f"data.prepare: {printable(str(error))}", file=sys.stderr)
         return 2
     return 0
 

@@ -1,7 +1,8 @@
 """Reads a prepared folder: the tokens of a split, memory-mapped, after checks that name the file that is wrong.
 
 index.json: {format, version, dtype, vocab_size, end_of_text_id, tokenizer_sha256, splits: {train, val: {tokens,
-documents, shards: [{name, tokens, sha256, documents, docs_sha256}]}}, arguments, inventory}.
+documents, bytes, shards: [{name, tokens, sha256, documents, docs_sha256}]}}, arguments, inventory, val_inventory, notes}.
+`bytes` (of UTF-8 text), `val_inventory` and `notes` are not in folders of former versions.
 """
 
 import hashlib
@@ -35,12 +36,15 @@ class TokenShards:
         check_files(self.folder, index, split)
         self.shards = index["splits"][split]["shards"]
         self.n_tokens: int = index["splits"][split]["tokens"]
+        self.n_bytes: int | None = index["splits"][split].get("bytes")  # of UTF-8 text; None in folders of former versions
         self.vocab_size: int = index["vocab_size"]
         self.eot_id: int = index["end_of_text_id"]
         self.tokenizer_hash: str = index["tokenizer_sha256"]
         self.fingerprint: str = fingerprint(index)
         if not self.n_tokens:
-            raise DataError(f"{self.folder}: the split {split!r} is empty; it takes two documents and --val-fraction above 0")
+            raise DataError(
+                f"{self.folder}: the split {split!r} is empty; prepare it with --val-source or --val-fraction above 0"
+            )
         dtype = DTYPES[index["dtype"]]
         if self.n_tokens * dtype.itemsize <= VERIFY_BYTES:
             for _ in verify_shards(self.folder, index, split):

@@ -3,16 +3,16 @@
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data import DataError, first_line
+from data.files import replacing
+from data.special_tokens import CONFIG, END_OF_TEXT, declared_tokens, end_of_text, parse_declared, tokenizer_config
 
-END_OF_TEXT = "<|endoftext|>"
-# What published tokenizers call the end of a document.
-END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<|eos|>", "<eos>", "</s>", "[EOS]")
 SMALLEST_BPE = 257  # 256 bytes and the end of text
 
 
@@ -30,8 +30,8 @@ def is_byte_tokenizer(tok: Tokenizer) -> bool:
     return tokenizer_hash(tok) == tokenizer_hash(byte_tokenizer())
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE with GPT-2's word pattern; the end of text is id 0. The same texts give the same tokenizer.
+def train_bpe(texts: Iterable[str], vocab_size: int, end: str = END_OF_TEXT) -> Tokenizer:
+    """Byte-level BPE with GPT-2's word pattern; the end of text, `end`, is id 0. The same texts give the same tokenizer.
 
     The vocabulary may come out smaller than `vocab_size`: pairs seen only once are not merged. DataError below 257.
     """
@@ -43,7 +43,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=2,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=[end],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -56,18 +56,36 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
 
     Truncation and padding, which some published files switch on, are switched off: they would drop or add tokens.
     """
-    path = Path(name_or_path)
-    if path.is_dir():
-        path = path / "tokenizer.json"
-    if path.exists():
-        tok = _from_file(path)
-    elif path.suffix != ".json" and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(name_or_path)):
-        tok = _from_hub(str(name_or_path))
-    else:
-        raise DataError(f"no tokenizer at {path}")
+    path = _local_path(name_or_path)
+    tok = _from_hub(str(name_or_path)) if path is None else _from_file(path)
     tok.no_truncation()
     tok.no_padding()
     return tok
+
+
+def load_declared(name_or_path: str | Path) -> dict[str, str]:
+    """What the tokenizer_config.json beside such a tokenizer declares: see `special_tokens.declared_tokens`."""
+    path = _local_path(name_or_path)
+    if path is None:
+        return _declared_on_hub(str(name_or_path))
+    return declared_tokens(path.parent) if path.name == "tokenizer.json" else {}
+
+
+def save_tokenizer(tok: Tokenizer, folder: Path, end: str, declared: dict[str, str] | None = None) -> None:
+    """Write tokenizer_config.json and then tokenizer.json, each whole or not at all. `end`: the end of text."""
+    _save_config(tok, folder, end, declared)
+    with replacing(folder / "tokenizer.json") as file:
+        file.write(tok.to_str(pretty=True).encode())
+
+
+def copy_tokenizer(folder: Path, target: Path, end_id: int) -> None:
+    """Copy tokenizer.json, and write the tokenizer_config.json that keeps its end of text; former versions wrote none."""
+    tok = load_tokenizer(folder)
+    end = tok.id_to_token(end_id)
+    if end is None:
+        raise DataError(f"{folder}: tokenizer.json has no token {end_id}, which ends documents there")
+    shutil.copyfile(folder / "tokenizer.json", target / "tokenizer.json")
+    _save_config(tok, target, end, declared_tokens(folder))
 
 
 def tokenizer_hash(tok: Tokenizer) -> str:
@@ -82,16 +100,37 @@ def json_hash(text: str) -> str:
 
 
 def end_of_text_id(tok: Tokenizer) -> int:
-    """The id that ends a document: the first of END_OF_TEXT_NAMES that the tokenizer has."""
-    for name in END_OF_TEXT_NAMES:
-        if (token := tok.token_to_id(name)) is not None:
-            return token
-    raise DataError(f"the tokenizer has no end-of-text token: none of {', '.join(END_OF_TEXT_NAMES)}")
+    """The id that ends a document, by its name alone: see `special_tokens.end_of_text`."""
+    return token_id(tok, end_of_text(tok))
+
+
+def token_id(tok: Tokenizer, token: str) -> int:
+    """The id of a token that is known to be there."""
+    found = tok.token_to_id(token)
+    assert found is not None, token
+    return found
 
 
 def vocabulary_size(tok: Tokenizer) -> int:
     """Largest id plus one: the rows that an embedding needs, also where a vocabulary has gaps."""
     return max(tok.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def _save_config(tok: Tokenizer, folder: Path, end: str, declared: dict[str, str] | None) -> None:
+    with replacing(folder / CONFIG) as file:
+        file.write(json.dumps(tokenizer_config(tok, end, declared), indent=1, ensure_ascii=False).encode())
+
+
+def _local_path(name_or_path: str | Path) -> Path | None:
+    """The tokenizer.json that is meant; None for a name of the hub. DataError if it is neither."""
+    path = Path(name_or_path)
+    if path.is_dir():
+        path = path / "tokenizer.json"
+    if path.exists():
+        return path
+    if path.suffix != ".json" and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(name_or_path)):
+        return None
+    raise DataError(f"no tokenizer at {path}")
 
 
 def _from_file(path: Path) -> Tokenizer:
@@ -105,10 +144,26 @@ def _from_hub(name: str) -> Tokenizer:
     try:
         return Tokenizer.from_pretrained(name)
     except Exception as error:  # tokenizers raises nothing narrower
-        raise DataError(
-            f"tokenizer {name!r} is no file or folder here and cannot be read from the Hugging Face hub "
-            f"({first_line(error)}); without a network, give the path of a tokenizer.json"
-        ) from None
+        raise _unreadable(name, error) from None
+
+
+def _declared_on_hub(name: str) -> dict[str, str]:
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
+
+        return parse_declared(Path(hf_hub_download(name, CONFIG)).read_text(encoding="utf-8"))
+    except EntryNotFoundError:
+        return {}
+    except Exception as error:  # the hub's client, HTTP and the socket each have their own
+        raise _unreadable(name, error) from None
+
+
+def _unreadable(name: str, error: Exception) -> DataError:
+    return DataError(
+        f"tokenizer {name!r} is no file or folder here and cannot be read from the Hugging Face hub "
+        f"({first_line(error)}); without a network, give the path of a tokenizer.json"
+    )
 
 
 def _byte_characters() -> list[str]:

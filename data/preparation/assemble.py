@@ -6,50 +6,39 @@ begins there; a document may continue in the next shard. Everything is little-en
 
 import hashlib
 from array import array
-from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
 from data.files import replacing, sync
-from data.preparation.encode import DOCUMENT
+from data.preparation.split import Cut, Split, read_documents
 from data.shards import docs_path
 
 
-def hash_limit(hashes: Iterable[np.ndarray], fraction: float) -> int:
-    """Documents whose 64-bit hash is below the limit are validation: about `fraction` of them, equal texts together.
+def assemble(
+    units: list[Path], folder: Path, dtype: np.dtype, split: Split, cut: Cut | None, shard_tokens: int
+) -> dict[str, dict]:
+    """Write the shards of both splits into `folder`; returns what index.json says of them.
 
-    If that leaves a split empty, the smallest hash goes to validation, or the largest to training, provided that
-    there are two different documents and fraction > 0; a single document is for training.
+    cut: the document that `split` cuts.
     """
-    limit = int(fraction * 2**64)
-    count, below, smallest, largest = 0, 0, 2**64, -1
-    for part in hashes:
-        if len(part):
-            count += len(part)
-            below += int((part < np.uint64(limit)).sum())
-            smallest, largest = min(smallest, int(part.min())), max(largest, int(part.max()))
-    if below == count:
-        return max(largest, 0)
-    if below == 0 and limit and smallest < largest:
-        return smallest + 1
-    return limit
-
-
-def assemble(units: list[Path], folder: Path, dtype: np.dtype, fraction: float, shard_tokens: int) -> dict[str, dict]:
-    """Write the shards of both splits into `folder`; returns what index.json says of them."""
-    limit = hash_limit((_documents(unit)["hash"] for unit in units), fraction)
-    splits = {name: ShardWriter(folder, name, shard_tokens) for name in ("train", "val")}
-    for unit in units:
-        documents = _documents(unit)
+    writers = {name: ShardWriter(folder, name, shard_tokens) for name in ("train", "val")}
+    for i, unit in enumerate(units):
+        documents, stops = read_documents(unit, dtype)
         if not len(documents):  # an empty file cannot be mapped
             continue
         tokens = np.asarray(np.memmap(unit.with_suffix(".tokens"), dtype, "r"))
-        starts = documents["start"].tolist()
-        for start, stop, text_hash in zip(starts, [*starts[1:], len(tokens)], documents["hash"].tolist(), strict=True):
-            splits["val" if text_hash < limit else "train"].write(tokens[start:stop])
-    return {name: writer.close() for name, writer in splits.items()}
+        rows = zip(*(documents[name].tolist() for name in ("start", "hash", "bytes")), stops.tolist(), strict=True)
+        for j, (start, text_hash, n_bytes, stop) in enumerate(rows):
+            if split.cut == (i, j):
+                assert cut is not None
+                for writer, part in zip(writers.values(), cut, strict=True):
+                    if part is not None:
+                        writer.write(*part)
+            else:
+                writers[split.name(i, j, text_hash)].write(tokens[start:stop], n_bytes)
+    return {name: writer.close() for name, writer in writers.items()}
 
 
 class ShardWriter:
@@ -58,12 +47,13 @@ class ShardWriter:
     def __init__(self, folder: Path, split: str, shard_tokens: int):
         self.folder, self.split, self.shard_tokens = folder, split, shard_tokens
         self.shards: list[dict] = []  # the finished ones
-        self.tokens = self.documents = 0  # of the split
+        self.tokens = self.documents = self.bytes = 0  # of the split
         self.file: BinaryIO | None = None
 
-    def write(self, tokens: np.ndarray) -> None:
-        """Append one document (n,), n > 0."""
+    def write(self, tokens: np.ndarray, n_bytes: int) -> None:
+        """Append one document (n,), n > 0, of `n_bytes` bytes of UTF-8 text."""
         first = True
+        self.bytes += n_bytes
         while len(tokens):
             file = self.file or self._begin_shard()
             if first:
@@ -79,9 +69,9 @@ class ShardWriter:
                 self._end_shard()
 
     def close(self) -> dict:
-        """End the last shard; returns {tokens, documents, shards: [{name, tokens, sha256, documents, docs_sha256}]}."""
+        """End the last shard; returns {tokens, documents, bytes, shards: [{name, tokens, sha256, documents, docs_sha256}]}."""
         self._end_shard()
-        return {"tokens": self.tokens, "documents": self.documents, "shards": self.shards}
+        return {"tokens": self.tokens, "documents": self.documents, "bytes": self.bytes, "shards": self.shards}
 
     def _begin_shard(self) -> BinaryIO:
         self.path = self.folder / f"{self.split}_{len(self.shards):05d}.bin"
@@ -107,7 +97,3 @@ class ShardWriter:
                 "docs_sha256": hashlib.sha256(starts).hexdigest(),
             }
         )
-
-
-def _documents(unit: Path) -> np.ndarray:
-    return np.fromfile(unit.with_suffix(".docs"), DOCUMENT)

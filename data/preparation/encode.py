@@ -1,10 +1,11 @@
-"""Documents of one unit into token ids on disk: NAME.tokens, and NAME.docs with each document's start and hash.
+"""Documents of one unit into token ids on disk: NAME.tokens, and NAME.docs with a record for each document.
 
 What is written depends on the unit and the tokenizer alone. NAME.tokens is put in place last, and whole: where it
 exists, the unit is finished.
 """
 
 import hashlib
+import json
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -13,11 +14,15 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from data.files import replacing
-from data.tokenizer import end_of_text_id, is_byte_tokenizer, vocabulary_size
+from data.special_tokens import unknown_token
+from data.tokenizer import is_byte_tokenizer, vocabulary_size
 
-DOCUMENT = np.dtype([("start", "<u8"), ("hash", "<u8")])  # its first token in NAME.tokens; text_hash
-PART = 2**20  # characters encoded in one call; a longer document is encoded in parts, cut after a line end
+# Its first token in NAME.tokens; text_hash; bytes of its UTF-8 text, 0 for one that is empty and has no tokens; how many of
+# its tokens stand for characters that the tokenizer does not know.
+DOCUMENT = np.dtype([("start", "<u8"), ("hash", "<u8"), ("bytes", "<u8"), ("unknown", "<u8")])
+BATCH = 2**20  # characters encoded in one call, about; a longer document is one call, since parts of it could give other tokens
 DOCUMENT_COST = 100  # characters: what a document costs in a call besides its length
+UNMATCHED = "\U0010ffff" * 4  # before the name of a special token: a text holds it never
 
 
 def token_dtype(tok: Tokenizer) -> np.dtype:
@@ -26,14 +31,18 @@ def token_dtype(tok: Tokenizer) -> np.dtype:
 
 
 class Encoder:
-    """The function from texts to their ids (n,). Special tokens in a text, such as '<|endoftext|>', count as plain text."""
+    """The function from texts to their ids (n,). Special tokens in a text, such as '<|endoftext|>', count as plain text.
 
-    def __init__(self, tok: Tokenizer):
+    `end`: the bytes of the id `end_id`, which is not added. `unknown`: the id of unknown characters, or None.
+    """
+
+    def __init__(self, tok: Tokenizer, end_id: int):
         self.dtype = token_dtype(tok)
-        self.end = end_of_text_id(tok).to_bytes(self.dtype.itemsize, "little")
+        self.end = end_id.to_bytes(self.dtype.itemsize, "little")
         self.bytes_only = is_byte_tokenizer(tok)
-        self.tok = Tokenizer.from_str(tok.to_str())  # a copy: the caller's stays as it is
-        self.tok.encode_special_tokens = True
+        self.tok = plain_text_tokenizer(tok)
+        unknown = unknown_token(tok)
+        self.unknown = None if unknown is None else tok.token_to_id(unknown)
 
     def __call__(self, texts: list[str]) -> list[np.ndarray]:
         if self.bytes_only:  # 100 times as fast as the tokenizer
@@ -41,47 +50,69 @@ class Encoder:
         return [np.array(e.ids, self.dtype) for e in self.tok.encode_batch_fast(texts, add_special_tokens=False)]
 
 
+def plain_text_tokenizer(tok: Tokenizer) -> Tokenizer:
+    """A copy that never reads a special token out of a text, whether by its name or because the model's vocabulary has it.
+
+    A Unigram model finds '</s>' in a text like any other entry, and merges may lead to it. So the entries of special tokens
+    are renamed, and merges that lead to them removed; ids stay. The unknown token and the bytes of byte_fallback are needed.
+    """
+    state = json.loads(tok.to_str())
+    model = state["model"]
+    vocab = model["vocab"] if isinstance(model["vocab"], dict) else {piece: None for piece, _ in model["vocab"]}
+    special = {token["content"] for token in state["added_tokens"] if token["special"]} & vocab.keys()
+    if model["type"] != "Unigram":
+        special.discard(model.get("unk_token"))
+    if model.get("byte_fallback"):
+        special -= {f"<0x{byte:02X}>" for byte in range(256)}
+    if special:
+        if isinstance(model["vocab"], dict):
+            model["vocab"] = {UNMATCHED + piece if piece in special else piece: i for piece, i in vocab.items()}
+        else:
+            model["vocab"] = [[UNMATCHED + piece if piece in special else piece, score] for piece, score in model["vocab"]]
+        if "merges" in model:
+            model["merges"] = [m for m in model["merges"] if not special & {*m, "".join(m)}]
+        for token in state["added_tokens"]:
+            if token["content"] in special:
+                token["content"] = UNMATCHED + token["content"]
+    state["post_processor"] = None
+    plain = Tokenizer.from_str(json.dumps(state))
+    plain.encode_special_tokens = True
+    return plain
+
+
 def encode_unit(texts: Iterable[str], target: Path, encode: Encoder, report: Callable[[int], None]) -> None:
     """Write target.tokens (token_dtype) and target.docs (DOCUMENT); calls report(n) after every n tokens."""
     with replacing(target.with_suffix(".tokens")) as tokens, replacing(target.with_suffix(".docs")) as docs:
-        start = position = 0
+        position = 0
         for batch in _batches(texts):
             before = position
-            for ids, (_, document_hash) in zip(encode([part for part, _ in batch]), batch, strict=True):
+            for text, ids in zip(batch, encode(batch), strict=True):
+                if not text:
+                    docs.write(struct.pack("<QQQQ", position, 0, 0, 0))
+                    continue
+                utf8 = text.encode()
+                unknown = 0 if encode.unknown is None else np.count_nonzero(ids == encode.unknown)
+                docs.write(struct.pack("<QQQQ", position, text_hash(utf8), len(utf8), unknown))
                 tokens.write(ids.data)
-                position += len(ids)
-                if document_hash is not None:
-                    tokens.write(encode.end)
-                    position += 1
-                    docs.write(struct.pack("<QQ", start, document_hash))
-                    start = position
+                tokens.write(encode.end)
+                position += len(ids) + 1
             report(position - before)
 
 
-def text_hash(text: str) -> int:
-    """64 bits of BLAKE2b of the UTF-8 text. It decides to which split a document belongs."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+def text_hash(utf8: bytes) -> int:
+    """64 bits of BLAKE2b of a text. It decides to which split a document belongs."""
+    return int.from_bytes(hashlib.blake2b(utf8, digest_size=8).digest(), "little")
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[tuple[str, int | None]]]:
-    """Parts of documents, about PART characters together; the hash comes with a document's last part, else None."""
-    batch: list[tuple[str, int | None]] = []
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Whole documents, about BATCH characters together."""
+    batch: list[str] = []
     weight = 0
     for text in texts:
-        begin = 0
-        while begin < len(text):
-            end = _part_end(text, begin)
-            batch.append((text[begin:end], text_hash(text) if end == len(text) else None))
-            weight += end - begin + DOCUMENT_COST
-            begin = end
-            if weight >= PART:
-                yield batch
-                batch, weight = [], 0
+        batch.append(text)
+        weight += len(text) + DOCUMENT_COST
+        if weight >= BATCH:
+            yield batch
+            batch, weight = [], 0
     if batch:
         yield batch
-
-
-def _part_end(text: str, begin: int) -> int:
-    if len(text) - begin <= PART:
-        return len(text)
-    return text.rfind("\n", begin, begin + PART) + 1 or begin + PART

@@ -1,6 +1,6 @@
 """What an output folder holds: nothing, an unfinished preparation in OUT/.partial, or a finished one with OUT/index.json.
 
-OUT/.partial/plan.json keeps the arguments of an unfinished preparation and the state of its source. Once a unit is
+OUT/.partial/plan.json keeps the arguments of an unfinished preparation and the state of its sources. Once a unit is
 finished, other arguments are an error. With the same ones finished units are kept, unless the source's files changed:
 then the preparation starts over.
 """
@@ -16,8 +16,11 @@ from pathlib import Path
 from data import DataError
 from data.files import replacing
 from data.preparation.sources import Source, open_source
-from data.shards import VERSION, check_files, fingerprint, read_index
+from data.shards import check_files, fingerprint, read_index
+from data.special_tokens import CONFIG, as_trained
 from data.tokenizer import load_tokenizer, tokenizer_hash
+
+UNITS_VERSION = 2  # of what is in OUT/.partial
 
 
 def is_finished(out: Path, arguments: dict, log: Callable[[str], None]) -> bool:
@@ -26,23 +29,27 @@ def is_finished(out: Path, arguments: dict, log: Callable[[str], None]) -> bool:
         return False
     index = read_index(out)
     advice = "choose another folder, or remove this one"
-    source, tokenizer = arguments["source"], arguments["tokenizer"]
+    tokenizer = arguments["tokenizer"]
     if difference := _difference(index["arguments"], arguments):
         raise DataError(f"{out} is already prepared with other arguments: {difference}; {advice}")
-    if difference := _difference(index["inventory"], _local_inventory(source)):
-        raise DataError(f"{out} is already prepared, but the files of {source} changed: {difference}; {advice}")
-    from_file = tokenizer not in ("bytes", "bpe") and Path(tokenizer).exists()
-    if from_file and tokenizer_hash(load_tokenizer(tokenizer)) != index["tokenizer_sha256"]:
-        raise DataError(f"{out} is already prepared, but the tokenizer in {tokenizer} changed; {advice}")
+    for key, inventory in (("source", "inventory"), ("val_source", "val_inventory")):
+        if arguments[key] and (difference := _difference(index[inventory], _local_inventory(arguments[key]))):
+            raise DataError(f"{out} is already prepared, but the files of {arguments[key]} changed: {difference}; {advice}")
+    if tokenizer not in ("bytes", "bpe") and Path(tokenizer).exists():
+        tok = load_tokenizer(tokenizer)
+        end = tok.id_to_token(index["end_of_text_id"])  # former versions kept the tokenizer as it was
+        if end is None or index["tokenizer_sha256"] not in map(tokenizer_hash, (tok, as_trained(tok, end))):
+            raise DataError(f"{out} is already prepared, but the tokenizer in {tokenizer} changed; {advice}")
     check_files(out, index, *index["splits"])
     shutil.rmtree(out / ".partial", ignore_errors=True)
     log(f"already prepared: {out}, {summary(index)}")
     return True
 
 
-def begin(partial: Path, arguments: dict, source: Source, log: Callable[[str], None]) -> None:
+def begin(partial: Path, arguments: dict, sources: list[Source], log: Callable[[str], None]) -> None:
     """Make `partial`, or continue the one that is there; DataError if that belongs to other arguments."""
-    plan = {"version": VERSION, "arguments": arguments, "inventory": source.inventory, "state": source.state}
+    states = [source.state for source in sources]
+    plan = {"version": UNITS_VERSION, "arguments": arguments, "states": states}
     path = partial / "plan.json"
     if path.exists():
         old = json.loads(path.read_text(encoding="utf-8"))
@@ -57,7 +64,8 @@ def begin(partial: Path, arguments: dict, source: Source, log: Callable[[str], N
                 leftover.unlink()
             return
         if not difference:
-            log("the source changed since this preparation began: starting over")
+            same = old["version"] == UNITS_VERSION
+            log(f"{'the source changed' if same else 'another version began this preparation'}: starting over")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     _write_json(path, plan)
@@ -67,7 +75,8 @@ def publish(partial: Path, shards: Path, out: Path, index: dict) -> None:
     """Move `shards` to their place and write index.json last: a folder with an index is whole."""
     for path in sorted(shards.iterdir()):
         os.replace(path, out / path.name)
-    shutil.copyfile(partial / "tokenizer.json", out / "tokenizer.json")
+    for name in (CONFIG, "tokenizer.json"):
+        shutil.copyfile(partial / name, out / name)
     _write_json(out / "index.json", index)
     shutil.rmtree(partial, ignore_errors=True)  # if this is interrupted, is_finished removes it
 
@@ -91,7 +100,8 @@ def locked(out: Path) -> Iterator[None]:
 def summary(index: dict) -> str:
     """One line on what was prepared."""
     parts = [f"{split} {s['tokens']:,} tokens in {s['documents']:,} documents" for split, s in index["splits"].items()]
-    return f"{', '.join(parts)}; vocabulary {index['vocab_size']}, fingerprint {fingerprint(index)[:12]}"
+    left_out = "".join(f"; {note}" for note in index.get("notes", []) if note.startswith("left out"))
+    return f"{', '.join(parts)}; vocabulary {index['vocab_size']}, fingerprint {fingerprint(index)[:12]}{left_out}"
 
 
 def _difference(old: dict, new: dict) -> str:

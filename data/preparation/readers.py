@@ -2,41 +2,48 @@
 
 - text: a file of at most LARGE_TEXT bytes is one document.
 - large text: document k begins after the first blank line at or after byte k * WINDOW; where the next WINDOW bytes have
-  none, after their first line end; where they have neither, at the next whole character. So a document has at most
-  2 * WINDOW bytes, the documents together are the file, and each is found without reading the file from its start.
-- JSON lines, Parquet and hub data sets: the string under the text key of a row; null is an empty document. A gzip file
+  none, after their first line end; where they have neither, after white space, or else at the next whole character. So a
+  document has at most 2 * WINDOW bytes, the documents together are the file, and each is found without reading the file from
+  its start.
+- JSON lines, Parquet and hub data sets: the string under the text key of a row; null is an empty document. A compressed file
   cannot be read from its middle, so each is one unit: many of them are read in parallel, a single one is not.
-Documents of white space alone are left out.
+Text is kept as it is, line ends and NUL included; only a byte order mark at the beginning of a file is not text. Documents of
+white space alone are left out, and counted.
 """
 
+import codecs
 import gzip
+import io
 import json
 import re
 import zlib
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from data import DataError
+from data import DataError, first_line
 from data.preparation.hub import hub_rows
 from data.preparation.sources import WINDOW, Piece, Unit
 from data.preparation.stdlib import stdlib_topics
 
 SAMPLE_CHARACTERS = 32 * 2**20  # text that a tokenizer is trained on
 SAMPLE_UNITS = 32  # taken from so many places at most
+MARK = "\ufeff"  # the byte order mark
 CONTINUATION = bytes(range(0x80, 0xC0))  # every byte of a UTF-8 character but its first
 BLANK_LINE = re.compile(rb"\n\s*\n")
 
 
 def documents(unit: Unit, text_key: str = "text") -> Iterator[str]:
     """The documents of one unit, in order. DataError names the file, and the place in it where something is wrong."""
+    return filter(None, texts(unit, text_key))
+
+
+def texts(unit: Unit, text_key: str = "text") -> Iterator[str]:
+    """The same with '' for each document that is empty or white space, so that they can be counted."""
     for piece in unit:
         try:
             for text in READERS[piece.kind](piece, text_key):
-                if not isinstance(text, str):
-                    raise DataError(f"{piece.path}: {text_key!r} holds {type(text).__name__}, not text")
-                if text and not text.isspace():
-                    yield _without_surrogates(text)
+                yield "" if text.isspace() else _without_surrogates(text)
         except OSError as error:
             raise DataError(f"{piece.path}: {error.strerror or error}") from None
 
@@ -74,23 +81,32 @@ def _boundary(file: BinaryIO, position: int) -> int:
         return 0
     file.seek(position)
     window = file.read(WINDOW)
-    if match := BLANK_LINE.search(window) or re.search(rb"\n", window):
+    if match := BLANK_LINE.search(window) or re.search(rb"\n", window) or re.search(rb"\s", window):
         return position + match.end()
     rest = window[:3]  # a character that began before ends within these
     return position + len(rest) - len(rest.lstrip(CONTINUATION))
 
 
 def _decode(data: bytes, path: str, offset: int) -> str:
+    """UTF-8 text from byte `offset` of a file, without the byte order mark that may begin the file."""
     try:
-        return data.decode()
+        text = data.decode()
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: not UTF-8 text at byte {offset + error.start}; convert it, or leave it out with a glob"
-        ) from None
+        at = offset + error.start
+        raise DataError(f"{path}: not UTF-8 text at byte {at}; convert it, or leave it out with a glob") from None
+    return text if offset else text.removeprefix(MARK)
 
 
 def _read_topics(piece: Piece, _: str) -> Iterator[str]:
     yield from stdlib_topics()
+
+
+class BadRecord(Exception):
+    """What is wrong with a record, to stand after its place: a line or row of a file. `byte`: where in it, if that is known."""
+
+    def __init__(self, problem: str, byte: int | None = None):
+        super().__init__(problem)
+        self.byte = byte
 
 
 def _read_json_lines(piece: Piece, key: str) -> Iterator[str]:
@@ -101,30 +117,75 @@ def _read_json_lines(piece: Piece, key: str) -> Iterator[str]:
         if piece.start:
             position += len(file.readline())
         while position < piece.stop and (line := file.readline()):
-            yield _json_text(line, key, f"{piece.path}: byte {position}")
+            try:
+                text = _json_text(line, key, first=position == 0)
+            except BadRecord as error:
+                where = f"line {_line_number(piece.path, position)}"
+                where += "" if error.byte is None else f" (byte {position + error.byte} of the file)"
+                raise DataError(f"{piece.path}: {where} {error}") from None
+            if text is not None:
+                yield text
             position += len(line)
 
 
-def _read_json_lines_gzip(piece: Piece, key: str) -> Iterator[str]:
+def _line_number(path: str, position: int) -> int:
+    """The number, from 1, of the line that begins at a byte of a file."""
+    count = 1
+    with open(path, "rb") as file:
+        while position > 0 and (data := file.read(min(position, 2**20))):
+            count += data.count(b"\n")
+            position -= len(data)
+    return count
+
+
+def _read_compressed_json_lines(piece: Piece, key: str) -> Iterator[str]:
     try:
-        with gzip.open(piece.path, "rb") as file:
+        with _decompressed(piece.path) as file:
             for number, line in enumerate(file, start=1):
-                yield _json_text(line, key, f"{piece.path}: line {number}")
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{piece.path}: damaged gzip file: {error}") from None
+                try:
+                    text = _json_text(line, key, first=number == 1)
+                except BadRecord as error:
+                    raise DataError(f"{piece.path}: line {number} {error}") from None
+                if text is not None:
+                    yield text
+    except (EOFError, zlib.error, OSError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise
+        kind = "gzip" if piece.path.lower().endswith(".gz") else "zstd"
+        raise DataError(f"{piece.path}: damaged {kind} file: {first_line(error)}") from None
 
 
-def _json_text(line: bytes, key: str, place: str) -> str:
-    """The text of one line; an empty line is an empty document."""
-    if line.isspace():
-        return ""
+def _decompressed(path: str) -> BinaryIO | io.BufferedIOBase:
+    if path.lower().endswith(".gz"):
+        return gzip.open(path, "rb")
     try:
-        row = json.loads(line)
+        import pyarrow
+    except ImportError:
+        raise DataError(f"{path}: reading zstd needs the package pyarrow: pip install pyarrow") from None
+    return io.BufferedReader(pyarrow.input_stream(open(path, "rb"), compression="zstd"))
+
+
+def _json_text(line: bytes, key: str, first: bool) -> str | None:
+    """The text of one line, the file's first or not; None if the line is empty."""
+    if line.isspace():
+        return None
+    try:
+        row = json.loads(line.removeprefix(codecs.BOM_UTF8).decode() if first else line.decode())
+    except UnicodeDecodeError as error:
+        raise BadRecord("is not UTF-8 text", error.start) from None
+    except json.JSONDecodeError as error:
+        raise BadRecord(f"is not a JSON line: {error.msg} at character {error.pos + 1}") from None
     except ValueError as error:
-        raise DataError(f"{place} is not a JSON line: {error}") from None
+        raise BadRecord(f"is not a JSON line: {first_line(error)}") from None
+    except RecursionError:
+        raise BadRecord("is nested too deeply for a JSON line") from None
     if not isinstance(row, dict):
-        raise DataError(f"{place} holds {type(row).__name__}, not a JSON object with the key {key!r}")
-    return _value(row, key, place)
+        raise BadRecord(f"holds {type(row).__name__}, not a JSON object with the key {key!r}")
+    if line.count(json.dumps(key).encode()) > 1:  # perhaps in a text
+        pairs = json.loads(line.removeprefix(codecs.BOM_UTF8), object_pairs_hook=list)
+        if sum(name == key for name, _ in pairs) > 1:
+            raise BadRecord(f"has {key!r} more than once")
+    return _value(row, key)
 
 
 def _read_parquet(piece: Piece, key: str) -> Iterator[str]:
@@ -132,30 +193,66 @@ def _read_parquet(piece: Piece, key: str) -> Iterator[str]:
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(piece.path) as file:
-            _check_key(file.schema_arrow.names, key, piece.path)
+        with open(piece.path, "rb") as raw, pyarrow.parquet.ParquetFile(raw) as file:
+            try:
+                _check_key(file.schema_arrow.names, key)
+            except BadRecord as error:
+                raise DataError(f"{piece.path} {error}") from None
+            row = sum(file.metadata.row_group(i).num_rows for i in range(piece.start))
             groups = range(piece.start, piece.stop)
             for batch in file.iter_batches(batch_size=256, row_groups=groups, columns=[key], use_threads=False):
-                for value in batch.column(0).to_pylist():
-                    yield "" if value is None else value
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{piece.path}: damaged Parquet file: {error}") from None
+                for value in _python_values(batch.column(0)):
+                    row += 1
+                    try:
+                        yield _text(value, key)
+                    except BadRecord as error:
+                        raise DataError(f"{piece.path}: row {row} {error}") from None
+    except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise
+        raise DataError(f"{piece.path}: damaged Parquet file: {first_line(error)}") from None
+
+
+def _python_values(column: Any) -> Iterator[Any]:
+    """The values of an Arrow column; text that is not UTF-8 is handed out as its UnicodeDecodeError."""
+    try:
+        yield from column.to_pylist()
+    except UnicodeDecodeError:
+        for value in column:
+            try:
+                yield value.as_py()
+            except UnicodeDecodeError as error:
+                yield error
 
 
 def _read_hub(piece: Piece, key: str) -> Iterator[str]:
     assert piece.hub is not None
-    for row in hub_rows(piece.path, *piece.hub, piece.start, key):
-        yield _value(row, key, f"hub:{piece.path}")
+    for number, row in enumerate(hub_rows(piece.path, *piece.hub, piece.start, key), start=1):
+        try:
+            yield _value(row, key)
+        except BadRecord as error:
+            raise DataError(f"hub:{piece.path}: row {number} of part {piece.start + 1} {error}") from None
 
 
-def _value(row: dict, key: str, place: str) -> str:
-    _check_key(row, key, place)
-    return "" if row[key] is None else row[key]
+def _value(row: dict, key: str) -> str:
+    _check_key(row, key)
+    return _text(row[key], key)
 
 
-def _check_key(keys: Collection[str], key: str, place: str) -> None:
+def _check_key(keys: Collection[str], key: str) -> None:
     if key not in keys:
-        raise DataError(f"{place} has no {key!r} (it has: {', '.join(keys) or 'nothing'}); name the text with --text-key")
+        raise BadRecord(f"has no {key!r} (it has: {', '.join(keys) or 'nothing'}); name the text with --text-key")
+
+
+def _text(value: Any, key: str) -> str:
+    """A record's text; null is an empty document."""
+    if value is None:
+        return ""
+    if isinstance(value, UnicodeDecodeError):
+        raise BadRecord("is not UTF-8 text")
+    if not isinstance(value, str):
+        raise BadRecord(f"has {type(value).__name__}, not text, under {key!r}")
+    return value
 
 
 def _without_surrogates(text: str) -> str:
@@ -172,7 +269,7 @@ READERS: dict[str, Callable[[Piece, str], Iterator[str]]] = {
     "large text": _read_large_text,
     "topics": _read_topics,
     "jsonl": _read_json_lines,
-    "jsonl.gz": _read_json_lines_gzip,
+    "compressed jsonl": _read_compressed_json_lines,
     "parquet": _read_parquet,
     "hub": _read_hub,
 }

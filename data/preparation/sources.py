@@ -1,34 +1,30 @@
 """Where text comes from, cut into units: the same for any number of workers, each small enough to do again.
 
 A source is named by one string:
-    PATH        a file, a folder (every file below it that is not hidden), or a glob ('corpus/**/*.md')
+    PATH        a file, a folder (every file below it that is not hidden, also in linked folders), or a glob ('corpus/**/*.md')
     hub:NAME    a data set of the Hugging Face hub, streamed; hub:NAME@REVISION takes that revision
     stdlib      the Python standard library's own sources and documentation topics, which every machine has
-What a file holds follows from its name: .jsonl, .ndjson, .json (JSON lines) and the same with .gz, .parquet; any other is
-UTF-8 text. How documents are read from each is in data/preparation/readers.py.
+What a file holds follows from its name: .jsonl, .ndjson, .json (JSON lines) and the same with .gz or .zst, .parquet; any
+other is UTF-8 text, but for the kinds that data/preparation/listing.py leaves out. How documents are read from each is in
+data/preparation/readers.py.
 """
 
-import glob
 import hashlib
-import os
 import platform
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from data import DataError
+from data import DataError, first_line
 from data.preparation.hub import hub_revision, load_hub
+from data.preparation.listing import COMPRESSED_JSON_LINES, JSON_LINES, PARQUET, Listing, local_files
 from data.preparation.stdlib import stdlib_files
 
 UNIT_BYTES = 16 * 2**20  # text in one unit: seconds of tokenizing
 WINDOW = 16 * 2**10  # bytes of a large text file for each document
 LARGE_TEXT = 256 * 2**10  # bytes; a text file above this is split into documents
-GZIP_FACTOR = 4  # bytes of English text for each byte compressed, roughly
+COMPRESSION_FACTOR = 4  # bytes of English text for each byte compressed, roughly
 TOPICS_BYTES = 500_000  # pydoc_data.topics, roughly
-
-JSON_LINES = (".jsonl", ".ndjson", ".json")
-JSON_LINES_GZIP = (".jsonl.gz", ".ndjson.gz", ".json.gz")
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".7z")
 
 
 @dataclass(frozen=True)
@@ -53,6 +49,7 @@ class Source:
     units: list[Unit]
     inventory: dict[str, str | int]  # the same wherever the files lie and whenever they were written
     state: str  # sha256 over names, sizes, times of change and units
+    notes: list[str] = field(default_factory=list)  # lines for the user: what is read as what, left out, or cut
 
 
 def open_source(name: str, hub_config: str | None = None, hub_split: str = "train") -> Source:
@@ -62,7 +59,8 @@ def open_source(name: str, hub_config: str | None = None, hub_split: str = "trai
     """
     if name.startswith("hub:"):
         return _open_hub(name.removeprefix("hub:"), hub_config, hub_split)
-    base, files = stdlib_files() if name == "stdlib" else local_files(name)
+    listing = Listing(*stdlib_files()) if name == "stdlib" else local_files(name)
+    base, files = listing.base, listing.names
     stats = [(base / file).stat() for file in files]
     sizes = [(file, stat.st_size) for file, stat in zip(files, stats, strict=True)]
     inventory: dict[str, str | int] = {
@@ -75,28 +73,13 @@ def open_source(name: str, hub_config: str | None = None, hub_split: str = "trai
         pieces += [Piece("text", str(base / file), 0, size, size) for file, size in sizes]
         pieces.append(Piece("topics", "", 0, 1, TOPICS_BYTES))
         inventory["python"] = platform.python_version()
+        notes = []
     else:
         for file, size in sizes:
             pieces += _file_pieces(base / file, size)
+        notes = [*listing.notes(), *_cut_notes(pieces)]
     units = _group(pieces)
-    return Source(units, inventory, _digest([sizes, [stat.st_mtime_ns for stat in stats], units]))
-
-
-def local_files(name: str) -> tuple[Path, list[str]]:
-    """A folder, and the sorted names below it of the files that a path or glob stands for. Links to folders are skipped."""
-    path = Path(name)
-    if path.is_file():
-        return path.parent, [path.name]
-    if path.is_dir():
-        base, found = path, _walk(path)
-    else:
-        found = [Path(match) for match in glob.glob(name, recursive=True) if os.path.isfile(match)]
-        base = Path(os.path.commonpath([match.parent for match in found])) if found else path
-        if not found and not glob.has_magic(name):
-            raise DataError(f"source {name}: no such file or folder, nor hub:NAME or stdlib")
-    if not found:
-        raise DataError(f"source {name}: it holds no file")
-    return base, sorted(match.relative_to(base).as_posix() for match in found)
+    return Source(units, inventory, _digest([sizes, [stat.st_mtime_ns for stat in stats], units]), notes)
 
 
 def total_bytes(units: Iterable[Unit]) -> int:
@@ -104,25 +87,25 @@ def total_bytes(units: Iterable[Unit]) -> int:
     return sum(piece.size for unit in units for piece in unit)
 
 
-def _walk(folder: Path) -> list[Path]:
-    def unreadable(error: OSError):
-        raise DataError(f"source {error.filename}: {error.strerror}")
-
-    found = []
-    for parent, folders, files in os.walk(folder, onerror=unreadable):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(parent, name) for name in files if not name.startswith(".")]
-    return [path for path in found if path.is_file()]
+def _cut_notes(pieces: list[Piece]) -> list[str]:
+    """That large text files become many documents, if there are any."""
+    large = sorted({piece.path for piece in pieces if piece.kind == "large text"})
+    if not large:
+        return []
+    documents = sum(-(-piece.size // WINDOW) for piece in pieces if piece.kind == "large text")
+    names = Path(large[0]).name + (", ..." if large[1:] else "")
+    return [
+        f"{len(large)} text file(s) above {LARGE_TEXT // 1024} KiB ({names}) are cut into {documents:,} documents, each with "
+        f"an end of text: at the first blank line after every {WINDOW // 1024} KiB"
+    ]
 
 
 def _file_pieces(path: Path, size: int) -> list[Piece]:
     name = path.name.lower()
-    if name.endswith(".parquet"):
+    if name.endswith(PARQUET):
         return _parquet_pieces(path)
-    if name.endswith(JSON_LINES_GZIP):
-        return [Piece("jsonl.gz", str(path), 0, size, size * GZIP_FACTOR)]
-    if name.endswith(COMPRESSED):
-        raise DataError(f"{path}: of compressed files only {', '.join(JSON_LINES_GZIP)} are read; unpack it")
+    if name.endswith(COMPRESSED_JSON_LINES):
+        return [Piece("compressed jsonl", str(path), 0, size, size * COMPRESSION_FACTOR)]
     if name.endswith(JSON_LINES):
         kind = "jsonl"
     elif size > LARGE_TEXT:
@@ -142,9 +125,10 @@ def _parquet_pieces(path: Path) -> list[Piece]:
     except ImportError:
         raise DataError(f"{path}: reading Parquet needs the package pyarrow: pip install pyarrow") from None
     try:
-        metadata = pyarrow.parquet.read_metadata(path)
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: not a Parquet file: {error}") from None
+        with open(path, "rb") as file:  # pyarrow itself opens no name that is not UTF-8
+            metadata = pyarrow.parquet.read_metadata(file)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a Parquet file: {first_line(error)}") from None
     sizes = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
     return [Piece("parquet", str(path), i, i + 1, size) for i, size in enumerate(sizes)]
 

@@ -20,45 +20,45 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from data import DataError
-from data.files import replacing
 from data.preparation.encode import Encoder, encode_unit
-from data.preparation.readers import documents, sample
+from data.preparation.readers import sample, texts
 from data.preparation.sources import Unit
-from data.tokenizer import train_bpe
+from data.tokenizer import save_tokenizer, train_bpe
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _worker: dict[str, Any] = {}  # of a worker process: the counter of tokens, the barrier where all meet, and its Encoder
 
 
-def save_bpe(path: Path, units: list[Unit], text_key: str, vocab_size: int, workers: int) -> None:
-    """Train a tokenizer on a sample of the units and save it, whole or not at all.
+def save_bpe(folder: Path, units: list[Unit], text_key: str, vocab_size: int, end: str, workers: int) -> None:
+    """Train a tokenizer on a sample of the units and save it in `folder`.
 
     Unless workers is 1, another process does it, so that this one can be stopped: the training handles no signals.
     """
     if workers == 1:
-        _save_bpe(path, units, text_key, vocab_size)
+        _save_bpe(folder, units, text_key, vocab_size, end)
         return
     with _processes(1, 0) as (pool, _):
-        pool.submit(_save_bpe, path, units, text_key, vocab_size).result()
+        pool.submit(_save_bpe, folder, units, text_key, vocab_size, end).result()
 
 
 def encode_units(
     units: dict[int, Unit],
     folder: Path,
     tokenizer: Path,
+    end: int,
     text_key: str,
     workers: int,
     update: Callable[..., None],
 ) -> None:
-    """Encode each unit i to folder/00000i.tokens and .docs; calls `update` as `progress` explains.
+    """Encode each unit i to folder/00000i.tokens and .docs; calls `update` as `progress` explains. `end`: id of the end of text.
 
     One worker is this process itself; more are spawned. DataError: of a reader, or when a worker dies.
     """
     workers = min(workers, len(units))
     if workers <= 1:
-        encode = Encoder(Tokenizer.from_file(str(tokenizer)))
+        encode = Encoder(Tokenizer.from_file(str(tokenizer)), end)
         for i, unit in units.items():
-            encode_unit(documents(unit, text_key), unit_path(folder, i), encode, update)
+            encode_unit(texts(unit, text_key), unit_path(folder, i), encode, update)
             update(0, i)
         return
     waiting = iter(units.items())
@@ -67,7 +67,7 @@ def encode_units(
     with _processes(workers, max(1, cores() // workers)) as (pool, counter):
         while finished < len(units):
             for i, unit in islice(waiting, 4 * workers - len(running)):
-                running[pool.submit(_encode, unit, unit_path(folder, i), tokenizer, text_key)] = i
+                running[pool.submit(_encode, unit, unit_path(folder, i), tokenizer, end, text_key)] = i
             done, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
             total = counter.value
             update(total - counted)
@@ -76,12 +76,6 @@ def encode_units(
             for future in done:
                 future.result()
                 update(0, running.pop(future))
-
-
-def save_tokenizer(tok: Tokenizer, path: Path) -> None:
-    """Write tokenizer.json, whole or not at all."""
-    with replacing(path) as file:
-        file.write(tok.to_str(pretty=True).encode())
 
 
 def unit_path(folder: Path, i: int) -> Path:
@@ -140,14 +134,14 @@ def _end_with_parent(held: Connection) -> None:
         os._exit(1)
 
 
-def _save_bpe(path: Path, units: list[Unit], text_key: str, vocab_size: int) -> None:
-    save_tokenizer(train_bpe(sample(units, text_key), vocab_size), path)
+def _save_bpe(folder: Path, units: list[Unit], text_key: str, vocab_size: int, end: str) -> None:
+    save_tokenizer(train_bpe(sample(units, text_key), vocab_size, end), folder, end)
 
 
-def _encode(unit: Unit, target: Path, tokenizer: Path, text_key: str) -> None:
+def _encode(unit: Unit, target: Path, tokenizer: Path, end: int, text_key: str) -> None:
     if "encode" not in _worker:
-        _worker["encode"] = Encoder(Tokenizer.from_file(str(tokenizer)))
-    encode_unit(documents(unit, text_key), target, _worker["encode"], _count)
+        _worker["encode"] = Encoder(Tokenizer.from_file(str(tokenizer)), end)
+    encode_unit(texts(unit, text_key), target, _worker["encode"], _count)
 
 
 def _count(tokens: int) -> None:

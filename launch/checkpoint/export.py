@@ -12,16 +12,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from tokenizers import Tokenizer
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerFast
-
 from launch.checkpoint.load import load_model
 from launch.checkpoint.permissions import usual_permissions
+from launch.checkpoint.tokenizer import export_tokenizer, trained_context
 from launch.checkpoint.verify import CheckpointError, choose_checkpoint
 from models.gpt2 import to_gpt2
 from models.gpt3 import GPT3LMHeadModel
-
-END_OF_TEXT = "<|endoftext|>"
 
 
 def export(run: str | Path, out: str | Path, note: Callable[[str], None] = lambda text: None) -> Path:
@@ -46,12 +42,7 @@ def export(run: str | Path, out: str | Path, note: Callable[[str], None] = lambd
     model = load_model(checkpoint)
     if isinstance(model, GPT3LMHeadModel):
         model = to_gpt2(model)
-    tokenizer = load_tokenizer(checkpoint.parent.parent / "tokenizer.json", model.config)
-    end = tokenizer.eos_token_id
-    model.config.bos_token_id = model.config.eos_token_id = end
-    # A batch pads with the end of text, and a pipeline, which asks for 256 new tokens, stays inside a small context.
-    context = getattr(model.config, "max_position_embeddings", None)
-    model.generation_config = GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=end, max_length=context)
+    tokenizer = export_tokenizer(checkpoint.parent.parent, model, trained_context(checkpoint, model.config))
 
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
@@ -65,22 +56,6 @@ def export(run: str | Path, out: str | Path, note: Callable[[str], None] = lambd
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return checkpoint
-
-
-def load_tokenizer(path: Path, config: PretrainedConfig) -> PreTrainedTokenizerFast:
-    """The tokenizer of a training run, for the model that `config` describes."""
-    if not path.is_file():
-        raise CheckpointError(f"the run has no {path}")
-    try:
-        known = Tokenizer.from_file(str(path)).token_to_id(END_OF_TEXT) is not None
-        special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT) if known else {}
-        context = getattr(config, "max_position_embeddings", None)
-        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path), model_max_length=context, **special)
-    except Exception as error:  # the tokenizers library raises bare Exception
-        raise CheckpointError(f"cannot read {path}: {' '.join(str(error).split())}") from error
-    if len(tokenizer) > config.vocab_size:
-        raise CheckpointError(f"{path} has {len(tokenizer)} tokens, the model only {config.vocab_size}")
-    return tokenizer
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -18,6 +17,7 @@ from configs.load import ConfigError, to_yaml
 from configs.schema import Config
 from data.batches import Batches, fit_micro_batch, prefetch
 from data.shards import TokenShards
+from data.tokenizer import copy_tokenizer
 from launch.distributed.first_rank import on_first_rank
 from launch.run.agreement import RULE_FILE
 from launch.run.branch import Start, begin_line
@@ -126,7 +126,7 @@ def describe_run(config: Config, run_dir: Path, shards: TokenShards, optimizer: 
         begin_line(run_dir, start.origin)
     (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-    shutil.copyfile(shards.folder / "tokenizer.json", run_dir / "tokenizer.json")
+    copy_tokenizer(shards.folder, run_dir, shards.eot_id)
     if isinstance(optimizer, Celo2):  # a rule file may change or go
         save_rule(optimizer.rule, run_dir / RULE_FILE)
 

@@ -11,7 +11,8 @@ import pytest
 from tokenizers import Tokenizer, models
 
 from data import DataError
-from data.preparation import assemble, encode, hub, output, progress, sources
+from data.preparation import hub, output, progress, sources
+from data.preparation.split import hash_limit
 from data.preparation.stdlib import stdlib_files
 from data.prepare import main, prepare
 from data.shards import TokenShards, read_index
@@ -62,7 +63,7 @@ def test_text_comes_back(tmp_path, texts, write_jsonl, tokenizer, quiet):
     assert train == [text for text in texts if text in set(train)]
     assert val == [text for text in texts if text in set(val)]
     assert sorted(path.name for path in out.iterdir()) == [
-        *("index.json", "tokenizer.json"),
+        *("index.json", "tokenizer.json", "tokenizer_config.json"),
         *("train_00000.bin", "train_00000.docs.bin", "val_00000.bin", "val_00000.docs.bin"),
     ]
 
@@ -132,20 +133,12 @@ def test_two_documents_are_one_each(tmp_path, write_jsonl, quiet):
 
 def test_hash_limit():
     hashes = [np.array([5, 2**63], np.uint64), np.array([], np.uint64), np.array([9, 2**64 - 1], np.uint64)]
-    assert assemble.hash_limit(hashes, 0.25) == 2**62
-    assert assemble.hash_limit(hashes, 0) == 0
-    assert assemble.hash_limit(hashes[2:], 1e-19) == 10
-    assert assemble.hash_limit(hashes[:1], 0.75) == 2**63
-    assert assemble.hash_limit([np.array([7, 7], np.uint64)], 0.5) == 7
-    assert assemble.hash_limit([np.array([2**63 + 1], np.uint64)], 0.5) == 2**63
-
-
-def test_one_document_is_for_training(tmp_path, write_jsonl, quiet):
-    corpus = write_jsonl(tmp_path / "c.jsonl", ["alone", ""])
-    out = prepare(corpus, tmp_path / "out", tokenizer="bytes", val_fraction=0.9, workers=1, log=quiet)
-    assert documents_of(out, "train") == ["alone"]
-    with pytest.raises(DataError, match=r"out: the split 'val' is empty; it takes two documents"):
-        TokenShards(out, "val")
+    assert hash_limit(hashes, 0.25) == 2**62
+    assert hash_limit(hashes, 0) == 0
+    assert hash_limit(hashes[2:], 1e-19) == 10
+    assert hash_limit(hashes[:1], 0.75) == 2**63
+    assert hash_limit([np.array([7, 7], np.uint64)], 0.5) == 7
+    assert hash_limit([np.array([2**63 + 1], np.uint64)], 0.5) == 2**63
 
 
 def test_end_of_text_within_a_document_is_text(tmp_path, write_jsonl, quiet):
@@ -154,30 +147,22 @@ def test_end_of_text_within_a_document_is_text(tmp_path, write_jsonl, quiet):
     assert documents_of(out, "train") == ["one <|endoftext|> two"] * 3
 
 
-@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
-def test_long_documents_are_encoded_in_parts(tmp_path, texts, write_jsonl, monkeypatch, tokenizer, quiet):
-    long = ["".join(texts[:40]), "x" * 333, texts[0]]
-    corpus = write_jsonl(tmp_path / "c.jsonl", long)
-    monkeypatch.setattr(encode, "PART", 100)
-    out = prepare(corpus, tmp_path / "out", tokenizer=tokenizer, vocab_size=300, val_fraction=0, workers=1, log=quiet)
-    assert documents_of(out, "train") == long
-
-
 def test_large_vocabulary_takes_uint32(tmp_path, texts, write_jsonl, quiet):
     vocab = {**byte_tokenizer().get_vocab(with_added_tokens=False), "</s>": 70_000}
     tok = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tok.pre_tokenizer, tok.decoder = byte_tokenizer().pre_tokenizer, byte_tokenizer().decoder
     tok.save(str(tmp_path / "tokenizer.json"))
     corpus = write_jsonl(tmp_path / "c.jsonl", texts)
-    out = prepare(corpus, tmp_path / "out", tokenizer=tmp_path / "tokenizer.json", workers=1, log=quiet)
+    options = {"tokenizer": tmp_path / "tokenizer.json", "val_fraction": 0.1, "workers": 1, "log": quiet}
+    out = prepare(corpus, tmp_path / "out", **options)
     assert read_index(out)["dtype"] == "uint32"
     assert TokenShards(out, "train").vocab_size == 70_001
     assert sorted(documents_of(out, "train") + documents_of(out, "val")) == sorted(texts)
     tok.save(str(tmp_path / "tokenizer.json"), pretty=False)
-    prepare(corpus, tmp_path / "out", tokenizer=tmp_path / "tokenizer.json", workers=1, log=quiet)
+    prepare(corpus, tmp_path / "out", **options)
     byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(DataError, match=r"already prepared, but the tokenizer in .*tokenizer\.json changed"):
-        prepare(corpus, tmp_path / "out", tokenizer=tmp_path / "tokenizer.json", workers=1, log=quiet)
+        prepare(corpus, tmp_path / "out", **options)
 
 
 def test_stdlib(tmp_path, monkeypatch, quiet):
@@ -251,7 +236,7 @@ def unfinished(tmp_path, texts, write_jsonl, small_units, quiet):
     corpus.mkdir()
     write_jsonl(corpus / "a.jsonl", texts)
     (corpus / "b.jsonl").write_text("oops\n")
-    with pytest.raises(DataError, match=r"b.jsonl: byte 0 is not a JSON line"):
+    with pytest.raises(DataError, match=r"b.jsonl: line 1 is not a JSON line"):
         prepare(corpus, tmp_path / "out", tokenizer="bytes", workers=1, log=quiet)
     return corpus, tmp_path / "out"
 
@@ -305,7 +290,7 @@ def test_stopped_while_the_shards_were_written(tmp_path, texts, write_jsonl, mon
 def test_a_damaged_file_is_named_from_a_worker(tmp_path, unfinished, write_jsonl, texts, quiet):
     corpus, out = unfinished
     write_jsonl(corpus / "c.jsonl", texts)
-    with pytest.raises(DataError, match=r"b.jsonl: byte 0 is not a JSON line"):
+    with pytest.raises(DataError, match=r"b.jsonl: line 1 is not a JSON line"):
         prepare(corpus, out, tokenizer="bytes", workers=2, log=quiet)
 
 

@@ -95,7 +95,7 @@ def test_parquet_by_row_groups(tmp_path, texts, small_units):
     assert read(tmp_path) == texts
     with pytest.raises(DataError, match=r"c.parquet has no 'body' \(it has: id, text\); name the text with --text-key"):
         read(tmp_path, "body")
-    with pytest.raises(DataError, match=r"c.parquet: 'id' holds int, not text"):
+    with pytest.raises(DataError, match=r"c.parquet: row 1 has int, not text, under 'id'"):
         read(tmp_path, "id")
     (tmp_path / "c.parquet").write_bytes(b"PAR1 no more")
     with pytest.raises(DataError, match=r"c.parquet: not a Parquet file"):
@@ -146,7 +146,7 @@ def test_hub(fake_hub):
     assert fake_hub[-1][3] == "v1"
     assert opened.inventory == {"revision": "v1", "shards": 4}
     assert list(documents(opened.units[2])) == ["document 2-0", "document 2-1", "document 2-2"]
-    with pytest.raises(DataError, match=r"hub:o/corpus has no 'body' \(it has: text, other\)"):
+    with pytest.raises(DataError, match=r"hub:o/corpus: row 1 of part 1 has no 'body' \(it has: text, other\)"):
         read("hub:o/corpus", "body")
 
 
@@ -186,12 +186,12 @@ def test_errors_name_the_place(tmp_path):
         read(tmp_path / "big.txt")
     (tmp_path / "a.txt.zst").write_bytes(b"")
     with pytest.raises(DataError, match=r"a.txt.zst: of compressed files only .*unpack it"):
-        open_source(str(tmp_path))
+        open_source(str(tmp_path / "a.txt.zst"))
     for line, message in (
-        ("{", "byte 14 is not a JSON line"),
-        ("[1]", "byte 14 holds list, not a JSON object with the key 'text'"),
-        ('{"a": 1, "b": 2}', r"byte 14 has no 'text' \(it has: a, b\); name the text with --text-key"),
-        ('{"text": 7}', "'text' holds int, not text"),
+        ("{", "line 2 is not a JSON line: Expecting property name enclosed in double quotes at character 3"),
+        ("[1]", "line 2 holds list, not a JSON object with the key 'text'"),
+        ('{"a": 1, "b": 2}', r"line 2 has no 'text' \(it has: a, b\); name the text with --text-key"),
+        ('{"text": 7}', "line 2 has int, not text, under 'text'"),
     ):
         (tmp_path / "c.jsonl").write_text('{"text": "x"}\n' + line + "\n")
         with pytest.raises(DataError, match=f"c.jsonl: {message}"):

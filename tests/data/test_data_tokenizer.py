@@ -21,7 +21,7 @@ def bpe(texts):
 
 def test_byte_ids_are_byte_values():
     tok = byte_tokenizer()
-    ids = Encoder(tok)([TEXT])[0].tolist()
+    ids = Encoder(tok, end_of_text_id(tok))([TEXT])[0].tolist()
     assert ids == list(TEXT.encode())
     assert vocabulary_size(tok) == 257
     assert end_of_text_id(tok) == 256
@@ -32,14 +32,14 @@ def test_byte_shortcut_equals_the_tokenizer():
     tok = byte_tokenizer()
     tok.encode_special_tokens = True
     texts = [TEXT, "a", "".join(map(chr, range(0x300)))]
-    assert [tok.encode(text).ids for text in texts] == [ids.tolist() for ids in Encoder(tok)(texts)]
+    assert [tok.encode(text).ids for text in texts] == [ids.tolist() for ids in Encoder(tok, end_of_text_id(tok))(texts)]
 
 
 def test_text_survives_bpe(bpe, texts):
-    for text, ids in zip([TEXT, *texts], Encoder(bpe)([TEXT, *texts]), strict=True):
+    for text, ids in zip([TEXT, *texts], Encoder(bpe, end_of_text_id(bpe))([TEXT, *texts]), strict=True):
         assert bpe.decode(ids.tolist(), skip_special_tokens=False) == text
         assert end_of_text_id(bpe) not in ids.tolist()
-    assert len(Encoder(bpe)(texts[:1])[0]) < len(texts[0].encode()) / 2
+    assert len(Encoder(bpe, end_of_text_id(bpe))(texts[:1])[0]) < len(texts[0].encode()) / 2
 
 
 @pytest.mark.parametrize("kind", ["bytes", "bpe"])

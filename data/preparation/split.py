@@ -1,0 +1,151 @@
+"""Which documents are validation: by a hash of their text, by position, or those of a source of their own.
+
+By hash, a text goes to the same split wherever it stands, and equal texts together. With few or very unequal documents that
+would leave one split with nearly nothing. Then the last part of the text is validation, and the document in which it begins
+is cut in two.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from data.preparation.encode import DOCUMENT, Encoder
+from data.preparation.readers import documents
+from data.preparation.sources import Unit
+
+LEAST_TRAINING = 1 / 2  # of the share of tokens that training is to get, or the split is by position
+LEAST_VALIDATION = 1 / 10  # of the share that validation is to get
+CUT_SEARCH = 2000  # characters after a cut in which a line end or white space is looked for
+Part = tuple[np.ndarray, int]  # tokens (n,) of a document, the end of text included; bytes of its text
+Cut = tuple[Part | None, Part | None]  # of one document: what is for training, and for validation
+
+
+@dataclass(frozen=True)
+class Split:
+    """The documents of units from `first_val` on are validation; of the others those whose hash is below `limit`, or those after
+    `cut`, a document given as (unit, document in it), which itself is cut after `fraction` of its characters."""
+
+    first_val: int
+    limit: int = 0
+    cut: tuple[int, int] | None = None
+    fraction: float = 0.0
+
+    def name(self, unit: int, document: int, text_hash: int) -> str:
+        """ "train" or "val"."""
+        below = text_hash < self.limit if self.cut is None else (unit, document) > self.cut
+        return "val" if unit >= self.first_val or below else "train"
+
+
+def read_documents(unit: Path, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """The records (n,) DOCUMENT of a unit's documents that are not empty, and where their tokens stop (n,)."""
+    found = np.fromfile(unit.with_suffix(".docs"), DOCUMENT)
+    found = found[found["bytes"] > 0]
+    end = unit.with_suffix(".tokens").stat().st_size // dtype.itemsize
+    return found, np.append(found["start"][1:], np.uint64(end))[: len(found)]
+
+
+def hash_limit(hashes: Iterable[np.ndarray], fraction: float) -> int:
+    """Documents whose 64-bit hash is below the limit are validation: about `fraction` of them, equal texts together.
+
+    If that leaves a split empty, the smallest hash goes to validation, or the largest to training, provided that
+    there are two different documents and fraction > 0; a single document is for training.
+    """
+    limit = int(fraction * 2**64)
+    count, below, smallest, largest = 0, 0, 2**64, -1
+    for part in hashes:
+        if len(part):
+            count += len(part)
+            below += int((part < np.uint64(limit)).sum())
+            smallest, largest = min(smallest, int(part.min())), max(largest, int(part.max()))
+    if below == count:
+        return max(largest, 0)
+    if below == 0 and limit and smallest < largest:
+        return smallest + 1
+    return limit
+
+
+def choose_split(units: list[Path], dtype: np.dtype, first_val: int, fraction: float) -> Split:
+    """The split by hash if both sides get enough of the tokens, else by position."""
+    training = units[:first_val]
+    if not fraction:
+        return Split(first_val)
+    limit = hash_limit((read_documents(unit, dtype)[0]["hash"] for unit in training), fraction)
+    total = validation = 0
+    for unit in training:
+        found, stops = read_documents(unit, dtype)
+        lengths = stops - found["start"]
+        total += int(lengths.sum())
+        validation += int(lengths[found["hash"] < np.uint64(limit)].sum())
+    enough_training = total - validation >= LEAST_TRAINING * (1 - fraction) * total
+    if enough_training and validation >= LEAST_VALIDATION * fraction * total > 0:
+        return Split(first_val, limit)
+    return _by_position(training, dtype, first_val, total * (1 - fraction))
+
+
+def _by_position(units: list[Path], dtype: np.dtype, first_val: int, position: float) -> Split:
+    """The split whose training part ends at a token, counted over all units."""
+    for i, unit in enumerate(units):
+        found, stops = read_documents(unit, dtype)
+        end = int(stops[-1]) if len(stops) else 0
+        if position < end:
+            j = int(np.searchsorted(stops, position, "right"))
+            start, stop = int(found["start"][j]), int(stops[j])
+            return Split(first_val, cut=(i, j), fraction=(position - start) / (stop - start))
+        position -= end
+    return Split(first_val)
+
+
+def cut_document(split: Split, units: list[Unit], text_key: str, encode: Encoder) -> Cut | None:
+    """The two parts of the document that `split` cuts, each encoded on its own; None if it cuts none."""
+    if split.cut is None:
+        return None
+    unit, document = split.cut
+    text = next(islice(documents(units[unit], text_key), document, None))
+    at = _cut_after(text, split.fraction) if len(text) > 1 and split.fraction > 0 else len(text) * (split.cut == (0, 0))
+    parts = [text[:at], text[at:]]
+    end = np.frombuffer(encode.end, encode.dtype)
+    encoded = [np.append(ids, end) for ids in encode(parts)]
+    first, second = ((ids, len(part.encode())) if part else None for ids, part in zip(encoded, parts, strict=True))
+    return first, second
+
+
+def _cut_after(text: str, fraction: float) -> int:
+    """How many characters of a text come before the cut: whole lines or words if one ends nearby, at least one on each side."""
+    at = min(max(round(fraction * len(text)), 1), len(text) - 1)
+    searches: tuple[Callable[[str], bool], ...] = (lambda char: char == "\n", str.isspace)
+    near = text[at - 1 : min(at + CUT_SEARCH, len(text) - 1)]
+    for matches in searches:
+        for i, char in enumerate(near):
+            if matches(char):
+                return at + i
+    return at
+
+
+def text_notes(units: list[Path], dtype: np.dtype, split: Split, fraction: float) -> list[str]:
+    """What the user should know of the encoded documents, a line each."""
+    empty = unknown = tokens = repeated = 0
+    held = [np.fromfile(unit.with_suffix(".docs"), DOCUMENT) for unit in units[split.first_val :]]
+    validation = np.unique(np.concatenate([part["hash"] for part in held])) if held else np.zeros(0, np.uint64)
+    for i, unit in enumerate(units):
+        found, stops = read_documents(unit, dtype)
+        empty += unit.with_suffix(".docs").stat().st_size // DOCUMENT.itemsize - len(found)
+        unknown += int(found["unknown"].sum())
+        tokens += int(stops[-1]) if len(stops) else 0
+        if i < split.first_val and len(validation):
+            repeated += int(np.isin(found["hash"], validation).sum())
+    notes = []
+    if empty:
+        notes.append(f"left out: {empty:,} documents that are empty or white space")
+    if unknown:
+        notes.append(f"{unknown:,} of {tokens:,} tokens stand for characters that the tokenizer does not know")
+    if repeated:
+        notes.append(f"{repeated:,} training documents are in the validation source too")
+    if split.cut is not None:
+        notes.append(
+            f"validation is the last {fraction:.3g} of the text, by position, with an end of text at the cut: "
+            "the documents are too few or too unequal to choose some by a hash"
+        )
+    return notes
