@@ -18,7 +18,7 @@ from data.batches import Batches, prefetch
 from data.shards import TokenShards
 from launch.checkpoint.save import remove_leftovers
 from launch.run.state import RunState
-from models import CausalLMLoss, build_model, check_matches_logits
+from models import build_model, choose_loss, longest_context
 
 VOCABULARY_MULTIPLE = 64  # matrix units work on multiples of 64; the rows beyond the tokenizer's are never a target
 
@@ -66,11 +66,11 @@ def build_from_config(config: Config, vocab_size: int, device: str | None = None
     if config.model.context is None:
         raise ConfigError("model.context is missing: with model.hf, say how many tokens a training sequence has")
     model = build_model(**options | {"context": None})
-    longest = getattr(model.config, "max_position_embeddings", None)
+    longest = longest_context(model.config)
     if longest is not None and longest < config.model.context:
         raise ConfigError(f"model.context is {config.model.context}, but the model has {longest} positions")
     if device != "meta":
-        check_matches_logits(CausalLMLoss(model))
+        choose_loss(model)
     return model, config.model.context
 
 
