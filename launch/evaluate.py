@@ -19,7 +19,7 @@ from launch.checkpoint.verify import CheckpointError
 from launch.command import carry_out, default_device
 from launch.run.evaluation import add_up, bytes_of_tokens, evaluation
 from launch.sample import at_least
-from models import CausalLMLoss, check_matches_logits
+from models import CausalLMLoss
 
 
 @torch.no_grad()
@@ -39,8 +39,8 @@ def evaluate(options: argparse.Namespace) -> None:
     context = options.context or source.context
     if context is None:
         raise CheckpointError(f"{source.path} does not say how long a sequence is: give --context")
-    loss = CausalLMLoss(source.model.to(options.device)).eval()
-    check_matches_logits(loss)
+    choose_loss(source.model.to(options.device))
+    loss = CausalLMLoss(source.model).eval()
     batches = validation_batches(shards, context, 1, options.sequences, micro_batch_size=options.batch_size)
     sums = add_up(
         lambda inputs, targets: loss(inputs.to(options.device), targets.to(options.device)),

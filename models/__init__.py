@@ -6,9 +6,9 @@
 Importing this package registers "gpt3" with transformers' Auto classes.
 """
 
-from models.build import ModelError, build_model
+from models.build import ModelError, build_model, longest_context, one_line
 from models.flops import flops_per_token, peak_flops
-from models.loss import CausalLMLoss, LossMismatch, check_matches_logits, chunked_cross_entropy
+from models.loss import CausalLMLoss, LossMismatch, choose_loss, chunked_cross_entropy, has_unused_parameters
 from models.sizes import SIZES
 
 __all__ = [
@@ -17,8 +17,11 @@ __all__ = [
     "LossMismatch",
     "ModelError",
     "build_model",
-    "check_matches_logits",
+    "choose_loss",
     "chunked_cross_entropy",
     "flops_per_token",
+    "has_unused_parameters",
+    "longest_context",
+    "one_line",
     "peak_flops",
 ]

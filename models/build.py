@@ -1,12 +1,17 @@
 """A model from a configuration: a GPT-3 by name or by numbers, or any causal language model of transformers."""
 
 import difflib
+import inspect
+import re
+import textwrap
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from models.gpt3 import GPT3Config
@@ -14,7 +19,12 @@ from models.sizes import SIZES
 
 # transformers accepts these of any configuration without listing them: the old spelling of `rope_parameters`.
 ROPE_KEYS = {"rope_theta", "rope_scaling", "partial_rotary_factor"}
-POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length")
+# config.head_dim, self.config.head_dim, getattr(config, "head_dim", None), kwargs.pop("head_dim", None)
+READS = re.compile(r"""config\.(\w+)|(?:getattr\((?:self\.)?config,|kwargs\.(?:pop|get)\()\s*["'](\w+)""")
+# Where configurations say how many tokens a model can read, in the order of precedence.
+CONTEXT_KEYS = (
+    "max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "max_target_positions", "n_ctx", "seq_length",
+)  # fmt: skip
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -61,7 +71,7 @@ def build_model(
 
 def model_of(config: PretrainedConfig, device: str | torch.device | None = None) -> PreTrainedModel:
     """A freshly initialized causal language model of a configuration of transformers."""
-    with torch.device(device) if device is not None else nullcontext(), _model_errors(config.model_type):
+    with torch.device(device) if device is not None else nullcontext(), _model_errors(config.model_type, config):
         return AutoModelForCausalLM.from_config(config)
 
 
@@ -75,7 +85,7 @@ def prepare_model(model: PreTrainedModel, gradient_checkpointing: bool) -> PreTr
 def _gpt3_config(size: str | None, shape: dict, vocab_size: int, dropout: float) -> GPT3Config:
     if size is not None:
         if size not in SIZES:
-            raise ModelError(f"unknown size {size!r}{_nearest(size, SIZES)}; sizes are {', '.join(SIZES)}")
+            raise ModelError(f"unknown size {size!r}{nearest(size, SIZES)}; sizes are {', '.join(SIZES)}")
         shape = {**vars(SIZES[size]), **shape}
     missing = [name for name in ("layers", "width", "heads", "context") if name not in shape]
     if missing:
@@ -96,45 +106,103 @@ def _hf_config(hf: dict, vocab_size: int) -> PretrainedConfig:
     if model_type is None:
         raise ModelError('hf needs a model_type, such as {"model_type": "qwen3"}')
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        near = _nearest(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+        if model_type in CONFIG_MAPPING_NAMES:
+            raise ModelError(f"{model_type!r} is a model of transformers, but not a causal language model")
+        near = nearest(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
         raise ModelError(f"transformers has no causal language model of model_type {model_type!r}{near}")
     with _model_errors(model_type):
         default = AutoConfig.for_model(model_type)
     if "vocab_size" not in default.to_dict():
-        text = f"{model_type}_text"
-        hint = f"; did you mean {text!r}?" if text in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else ""
-        raise ModelError(f"{model_type!r} is a composite, whose vocabulary belongs to its text model{hint}")
-    known = {*default.to_dict(), *default.attribute_map, "attn_implementation"} - {"model_type", "transformers_version"}
-    known |= ROPE_KEYS if hasattr(default, "rope_parameters") else set()
-    for key in keys:
-        if key not in known:
-            raise ModelError(f"{model_type} has no configuration key {key!r}{_nearest(key, known)}")
+        return _hf_config(_text_model(default, keys), vocab_size)
+    _require_known(default, keys, model_type)
     keys.setdefault("vocab_size", vocab_size)
     _require_count("vocab_size", keys["vocab_size"])
     if keys["vocab_size"] < vocab_size:
         raise ModelError(f"hf.vocab_size {keys['vocab_size']} is smaller than the tokenizer's {vocab_size}")
     for name in SPECIAL_TOKENS:
-        keys.setdefault(name, None)
+        if name not in keys and _accepts(default, {name: None}):
+            keys[name] = None
     with _model_errors(model_type):
         return type(default)(**keys)
 
 
+def _text_model(composite: PretrainedConfig, keys: dict) -> dict:
+    """What to write into `hf` for the text model inside a composite of several models: its keys are in `text_config`."""
+    is_composite = f"{composite.model_type!r} is a composite, whose vocabulary belongs to its text model"
+    text_type = ""
+    with suppress(ValueError):  # two of them
+        text_type = composite.get_text_config().model_type
+    if text_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or text_type == composite.model_type:
+        raise ModelError(f"{is_composite}, which transformers does not offer by itself")
+    if keys.keys() != {"text_config"} or not isinstance(keys["text_config"], dict):
+        raise ModelError(f"{is_composite}; did you mean {text_type!r}? Or give that model's keys alone, in hf.text_config")
+    return {"model_type": text_type, **keys["text_config"]}
+
+
+def _require_known(config: PretrainedConfig, keys: dict, where: str) -> None:
+    """ModelError for a key that neither the configuration declares nor the code of the model reads."""
+    known = {*config.to_dict(), *config.attribute_map, "attn_implementation", "experts_implementation"}
+    known -= {"model_type", "transformers_version"}
+    known |= ROPE_KEYS if hasattr(config, "rope_parameters") else set()
+    if not keys.keys() <= known:
+        known |= _read_by_the_code(config)
+    for key, value in keys.items():
+        if key not in known:
+            raise ModelError(f"{where} has no configuration key {key!r}{nearest(key, known)}")
+        if isinstance(value, dict) and key in config.sub_configs and getattr(config, key) is not None:
+            _require_known(getattr(config, key), value, f"{where}.{key}")
+
+
+def _read_by_the_code(config: PretrainedConfig) -> set[str]:
+    """Keys that the modules of a model type read of its configuration, whether or not the class declares them (`head_dim`)."""
+    package = type(config).__module__.rpartition(".")[0]
+    folder = Path(inspect.getfile(type(config))).parent
+    if not package.startswith("transformers.models."):
+        return set()
+    source = "".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.py")))
+    read = {name for pair in READS.findall(source) for name in pair if name}
+    return {name for name in read if not name.startswith("_") and not hasattr(PretrainedConfig, name)}
+
+
+def _accepts(config: PretrainedConfig, keys: dict) -> bool:
+    """Whether a configuration class takes these values beside its defaults."""
+    try:
+        type(config)(**keys)
+    except Exception:
+        return False
+    return True
+
+
+def longest_context(config: PretrainedConfig) -> int | None:
+    """The tokens that a model can read at most, or None where nothing limits it."""
+    text = config.get_text_config()
+    limits = (getattr(text, name, None) for name in CONTEXT_KEYS)
+    return next((limit for limit in limits if isinstance(limit, int)), None)
+
+
 @contextmanager
-def _model_errors(model_type: str) -> Iterator[None]:
+def _model_errors(model_type: str, config: PretrainedConfig | None = None) -> Iterator[None]:
     """ModelError for whatever transformers raises when it makes a configuration, or a model of numbers that do not fit."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        raise ModelError(f"{model_type}: {' '.join(str(error).split()) or type(error).__name__}") from error
+        hint = without_value(config, error) if config is not None else ""
+        raise ModelError(f"{model_type}: {one_line(error)}{hint}") from error
 
 
-def positions(model: PreTrainedModel) -> int | None:
-    """The longest sequence, in tokens, that the model's configuration allows; None if it names no limit."""
-    config = model.config.get_text_config()
-    found = (getattr(config, name, None) for name in POSITIONS)
-    return next((value for value in found if isinstance(value, int)), None)
+def without_value(config: PretrainedConfig, error: Exception) -> str:
+    """The keys that have no value, as a hint where an error speaks of None: some architectures have no default for them."""
+    unused = PretrainedConfig().to_dict().keys() | {"bos_token_id", "eos_token_id"}
+    empty = [key for key, value in config.to_dict().items() if value is None and key not in unused]
+    return f"; keys without a value are {', '.join(empty)}" if empty and "None" in str(error) else ""
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error in one line, with its kind where the message is a word or nothing."""
+    text = textwrap.shorten(str(error), 240, placeholder=" ...")
+    return text if " " in text else f"{type(error).__name__} {text}".strip()
 
 
 def _checkpoint_activations(model: PreTrainedModel) -> None:
@@ -150,6 +218,7 @@ def _require_count(name: str, value: Any) -> None:
         raise ModelError(f"{name} must be a positive integer, got {value!r}")
 
 
-def _nearest(word: str, known: Iterable[str]) -> str:
+def nearest(word: str, known: Iterable[str]) -> str:
+    """ "; did you mean ...?" if one of the `known` words is near, else nothing."""
     near = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.75)
     return f"; did you mean {near[0]!r}?" if near else ""

@@ -8,12 +8,18 @@ cross-entropy, arXiv 2410.10989; this is plain torch.)
 Shapes: N tokens, C tokens of one chunk, D width, V vocabulary, B batch, T time.
 """
 
+import math
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import ModelOutput
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+from models.build import ModelError, one_line, without_value
 
 IGNORE_INDEX = -100  # the target of a token that does not count
 # 1,024 rows are enough to fill a GPU's matmul units; the two float32 arrays of 1,024 x 50,257 are 0.4 GB.
@@ -144,12 +150,22 @@ def _logits_loss(z, targets, scale, softcap, want_gradient):
 def logit_scale_and_softcap(config) -> tuple[float, float | None]:
     """The factor on the logits and the softcap, or None, that a transformers configuration asks for."""
     scale = 1.0
-    if getattr(config, "logits_scaling", None) is not None:  # Granite divides
-        scale /= config.logits_scaling
+    for divisor in ("logits_scaling", "logits_mup_width_multiplier"):  # Granite, Inkling
+        if getattr(config, divisor, None) is not None:
+            scale /= getattr(config, divisor)
     for multiplier in ("logit_scale", "lm_head_multiplier"):  # Cohere, Falcon-H1
         if getattr(config, multiplier, None) is not None:
             scale *= getattr(config, multiplier)
-    return scale, getattr(config, "final_logit_softcapping", None)  # Gemma 2
+    softcaps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma 2, RecurrentGemma, xLSTM
+    return scale, next((cap for name in softcaps if (cap := getattr(config, name, None)) is not None), None)
+
+
+def base_of(model: PreTrainedModel) -> Any:
+    """The model without its output projection: transformers' `base_model`, or the one child that is a model itself; or None."""
+    if model.base_model is not model:
+        return model.base_model
+    children = [child for child in model.children() if isinstance(child, PreTrainedModel)]
+    return children[0] if len(children) == 1 else None
 
 
 class CausalLMLoss(nn.Module):
@@ -158,29 +174,33 @@ class CausalLMLoss(nn.Module):
     The SUM, over the targets that are not -100, of -log p(targets[:, t] | input_ids[:, :t + 1]): the targets are shifted
     already. Wrap this module with DDP or FSDP, not the model inside: it reads the output projection's weight itself.
 
+    In chunks, where the logits are the output projection of the base model's hidden states, a factor and a softcap. Where
+    `choose_loss` has found that they are not, from the model's own logits (B, T, V), which takes their memory.
+
     Mixture of experts: the router's load-balancing loss is added in training mode, and only if the configuration's
     `output_router_logits` is true; the sum then grows by router_aux_loss_coef x that loss x the number of targets, as
     the model's own (mean) loss would. Evaluation is cross-entropy alone.
-
-    LossMismatch for a model without a base model or an output projection. `check_matches_logits` finds other causes.
     """
 
     def __init__(self, model: PreTrainedModel, chunk_tokens: int | None = None):
         super().__init__()
-        name = type(model).__name__
-        if model.base_model is model or getattr(model.get_output_embeddings(), "weight", None) is None:
-            raise LossMismatch(f"{name} has no base model and output projection: the loss cannot compute its logits")
         self.model = model
         self.chunk_tokens = chunk_tokens
         self.scale, self.softcap = logit_scale_and_softcap(model.config)
         self.balance_experts = getattr(model.config, "output_router_logits", False)
-        if self.balance_experts and not hasattr(model, "router_aux_loss_coef"):
-            raise LossMismatch(f"the loss does not know the router loss of {name}: set output_router_logits to false")
+        self.chunked = getattr(model, "chunked_loss", True)
 
     def forward(self, input_ids: Tensor, targets: Tensor) -> Tensor:
         balance = self.balance_experts and self.training
-        routing = {"output_router_logits": True} if balance else {}
-        outputs = self.model.base_model(input_ids=input_ids, use_cache=False, **routing)
+        options = {"use_cache": False} | ({"output_router_logits": True} if balance else {})
+        loss, outputs = (self.in_chunks if self.chunked else self.from_logits)(input_ids, targets, options)
+        if balance:
+            loss = loss + self.router_loss(outputs) * (targets != IGNORE_INDEX).sum()
+        return loss
+
+    def in_chunks(self, input_ids: Tensor, targets: Tensor, options: dict) -> tuple[Tensor, ModelOutput]:
+        """The cross-entropy, and what the base model returned."""
+        outputs = base_of(self.model)(input_ids=input_ids, **options)
         head = self.model.get_output_embeddings()
         loss = chunked_cross_entropy(
             outputs.last_hidden_state.flatten(0, 1),  # (B, T, D) -> (BT, D)
@@ -191,54 +211,105 @@ class CausalLMLoss(nn.Module):
             softcap=self.softcap,
             chunk_tokens=self.chunk_tokens,
         )
-        if balance:
-            model, routed = self.model, getattr(outputs, "router_logits", None)
-            if not routed:
-                raise LossMismatch(f"{type(model).__name__} gives no router logits: set output_router_logits to false")
-            uneven = load_balancing_loss_func(routed, model.num_experts, model.num_experts_per_tok)
-            loss = loss + model.router_aux_loss_coef * uneven * (targets != IGNORE_INDEX).sum()
-        return loss
+        return loss, outputs
+
+    def from_logits(self, input_ids: Tensor, targets: Tensor, options: dict) -> tuple[Tensor, ModelOutput]:
+        """The cross-entropy, and what the model returned."""
+        outputs = self.model(input_ids=input_ids, **options)
+        z = outputs.logits.flatten(0, 1)  # (B, T, V) -> (BT, V)
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        return F.cross_entropy(z, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"), outputs
+
+    def router_loss(self, outputs: ModelOutput) -> Tensor:
+        """The router's load-balancing loss, with its coefficient."""
+        model, routed = self.model, getattr(outputs, "router_logits", None)
+        if not routed or not hasattr(model, "router_aux_loss_coef"):
+            raise LossMismatch(f"{type(model).__name__} has no router loss: set output_router_logits to false")
+        return model.router_aux_loss_coef * load_balancing_loss_func(routed, model.num_experts, model.num_experts_per_tok)
 
 
-@torch.no_grad()
-def check_matches_logits(loss: CausalLMLoss) -> None:
-    """LossMismatch unless `loss` is the cross-entropy of the model's own logits, and these are causal.
+def choose_loss(model: PreTrainedModel) -> None:
+    """Set `model.chunked_loss`: whether the chunks give the cross-entropy of the model's own logits. Call it before sharding.
 
-    Compared on a few random tokens in evaluation mode, with a random stand-in for the output projection: a fresh
-    model's logits are near zero, where a forgotten bias, factor or softcap would not show. Call it before sharding.
+    They are compared on a few random tokens in evaluation mode, with a random stand-in for the output projection: a fresh
+    model's logits are near zero, where a forgotten bias, factor or softcap would not show.
+
+    Raises:
+        ModelError: a model whose forward pass fails on tokens alone, or that is not causal.
+        LossMismatch: a router loss that is not the model's own.
     """
-    model, head = loss.model, loss.model.get_output_embeddings()
-    random = torch.Generator(head.weight.device).manual_seed(0)
-    name = next(name for name, module in model.named_modules() if module is head)
-    stand_ins = {
-        f"{name}.{key}": torch.empty_like(value).normal_(std=10 / head.weight.shape[1] ** 0.5, generator=random)
-        for key, value in head.named_parameters()
-    }
-    ours = {f"model.{key}": value for key, value in stand_ins.items()}
-
-    def logits(input_ids):  # (B, T) -> (B, T, V)
-        return functional_call(model, stand_ins, kwargs={"input_ids": input_ids}, tie_weights=False).logits.float()
-
-    tokens = torch.randint(model.config.vocab_size, (2, 17), generator=random, device=head.weight.device)
+    training, architecture = model.training, type(model).__name__
+    random = torch.Generator(model.device).manual_seed(0)
+    tokens = few_tokens(model, random)
     input_ids, targets = tokens[:, :-1], tokens[:, 1:]
-    other_end = torch.cat([input_ids[:, :-1], (input_ids[:, -1:] + 1) % model.config.vocab_size], dim=1)
-    training = loss.training
-    loss.eval()
+    other_end = torch.cat([input_ids[:, :-1], (input_ids[:, -1:] + 1) % tokens.max()], dim=1)
+    head = model.get_output_embeddings()
+    model.chunked_loss = base_of(model) is not None and isinstance(getattr(head, "weight", None), Tensor)
+    weights = stand_ins(model, head, random) if model.chunked_loss else {}
+    loss = CausalLMLoss(model.eval())
+
+    def logits(input_ids: Tensor) -> Tensor:  # (B, T) -> (B, T, V)
+        inputs = {"input_ids": input_ids, "use_cache": False}
+        return functional_call(model, weights, kwargs=inputs, tie_weights=False).logits.float()
+
     try:
-        actual = functional_call(loss, ours, (input_ids, targets), tie_weights=False)
-        z, z_other_end = logits(input_ids), logits(other_end)
+        with torch.no_grad():
+            z, z_other_end = logits(input_ids), logits(other_end)
+            expected = F.cross_entropy(z.flatten(0, 1), targets.flatten(), reduction="sum").item()
+            if model.chunked_loss:
+                of_loss = {f"model.{name}": value for name, value in weights.items()}
+                actual = functional_call(loss, of_loss, (input_ids, targets), tie_weights=False).item()
+                # Worst of those that agree: 2e-7 in float32, 4e-4 in bfloat16 (Mamba); Gemma 2 without its softcap: 0.2.
+                model.chunked_loss = math.isclose(actual, expected, rel_tol=1e-3)
+            if loss.balance_experts:
+                check_router_loss(model, input_ids)
+    except (torch.OutOfMemoryError, LossMismatch):
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"{architecture}: its forward pass fails: {one_line(error)}{without_value(model.config, error)}"
+        ) from error
     finally:
-        loss.train(training)
-    architecture = type(model).__name__
-    expected = F.cross_entropy(z.flatten(0, 1), targets.flatten(), reduction="sum")
-    # Ten architectures agree to 2e-7 in float32, 4e-4 in bfloat16 (Mamba, the worst); Gemma 2 without its softcap: 0.2.
-    if not torch.isclose(actual, expected, rtol=1e-3):
-        raise LossMismatch(
-            f"the loss of {architecture} would be {actual.item():.4f} where its own logits give {expected.item():.4f}: "
-            "it does something to its logits that models/loss.py does not know"
-        )
+        model.train(training)
     # Causal: 0, or 1.4e-7 where a mixture of experts batches its tokens otherwise. XLNet, bidirectional: 1.7e-3 in
     # float32 and 6.0e-3 in bfloat16, the least of 4 seeds.
     slack = 1e-5 if model.dtype == torch.float32 else 5e-3
     if (z - z_other_end)[:, :-1].abs().max() > slack * z.abs().max():
-        raise LossMismatch(f"{architecture} is not causal as configured: a token changes the logits before it")
+        remedy = "" if getattr(model.config, "is_decoder", True) else "; hf.is_decoder=true makes it so"
+        raise ModelError(f"{architecture} is not causal as configured: a token changes the logits before it{remedy}")
+
+
+def few_tokens(model: PreTrainedModel, random: torch.Generator) -> Tensor:
+    """Random tokens (2, 17)."""
+    return torch.randint(model.config.get_text_config().vocab_size, (2, 17), generator=random, device=model.device)
+
+
+def stand_ins(model: PreTrainedModel, head: Any, random: torch.Generator) -> dict[str, Tensor]:
+    """Random weights for the output projection by name, which make logits of about the size of 10."""
+    name = next(name for name, module in model.named_modules() if module is head)
+    std = 10 / head.weight.shape[1] ** 0.5
+    return {f"{name}.{key}": torch.empty_like(p).normal_(std=std, generator=random) for key, p in head.named_parameters()}
+
+
+def check_router_loss(model: PreTrainedModel, input_ids: Tensor) -> None:
+    """LossMismatch unless the router loss is what the model's own loss adds for `output_router_logits`."""
+    options = {"input_ids": input_ids, "use_cache": False, "output_router_logits": True}
+    with_router = model(**options, labels=input_ids).loss
+    expected = with_router - model(**options | {"output_router_logits": False}, labels=input_ids).loss
+    actual = CausalLMLoss(model).router_loss(base_of(model)(**options))
+    # The difference of two losses of about 6 nats in float32: its rounding is 1e-6.
+    if not math.isclose(actual.item(), expected.item(), rel_tol=1e-2, abs_tol=1e-5):
+        raise LossMismatch(
+            f"the router loss of {type(model).__name__} would be {actual.item():.6f} where its own is {expected.item():.6f}: "
+            "set output_router_logits to false"
+        )
+
+
+def has_unused_parameters(loss: CausalLMLoss) -> bool:
+    """Whether some trainable parameters of the model get no gradient from its loss. Call it before sharding."""
+    training = loss.training
+    tokens = few_tokens(loss.model, torch.Generator(loss.model.device).manual_seed(0))
+    trainable = [p for p in loss.eval().parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(loss(tokens[:, :-1], tokens[:, 1:]), trainable, allow_unused=True)
+    loss.train(training)
+    return any(gradient is None for gradient in gradients)

@@ -17,8 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from celo2.distributed.shard import LocalShard
 from launch.checkpoint.verify import CheckpointError
+from launch.distributed.buffers import persistent_buffers
 from launch.distributed.gather import REPLICATED, keeps_state
-from launch.distributed.strategy import Strategy, persistent_buffers
+from launch.distributed.strategy import Strategy
 
 
 def read_state(path: Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -15,6 +15,7 @@ from data.tokenizer import end_of_text_id, load_tokenizer
 from launch.checkpoint.export import choose_checkpoint
 from launch.checkpoint.load import load_model, read_state
 from launch.checkpoint.verify import MANIFEST, CheckpointError
+from models import longest_context
 
 UNLIMITED = 10**9  # transformers writes 10**30 where a tokenizer has no limit
 
@@ -58,7 +59,7 @@ def open_checkpoint(path: Path, notes: list[str]) -> Source:
         end = read_index(Path(config["data"]["dir"]))["end_of_text_id"]
     except (DataError, OSError):
         end = end_of(tokenizer, path)
-    return Source(path, model, tokenizer, end, config["model"]["context"] or positions(model.config), notes)
+    return Source(path, model, tokenizer, end, config["model"]["context"] or longest_context(model.config), notes)
 
 
 def open_export(path: Path) -> Source:
@@ -74,7 +75,7 @@ def open_export(path: Path) -> Source:
         raise CheckpointError(f"{path} lacks weights: {', '.join(missing[:3])}")
     end = model.config.eos_token_id
     end = end[0] if isinstance(end, list) else end
-    lengths = [length for length in (positions(model.config), trained_length(path)) if length]
+    lengths = [length for length in (longest_context(model.config), trained_length(path)) if length]
     end = end_of(tokenizer, path) if end is None else end
     return Source(path, model.eval(), tokenizer, end, min(lengths, default=None), [])
 
@@ -93,14 +94,6 @@ def end_of(tokenizer: Tokenizer, path: Path) -> int:
         return end_of_text_id(tokenizer)
     except DataError as error:
         raise CheckpointError(f"{path}: {error}") from error
-
-
-def positions(config: Any) -> int | None:
-    """The positions of a model, by the names that configurations of transformers have for them."""
-    for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length"):
-        if isinstance(found := getattr(config, name, None), int):
-            return found
-    return None
 
 
 def trained_length(folder: Path) -> int | None:

@@ -16,7 +16,7 @@ from configs.schema import Config
 from launch.distributed.strategy import Judge, ShardedParameter, Strategy
 from launch.monitoring.guard import Verdict
 from launch.optimizers.build import build_optimizer, optimizer_groups
-from models import CausalLMLoss
+from models import CausalLMLoss, has_unused_parameters
 
 
 class DDP(Strategy):
@@ -24,9 +24,15 @@ class DDP(Strategy):
 
     def __init__(self, config: Config, accelerator: Accelerator, model: PreTrainedModel) -> None:
         super().__init__(config, accelerator, model)
-        # The gradients are views of the buckets that travel, so that they are in memory once.
-        accelerator.ddp_handler = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
-        self.loss_model = accelerator.prepare_model(CausalLMLoss(model))
+        loss = CausalLMLoss(model)
+        # The gradients are views of the buckets that travel, so that they are in memory once. Some architectures have weights
+        # that never get one (cross-attention without an encoder), which DDP must look for.
+        accelerator.ddp_handler = DistributedDataParallelKwargs(
+            gradient_as_bucket_view=True,
+            broadcast_buffers=False,
+            find_unused_parameters=self.world > 1 and has_unused_parameters(loss),
+        )
+        self.loss_model = accelerator.prepare_model(loss)
         replicas = dist.group.WORLD if self.world > 1 else None
         groups = optimizer_groups(config.optimizer, model)
         self.optimizer = build_optimizer(config.optimizer, groups, replicas, config.distributed.shard_state)
@@ -36,7 +42,7 @@ class DDP(Strategy):
         """Gradients travel in the last micro-batch of a step."""
         return nullcontext() if last else self.accelerator.no_sync(self.loss_model)
 
-    def step(self, judge: Judge) -> Verdict:
+    def update(self, judge: Judge) -> Verdict:
         """Clip the gradient (a limit of 0 leaves it), judge, update."""
         limit = self.config.train.grad_clip or math.inf
         verdict = judge(nn.utils.clip_grad_norm_(self.model.parameters(), limit))

@@ -66,7 +66,7 @@ class FSDP2(Strategy):
         with self.autocast():
             return super().loss(inputs, targets)
 
-    def step(self, judge: Judge) -> Verdict:
+    def update(self, judge: Judge) -> Verdict:
         """Clip the gradient, judge, update the local shards."""
         norm: Any = nn.utils.clip_grad_norm_(self.parameters.values(), self.config.train.grad_clip or math.inf)
         verdict = judge(norm.full_tensor() if is_dtensor(norm) else norm)

@@ -18,9 +18,11 @@ from celo2.distributed.shard import LocalShard, check_cover, local_shard_of
 from celo2.layout import matrix_count, stacked_shape
 from configs.schema import Config
 from launch.distributed.blocks import compile_blocks
+from launch.distributed.buffers import copies, frozen_to_buffers, persistent_buffers, settle
 from launch.monitoring.guard import Verdict
 from launch.optimizers.build import Groups, optimizer_groups
 from launch.optimizers.table import entry_of
+from models import ModelError, one_line
 
 Judge = Callable[[Tensor], Verdict]  # gradient norm -> what happens with the step
 MicroBatches = list[tuple[Tensor, Tensor]]  # input tokens and targets (B, T)
@@ -45,7 +47,6 @@ class Strategy:
         matrices: how many hidden matrices of the model its optimizer orthogonalizes.
         copies: how many ranks hold the same shard and orthogonalize it each for itself.
         whole: whether one rank alone can call its `model`.
-        buffers: the buffers that a checkpoint holds, by name, whole on every rank.
     """
 
     loss_model: nn.Module
@@ -53,6 +54,7 @@ class Strategy:
     shards: dict[str, ShardedParameter]
     copies = 1
     whole = True
+    before_step: dict[str, Tensor]  # the buffers
 
     def __init__(self, config: Config, accelerator: Accelerator, model: PreTrainedModel) -> None:
         self.config, self.accelerator, self.model = config, accelerator, model
@@ -60,12 +62,18 @@ class Strategy:
         orthogonalizes = entry_of(config.optimizer).orthogonalizes
         self.matrices = count_hidden_matrices(optimizer_groups(config.optimizer, model)) if orthogonalizes else 0
         model.to(accelerator.device)
-        self.buffers = persistent_buffers(model)
+        frozen_to_buffers(model)
+        self.buffer_names = list(persistent_buffers(model))
         if not dist.is_initialized() and config.distributed.strategy != "ddp":  # sharding over one process needs a group too
             backend = "nccl" if accelerator.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         if config.train.compile:
             compile_blocks(model, accelerator.device)
+
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        """The buffers that a checkpoint holds, by name, whole on every rank. A forward pass may replace them."""
+        return {name: self.model.get_buffer(name) for name in self.buffer_names}
 
     @property
     def counter(self) -> Any:
@@ -75,7 +83,11 @@ class Strategy:
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Sum of the cross-entropy (nats) over the targets of a micro-batch (B, T), both on any device."""
         device = self.accelerator.device
-        return self.loss_model(inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True))
+        try:
+            return self.loss_model(inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True))
+        except (ValueError, TypeError, IndexError) as error:  # some architectures accept only some lengths
+            name, (rows, length) = type(self.model).__name__, inputs.shape
+            raise ModelError(f"{name}: its forward pass fails on {rows} x {length} tokens: {one_line(error)}") from error
 
     def backward(self, micro_batches: MicroBatches, n_targets: int) -> Tensor:
         """Accumulate the gradient of the mean loss over the `n_targets` of the global batch.
@@ -86,6 +98,7 @@ class Strategy:
         Returns:
             This rank's share of the loss.
         """
+        self.before_step = copies(self.buffers)
         total = torch.zeros((), device=self.accelerator.device)
         for i, (inputs, targets) in enumerate(micro_batches):
             with self.micro_batch(last=i == len(micro_batches) - 1):
@@ -103,7 +116,13 @@ class Strategy:
         loss.backward()
 
     def step(self, judge: Judge) -> Verdict:
-        """Clip the gradient, ask `judge`, update if it agrees, and forget the gradient."""
+        """Clip the gradient, ask `judge`, update if it agrees, and forget the gradient. Buffers become equal on all ranks."""
+        verdict = self.update(judge)
+        settle(self.buffers, self.before_step, verdict.healthy, self.world)
+        return verdict
+
+    def update(self, judge: Judge) -> Verdict:
+        """What `step` does to weights and optimizer state."""
         raise NotImplementedError
 
     def weights_changed(self) -> None:
@@ -131,12 +150,6 @@ def count_hidden_matrices(groups: Groups) -> int:
     """The matrices that the parameters with the role "hidden" stand for."""
     hidden = [(p, group["matrices"]) for group in groups if group["role"] == "hidden" for p in group["params"]]
     return sum(matrix_count(stacked_shape(tuple(p.shape), layout)) for p, layout in hidden)
-
-
-def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers of `model` that belong to its weights, by name."""
-    persistent = model.state_dict(keep_vars=True).keys()
-    return {name: buffer for name, buffer in model.named_buffers() if name in persistent}
 
 
 def sharded_parameters(groups: Groups, names: Iterable[str]) -> dict[str, ShardedParameter]:

@@ -56,7 +56,7 @@ class Zero(Strategy):
         if self.left:
             self.engine.step()
 
-    def step(self, judge: Judge) -> Verdict:
+    def update(self, judge: Judge) -> Verdict:
         """DeepSpeed reduces, clips and calls the client, which asks `judge` first.
 
         A gradient that is not finite never gets that far: DeepSpeed drops it.

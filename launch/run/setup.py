@@ -23,8 +23,8 @@ from launch.run.agreement import RULE_FILE
 from launch.run.branch import Start, begin_line
 from launch.run.initialize import architecture, architecture_source, begun, check_tokenizer, find_source, load_source
 from launch.run.state import RunState
-from models import CausalLMLoss, build_model, check_matches_logits
-from models.build import model_of, positions, prepare_model
+from models import build_model, choose_loss, longest_context
+from models.build import model_of, prepare_model
 from models.gpt3 import GPT3Config
 
 VOCABULARY_MULTIPLE = 64  # matrix units work on multiples of 64; the rows beyond the tokenizer's are never a target
@@ -82,12 +82,12 @@ def build_from_config(config: Config, vocab_size: int, device: str | None = None
 
 def checked_context(config: Config, model: PreTrainedModel, device: str | None = None) -> int:
     """The context T that `model` can train on. Raises ConfigError for one that is missing or longer than its positions."""
-    longest = positions(model)
+    longest = longest_context(model.config)
     context = config.model.context
     if isinstance(model.config, GPT3Config):
         context = context or longest
     elif device != "meta":
-        check_matches_logits(CausalLMLoss(model))
+        choose_loss(model)
     if context is None:
         raise ConfigError("model.context is missing: say how many tokens a training sequence has")
     if longest is not None and longest < context:
