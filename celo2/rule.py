@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from celo2.orthogonalize import newton_schulz
-from celo2.rounding import SECOND_MOMENT_SLOT, noise, places, stochastic_round
+from celo2.rounding import SECOND_MOMENT_SLOT, lerp_, places
 
 GRADIENT_CLIP = 1000.0
 SMALL_CLIP = 0.1
@@ -157,18 +157,6 @@ def normalized_gradient(g: Tensor, axes: tuple[int, ...]) -> Tensor:
     """
     g = g.float()
     return g * (g.square().mean(axes, keepdim=True) + SQUARE_FLOOR).rsqrt()
-
-
-def lerp_(stored: Tensor, target: Tensor, weight: float, index: Tensor | None, count: Tensor | None, slot: int) -> None:
-    """Move an accumulator by `weight` of the way towards float32 `target`, in place.
-
-    Without `count` as `Tensor.lerp_` does. With it `stored` is bfloat16, moves in float32 and is rounded stochastically, by the
-    `celo2.rounding.noise` of `index`, `count` and `slot`.
-    """
-    if count is None or index is None:
-        stored.lerp_(target, weight)
-    else:
-        stored.copy_(stochastic_round(stored.float().lerp_(target, weight), noise(index, count, slot)))
 
 
 def accumulate_(state: Mapping[str, Tensor], g: Tensor, rule: Rule, axes: tuple[int, int] | None) -> None:

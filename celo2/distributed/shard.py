@@ -13,7 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from celo2.layout import Region, is_dtensor
+from celo2.stack import Region, is_dtensor
 
 Ranges = list[tuple[int, int]]  # (start, stop) of the local shard of every rank of a process group
 

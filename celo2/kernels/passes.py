@@ -20,10 +20,11 @@ import triton
 from torch import Tensor
 
 from celo2 import blocked
-from celo2.blocked import N_FACTORED, N_LOCAL, Factors, FirstLayer, Passes, Piece, Stack
+from celo2.blocked import N_FACTORED, N_LOCAL, Factors, FirstLayer, Passes
 from celo2.kernels.device import accumulate_kernel, apply_kernel, emit_kernel, factor_kernel
 from celo2.kernels.symmetric import newton_schulz
 from celo2.rule import Rule
+from celo2.stack import Piece, Stack
 
 
 class Tile(NamedTuple):
@@ -101,7 +102,7 @@ def accumulate_(rule: Rule, stacks: Sequence[Stack], tile: Tile = TILE) -> Tenso
                 view(p.m),
                 view(p.v),
                 view_or_none(stack.count),
-                view_or_none(stack.scale),
+                view_or_none(stack.gradient_scale),
                 by_a[done:],
                 by_b[done:],
                 local[done:],
@@ -138,7 +139,7 @@ def factor(stacks: Sequence[Stack], factors: Factors, tile: Tile = TILE) -> Tens
             factor_kernel[(n * tiles_a * tiles_b,)](
                 view(p.g),
                 view(p.m),
-                view_or_none(stack.scale),
+                view_or_none(stack.gradient_scale),
                 view(factor_a[done:]),
                 view(factor_b[done:]),
                 partial[done:],
@@ -184,7 +185,7 @@ def emit_(
                 view(p.w),
                 view(p.m),
                 view(p.v),
-                view_or_none(stack.scale),
+                view_or_none(stack.gradient_scale),
                 view(factor_a[done:]),
                 view(factor_b[done:]),
                 view(share_a[done:]),
@@ -200,13 +201,13 @@ def emit_(
         done += stack.shape[0]
 
 
-def apply_(w: Tensor, u: Tensor, scale: Tensor, options: Mapping[str, Any], tile: Tile = TILE) -> None:
-    """`celo2.blocked.apply_` on w, u (N, r, c), scale (N, 1, 1); a learning rate on the GPU stays there.
+def apply_(w: Tensor, u: Tensor, inverse_rms: Tensor, options: Mapping[str, Any], tile: Tile = TILE) -> None:
+    """`celo2.blocked.apply_` on w, u (N, r, c), inverse_rms (N, 1, 1); a learning rate on the GPU stays there.
 
     The kernel computes in float32; float64 weights take the plain path.
     """
     if w.dtype is torch.float64:
-        blocked.apply_(w, u, scale, options)
+        blocked.apply_(w, u, inverse_rms, options)
         return
     lr = options["lr"]
     on_device = isinstance(lr, Tensor) and lr.device == w.device
@@ -216,7 +217,7 @@ def apply_(w: Tensor, u: Tensor, scale: Tensor, options: Mapping[str, Any], tile
     apply_kernel[(len(w) * tiles_a * tiles_b,)](
         view(w),
         view(u),
-        scale,
+        inverse_rms,
         0.0 if on_device else float(lr),
         lr if on_device else None,
         float(options["weight_decay"]),
