@@ -12,7 +12,7 @@ F channels (thirty), H hidden units (eight). Everything is float32, but for mome
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -91,16 +91,14 @@ class Rule:
     second_moment_decay: float = 0.95
     factored_decays: tuple[float, float, float] = (0.9, 0.99, 0.999)
     normalize_gradient: bool = False
-    description: str = field(default="", compare=False)
+    description: str = ""
 
     def __eq__(self, other: object) -> bool:
         """Equal weights, and everything else but the description."""
         if not isinstance(other, Rule) or self.weights.keys() != other.weights.keys():
             return False
-        compared = [f.name for f in fields(self) if f.compare and f.name != "weights"]
-        return all(getattr(self, n) == getattr(other, n) for n in compared) and all(
-            torch.equal(w, other.weights[name]) for name, w in self.weights.items()
-        )
+        settings, others = (rule.settings() | {"description": None} for rule in (self, other))
+        return settings == others and all(torch.equal(w, other.weights[name]) for name, w in self.weights.items())
 
     def settings(self) -> dict[str, Any]:
         """Everything that it holds beside its weights."""

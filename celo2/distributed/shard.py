@@ -82,10 +82,6 @@ class SplitMatrix:
     held: list[list[Region]]  # by rank of the group
     owner: int = 0  # the rank that orthogonalizes it
 
-    def elements(self, rank: int) -> int:
-        """Elements of it on `rank`."""
-        return sum(math.prod(region.size) for region in self.held[rank])
-
 
 def check_cover(shape: tuple[int, ...], ranges: Ranges, name: str) -> None:
     """Raise ShardingError unless the local shards of all ranks hold every element of a parameter exactly once."""
