@@ -22,9 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from celo2.layout import Piece, Stack
 from celo2.orthogonalize import newton_schulz
-from celo2.rounding import SECOND_MOMENT_SLOT, places
+from celo2.rounding import SECOND_MOMENT_SLOT, lerp_, places
 from celo2.rule import (
     COLUMN,
     ELEMENT,
@@ -39,12 +38,14 @@ from celo2.rule import (
     SQUARE_FLOOR,
     Rule,
     groups_of,
-    lerp_,
     places_of,
 )
+from celo2.stack import Piece, Stack
 
 LOCAL_PLACES, FACTORED_PLACES = places_of(ELEMENT), places_of(FACTORED)  # of the local and of the factored channels in a buffer
 N_LOCAL, N_FACTORED = (sum(group.count for group in groups_of(kind)) for kind in (ELEMENT, FACTORED))
+# Names of the first-layer weights of what depends on the element, on the row alone and on the column alone.
+FIRST_LAYER_PARTS = [[FIRST_LAYER[g.name] for g in groups_of(*kinds)] for kinds in ((ELEMENT, FACTORED), (ROW,), (COLUMN,))]
 
 # Elements of a block. CPU: measured best of 2^13 to 2^18 on two cores with 2 MB of second-level cache each (eighteen
 # float32 channels of 65,536 elements are 4.7 MB). Elsewhere a block must be large enough to hide the launches: 4 M
@@ -76,8 +77,8 @@ class FirstLayer(NamedTuple):
 class Passes(NamedTuple):
     """The functions that read every element of a matrix. `PLAIN`, below, is the reference of every other implementation.
 
-    A pass takes several stacks whose matrices have one shape and are cut into the same pieces, and returns a row for each of
-    their N matrices in all. Sums are over what is here: they are complete when those of all ranks are added.
+    A pass takes stacks whose matrices have one shape and are cut into the same pieces, and returns a row for each of their N
+    matrices in all. Sums are over what is here: they are complete when those of all ranks are added.
     """
 
     accumulate_: Callable[[Rule, Sequence[Stack]], Tensor]
@@ -85,33 +86,28 @@ class Passes(NamedTuple):
     emit_: Callable[[Rule, Sequence[Stack], Factors, FirstLayer, Sequence[Sequence[Tensor]]], None]
     newton_schulz: Callable[[Tensor], Tensor]
     apply_: Callable[[Tensor, Tensor, Tensor, Mapping[str, Any]], None]
-    gathers: bool  # small matrices are copied together until they fill a block
+    gathers: bool  # the passes take one stack, into which small matrices are copied together until they fill a block
 
 
-def gradient_squares(stack: Stack) -> Tensor:
-    """(N,): the sums of g² before any clip, over what is here."""
-    squares = torch.zeros(stack.shape[0], device=stack.row.device)
-    for piece in stack.pieces:
-        dtype = torch.promote_types(piece.g.dtype, torch.float32)
-        squares += torch.linalg.vector_norm(piece.g, dim=(1, 2), dtype=dtype).square()
+def squares_of(pieces: Sequence[Tensor], n: int, device: torch.device) -> Tensor:
+    """(N,): the sums of squares of N matrices over their pieces (N, r, c), any float dtype."""
+    squares = torch.zeros(n, device=device)
+    for x in pieces:
+        squares += torch.linalg.vector_norm(x, dim=(1, 2), dtype=torch.promote_types(x.dtype, torch.float32)).square()
     return squares
 
 
-def row_blocks(piece: Piece) -> list[slice]:
-    """Row slices such that a block of every matrix in the piece has about `block_elements` elements."""
-    n, rows, cols = piece.g.shape
-    step = max(1, block_elements(piece.g.device) // (n * cols))
-    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
-
-
 def tiles(piece: Piece, features: int) -> Iterator[tuple[slice, Tensor]]:
-    """For every row block of a piece: its rows, and a buffer (N, F, r, c) for F features. All blocks share its memory."""
-    n, _, cols = piece.g.shape
-    blocks = row_blocks(piece)
-    buffer = torch.empty(n, features, (blocks[0].stop - blocks[0].start) * cols, device=piece.g.device)
-    for block in blocks:
-        height = block.stop - block.start
-        yield block, buffer[:, :, : height * cols].unflatten(2, (height, cols))
+    """Row blocks of a piece, and for each a buffer (N, F, r, c) for F features. All of them share its memory.
+
+    A block of every matrix in the piece together has about `block_elements` elements.
+    """
+    n, rows, cols = piece.g.shape
+    height = max(1, block_elements(piece.g.device) // (n * cols))
+    buffer = torch.empty(n, features, min(height, rows) * cols, device=piece.g.device)
+    for start in range(0, rows, height):
+        block = slice(start, min(start + height, rows))
+        yield block, buffer[:, :, : (block.stop - start) * cols].unflatten(2, (-1, cols))
 
 
 def load_gradient_(x: Tensor, piece: Piece, block: slice, scale: Tensor | None) -> Tensor:
@@ -127,25 +123,24 @@ def accumulate_(rule: Rule, stacks: Sequence[Stack]) -> Tensor:
 
     -> (N, R + C + 12): sums of g² by row, by column, and of every squared local channel.
     """
-    _, rows, cols = stacks[0].shape
-    sizes = [stack.shape[0] for stack in stacks]
-    sums = torch.zeros(sum(sizes), rows + cols + N_LOCAL, device=stacks[0].row.device)
-    for stack, of_stack in zip(stacks, sums.split(sizes), strict=True):
-        row_sum, col_sum, local_sum = of_stack.split([rows, cols, N_LOCAL], 1)
-        count = None if stack.count is None else stack.count[:, None, None]
-        for piece in stack.pieces:
-            for block, x in tiles(piece, N_LOCAL):
-                g = load_gradient_(x[:, 0], piece, block, stack.scale)
-                square = g.square()
-                here = slice(piece.rows.start + block.start, piece.rows.start + block.stop)
-                index = None if count is None else places(here, piece.cols, cols, x.device)
-                for k, beta in enumerate(rule.momentum_decays):
-                    lerp_(piece.m[:, k, block], g, 1 - beta, index, count, k)
-                lerp_(piece.v[:, block], square, 1 - rule.second_moment_decay, index, count, SECOND_MOMENT_SLOT)
-                row_sum[:, piece.rows][:, block] += square.sum(2)
-                col_sum[:, piece.cols] += square.sum(1)
-                fill_local_(x, piece.w[:, block], piece.m[:, :, block], piece.v[:, block])
-                local_sum += square_sums(x)
+    (stack,) = stacks
+    n, rows, cols = stack.shape
+    sums = torch.zeros(n, rows + cols + N_LOCAL, device=stack.row.device)
+    row_sum, col_sum, local_sum = sums.split([rows, cols, N_LOCAL], 1)
+    count = None if stack.count is None else stack.count[:, None, None]
+    for piece in stack.pieces:
+        for block, x in tiles(piece, N_LOCAL):
+            g = load_gradient_(x[:, 0], piece, block, stack.gradient_scale)
+            square = g.square()
+            here = slice(piece.rows.start + block.start, piece.rows.start + block.stop)
+            index = None if count is None else places(here, piece.cols, cols, x.device)
+            for k, beta in enumerate(rule.momentum_decays):
+                lerp_(piece.m[:, k, block], g, 1 - beta, index, count, k)
+            lerp_(piece.v[:, block], square, 1 - rule.second_moment_decay, index, count, SECOND_MOMENT_SLOT)
+            row_sum[:, here] += square.sum(2)
+            col_sum[:, piece.cols] += square.sum(1)
+            fill_local_(x, piece.w[:, block], piece.m[:, :, block], piece.v[:, block])
+            local_sum += square_sums(x)
     return sums
 
 
@@ -167,16 +162,14 @@ def factors_of(stack: Stack) -> Factors:
 
 def factor(stacks: Sequence[Stack], factors: Factors) -> Tensor:
     """Part of step 6: the sums of the squared factored channels (N, 6)."""
-    sizes = [stack.shape[0] for stack in stacks]
-    sums = torch.zeros(sum(sizes), N_FACTORED, device=factors.by_row.device)
-    for stack, of_stack, *own in zip(stacks, sums.split(sizes), *(f.split(sizes) for f in factors), strict=True):
-        row_factor, col_factor = own
-        for piece in stack.pieces:
-            by_row, by_col = row_factor[:, :, piece.rows], col_factor[:, :, piece.cols]
-            for block, x in tiles(piece, 1 + N_FACTORED):
-                g = load_gradient_(x[:, 0], piece, block, stack.scale)
-                fill_factored_(x[:, 1:], g, piece.m[:, :, block], by_row[:, :, block], by_col)
-                of_stack += square_sums(x[:, 1:])
+    (stack,) = stacks
+    sums = torch.zeros(stack.shape[0], N_FACTORED, device=stack.row.device)
+    for piece in stack.pieces:
+        by_row, by_col = factors.by_row[:, :, piece.rows], factors.by_col[:, :, piece.cols]
+        for block, x in tiles(piece, 1 + N_FACTORED):
+            g = load_gradient_(x[:, 0], piece, block, stack.gradient_scale)
+            fill_factored_(x[:, 1:], g, piece.m[:, :, block], by_row[:, :, block], by_col)
+            sums += square_sums(x[:, 1:])
     return sums
 
 
@@ -186,11 +179,8 @@ def first_layer(rule: Rule, stack: Stack, sums: Tensor, factored_sums: Tensor) -
     row_x = torch.cat([stack.row, (stack.row + RSQRT_EPS).rsqrt()], 1)  # (N, 2K, ·)
     col_x = torch.cat([stack.col, (stack.col + RSQRT_EPS).rsqrt()], 1)
     element_mean = torch.cat([sums[:, rows + cols :], factored_sums], 1) / (rows * cols)  # (N, L)
-    # Gathered by group: indexing weights by numbers on the host would make the host wait for a GPU.
-    w0_element, w0_row, w0_col = (
-        torch.cat([rule.weights[FIRST_LAYER[group.name]] for group in groups_of(*kinds)])
-        for kinds in ((ELEMENT, FACTORED), (ROW,), (COLUMN,))
-    )
+    # Put together by name: indexing weights by numbers on the host would make the host wait for a GPU.
+    w0_element, w0_row, w0_col = (torch.cat([rule.weights[name] for name in names]) for names in FIRST_LAYER_PARTS)
     row_share = fold(w0_row, row_x.square().mean(2)) @ row_x  # (N, H, ·)
     col_share = fold(w0_col, col_x.square().mean(2)) @ col_x + rule.weights["b0"][:, None]
     by_row, by_col = (col_share, row_share) if rows > cols else (row_share, col_share)
@@ -199,36 +189,34 @@ def first_layer(rule: Rule, stack: Stack, sums: Tensor, factored_sums: Tensor) -
 
 def emit_(rule: Rule, stacks: Sequence[Stack], factors: Factors, layer: FirstLayer, outs: Sequence[Sequence[Tensor]]) -> None:
     """Step 7: write the direction of every piece of every stack into its tensor (n, r, c) of `outs`, in that tensor's dtype."""
-    sizes = [stack.shape[0] for stack in stacks]
+    (stack,), (targets,) = stacks, outs
+    n = stack.shape[0]
+    w1, b1 = rule.weights["w1"].T.expand(n, -1, -1), rule.weights["b1"][:, None].expand(n, -1, 1)
     w2, b2 = rule.weights["w2"][:, 0], rule.weights["b2"][0]
-    for stack, targets, *own in zip(stacks, outs, *(t.split(sizes) for t in (*factors, *layer)), strict=True):
-        row_factor, col_factor, element, row_share, col_share = own
-        w1 = rule.weights["w1"].T.expand(stack.shape[0], -1, -1)
-        b1 = rule.weights["b1"][:, None].expand(stack.shape[0], -1, 1)
-        for piece, out in zip(stack.pieces, targets, strict=True):
-            by_row, by_col = row_factor[:, :, piece.rows], col_factor[:, :, piece.cols]
-            row_h, col_h = row_share[:, :, piece.rows], col_share[:, :, None, piece.cols]
-            for (block, x), (_, h) in zip(tiles(piece, N_LOCAL + N_FACTORED), tiles(piece, rule.hidden), strict=True):
-                g = load_gradient_(x[:, 0], piece, block, stack.scale)
-                fill_local_(x[:, :N_LOCAL], piece.w[:, block], piece.m[:, :, block], piece.v[:, block])
-                fill_factored_(x[:, N_LOCAL:], g, piece.m[:, :, block], by_row[:, :, block], by_col)
-                torch.add(row_h[:, :, block, None], col_h, out=h)
-                h = h.flatten(2).baddbmm_(element, x.flatten(2)).relu_()  # (N, H, n)
-                h = torch.baddbmm(b1, w1, h).relu_()
-                out[:, block] = torch.matmul(w2, h).add_(b2).unflatten(1, (-1, piece.g.shape[2]))
+    for piece, out in zip(stack.pieces, targets, strict=True):
+        by_row, by_col = factors.by_row[:, :, piece.rows], factors.by_col[:, :, piece.cols]
+        row_h, col_h = layer.by_row[:, :, piece.rows], layer.by_col[:, :, None, piece.cols]
+        for (block, x), (_, h) in zip(tiles(piece, N_LOCAL + N_FACTORED), tiles(piece, len(rule.weights["b0"])), strict=True):
+            g = load_gradient_(x[:, 0], piece, block, stack.gradient_scale)
+            fill_local_(x[:, :N_LOCAL], piece.w[:, block], piece.m[:, :, block], piece.v[:, block])
+            fill_factored_(x[:, N_LOCAL:], g, piece.m[:, :, block], by_row[:, :, block], by_col)
+            torch.add(row_h[:, :, block, None], col_h, out=h)
+            h = h.flatten(2).baddbmm_(layer.element, x.flatten(2)).relu_()  # (N, H, n)
+            h = torch.baddbmm(b1, w1, h).relu_()
+            out[:, block] = torch.matmul(w2, h).add_(b2).unflatten(1, (-1, piece.g.shape[2]))
 
 
-def apply_(w: Tensor, u: Tensor, scale: Tensor | float, options: Mapping[str, Any]) -> None:
-    """Step 10, in place: `W <- W - lr (u scale + weight_decay W)`, in float32 whatever the dtype of w.
+def apply_(w: Tensor, u: Tensor, inverse_rms: Tensor | float, options: Mapping[str, Any]) -> None:
+    """Step 10, in place: `W <- W - lr (u inverse_rms + weight_decay W)`, in float32 whatever the dtype of w.
 
     Args:
         w: weights (..., r, c).
         u: direction of the same shape, any float dtype.
-        scale: 1 / RMS of u over a whole matrix or vector, float32, of a shape that broadcasts.
+        inverse_rms: 1 / RMS of u over a whole matrix or vector, float32, of a shape that broadcasts.
         options: the param group; its `lr` is a number or a tensor of one element.
     """
     lr, weight_decay = options["lr"], options["weight_decay"]
-    updated = w.to(torch.promote_types(w.dtype, torch.float32)).mul_(1 - lr * weight_decay).sub_((u * scale).mul_(lr))
+    updated = w.to(torch.promote_types(w.dtype, torch.float32)).mul_(1 - lr * weight_decay).sub_((u * inverse_rms).mul_(lr))
     if updated is not w:
         w.copy_(updated)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,14 +16,15 @@ from torch.optim.adamw import adamw
 from celo2.blocked import Passes
 from celo2.distributed.collectives import broadcast_by_owner_
 from celo2.distributed.owners import orthogonalized_by_owners, orthogonalized_over
-from celo2.distributed.plan import Entry, Replicas, fingerprint, gather_ranges, make_plan
+from celo2.distributed.plan import Entry, Replicas, fingerprint, make_plan
 from celo2.distributed.shard import ShardingError, local_shard_of
-from celo2.layout import local, matrix_count, stacked_shape
-from celo2.orthogonalize import newton_schulz_flops
+from celo2.groups import add_checked
+from celo2.kernels import passes_for
 from celo2.rule import Rule
 from celo2.rule_files import load_rule
-from celo2.state import check_keys, check_options, check_parameter, keeping_dtypes, new_state
-from celo2.step import Context, Work, orthogonalized_here, passes_for
+from celo2.stack import local
+from celo2.state import keeping_dtypes, new_state
+from celo2.step import Context, Work, orthogonalized_here
 
 
 class Celo2(torch.optim.Optimizer):
@@ -40,12 +40,10 @@ class Celo2(torch.optim.Optimizer):
             carry `lr`, `weight_decay`, `betas` and `eps` (for AdamW), `orthogonalize`, `matrices` (see `celo2.layout`) and
             `update`: "celo2" or "adamw". Without `update`, parameters with two or more axes take the rule and the others
             AdamW; a rule of the variant "celo2-base" takes them all.
-        lr: learning rate of groups without their own; a float or a tensor of one element.
+        lr, weight_decay: of groups without their own; lr is a float or a tensor of one element, weight_decay the paper's λ.
         rule: what `load_rule` accepts: a shipped name, a path, or a `Rule`.
         orthogonalize: Newton–Schulz (paper: Celo2); False leaves it out (Celo2-base). A base rule never orthogonalizes.
-        weight_decay: decoupled decay λ of groups without their own.
-        betas: β1 and β2 of AdamW.
-        eps: ε of AdamW.
+        betas, eps: β1, β2 and ε of AdamW.
         ns_dtype: dtype of Newton–Schulz; None is float32 on CPU and bfloat16 elsewhere.
         state_dtype: dtype of the four numbers that a matrix under the rule has for every weight: torch.float32 (16 bytes) or
             torch.bfloat16 (8 bytes; rounded stochastically, see `celo2.rounding`). Everything else is float32.
@@ -55,13 +53,7 @@ class Celo2(torch.optim.Optimizer):
 
     Sharded parameters (see `celo2.distributed.shard`): DTensors of FSDP2 as they are; for DeepSpeed ZeRO see
     `celo2.distributed.deepspeed`. The first step compares the ranks and raises `ShardingError` on all of them if they disagree.
-
-    State, allocated at construction, for a parameter of shape P and stacked shape S = (..., R, C) (see `celo2.layout`): by
-    the rule, `momentum` (3, *P), `second_moment` P, and `row` and `col`, means over the longer and the shorter axis of a
-    matrix, or `diag` (3, *P) for a vector; by AdamW `step`, `exp_avg`, `exp_avg_sq`. A matrix with bfloat16 state has `count`,
-    int32 (), its steps so far. For a sharded parameter P is its local shard, and `count` is the same on all ranks. `row` and
-    `col` cover all its matrices: every rank updates them for a split matrix; for a matrix that is whole on one rank, only that
-    rank does.
+    `celo2.state` says what the state of a parameter is; all of it is allocated at construction.
 
     Raises:
         ValueError, TypeError: a bad option, naming the parameter group.
@@ -84,72 +76,41 @@ class Celo2(torch.optim.Optimizer):
     ) -> None:
         if state_dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"state_dtype must be torch.float32 or torch.bfloat16, not {state_dtype}")
-        if ns_dtype is not None and not ns_dtype.is_floating_point:
-            raise ValueError(f"ns_dtype must be a float dtype, not {ns_dtype}")
+        if ns_dtype not in (None, torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise ValueError(f"ns_dtype must be a float dtype of 16, 32 or 64 bits, not {ns_dtype}")
         if shard_state and replicas is None:
             raise ValueError("shard_state=True needs replicas, the process group that the state is divided over")
         self.rule = load_rule(rule)
         self.ns_dtype = ns_dtype
         self.state_dtype = state_dtype
         self.replicas = Replicas(replicas, shard_state) if replicas is not None else None
-        self.passes: Passes | None = None  # None: `celo2.step.passes_for` chooses; benchmarks and tests set them
+        self.passes: Passes | None = None  # None: `passes_for` chooses; benchmarks and tests set them
         self.orthogonalized = 0  # matrices that this rank has orthogonalized so far
         self._rule_on: dict[torch.device, Rule] = {}
         self._entries: dict[Tensor, Entry] = {}  # found at the first step
-        defaults = {
-            "lr": lr,
-            "weight_decay": weight_decay,
-            "betas": betas,
-            "eps": eps,
-            "update": None,
-            "orthogonalize": orthogonalize,
-            "matrices": None,
-        }
-        super().__init__(params, defaults)
+        defaults = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}
+        super().__init__(params, defaults | {"update": None, "orthogonalize": orthogonalize, "matrices": None})
 
     def __getstate__(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in ("rule", "ns_dtype", "state_dtype", "replicas", "passes", "orthogonalized")}
         return {**super().__getstate__(), **own, "_rule_on": {}, "_entries": {}}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Check and add a group, and allocate its state."""
-        where = f"parameter group {len(self.param_groups)}"
-        if isinstance(param_group, dict):
-            check_keys(param_group, where)
-        count = len(self.param_groups)
-        try:
-            super().add_param_group(param_group)
-        except (ValueError, TypeError) as error:
-            raise type(error)(f"{where}: {error}") from None
-        group = self.param_groups[-1]
-        group.pop("differentiable", None)  # a default that torch adds when an optimizer is copied or loaded
-        try:
-            check_options(group, where)
-            for p in group["params"]:
-                check_parameter(p, group, where)
-        except (ValueError, TypeError):
-            del self.param_groups[count:]
-            raise
+        """Check and add a group, give its parameters owners among replicas, and allocate its state."""
+        group = add_checked(self.param_groups, param_group, super().add_param_group)
         self._entries = {}
+        entries = self._entries_of(len(self.param_groups) - 1, group)
         if self.replicas is not None:
-            for by_rule in (True, False):
-                params = [p for p in group["params"] if self.takes_rule(p, group) is by_rule]
-                self.replicas.add(params, [self._cost(p, group) for p in params], "celo2" if by_rule else "adamw")
-        for p in group["params"]:
-            if self.replicas is None or self.replicas.keeps_state(p):
-                self.state[p] = new_state(p, group, self.takes_rule(p, group), self.state_dtype)
+            self.replicas.add(entries)
+        for entry in entries:
+            if self.replicas is None or self.replicas.keeps_state(entry.p):
+                self.state[entry.p] = new_state(entry, self.state_dtype)
 
     def takes_rule(self, p: Tensor, group: dict[str, Any]) -> bool:
         """Whether the rule, and not AdamW, updates `p` of `group`."""
         if group["update"] is None:
             return len(local_shard_of(p).shape) >= 2 or self.rule.variant == "celo2-base"
         return group["update"] == "celo2"
-
-    def _cost(self, p: Tensor, group: dict[str, Any]) -> float:
-        shape = stacked_shape(p.shape, group["matrices"])
-        if not self.takes_rule(p, group) or len(shape) < 2 or not self._orthogonalizes(group):
-            return p.numel()
-        return matrix_count(shape) * newton_schulz_flops(*shape[-2:])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -158,72 +119,69 @@ class Celo2(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_known()
-        if not self._entries:
-            self._entries = self._find_entries()
         work: dict[torch.device, Work] = defaultdict(Work)
-        for index, group in enumerate(self.param_groups):
-            by_rule: list[Tensor] = []
-            by_adamw: list[Tensor] = []
-            for p in group["params"]:
-                if p.grad is None or not math.prod(self._entries[p].local_shard.shape):
-                    continue
-                if p.grad.is_sparse or p.grad.is_complex():
-                    kind = "sparse" if p.grad.is_sparse else "complex"
-                    raise RuntimeError(
-                        f"parameter group {index}: {kind} gradient of shape {tuple(p.grad.shape)}; use a dense one"
-                    )
-                (by_rule if self._entries[p].by_rule else by_adamw).append(p)
-            if counts := [self.state[p]["count"] for p in by_rule if "count" in self.state.get(p, ())]:
+        for group, entries in [(group, self._with_gradient(i, group)) for i, group in enumerate(self.param_groups)]:
+            by_rule = [entry for entry in entries if entry.by_rule]
+            if counts := [self.state[e.p]["count"] for e in by_rule if "count" in self.state.get(e.p, ())]:
                 torch._foreach_add_(counts, 1)
-            adamw_(by_adamw, self.state, group, self.replicas)
-            for p in by_rule:
-                owner = 0 if self.replicas is None else self.replicas.owners[p]
-                work[p.device].add(self._entries[p], self.state.get(p), group, self._orthogonalizes(group), owner)
-        whole = orthogonalized_here
+            adamw_([entry.p for entry in entries if not entry.by_rule], self.state, group, self.replicas)
+            for entry in by_rule:
+                owner = 0 if self.replicas is None else self.replicas.owners[entry.p]
+                work[entry.p.device].add(entry, self.state.get(entry.p), group, self._orthogonalizes(group), owner)
+        whole_directions = orthogonalized_here
         if self.replicas is not None:
-            whole = functools.partial(orthogonalized_by_owners, replicas=self.replicas)
+            whole_directions = functools.partial(orthogonalized_by_owners, replicas=self.replicas)
         for device, of_device in work.items():
-            context = Context(self._rule(device), self.passes or passes_for(device), self._ns_dtype(device))
+            context = self._context(device)
             with torch.cuda.device_of(context.rule.weights["b0"]):  # kernels start on the current device
-                of_device.update_(context, whole, orthogonalized_over)
+                of_device.update_(context, whole_directions, orthogonalized_over)
             self.orthogonalized += context.orthogonalized
         return loss
 
-    def _check_known(self) -> None:
-        """Raise ShardingError for a parameter that did not come through `add_param_group`."""
+    def _with_gradient(self, index: int, group: dict[str, Any]) -> list[Entry]:
+        """The parameters of a group that this step updates: they have a gradient, and something of them is here."""
+        found = []
+        for p in group["params"]:
+            if p not in self._entries:  # the first step, or a parameter that nothing explains
+                self._entries = self._plan()
+            entry = self._entries[p]
+            if p.grad is not None and 0 not in entry.local_shard.shape:
+                if p.grad.is_sparse or p.grad.is_complex():
+                    kind = f"{'sparse' if p.grad.is_sparse else 'complex'} gradient of shape {tuple(p.grad.shape)}"
+                    raise RuntimeError(f"parameter group {index}: {kind}; use a dense, real one")
+                found.append(entry)
+        return found
+
+    def _plan(self) -> dict[Tensor, Entry]:
+        """All parameters, after the ranks have agreed on them and on who does what."""
+        entries = []
         for index, group in enumerate(self.param_groups):
+            entries += self._entries_of(index, group)
             for p in group["params"]:
                 if p not in self.state and (self.replicas is None or p not in self.replicas.owners):
                     raise ShardingError(
                         f"parameter group {index}: a tensor of shape {tuple(p.shape)} that nothing explains has replaced a "
                         "parameter that Celo2 was built with; for DeepSpeed ZeRO use celo2.distributed.deepspeed.ZeroClient"
                     )
-
-    def _find_entries(self) -> dict[Tensor, Entry]:
-        entries = []
-        for index, group in enumerate(self.param_groups):
-            names = group.get("param_names") or [f"parameter {i} of group {index}" for i in range(len(group["params"]))]
-            for name, p in zip(names, group["params"], strict=True):
-                by_rule = self.takes_rule(p, group)
-                entries.append(Entry(name, p, local_shard_of(p), by_rule, self._orthogonalizes(group), group["matrices"]))
-        if self.replicas is not None or not all(entry.local_shard.whole for entry in entries):
-            recipe = fingerprint(self.rule, self.ns_dtype)
-            if self.replicas is not None:
-                gather_ranges(entries, self.replicas.group, recipe)
-            make_plan(entries, recipe)
+        make_plan(entries, fingerprint(self.rule, self.ns_dtype), self.replicas)
         return {entry.p: entry for entry in entries}
+
+    def _entries_of(self, index: int, group: dict[str, Any]) -> list[Entry]:
+        names = group.get("param_names") or [f"parameter {i} of group {index}" for i in range(len(group["params"]))]
+        return [
+            Entry(name, p, local_shard_of(p), self.takes_rule(p, group), self._orthogonalizes(group), group["matrices"])
+            for name, p in zip(names, group["params"], strict=True)
+        ]
 
     def _orthogonalizes(self, group: dict[str, Any]) -> bool:
         return group["orthogonalize"] and self.rule.variant != "celo2-base"
 
-    def _ns_dtype(self, device: torch.device) -> torch.dtype:
-        return self.ns_dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-
-    def _rule(self, device: torch.device) -> Rule:
+    def _context(self, device: torch.device) -> Context:
+        """What the driver needs on a device; the rule is copied there once."""
         if device not in self._rule_on:
             self._rule_on[device] = self.rule.to(device)
-        return self._rule_on[device]
+        ns_dtype = self.ns_dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+        return Context(self._rule_on[device], self.passes or passes_for(device), ns_dtype)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load groups and state; unlike torch's own, the state keeps its dtype, whatever the parameters' or the saved one is.
@@ -244,25 +202,13 @@ def adamw_(
     """torch's own fused AdamW, in place; parameters of lower precision are updated in the state's precision and rounded once."""
     mine = [p for p in params if replicas is None or replicas.keeps_state(p)]
     if mine:
-        states = [state[p] for p in mine]
+        moments, squares, steps = ([state[p][name] for p in mine] for name in ("exp_avg", "exp_avg_sq", "step"))
         # The fused kernel walks storage: every tensor must be contiguous, as the state is.
-        weights = [local(p).to(s["exp_avg"].dtype).contiguous() for p, s in zip(mine, states, strict=True)]
-        adamw(
-            weights,
-            [local(p.grad).to(w.dtype).contiguous() for p, w in zip(mine, weights, strict=True) if p.grad is not None],
-            [s["exp_avg"] for s in states],
-            [s["exp_avg_sq"] for s in states],
-            [],
-            [s["step"] for s in states],
-            fused=True,
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
+        weights = [local(p).to(moment.dtype).contiguous() for p, moment in zip(mine, moments, strict=True)]
+        gradients = [local(p.grad).to(w.dtype).contiguous() for p, w in zip(mine, weights, strict=True)]
+        options: dict[str, Any] = {name: group[name] for name in ("lr", "weight_decay", "eps")}
+        options |= dict(zip(("beta1", "beta2"), group["betas"], strict=True))
+        adamw(weights, gradients, moments, squares, [], steps, fused=True, amsgrad=False, maximize=False, **options)
         for p, weight in zip(mine, weights, strict=True):
             if weight is not local(p):
                 local(p).copy_(weight.view(local(p).shape))

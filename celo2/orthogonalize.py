@@ -17,11 +17,11 @@ EPS = 1e-8
 def newton_schulz(u: Tensor) -> Tensor:
     """Push the singular values of every matrix in u (..., R, C) towards 1, keeping its singular vectors.
 
-    Computed in the dtype of u (the Frobenius norm in float32); the result has the shape and dtype of u.
+    Computed in the dtype of u (the Frobenius norm in float32 or wider); the result has the shape and dtype of u.
     """
     a, b, c = COEFFICIENTS
     tall = u.shape[-2] > u.shape[-1]
-    norm = torch.linalg.vector_norm(u, dim=(-2, -1), keepdim=True, dtype=torch.float32)
+    norm = torch.linalg.vector_norm(u, dim=(-2, -1), keepdim=True, dtype=torch.promote_types(u.dtype, torch.float32))
     x = (u / (norm + EPS)).to(u.dtype)
     x = (x.mT if tall else x).flatten(0, -3) if u.ndim > 2 else (x.mT if tall else x)[None]  # (N, min, max)
     for _ in range(STEPS):

@@ -1,4 +1,4 @@
-"""Stochastic rounding to bfloat16, so that accumulators of half the size do not stall.
+"""How accumulators move: in float32 plainly, in bfloat16 with stochastic rounding, so that those of half the size do not stall.
 
 A momentum of decay 0.999 moves by a thousandth of its distance in one step; bfloat16 keeps 8 bits, a step of 1/256 at best.
 Rounded to nearest, most such moves are lost, again and again. Rounded up or down with the probabilities that make the mean
@@ -23,6 +23,18 @@ def int32(bits: int) -> int:
 
 STEP_FACTOR, SLOT_FACTOR = int32(0x9E3779B9), 0x85EBCA6B
 HASH_FACTORS = int32(0x7FEB352D), int32(0x846CA68B)
+
+
+def lerp_(stored: Tensor, target: Tensor, weight: float, index: Tensor | None, count: Tensor | None, slot: int) -> None:
+    """Move an accumulator by `weight` of the way towards float32 `target`, in place.
+
+    Without `count` as `Tensor.lerp_` does. With it `stored` is bfloat16, moves in float32 and is rounded stochastically, by the
+    `noise` of `index`, `count` and `slot`.
+    """
+    if count is None or index is None:
+        stored.lerp_(target, weight)
+    else:
+        stored.copy_(stochastic_round(stored.float().lerp_(target, weight), noise(index, count, slot)))
 
 
 def places(rows: slice, cols: slice, width: int, device: torch.device) -> Tensor:

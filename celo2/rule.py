@@ -12,14 +12,14 @@ F channels (thirty), H hidden units (eight). Everything is float32, but for mome
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from celo2.orthogonalize import newton_schulz
-from celo2.rounding import SECOND_MOMENT_SLOT, noise, places, stochastic_round
+from celo2.rounding import SECOND_MOMENT_SLOT, lerp_, places
 
 GRADIENT_CLIP = 1000.0
 SMALL_CLIP = 0.1
@@ -91,16 +91,14 @@ class Rule:
     second_moment_decay: float = 0.95
     factored_decays: tuple[float, float, float] = (0.9, 0.99, 0.999)
     normalize_gradient: bool = False
-    description: str = field(default="", compare=False)
+    description: str = ""
 
     def __eq__(self, other: object) -> bool:
         """Equal weights, and everything else but the description."""
         if not isinstance(other, Rule) or self.weights.keys() != other.weights.keys():
             return False
-        compared = [f.name for f in fields(self) if f.compare and f.name != "weights"]
-        return all(getattr(self, n) == getattr(other, n) for n in compared) and all(
-            torch.equal(w, other.weights[name]) for name, w in self.weights.items()
-        )
+        settings, others = (rule.settings() | {"description": None} for rule in (self, other))
+        return settings == others and all(torch.equal(w, other.weights[name]) for name, w in self.weights.items())
 
     def settings(self) -> dict[str, Any]:
         """Everything that it holds beside its weights."""
@@ -157,18 +155,6 @@ def normalized_gradient(g: Tensor, axes: tuple[int, ...]) -> Tensor:
     """
     g = g.float()
     return g * (g.square().mean(axes, keepdim=True) + SQUARE_FLOOR).rsqrt()
-
-
-def lerp_(stored: Tensor, target: Tensor, weight: float, index: Tensor | None, count: Tensor | None, slot: int) -> None:
-    """Move an accumulator by `weight` of the way towards float32 `target`, in place.
-
-    Without `count` as `Tensor.lerp_` does. With it `stored` is bfloat16, moves in float32 and is rounded stochastically, by the
-    `celo2.rounding.noise` of `index`, `count` and `slot`.
-    """
-    if count is None or index is None:
-        stored.lerp_(target, weight)
-    else:
-        stored.copy_(stochastic_round(stored.float().lerp_(target, weight), noise(index, count, slot)))
 
 
 def accumulate_(state: Mapping[str, Tensor], g: Tensor, rule: Rule, axes: tuple[int, int] | None) -> None:

@@ -82,10 +82,7 @@ def check_weights(weights: Mapping[str, Tensor], path: Path) -> None:
     """Raise RuleError unless names, shapes, dtypes and values are a rule's."""
     hidden = weights["b0"].shape[0] if "b0" in weights and weights["b0"].ndim == 1 else 8
     expected = weight_shapes(hidden)
-    for problem, names in (
-        ("lacks", expected.keys() - weights.keys()),
-        ("has unknown", weights.keys() - expected.keys()),
-    ):
+    for problem, names in (("lacks", expected.keys() - weights.keys()), ("has unknown", weights.keys() - expected.keys())):
         if names:
             raise RuleError(f"{path}: {problem} weight {', '.join(sorted(map(str, names)))}")
     for name, weight in weights.items():
@@ -107,7 +104,7 @@ def check_description(rule: Rule, path: Path) -> None:
         ("factored_decays", rule.factored_decays, 3),
     ):
         if len(values) != count or not all(0 <= value < 1 for value in values):
-            raise RuleError(f"{path}: {name} must be {count} in [0, 1), not {values}")
+            raise RuleError(f"{path}: {name} is {values}, expected {count} decays in [0, 1)")
     if not isinstance(rule.normalize_gradient, bool):
         raise RuleError(f"{path}: normalize_gradient must be True or False, not {rule.normalize_gradient!r}")
 
@@ -127,22 +124,14 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict]:
     try:
         return weights, {
             "variant": metadata["variant"],
-            "momentum_decays": decays(metadata["momentum_decays"], 3),
-            "second_moment_decay": decays(f"[{metadata['second_moment_decay']}]", 1)[0],
-            "factored_decays": decays(metadata["factored_decays"], 3),
+            "momentum_decays": tuple(float(decay) for decay in json.loads(metadata["momentum_decays"])),
+            "second_moment_decay": float(metadata["second_moment_decay"]),
+            "factored_decays": tuple(float(decay) for decay in json.loads(metadata["factored_decays"])),
             "normalize_gradient": json.loads(metadata.get("normalize_gradient", "false")),
             "description": metadata.get("description", ""),
         }
     except (KeyError, ValueError, TypeError, RecursionError) as error:
-        raise RuleError(f"{path}: damaged description ({type(error).__name__}: {error})") from error
-
-
-def decays(text: str, count: int) -> tuple[float, ...]:
-    """`count` decays in [0, 1) from a JSON list."""
-    values = tuple(float(value) for value in json.loads(text))
-    if len(values) != count or not all(0 <= value < 1 for value in values):
-        raise ValueError(f"expected {count} decays in [0, 1), found {text}")
-    return values
+        raise RuleError(f"{path}: damaged description of variant or decays ({type(error).__name__}: {error})") from error
 
 
 def read_theta(path: Path) -> tuple[dict[str, Tensor], dict]:

@@ -1,7 +1,7 @@
 """The driver of a step: the ten steps of the rule in order, over batches of equal matrices.
 
 There is one way through a step. What differs between one device, replicas (DDP) and matrices that are split over ranks is handed
-in: a reduction, which completes sums (nothing, or an all-reduce), and who orthogonalizes (this rank, or the owner of each
+in: a reduction, which completes sums (nothing to do, or an all-reduce), and who orthogonalizes (this rank, or the owner of each
 matrix). The mathematics is in `celo2.blocked` (matrices) and `celo2.rule` (vectors), the communication in
 `celo2.distributed.collectives`.
 
@@ -11,9 +11,9 @@ Legend: N matrices of R rows and C columns. A batch is what is orthogonalized to
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -21,14 +21,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from celo2 import blocked
-from celo2.blocked import PLAIN, Passes
+from celo2.blocked import Passes, block_elements, factors_of, first_layer, move_means_, squares_of
 from celo2.distributed.collectives import add_up_
 from celo2.distributed.plan import Entry
 from celo2.distributed.shard import SplitMatrix
-from celo2.layout import Direction, Stack, form_of, gathered, local, part_of, scatter_, stack_of
+from celo2.layout import form_of
 from celo2.rule import RMS_EPS, SQUARE_FLOOR, Rule
-from celo2.vectors import Vector, VectorPasses, vector_of
+from celo2.stack import Direction, Stack, gathered, local, part_of, scatter_, stack_of
+from celo2.vectors import Vector, vector_of, vector_steps
 
 # Newton–Schulz takes matrices of one shape together, up to this many elements or one matrix. CPU: 64 MB in float32. Elsewhere
 # 256 MB in bfloat16: eight matrices of 2048 x 8192, whose 576 tiles of X Xᵀ (`celo2.kernels.symmetric`) keep 132
@@ -36,28 +36,17 @@ from celo2.vectors import Vector, VectorPasses, vector_of
 BATCH_ELEMENTS = {"cpu": 1 << 24}
 DEFAULT_BATCH_ELEMENTS = 1 << 27
 
-Reduce = Callable[[list[Tensor]], None]  # replaces each tensor by its sum over the ranks that hold parts of the same matrices
-
 
 def batch_elements(device: torch.device) -> int:
     """Elements that Newton–Schulz takes at once on `device`."""
     return BATCH_ELEMENTS.get(device.type, DEFAULT_BATCH_ELEMENTS)
 
 
-def nothing(sums: list[Tensor]) -> None:
+Reduce = Callable[[list[Tensor]], None]  # replaces each tensor by its sum over the ranks that hold parts of the same matrices
+
+
+def no_reduction(sums: list[Tensor]) -> None:
     """The reduction where every matrix is whole: its sums are complete."""
-
-
-@functools.cache
-def passes_for(device: torch.device) -> Passes:
-    """The Triton kernels on NVIDIA GPUs of compute capability 8.0 (the first with bfloat16 products) or more, else PLAIN."""
-    if device.type != "cuda" or torch.version.cuda is None or importlib.util.find_spec("triton") is None:
-        return PLAIN
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return PLAIN
-    from celo2.kernels.passes import TRITON
-
-    return TRITON
 
 
 @dataclass
@@ -82,8 +71,8 @@ class Item(NamedTuple):
 
 Batch = list[Item]
 # Who carries out steps 0 to 8: of whole matrices, batch by batch; of split matrices, all together.
-Whole = Callable[[list[Item], Context], Iterator[tuple[Batch, Direction]]]
-OverRanks = Callable[[list[Item], Context, dist.ProcessGroup, Reduce], list[Direction]]
+WholeDirections = Callable[[list[Item], Context], Iterator[tuple[Batch, Direction]]]
+SplitDirections = Callable[[list[Item], Context, dist.ProcessGroup, Reduce], Sequence[Direction]]
 
 
 @dataclass
@@ -95,111 +84,77 @@ class Work:
     copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (weight that is not contiguous, its copy to update)
 
     def add(
-        self,
-        entry: Entry,
-        state: Mapping[str, Tensor] | None,
-        options: Mapping[str, Any],
-        orthogonalize: bool,
-        owner: int,
+        self, entry: Entry, state: Mapping[str, Tensor] | None, options: Mapping[str, Any], orthogonalize: bool, owner: int
     ) -> None:
         """Add what is here of a parameter; `state` is None where another rank keeps it."""
         shard = entry.local_shard
         form = form_of(shard.shape, options["matrices"], shard.start, shard.stop, shard.group is None)
-        assert entry.p.grad is not None
         weight, g = local(entry.p).detach(), local(entry.p.grad).contiguous()
         w = weight.contiguous()
         if w is not weight:
             self.copies.append((weight, w))
+        here = self.whole if shard.group is None else self.split[shard.group]
         if form.by_reference:
-            item = Item(vector_of(g, w, state, form), options, orthogonalize and form.axes is not None, owner)
-            (self.whole if shard.group is None else self.split[shard.group]).append(item)
-            return
+            here.append(Item(vector_of(g, w, state, form), options, orthogonalize and form.axes is not None, owner))
         for which, regions in form.whole:
             self.whole.append(Item(stack_of(g, w, state, form.stack, which, regions), options, orthogonalize, owner))
         for n, matrix in entry.split.items():
-            assert shard.group is not None
             stack = stack_of(g, w, state, form.stack, slice(n, n + 1), form.split.get(n, ()))
-            self.split[shard.group].append(Item(stack, options, orthogonalize, split=matrix))
+            here.append(Item(stack, options, orthogonalize, split=matrix))
 
-    def update_(self, context: Context, whole: Whole, over_ranks: OverRanks) -> None:
-        """Steps 0 to 10 on everything; `whole` and `over_ranks` say who orthogonalizes whole and split matrices."""
-        for batch, direction in whole(self.whole, context):
-            finish_([batch], [direction], context, nothing)
+    def update_(self, context: Context, whole_directions: WholeDirections, split_directions: SplitDirections) -> None:
+        """Steps 0 to 10 on everything."""
+        for batch, direction in whole_directions(self.whole, context):
+            finish_([batch], [direction], context, no_reduction)
             del direction  # before the next one is made
         for group, items in self.split.items():
             reduce = functools.partial(add_up_, group=group)
-            finish_([[item] for item in items], over_ranks(items, context, group, reduce), context, reduce)
+            finish_([[item] for item in items], split_directions(items, context, group, reduce), context, reduce)
         for weight, w in self.copies:
             weight.copy_(w)
 
 
-# Only this section orders steps 0 to 7.
+# Steps 0 to 7. A part on its way through them stops at sums over what is here of it, and goes on with the complete ones.
+Steps = Generator[Tensor, Tensor, None]
 
 
-def accumulate_(parts: Sequence[MatrixPasses | VectorPasses], rule: Rule, reduce: Reduce) -> None:
-    """Steps 0 to 4: normalize and clip the gradients, move every accumulator."""
-    if rule.normalize_gradient:
-        squares = [part.gradient_squares() for part in parts]
-        reduce(squares)
-        for part, complete in zip(parts, squares, strict=True):
-            part.normalize_gradients(complete)
-    sums = [part.accumulate_(rule) for part in parts]
-    reduce(sums)
-    for part, complete in zip(parts, sums, strict=True):
-        part.move_means_(rule, complete)
+def carry_out(parts: Sequence[Steps], reduce: Reduce) -> None:
+    """Take parts through their steps side by side. They stop equally often, and one reduction completes the sums of all."""
+    sums = [next(part) for part in parts]
+    while sums:
+        reduce(sums)
+        complete, sums = sums, []
+        for part, of_part in zip(parts, complete, strict=True):
+            with suppress(StopIteration):
+                sums.append(part.send(of_part))
 
 
-def directions_(parts: Sequence[MatrixPasses | VectorPasses], outs: Sequence[Direction], rule: Rule, reduce: Reduce) -> None:
-    """Steps 0 to 7: write the direction that the MLP gives for each part into its place in `outs`."""
-    accumulate_(parts, rule, reduce)
-    sums = [part.square_sums(rule) for part in parts]
-    reduce(sums)
-    for part, complete, out in zip(parts, sums, outs, strict=True):
-        part.emit_(rule, complete, out)
+def matrix_steps(stacks: Sequence[Stack], out: Direction | None, context: Context) -> Steps:
+    """Write the directions of equal matrices, cut into the same pieces, into `out`; without it move their accumulators alone."""
+    rule, passes = context.rule, context.passes
+    together = gathered(stacks, passes.gathers) if len(stacks) > 1 else stacks[0]  # of small matrices, copies; else the means
+    inputs = [together] if passes.gathers else stacks
+    if rule.normalize_gradient:  # step 0; the passes multiply as they read
+        squares = yield torch.cat([squares_of([p.g for p in s.pieces], s.shape[0], s.row.device) for s in inputs])
+        scales = inverse_rms(squares, together, SQUARE_FLOOR).split([stack.shape[0] for stack in inputs])
+        inputs = [replace(stack, gradient_scale=scale) for stack, scale in zip(inputs, scales, strict=True)]
+    sums = yield passes.accumulate_(rule, inputs)  # steps 1 to 3
+    move_means_(rule, together, sums)  # step 4
+    if len(stacks) > 1:
+        scatter_(together, stacks)
+    if out is None:
+        return
+    factors = factors_of(together)
+    factored_sums = yield passes.factor(inputs, factors)  # for step 6
+    layer = first_layer(rule, together, sums, factored_sums)
+    passes.emit_(rule, inputs, factors, layer, pieces_of(inputs, out))  # steps 5 to 7
 
 
-class MatrixPasses:
-    """Equal matrices, cut into the same pieces, on their way through steps 0 to 7: the sums and factors between the passes.
-
-    Where the passes ask for it (`Passes.gathers`), small matrices of several parameters are copied together and back.
-    """
-
-    def __init__(self, stacks: Sequence[Stack], passes: Passes) -> None:
-        self.passes, self.sources = passes, stacks
-        self.together = gathered(stacks, passes.gathers) if len(stacks) > 1 else stacks[0]
-        self.stacks = [self.together] if passes.gathers else stacks
-
-    def gradient_squares(self) -> Tensor:
-        """For step 0: the sums of g² (N,)."""
-        return torch.cat([blocked.gradient_squares(stack) for stack in self.stacks])
-
-    def normalize_gradients(self, squares: Tensor) -> None:
-        """Step 0, from the complete sums; the passes multiply as they read."""
-        _, rows, cols = self.together.shape
-        scale = (squares / (rows * cols) + SQUARE_FLOOR).rsqrt()
-        sizes = [stack.shape[0] for stack in self.stacks]
-        self.stacks = [replace(s, scale=part) for s, part in zip(self.stacks, scale.split(sizes), strict=True)]
-
-    def accumulate_(self, rule: Rule) -> Tensor:
-        """Steps 1 to 3; -> the sums of `Passes.accumulate_`."""
-        return self.passes.accumulate_(rule, self.stacks)
-
-    def move_means_(self, rule: Rule, sums: Tensor) -> None:
-        """Step 4, from the complete sums."""
-        self.sums = sums
-        blocked.move_means_(rule, self.together, sums)
-        if len(self.sources) > 1:
-            scatter_(self.together, self.sources)
-
-    def square_sums(self, rule: Rule) -> Tensor:
-        """For step 6: the sums of the squared factored channels (N, 6)."""
-        self.factors = blocked.factors_of(self.together)
-        return self.passes.factor(self.stacks, self.factors)
-
-    def emit_(self, rule: Rule, square_sums: Tensor, out: Direction) -> None:
-        """Steps 5 to 7, from the complete sums."""
-        layer = blocked.first_layer(rule, self.together, self.sums, square_sums)
-        self.passes.emit_(rule, self.stacks, self.factors, layer, pieces_of(self.stacks, out))
+def steps_of(batch: Batch, out: Direction | None, context: Context) -> Steps:
+    """Steps 0 to 7 of a batch, not begun."""
+    if isinstance(batch[0].part, Vector):
+        return vector_steps(batch[0].part, out, context.rule)
+    return matrix_steps([item.part for item in batch if isinstance(item.part, Stack)], out, context)
 
 
 # Step 8, where every matrix is whole and nobody shares the work; otherwise see `celo2.distributed.owners`.
@@ -215,8 +170,8 @@ def direction_of(batch: Batch, context: Context) -> Tensor:
     """Steps 0 to 8 on a batch of whole matrices: their directions (N, R, C)."""
     direction, done = room_for(batch, context), 0
     for chunk in chunks(batch, context.passes):
-        n = sum(item.part.shape[0] for item in chunk)
-        directions_([passes_over(chunk, context)], [direction[done : done + n]], context.rule, nothing)
+        n = count_of(chunk)
+        carry_out([steps_of(chunk, direction[done : done + n], context)], no_reduction)
         done += n
     if not batch[0].orthogonalize:
         return direction
@@ -226,9 +181,8 @@ def direction_of(batch: Batch, context: Context) -> Tensor:
 
 def room_for(batch: Batch, context: Context) -> Tensor:
     """Room for the directions (N, R, C) of a batch."""
-    n = sum(item.part.shape[0] for item in batch)
-    dtype = context.ns_dtype if batch[0].orthogonalize else torch.float32
-    return torch.empty(n, *batch[0].part.shape[1:], dtype=dtype, device=batch[0].part.pieces[0].w.device)
+    part, dtype = batch[0].part, context.ns_dtype if batch[0].orthogonalize else torch.float32
+    return torch.empty(count_of(batch), *part.shape[1:], dtype=dtype, device=part.pieces[0].w.device)
 
 
 # Steps 9 and 10.
@@ -239,19 +193,20 @@ def finish_(batches: list[Batch], directions: Sequence[Direction], context: Cont
     norms = []
     for batch, direction in zip(batches, directions, strict=True):
         tensors = direction if isinstance(direction, list) else [direction]
-        squares = torch.zeros(sum(item.part.shape[0] for item in batch), device=context.rule.weights["b0"].device)
-        for u in tensors:
-            squares += torch.linalg.vector_norm(u, dim=(1, 2), dtype=torch.float32).square()
-        norms.append(squares)
+        norms.append(squares_of(tensors, count_of(batch), context.rule.weights["b0"].device))
     reduce(norms)
     for batch, direction, norm in zip(batches, directions, norms, strict=True):
-        stacks = [item.part for item in batch]
-        _, rows, cols = stacks[0].shape
-        scale = (norm / (rows * cols) + RMS_EPS).rsqrt()[:, None, None]
-        scales = scale.split([stack.shape[0] for stack in stacks])
-        for item, own, tensors in zip(batch, scales, pieces_of(stacks, direction), strict=True):
+        parts = [item.part for item in batch]
+        scales = inverse_rms(norm, parts[0], RMS_EPS)[:, None, None].split([part.shape[0] for part in parts])
+        for item, scale, tensors in zip(batch, scales, pieces_of(parts, direction), strict=True):
             for piece, u in zip(item.part.pieces, tensors, strict=True):
-                context.passes.apply_(piece.w, u, own, item.options)
+                context.passes.apply_(piece.w, u, scale, item.options)
+
+
+def inverse_rms(squares: Tensor, part: Stack | Vector, eps: float) -> Tensor:
+    """1 / RMS of matrices of the shape of `part`, from their sums of squares (N,)."""
+    _, rows, cols = part.shape
+    return (squares / (rows * cols) + eps).rsqrt()
 
 
 # How items become batches, and chunks of batches that the passes take at once.
@@ -265,8 +220,7 @@ def batched(items: list[Item]) -> Iterator[Batch]:
         buckets[(item.owner, *item.part.shape[1:], item.orthogonalize, alone)].append(item)
     for bucket in buckets.values():
         part = bucket[0].part
-        limit = batch_elements(part.pieces[0].w.device) // (part.shape[1] * part.shape[2])
-        yield from [bucket] if isinstance(part, Vector) else sliced(bucket, max(1, limit))
+        yield from [bucket] if isinstance(part, Vector) else sliced(bucket, batch_elements(part.row.device))
 
 
 def chunks(batch: Batch, passes: Passes) -> Iterator[Batch]:
@@ -275,15 +229,16 @@ def chunks(batch: Batch, passes: Passes) -> Iterator[Batch]:
     if len(batch) > 1 and any(len(item.part.pieces) > 1 for item in batch):
         yield from ([item] for item in batch)
     elif passes.gathers and isinstance(part, Stack):
-        yield from sliced(batch, max(1, blocked.block_elements(part.row.device) // (part.shape[1] * part.shape[2])))
+        yield from sliced(batch, block_elements(part.row.device))
     else:
         yield batch
 
 
-def sliced(items: list[Item], limit: int) -> Iterator[Batch]:
-    """The matrices of all items in order, at most `limit` of them at a time."""
+def sliced(items: list[Item], elements: int) -> Iterator[Batch]:
+    """The matrices of all items in order, at most so many elements or one matrix at a time."""
+    _, rows, cols = items[0].part.shape
+    limit = room = max(1, elements // (rows * cols))
     batch: Batch = []
-    room = limit
     for item in items:
         start, n = 0, item.part.shape[0]
         while start < n:
@@ -302,16 +257,14 @@ def sliced(items: list[Item], limit: int) -> Iterator[Batch]:
         yield batch
 
 
-def passes_over(batch: Batch, context: Context) -> MatrixPasses | VectorPasses:
-    """A batch on its way through the passes."""
-    if isinstance(batch[0].part, Vector):
-        return VectorPasses(batch[0].part)
-    return MatrixPasses([item.part for item in batch if isinstance(item.part, Stack)], context.passes)
+def count_of(batch: Batch) -> int:
+    """The number N of matrices in a batch."""
+    return sum(item.part.shape[0] for item in batch)
 
 
-def pieces_of(stacks: Sequence[Stack | Vector], direction: Direction) -> list[list[Tensor]]:
-    """The tensor of `direction` for every piece of every stack."""
+def pieces_of(parts: Sequence[Stack | Vector], direction: Direction) -> list[list[Tensor]]:
+    """The tensor of `direction` for every piece of every part."""
     if isinstance(direction, list):
         return [direction]
-    of_stacks = direction.split([stack.shape[0] for stack in stacks])
-    return [[u[:, p.rows, p.cols] for p in stack.pieces] for stack, u in zip(stacks, of_stacks, strict=True)]
+    of_parts = direction.split([part.shape[0] for part in parts])
+    return [[u[:, p.rows, p.cols] for p in part.pieces] for part, u in zip(parts, of_parts, strict=True)]

@@ -6,14 +6,15 @@ batch. They are few and small, so all channels exist at once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from celo2.layout import Direction, Form, Piece
+from celo2.layout import Form
 from celo2.rule import GRADIENT_CLIP, RMS_EPS, SQUARE_FLOOR, Rule, accumulate_, channels, mlp
+from celo2.stack import Direction, Piece
 
 
 class Vector(NamedTuple):
@@ -37,39 +38,20 @@ def vector_of(g: Tensor, w: Tensor, state: Mapping[str, Tensor] | None, form: Fo
     return Vector(form.stack, [piece], g.view(view), w.view(view), state or {}, form.axes)
 
 
-class VectorPasses:
-    """One `Vector` on its way through steps 0 to 7, with the methods of `celo2.step.MatrixPasses`."""
-
-    def __init__(self, vector: Vector) -> None:
-        self.vector = vector
-        self.last = (-1,) if vector.axes is None else (-2, -1)
-        self.numel = vector.shape[1] * vector.shape[2]
-        self.g = vector.g.float()
-
-    def gradient_squares(self) -> Tensor:
-        """For step 0: the sums of g²."""
-        return self.g.square().sum(self.last, keepdim=True)
-
-    def normalize_gradients(self, squares: Tensor) -> None:
-        """Step 0, from the complete sums."""
-        self.g = self.g * (squares / self.numel + SQUARE_FLOOR).rsqrt()
-
-    def accumulate_(self, rule: Rule) -> Tensor:
-        """Steps 1 to 4, which need no sums."""
-        self.g = self.g.clamp(-GRADIENT_CLIP, GRADIENT_CLIP)
-        accumulate_(self.vector.state, self.g, rule, self.vector.axes)
-        return self.g.new_empty(0)
-
-    def move_means_(self, rule: Rule, sums: Tensor) -> None:
-        """Nothing is left to do."""
-
-    def square_sums(self, rule: Rule) -> Tensor:
-        """Step 5, and for step 6 the sums of the squared channels (F, ...)."""
-        self.x = torch.cat(channels(self.vector.state, self.g, self.vector.w.float(), self.vector.axes))
-        return self.x.square().sum(self.last, keepdim=True)
-
-    def emit_(self, rule: Rule, square_sums: Tensor, out: Direction) -> None:
-        """Steps 6 and 7, from the complete sums."""
-        u = mlp(rule, self.x * (square_sums / self.numel + RMS_EPS).rsqrt())
-        target = out[0] if isinstance(out, list) else out
-        target.copy_(u.view(target.shape))
+def vector_steps(vector: Vector, out: Direction | None, rule: Rule) -> Generator[Tensor, Tensor, None]:
+    """Steps 0 to 7 of one `Vector`, as `celo2.step.matrix_steps` carries them out."""
+    last, numel = (-1,) if vector.axes is None else (-2, -1), vector.shape[1] * vector.shape[2]
+    g = vector.g.float()
+    if rule.normalize_gradient:
+        squares = yield g.square().sum(last, keepdim=True)
+        g = g * (squares / numel + SQUARE_FLOOR).rsqrt()
+    g = g.clamp(-GRADIENT_CLIP, GRADIENT_CLIP)
+    accumulate_(vector.state, g, rule, vector.axes)
+    yield g.new_empty(0)  # step 4 needs no sums
+    if out is None:
+        return
+    x = torch.cat(channels(vector.state, g, vector.w.float(), vector.axes))  # (F, ...)
+    squares = yield x.square().sum(last, keepdim=True)
+    u = mlp(rule, x * (squares / numel + RMS_EPS).rsqrt())
+    target = out[0] if isinstance(out, list) else out
+    target.copy_(u.view(target.shape))

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from celo2.distributed.shard import SplitMatrix
+from celo2.stack import Region
 
 
 def gather_objects(value: Any, group: dist.ProcessGroup) -> list[Any]:
@@ -31,22 +32,21 @@ def add_up_(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
         t.copy_(total.view(t.shape))
 
 
-def swap(outgoing: list[Tensor], incoming: list[int], group: dist.ProcessGroup) -> list[Tensor]:
-    """Send outgoing[r] (vectors of one dtype) to rank r of `group`; -> what every rank sent here, of `incoming` elements.
+def exchange(
+    outgoing: list[list[Tensor]], expected: list[list[Region]], empty: Tensor, group: dist.ProcessGroup
+) -> list[Iterator[Tensor]]:
+    """Send the tensors outgoing[r] to rank r of `group`; -> of every rank the vectors that it sent here, those of `expected`.
 
-    Tensors are sent as bytes: not every backend knows every dtype.
+    Tensors, all of the dtype of `empty`, are sent as bytes: not every backend knows every dtype.
     """
-    size = outgoing[0].element_size()
-    send = torch.cat([t.reshape(-1) for t in outgoing])
-    received = torch.empty(sum(incoming), dtype=send.dtype, device=send.device)
-    dist.all_to_all_single(
-        received.view(torch.uint8),
-        send.view(torch.uint8),
-        [n * size for n in incoming],
-        [t.numel() * size for t in outgoing],
-        group=group,
-    )
-    return list(received.split(incoming))
+    send = torch.cat([empty, *(t.reshape(-1) for tensors in outgoing for t in tensors)])
+    sizes = [[math.prod(region.size) for region in regions] for regions in expected]
+    received = empty.new_empty(sum(map(sum, sizes)))
+    arriving = [sum(of_rank) * empty.element_size() for of_rank in sizes]
+    leaving = [sum(t.numel() for t in tensors) * empty.element_size() for tensors in outgoing]
+    dist.all_to_all_single(received.view(torch.uint8), send.view(torch.uint8), arriving, leaving, group=group)
+    by_rank = received.split([sum(of_rank) for of_rank in sizes])
+    return [iter(values.split(of_rank)) for values, of_rank in zip(by_rank, sizes, strict=True)]
 
 
 def broadcast_(tensor: Tensor, owner: int, group: dist.ProcessGroup) -> None:
@@ -90,13 +90,9 @@ def orthogonalize_split(
     owned = [m for m in matrices if m.owner == me]
     outgoing: list[list[Tensor]] = [[] for _ in range(world)]
     for matrix, parts in zip(matrices, pieces, strict=True):
-        outgoing[matrix.owner] += [part.reshape(-1) for part in parts]
-    incoming = [sum(m.elements(rank) for m in owned) for rank in range(world)]
-    received = swap(joined(outgoing, empty), incoming, group)
-    arrived = []
-    for rank, values in enumerate(received):
-        sizes = [math.prod(region.size) for m in owned for region in m.held[rank]]
-        arrived.append(iter(values.split(sizes)))
+        outgoing[matrix.owner] += parts
+    expected = [[region for m in owned for region in m.held[rank]] for rank in range(world)]
+    arrived = exchange(outgoing, expected, empty, group)
     whole = [put_together(m, arrived, empty) for m in owned]
     by_shape: dict[torch.Size, list[int]] = defaultdict(list)
     for i, u in enumerate(whole):
@@ -111,18 +107,10 @@ def orthogonalize_split(
     outgoing = [[] for _ in range(world)]
     for matrix, u in zip(owned, whole, strict=True):
         for rank, regions in enumerate(matrix.held):
-            outgoing[rank] += [u[region.rows, region.cols].reshape(-1) for region in regions]
-    incoming = [sum(m.elements(me) for m in matrices if m.owner == rank) for rank in range(world)]
-    returned = []
-    for rank, values in enumerate(swap(joined(outgoing, empty), incoming, group)):
-        sizes = [math.prod(region.size) for m in matrices if m.owner == rank for region in m.held[me]]
-        returned.append(iter(values.split(sizes)))
+            outgoing[rank] += [u[region.rows, region.cols] for region in regions]
+    expected = [[region for m in matrices if m.owner == rank for region in m.held[me]] for rank in range(world)]
+    returned = exchange(outgoing, expected, empty, group)
     return [[next(returned[m.owner]).view(part.shape) for part in parts] for m, parts in zip(matrices, pieces, strict=True)]
-
-
-def joined(parts: list[list[Tensor]], empty: Tensor) -> list[Tensor]:
-    """One vector for each list of vectors."""
-    return [torch.cat(tensors) if tensors else empty for tensors in parts]
 
 
 def put_together(matrix: SplitMatrix, arrived: Sequence[Iterator[Tensor]], empty: Tensor) -> Tensor:

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from celo2.distributed.collectives import gather_objects
 from celo2.distributed.shard import LocalShard, Ranges, ShardingError, SplitMatrix, check_cover
-from celo2.layout import Layout, Region, is_factored_over_batch, matrix_count, regions, stacked_shape
+from celo2.layout import Layout, is_factored_over_batch, matrix_count, regions, stacked_shape
 from celo2.orthogonalize import newton_schulz_flops
 from celo2.rule import Rule
+from celo2.stack import Region
 
 
 def balance(costs: Sequence[float], loads: list[float]) -> list[int]:
@@ -31,28 +32,6 @@ def balance(costs: Sequence[float], loads: list[float]) -> list[int]:
     return owners
 
 
-class Replicas:
-    """Ranks that hold the same whole parameters (DDP) and divide the work on them: every parameter has one owner.
-
-    The owner computes the direction and orthogonalizes it; the others receive it. With `shard_state` the owner alone keeps the
-    optimizer state, and the owner of an AdamW parameter sends its new weights.
-    """
-
-    def __init__(self, group: dist.ProcessGroup, shard_state: bool) -> None:
-        self.group, self.shard_state = group, shard_state
-        self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
-        self.owners: dict[Tensor, int] = {}
-        self.loads: dict[str, list[float]] = defaultdict(lambda: [0.0] * self.world)  # by update
-
-    def add(self, params: Sequence[Tensor], costs: Sequence[float], update: str) -> None:
-        """Give each of `params`, which take the same update, an owner."""
-        self.owners |= zip(params, balance(costs, self.loads[update]), strict=True)
-
-    def keeps_state(self, p: Tensor) -> bool:
-        """Whether this rank keeps the optimizer state of `p`."""
-        return not self.shard_state or self.owners[p] == self.rank
-
-
 @dataclass
 class Entry:
     """One parameter as a rank sees it, and what of it is split over ranks."""
@@ -65,26 +44,65 @@ class Entry:
     layout: Layout | None
     split: dict[int, SplitMatrix] = field(default_factory=dict)  # by the number of the matrix in the stack
 
+    @property
+    def stacked_shape(self) -> tuple[int, ...]:
+        """Its shape as the rule sees it."""
+        return stacked_shape(self.local_shard.shape, self.layout)
 
-def make_plan(entries: Sequence[Entry], recipe: str) -> None:
+    def cost(self) -> float:
+        """What a step costs its owner: the FLOPs of Newton–Schulz, or its elements, which are few beside them."""
+        count = matrix_count(self.stacked_shape)
+        if not (self.by_rule and self.orthogonalize and count):
+            return self.p.numel()
+        return count * newton_schulz_flops(*self.stacked_shape[-2:])
+
+
+class Replicas:
+    """Ranks that hold the same whole parameters (DDP) and divide the work on them: every parameter has one owner.
+
+    The owner computes the direction and orthogonalizes it; the others receive it. With `shard_state` the owner alone keeps the
+    optimizer state, and the owner of an AdamW parameter sends its new weights.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, shard_state: bool) -> None:
+        self.group, self.shard_state = group, shard_state
+        self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
+        self.owners: dict[Tensor, int] = {}
+        self.loads: dict[bool, list[float]] = defaultdict(lambda: [0.0] * self.world)  # by update
+
+    def add(self, entries: Sequence[Entry]) -> None:
+        """Give each parameter an owner, so that the work on those of the rule and on those of AdamW is balanced."""
+        for by_rule in (True, False):
+            alike = [entry for entry in entries if entry.by_rule is by_rule]
+            owners = balance([entry.cost() for entry in alike], self.loads[by_rule])
+            self.owners |= {entry.p: owner for entry, owner in zip(alike, owners, strict=True)}
+
+    def keeps_state(self, p: Tensor) -> bool:
+        """Whether this rank keeps the optimizer state of `p`."""
+        return not self.shard_state or self.owners[p] == self.rank
+
+
+def make_plan(entries: Sequence[Entry], recipe: str, replicas: Replicas | None = None) -> None:
     """Compare `entries` and `recipe`, what the optimizer computes, over the ranks of every process group among the local shards,
-    and find the split matrices of each entry and their owners.
+    and over `replicas`, and find the split matrices of each entry and their owners.
 
     Raises:
         ShardingError: on every rank alike, for ranks that disagree, elements that no rank or two ranks hold, or matrices over
             ranks whose second moment is factored over the batch.
     """
-    groups: dict[dist.ProcessGroup, list[Entry]] = {}
+    if replicas is not None:
+        gather_ranges(entries, replicas.group, recipe)
+    groups: dict[dist.ProcessGroup, list[Entry]] = defaultdict(list)
     for entry in entries:
         if entry.local_shard.group is not None:
-            groups.setdefault(entry.local_shard.group, []).append(entry)
+            groups[entry.local_shard.group].append(entry)
     for group, members in groups.items():
         ranges = gather_ranges(members, group, recipe)
         loads = [0.0] * dist.get_world_size(group)
-        split: list[SplitMatrix] = []
+        orthogonalized: list[SplitMatrix] = []
         for entry, of_ranks in zip(members, ranges, strict=True):
             check_cover(entry.local_shard.shape, of_ranks, entry.name)
-            shape = stacked_shape(entry.local_shard.shape, entry.layout)
+            shape = entry.stacked_shape
             if not entry.by_rule or len(shape) < 2:
                 continue
             if is_factored_over_batch(shape, entry.layout):
@@ -92,14 +110,13 @@ def make_plan(entries: Sequence[Entry], recipe: str) -> None:
                     f"{entry.name}, shape {shape}, is split over ranks, but its second moment is factored over a batch axis; "
                     "give its param group `matrices`"
                 )
-            of_parameter, whole = split_matrices(entry.local_shard.shape, entry.layout, of_ranks)
-            entry.split = of_parameter
+            entry.split, whole = split_matrices(entry.local_shard.shape, entry.layout, of_ranks)
             if entry.orthogonalize:
-                split += of_parameter.values()
+                orthogonalized += entry.split.values()
                 cost = newton_schulz_flops(*shape[-2:])
                 loads = [load + count * cost for load, count in zip(loads, whole, strict=True)]
-        owners = balance([newton_schulz_flops(matrix.rows, matrix.cols) for matrix in split], loads)
-        for matrix, owner in zip(split, owners, strict=True):
+        owners = balance([newton_schulz_flops(matrix.rows, matrix.cols) for matrix in orthogonalized], loads)
+        for matrix, owner in zip(orthogonalized, owners, strict=True):
             matrix.owner = owner
 
 
@@ -120,7 +137,7 @@ def split_matrices(shape: tuple[int, ...], layout: Layout | None, ranges: Ranges
     return {n: SplitMatrix(rows, cols, by_rank) for n, by_rank in held.items()}, whole
 
 
-def gather_ranges(members: list[Entry], group: dist.ProcessGroup, recipe: str) -> list[Ranges]:
+def gather_ranges(members: Sequence[Entry], group: dist.ProcessGroup, recipe: str) -> list[Ranges]:
     """The local shard (start, stop) of every parameter on every rank of `group`.
 
     Raises:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from celo2.layout import Region, is_dtensor
+from celo2.stack import Region, is_dtensor
 
 Ranges = list[tuple[int, int]]  # (start, stop) of the local shard of every rank of a process group
 
@@ -81,10 +81,6 @@ class SplitMatrix:
     cols: int
     held: list[list[Region]]  # by rank of the group
     owner: int = 0  # the rank that orthogonalizes it
-
-    def elements(self, rank: int) -> int:
-        """Elements of it on `rank`."""
-        return sum(math.prod(region.size) for region in self.held[rank])
 
 
 def check_cover(shape: tuple[int, ...], ranges: Ranges, name: str) -> None:

@@ -20,10 +20,11 @@ import triton
 from torch import Tensor
 
 from celo2 import blocked
-from celo2.blocked import N_FACTORED, N_LOCAL, Factors, FirstLayer, Passes, Piece, Stack
+from celo2.blocked import N_FACTORED, N_LOCAL, Factors, FirstLayer, Passes
 from celo2.kernels.device import accumulate_kernel, apply_kernel, emit_kernel, factor_kernel
 from celo2.kernels.symmetric import newton_schulz
 from celo2.rule import Rule
+from celo2.stack import Piece, Stack
 
 
 class Tile(NamedTuple):
@@ -41,18 +42,6 @@ TILE, EMIT_TILE = Tile(4096, 8), Tile(1024, 4)
 WIDTH = 128  # places along the minor axis: 512 contiguous bytes in float32
 
 
-def blocks(shape: Sequence[int], tile: Tile) -> tuple[int, int]:
-    """(A, B) of a tile of a piece of `shape` (N, A, B): powers of two from 16 on, not much larger than the piece."""
-    height, width = (max(16, triton.next_power_of_2(size)) for size in shape[1:])
-    width = min(WIDTH, width)
-    return min(tile.elements // width, height), width
-
-
-def grid(shape: Sequence[int], block: tuple[int, int]) -> tuple[int, int]:
-    """Tiles along A and along B of a piece of `shape` (N, A, B)."""
-    return triton.cdiv(shape[1], block[0]), triton.cdiv(shape[2], block[1])
-
-
 def view(tensor: Tensor) -> tuple[Any, ...]:
     """A tensor as the kernels take it."""
     return (tensor, *tensor.stride())
@@ -68,11 +57,32 @@ def is_transposed(tensor: Tensor) -> bool:
     return tensor.stride(2) != 1 and tensor.stride(1) == 1
 
 
-def turned(piece: Piece, transposed: bool) -> Piece:
-    """The piece as (N, A, B): as it is, or with rows and columns exchanged."""
-    if not transposed:
-        return piece
-    return Piece(piece.g.mT, piece.w.mT, piece.m.mT, piece.v.mT, piece.cols, piece.rows)
+class Cut(NamedTuple):
+    """How the kernels see the pieces of one size: as (N, A, B), with rows and columns exchanged or not, in tiles."""
+
+    transposed: bool
+    size: tuple[int, int]  # A and B
+    block: tuple[int, int]  # of a tile: powers of two from 16 on, not much larger than the piece
+    tiles: tuple[int, int]  # along A and along B
+
+    def fields(self, piece: Piece) -> list[tuple[Any, ...]]:
+        """Views of g, w, m and v."""
+        return [view(tensor.mT if self.transposed else tensor) for tensor in piece[:4]]
+
+    def along(self, by_row: Tensor, by_col: Tensor, piece: Piece) -> tuple[Tensor, Tensor]:
+        """What runs along the rows (N, ..., R) and the columns (N, ..., C) of a matrix, at the piece: along A, and along B."""
+        here = by_row[..., piece.rows], by_col[..., piece.cols]
+        return here[::-1] if self.transposed else here
+
+
+def cut_of(tensor: Tensor, tile: Tile) -> Cut:
+    """The cut of pieces that lie in memory like `tensor` (N, r, c)."""
+    transposed = is_transposed(tensor)
+    a, b = (tensor.mT if transposed else tensor).shape[1:]
+    height, width = (max(16, triton.next_power_of_2(size)) for size in (a, b))
+    width = min(WIDTH, width)
+    block = min(tile.elements // width, height), width
+    return Cut(transposed, (a, b), block, (triton.cdiv(a, block[0]), triton.cdiv(b, block[1])))
 
 
 def accumulate_(rule: Rule, stacks: Sequence[Stack], tile: Tile = TILE) -> Tensor:
@@ -83,40 +93,23 @@ def accumulate_(rule: Rule, stacks: Sequence[Stack], tile: Tile = TILE) -> Tenso
     row_sum, col_sum, local_sum = sums.split([rows, cols, N_LOCAL], 1)
     momentum_weights = tuple(1 - decay for decay in rule.momentum_decays)
     for same in zip(*(stack.pieces for stack in stacks), strict=True):
-        transposed = is_transposed(same[0].g)
-        a_sum, b_sum = (col_sum, row_sum) if transposed else (row_sum, col_sum)
-        index_strides = (1, cols) if transposed else (cols, 1)
-        first = turned(same[0], transposed)
-        (_, a, b), block = first.g.shape, blocks(first.g.shape, tile)
-        tiles_a, tiles_b = grid(first.g.shape, block)
-        by_a = sums.new_empty(total, tiles_b, a)
-        by_b = sums.new_empty(total, tiles_a, b)
+        first = same[0]
+        transposed, (a, b), block, (tiles_a, tiles_b) = cut = cut_of(first.g, tile)
+        index = first.rows.start * cols + first.cols.start, *((1, cols) if transposed else (cols, 1))
+        by_a, by_b = sums.new_empty(total, tiles_b, a), sums.new_empty(total, tiles_a, b)
         local = sums.new_empty(total, tiles_a * tiles_b, N_LOCAL)
         done = 0
         for stack, piece in zip(stacks, same, strict=True):
-            p, n = turned(piece, transposed), stack.shape[0]
-            accumulate_kernel[(n * tiles_a * tiles_b,)](
-                view(p.g),
-                view(p.w),
-                view(p.m),
-                view(p.v),
-                view_or_none(stack.count),
-                view_or_none(stack.scale),
-                by_a[done:],
-                by_b[done:],
-                local[done:],
-                a,
-                b,
-                p.rows.start * index_strides[0] + p.cols.start * index_strides[1],
-                *index_strides,
-                momentum_weights,
-                1 - rule.second_moment_decay,
-                *block,
-                num_warps=tile.warps,
-            )
+            n, fields = stack.shape[0], cut.fields(piece)
+            counts, scales = view_or_none(stack.count), view_or_none(stack.gradient_scale)
+            out = by_a[done:], by_b[done:], local[done:]
+            weights = momentum_weights, 1 - rule.second_moment_decay
+            launch = accumulate_kernel[(n * tiles_a * tiles_b,)]
+            launch(*fields, counts, scales, *out, a, b, *index, *weights, *block, num_warps=tile.warps)
             done += n
-        a_sum[:, first.rows] += by_a.sum(1)
-        b_sum[:, first.cols] += by_b.sum(1)
+        a_sum, b_sum = cut.along(row_sum, col_sum, first)
+        a_sum += by_a.sum(1)
+        b_sum += by_b.sum(1)
         local_sum += local.sum(1)
     return sums
 
@@ -126,36 +119,19 @@ def factor(stacks: Sequence[Stack], factors: Factors, tile: Tile = TILE) -> Tens
     total = len(factors.by_row)
     sums = torch.zeros(total, N_FACTORED, device=factors.by_row.device)
     for same in zip(*(stack.pieces for stack in stacks), strict=True):
-        transposed = is_transposed(same[0].g)
-        first = turned(same[0], transposed)
-        (_, a, b), block = first.g.shape, blocks(first.g.shape, tile)
-        tiles_a, tiles_b = grid(first.g.shape, block)
-        partial = sums.new_empty(total, tiles_a * tiles_b, N_FACTORED)
+        cut = cut_of(same[0].g, tile)
+        tiles = cut.tiles[0] * cut.tiles[1]
+        partial = sums.new_empty(total, tiles, N_FACTORED)
         done = 0
         for stack, piece in zip(stacks, same, strict=True):
-            p, n = turned(piece, transposed), stack.shape[0]
-            factor_a, factor_b = turned_pair(*factors, piece, transposed)
-            factor_kernel[(n * tiles_a * tiles_b,)](
-                view(p.g),
-                view(p.m),
-                view_or_none(stack.scale),
-                view(factor_a[done:]),
-                view(factor_b[done:]),
-                partial[done:],
-                a,
-                b,
-                *block,
-                num_warps=tile.warps,
-            )
-            done += n
+            g, _, m, _ = cut.fields(piece)
+            here = [view(along[done:]) for along in cut.along(*factors, piece)]
+            launch = factor_kernel[(stack.shape[0] * tiles,)]
+            scales = view_or_none(stack.gradient_scale)
+            launch(g, m, scales, *here, partial[done:], *cut.size, *cut.block, num_warps=tile.warps)
+            done += stack.shape[0]
         sums += partial.sum(1)
     return sums
-
-
-def turned_pair(by_row: Tensor, by_col: Tensor, piece: Piece, transposed: bool) -> tuple[Tensor, Tensor]:
-    """What runs along the rows and the columns of a matrix, (N, F, R) and (N, F, C), at the piece: along A, and along B."""
-    here = by_row[:, :, piece.rows], by_col[:, :, piece.cols]
-    return here[::-1] if transposed else here
 
 
 def emit_(
@@ -173,57 +149,31 @@ def emit_(
     done = 0
     for stack, targets in zip(stacks, outs, strict=True):
         for piece, out in zip(stack.pieces, targets, strict=True):
-            transposed = is_transposed(piece.g)
-            p = turned(piece, transposed)
-            block = blocks(p.g.shape, tile)
-            tiles_a, tiles_b = grid(p.g.shape, block)
-            factor_a, factor_b = turned_pair(*factors, piece, transposed)
-            share_a, share_b = turned_pair(layer.by_row, layer.by_col, piece, transposed)
-            emit_kernel[(stack.shape[0] * tiles_a * tiles_b,)](
-                view(p.g),
-                view(p.w),
-                view(p.m),
-                view(p.v),
-                view_or_none(stack.scale),
-                view(factor_a[done:]),
-                view(factor_b[done:]),
-                view(share_a[done:]),
-                view(share_b[done:]),
-                element[done:],
-                layers,
-                view(out.mT if transposed else out),
-                *p.g.shape[1:],
-                rule.hidden,
-                *block,
-                num_warps=tile.warps,
-            )
+            cut = cut_of(piece.g, tile)
+            along = (*cut.along(*factors, piece), *cut.along(layer.by_row, layer.by_col, piece))
+            here = [view(tensor[done:]) for tensor in along]
+            launch = emit_kernel[(stack.shape[0] * cut.tiles[0] * cut.tiles[1],)]
+            inputs = *cut.fields(piece), view_or_none(stack.gradient_scale), *here, element[done:], layers
+            target = view(out.mT if cut.transposed else out)
+            launch(*inputs, target, *cut.size, rule.hidden, *cut.block, num_warps=tile.warps)
         done += stack.shape[0]
 
 
-def apply_(w: Tensor, u: Tensor, scale: Tensor, options: Mapping[str, Any], tile: Tile = TILE) -> None:
-    """`celo2.blocked.apply_` on w, u (N, r, c), scale (N, 1, 1); a learning rate on the GPU stays there.
+def apply_(w: Tensor, u: Tensor, inverse_rms: Tensor, options: Mapping[str, Any], tile: Tile = TILE) -> None:
+    """`celo2.blocked.apply_` on w, u (N, r, c), inverse_rms (N, 1, 1); a learning rate on the GPU stays there.
 
     The kernel computes in float32; float64 weights take the plain path.
     """
     if w.dtype is torch.float64:
-        blocked.apply_(w, u, scale, options)
+        blocked.apply_(w, u, inverse_rms, options)
         return
     lr = options["lr"]
     on_device = isinstance(lr, Tensor) and lr.device == w.device
-    w, u = (w.mT, u.mT) if is_transposed(w) else (w, u)
-    block = blocks(w.shape, tile)
-    tiles_a, tiles_b = grid(w.shape, block)
-    apply_kernel[(len(w) * tiles_a * tiles_b,)](
-        view(w),
-        view(u),
-        scale,
-        0.0 if on_device else float(lr),
-        lr if on_device else None,
-        float(options["weight_decay"]),
-        *w.shape[1:],
-        *block,
-        num_warps=tile.warps,
-    )
+    cut = cut_of(w, tile)
+    w, u = (w.mT, u.mT) if cut.transposed else (w, u)
+    rate = (0.0, lr) if on_device else (float(lr), None)
+    launch = apply_kernel[(len(w) * cut.tiles[0] * cut.tiles[1],)]
+    launch(view(w), view(u), inverse_rms, *rate, float(options["weight_decay"]), *cut.size, *cut.block, num_warps=tile.warps)
 
 
 TRITON = Passes(accumulate_, factor, emit_, newton_schulz, apply_, gathers=False)

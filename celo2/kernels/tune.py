@@ -15,9 +15,9 @@ from collections.abc import Iterator
 import torch
 
 from celo2 import blocked, orthogonalize
-from celo2.layout import Stack, whole
 from celo2.rule import Rule
 from celo2.rule_files import load_rule
+from celo2.stack import Stack, stack_of_whole
 
 PASS_TILES = ((1024, 4), (2048, 4), (2048, 8), (4096, 8), (8192, 8))
 EMIT_TILES = ((512, 2), (512, 4), (1024, 4), (1024, 8), (2048, 8))
@@ -29,7 +29,7 @@ def random_stack(n: int, rows: int, cols: int) -> Stack:
     draw = lambda *shape: torch.randn(shape, device="cuda").square()  # noqa: E731
     short, long = sorted((rows, cols))
     fields = draw(n, rows, cols), draw(n, rows, cols), draw(n, 3, rows, cols), draw(n, rows, cols)
-    return whole(*fields, draw(n, 3, short), draw(n, 3, long))
+    return stack_of_whole(*fields, draw(n, 3, short), draw(n, 3, long))
 
 
 def pass_times(rule: Rule, stack: Stack) -> Iterator[tuple[str, object, float, str]]:

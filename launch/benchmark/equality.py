@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from celo2.layout import local
+from celo2.stack import local
 from configs.schema import Config, Distributed, Train
 from configs.schema import Optimizer as OptimizerConfig
 from launch.benchmark.traffic import Traffic

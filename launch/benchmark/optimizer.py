@@ -22,10 +22,10 @@ import torch
 
 from celo2 import Celo2
 from celo2.blocked import PLAIN
+from celo2.kernels import passes_for
 from celo2.kernels.traffic import bytes_moved
 from celo2.orthogonalize import newton_schulz_flops
 from celo2.rule import update
-from celo2.step import passes_for
 from launch.benchmark.measure import (
     TIMES,
     Column,

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel
 
 from celo2.distributed.shard import local_shard_of
-from celo2.layout import is_dtensor, local
+from celo2.stack import is_dtensor, local
 from configs.load import ConfigError
 from configs.schema import Config
 from launch.distributed.blocks import required_blocks

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from celo2 import param_groups
-from celo2.layout import local
+from celo2.stack import local
 
 SAMPLE = 1 << 16  # elements of a matrix that are compared; a copy of all weights would not fit everywhere
 

@@ -7,8 +7,8 @@ from torch import nn
 
 from celo2 import Celo2, Rule
 from celo2.blocked import PLAIN, Passes
-from celo2.layout import Stack
 from celo2.rule import weight_shapes
+from celo2.stack import Stack
 from celo2.step import Context, Item, direction_of
 
 ROOT = Path(__file__).resolve().parents[2]

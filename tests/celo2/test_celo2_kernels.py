@@ -21,8 +21,9 @@ from torch import nn
 
 from celo2 import Celo2, Rule, blocked, orthogonalize
 from celo2.kernels.traffic import bytes_moved
-from celo2.layout import Piece, Stack, regions, stacked_shape, whole
+from celo2.layout import regions, stacked_shape
 from celo2.rule import accumulator_shapes, factored_axes, update, weight_shapes
+from celo2.stack import Piece, Stack, stack_of_whole
 
 pytest.importorskip("triton", reason="Triton, which there is for Linux only, cannot be imported")
 ROOT = Path(__file__).parents[2]
@@ -73,7 +74,7 @@ def updates_equal_the_reference(device, shape, n=3, hidden=8, dtype=torch.float3
     for step in range(3 if n > 1 else 2):
         g = randn(n, *shape, seed=10 + step) * torch.tensor([1.0, 1e-6, 1e3])[:n].view(n, 1, 1)
         g = (g * randn(n, *shape, seed=20 + step).mul(2).exp() * (step > 0)).to(dtype).to(device)
-        stacks = [whole(g[a:b], w[a:b], *(s[name] for name in NAMES)) for (a, b), s in zip(cuts, fast, strict=True)]
+        stacks = [stack_of_whole(g[a:b], w[a:b], *(s[name] for name in NAMES)) for (a, b), s in zip(cuts, fast, strict=True)]
         out = torch.empty(g.shape, device=device)
         directions_(rule.to(device), stacks, out, passes.TRITON)
         expected = torch.stack(
@@ -342,7 +343,7 @@ def test_kernels_compile_for_hopper(tmp_path):
 
 def test_passes_of_the_cpu_is_plain_and_imports_no_kernel():
     program = (
-        "import sys, torch; from celo2.step import PLAIN, passes_for; assert passes_for(torch.device('cpu')) is PLAIN; "
+        "import sys, torch; from celo2.kernels import PLAIN, passes_for; assert passes_for(torch.device('cpu')) is PLAIN; "
         "assert 'celo2.kernels.passes' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=120)

@@ -260,6 +260,7 @@ def test_failed_add_param_group_leaves_the_optimizer_unchanged(name):
         ({"lr": 0.1, "eps": -1.0}, "eps"),
         ({"lr": 0.1, "state_dtype": torch.float16}, "state_dtype.*float16"),
         ({"lr": 0.1, "ns_dtype": torch.int32}, "ns_dtype.*int32"),
+        ({"lr": 0.1, "ns_dtype": torch.float8_e4m3fn}, "ns_dtype.*float8"),
         ({"lr": 0.1, "rule": "celo3"}, "celo3"),
     ],
 )

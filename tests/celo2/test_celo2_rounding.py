@@ -7,9 +7,9 @@ from torch import nn
 
 from celo2 import Celo2, Rule
 from celo2 import blocked as blocked_module
-from celo2.layout import whole
 from celo2.rounding import noise, places, stochastic_round
 from celo2.rule import accumulator_shapes, factored_axes, update, weight_shapes
+from celo2.stack import stack_of_whole
 
 FUSED = ((7, 3, 5), (1, 2, 0), (3, 5, 7))  # GPT-2's c_attn: a (7, 15) weight, inputs first, that holds three (5, 7) matrices
 
@@ -144,7 +144,7 @@ def test_blocked_equals_reference(shape, block_elements, monkeypatch):
         for state in [*states, *fast]:
             state["count"] += 1
         stacks = [
-            whole(g[a:b], w[a:b], *(state[name] for name in names), state["count"])
+            stack_of_whole(g[a:b], w[a:b], *(state[name] for name in names), state["count"])
             for (a, b), state in zip([(0, 1), (1, 3)], fast, strict=True)
         ]
         out = torch.empty_like(g)

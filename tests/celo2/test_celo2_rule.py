@@ -9,9 +9,9 @@ from optimizer_kinds import directions_
 from celo2 import Celo2, Rule, load_rule
 from celo2 import blocked as blocked_module
 from celo2.baselines import hand_momentum
-from celo2.layout import whole
 from celo2.orthogonalize import newton_schulz
 from celo2.rule import accumulator_shapes, factored_axes, normalized_gradient, update, weight_shapes
+from celo2.stack import stack_of_whole
 
 
 def random_rule(seed: int = 0, hidden: int = 8) -> Rule:
@@ -38,7 +38,8 @@ def test_blocked_equals_reference(shape, block_elements, monkeypatch):
         g = torch.randn(3, *shape, generator=generator) * torch.tensor([1e-6, 1.0, 1e3]).view(3, 1, 1)
         g *= torch.randn(3, *shape, generator=generator).mul(2).exp() * (step > 0)  # the first gradient is zero
         stacks = [
-            whole(g[a:b], w[a:b], *(state[name] for name in names)) for (a, b), state in zip([(0, 1), (1, 3)], fast, strict=True)
+            stack_of_whole(g[a:b], w[a:b], *(state[name] for name in names))
+            for (a, b), state in zip([(0, 1), (1, 3)], fast, strict=True)
         ]
         out = torch.empty_like(g)
         directions_(rule, stacks, out)

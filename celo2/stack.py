@@ -1,0 +1,135 @@
+"""What a step works on: equal matrices as views of gradient, weight and accumulators, nothing copied.
+
+`celo2.layout` says once for each parameter which regions of which matrices are on this rank. Every step makes a `Stack` of them.
+
+Legend: N matrices of R rows and C columns, K = 3 decays; n, r and c are those of a region or piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Direction = Tensor | list[Tensor]  # of whole matrices (N, R, C); of what is here of a split one, a tensor (1, r, c) a piece
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether `tensor` is a DTensor, without importing its module."""
+    return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
+
+
+def local(tensor: Any) -> Tensor:
+    """What of `tensor` is on this rank, sharing its memory: a DTensor's local shard, any other tensor itself."""
+    return tensor.to_local() if is_dtensor(tensor) else tensor
+
+
+class Region(NamedTuple):
+    """A block of a stack (N, R, C), and where its elements lie in a local shard of the flattened parameter."""
+
+    matrices: slice
+    rows: slice
+    cols: slice
+    size: tuple[int, int, int]  # (n, r, c)
+    strides: tuple[int, int, int]  # between its matrices, rows and columns
+    offset: int  # of its first element in the local shard
+
+    def of(self, shard: Tensor) -> Tensor:
+        """It (n, r, c) in the elements of the local shard, contiguous and of any shape.
+
+        The strides of `shard` say nothing: an axis of size 1 may have any and be contiguous.
+        """
+        return shard.as_strided(self.size, self.strides, shard.storage_offset() + self.offset)
+
+    def of_each(self, shards: Tensor) -> Tensor:
+        """It (n, K, r, c) in K tensors (K, E) of the local shard's elements, each contiguous."""
+        (n, *size), (by_n, *strides) = self.size, self.strides
+        offset = shards.storage_offset() + self.offset
+        return shards.as_strided((n, len(shards), *size), (by_n, shards.stride(0), *strides), offset)
+
+    def is_full(self, rows: int, cols: int) -> bool:
+        """Whether it holds whole matrices of this size."""
+        return self.size[1:] == (rows, cols)
+
+    def of_matrix(self, n: int) -> Region:
+        """The part of it in matrix `n` of the stack."""
+        offset = self.offset + (n - self.matrices.start) * self.strides[0]
+        return self._replace(matrices=slice(n, n + 1), size=(1, *self.size[1:]), offset=offset)
+
+
+class Piece(NamedTuple):
+    """A part of N equal matrices: some of their rows and columns, the same ones of every matrix."""
+
+    g: Tensor  # gradient (N, r, c), any float dtype, before clipping
+    w: Tensor  # weight (N, r, c), any float dtype
+    m: Tensor  # momenta (N, K, r, c), float32 or bfloat16
+    v: Tensor  # second moment (N, r, c), like m
+    rows: slice  # which of the R rows
+    cols: slice  # which of the C columns
+
+
+@dataclass(frozen=True)
+class Stack:
+    """N equal matrices with their accumulators: whole, or those pieces of them that are here.
+
+    `row` holds the means over the longer axis of a matrix, `col` the means over the shorter one, so that `row` runs along
+    the R rows, except where R > C: there it runs along the C columns.
+    """
+
+    shape: tuple[int, int, int]  # (N, R, C)
+    pieces: Sequence[Piece]
+    row: Tensor  # (N, K, R), or (N, K, C) where R > C, float32
+    col: Tensor  # (N, K, C), or (N, K, R) where R > C, float32
+    count: Tensor | None = None  # int32 (N,), the number of this step for each matrix; None where m and v are float32
+    gradient_scale: Tensor | None = None  # (N,), 1 / RMS of the gradient, for a rule that normalizes it
+
+
+def stack_of(
+    g: Tensor, w: Tensor, state: Mapping[str, Tensor] | None, shape: tuple[int, int, int], which: slice, regions: Sequence[Region]
+) -> Stack:
+    """The matrices `which` of the stack of `shape` (N, R, C), of which `regions` are here, in contiguous local shards g and w."""
+    n, (total, rows, cols) = which.stop - which.start, shape
+    if state is None:  # another rank keeps it: of this stack only the weights are used
+        pieces = [Piece(r.of(g), r.of(w), r.of(g), r.of(g), r.rows, r.cols) for r in regions]
+        return Stack((n, rows, cols), pieces, pieces[0].g, pieces[0].g)
+    m, v = state["momentum"].view(3, -1), state["second_moment"].view(-1)
+    pieces = [Piece(r.of(g), r.of(w), r.of_each(m), r.of(v), r.rows, r.cols) for r in regions]
+    row, col = (state[name].view(3, total, -1).transpose(0, 1)[which] for name in ("row", "col"))
+    return Stack((n, rows, cols), pieces, row, col, state["count"].expand(n) if "count" in state else None)
+
+
+def stack_of_whole(g: Tensor, w: Tensor, m: Tensor, v: Tensor, row: Tensor, col: Tensor, count: Tensor | None = None) -> Stack:
+    """Matrices that lie in one piece: g, w, v (N, R, C), m (N, K, R, C), row, col and count as in `Stack`."""
+    n, rows, cols = g.shape
+    return Stack((n, rows, cols), [Piece(g, w, m, v, slice(0, rows), slice(0, cols))], row, col, count)
+
+
+def part_of(stack: Stack, part: slice) -> Stack:
+    """The matrices `part` of a stack."""
+    _, rows, cols = stack.shape
+    pieces = [Piece(p.g[part], p.w[part], p.m[part], p.v[part], p.rows, p.cols) for p in stack.pieces]
+    count = None if stack.count is None else stack.count[part]
+    return Stack((part.stop - part.start, rows, cols), pieces, stack.row[part], stack.col[part], count)
+
+
+def gathered(stacks: Sequence[Stack], elements: bool) -> Stack:
+    """One stack of copies of stacks whose matrices lie in one piece; without `elements`, of their means alone."""
+    counts = [stack.count for stack in stacks if stack.count is not None]
+    row, col = torch.cat([stack.row for stack in stacks]), torch.cat([stack.col for stack in stacks])
+    together = Stack((len(row), *stacks[0].shape[1:]), [], row, col, torch.cat(counts) if counts else None)
+    if not elements:
+        return together
+    g, w, m, v = (torch.cat(tensors) for tensors in zip(*(stack.pieces[0][:4] for stack in stacks), strict=True))
+    return stack_of_whole(g, w, m, v, row, col, together.count)
+
+
+def scatter_(together: Stack, stacks: Sequence[Stack]) -> None:
+    """Copy accumulators that were `gathered` back to where they belong."""
+    moved = [(together.row, [s.row for s in stacks]), (together.col, [s.col for s in stacks])]
+    for piece in together.pieces:
+        moved += [(piece.m, [s.pieces[0].m for s in stacks]), (piece.v, [s.pieces[0].v for s in stacks])]
+    for new, own in moved:
+        torch._foreach_copy_(own, list(new.split([s.shape[0] for s in stacks])))
