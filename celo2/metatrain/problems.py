@@ -15,13 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from celo2.metatrain.config import Config
-from celo2.metatrain.families import Family
+from celo2.metatrain.families import Arrays, Family
 from celo2.training.schedule import cosine
 
 WARM_UP, FINAL = 0.05, 0.1  # of a cosine schedule: shares of its steps and of the peak learning rate
 EPISODE, DATA, NOISE, START = range(4)  # purposes of random numbers: no two share a stream
-
-Weights = dict[str, np.ndarray]
 
 
 def random(seed: int, purpose: int, *counters: int) -> np.random.Generator:
@@ -39,13 +37,13 @@ class Episode:
     """One inner problem: length in steps, the scale of each weight, and weights as the optimizer sees them (w / s)."""
 
     length: int
-    scale: Weights
-    weights: Weights
+    scale: Arrays
+    weights: Arrays
 
 
 def draw_episode(config: Config, family: Family, problem: int, episode: int) -> Episode:
     """The episode of (seed, problem, episode)."""
-    low, high = family.scales
+    low, high = family.options.min_scale, family.options.max_scale
     rng = random(config.run.seed, EPISODE, problem, episode)
     length = round(float(log_uniform(rng, config.inner.min_length, config.inner.max_length)))
     shared = log_uniform(rng, low, high)
@@ -86,9 +84,9 @@ class Truncation:
     rows: np.ndarray
     rate: np.ndarray
     reset_at: np.ndarray
-    fresh: Weights
-    scale_before: Weights
-    scale_after: Weights
+    fresh: Arrays
+    scale_before: Arrays
+    scale_after: Arrays
 
 
 class Problems:
@@ -143,7 +141,7 @@ class Problems:
             return [1.0] * count
         return [warm_up_and_cosine(age, length) for age in range(first, first + count)]
 
-    def restart(self, n: int, scale: Weights, weights: Weights) -> None:
+    def restart(self, n: int, scale: Arrays, weights: Arrays) -> None:
         """Problem n starts its next episode: writes its scales and weights into those of all problems (N, *shape)."""
         self.episode[n] += 1
         episode = draw_episode(self.config, self.family, int(self.number[n]), int(self.episode[n]))
@@ -152,6 +150,6 @@ class Problems:
             scale[name][n], weights[name][n] = episode.scale[name], episode.weights[name]
 
 
-def stacked(weights: list[Weights]) -> Weights:
+def stacked(weights: list[Arrays]) -> Arrays:
     """Weights of many problems (N, *shape) from one mapping each."""
     return {name: np.stack([w[name] for w in weights]) for name in weights[0]}

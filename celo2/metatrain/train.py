@@ -25,10 +25,10 @@ from safetensors.numpy import save
 
 from celo2.metatrain import pes
 from celo2.metatrain.config import FREE, Config, ConfigError, dotted
-from celo2.metatrain.engine import State, Unroll, choose_unroll, initial_state
-from celo2.metatrain.families import family_of
+from celo2.metatrain.engine import Unroll, choose_unroll
+from celo2.metatrain.families import Arrays, family_of
 from celo2.metatrain.problems import NOISE, Problems, random
-from celo2.metatrain.tasks import Images, Texts, load_data
+from celo2.metatrain.tasks import Data, load_data
 from celo2.metatrain.theta import SIZE, first_theta, free, odd_part, rule_of
 from celo2.rule import Rule
 from celo2.rule_files import save_rule
@@ -44,23 +44,15 @@ class Group:
     """The problems of one family, the weights and accumulators of their unrolls, and the engine that advances them."""
 
     problems: Problems
-    state: State
+    state: Arrays
     unroll: Unroll
 
-    def tensors(self) -> dict[str, np.ndarray]:
+    def tensors(self) -> Arrays:
         """Every array of it by name."""
-        name, problems = self.problems.family.name, self.problems
+        name, problems = self.problems.family.data.kind, self.problems
         arrays = {f"{name}.problems.{key}": getattr(problems, key) for key in POSITIONS}
         arrays |= {f"{name}.scale.{key}": x for key, x in problems.scale.items()}
         return arrays | {f"{name}.state.{key}": x for key, x in self.state.items()}
-
-    def load(self, arrays: dict[str, np.ndarray]) -> None:
-        """Continue from the arrays of `tensors`."""
-        name, problems = self.problems.family.name, self.problems
-        for key in POSITIONS:
-            setattr(problems, key, arrays[f"{name}.problems.{key}"])
-        problems.scale = {key: arrays[f"{name}.scale.{key}"] for key in problems.scale}
-        self.state = {key: arrays[f"{name}.state.{key}"] for key in self.state}
 
 
 class MetaTraining:
@@ -77,7 +69,7 @@ class MetaTraining:
         buckets: running scale of the loss differences, or None.
     """
 
-    def __init__(self, config: Config, *data: Images | Texts) -> None:
+    def __init__(self, config: Config, *data: Data) -> None:
         self.config = config
         self.iteration, self.seconds = 0, 0.0
         self.theta = torch.nn.Parameter(torch.from_numpy(first_theta(config)))
@@ -94,8 +86,7 @@ class MetaTraining:
         for found in data:
             family = family_of(config, found)
             problems = Problems(config, family, sum(len(group.problems.task) for group in self.groups))
-            state = initial_state(config.rule.variant, family, problems.first)
-            self.groups.append(Group(problems, state, choose_unroll(config)))
+            self.groups.append(Group(problems, family.initial_state(problems.first), choose_unroll(config)))
         self.task = np.repeat(np.arange(len(self.tasks)), config.tasks.problems)
         self.uniform_loss = np.concatenate([np.full(len(g.problems.task), g.problems.family.uniform_loss) for g in self.groups])
         self.xi = np.zeros((len(self.task), SIZE))
@@ -159,7 +150,8 @@ class MetaTraining:
 
     def bucket(self, problems: Problems) -> np.ndarray:
         """The bucket of each of the problems: by task, and by its scale's place between the smallest and the largest."""
-        count, (low, high) = self.config.estimator.scale_buckets, map(math.log, problems.family.scales)
+        count, options = self.config.estimator.scale_buckets, problems.family.options
+        low, high = math.log(options.min_scale), math.log(options.max_scale)
         first = self.task[problems.number] * count
         if self.config.inner.reparametrization != "global" or high == low:
             return first
@@ -175,8 +167,8 @@ class MetaTraining:
         text = f"meta-trained: {self.iteration} iterations on {data}; {start}; celo2.metatrain"
         return rule_of(self.average if config.outer.average else self.theta.detach().numpy(), config, text)
 
-    def tensors(self) -> dict[str, np.ndarray]:
-        """Every array of the meta-state by name."""
+    def tensors(self) -> Arrays:
+        """Every array of the meta-state by name; what is written into one changes the meta-state."""
         adam = {f"outer.{key}": x.numpy() for key, x in self.outer.state[self.theta].items()}
         buckets = {f"buckets.{key}": x for key, x in vars(self.buckets).items()} if self.buckets is not None else {}
         groups = {key: x for group in self.groups for key, x in group.tensors().items()}
@@ -214,15 +206,8 @@ class MetaTraining:
         if {k: x.shape for k, x in own.items()} != {k: x.shape for k, x in arrays.items()}:
             raise ConfigError(f"{path}: its arrays are not those of this configuration")
         self.iteration, self.seconds = meta["iteration"], meta["seconds"]
-        with torch.no_grad():
-            self.theta.copy_(torch.from_numpy(arrays["theta"]))
-        for key, x in self.outer.state[self.theta].items():
-            x.copy_(torch.from_numpy(arrays[f"outer.{key}"]))
-        self.average, self.xi = arrays["average"], arrays["xi"]
-        for group in self.groups:
-            group.load(arrays)
-        if self.buckets is not None:
-            self.buckets.mean_square, self.buckets.count = arrays["buckets.mean_square"], arrays["buckets.count"]
+        for key, x in own.items():
+            x[...] = arrays[key]
 
 
 def run(config: Config, show: Callable[[int, dict[str, float]], None]) -> Path:

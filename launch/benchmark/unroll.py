@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from celo2.metatrain.config import Config, Engine, Tasks
-from celo2.metatrain.tasks import CLASSES, SIDE, Images
+from celo2.metatrain.tasks import CLASSES, SIDE, Data
 from celo2.metatrain.train import MetaTraining
 from launch.benchmark.measure import TIMES, Column, Row, environment, summary, time_rounds
 
@@ -21,12 +21,13 @@ MANY = 32  # times the published unrolls
 COLUMNS = (Column("engine", "engine"), Column("unrolls", "unrolls", ",d"), *TIMES, Column("hours", "hours for all", ".2f"))
 
 
-def random_images(names: list[str]) -> Images:
+def random_images(names: list[str]) -> Data:
     """Data sets of the right form."""
     random, count = np.random.default_rng(0), EXAMPLES * len(names)
     pixels = random.standard_normal((count, SIDE * SIDE), np.float32)
     starts = np.arange(len(names)) * EXAMPLES
-    return Images(pixels, random.integers(CLASSES, size=count), starts, np.full(len(names), EXAMPLES), tuple(names))
+    labels = random.integers(CLASSES, size=count)
+    return Data("images", (pixels, labels), starts, np.full(len(names), EXAMPLES), tuple(names))
 
 
 def measure_unrolls(rounds: int, device: torch.device) -> Row:
