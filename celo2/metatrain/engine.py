@@ -166,7 +166,7 @@ class GraphUnroll:
         return results(self.unrolls, state)
 
 
-def captured(step: Callable[[], None], warm_up: int) -> torch.cuda.CUDAGraph:
+def captured(step: Callable[[], object], warm_up: int) -> torch.cuda.CUDAGraph:
     """A CUDA graph of `step`, which runs `warm_up` times before, on a stream of its own as capturing wants it."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
