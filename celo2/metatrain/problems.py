@@ -90,12 +90,13 @@ class Truncation:
 
 
 class Problems:
-    """Where every problem of a family stands.
+    """Where every problem of a family stands, and the state of its two unrolls.
 
     Attributes:
         number, task: (N,), of each problem among the problems of all families (random numbers depend on it), and its task.
         episode, age, length: (N,), its episode, the steps it has done of it, and those it has in all.
-        scale: the scales s (N, *shape) of its weights. first: their values at the start of the first episode.
+        scale: the scales s (N, *shape) of its weights.
+        state: weights and accumulators of the unrolls (U, ...), which an engine moves.
     """
 
     def __init__(self, config: Config, family: Family, first_number: int = 0) -> None:
@@ -111,7 +112,14 @@ class Problems:
         self.age = np.array([rng.integers(length) for rng, length in zip(starts, self.length, strict=True)])
         self.age *= config.inner.staggered
         self.scale = stacked([e.scale for e in episodes])
-        self.first = stacked([e.weights for e in episodes])
+        self.state = family.initial_state(stacked([e.weights for e in episodes]))
+
+    def tensors(self) -> Arrays:
+        """What a checkpoint holds of them, by name."""
+        arrays = {"problems.episode": self.episode, "problems.age": self.age, "problems.length": self.length}
+        arrays |= {f"scale.{name}": x for name, x in self.scale.items()}
+        arrays |= {f"state.{key}": x for key, x in self.state.items()}
+        return {f"{self.family.data.kind}.{key}": x for key, x in arrays.items()}
 
     def truncation(self, iteration: int) -> Truncation:
         """The next T steps; moves every problem past them."""

@@ -15,7 +15,7 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ from safetensors.numpy import save
 
 from celo2.metatrain import pes
 from celo2.metatrain.config import FREE, Config, ConfigError, dotted
-from celo2.metatrain.engine import Unroll, choose_unroll
+from celo2.metatrain.engine import choose_unroll
 from celo2.metatrain.families import Arrays, family_of
 from celo2.metatrain.problems import NOISE, Problems, random
 from celo2.metatrain.tasks import Data, load_data
@@ -36,35 +36,18 @@ from celo2.training.configuration import to_yaml
 from celo2.training.metrics import read_metrics, rewind
 
 FORMAT = "celo2-metatrain"
-POSITIONS = ("episode", "age", "length")  # what of `Problems` a checkpoint holds, beside the scales
-
-
-@dataclass
-class Group:
-    """The problems of one family, the weights and accumulators of their unrolls, and the engine that advances them."""
-
-    problems: Problems
-    state: Arrays
-    unroll: Unroll
-
-    def tensors(self) -> Arrays:
-        """Every array of it by name."""
-        name, problems = self.problems.family.data.kind, self.problems
-        arrays = {f"{name}.problems.{key}": getattr(problems, key) for key in POSITIONS}
-        arrays |= {f"{name}.scale.{key}": x for key, x in problems.scale.items()}
-        return arrays | {f"{name}.state.{key}": x for key, x in self.state.items()}
 
 
 class MetaTraining:
     """The whole meta-state, and one outer iteration.
 
-    `data`: what `load_data` returned. Problems, losses and ε are in the order of the groups.
+    `data`: what `load_data` returned. Its problems, losses and ε are in that order.
 
     Attributes:
         theta: (347,) the rule's weights, a parameter of the outer AdamW.
         average: (347,) their running mean; equal to them without averaging.
         xi: (N, 347) the sum of ε of each problem since it started.
-        groups: the problems of each family.
+        problems, unrolls: the problems of each family, and the engine that advances them.
         tasks: the names of all tasks. task, uniform_loss: of each problem (N,), its task and the loss of a uniform guess.
         buckets: running scale of the loss differences, or None.
     """
@@ -81,14 +64,14 @@ class MetaTraining:
         self.outer.state[self.theta] = {"step": torch.zeros(())} | {
             key: torch.zeros_like(self.theta) for key in ("exp_avg", "exp_avg_sq")
         }
-        self.groups: list[Group] = []
+        self.problems: list[Problems] = []
+        self.unrolls = [choose_unroll(config) for _ in data]
         self.tasks = [name for found in data for name in found.names]
         for found in data:
-            family = family_of(config, found)
-            problems = Problems(config, family, sum(len(group.problems.task) for group in self.groups))
-            self.groups.append(Group(problems, family.initial_state(problems.first), choose_unroll(config)))
+            first_number = sum(len(problems.task) for problems in self.problems)
+            self.problems.append(Problems(config, family_of(config, found), first_number))
         self.task = np.repeat(np.arange(len(self.tasks)), config.tasks.problems)
-        self.uniform_loss = np.concatenate([np.full(len(g.problems.task), g.problems.family.uniform_loss) for g in self.groups])
+        self.uniform_loss = np.concatenate([np.full(len(p.task), p.family.uniform_loss) for p in self.problems])
         self.xi = np.zeros((len(self.task), SIZE))
         self.buckets = (
             pes.BucketScale(len(self.tasks) * config.estimator.scale_buckets) if config.estimator.scale_buckets else None
@@ -104,7 +87,7 @@ class MetaTraining:
         theta = self.theta.detach().numpy()
         # ε is what float32 makes of it, so that θ + ε and θ - ε lie where the estimate believes.
         epsilon = (config.estimator.sigma * free(config) * noise).astype(np.float32)
-        bucket = np.concatenate([self.bucket(group.problems) for group in self.groups])
+        bucket = np.concatenate([self.bucket(problems) for problems in self.problems])
         raw, reset_at = self.advance(pes.antithetic(theta, epsilon))
 
         finite, uniform = np.isfinite(raw), np.repeat(self.uniform_loss, 2)[:, None]
@@ -140,11 +123,10 @@ class MetaTraining:
     def advance(self, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The next truncation of every problem under θ (2N, 347): inner losses (2N, T), and where problems start again (N,)."""
         losses, resets = [], []
-        for group in self.groups:
-            problems = group.problems
+        for problems, unroll in zip(self.problems, self.unrolls, strict=True):
             truncation = problems.truncation(self.iteration)
             own = theta[2 * problems.number[0] : 2 * problems.number[-1] + 2]
-            losses.append(group.unroll(self.config, problems.family, group.state, own, truncation))
+            losses.append(unroll(self.config, problems.family, problems.state, own, truncation))
             resets.append(truncation.reset_at)
         return np.concatenate(losses), np.concatenate(resets)
 
@@ -171,9 +153,9 @@ class MetaTraining:
         """Every array of the meta-state by name; what is written into one changes the meta-state."""
         adam = {f"outer.{key}": x.numpy() for key, x in self.outer.state[self.theta].items()}
         buckets = {f"buckets.{key}": x for key, x in vars(self.buckets).items()} if self.buckets is not None else {}
-        groups = {key: x for group in self.groups for key, x in group.tensors().items()}
+        problems = {key: x for part in self.problems for key, x in part.tensors().items()}
         own = {"theta": self.theta.detach().numpy(), "average": self.average, "xi": self.xi}
-        return own | adam | buckets | groups
+        return own | adam | buckets | problems
 
     def save(self, path: Path) -> None:
         """Write the meta-state; a kill at any moment leaves the old file or the new one, whole."""

@@ -31,9 +31,9 @@ from configs.load import ConfigError, load_config
 from data import DataError
 from launch.compare.contestants import Contestant, parse_all
 from launch.compare.curves import Run, label_runs, read_run
-from launch.compare.report import write_report
+from launch.compare.report import statements, write_report
 from launch.compare.search import FACTOR, MOST_ROUNDS, Search, grid, search
-from launch.compare.summary import asked_about, summarize
+from launch.compare.summary import summarize
 from launch.compare.trials import Pool, Stopped, Trial, TrialError, judge
 from launch.monitoring.guard import STOPPED
 from launch.monitoring.metrics import read_metrics
@@ -238,12 +238,11 @@ def draw_again(path: str, out: Path | None) -> None:
 def finish(out: Path, results: dict, say: Any) -> None:
     """Write the report and say what it says."""
     page = write_report(out, results)
-    asked = asked_about(results)
-    said = [text for text, first in zip(results["sentences"], asked, strict=False) if first]
-    for line in [*said, *results["sentences"][len(asked) :], *results["caveats"]]:
+    shown, folded = statements(results)
+    for _, line in shown:
         say(line)
-    if not all(asked):
-        say(f"and {asked.count(False)} more pair{'s' * (asked.count(False) > 1)}, in the report")
+    if folded:
+        say(f"and {len(folded)} more pair{'s' * (len(folded) > 1)}, in the report")
     say(f"report: {page}")
 
 

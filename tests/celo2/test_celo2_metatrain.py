@@ -57,7 +57,7 @@ def prepared(config: Config, family, spread: float = 0.1):
     truncation = next(t for t in map(problems.truncation, range(20)) if (t.reset_at < config.inner.truncation).any())
     noise = np.random.default_rng(0).standard_normal((2 * len(problems.task), SIZE))
     theta = (theta_of(hand_momentum(config.rule.variant)) + spread * noise).astype(np.float32)
-    return truncation, family.initial_state(problems.first), theta
+    return truncation, problems.state, theta
 
 
 def image_loss(data, weights, rows):
@@ -352,7 +352,7 @@ def test_losses_that_are_not_finite_do_not_spoil_theta(loss_clip, digits):
     training = MetaTraining(small(f"estimator.loss_clip={loss_clip or 'null'} rule.init=hand-momentum"), digits)
     losses = np.ones((2 * len(training.task), training.config.inner.truncation), np.float32)
     losses[1, 3:], losses[4, :] = np.nan, np.inf
-    training.groups[0].unroll = lambda *_: losses
+    training.unrolls[0] = lambda *_: losses
     record = training.step()
     assert np.isfinite(training.theta.detach().numpy()).all()
     assert record["not_finite"] == pytest.approx((3 + 6) / 36)
@@ -366,9 +366,8 @@ def test_both_families_make_one_gradient(data):
     theta = pes.antithetic(both.theta.detach().numpy(), np.zeros((6, SIZE), np.float32))
     np.testing.assert_array_equal(both.advance(theta)[0][:6], alone.advance(theta[:6])[0])
     np.testing.assert_allclose(both.uniform_loss, np.log([10] * 3 + [128] * 3))
-    assert set(np.concatenate([both.bucket(group.problems) for group in both.groups])) <= {0, 1, 2, 3}
-    for group in both.groups:
-        group.unroll = lambda config, family, state, theta, truncation: np.full((6, config.inner.truncation), 1e9, np.float32)
+    assert set(np.concatenate([both.bucket(problems) for problems in both.problems])) <= {0, 1, 2, 3}
+    both.unrolls = [lambda *_: np.full((6, config.inner.truncation), 1e9, np.float32)] * 2
     record = both.step()
     assert record["loss/digits"] == pytest.approx(np.log(10)) and record["loss/code"] == pytest.approx(np.log(128))
     assert record["loss"] == pytest.approx(np.log(1280) / 2)
