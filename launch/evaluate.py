@@ -19,7 +19,7 @@ from launch.checkpoint.verify import CheckpointError
 from launch.command import carry_out, default_device
 from launch.run.evaluation import add_up, bytes_of_tokens, evaluation
 from launch.sample import at_least
-from models import CausalLMLoss
+from models import CausalLMLoss, choose_loss
 
 
 @torch.no_grad()

@@ -18,18 +18,16 @@ from torch import Tensor
 
 from celo2 import rule as rules
 from celo2.metatrain.config import Config, ConfigError
-from celo2.metatrain.families import Family
-from celo2.metatrain.problems import Truncation, Weights
+from celo2.metatrain.families import ADAM_BETAS, ADAM_EPS, Arrays, Family
+from celo2.metatrain.problems import Truncation
 from celo2.metatrain.theta import parts
 from celo2.orthogonalize import newton_schulz
 from celo2.rule import FIRST_LAYER, Rule
 
-ADAM_BETAS, ADAM_EPS = (0.9, 0.95), 1e-8
 PUBLISHED = Rule({})  # for its decays; its weights would be those of one rule
 WARM_UP = 3  # steps before a CUDA graph is captured: libraries allocate in their first ones
 
-State = dict[str, np.ndarray]
-Unroll = Callable[[Config, Family, State, np.ndarray, Truncation], np.ndarray]
+Unroll = Callable[[Config, Family, Arrays, np.ndarray, Truncation], np.ndarray]
 
 
 def choose_unroll(config: Config) -> Unroll:
@@ -44,29 +42,6 @@ def choose_unroll(config: Config) -> Unroll:
     except ImportError:
         raise ConfigError("engine.name=fast needs numba: pip install numba, or engine.name=plain (ten times as slow)") from None
     return compiled_unroll
-
-
-def by_adam(variant: str, family: Family, name: str) -> bool:
-    """Whether a weight takes Adam: in Celo2 biases, embeddings and a head; in Celo2-base nothing."""
-    return variant == "celo2" and name in family.boundary
-
-
-def accumulator_shapes(variant: str, family: Family, name: str) -> dict[str, tuple[int, ...]]:
-    """Accumulators of one weight of one unroll."""
-    shape = family.shapes[name]
-    if by_adam(variant, family, name):
-        return {"m": shape, "v": shape}
-    return rules.accumulator_shapes(shape, rules.factored_axes(shape) if len(shape) > 1 else None)
-
-
-def initial_state(variant: str, family: Family, weights: Weights) -> State:
-    """Both unrolls of every problem at its initial weights (N, *shape): `NAME.weight` (U, *shape), accumulators (U, ...) zero."""
-    state = {}
-    for name, w in weights.items():
-        state[f"{name}.weight"] = np.repeat(w, 2, axis=0)
-        for key, shape in accumulator_shapes(variant, family, name).items():
-            state[f"{name}.{key}"] = np.zeros((2 * len(w), *shape), np.float32)
-    return state
 
 
 @dataclass
@@ -94,13 +69,13 @@ class Unrolls:
         return [tensor for group in groups for tensor in group.values()]
 
 
-def on_device(state: State, theta: np.ndarray, truncation: Truncation, device: torch.device) -> Unrolls:
+def on_device(state: Arrays, theta: np.ndarray, truncation: Truncation, device: torch.device) -> Unrolls:
     """The unrolls of a truncation before their first step."""
 
     def put(x: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(x)).to(device, copy=True)
 
-    def twice(weights: Weights) -> dict[str, Tensor]:
+    def twice(weights: Arrays) -> dict[str, Tensor]:
         return {name: put(np.repeat(x, 2, axis=0)) for name, x in weights.items()}
 
     return Unrolls(
@@ -136,10 +111,10 @@ def advance_(config: Config, family: Family, arrays: tuple[Tensor, ...], unrolls
     for name in family.shapes:
         parameter = unrolls.parameter(name)
         g = unrolls.scale[name] * gradients[name]
-        if by_adam(config.rule.variant, family, name):
-            adam_(parameter, g, family.adam_lr * rate)
+        if name in family.by_adam:
+            adam_(parameter, g, family.options.adam_lr * rate)
         else:
-            step_(config, unrolls.networks, parameter, g, family.lr * rate)
+            step_(config, unrolls.networks, parameter, g, family.options.lr * rate)
     unrolls.t += 1
 
 
@@ -148,17 +123,17 @@ def replace_(x: Tensor, new: Tensor, where: Tensor) -> None:
     x.copy_(torch.where(where.view(-1, *[1] * (x.ndim - 1)), new, x))
 
 
-def unroll(config: Config, family: Family, state: State, theta: np.ndarray, truncation: Truncation) -> np.ndarray:
+def unroll(config: Config, family: Family, state: Arrays, theta: np.ndarray, truncation: Truncation) -> np.ndarray:
     """T steps of every unroll under its own θ (U, 347): inner losses (U, T). Moves `state` in place."""
     device = torch.device(config.engine.device)
     unrolls = on_device(state, theta, truncation, device)
-    arrays = tuple(torch.from_numpy(x).to(device) for x in family.arrays)
+    arrays = tuple(torch.from_numpy(x).to(device) for x in family.data.arrays)
     for _ in range(len(unrolls.losses)):
         advance_(config, family, arrays, unrolls)
     return results(unrolls, state)
 
 
-def results(unrolls: Unrolls, state: State) -> np.ndarray:
+def results(unrolls: Unrolls, state: Arrays) -> np.ndarray:
     """The inner losses (U, T), once `state` holds what the unrolls have come to."""
     for key, x in unrolls.live.items():
         state[key][:] = x.cpu().numpy()
@@ -176,12 +151,12 @@ class GraphUnroll:
         self.unrolls: Unrolls
         self.arrays: tuple[Tensor, ...]
 
-    def __call__(self, config: Config, family: Family, state: State, theta: np.ndarray, truncation: Truncation) -> np.ndarray:
+    def __call__(self, config: Config, family: Family, state: Arrays, theta: np.ndarray, truncation: Truncation) -> np.ndarray:
         """As `unroll`, with the same configuration and family in every call."""
         device = torch.device(config.engine.device)
         unrolls = on_device(state, theta, truncation, device)
         if self.graph is None:
-            self.arrays = tuple(torch.from_numpy(x).to(device) for x in family.arrays)
+            self.arrays = tuple(torch.from_numpy(x).to(device) for x in family.data.arrays)
             self.unrolls = on_device(state, theta, truncation, device)
             step = lambda: advance_(config, family, self.arrays, self.unrolls)  # noqa: E731
             self.graph = captured(step, min(WARM_UP, len(unrolls.losses)))
@@ -191,7 +166,7 @@ class GraphUnroll:
         return results(self.unrolls, state)
 
 
-def captured(step: Callable[[], None], warm_up: int) -> torch.cuda.CUDAGraph:
+def captured(step: Callable[[], object], warm_up: int) -> torch.cuda.CUDAGraph:
     """A CUDA graph of `step`, which runs `warm_up` times before, on a stream of its own as capturing wants it."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

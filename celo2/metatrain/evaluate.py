@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from scipy.stats import ttest_1samp
 
-from celo2.metatrain.evaluation.suite import ADAMW_LR, BASELINES, TASKS, first_lr, images_of, text_of, train
+from celo2.metatrain.evaluation.suite import ADAMW_LR, BASELINES, FIRST_LR, TASKS, USUAL_FIRST_LR, images_of, text_of, train
 from celo2.rule_files import RuleError, load_rule
 from celo2.training.configuration import ConfigError
 
@@ -107,7 +107,7 @@ def best_of(runs: Runs, task: str, optimizer: str) -> Row:
     options = runs.options
     found: dict[float, float] = {}
     while len(found) < options.trials:
-        lr = next_lr(found, first_lr(optimizer))
+        lr = next_lr(found, FIRST_LR.get(optimizer, USUAL_FIRST_LR))
         found[lr] = statistics.fmean(
             runs.loss(task, optimizer, lr, seed, options.search_steps) for seed in range(options.search_seeds)
         )

@@ -1,8 +1,8 @@
 """The two families of inner problems: networks 64-32-10 on images, and small transformers on text.
 
-A family names the weights of its network, and says how they start and how they are trained. Its loss in plain torch serves all
-unrolls at once. The transformer's weights are (out, in), as `nn.Linear` holds them, because the rule treats the two axes of a
-square matrix differently: it must meet them as in large models.
+A family names the weights of its network, and says how they start and how they are trained, with what state. Its loss in plain
+torch serves all unrolls at once. The transformer's weights are (out, in), as `nn.Linear` holds them, because the rule treats
+the two axes of a square matrix differently: it must meet them as in large models.
 
 Legend: U unrolls, B images or sequences, T positions of a sequence, D width, V vocabulary.
 """
@@ -18,14 +18,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from celo2.metatrain.config import Config
-from celo2.metatrain.tasks import CLASSES, CONTEXT, SIDE, VOCABULARY, Images, Texts
+from celo2 import rule as rules
+from celo2.metatrain.config import Config, Images, Text
+from celo2.metatrain.tasks import CLASSES, CONTEXT, SIDE, VOCABULARY, Data
 
 HIDDEN = 32  # of the image network
 WIDTH, SEQUENCES = 32, 8  # of the transformer, and of a batch
 EMBEDDING_STD = 0.02  # and of every matrix that does not write into the residual stream
 NORM_EPS = 1e-6
+ADAM_BETAS, ADAM_EPS = (0.9, 0.95), 1e-8
 
+Arrays = dict[str, np.ndarray]
 Shape = tuple[int, ...]
 Batch = tuple[Tensor, ...]
 
@@ -35,56 +38,62 @@ class Family:
     """A kind of inner problem: its network, its data, and how it is trained.
 
     Attributes:
-        name: "images" or "text".
-        data, arrays: the tasks, and the arrays of them that `losses` reads.
+        data: the tasks.
+        options: inner learning rates, and the smallest and largest s of the reparametrization.
         shapes: of each weight, by name.
-        boundary: names of the weights that take Adam in Celo2.
+        by_adam: names of the weights that take Adam: in Celo2 biases, embeddings and a head, in Celo2-base none.
         batch: examples per step.
-        lr, adam_lr: inner learning rates of the rule and of Adam.
-        scales: smallest and largest s of the reparametrization.
         uniform_loss: cross-entropy of a uniform guess.
         draw: the initial value of a weight from (random numbers, name, shape).
-        losses: mean cross-entropies (U,) of weights (U, *shape) on the `arrays`' examples (U, B), differentiable.
+        losses: mean cross-entropies (U,) of weights (U, *shape) on examples (U, B) of the data's arrays, differentiable.
     """
 
-    name: str
-    data: Images | Texts
-    arrays: tuple[np.ndarray, ...]
+    data: Data
+    options: Images | Text
     shapes: Mapping[str, Shape]
-    boundary: frozenset[str]
+    by_adam: frozenset[str]
     batch: int
-    lr: float
-    adam_lr: float
-    scales: tuple[float, float]
     uniform_loss: float
     draw: Callable[[np.random.Generator, str, Shape], np.ndarray]
     losses: Callable[[Mapping[str, Tensor], Batch, Tensor], Tensor]
 
+    def accumulator_shapes(self, name: str) -> dict[str, Shape]:
+        """Accumulators of one weight of one unroll."""
+        shape = self.shapes[name]
+        if name in self.by_adam:
+            return {"m": shape, "v": shape}
+        return rules.accumulator_shapes(shape, rules.factored_axes(shape) if len(shape) > 1 else None)
 
-def family_of(config: Config, data: Images | Texts) -> Family:
+    def initial_state(self, weights: Arrays) -> Arrays:
+        """Both unrolls of every problem at its weights (N, *shape): `NAME.weight` (U, *shape), accumulators (U, ...) zero."""
+        state = {}
+        for name, w in weights.items():
+            state[f"{name}.weight"] = np.repeat(w, 2, axis=0)
+            for key, shape in self.accumulator_shapes(name).items():
+                state[f"{name}.{key}"] = np.zeros((2 * len(w), *shape), np.float32)
+        return state
+
+
+def family_of(config: Config, data: Data) -> Family:
     """The family that learns from `data`."""
-    return image_family(config, data) if isinstance(data, Images) else text_family(config, data)
+    return image_family(config, data) if data.kind == "images" else text_family(config, data)
 
 
-def image_family(config: Config, data: Images) -> Family:
+def image_family(config: Config, data: Data) -> Family:
     """64-32-10 with ReLU and biases."""
     return Family(
-        "images",
         data,
-        arrays=(data.pixels, data.labels),
+        config.images,
         shapes={"w1": (SIDE * SIDE, HIDDEN), "b1": (HIDDEN,), "w2": (HIDDEN, CLASSES), "b2": (CLASSES,)},
-        boundary=frozenset({"b1", "b2"}),
+        by_adam=frozenset({"b1", "b2"} if config.rule.variant == "celo2" else ()),
         batch=config.images.batch_size,
-        lr=config.images.lr,
-        adam_lr=config.images.adam_lr,
-        scales=(config.images.min_scale, config.images.max_scale),
         uniform_loss=math.log(CLASSES),
         draw=draw_image_weight,
         losses=image_losses,
     )
 
 
-def text_family(config: Config, data: Texts) -> Family:
+def text_family(config: Config, data: Data) -> Family:
     """A pre-norm transformer on bytes: one head, ReLU² MLP four times as wide, RMS norms without weights, no biases."""
     block = {"q": (WIDTH, WIDTH), "k": (WIDTH, WIDTH), "v": (WIDTH, WIDTH), "o": (WIDTH, WIDTH)}
     block |= {"up": (4 * WIDTH, WIDTH), "down": (WIDTH, 4 * WIDTH)}
@@ -98,15 +107,11 @@ def text_family(config: Config, data: Texts) -> Family:
         return std * rng.standard_normal(shape)
 
     return Family(
-        "text",
         data,
-        arrays=(data.tokens,),
+        config.text,
         shapes=boundary | blocks,
-        boundary=frozenset(boundary),
+        by_adam=frozenset(boundary if config.rule.variant == "celo2" else ()),
         batch=SEQUENCES,
-        lr=config.text.lr,
-        adam_lr=config.text.adam_lr,
-        scales=(config.text.min_scale, config.text.max_scale),
         uniform_loss=math.log(VOCABULARY),
         draw=draw,
         losses=text_losses,

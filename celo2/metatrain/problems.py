@@ -15,13 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from celo2.metatrain.config import Config
-from celo2.metatrain.families import Family
+from celo2.metatrain.families import Arrays, Family
 from celo2.training.schedule import cosine
 
 WARM_UP, FINAL = 0.05, 0.1  # of a cosine schedule: shares of its steps and of the peak learning rate
 EPISODE, DATA, NOISE, START = range(4)  # purposes of random numbers: no two share a stream
-
-Weights = dict[str, np.ndarray]
 
 
 def random(seed: int, purpose: int, *counters: int) -> np.random.Generator:
@@ -39,13 +37,13 @@ class Episode:
     """One inner problem: length in steps, the scale of each weight, and weights as the optimizer sees them (w / s)."""
 
     length: int
-    scale: Weights
-    weights: Weights
+    scale: Arrays
+    weights: Arrays
 
 
 def draw_episode(config: Config, family: Family, problem: int, episode: int) -> Episode:
     """The episode of (seed, problem, episode)."""
-    low, high = family.scales
+    low, high = family.options.min_scale, family.options.max_scale
     rng = random(config.run.seed, EPISODE, problem, episode)
     length = round(float(log_uniform(rng, config.inner.min_length, config.inner.max_length)))
     shared = log_uniform(rng, low, high)
@@ -86,18 +84,19 @@ class Truncation:
     rows: np.ndarray
     rate: np.ndarray
     reset_at: np.ndarray
-    fresh: Weights
-    scale_before: Weights
-    scale_after: Weights
+    fresh: Arrays
+    scale_before: Arrays
+    scale_after: Arrays
 
 
 class Problems:
-    """Where every problem of a family stands.
+    """Where every problem of a family stands, and the state of its two unrolls.
 
     Attributes:
         number, task: (N,), of each problem among the problems of all families (random numbers depend on it), and its task.
         episode, age, length: (N,), its episode, the steps it has done of it, and those it has in all.
-        scale: the scales s (N, *shape) of its weights. first: their values at the start of the first episode.
+        scale: the scales s (N, *shape) of its weights.
+        state: weights and accumulators of the unrolls (U, ...), which an engine moves.
     """
 
     def __init__(self, config: Config, family: Family, first_number: int = 0) -> None:
@@ -113,7 +112,14 @@ class Problems:
         self.age = np.array([rng.integers(length) for rng, length in zip(starts, self.length, strict=True)])
         self.age *= config.inner.staggered
         self.scale = stacked([e.scale for e in episodes])
-        self.first = stacked([e.weights for e in episodes])
+        self.state = family.initial_state(stacked([e.weights for e in episodes]))
+
+    def tensors(self) -> Arrays:
+        """What a checkpoint holds of them, by name."""
+        arrays = {"problems.episode": self.episode, "problems.age": self.age, "problems.length": self.length}
+        arrays |= {f"scale.{name}": x for name, x in self.scale.items()}
+        arrays |= {f"state.{key}": x for key, x in self.state.items()}
+        return {f"{self.family.data.kind}.{key}": x for key, x in arrays.items()}
 
     def truncation(self, iteration: int) -> Truncation:
         """The next T steps; moves every problem past them."""
@@ -143,7 +149,7 @@ class Problems:
             return [1.0] * count
         return [warm_up_and_cosine(age, length) for age in range(first, first + count)]
 
-    def restart(self, n: int, scale: Weights, weights: Weights) -> None:
+    def restart(self, n: int, scale: Arrays, weights: Arrays) -> None:
         """Problem n starts its next episode: writes its scales and weights into those of all problems (N, *shape)."""
         self.episode[n] += 1
         episode = draw_episode(self.config, self.family, int(self.number[n]), int(self.episode[n]))
@@ -152,6 +158,6 @@ class Problems:
             scale[name][n], weights[name][n] = episode.scale[name], episode.weights[name]
 
 
-def stacked(weights: list[Weights]) -> Weights:
+def stacked(weights: list[Arrays]) -> Arrays:
     """Weights of many problems (N, *shape) from one mapping each."""
     return {name: np.stack([w[name] for w in weights]) for name in weights[0]}

@@ -29,40 +29,26 @@ HUB_IDS = {
 
 
 @dataclass(frozen=True)
-class Images:
-    """Images of all tasks, one after the other.
+class Data:
+    """The examples of all tasks of one kind, task after task.
 
     Attributes:
-        pixels: float32 (N, 64), each data set with mean 0 and standard deviation 1 over all of its pixels.
-        labels: int64 (N,), 0 to 9.
-        starts, counts: first image and number of images of each task.
+        kind: "images" or "text".
+        arrays: pixels float32 (N, 64), each data set with mean 0 and standard deviation 1 over all of its pixels, and labels
+            int64 (N,), 0 to 9; or tokens uint8 (n,), below VOCABULARY.
+        starts, counts: first example and number of examples of each task. An example of a text is a window of CONTEXT inputs
+            and their targets, named by its first byte.
         names: one per task.
     """
 
-    pixels: np.ndarray
-    labels: np.ndarray
+    kind: str
+    arrays: tuple[np.ndarray, ...]
     starts: np.ndarray
     counts: np.ndarray
     names: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Texts:
-    """Texts of all tasks, one after the other.
-
-    Attributes:
-        tokens: uint8 (n,), below VOCABULARY.
-        starts, counts: first byte of each task, and number of its windows of CONTEXT inputs and their targets.
-        names: one per task.
-    """
-
-    tokens: np.ndarray
-    starts: np.ndarray
-    counts: np.ndarray
-    names: tuple[str, ...]
-
-
-def load_data(sources: Sequence[str]) -> list[Images | Texts]:
+def load_data(sources: Sequence[str]) -> list[Data]:
     """The images of `sources`, if any, then the texts, if any.
 
     Raises:
@@ -73,7 +59,7 @@ def load_data(sources: Sequence[str]) -> list[Images | Texts]:
     return [load(found) for load, found in ((load_images, images), (load_texts, texts)) if found]
 
 
-def load_images(sources: Sequence[str]) -> Images:
+def load_images(sources: Sequence[str]) -> Data:
     """The data sets of `sources`, in their order.
 
     Raises:
@@ -92,12 +78,11 @@ def load_images(sources: Sequence[str]) -> Images:
         pixels.append(((x - x.mean()) / x.std()).astype(np.float32))
         labels.append(y.astype(np.int64))
     counts = np.array([len(x) for x in pixels])
-    return Images(
-        np.concatenate(pixels), np.concatenate(labels), np.cumsum(counts) - counts, counts, tuple(name for name, _, _ in sets)
-    )
+    arrays, names = (np.concatenate(pixels), np.concatenate(labels)), tuple(name for name, _, _ in sets)
+    return Data("images", arrays, np.cumsum(counts) - counts, counts, names)
 
 
-def load_texts(sources: Sequence[str]) -> Texts:
+def load_texts(sources: Sequence[str]) -> Data:
     """The texts of the sources `text:FILE`, in their order.
 
     Raises:
@@ -106,7 +91,7 @@ def load_texts(sources: Sequence[str]) -> Texts:
     texts = [read_tokens(source) for source in sources]
     sizes = np.array([len(tokens) for tokens in texts])
     names = tuple(Path(source.removeprefix(TEXT)).name.partition(".")[0] for source in sources)
-    return Texts(np.concatenate(texts), np.cumsum(sizes) - sizes, sizes - CONTEXT, names)
+    return Data("text", (np.concatenate(texts),), np.cumsum(sizes) - sizes, sizes - CONTEXT, names)
 
 
 def read_tokens(source: str) -> np.ndarray:

@@ -15,7 +15,7 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +25,10 @@ from safetensors.numpy import save
 
 from celo2.metatrain import pes
 from celo2.metatrain.config import FREE, Config, ConfigError, dotted
-from celo2.metatrain.engine import State, Unroll, choose_unroll, initial_state
-from celo2.metatrain.families import family_of
+from celo2.metatrain.engine import choose_unroll
+from celo2.metatrain.families import Arrays, family_of
 from celo2.metatrain.problems import NOISE, Problems, random
-from celo2.metatrain.tasks import Images, Texts, load_data
+from celo2.metatrain.tasks import Data, load_data
 from celo2.metatrain.theta import SIZE, first_theta, free, odd_part, rule_of
 from celo2.rule import Rule
 from celo2.rule_files import save_rule
@@ -36,48 +36,23 @@ from celo2.training.configuration import to_yaml
 from celo2.training.metrics import read_metrics, rewind
 
 FORMAT = "celo2-metatrain"
-POSITIONS = ("episode", "age", "length")  # what of `Problems` a checkpoint holds, beside the scales
-
-
-@dataclass
-class Group:
-    """The problems of one family, the weights and accumulators of their unrolls, and the engine that advances them."""
-
-    problems: Problems
-    state: State
-    unroll: Unroll
-
-    def tensors(self) -> dict[str, np.ndarray]:
-        """Every array of it by name."""
-        name, problems = self.problems.family.name, self.problems
-        arrays = {f"{name}.problems.{key}": getattr(problems, key) for key in POSITIONS}
-        arrays |= {f"{name}.scale.{key}": x for key, x in problems.scale.items()}
-        return arrays | {f"{name}.state.{key}": x for key, x in self.state.items()}
-
-    def load(self, arrays: dict[str, np.ndarray]) -> None:
-        """Continue from the arrays of `tensors`."""
-        name, problems = self.problems.family.name, self.problems
-        for key in POSITIONS:
-            setattr(problems, key, arrays[f"{name}.problems.{key}"])
-        problems.scale = {key: arrays[f"{name}.scale.{key}"] for key in problems.scale}
-        self.state = {key: arrays[f"{name}.state.{key}"] for key in self.state}
 
 
 class MetaTraining:
     """The whole meta-state, and one outer iteration.
 
-    `data`: what `load_data` returned. Problems, losses and ε are in the order of the groups.
+    `data`: what `load_data` returned. Its problems, losses and ε are in that order.
 
     Attributes:
         theta: (347,) the rule's weights, a parameter of the outer AdamW.
         average: (347,) their running mean; equal to them without averaging.
         xi: (N, 347) the sum of ε of each problem since it started.
-        groups: the problems of each family.
+        problems, unrolls: the problems of each family, and the engine that advances them.
         tasks: the names of all tasks. task, uniform_loss: of each problem (N,), its task and the loss of a uniform guess.
         buckets: running scale of the loss differences, or None.
     """
 
-    def __init__(self, config: Config, *data: Images | Texts) -> None:
+    def __init__(self, config: Config, *data: Data) -> None:
         self.config = config
         self.iteration, self.seconds = 0, 0.0
         self.theta = torch.nn.Parameter(torch.from_numpy(first_theta(config)))
@@ -89,15 +64,14 @@ class MetaTraining:
         self.outer.state[self.theta] = {"step": torch.zeros(())} | {
             key: torch.zeros_like(self.theta) for key in ("exp_avg", "exp_avg_sq")
         }
-        self.groups: list[Group] = []
+        self.problems: list[Problems] = []
+        self.unrolls = [choose_unroll(config) for _ in data]
         self.tasks = [name for found in data for name in found.names]
         for found in data:
-            family = family_of(config, found)
-            problems = Problems(config, family, sum(len(group.problems.task) for group in self.groups))
-            state = initial_state(config.rule.variant, family, problems.first)
-            self.groups.append(Group(problems, state, choose_unroll(config)))
+            first_number = sum(len(problems.task) for problems in self.problems)
+            self.problems.append(Problems(config, family_of(config, found), first_number))
         self.task = np.repeat(np.arange(len(self.tasks)), config.tasks.problems)
-        self.uniform_loss = np.concatenate([np.full(len(g.problems.task), g.problems.family.uniform_loss) for g in self.groups])
+        self.uniform_loss = np.concatenate([np.full(len(p.task), p.family.uniform_loss) for p in self.problems])
         self.xi = np.zeros((len(self.task), SIZE))
         self.buckets = (
             pes.BucketScale(len(self.tasks) * config.estimator.scale_buckets) if config.estimator.scale_buckets else None
@@ -113,7 +87,7 @@ class MetaTraining:
         theta = self.theta.detach().numpy()
         # ε is what float32 makes of it, so that θ + ε and θ - ε lie where the estimate believes.
         epsilon = (config.estimator.sigma * free(config) * noise).astype(np.float32)
-        bucket = np.concatenate([self.bucket(group.problems) for group in self.groups])
+        bucket = np.concatenate([self.bucket(problems) for problems in self.problems])
         raw, reset_at = self.advance(pes.antithetic(theta, epsilon))
 
         finite, uniform = np.isfinite(raw), np.repeat(self.uniform_loss, 2)[:, None]
@@ -149,17 +123,17 @@ class MetaTraining:
     def advance(self, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The next truncation of every problem under θ (2N, 347): inner losses (2N, T), and where problems start again (N,)."""
         losses, resets = [], []
-        for group in self.groups:
-            problems = group.problems
+        for problems, unroll in zip(self.problems, self.unrolls, strict=True):
             truncation = problems.truncation(self.iteration)
             own = theta[2 * problems.number[0] : 2 * problems.number[-1] + 2]
-            losses.append(group.unroll(self.config, problems.family, group.state, own, truncation))
+            losses.append(unroll(self.config, problems.family, problems.state, own, truncation))
             resets.append(truncation.reset_at)
         return np.concatenate(losses), np.concatenate(resets)
 
     def bucket(self, problems: Problems) -> np.ndarray:
         """The bucket of each of the problems: by task, and by its scale's place between the smallest and the largest."""
-        count, (low, high) = self.config.estimator.scale_buckets, map(math.log, problems.family.scales)
+        count, options = self.config.estimator.scale_buckets, problems.family.options
+        low, high = math.log(options.min_scale), math.log(options.max_scale)
         first = self.task[problems.number] * count
         if self.config.inner.reparametrization != "global" or high == low:
             return first
@@ -175,13 +149,13 @@ class MetaTraining:
         text = f"meta-trained: {self.iteration} iterations on {data}; {start}; celo2.metatrain"
         return rule_of(self.average if config.outer.average else self.theta.detach().numpy(), config, text)
 
-    def tensors(self) -> dict[str, np.ndarray]:
-        """Every array of the meta-state by name."""
+    def tensors(self) -> Arrays:
+        """Every array of the meta-state by name; what is written into one changes the meta-state."""
         adam = {f"outer.{key}": x.numpy() for key, x in self.outer.state[self.theta].items()}
         buckets = {f"buckets.{key}": x for key, x in vars(self.buckets).items()} if self.buckets is not None else {}
-        groups = {key: x for group in self.groups for key, x in group.tensors().items()}
+        problems = {key: x for part in self.problems for key, x in part.tensors().items()}
         own = {"theta": self.theta.detach().numpy(), "average": self.average, "xi": self.xi}
-        return own | adam | buckets | groups
+        return own | adam | buckets | problems
 
     def save(self, path: Path) -> None:
         """Write the meta-state; a kill at any moment leaves the old file or the new one, whole."""
@@ -214,15 +188,8 @@ class MetaTraining:
         if {k: x.shape for k, x in own.items()} != {k: x.shape for k, x in arrays.items()}:
             raise ConfigError(f"{path}: its arrays are not those of this configuration")
         self.iteration, self.seconds = meta["iteration"], meta["seconds"]
-        with torch.no_grad():
-            self.theta.copy_(torch.from_numpy(arrays["theta"]))
-        for key, x in self.outer.state[self.theta].items():
-            x.copy_(torch.from_numpy(arrays[f"outer.{key}"]))
-        self.average, self.xi = arrays["average"], arrays["xi"]
-        for group in self.groups:
-            group.load(arrays)
-        if self.buckets is not None:
-            self.buckets.mean_square, self.buckets.count = arrays["buckets.mean_square"], arrays["buckets.count"]
+        for key, x in own.items():
+            x[...] = arrays[key]
 
 
 def run(config: Config, show: Callable[[int, dict[str, float]], None]) -> Path:

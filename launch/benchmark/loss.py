@@ -5,19 +5,21 @@ Goal: no slower than the naive loss, and under a quarter of its memory.
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from launch.benchmark.measure import TIMES, Column, Row, Step, environment, peak_bytes, summary, time_rounds
+from launch.benchmark.measure import TIMES, Column, Row, Step, peak_bytes, summary, time_rounds
 from models.loss import chunk_size, chunked_cross_entropy, cross_entropy_reference
 
 # (tokens, width, vocabulary) and the dtype of the products: a micro-batch of gpt3-1.3b, and what a CPU does in a second.
 PROBLEMS = {"cuda": ((16 * 2048, 2048, 50304), torch.bfloat16), "cpu": ((2048, 256, 50257), torch.float32)}
 CHUNKS = {"cuda": (256, 512, 1024, 2048, 4096), "cpu": (64, 128, 256, 512, 1024)}
 
+ROUNDS = 7
 COLUMNS = (
     Column("loss", "loss"),
     *TIMES,
@@ -27,7 +29,7 @@ COLUMNS = (
 )
 
 
-def measure_loss(rounds: int, device: torch.device) -> Row:
+def measure(args: Namespace, device: torch.device) -> tuple[str, list[Row]]:
     """Time and peak memory of the loss and its gradients, naive and for several sizes of a chunk."""
     (tokens, width, vocabulary), dtype = PROBLEMS[device.type]
     generator = torch.Generator().manual_seed(0)
@@ -45,11 +47,11 @@ def measure_loss(rounds: int, device: torch.device) -> Row:
         name = f"chunks of {chunk}" + (" (the default)" if chunk == chunk_size(tokens) else "")
         steps[name] = partial(gradients, chunked_cross_entropy, chunk_tokens=chunk)
     rows = []
-    for name, seconds in time_rounds(steps, rounds, device).items():
+    for name, seconds in time_rounds(steps, args.rounds, device).items():
         rows.append({"loss": name, **summary(seconds), "peak_mib": peak_bytes(steps[name], device) / 2**20})
     naive = rows[0]
     for row in rows:
         row["to_naive"] = row["ms"] / naive["ms"]
         row["memory_to_naive"] = row["peak_mib"] / naive["peak_mib"]
     note = f"{tokens:,} tokens x {width} -> {vocabulary:,}, {str(dtype).removeprefix('torch.')}, forward and backward"
-    return {**environment(device, rounds), "note": note, "rows": rows}
+    return note, rows

@@ -24,6 +24,14 @@ COPIED = {"cuda": 1 << 30, "cpu": 1 << 27}  # bytes: well beyond the last cache 
 MULTIPLIED = {"cuda": 8192, "cpu": 1024}  # rows of the square matrices of the matmul rate
 
 
+def positive(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
 def available_device() -> torch.device:
     """The first GPU, or else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -119,14 +127,13 @@ def best(step: Step, device: torch.device) -> float:
     return min(time_rounds({"": step}, 5, device)[""])
 
 
-def environment(device: torch.device, rounds: int) -> Row:
-    """Where and how: machine, versions, threads, rounds."""
+def environment(device: torch.device) -> Row:
+    """Where: machine, threads, versions."""
     versions = [f"{name} {found}" for name in ("torch", "triton", "transformers") if (found := installed(name))]
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "machine": f"{chip}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "versions": ", ".join([f"Python {platform.python_version()}", *versions]),
-        "rounds": rounds,
     }
 
 

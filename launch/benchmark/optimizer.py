@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,7 @@ from celo2 import Celo2
 from celo2.blocked import PLAIN
 from celo2.kernels import passes_for
 from celo2.kernels.traffic import bytes_moved
+from celo2.metatrain.engine import captured
 from celo2.orthogonalize import newton_schulz_flops
 from celo2.rule import update
 from launch.benchmark.measure import (
@@ -32,7 +34,6 @@ from launch.benchmark.measure import (
     Rates,
     Row,
     Step,
-    environment,
     measure_rates,
     peak_bytes,
     summary,
@@ -49,6 +50,7 @@ MLP_FLOPS = 2 * 216
 SMALL = {"cpu": (4, 512), "host": (24, 16)}
 DEFAULT_SIZES = {"cpu": ("cpu",), "cuda": ("gpt3-125m", "gpt3-350m", "gpt3-1.3b")}
 
+ROUNDS = 7
 COLUMNS = (
     Column("size", "matrices of"),
     Column("optimizer", "optimizer"),
@@ -115,8 +117,10 @@ def contestants(params: list[torch.nn.Parameter], device: torch.device) -> list[
         if passes_for(device) is not PLAIN:
             found.append(celo2("bf16, without Triton", lambda: step_plainly(half)))
         found.append(celo2("reference, float32, a matrix at a time", lambda: step_by_reference(half), ns_dtype=torch.float32))
+        graphed = Celo2(params, torch.tensor(LR, device=device), ns_dtype=half.ns_dtype)
+        graphed.state = half.state
         try:
-            found.append(celo2("bf16, in a CUDA graph", captured(params, half, device)))
+            found.append(celo2("bf16, in a CUDA graph", captured(graphed.step, warm_up=1).replay))
         except RuntimeError as error:  # the other contestants can still be measured
             print(f"not captured in a CUDA graph: {error}")
     return [
@@ -139,21 +143,6 @@ def step_by_reference(optimizer: Celo2) -> None:
     for p in optimizer.param_groups[0]["params"]:
         rule = optimizer.rule.to(p.device)
         p.sub_(update(rule, optimizer.state[p], p.grad, p, orthogonalize=True), alpha=LR)
-
-
-def captured(params: list[torch.nn.Parameter], other: Celo2, device: torch.device) -> Step:
-    """The replay of a step that was captured in a CUDA graph, over the state of `other`; the learning rate is on the device."""
-    optimizer = Celo2(params, torch.tensor(LR, device=device), ns_dtype=other.ns_dtype)
-    optimizer.state = other.state
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        optimizer.step()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        optimizer.step()
-    return graph.replay
 
 
 def host_seconds(step: Step, device: torch.device) -> float:
@@ -186,8 +175,13 @@ def measure_size(size: str, rounds: int, rates: Rates, device: torch.device) -> 
     return rows
 
 
-def measure_optimizers(rounds: int, device: torch.device, sizes: list[str]) -> Row:
+def add_options(command: ArgumentParser, device: torch.device) -> None:
+    """The sizes; the default ones suit `device`."""
+    known, default = [*SMALL, *SIZES], DEFAULT_SIZES[device.type]
+    command.add_argument("--sizes", nargs="+", choices=known, default=default, metavar="SIZE", help=", ".join(known))
+
+
+def measure(args: Namespace, device: torch.device) -> tuple[str, list[Row]]:
     """The rows of every size, and the rates that their floors rest on."""
     rates = measure_rates(device)
-    rows = [row for size in sizes for row in measure_size(size, rounds, rates, device)]
-    return {**environment(device, rounds), "note": rates.describe(), "rows": rows}
+    return rates.describe(), [row for size in args.sizes for row in measure_size(size, args.rounds, rates, device)]

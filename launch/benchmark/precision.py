@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import math
 import statistics
+from argparse import Namespace
 
 import torch
 from torch import Tensor
 
 from celo2 import Celo2, param_groups
-from launch.benchmark.measure import Column, Row, environment
+from launch.benchmark.measure import Column, Row
 from models import CausalLMLoss, build_model
 
 VOCABULARY, SUCCESSORS, SEQUENCES = 512, 4, 16
 STEPS = {"cuda": 400, "cpu": 40}
 LAST = 20  # steps whose mean loss counts
 LR, ADAMW_LR = 2e-3, 1e-2  # configs/demo.yaml, whose model this is
+ROUNDS = 2
 COLUMNS = (
     Column("seed", "seed", "d"),
     Column("bf16", "loss, bf16", ".4f"),
@@ -54,13 +56,13 @@ def final_loss(seed: int, ns_dtype: torch.dtype, device: torch.device) -> float:
     return statistics.fmean(torch.stack(losses[-LAST:]).tolist())
 
 
-def measure_precision(rounds: int, device: torch.device) -> Row:
-    """A row for each of `rounds` seeds."""
+def measure(args: Namespace, device: torch.device) -> tuple[str, list[Row]]:
+    """A row for each round, a seed."""
     rows = []
-    for seed in range(rounds):
+    for seed in range(args.rounds):
         bf16, fp32 = (final_loss(seed, dtype, device) for dtype in (torch.bfloat16, torch.float32))
         rows.append({"seed": seed, "bf16": bf16, "fp32": fp32, "difference": bf16 - fp32})
     note = (
         f"gpt3-mini, {STEPS[device.type]} steps, mean of the last {LAST}; at best log {SUCCESSORS} = {math.log(SUCCESSORS):.4f}"
     )
-    return {**environment(device, rounds), "note": note, "rows": rows}
+    return note, rows

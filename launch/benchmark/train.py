@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
+from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from configs.schema import Config, Model, Optimizer, Train
 from data.batches import Batches, prefetch
 from data.shards import TokenShards
-from launch.benchmark.measure import TIMES, Column, Row, environment, peak_bytes, summary, synchronize, time_rounds
+from launch.benchmark.measure import TIMES, Column, Row, peak_bytes, positive, summary, synchronize, time_rounds
 from launch.distributed.setup import make_accelerator, make_strategy, peak
 from launch.monitoring.guard import Guard
 from launch.monitoring.step_statistics import StepStatistics
@@ -47,6 +48,7 @@ BATCHES = {
 }
 DEFAULT_SIZES = {"cpu": ("gpt3-mini",), "cuda": ("gpt3-125m", "gpt3-350m", "gpt3-1.3b")}
 
+ROUNDS = 7
 COLUMNS = (
     Column("size", "model"),
     Column("compiled", "compiled"),
@@ -172,20 +174,28 @@ def make_trainer(size: str, compiled: bool, device: torch.device, sequences: int
     return Trainer(config, batch)
 
 
-def measure_training(rounds: int, device: torch.device, sizes: list[str], sequences: int | None, profile_path: str | None) -> Row:
-    """Two rows for each size, not compiled and compiled, in turns. `profile_path`: a file for a profile of the first."""
+def add_options(command: ArgumentParser, device: torch.device) -> None:
+    """The sizes; the default ones suit `device`."""
+    known, default = list(BATCHES), DEFAULT_SIZES[device.type]
+    command.add_argument("--sizes", nargs="+", choices=known, default=default, metavar="SIZE", help=", ".join(known))
+    command.add_argument("--micro-batch-size", type=positive, metavar="N", help="sequences, instead of the usual")
+    command.add_argument("--profile", metavar="FILE", help="a file for where the time of a step goes")
+
+
+def measure(args: Namespace, device: torch.device) -> tuple[str, list[Row]]:
+    """Two rows for each size, not compiled and compiled, in turns; and a profile of the first."""
     rows = []
-    for size in sizes:
-        trainers = {compiled: make_trainer(size, compiled, device, sequences) for compiled in (False, True)}
-        seconds = time_rounds({str(compiled): trainer.step for compiled, trainer in trainers.items()}, rounds, device)
+    for size in args.sizes:
+        trainers = {compiled: make_trainer(size, compiled, device, args.micro_batch_size) for compiled in (False, True)}
+        seconds = time_rounds({str(compiled): trainer.step for compiled, trainer in trainers.items()}, args.rounds, device)
         rows += [trainer.row(seconds[str(compiled)]) for compiled, trainer in trainers.items()]
-        if profile_path is not None and size == sizes[0]:
-            Path(profile_path).write_text(profile_steps(trainers[False]), encoding="utf-8")
+        if args.profile is not None and size == args.sizes[0]:
+            Path(args.profile).write_text(profile_steps(trainers[False]), encoding="utf-8")
         for trainer in trainers.values():
             trainer.stream.close()
         del trainers, trainer  # two models of the next size would not fit beside these
-    batches = ", ".join(f"{size} {sequences or BATCHES[size].sequences} sequences" for size in sizes)
-    return {**environment(device, rounds), "note": f"one micro-batch a step: {batches}", "rows": rows}
+    batches = ", ".join(f"{size} {args.micro_batch_size or BATCHES[size].sequences} sequences" for size in args.sizes)
+    return f"one micro-batch a step: {batches}", rows
 
 
 def profile_steps(trainer: Trainer) -> str:

@@ -3,7 +3,7 @@
 contestants.py   what is compared: names, dotted paths, where their learning-rate grids begin
 search.py        the learning-rate search, as pure functions of what was tried
 trials.py        trials as ordinary runs in folders of their own, started, watched and reused
-curves.py        a finished run read from its folder; interpolation, crossings, state bytes
+curves.py        a run read from its folder: where it stands, its curves, state bytes; interpolation and crossings
 statistics.py    Student's t: intervals, paired and unpaired tests, Holm's correction
 summary.py       all numbers and sentences of the report, as one JSON object
 report.py        the page and results.json; picture.py the same as PNG

@@ -31,11 +31,10 @@ from configs.load import ConfigError, load_config
 from data import DataError
 from launch.compare.contestants import Contestant, parse_all
 from launch.compare.curves import Run, label_runs, read_run
-from launch.compare.report import write_report
+from launch.compare.report import statements, write_report
 from launch.compare.search import FACTOR, MOST_ROUNDS, Search, grid, search
-from launch.compare.summary import asked_about, summarize
-from launch.compare.trials import Pool, Stopped, Trial, TrialError, judge
-from launch.monitoring.metrics import read_metrics
+from launch.compare.summary import summarize
+from launch.compare.trials import Pool, Stopped, Trial, TrialError
 from launch.monitoring.signals import STOPPED
 from launch.run.setup import open_data
 from models import ModelError
@@ -124,8 +123,9 @@ class Comparison:
                 if chosen.lr is not None:
                     trials.append(self.trial(c, chosen.lr, chosen.adamw_lr, seed, keep=True))
         groups: dict[str, list[Run]] = {c.label: [] for c in self.contestants}
-        for trial, result in zip(trials, self.pool.run("final seeds", trials), strict=True):
-            groups[trial.label].append(read_run(trial.folder, trial.label, trial.command, result.status))
+        self.pool.run("final seeds", trials)
+        for trial in trials:
+            groups[trial.label].append(read_run(trial.folder, trial.label, trial.command))
         return groups
 
     def method(self, searches: dict[str, Search]) -> list[str]:
@@ -184,7 +184,6 @@ def compare_runs(folders: Sequence[str], out: Path, command: str) -> None:
     runs = []
     for folder in map(Path, folders):
         run = read_run(folder)
-        run.status = judge(read_metrics(folder / "metrics.jsonl"), run.config.train.steps).status
         if run.status != "diverged" and not run.validation:
             raise ConfigError(f"{folder} has no evaluation (val_loss in metrics.jsonl): nothing to compare")
         whole = folder.resolve()  # the command is typed beside train.py, which need not be here
@@ -238,12 +237,11 @@ def draw_again(path: str, out: Path | None) -> None:
 def finish(out: Path, results: dict, say: Any) -> None:
     """Write the report and say what it says."""
     page = write_report(out, results)
-    asked = asked_about(results)
-    said = [text for text, first in zip(results["sentences"], asked, strict=False) if first]
-    for line in [*said, *results["sentences"][len(asked) :], *results["caveats"]]:
+    shown, folded = statements(results)
+    for _, line in shown:
         say(line)
-    if not all(asked):
-        say(f"and {asked.count(False)} more pair{'s' * (asked.count(False) > 1)}, in the report")
+    if folded:
+        say(f"and {len(folded)} more pair{'s' * (len(folded) > 1)}, in the report")
     say(f"report: {page}")
 
 

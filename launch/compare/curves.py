@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -20,6 +21,13 @@ from launch.run.setup import build_from_config, vocabulary
 from models import ModelError, flops_per_token
 
 Curve = list[tuple[float, float]]  # (x, y), x ascending
+
+
+class Outcome(NamedTuple):
+    """Where a run stands."""
+
+    status: str  # "new", "unfinished", "finished" or "diverged"
+    loss: float = math.inf  # the last validation loss of a finished run; infinite otherwise
 
 
 @dataclass
@@ -64,7 +72,30 @@ class Run:
         return at([(0, 0), *((r["tokens"], r["step"]) for r in self.validation)], tokens)
 
 
-def read_run(folder: Path, label: str = "", command: str = "", status: str = "finished") -> Run:
+def stopped_diverged(folder: Path) -> bool:
+    """Whether train.py ended a run early because it diverged, which is then its last event."""
+    events = read_metrics(folder / "events.jsonl")
+    by_event = bool(events) and events[-1].get("reason") == "diverged"
+    return by_event or (folder / "diverged.json").exists()  # a file that launch.compare itself wrote before there were events
+
+
+def standing(folder: Path, steps: int) -> Outcome:
+    """Where a run of `steps` steps stands, from its folder."""
+    return Outcome("diverged") if stopped_diverged(folder) else judge(read_metrics(folder / "metrics.jsonl"), steps)
+
+
+def judge(records: list[dict], steps: int) -> Outcome:
+    """The outcome of a run of `steps` steps with these records: finished, unless it ends no lower than it began."""
+    last = next((r for r in reversed(records) if "val_loss" in r and r["step"] == steps), None)
+    if last is None:
+        return Outcome("unfinished")
+    first = next((r["loss"] for r in records if "loss" in r), None)
+    if last["val_loss"] is None or (first is not None and steps > 1 and last["val_loss"] >= first):
+        return Outcome("diverged")
+    return Outcome("finished", last["val_loss"])
+
+
+def read_run(folder: Path, label: str = "", command: str = "") -> Run:
     """A run from its folder; evaluations and losses that were not finite are left out.
 
     Raises:
@@ -79,6 +110,7 @@ def read_run(folder: Path, label: str = "", command: str = "", status: str = "fi
             raise ConfigError(f"{folder / 'metrics.jsonl'}, line {number}: neither a training record nor an evaluation")
     training = [r for r in records if r.get("loss") is not None]
     validation = [r for r in records if r.get("val_loss") is not None]
+    status = standing(folder, config.train.steps).status
     return Run(label, folder, config, command, training, validation, status, model_flops(folder, config), state_bytes(folder))
 
 

@@ -11,7 +11,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from launch.compare.picture import draw, draw_details
-from launch.compare.summary import asked_about
 
 HERE = Path(__file__).parent
 VENDOR = HERE / "vendor"
@@ -53,7 +52,7 @@ def render(results: Results) -> str:
         return round(100 * (loss - low) / (high - low), 2) if high > low else 50.0
 
     page = Environment(loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True, undefined=StrictUndefined)
-    page.filters |= {"f": number, "milliseconds": milliseconds, "size": size, "breakable": breakable, "place": place}
+    page.filters |= {"f": number, "milliseconds": milliseconds, "breakable": breakable, "place": place}
     page.filters["colour"] = lambda label: labels.index(label) % 8
     return page.get_template("page.html").render(
         results | {"versions": [f"{library} {version}" for library, version in results["versions"].items()]},
@@ -73,16 +72,15 @@ def render(results: Results) -> str:
 
 
 def statements(results: Results) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """Sentences with their kind: those on the pairs that are asked about and the caveats, and those on the other pairs."""
+    """Sentences with their kind: the caveats and those on pairs of the optimizer that was named first, which is the one asked
+    about; and those on the other pairs."""
     shown: list[tuple[str, str]] = []
     folded: list[tuple[str, str]] = []
-    pairs, asked = results["pairs"], asked_about(results)
-    for index, text in enumerate(results["sentences"]):
-        if index >= len(pairs):
-            shown.append(("caveat", text))
-        else:
-            (shown if asked[index] else folded).append(("claim" if pairs[index]["claim"] else "plain", text))
-    return [*shown, *(("caveat", text) for text in results["caveats"])], folded
+    first, pairs, sentences = results["optimizers"][0]["label"], results["pairs"], results["sentences"]
+    for pair, text in zip(pairs, sentences, strict=False):  # sentences on single optimizers follow
+        asked = first in (pair["a"], pair["b"])
+        (shown if asked else folded).append(("claim" if pair["claim"] else "plain", text))
+    return [*shown, *(("caveat", text) for text in [*sentences[len(pairs) :], *results["caveats"]])], folded
 
 
 def span(results: Results) -> tuple[float, float]:
@@ -108,13 +106,3 @@ def number(value: Any, spec: str, missing: str = "–") -> str:
 def milliseconds(seconds: float | None) -> str:
     """A duration of a step."""
     return "–" if seconds is None else f"{1e3 * seconds:,.1f} ms"
-
-
-def size(count: float | None) -> str:
-    """Bytes in decimal units."""
-    if count is None:
-        return "–"
-    for unit, letter in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if count >= unit:
-            return f"{count / unit:.1f} {letter}"
-    return f"{count} B"

@@ -89,12 +89,6 @@ def reach(runs: Sequence[Run], others: Sequence[Run], paired: bool, tokens: floa
     return result
 
 
-def asked_about(results: Mapping[str, Any]) -> list[bool]:
-    """Of every pair, whether the optimizer that was named first, which is the one asked about, takes part."""
-    first = results["optimizers"][0]["label"]
-    return [first in (pair["a"], pair["b"]) for pair in results["pairs"]]
-
-
 def sentence(pair: dict[str, Any], pairs: int = 1) -> str:
     """What may be said about one of so many pairs: a claim only where the corrected test carries it."""
     a, b, n = pair["a"], pair["b"], pair["n"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import math
 import os
 import shlex
 import shutil
@@ -23,7 +22,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from configs.load import ConfigError, load_config
 from configs.schema import Config
-from launch.monitoring.metrics import flat, read_metrics
+from launch.compare.curves import Outcome, standing, stopped_diverged
+from launch.monitoring.metrics import flat
 from launch.monitoring.signals import INTERRUPTED, STOPPED
 
 ROOT = Path(__file__).parents[2]
@@ -38,13 +38,6 @@ class TrialError(RuntimeError):
 
 class Stopped(Exception):
     """A signal stopped the comparison; all trials are saved."""
-
-
-class Outcome(NamedTuple):
-    """Where a trial stands."""
-
-    status: str  # "new", "unfinished", "finished" or "diverged"
-    loss: float = math.inf  # the last validation loss of a finished trial; infinite otherwise
 
 
 @dataclass(frozen=True)
@@ -82,27 +75,7 @@ def outcome(trial: Trial) -> Outcome:
             raise ConfigError(
                 f"{trial.folder} holds a run with {key}={before.get(key)}, this comparison has {now[key]}: choose another --out"
             )
-    if stopped_diverged(trial.folder):
-        return Outcome("diverged")
-    return judge(read_metrics(trial.folder / "metrics.jsonl"), int(now["train.steps"]))
-
-
-def stopped_diverged(folder: Path) -> bool:
-    """Whether train.py ended a run early because it diverged, which is then its last event."""
-    events = read_metrics(folder / "events.jsonl")
-    by_event = bool(events) and events[-1].get("reason") == "diverged"
-    return by_event or (folder / "diverged.json").exists()  # a file that launch.compare itself wrote before there were events
-
-
-def judge(records: list[dict], steps: int) -> Outcome:
-    """The outcome of a run of `steps` steps with these records: finished, unless it ends no lower than it began."""
-    last = next((r for r in reversed(records) if "val_loss" in r and r["step"] == steps), None)
-    if last is None:
-        return Outcome("unfinished")
-    first = next((r["loss"] for r in records if "loss" in r), None)
-    if last["val_loss"] is None or (first is not None and steps > 1 and last["val_loss"] >= first):
-        return Outcome("diverged")
-    return Outcome("finished", last["val_loss"])
+    return standing(trial.folder, int(now["train.steps"]))
 
 
 def visible_devices() -> list[str | None]:

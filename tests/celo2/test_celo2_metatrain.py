@@ -13,7 +13,6 @@ from celo2.baselines import hand_momentum
 from celo2.metatrain import engine as plain
 from celo2.metatrain import pes
 from celo2.metatrain.config import Config
-from celo2.metatrain.engine import initial_state
 from celo2.metatrain.families import family_of
 from celo2.metatrain.problems import Problems, draw_episode, warm_up_and_cosine
 from celo2.metatrain.tasks import load_data
@@ -58,12 +57,12 @@ def prepared(config: Config, family, spread: float = 0.1):
     truncation = next(t for t in map(problems.truncation, range(20)) if (t.reset_at < config.inner.truncation).any())
     noise = np.random.default_rng(0).standard_normal((2 * len(problems.task), SIZE))
     theta = (theta_of(hand_momentum(config.rule.variant)) + spread * noise).astype(np.float32)
-    return truncation, initial_state(config.rule.variant, family, problems.first), theta
+    return truncation, problems.state, theta
 
 
 def image_loss(data, weights, rows):
     """Of one network 64-32-10."""
-    x, y = torch.from_numpy(data.pixels[rows]), torch.from_numpy(data.labels[rows])
+    x, y = (torch.from_numpy(array[rows]) for array in data.arrays)
     return F.cross_entropy(torch.relu(x @ weights["w1"] + weights["b1"]) @ weights["w2"] + weights["b2"], y)
 
 
@@ -71,7 +70,7 @@ def text_loss(data, weights, rows):
     """Of one transformer, sequence by sequence, out of torch's own pieces."""
     losses = []
     for row in rows:
-        tokens = torch.from_numpy(data.tokens[row : row + 33].astype(np.int64))
+        tokens = torch.from_numpy(data.arrays[0][row : row + 33].astype(np.int64))
         x = F.embedding(tokens[:-1], weights["embedding"]) + weights["position"]
         for i in range(sum(name.startswith("q") for name in weights)):
             h = F.rms_norm(x, (32,), eps=1e-6)
@@ -102,17 +101,17 @@ def loop_of_one_unroll(config, family, state, theta, truncation, u):
             }
         leaves = {name: w.clone().requires_grad_() for name, w in weights.items()}
         real = {name: torch.from_numpy(scale[name][n].copy()) * w for name, w in leaves.items()}
-        loss = (image_loss if family.name == "images" else text_loss)(family.data, real, truncation.rows[n, t])
+        loss = (image_loss if family.data.kind == "images" else text_loss)(family.data, real, truncation.rows[n, t])
         loss.backward()
         losses.append(loss.item())
         for name, w in weights.items():
             g, s, rate = leaves[name].grad, zeros[name], float(truncation.rate[n, t])
-            if name in family.boundary and config.rule.variant == "celo2":
+            if name in family.by_adam:
                 s["momentum"][0].lerp_(g, 0.1)
                 s["second_moment"].lerp_(g * g, 0.05)
-                w -= rate * family.adam_lr * s["momentum"][0] / (s["second_moment"] + 1e-8).sqrt()
+                w -= rate * family.options.adam_lr * s["momentum"][0] / (s["second_moment"] + 1e-8).sqrt()
             else:
-                w -= rate * family.lr * update(rule, s, g, w, orthogonalize=config.rule.variant == "celo2")
+                w -= rate * family.options.lr * update(rule, s, g, w, orthogonalize=config.rule.variant == "celo2")
     return losses, weights
 
 
@@ -353,7 +352,7 @@ def test_losses_that_are_not_finite_do_not_spoil_theta(loss_clip, digits):
     training = MetaTraining(small(f"estimator.loss_clip={loss_clip or 'null'} rule.init=hand-momentum"), digits)
     losses = np.ones((2 * len(training.task), training.config.inner.truncation), np.float32)
     losses[1, 3:], losses[4, :] = np.nan, np.inf
-    training.groups[0].unroll = lambda *_: losses
+    training.unrolls[0] = lambda *_: losses
     record = training.step()
     assert np.isfinite(training.theta.detach().numpy()).all()
     assert record["not_finite"] == pytest.approx((3 + 6) / 36)
@@ -367,9 +366,8 @@ def test_both_families_make_one_gradient(data):
     theta = pes.antithetic(both.theta.detach().numpy(), np.zeros((6, SIZE), np.float32))
     np.testing.assert_array_equal(both.advance(theta)[0][:6], alone.advance(theta[:6])[0])
     np.testing.assert_allclose(both.uniform_loss, np.log([10] * 3 + [128] * 3))
-    assert set(np.concatenate([both.bucket(group.problems) for group in both.groups])) <= {0, 1, 2, 3}
-    for group in both.groups:
-        group.unroll = lambda config, family, state, theta, truncation: np.full((6, config.inner.truncation), 1e9, np.float32)
+    assert set(np.concatenate([both.bucket(problems) for problems in both.problems])) <= {0, 1, 2, 3}
+    both.unrolls = [lambda *_: np.full((6, config.inner.truncation), 1e9, np.float32)] * 2
     record = both.step()
     assert record["loss/digits"] == pytest.approx(np.log(10)) and record["loss/code"] == pytest.approx(np.log(128))
     assert record["loss"] == pytest.approx(np.log(1280) / 2)

@@ -179,8 +179,8 @@ def test_npz_of_images(tmp_path):
     np.savez(path, **sets, **labels)
     images = load_images([str(path), f"{path}:b"])
     assert images.names == ("a", "b", "b") and list(images.starts) == [0, 20, 40]
-    assert images.pixels[20:40].std() == pytest.approx(1, abs=1e-5)
-    np.testing.assert_array_equal(images.pixels[20:40], images.pixels[40:])
+    assert images.arrays[0][20:40].std() == pytest.approx(1, abs=1e-5)
+    np.testing.assert_array_equal(images.arrays[0][20:40], images.arrays[0][40:])
     with pytest.raises(ValueError, match="no such data set; the file holds a, b"):
         load_images([f"{path}:c"])
     np.savez(path, a_images=sets["a_images"][:, :4], a_labels=labels["a_labels"])
@@ -199,7 +199,7 @@ def test_texts_of_all_kinds(tmp_path):
     n = len(plain)
     assert texts.names == ("a", "b", "c") and list(texts.starts) == [0, n, 2 * n] and list(texts.counts) == [n - 32] * 3
     for k in range(3):
-        assert bytes(texts.tokens[k * n : (k + 1) * n]) == bytes(byte if byte < 128 else 0 for byte in plain)
+        assert bytes(texts.arrays[0][k * n : (k + 1) * n]) == bytes(byte if byte < 128 else 0 for byte in plain)
     for content, message in ((b"{}", "KeyError"), (b'{"text": "short"}', "5 bytes, expected at least 33")):
         (tmp_path / "b.jsonl").write_bytes(content)
         with pytest.raises(ValueError, match=message):
@@ -221,8 +221,8 @@ def test_images_of_the_hub_become_small_and_grey(monkeypatch):
     split = Split(img=[image.new("RGB", (32, 32), "white"), image.fromarray(half)], label=[3, 7])
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: split)
     images = load_images(["hub:cifar10"])
-    raw = images.pixels.reshape(2, 8, 8)
-    assert images.names == ("cifar10",) and list(images.labels) == [3, 7]
+    raw = images.arrays[0].reshape(2, 8, 8)
+    assert images.names == ("cifar10",) and list(images.arrays[1]) == [3, 7]
     assert np.ptp(raw[0]) == 0 and raw[0, 0, 0] > raw[1, 0, 0] > raw[1, 0, 7]
     assert np.ptp(raw[1, :, :4]) == 0 and np.ptp(raw[1, :, 4:]) == 0
 

@@ -21,7 +21,7 @@ from configs.schema import Config
 from launch.compare import __main__ as compare
 from launch.compare import trials
 from launch.compare.contestants import parse, parse_all
-from launch.compare.trials import judge, stopped_diverged
+from launch.compare.curves import judge, stopped_diverged
 from launch.monitoring.guard import STOPPED, Diverged, Guard
 from launch.monitoring.metrics import Metrics
 
@@ -210,6 +210,12 @@ def test_divergence_is_counted_and_others_go_on(start, tmp_path):
     before = len(starts(tmp_path))
     assert start("--optimizers", "adamw", "muon{lr: 1}", "--trials", "3", "--seeds", "2", "--adamw-lrs", "0.02")[0] == 0
     assert len(starts(tmp_path)) == before  # a diverged trial is done, too
+
+    sound = [str(path) for path in (tmp_path / "out" / "trials" / "adamw").glob("*_seed_[12]")]
+    (lost,) = (tmp_path / "out" / "trials").glob("muon*/lr_2_seed_0")
+    assert compare.main(["--runs", *sound, str(lost), "--out", str(tmp_path / "runs")]) == 0
+    said = json.loads((tmp_path / "runs" / "results.json").read_text())["sentences"]
+    assert any(text.startswith("muon diverged in 1 of 1 seeds") for text in said)
 
 
 def test_a_trial_that_fails_ends_it_in_one_line(start):

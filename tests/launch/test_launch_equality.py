@@ -2,13 +2,13 @@
 
 import pytest
 
-from launch.benchmark.equality import ROWS, table
+from launch.benchmark.strategies import ROWS, table
 
 
 @pytest.mark.slow  # 80 s on 2 processes; test_train_distributed.py compares results in the main suite
 @pytest.mark.parametrize("world", [2, 4])
 def test_every_strategy(world):
-    records = {(r["row"], r["processes"]): r for r in table("celo2", (1, world))}
+    records = {(r["row"], r["processes"]): r for r in table((1, world))}
     assert {row for row, _ in records} == set(ROWS)
     whole = records["ddp", 1]
     for (row, processes), record in records.items():

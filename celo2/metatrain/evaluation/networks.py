@@ -15,14 +15,11 @@ BYTES = 256
 
 
 class Network(nn.Module):
-    """What the evaluation asks of a network."""
+    """What the evaluation asks of a network: its input and output layers, which AdamW trains, and the mean loss of a batch."""
 
-    def boundary(self) -> list[nn.Module]:
-        """Input and output layers, which AdamW trains."""
-        raise NotImplementedError
+    boundary: list[nn.Module]
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
-        """The mean loss of a batch."""
         raise NotImplementedError
 
 
@@ -58,15 +55,13 @@ class Transformer(Network):
         blocks = [Block(width, heads, causal=self.is_gpt) for _ in range(layers)]
         self.blocks = nn.ModuleList(blocks)
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes, bias=False)
+        self.boundary = [self.embedding, self.position, self.head]
         for p in self.parameters():
             if p.ndim == 2:
                 nn.init.normal_(p, std=0.02 if self.is_gpt else p.shape[1] ** -0.5)
         for block in blocks:
             nn.init.normal_(block.o.weight, std=block.o.in_features**-0.5 / (2 * layers) ** 0.5)
             nn.init.normal_(block.down.weight, std=block.down.in_features**-0.5 / (2 * layers) ** 0.5)
-
-    def boundary(self) -> list[nn.Module]:
-        return [self.embedding, self.position, self.head]
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
         """Cross-entropy: bytes x, y (B, T), or patches x (B, T, pixels) and classes y (B,)."""
@@ -86,9 +81,7 @@ class Convolutional(Network):
         self.first = nn.Linear(9, channels)
         self.second, self.third = nn.Linear(9 * channels, channels), nn.Linear(9 * channels, channels)
         self.head = nn.Linear(channels, classes)
-
-    def boundary(self) -> list[nn.Module]:
-        return [self.first, self.head]
+        self.boundary = [self.first, self.head]
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
         """Cross-entropy of images x (B, 64) and classes y (B,)."""
@@ -110,9 +103,7 @@ class Autoencoder(Network):
         super().__init__()
         sizes = (64, 128, 64, 16, 64, 128, 64)
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
-
-    def boundary(self) -> list[nn.Module]:
-        return [self.layers[0], self.layers[-1]]
+        self.boundary = [self.layers[0], self.layers[-1]]
 
     def loss(self, x: Tensor, _: Tensor) -> Tensor:
         """Mean squared error of images x (B, 64)."""
@@ -130,9 +121,7 @@ class Recurrent(Network):
         self.embedding, self.head = nn.Embedding(BYTES, width), nn.Linear(width, BYTES, bias=False)
         self.inputs = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
         self.recurrent = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(2))
-
-    def boundary(self) -> list[nn.Module]:
-        return [self.embedding, self.head]
+        self.boundary = [self.embedding, self.head]
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
         """Cross-entropy of bytes x, y (B, T)."""

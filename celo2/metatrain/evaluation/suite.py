@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
-from celo2 import Celo2, Rule, load_rule
-from celo2.baselines import hand_set
+from celo2 import Celo2, load_rule
+from celo2.baselines import HAND_SET, hand_set
 from celo2.metatrain.evaluation.networks import Autoencoder, Convolutional, Network, Recurrent, Transformer
 from celo2.metatrain.problems import warm_up_and_cosine
 from celo2.metatrain.tasks import CLASSES, load_images, read_text
@@ -46,21 +47,18 @@ TASKS = {
     "autoencoder": Task(Autoencoder, "images", 64),
 }
 
+adamw = partial(torch.optim.AdamW, betas=(0.9, 0.95), eps=1e-8, weight_decay=WEIGHT_DECAY)
+OF_TORCH: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": adamw,
+    "muon": partial(torch.optim.Muon, weight_decay=WEIGHT_DECAY),
+}
+# Adam's direction has decays 0.9 and 0.95 and no bias correction; it is orthogonalized and normalized.
+BY_HAND = HAND_SET | {"adam-orthogonalized": partial(hand_set, {"scaled_momentum": (1.0,)}, "Adam's direction")}
+BASELINES = (*OF_TORCH, *BY_HAND)
 # Where the search for a learning rate starts. An update of the rules has RMS 1; Muon's singular values are 1, so that its RMS is
 # about width ** -0.5.
-RULE_LR = 2e-3
-BASELINE_LRS = {"adamw": 2e-3, "muon": 0.02}
-BASELINES = ("adamw", "muon", "hand-momentum", "hand-nesterov", "adam-orthogonalized")
-
-
-def adam_orthogonalized() -> Rule:
-    """Adam's direction (decays 0.9 and 0.95, no bias correction), to be orthogonalized and normalized."""
-    return hand_set({"scaled_momentum": (1.0,)}, "Adam's direction")
-
-
-def first_lr(optimizer: str) -> float:
-    """The learning rate that is tried first for an optimizer."""
-    return BASELINE_LRS.get(optimizer, RULE_LR)
+FIRST_LR = {"muon": 0.02}
+USUAL_FIRST_LR = 2e-3
 
 
 def build_optimizers(
@@ -70,15 +68,12 @@ def build_optimizers(
 
     A rule of Celo2-base takes every parameter. `ns_dtype` is that of the rules' Newton–Schulz; torch's Muon has bfloat16 always.
     """
-    boundary = {id(p) for module in network.boundary() for p in module.parameters()}
+    boundary = {id(p) for module in network.boundary for p in module.parameters()}
     hidden = [p for p in network.parameters() if p.ndim == 2 and id(p) not in boundary]
     rest = [p for p in network.parameters() if p.ndim != 2 or id(p) in boundary]
-    adamw = partial(torch.optim.AdamW, betas=(0.9, 0.95), eps=1e-8, weight_decay=WEIGHT_DECAY)
-    if name == "adamw":
-        return [adamw(hidden, lr=lr), adamw(rest, lr=adamw_lr)]
-    if name == "muon":
-        return [torch.optim.Muon(hidden, lr=lr, weight_decay=WEIGHT_DECAY), adamw(rest, lr=adamw_lr)]
-    rule = adam_orthogonalized() if name == "adam-orthogonalized" else load_rule(name)
+    if name in OF_TORCH:
+        return [OF_TORCH[name](hidden, lr=lr), adamw(rest, lr=adamw_lr)]
+    rule = BY_HAND[name]() if name in BY_HAND else load_rule(name)
     if rule.variant == "celo2-base":
         groups = [{"params": hidden + rest, "update": "celo2"}]
         return [Celo2(groups, lr=lr, rule=rule, orthogonalize=False, weight_decay=WEIGHT_DECAY)]
@@ -105,14 +100,9 @@ def train(
     bf16 = precision == "bf16"
     optimizers = build_optimizers(optimizer, network, lr, adamw_lr, torch.bfloat16 if bf16 else None)
     autocast = partial(torch.autocast, device, torch.bfloat16, enabled=bf16)
-    for part in optimizers:
-        for group in part.param_groups:
-            group["peak"] = group["lr"]
+    schedules = [LambdaLR(part, lambda step: warm_up_and_cosine(step, steps)) for part in optimizers]
     curve: list[float] = []
-    for step, (x, y) in enumerate(batches(task, data, "training", seed, steps, device)):
-        for part in optimizers:
-            for group in part.param_groups:
-                group["lr"] = group["peak"] * warm_up_and_cosine(step, steps)
+    for x, y in batches(task, data, "training", seed, steps, device):
         with autocast():
             loss = network.loss(x, y)
         if not loss.isfinite():
@@ -121,8 +111,9 @@ def train(
         for part in optimizers:
             part.zero_grad()
         loss.backward()
-        for part in optimizers:
+        for part, schedule in zip(optimizers, schedules, strict=True):
             part.step()
+            schedule.step()
     with torch.no_grad(), autocast():
         losses = [network.loss(x, y).item() for x, y in batches(task, data, "validation", 0, VALIDATION_BATCHES, device)]
     parts = [float(np.mean(part)) for part in np.array_split(curve, min(20, len(curve)))]
@@ -159,5 +150,6 @@ def images_of(source: str) -> Batch:
     images = load_images([source])
     if len(images.names) != 1:
         raise ConfigError(f"images {source}: {len(images.names)} data sets, expected one: {source}:{images.names[0]}")
-    order = np.random.default_rng(0).permutation(len(images.labels))
-    return torch.from_numpy(images.pixels[order]), torch.from_numpy(images.labels[order])
+    pixels, labels = images.arrays
+    order = np.random.default_rng(0).permutation(len(labels))
+    return torch.from_numpy(pixels[order]), torch.from_numpy(labels[order])

@@ -14,7 +14,7 @@ import numpy as np
 from numba import njit
 
 from celo2 import rule
-from celo2.metatrain import engine
+from celo2.metatrain import families
 from celo2.metatrain.config import HIDDEN
 from celo2.metatrain.numba_engine.products import ONE, OPTIONS, ZERO, newton_schulz_, scale_, sum_of_squares
 from celo2.metatrain.numba_engine.simd import (
@@ -65,7 +65,7 @@ EXP_COEFFICIENTS = tuple(
     np.float32(c) for c in (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
 )
 MATRIX, VECTOR, ADAM = range(3)  # what a weight takes: the rule, the rule on a vector, Adam
-ADAM_BETA1, ADAM_BETA2, ADAM_EPS = (np.float32(x) for x in (*engine.ADAM_BETAS, engine.ADAM_EPS))
+ADAM_BETA1, ADAM_BETA2, ADAM_EPS = (np.float32(x) for x in (*families.ADAM_BETAS, families.ADAM_EPS))
 
 
 @njit(**OPTIONS)

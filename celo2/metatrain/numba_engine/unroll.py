@@ -19,14 +19,13 @@ import numpy as np
 from celo2 import orthogonalize
 from celo2 import rule as rules
 from celo2.metatrain.config import Config
-from celo2.metatrain.engine import State, accumulator_shapes, by_adam
-from celo2.metatrain.families import Family
+from celo2.metatrain.families import Arrays, Family
 from celo2.metatrain.numba_engine import mlp, transformer
 from celo2.metatrain.numba_engine.kernels import ADAM, MATRIX, VECTOR
 from celo2.metatrain.numba_engine.products import padded
-from celo2.metatrain.problems import Truncation, Weights
+from celo2.metatrain.problems import Truncation
 
-SOURCES = ("config", "engine", "families", "tasks", "theta")  # modules of celo2.metatrain whose constants the kernels hold
+SOURCES = ("config", "families", "tasks", "theta")  # modules of celo2.metatrain whose constants the kernels hold
 NETWORKS = {"images": mlp, "text": transformer}
 ELEMENTWISE = {"weight", "momentum", "second_moment", "m", "v"}  # what of a matrix's segment has its two axes
 
@@ -45,12 +44,12 @@ def held(shape: tuple[int, ...]) -> tuple[int, int]:
     return (max(shape), min(shape)) if len(shape) == 2 else (1, shape[0])
 
 
-def segments(family: Family, variant: str | None) -> dict[str, Segment]:
-    """The place of each array of one unroll's state, in the kernels' order. Without a variant: of its weights alone."""
+def segments(family: Family, whole: bool) -> dict[str, Segment]:
+    """The place of each array of one unroll's state, in the kernels' order; if not `whole`, of its weights alone."""
     result, at = {}, 0
     for name, weight in family.shapes.items():
         transposed = len(weight) == 2 and weight[0] <= weight[1]
-        accumulators = accumulator_shapes(variant, family, name) if variant else {}
+        accumulators = family.accumulator_shapes(name) if whole else {}
         for key, shape in {"weight": weight, **accumulators}.items():
             flip = transposed and key in ELEMENTWISE
             shape = (*shape[:-2], *shape[:-3:-1]) if flip else shape
@@ -61,17 +60,17 @@ def segments(family: Family, variant: str | None) -> dict[str, Segment]:
     return result
 
 
-def table_of(variant: str, family: Family) -> np.ndarray:
+def table_of(family: Family) -> np.ndarray:
     """The weights of a family as the rows (P, 6) that `kernels.step_all` reads."""
-    of_state, of_gradient, table = segments(family, variant), segments(family, None), []
+    of_state, of_gradient, table = segments(family, whole=True), segments(family, whole=False), []
     for name, shape in family.shapes.items():
         rows, cols = held(shape)
-        kind = ADAM if by_adam(variant, family, name) else MATRIX if len(shape) == 2 else VECTOR
+        kind = ADAM if name in family.by_adam else MATRIX if len(shape) == 2 else VECTOR
         table.append((kind, of_state[f"{name}.weight"].at, of_gradient[f"{name}.weight"].at, rows, cols, padded(cols)))
     return np.array(table, np.int64)
 
 
-def pack(layout: dict[str, Segment], state: State) -> np.ndarray:
+def pack(layout: dict[str, Segment], state: Arrays) -> np.ndarray:
     """The arrays as one row of float32 per unroll; zeros in the padding and where the state has none."""
     last = max(layout.values(), key=lambda segment: segment.at)
     packed = np.zeros((len(next(iter(state.values()))), last.at + math.prod(last.shape)), np.float32)
@@ -80,7 +79,7 @@ def pack(layout: dict[str, Segment], state: State) -> np.ndarray:
     return packed
 
 
-def views(layout: dict[str, Segment], packed: np.ndarray, state: State) -> dict[str, np.ndarray]:
+def views(layout: dict[str, Segment], packed: np.ndarray, state: Arrays) -> dict[str, np.ndarray]:
     """The packed rows as arrays of the state's shapes, without the padding."""
     result = {}
     for key, x in state.items():
@@ -91,16 +90,16 @@ def views(layout: dict[str, Segment], packed: np.ndarray, state: State) -> dict[
     return result
 
 
-def unroll(config: Config, family: Family, state: State, theta: np.ndarray, truncation: Truncation) -> np.ndarray:
+def unroll(config: Config, family: Family, state: Arrays, theta: np.ndarray, truncation: Truncation) -> np.ndarray:
     """As `celo2.metatrain.engine.unroll`."""
-    layout, table = segments(family, config.rule.variant), table_of(config.rule.variant, family)
+    layout, of_weights, table = segments(family, whole=True), segments(family, whole=False), table_of(family)
     packed, fresh = pack(layout, state), pack(layout, by_key(truncation.fresh))
-    before, after = (pack(segments(family, None), by_key(s)) for s in (truncation.scale_before, truncation.scale_after))
+    before, after = (pack(of_weights, by_key(s)) for s in (truncation.scale_before, truncation.scale_after))
     losses = np.empty((len(theta), config.inner.truncation), np.float32)
     theta = np.ascontiguousarray(theta, np.float32)
-    unroll_one, arrays = kernel(family.name), tuple(x.ravel() for x in family.arrays)
+    unroll_one, arrays = kernel(family.data.kind), tuple(x.ravel() for x in family.data.arrays)
     flags = config.rule.variant == "celo2", config.rule.normalize_gradient
-    rates = np.float32(family.lr), np.float32(family.adam_lr)
+    rates = np.float32(family.options.lr), np.float32(family.options.adam_lr)
 
     def run(u: int) -> None:
         n = u // 2
@@ -116,16 +115,16 @@ def unroll(config: Config, family: Family, state: State, theta: np.ndarray, trun
     return losses
 
 
-def by_key(weights: Weights) -> State:
+def by_key(weights: Arrays) -> Arrays:
     """Weights under their names in the state."""
     return {f"{name}.weight": w for name, w in weights.items()}
 
 
 @cache
-def kernel(name: str):
-    """The compiled unroll of the family of that name; its cache on disk is found by the sources it is made of."""
+def kernel(kind: str):
+    """The compiled unroll of the family of that kind; its cache on disk is found by the sources it is made of."""
     folder = Path(__file__).parent
     files = [*sorted(folder.glob("*.py")), *(folder.parent / f"{module}.py" for module in SOURCES)]
     files += [Path(rules.__file__), Path(orthogonalize.__file__)]
     source = b"".join(file.read_bytes() for file in files)
-    return NETWORKS[name].compiled(hashlib.sha256(source).hexdigest())
+    return NETWORKS[kind].compiled(hashlib.sha256(source).hexdigest())
