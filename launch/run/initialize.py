@@ -53,7 +53,8 @@ class Source:
     @property
     def tokenizer_file(self) -> Path:
         """The tokenizer beside the weights; of a checkpoint, that of its run."""
-        return (self.path if self.step is None else self.path.parent.parent) / "tokenizer.json"
+        in_a_run = self.step is not None and self.path.parent.name == "checkpoints"
+        return (self.path.parent.parent if in_a_run else self.path) / "tokenizer.json"
 
 
 def begun(config: Config, run_dir: Path) -> Source | None:
