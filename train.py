@@ -210,6 +210,7 @@ def pretrain(
                 state, left_out = roll_back(run_dir, state, strategy, saver)
                 saver.save(strategy, to_saved(config, state, identity))
                 metrics.rewind(state.step, state.evaluated)
+                metrics.event({"event": "rollback", "step": state.step, "sequences_left_out": left_out})
                 display.say(f"rolled back to step {state.step}; the {left_out} sequences since then are left out")
                 batches, stream = open_batches(config, shards, context, state, accelerator)
                 since = replace(state)

@@ -85,10 +85,15 @@ def require_agreement(
     ]
     if not found:
         return
-    shown = "; ".join(f"{d.key} is {d.there} in the checkpoint, {d.here} now" for d in found[:4])
+    shown = "; ".join(f"{d.key} is {as_yaml(d.there)} in the checkpoint, {as_yaml(d.here)} now" for d in found[:4])
     more = f"; and {len(found) - 4} more" if len(found) > 4 else ""
-    restore = ", ".join(dict.fromkeys(d.remedy or f"{d.key}={d.there}" for d in found))
+    restore = ", ".join(dict.fromkeys(d.remedy or f"{d.key}={as_yaml(d.there)}" for d in found))
     raise CheckpointError(f"{path} does not fit this run: {shown}{more}. Restore {restore}; or {weights_alone(path)}")
+
+
+def as_yaml(value: Any) -> str:
+    """`value` as one would write it on the command line."""
+    return str(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else json.dumps(value, default=str)
 
 
 def data_differences(saved: Mapping[str, Any], config: Config, identity: Mapping[str, Any]) -> Iterator[Difference]:

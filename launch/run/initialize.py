@@ -53,7 +53,8 @@ class Source:
     @property
     def tokenizer_file(self) -> Path:
         """The tokenizer beside the weights; of a checkpoint, that of its run."""
-        return (self.path if self.step is None else self.path.parent.parent) / "tokenizer.json"
+        in_a_run = self.step is not None and self.path.parent.name == "checkpoints"
+        return (self.path.parent.parent if in_a_run else self.path) / "tokenizer.json"
 
 
 def begun(config: Config, run_dir: Path) -> Source | None:
@@ -100,7 +101,7 @@ def download(init: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     name, _, revision = init.removeprefix(HUB).partition("@")
-    patterns = ["*.json", "*.model", "merges.txt", *(["*.safetensors"] if weights else [])]
+    patterns = ["*.json", "*.model", "merges.txt", *(["model*.safetensors"] if weights else [])]
     try:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
     except Exception as error:  # offline, no such name or revision, gated, a bad name: the library raises many kinds
@@ -213,6 +214,9 @@ def load_source(source: Source, config: PretrainedConfig, gradient_checkpointing
         model = from_pretrained(source, source_config(source) if convert else config)
         if convert:
             model = from_gpt2(model, config)
+    bad = next((name for name, weight in model.named_parameters() if not weight.isfinite().all()), None)
+    if bad is not None:
+        raise ConfigError(f"model.init: {source.name} has numbers in {bad} that are not finite: take an earlier checkpoint")
     step = "" if source.step is None else f" of step {source.step:,}"
     line = f"began with the weights{step} of {source.name}{source.note}: {model.num_parameters():,} in {dtypes}"
     return prepare_model(model, gradient_checkpointing), line + ("" if dtypes == "float32" else ", trained in float32")

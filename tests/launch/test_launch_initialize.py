@@ -126,6 +126,10 @@ def test_any_causal_model_and_what_contradicts_it(run):
     assert all(torch.equal(value, after[name]) for name, value in model.named_parameters() if name in after)
     own = config(run)
     assert (own["rope_parameters"]["rope_theta"], own["attention_dropout"]) == (50000, 0.1)
+    # Continued without its source: the architecture is the run's own.
+    status, _, err = run(*common, "train.steps=2", f"model.init={folder}", "checkpoint.every=1")
+    assert status == 0 and "resumed from" in run.out and "began with" not in run.out, err
+    assert config(run, step=2)["rope_parameters"] == own["rope_parameters"]
     for change, message in (
         ("model.hf={rope_theta: 10000}", "model.hf.rope_theta is 10000, there 50000"),
         ("model.hf={hidden_act: gelu}", "model.hf.hidden_act is gelu, there silu; leave model.hf.hidden_act out"),
@@ -150,6 +154,8 @@ def damaged(folder, what):
         tensors[name] = tensors[name][:, :-1].clone()
     elif what == "activation":
         settings["n_layer"] = 3
+    elif what == "not finite":
+        tensors[name][3, 4] = float("inf")
     elif what == "small":
         tensors["transformer.wte.weight"] = tensors["transformer.wte.weight"][:200].clone()
         settings["vocab_size"] = 200
@@ -182,6 +188,7 @@ def damaged(folder, what):
         ("unknown", "has unknown transformer.h.7.mlp.c_fc.weight"),
         ("misshapen", "has transformer.h.0.mlp.c_fc.weight of shape (32, 127), not (32, 128)"),
         ("activation", "lacks transformer.h.2."),
+        ("not finite", "has numbers in model.layers.0.mlp.up_proj.weight that are not finite"),
         ("small", "has a vocabulary of 200, the data one of 257: prepare the data with the tokenizer of these weights"),
         ("bert", "is a t5, which is no causal language model"),
         ("code", "config.json"),
@@ -219,7 +226,9 @@ def test_from_the_hub(run, monkeypatch):
     gpt2().save_pretrained(folder)
 
     def download(name, revision=None, allow_patterns=None):
-        asked.append((name, revision, "*.safetensors" in allow_patterns, any("bin" in p or "py" in p for p in allow_patterns)))
+        asked.append(
+            (name, revision, "model*.safetensors" in allow_patterns, any("bin" in p or "py" in p for p in allow_patterns))
+        )
         if name == "gone":
             raise huggingface_hub.errors.LocalEntryNotFoundError("Cannot find an appropriate cached snapshot\nfolder")
         return str(folder)
