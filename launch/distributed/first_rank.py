@@ -37,6 +37,6 @@ def refuse_tasks_without_launcher() -> None:
     tasks, variables = os.environ.get("SLURM_NTASKS", "1"), os.environ
     if "SLURM_PROCID" in variables and "WORLD_SIZE" not in variables and tasks.isdigit() and int(tasks) > 1:
         raise ConfigError(
-            f"srun started this command as {tasks} separate tasks, and each would be a training run of its own: "
-            "start torchrun under srun, as launch/cluster/slurm.sbatch does, or one task (srun -n 1)"
+            f"Slurm starts {tasks} tasks (SLURM_NTASKS) and no launcher joins them; each would train alone: start torchrun "
+            "under srun, as launch/cluster/slurm.sbatch does, or one task (srun -n 1)"
         )
