@@ -14,6 +14,7 @@ from celo2.metatrain.config import Config, ConfigError, load_config
 from celo2.metatrain.train import run
 from celo2.rule_files import RuleError
 from celo2.training.configuration import help_text, parse_arguments
+from celo2.training.lock import FolderLock
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,8 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = parse_arguments(parser, arguments)
         config = load_config(options.config, options.overrides)
-        rule = meta_train(config)
-    except (ConfigError, RuleError) as error:
+        with FolderLock(Path(config.run.dir)):
+            rule = meta_train(config)
+    except (ConfigError, RuleError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -59,8 +59,10 @@ class FolderLock:
             self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
             try:
                 self._take()
-            except BaseException:
+            except BaseException as error:
                 os.close(self.descriptor)
+                if isinstance(error, OSError) and error.errno is not None:
+                    error.filename = str(self.path)  # a full disk
                 raise
             if not self._replaced():
                 break
@@ -104,7 +106,10 @@ class FolderLock:
         """Return once the holder has not renewed the file's time for SILENCE seconds; raise FolderInUse when it does."""
         with tempfile.TemporaryFile(dir=self.folder) as probe:  # both times are the file server's
             silent = os.fstat(probe.fileno()).st_mtime - os.fstat(self.descriptor).st_mtime
-        first, end = self._sign(), time.monotonic() + SILENCE - max(0.0, silent)
+        first, wait = self._sign(), SILENCE - max(0.0, silent)
+        end = time.monotonic() + wait
+        if wait > 1:
+            print(f"note: {self._in_use()}; waiting {wait:.0f} s for a sign of it", file=sys.stderr, flush=True)
         while time.monotonic() < end:
             time.sleep(min(1.0, SILENCE / 5))
             if self._sign() != first:

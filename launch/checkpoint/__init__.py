@@ -8,6 +8,6 @@
         manifest.json           size and sha256 of every file above; written last
 
 A checkpoint holds whole tensors by name, so any number of processes and any strategy can read it. There is no pickle in it. It
-is written to a temporary folder, flushed to disk and renamed; only then are older ones deleted. A folder `step_*` without a
-manifest that fits is no checkpoint.
+is written to a temporary folder, flushed to disk and renamed; only then are older ones deleted. A folder under another name, as
+a copy, or without a manifest that fits, is no checkpoint.
 """

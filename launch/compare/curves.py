@@ -17,6 +17,7 @@ from configs.schema import Config
 from launch.checkpoint.load import optimizer_bytes, read_state
 from launch.checkpoint.verify import list_checkpoints
 from launch.monitoring.metrics import flat, read_metrics
+from launch.run.branch import read_origin
 from launch.run.setup import build_from_config, vocabulary
 from models import ModelError, flops_per_token
 
@@ -209,7 +210,12 @@ def other_differences(runs: list[Run]) -> list[str]:
     options = [{k: str(v) for k, v in flat(asdict(run.config)).items() if not k.startswith(incidental)} for run in runs]
     for run, option in zip(runs, options, strict=True):
         option["the data set"] = data_of(run)
-    sentences = []
+    origins = [(run, read_origin(run.folder)) for run in runs]
+    sentences = [
+        f"{run.folder} branched from {origin.checkpoint}: its losses up to step {origin.step} are that run's."
+        for run, origin in origins
+        if origin is not None and origin.id
+    ]
     for key in sorted(set().union(*options)):
         values = sorted({option.get(key, "none") for option in options})
         if len(values) > 1:

@@ -56,8 +56,8 @@ def started_processes() -> int:
         tasks = os.environ.get("SLURM_NTASKS", "1")
         if "SLURM_PROCID" in os.environ and tasks.isdigit() and int(tasks) > 1:
             raise ConfigError(
-                f"srun started this command as {tasks} separate tasks, and each would be a training run of its own: "
-                "start torchrun under srun, as launch/cluster/slurm.sbatch does, or one task (srun -n 1)"
+                f"Slurm starts {tasks} tasks (SLURM_NTASKS) and no launcher joins them; each would train alone: start torchrun "
+                "under srun, as launch/cluster/slurm.sbatch does, or one task (srun -n 1)"
             )
         return 1  # MASTER_ADDR and MASTER_PORT alone start nothing
     wrong = [name for name in LAUNCHED if not given.get(name)]

@@ -222,7 +222,7 @@ def read_origin(run_dir: Path) -> Origin | None:
     """Where the line in a run's folder began; None: at step 0.
 
     Raises:
-        CheckpointError: a file that is damaged.
+        ConfigError: a file that is damaged.
     """
     path = run_dir / "origin.json"
     if not path.exists():
@@ -230,7 +230,7 @@ def read_origin(run_dir: Path) -> Origin | None:
     try:
         return Origin(**json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error})") from None
+        raise ConfigError(f"{path} is damaged ({error})") from None
 
 
 def write_origin(run_dir: Path, origin: Origin) -> None:

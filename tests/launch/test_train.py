@@ -187,6 +187,19 @@ def test_missing_and_malformed_configuration(capsys):
     assert capsys.readouterr().err == "error: cannot read configuration 'nowhere.yaml' (No such file or directory)\n"
 
 
+def test_slurm_tasks_without_a_launcher_are_refused(run, monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    status, _, err = run()
+    assert status == 2 and err.count("\n") == 1
+    assert "Slurm starts 2 tasks" in err and "slurm.sbatch" in err and not (run.tmp_path / "run").exists()
+    monkeypatch.setenv("SLURM_NTASKS", "1")  # srun -n 1, and a shell of salloc
+    assert run("train.steps=1")[0] == 0
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.delenv("SLURM_PROCID")
+    assert run("train.steps=1")[0] == 0
+
+
 def test_a_run_is_never_overwritten(run):
     run()
     status, _, err = run("checkpoint.resume=never")
@@ -247,5 +260,5 @@ def test_schedule_free_keeps_its_average_and_continues_exactly(run):
     first = run.tmp_path / "run" / "checkpoints" / "step_00000003"
     status, resumed, err = run(*options, f"checkpoint.resume={first}", folder="resumed")
     assert status == 0, err
-    losses = [{r["step"]: r.get("val_loss", r.get("loss")) for r in records if r["step"] > 3} for records in (whole, resumed)]
-    assert losses[0] == losses[1] and len(losses[0]) == 3
+    losses = [{r["step"]: r.get("val_loss", r.get("loss")) for r in records} for records in (whole, resumed)]
+    assert losses[0] == losses[1] and len(losses[0]) == 6
