@@ -260,7 +260,7 @@ def main(arguments: list[str] | None = None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     try:
-        prepare(**options)
+        prepare(**options, log=_print)
     except Stopped as stopped:
         name = signal.Signals(stopped.args[0]).name
         print(f"data.prepare: stopped by {name}; the same command continues from here", file=sys.stderr)
@@ -269,6 +269,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"data.prepare: {printable(str(error))}", file=sys.stderr)
         return 2
     return 0
+
+
+def _print(line: str) -> None:
+    """A line for any terminal: characters that it has not are escaped."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(line.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def _stop(number: int, _) -> None:

@@ -207,9 +207,10 @@ def test_names_that_no_terminal_can_show(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_a_terminal_in_ascii(tmp_path):
+@pytest.mark.parametrize("locale", [{"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"PYTHONUTF8": "1"}])
+def test_a_terminal_in_ascii(tmp_path, locale):
     (tmp_path / "é.txt").write_text("some text")
     command = [sys.executable, "-m", "data.prepare", str(tmp_path / "é.txt"), str(tmp_path / "out"), "--tokenizer", "bytes"]
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", **locale}
     done = subprocess.run([*command, "--workers", "1"], cwd=ROOT, env=environment, capture_output=True, timeout=60)
     assert done.returncode == 0, done.stderr
