@@ -35,10 +35,11 @@ def test_linked_folders_are_followed_once(tmp_path):
     (corpus / "a" / "other").symlink_to(other)
     (corpus / "again").symlink_to(other)
     (corpus / "broken.txt").symlink_to("/gone")
+    (corpus / "itself.txt").symlink_to("itself.txt")
     found = local_files(str(corpus))
     assert found.names == ["a/1.txt", "hard.txt"]
     assert found.left_out == {
-        "broken link": ["broken.txt"],
+        "broken link": ["broken.txt", "itself.txt"],
         "further links to a file that is read": ["0.txt", "again/deep/2.txt"],
         "further links to a folder that is read": ["a/loop", "a/other"],
     }
