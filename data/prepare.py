@@ -144,9 +144,11 @@ def _check_arguments(out: Path, arguments: dict, workers: int) -> None:
 def _check_overlap(out: Path, sources: list[Source]) -> None:
     """DataError if a source has files of `out`, or `out` has files of another origin that the preparation would overwrite."""
     inside = os.path.join(os.path.realpath(out), "")
-    for piece in (piece for opened in sources for unit in opened.units for piece in unit):
-        if os.path.realpath(piece.path).startswith(inside) and piece.kind not in ("hub", "topics"):
-            raise DataError(f"{piece.path} lies inside {out}: choose a folder outside the source")
+    pieces = [piece for opened in sources for unit in opened.units for piece in unit if piece.kind not in ("hub", "topics")]
+    for folder in sorted({os.path.dirname(piece.path) for piece in pieces}):
+        if os.path.join(os.path.realpath(folder), "").startswith(inside):
+            name = next(piece.path for piece in pieces if os.path.dirname(piece.path) == folder)
+            raise DataError(f"{name} lies inside {out}: choose a folder outside the source")
     if out.is_dir() and not (out / ".partial").exists() and not (out / "index.json").exists():
         for pattern in ("tokenizer.json", CONFIG, "*_[0-9][0-9][0-9][0-9][0-9].bin"):
             for path in sorted(out.glob(pattern)):
@@ -258,7 +260,7 @@ def main(arguments: list[str] | None = None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     try:
-        prepare(**options)
+        prepare(**options, log=_print)
     except Stopped as stopped:
         name = signal.Signals(stopped.args[0]).name
         print(f"data.prepare: stopped by {name}; the same command continues from here", file=sys.stderr)
@@ -267,6 +269,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"data.prepare: {printable(str(error))}", file=sys.stderr)
         return 2
     return 0
+
+
+def _print(line: str) -> None:
+    """A line for any terminal: characters that it has not are escaped."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(line.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def _stop(number: int, _) -> None:

@@ -54,12 +54,14 @@ def train_bpe(texts: Iterable[str], vocab_size: int, end: str = END_OF_TEXT) -> 
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     """A tokenizer.json, a folder that holds one, or a pretrained name of the Hugging Face hub (needs the network).
 
-    Truncation and padding, which some published files switch on, are switched off: they would drop or add tokens.
+    Truncation, padding and dropout of merges, which some files switch on, are switched off: they would change tokens.
     """
     path = _local_path(name_or_path)
     tok = _from_hub(str(name_or_path)) if path is None else _from_file(path)
     tok.no_truncation()
     tok.no_padding()
+    if getattr(tok.model, "dropout", None):
+        tok.model.dropout = None
     return tok
 
 

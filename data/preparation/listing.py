@@ -1,6 +1,7 @@
 """The files that a path or a glob stands for, what each holds, and what is left out and why: nothing is left out unsaid."""
 
 import codecs
+import errno
 import glob
 import os
 import stat
@@ -70,10 +71,10 @@ def local_files(name: str) -> Listing:
         matches = sorted(map(Path, glob.glob(name, recursive=True)))
         if not matches and not glob.has_magic(name):
             raise DataError(f"source {name}: no such file or folder, nor hub:NAME or stdlib")
-        found = [match for match in matches if not match.is_dir()]
+        found = [match for match in matches if not os.path.isdir(match)]
         found.sort(key=Path.is_symlink)
         if "**" not in name:
-            left_out["folders: a glob takes files, ** those below too"] = [match for match in matches if match.is_dir()]
+            left_out["folders: a glob takes files, ** those below too"] = [match for match in matches if os.path.isdir(match)]
     read, seen = [], set()
     for file in found:
         if reason := _why_not(file):
@@ -135,8 +136,8 @@ def _why_not(path: Path) -> str:
             return suffix
         with open(path, "rb") as file:
             head = file.read(HEAD)
-    except OSError:
-        return "broken link" if path.is_symlink() and not path.exists() else "unreadable"
+    except OSError as error:
+        return "broken link" if path.is_symlink() and error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP) else "unreadable"
     if suffix in (PARQUET, *COMPRESSED_JSON_LINES):
         return ""
     if head.startswith(UTF16) or (suffix in (".txt", *JSON_LINES) and head.count(0) * 4 > len(head)):

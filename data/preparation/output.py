@@ -64,8 +64,9 @@ def begin(partial: Path, arguments: dict, sources: list[Source], log: Callable[[
                 leftover.unlink()
             return
         if not difference:
-            same = old["version"] == UNITS_VERSION
-            log(f"{'the source changed' if same else 'another version began this preparation'}: starting over")
+            former = old["version"] != UNITS_VERSION
+            why = "a former version began this preparation" if former else "the source changed since this preparation began"
+            log(f"{why}: starting over")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     _write_json(path, plan)

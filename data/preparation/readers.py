@@ -181,7 +181,7 @@ def _json_text(line: bytes, key: str, first: bool) -> str | None:
         raise BadRecord("is nested too deeply for a JSON line") from None
     if not isinstance(row, dict):
         raise BadRecord(f"holds {type(row).__name__}, not a JSON object with the key {key!r}")
-    if line.count(json.dumps(key).encode()) > 1:  # perhaps in a text
+    if line.count(json.dumps(key, ensure_ascii=False).encode()) > 1:  # perhaps in a text
         pairs = json.loads(line.removeprefix(codecs.BOM_UTF8), object_pairs_hook=list)
         if sum(name == key for name, _ in pairs) > 1:
             raise BadRecord(f"has {key!r} more than once")

@@ -143,6 +143,8 @@ def text_notes(units: list[Path], dtype: np.dtype, split: Split, fraction: float
         notes.append(f"{unknown:,} of {tokens:,} tokens stand for characters that the tokenizer does not know")
     if repeated:
         notes.append(f"{repeated:,} training documents are in the validation source too")
+    if not fraction and split.first_val == len(units):
+        notes.append("there is no validation split, which training needs: --val-source or --val-fraction gives one")
     if split.cut is not None:
         notes.append(
             f"validation is the last {fraction:.3g} of the text, by position, with an end of text at the cut: "

@@ -133,3 +133,14 @@ def test_the_caller_s_tokenizer_stays_as_it_is():
     before = tok.to_str()
     Encoder(as_trained(tok, "</s>"), 2)(["a"])
     assert tok.to_str() == before
+
+
+def test_merges_that_are_dropped_at_random_are_not(tmp_path, write_jsonl, quiet):
+    tok = Tokenizer.from_str(ZOO["gpt2"][0].to_str())
+    tok.model.dropout = 0.5
+    tok.save(str(tmp_path / "tokenizer.json"))
+    source = write_jsonl(tmp_path / "c.jsonl", corpus())
+    for name, tokenizer in (("dropout", tmp_path), ("none", write(tmp_path / "tok", "gpt2"))):
+        prepare(source, tmp_path / name, tokenizer=tokenizer, workers=1, log=quiet)
+    one, two = (TokenShards(tmp_path / name, "train").fingerprint for name in ("dropout", "none"))
+    assert one == two

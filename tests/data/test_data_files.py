@@ -35,10 +35,11 @@ def test_linked_folders_are_followed_once(tmp_path):
     (corpus / "a" / "other").symlink_to(other)
     (corpus / "again").symlink_to(other)
     (corpus / "broken.txt").symlink_to("/gone")
+    (corpus / "itself.txt").symlink_to("itself.txt")
     found = local_files(str(corpus))
     assert found.names == ["a/1.txt", "hard.txt"]
     assert found.left_out == {
-        "broken link": ["broken.txt"],
+        "broken link": ["broken.txt", "itself.txt"],
         "further links to a file that is read": ["0.txt", "again/deep/2.txt"],
         "further links to a folder that is read": ["a/loop", "a/other"],
     }
@@ -207,9 +208,10 @@ def test_names_that_no_terminal_can_show(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_a_terminal_in_ascii(tmp_path):
+@pytest.mark.parametrize("locale", [{"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"PYTHONUTF8": "1"}])
+def test_a_terminal_in_ascii(tmp_path, locale):
     (tmp_path / "é.txt").write_text("some text")
     command = [sys.executable, "-m", "data.prepare", str(tmp_path / "é.txt"), str(tmp_path / "out"), "--tokenizer", "bytes"]
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", **locale}
     done = subprocess.run([*command, "--workers", "1"], cwd=ROOT, env=environment, capture_output=True, timeout=60)
     assert done.returncode == 0, done.stderr

@@ -268,6 +268,16 @@ def test_unfinished_with_a_changed_source_starts_over(unfinished, texts, write_j
     assert contents(out) == contents(prepare(corpus, tmp_path / "fresh", tokenizer="bytes", workers=1, log=lines.append))
 
 
+def test_units_of_a_former_version_are_not_taken(unfinished, write_jsonl):
+    corpus, out = unfinished
+    plan = json.loads((out / ".partial" / "plan.json").read_text())
+    (out / ".partial" / "plan.json").write_text(json.dumps({**plan, "version": 1}))
+    write_jsonl(corpus / "b.jsonl", ["now a document"])
+    lines = []
+    prepare(corpus, out, tokenizer="bytes", workers=1, log=lines.append)
+    assert lines[0] == "a former version began this preparation: starting over"
+
+
 def test_stopped_while_the_shards_were_written(tmp_path, texts, write_jsonl, monkeypatch, small_units, quiet):
     corpus = write_jsonl(tmp_path / "c.jsonl", texts)
     write, lines = output._write_json, []
