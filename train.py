@@ -68,6 +68,7 @@ EXPECTED_ERRORS = (
     Diverged,
     ShardingError,
     OSError,
+    UnicodeError,  # a path that the file system's encoding lacks
 )
 
 

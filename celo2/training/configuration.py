@@ -93,7 +93,8 @@ def parse_override(override: str) -> tuple[str, Any]:
     if not separator or not all(key.split(".")):
         raise ConfigError(f"'{override}': expected section.key=value")
     try:
-        return key, yaml.safe_load(text)
+        # Where the locale is not UTF-8, Python keeps what it cannot read of an argument as surrogates, which YAML does not take.
+        return key, yaml.safe_load(text.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
     except yaml.YAMLError:
         raise ConfigError(f"'{override}': the value is not YAML") from None
 
