@@ -1,4 +1,4 @@
-"""What a run logs: the mean of the window, exact across a resume; evaluations; trackers without phantom runs or repeated steps."""
+"""What a run logs: the mean of the window, exact across a resume; evaluations; trackers without phantom runs or repeats."""
 
 import importlib.machinery
 import itertools
