@@ -32,11 +32,11 @@ from launch.checkpoint.verify import CheckpointError
 from launch.distributed.environment import check_environment
 from launch.distributed.first_rank import on_first_rank
 from launch.distributed.heartbeat import STATUS, Heartbeat, RankError, print_error
-from launch.distributed.launcher import say_after_launcher, tell_launcher
 from launch.distributed.setup import make_accelerator, make_strategy, memory, peak
 from launch.distributed.verification import Verification
 from launch.monitoring.display import Display, show_any_text
 from launch.monitoring.guard import Diverged, Guard, Verdict
+from launch.monitoring.launcher import say_after_launcher, tell_launcher
 from launch.monitoring.metrics import Metrics
 from launch.monitoring.signals import AT_ONCE, INTERRUPTED, STOPPED, StopSignals
 from launch.monitoring.step_statistics import StepStatistics, hidden_names
@@ -74,6 +74,7 @@ EXPECTED_ERRORS = (
     Diverged,
     ShardingError,
     OSError,
+    UnicodeError,  # a path that the file system's encoding lacks
 )
 
 
@@ -292,6 +293,7 @@ def main(argv: list[str] | None = None, hooks: Hooks | None = None) -> int:
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
             print_error(AT_ONCE)
+            say_after_launcher(AT_ONCE)
         return INTERRUPTED
 
 

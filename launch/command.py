@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 
 import torch
+from transformers.utils import logging
 
 from configs.load import ConfigError
 from data import DataError
@@ -19,6 +20,7 @@ from models import LossMismatch, ModelError
 def carry_out(name: str, act: Callable[[], None]) -> int:
     """Call `act` and return the exit status: 0, or 2 after an error that is said in one line, under the command's `name`."""
     show_any_text()
+    logging.disable_progress_bar()  # of transformers, for reading a file
     try:
         act()
         sys.stdout.flush()

@@ -149,6 +149,8 @@ class Nest:
 
     def parse(self, override: str) -> tuple[str, Any]:
         """Key and value of `section.key=value`. A text stands as it is, or in quotes; everything else is YAML."""
+        # Where the locale is not UTF-8, Python keeps what it cannot read of an argument as surrogates.
+        override = override.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         key, separator, text = override.partition("=")
         key = key.strip()
         if not separator:

@@ -37,7 +37,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from launch.distributed.launcher import tell_launcher
+from launch.monitoring.launcher import tell_launcher
 from launch.private import connect_to_default_store
 
 STATUS = 70  # exit status (EX_SOFTWARE) of a rank that stops because of another one

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from launch.monitoring.launcher import say_after_launcher, tell_launcher
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 STOPPED = 75  # exit status (EX_TEMPFAIL): saved after a signal; the same command continues
 INTERRUPTED = 130  # exit status: stopped at once
@@ -98,7 +100,9 @@ class Count:
 
 def end_now() -> None:
     """End this process, with one line from the first rank."""
+    tell_launcher(AT_ONCE)
     if os.environ.get("RANK", "0") == "0":
         cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # a progress bar hides it
         os.write(2, f"{cursor}error: {AT_ONCE}\n".encode())
+        say_after_launcher(AT_ONCE)
     os._exit(INTERRUPTED)

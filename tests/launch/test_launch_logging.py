@@ -1,0 +1,172 @@
+"""What a run logs: the mean of the window, exact across a resume; evaluations; trackers without phantom runs or repeats."""
+
+import importlib.machinery
+import itertools
+import json
+import math
+import shutil
+import signal
+import sys
+import types
+
+import pytest
+
+from launch.monitoring.metrics import Metrics
+from launch.monitoring.signals import STOPPED
+from launch.run.hooks import Hooks
+from launch.run.state import RunState, from_saved
+
+CLOCK = ("seconds", "tokens_per_second", "optimizer_seconds")
+
+
+def without_clock(records):
+    return [{key: value for key, value in record.items() if key not in CLOCK} for record in records]
+
+
+class StopIn(Hooks):
+    def __init__(self, *steps):
+        self.steps = steps
+
+    def before_step(self, step, strategy):
+        if step in self.steps:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def test_the_logged_loss_is_the_mean_of_the_window_also_after_a_resume(run):
+    """Over 30 steps, which hold the shorter last sequence of an epoch: the steps weigh as much as they have targets."""
+    options = ["train.steps=30", "train.batch_size=16", "eval.every=0", "checkpoint.every=7", "model.dropout=0.1"]
+    single = run(*options, "log.every=1", folder="single")[1]
+    steps = [r for r in single if "loss" in r]
+    assert all(r["loss"] == r["step_loss"] for r in steps)
+    _, whole, _ = run(*options, "log.every=9", folder="whole")
+    for step in (5, 20):
+        assert run(*options, "log.every=9", hooks=StopIn(step))[0] == STOPPED
+    status, parts, _ = run(*options, "log.every=9")
+    assert status == 0 and without_clock(parts) == without_clock(whole)
+    tokens = [0, *(r["tokens"] for r in steps)]
+    sizes = [after - before for before, after in itertools.pairwise(tokens)]
+    assert len(set(sizes)) > 1
+    logged = [r for r in whole if "loss" in r]
+    assert [r["step"] for r in logged] == [1, *range(9, 30, 9), 30]
+    for before, record in zip([{"step": 0}, *logged], logged, strict=False):
+        window = range(before["step"], record["step"])
+        mean = sum(steps[i]["loss"] * sizes[i] for i in window) / sum(sizes[i] for i in window)
+        assert record["loss"] == pytest.approx(mean, rel=1e-12)
+        assert record["step_loss"] == steps[record["step"] - 1]["loss"]
+        assert record["adamw_lr"] == pytest.approx(2 * record["lr"])
+
+
+def test_steps_that_were_skipped_are_not_in_the_mean():
+    state = RunState()
+    state.finish_step(10, 1.0, None)
+    assert state.window_loss is None and state.bad_steps == 1
+    state.finish_step(10, 1.0, 3.0)
+    state.finish_step(30, 1.0, 5.0)
+    assert state.window_loss == pytest.approx(4.5) and (state.step, state.tokens) == (3, 50)
+    state.begin_window()
+    state.finish_step(7, 1.0, 0.1)
+    assert state.window_loss == 0.1  # exactly
+    earlier = {"step": 4, "tokens": 9, "seconds": 1.0, "evaluated": 3, "bad_steps": 0, "rollbacks": 0, "skipped": []}
+    assert from_saved(earlier | {"tracker_ids": {}}) == RunState(4, 9, 1.0, 3)  # a checkpoint of an earlier version
+
+
+def test_evaluations_have_perplexity_and_bits_per_byte(run):
+    """A token of this data is a byte or, at the end of a document, nothing."""
+    _, records, _ = run("eval.sequences=1000")
+    evaluations = [r for r in records if "val_loss" in r]
+    assert len(evaluations) == 2
+    for r in evaluations:
+        assert r["val_perplexity"] == pytest.approx(math.exp(r["val_loss"]))
+        assert r["val_bits_per_byte"] == pytest.approx(r["val_loss"] / math.log(2) * 6642 / (6642 - 6), rel=1e-12)
+
+
+def test_events_say_how_a_start_ended(run):
+    def last():
+        return json.loads((run.tmp_path / "run" / "events.jsonl").read_text().splitlines()[-1])
+
+    run(hooks=StopIn(2))
+    assert (last()["event"], last()["reason"], last()["step"]) == ("stopped", "signal", 2)
+    run()
+    assert (last()["event"], last()["step"]) == ("finished", 6)
+    status, _, _ = run()  # it is finished already
+    assert status == 0 and last()["event"] == "finished" and "a sample of 8 tokens" in run.out
+
+
+def test_tensorboard_has_one_folder_and_each_step_once(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    options = ["log.trackers=[tensorboard]", "log.sample_tokens=0"]
+    assert run(*options)[0] == 0
+    folder = run.tmp_path / "run"
+    shutil.rmtree(folder / "checkpoints" / "step_00000006")  # as after a kill before it was written
+    assert run(*options)[0] == 0
+    files = list(folder.rglob("*tfevents*"))
+    assert len(files) == 2 and {path.parent for path in files} == {folder / "tensorboard"}
+    found = EventAccumulator(str(folder / "tensorboard")).Reload()
+    for key, steps in (("loss", [1, 2, 3, 4, 5, 6]), ("val_loss", [3, 6]), ("adamw_lr", [1, 2, 3, 4, 5, 6])):
+        assert [event.step for event in found.Scalars(key)] == steps
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """A stand-in for the package wandb that notes what it gets."""
+    module = types.ModuleType("wandb")
+    module.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    module.starts, module.error = [], None
+
+    class Run:
+        def __init__(self, options):
+            self.options, self.logged, self.finished = options, [], 0
+
+        def log(self, values, step):
+            if module.error:
+                raise module.error
+            self.logged.append((step, values))
+
+        def finish(self):
+            self.finished += 1
+
+    def init(**options):
+        module.starts.append(Run(options))
+        return module.starts[-1]
+
+    module.init = init
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    monkeypatch.setattr("launch.distributed.setup.is_wandb_available", lambda: True)
+    return module
+
+
+def test_wandb_gets_one_run_for_all_starts(run, wandb):
+    options = ["log.trackers=[wandb]", "log.project=mine", "log.group=sweep", "log.sample_tokens=0"]
+    assert run(*options)[0] == 0
+    shutil.rmtree(run.tmp_path / "run" / "checkpoints" / "step_00000006")
+    assert run(*options, "train.steps=8")[0] == 0
+    assert run(*options, folder="other")[0] == 0
+    first, second, other = wandb.starts
+    assert (first.options["project"], first.options["group"], first.options["name"]) == ("mine", "sweep", "test")
+    assert first.options["id"] == second.options["id"] != other.options["id"] and second.options["resume"] == "allow"
+    assert [step for step, values in first.logged if "loss" in values] == [1, 2, 3, 4, 5, 6]
+    assert [step for step, _ in second.logged] == [7, 8, 8]  # steps 4 to 6 were done again, and are there already
+    assert [r.finished for r in wandb.starts] == [1, 1, 1]
+    wandb.error = ConnectionError("the network is gone")
+    assert run(*options, folder="offline")[0] == 0
+    assert "warning: wandb gets no more numbers: the network is gone" in run.out
+
+
+def test_a_tracker_that_does_not_start_is_one_line(run, wandb):
+    def init(**_):
+        raise ValueError("api_key not configured\nrun wandb login")
+
+    wandb.init = init
+    status, _, err = run("log.trackers=[wandb]")
+    assert status == 2 and err == "error: log.trackers: wandb does not start: api_key not configured run wandb login\n"
+
+
+def test_an_error_is_the_last_event(tmp_path):
+    from configs.schema import Config
+
+    device = types.SimpleNamespace(is_main_process=True)
+    with pytest.raises(OSError), Metrics(device, Config(), tmp_path):
+        raise OSError("the disk is gone")
+    (event,) = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert (event["event"], event["reason"], event["error"]) == ("stopped", "error", "the disk is gone")
