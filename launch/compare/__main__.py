@@ -27,6 +27,7 @@ import torch
 from jinja2 import TemplateError
 
 from celo2 import RuleError
+from celo2.training.configuration import parse_arguments
 from configs.load import ConfigError, load_config
 from data import DataError
 from launch.compare.contestants import Contestant, parse_all
@@ -80,7 +81,10 @@ class Comparison:
 
     def trial(self, contestant: Contestant, lr: float, adamw_lr: float | None, seed: int, keep: bool) -> Trial:
         """The run of one setting and seed."""
-        overrides, name = [*self.args.overrides, *contestant.overrides, f"optimizer.lr={lr:g}"], f"lr_{lr:g}"
+        common = self.args.overrides
+        if any(word.startswith("schedule.kind=") for word in contestant.overrides):  # its schedule has other details
+            common = [word for word in common if not word.startswith("schedule.")]
+        overrides, name = [*common, *contestant.overrides, f"optimizer.lr={lr:g}"], f"lr_{lr:g}"
         if adamw_lr is not None:
             overrides.append(f"optimizer.adamw_lr={adamw_lr:g}")
             name += f"_adamw_{adamw_lr:g}"
@@ -279,7 +283,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--runs", nargs="+", metavar="DIR", help="compare these runs instead of starting any")
     parser.add_argument("--results", metavar="FILE", help="draw the report of this results.json again")
     parser.add_argument("--out", help="folder of trials and report (runs/compare-<name of the file>)")
-    args = parser.parse_intermixed_args(argv)
+    args = parse_arguments(parser, argv)
     words = [args.config, *args.overrides] if args.config else []
     for key in ("optimizers", "lrs", "adamw_lrs"):  # overrides may stand behind a list
         listed = getattr(args, key) or []

@@ -6,7 +6,7 @@ L40S, L4, A40, A10, DGX A100, DGX H100, DGX B200, GeForce RTX 3090 and 4090; AMD
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -60,7 +60,6 @@ def gpu(device: str, memory: float, bandwidth: float, fp32: float, link: float =
         intra_node_bandwidth=link * 1e9,
         inter_node_bandwidth=adapter * 1e9,
         fp32_flops=fp32 * 1e12,
-        name=device.lower().replace(" ", "-"),
     )
 
 
@@ -87,4 +86,4 @@ def machine_of(name: str) -> Machine:
         near = close(key, MACHINES)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(f"--gpu {name} is not known, only {', '.join(MACHINES)}{hint}")
-    return MACHINES[key]
+    return replace(MACHINES[key], name=key)

@@ -61,6 +61,8 @@ def single_changes(workload: Workload, recomputed: Workload, setup: Setup, batch
             yield f"train.micro_batch_size={micro}", workload, smaller
     if setup.entry.takes_rule and not setup.state_bf16:
         yield "optimizer.state_dtype=bf16", workload, replace(setup, state_bf16=True)
+    if setup.replicas > 1:
+        yield "distributed.replicas=1", workload, replace(setup, replicas=1)
     if setup.world > 1 and setup.strategy == "ddp" and setup.entry.takes_rule and not setup.shard_state:
         yield "distributed.shard_state=true", workload, replace(setup, shard_state=True)
     if setup.world > 1 and setup.entry.sharded_path is not None:

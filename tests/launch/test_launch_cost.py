@@ -213,7 +213,7 @@ def test_the_table():
     speeds = [float(row[11].replace(",", "")) for row in rows]
     assert speeds == sorted(speeds) and all(row[5] == "yes" for row in rows[1:])
     assert max(map(len, lines[1:])) <= 130
-    assert "divides over none" in cost_lines(gpt3(2048, 24), Setup("ddp"), 7, Machine())[-1]
+    assert "divides over none" in cost_lines(gpt3(2048, 24), Setup("fsdp2", replicas=3), 7, Machine())[-1]
 
 
 def test_recomputing_costs_a_third():
