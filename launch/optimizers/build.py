@@ -70,8 +70,7 @@ def set_mode(optimizer: torch.optim.Optimizer, mode: Literal["train", "eval"]) -
 
 def optimizer_groups(config: OptimizerConfig, model: nn.Module) -> Groups:
     """The parameter groups of `model`: `params`, `param_names`, `role`, `lr`, `weight_decay`, `matrices` (`celo2.layout`)."""
-    entry = entry_of(config)
-    check_state_dtype(config, entry)
+    entry = checked_entry(config)
     if entry.takes_rule:
         rule_of(config)
     adamw_lr = config.lr if config.adamw_lr is None else config.adamw_lr
@@ -99,8 +98,7 @@ def build_optimizer(
     Raises:
         ConfigError: the optimizer cannot be imported, refuses its arguments, or cannot do what is asked for.
     """
-    entry = entry_of(config)
-    check_state_dtype(config, entry)
+    entry = checked_entry(config)
     if shard_state and not entry.takes_rule:
         raise ConfigError(f"distributed.shard_state divides the state of {names_that_take_a_rule()}, not of {config.name}")
     if entry.takes_rule:
@@ -157,10 +155,12 @@ def normalizes_gradient(config: OptimizerConfig) -> bool:
     return entry_of(config).takes_rule and rule_of(config).normalize_gradient
 
 
-def check_state_dtype(config: OptimizerConfig, entry: OptimizerEntry) -> None:
-    """Raise ConfigError if the optimizer has float32 state only and another dtype is asked for."""
+def checked_entry(config: OptimizerConfig) -> OptimizerEntry:
+    """The optimizer's entry. Raises ConfigError if it has float32 state only and another dtype is asked for."""
+    entry = entry_of(config)
     if config.state_dtype != "fp32" and not entry.takes_rule:
         raise ConfigError(f"optimizer.state_dtype {config.state_dtype} is for {names_that_take_a_rule()}, not for {config.name}")
+    return entry
 
 
 def check_optimizer(config: OptimizerConfig) -> None:
