@@ -70,12 +70,14 @@ def matrix_count(shape: tuple[int, ...]) -> int:
 def regions(shape: tuple[int, ...], layout: Layout | None, start: int, stop: int) -> list[Region]:
     """The elements [start, stop) of the flattened parameter of `shape` as regions of its stack (N, R, C), each element once."""
     if layout is None:
-        stack = math.prod(shape[:-2]), shape[-2], shape[-1]
+        n, rows, cols = stack = math.prod(shape[:-2]), shape[-2], shape[-1]
+        if stop - start == n * rows * cols > 0:
+            return [Region(slice(0, n), slice(0, rows), slice(0, cols), stack, (rows * cols, cols, 1), 0)]
         layout = stack, (0, 1, 2), stack
     found = []
-    for (matrices, rows, cols), (by_n, by_r, by_c), first in cut(layout, start, stop):
-        n, r, c = (s.stop - s.start for s in (matrices, rows, cols))
-        found.append(Region(matrices, rows, cols, (n, r, c), (by_n, by_r, by_c), first - start))
+    for (of_n, of_rows, of_cols), (by_n, by_r, by_c), first in cut(layout, start, stop):
+        size = of_n.stop - of_n.start, of_rows.stop - of_rows.start, of_cols.stop - of_cols.start
+        found.append(Region(of_n, of_rows, of_cols, size, (by_n, by_r, by_c), first - start))
     return found
 
 

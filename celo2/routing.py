@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -29,13 +28,16 @@ FUSED = {
 }
 
 
-@dataclass(frozen=True)
-class Claim:
+class Claim(NamedTuple):
     """What one module says of a parameter that it holds."""
 
-    update: str  # "celo2" or "adamw"
     role: str  # "hidden", "input", "output", "vector"
     layout: Layout | None = None
+
+    @property
+    def update(self) -> str:
+        """The update of a rule that is not for every parameter."""
+        return "celo2" if self.role == "hidden" else "adamw"
 
 
 def param_groups(
@@ -162,11 +164,11 @@ def claimed_parameters(
             if not p.is_floating_point() or not p.numel():
                 continue
             if module in inputs or module in outputs:
-                claims.append(Claim("adamw", "input" if module in inputs else "output"))
+                claims.append(Claim("input" if module in inputs else "output"))
             elif is_vector(p) or is_depthwise(module) or (is_experts(module) and p.ndim == 2):  # a bias an expert
-                claims.append(Claim("adamw", "vector"))
+                claims.append(Claim("vector"))
             else:
-                claims.append(Claim("celo2", "hidden", hidden_layout(module, attribute, p, *parents.get(module, (None, "")))))
+                claims.append(Claim("hidden", hidden_layout(module, attribute, p, *parents.get(module, (None, "")))))
     return {name: (p, claims) for name, p, claims in found.values()}
 
 
@@ -214,17 +216,14 @@ def hidden_layout(module: nn.Module, attribute: str, p: Tensor, parent: Any, nam
 
 def expert_layout(module: Any, attribute: str, shape: tuple[int, ...]) -> Layout:
     """Expert weights (E, outputs, inputs) of transformers, or (E, inputs, outputs), with gate and up projection fused."""
-    experts, outputs, inputs = (shape[0], shape[2], shape[1]) if module.is_transposed else shape
+    experts, *sides = shape
+    outputs, inputs = reversed(sides) if module.is_transposed else sides
     n = 2 if attribute.startswith("gate_up") else 1
-    if module.is_concatenated:  # the outputs are [gate; up]
-        pair, split = 1, (n, outputs // n)
-    else:  # gate and up alternate
-        pair, split = 2, (outputs // n, n)
-    full = (experts, inputs, *split) if module.is_transposed else (experts, *split, inputs)
-    first = 2 if module.is_transposed else 1  # the axis of `full` where the outputs begin
-    n_axis, out_axis = (first, first + 1) if pair == 1 else (first + 1, first)
-    in_axis = 1 if module.is_transposed else 3
-    return full, (0, n_axis, out_axis, in_axis), (experts * n, outputs // n, inputs)
+    fused = (n, outputs // n) if module.is_concatenated else (outputs // n, n)  # [gate; up], or gate and up in turns
+    dims = (experts, inputs, *fused) if module.is_transposed else (experts, *fused, inputs)
+    first = 2 if module.is_transposed else 1  # the axis of `dims` where the outputs begin
+    of_outputs = (first, first + 1) if module.is_concatenated else (first + 1, first)
+    return dims, (0, *of_outputs, 1 if module.is_transposed else 3), (experts * n, outputs // n, inputs)
 
 
 def routing_table(groups: Sequence[dict[str, Any]]) -> str:

@@ -15,23 +15,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from celo2.distributed.shard import LocalShard, ShardingError
-
-
-class Held(NamedTuple):
-    """Where the local shard of one parameter lies, the part of it that this rank updates."""
-
-    flat: Tensor
-    offset: int  # in `flat`
-    start: int  # in the flattened parameter
-    numel: int
-    group: dist.ProcessGroup
 
 
 class ZeroClient(torch.optim.Optimizer):
@@ -52,7 +42,7 @@ class ZeroClient(torch.optim.Optimizer):
         Raises:
             ShardingError: a ZeRO optimizer of an unknown kind, or a parameter that it does not know.
         """
-        held = dict(find_held(zero))
+        held: dict[Tensor, Any] = {p: where for p, *where in find_held(zero)}
         groups = []
         for group, originals in zip(self.groups, self.originals, strict=True):
             views = []
@@ -88,17 +78,20 @@ class ZeroClient(torch.optim.Optimizer):
                 view.grad = None
 
 
-def find_held(zero: Any) -> Iterator[tuple[Tensor, Held]]:
-    """(parameter, its local shard) of a ZeRO optimizer; a local shard may be empty."""
+def find_held(zero: Any) -> Iterator[tuple[Tensor, Tensor, int, int, int, dist.ProcessGroup]]:
+    """Where the part of each parameter lies that this rank updates, which may be empty, in a ZeRO optimizer.
+
+    -> (parameter, flat vector, the part's place in it, its place in the flattened parameter, its elements, process group)
+    """
     if hasattr(zero, "single_partition_of_fp32_groups"):  # stages 1 and 2
         for i, flat in enumerate(zero.single_partition_of_fp32_groups):
             for p in zero.bit16_groups[i]:
-                mapping = getattr(p, "_hp_mapping", None)
+                mapping, group = getattr(p, "_hp_mapping", None), zero.real_dp_process_group[i]
                 if mapping is None:
-                    yield p, Held(flat, 0, 0, 0, zero.real_dp_process_group[i])
+                    yield p, flat, 0, 0, 0, group
                 else:
                     here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
-                    yield p, Held(flat, here.start, there.start, here.numel, zero.real_dp_process_group[i])
+                    yield p, flat, here.start, there.start, here.numel, group
     elif hasattr(zero, "fp32_partitioned_groups_flat"):  # stage 3
         rank = dist.get_rank(zero.dp_process_group)
         for i, params in enumerate(zero.fp16_groups):
@@ -106,7 +99,7 @@ def find_held(zero: Any) -> Iterator[tuple[Tensor, Held]]:
             for p in params:
                 start = min(rank * p.partition_numel(), p.ds_numel)  # the last partitions are padded
                 numel = min(p.partition_numel(), p.ds_numel - start)
-                yield p, Held(zero.fp32_partitioned_groups_flat[i], offset, start, numel, zero.dp_process_group)
+                yield p, zero.fp32_partitioned_groups_flat[i], offset, start, numel, zero.dp_process_group
                 offset += p.partition_numel()
     else:
         raise ShardingError(f"{type(zero).__name__} is no ZeRO optimizer of stage 1, 2 or 3")

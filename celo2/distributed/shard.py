@@ -51,9 +51,7 @@ def local_shard_of(p: Any) -> LocalShard:
     if given is not None:
         return given
     shape = tuple(p.shape)
-    if not is_dtensor(p):
-        return LocalShard(shape, 0, p.numel())
-    sharded = [i for i, placement in enumerate(p.placements) if not placement.is_replicate()]
+    sharded = [i for i, placement in enumerate(p.placements) if not placement.is_replicate()] if is_dtensor(p) else []
     if not sharded:
         return LocalShard(shape, 0, p.numel())
     placement = p.placements[sharded[0]]
