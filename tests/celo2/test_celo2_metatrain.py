@@ -20,7 +20,7 @@ from celo2.metatrain.theta import SIZE, odd_part, rule_of, theta_of
 from celo2.metatrain.train import MetaTraining
 from celo2.rule import accumulator_shapes, factored_axes, update
 from celo2.rule_files import load_rule
-from celo2.training.configuration import build, nested, parse_override
+from celo2.training.configuration import Nest, build
 
 SMALL = """
     tasks.sources=[digits] tasks.problems=3 images.batch_size=16 images.min_scale=0.1 images.max_scale=10.0
@@ -30,7 +30,10 @@ SMALL = """
 
 def small(changes: str = "") -> Config:
     """The small configuration with `section.key=value` changes."""
-    return build(Config, nested(Config, [parse_override(word) for word in (SMALL + changes).split()]))
+    nest = Nest(Config)
+    for word in (SMALL + changes).split():
+        nest.add(*nest.parse(word))
+    return build(Config, nest.tree)
 
 
 @pytest.fixture(scope="module")
