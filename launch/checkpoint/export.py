@@ -12,18 +12,24 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
+from launch.checkpoint.card import write_card
 from launch.checkpoint.load import load_model
 from launch.checkpoint.verify import MANIFEST, CheckpointError, find_checkpoint, verify
 from models.gpt2 import to_gpt2
 from models.gpt3 import GPT3LMHeadModel
 
 END_OF_TEXT = "<|endoftext|>"
+DTYPES = ("float32", "bfloat16", "float16")
 
 
-def export(run: str | Path, out: str | Path, note: Callable[[str], None] = lambda text: None) -> Path:
+def export(
+    run: str | Path, out: str | Path, note: Callable[[str], None] = lambda text: None, dtype: str | None = None
+) -> Path:
     """Write the model and the tokenizer of `run` to the new folder `out`; returns the checkpoint that was taken.
 
     AutoModelForCausalLM, AutoTokenizer and pipeline("text-generation") load `out`, which appears only when it is complete.
@@ -32,6 +38,7 @@ def export(run: str | Path, out: str | Path, note: Callable[[str], None] = lambd
         run: the folder of a training run, whose newest whole checkpoint is taken, or one of its checkpoints.
         out: a folder that does not exist, or is empty.
         note: is told of damaged checkpoints that are newer than the one that was taken.
+        dtype: one of DTYPES for the weights; by default the checkpoint's own.
 
     Raises:
         CheckpointError: no whole checkpoint, a model or tokenizer that cannot be read, or a folder that cannot be written.
@@ -45,6 +52,8 @@ def export(run: str | Path, out: str | Path, note: Callable[[str], None] = lambd
     model = load_model(checkpoint)
     if isinstance(model, GPT3LMHeadModel):
         model = to_gpt2(model)
+    if dtype is not None:
+        convert(model, dtype)
     tokenizer = load_tokenizer(checkpoint.parent.parent / "tokenizer.json", model.config)
     end = tokenizer.eos_token_id
     model.config.bos_token_id = model.config.eos_token_id = end
@@ -57,12 +66,21 @@ def export(run: str | Path, out: str | Path, note: Callable[[str], None] = lambd
         partial.mkdir(parents=True)
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        write_card(partial, checkpoint, model)
         os.replace(partial, out)
     except OSError as error:
         raise CheckpointError(f"cannot write {out}: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return checkpoint
+
+
+def convert(model: PreTrainedModel, dtype: str) -> None:
+    """Round the weights to one of DTYPES. Raises CheckpointError if one leaves its range."""
+    model.to(getattr(torch, dtype))
+    for name, weight in model.state_dict().items():
+        if weight.is_floating_point() and weight.isinf().any():
+            raise CheckpointError(f"{name} is beyond the range of {dtype}: export as bfloat16 or float32")
 
 
 def choose_checkpoint(run: Path) -> tuple[Path, list[str]]:
@@ -99,9 +117,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m models.export", description=__doc__.splitlines()[0])
     parser.add_argument("run", help="a run's folder, or one checkpoint in it")
     parser.add_argument("out", help="the folder to write; it must not exist, or be empty")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as they were saved)")
     options = parser.parse_args(arguments)
+    disable_progress_bar()
     try:
-        checkpoint = export(options.run, options.out, note=lambda text: print(f"export: note: {text}", file=sys.stderr))
+        checkpoint = export(options.run, options.out, lambda text: print(f"export: note: {text}", file=sys.stderr), options.dtype)
     except CheckpointError as error:
         print(f"export: {error}", file=sys.stderr)
         return 2

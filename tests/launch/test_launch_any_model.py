@@ -69,6 +69,12 @@ def live(run, model_type: str, strategy: str, folder: str = "run") -> str:
     return "" if worst <= 1e-5 * expected.abs().max().item() else f"reload: logits differ by {worst:.1e}"
 
 
+@pytest.fixture(autouse=True)
+def no_picture(monkeypatch):
+    """Drawing the curve takes longer than all the rest."""
+    monkeypatch.setattr("launch.run.summary.draw_losses", lambda *_: None)
+
+
 @pytest.mark.parametrize("model_type", FAST)
 def test_a_dozen_train_resume_export_and_reload(run, model_type):
     assert live(run, model_type, FAST[model_type]) == ""
@@ -80,5 +86,6 @@ def test_a_dozen_train_resume_export_and_reload(run, model_type):
 def test_every_type_trains_resumes_exports_and_reloads(run, model_type, strategy):
     logging.set_verbosity_error()
     found = live(run, model_type, strategy)
+    print(f"{model_type} {strategy}: {found or 'ok'}")
     expected = REFUSED.get(model_type) or NOT_RELOADED.get(model_type) or ""
     assert expected in found if expected else found == ""

@@ -88,6 +88,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
         **each("is_decoder", True),
         **{"axial_pos_shape": [4, 8], "axial_pos_embds_dim": [16, 16], "local_attn_chunk_length": 8, "lsh_attn_chunk_length": 8},
         **{"attn_layers": ["local", "lsh"], "num_buckets": 2, "hash_seed": 0},
+        # It seeds its dropout from the clock, so that no run with dropout can be repeated.
+        **each("hidden_dropout_prob local_attention_probs_dropout_prob lsh_attention_probs_dropout_prob", 0.0),
     },
     "xlm": {"causal": True, "pad_token_id": 0},
     "xlnet": {"attn_type": "uni"},
