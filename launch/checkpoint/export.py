@@ -27,9 +27,7 @@ END_OF_TEXT = "<|endoftext|>"
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def export(
-    run: str | Path, out: str | Path, note: Callable[[str], None] = lambda text: None, dtype: str | None = None
-) -> Path:
+def export(run: str | Path, out: str | Path, note: Callable[[str], None] = lambda text: None, dtype: str | None = None) -> Path:
     """Write the model and the tokenizer of `run` to the new folder `out`; returns the checkpoint that was taken.
 
     AutoModelForCausalLM, AutoTokenizer and pipeline("text-generation") load `out`, which appears only when it is complete.

@@ -14,7 +14,7 @@ from launch.checkpoint.export import export
 from launch.checkpoint.load import load_model
 
 sys.path.append(str(Path(__file__).parents[1] / "models"))
-from tiny_models import ALL_TYPES, CONTEXT, VOCABULARY, tiny  # noqa: E402
+from tiny_models import ALL_TYPES, CONTEXT, VOCABULARY, tiny
 
 # One of each kind: experts with a buffer, frozen weights, weights without a gradient, the loss from logits, a factor on them, ...
 FAST = {
@@ -32,9 +32,12 @@ FAST = {
     "qwen3_moe": "fsdp2",
 }
 # Reviewed: types that cannot be trained, with a part of the one line that says why.
-REFUSED: dict[str, str] = {}
-# Reviewed: types that train and resume, but whose export transformers does not read back as it was, and why.
-NOT_RELOADED: dict[str, str] = {}
+REFUSED = {
+    "cpmant": "is not causal as configured",  # its prompt reads the whole text
+    "gemma4_assistant": "hidden_size_per_layer_input must be 0",  # transformers itself cannot make its default configuration
+    "gemma4_unified_assistant": "gemma4_unified_assistant",  # drafts for another model, whose states it needs
+    **dict.fromkeys(("emu3", "mllama", "musicgen", "musicgen_melody"), "does not offer by itself"),  # no text model of their own
+}
 
 
 def live(run, model_type: str, strategy: str, folder: str = "run") -> str:
@@ -87,5 +90,5 @@ def test_every_type_trains_resumes_exports_and_reloads(run, model_type, strategy
     logging.set_verbosity_error()
     found = live(run, model_type, strategy)
     print(f"{model_type} {strategy}: {found or 'ok'}")
-    expected = REFUSED.get(model_type) or NOT_RELOADED.get(model_type) or ""
+    expected = REFUSED.get(model_type, "")
     assert expected in found if expected else found == ""

@@ -58,7 +58,7 @@ def test_statistics_of_two_processes_are_those_of_one(run, prepared, monkeypatch
 
     last = "checkpoints/step_00000004/model.safetensors"
     one = load_file(folder / "one" / last)
-    assert BUFFERS <= one.keys() and one["model.embed_tokens.calls"] == 4 and one["model.embed_tokens.mean"].abs().max() > 1e-3
+    assert one.keys() >= BUFFERS and one["model.embed_tokens.calls"] == 4 and one["model.embed_tokens.mean"].abs().max() > 1e-3
     for name in STRATEGIES:
         two, resumed = (load_file(folder / run_dir / last) for run_dir in (name, f"{name}-resumed"))
         assert two.keys() == one.keys()
@@ -118,5 +118,5 @@ if __name__ == "__main__":
     statuses = []
     for arguments in json.loads(os.environ["RUNS"]):
         statuses.append(train.main(arguments))
-        AcceleratorState._reset_state()
+        AcceleratorState._reset_state(reset_partial_state=True)
     leave(max(statuses))

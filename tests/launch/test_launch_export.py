@@ -303,7 +303,7 @@ def test_weights_are_rounded_as_asked_and_a_range_that_is_too_small_is_an_error(
 
 
 def test_what_other_tools_read(run, tmp_path, capfd):
-    assert main([str(run), str(tmp_path / "out")]) == 0
+    assert main([str(run / "checkpoints" / "step_00000002"), str(tmp_path / "out")]) == 0
     assert capfd.readouterr().err == ""
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["n_ctx"] == config["n_positions"] == 128  # n_ctx: llama.cpp and others
