@@ -6,6 +6,7 @@ A GPT-3 becomes a stock GPT-2, which is the same function; any other architectur
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import sys
@@ -64,6 +65,7 @@ def export(run: str | Path, out: str | Path, note: Callable[[str], None] = lambd
         partial.mkdir(parents=True)
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        name_tokenizer_class(partial / "tokenizer_config.json")
         write_card(partial, checkpoint, model)
         os.replace(partial, out)
     except OSError as error:
@@ -71,6 +73,13 @@ def export(run: str | Path, out: str | Path, note: Callable[[str], None] = lambd
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return checkpoint
+
+
+def name_tokenizer_class(path: Path) -> None:
+    """transformers 5 writes a class that 4 does not have; both know the one that only reads tokenizer.json."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def convert(model: PreTrainedModel, dtype: str) -> None:

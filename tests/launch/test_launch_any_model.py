@@ -1,4 +1,4 @@
-"""Every causal language model of transformers, tiny: trained, saved, resumed, exported, reloaded; a dozen of them in the fast suite."""
+"""Every causal language model of transformers, tiny: trained, saved, resumed, exported, reloaded; a dozen in the fast suite."""
 
 import json
 import shutil

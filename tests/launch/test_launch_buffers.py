@@ -1,4 +1,4 @@
-"""Persistent buffers and frozen weights over two processes: equal on all ranks, as in one process, saved and resumed, by any strategy."""
+"""Persistent buffers and frozen weights over two processes: equal on all ranks, as in one process, saved and resumed."""
 
 import json
 import os

@@ -306,6 +306,8 @@ def test_what_other_tools_read(run, tmp_path, capfd):
     assert main([str(run / "checkpoints" / "step_00000002"), str(tmp_path / "out")]) == 0
     assert capfd.readouterr().err == ""
     config = json.loads((tmp_path / "out" / "config.json").read_text())
+    tokenizer = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"  # transformers 4 lacks TokenizersBackend
     assert config["n_ctx"] == config["n_positions"] == 128  # n_ctx: llama.cpp and others
 
 
