@@ -177,7 +177,7 @@ def longest_context(config: PretrainedConfig) -> int | None:
     """The tokens that a model can read at most, or None where nothing limits it."""
     text = config.get_text_config()
     limits = (getattr(text, name, None) for name in CONTEXT_KEYS)
-    return next((limit for limit in limits if isinstance(limit, int)), None)
+    return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)  # -1: none, of XLNet
 
 
 @contextmanager

@@ -19,23 +19,28 @@ def flops_per_token(model: PreTrainedModel, context: int | None = None) -> float
     Recomputation by gradient checkpointing does not count: MFU measures useful work. Call it before sharding.
     """
     config = model.config.get_text_config()
+    values = config.to_dict()  # an attribute that differs between layers cannot be read
+
+    def number(name: str) -> int:
+        return values.get(config.attribute_map.get(name, name)) or 0
+
     head = model.get_output_embeddings()
     looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     if head is not None:
         looked_up.discard(id(head.weight))
     names = ("num_local_experts", "num_experts", "n_routed_experts")
-    experts = next((getattr(config, name) for name in names if getattr(config, name, None)), 0)
-    visited = getattr(config, "num_experts_per_tok", None) or experts
+    experts = next((number(name) for name in names if number(name)), 0)
+    visited = number("num_experts_per_tok") or experts
     multiplied = 0.0
     for parameter in model.parameters():
         if parameter.ndim < 2 or id(parameter) in looked_up:
             continue
         stacked = experts and parameter.ndim == 3 and parameter.shape[0] == experts  # (experts, out, in)
         multiplied += parameter.numel() * (visited / experts if stacked else 1)
-    context = getattr(config, "max_position_embeddings", 0) if context is None else context
-    heads = getattr(config, "num_attention_heads", 0)
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)
-    return 6 * multiplied + 12 * config.num_hidden_layers * heads * head_size * context
+    context = number("max_position_embeddings") if context is None else context
+    heads = number("num_attention_heads")
+    head_size = number("head_dim") or number("hidden_size") // max(heads, 1)
+    return 6 * multiplied + 12 * number("num_hidden_layers") * heads * head_size * context
 
 
 # Dense peak of the matrix units in FLOP/s, accumulating in float32, of what torch shows as one device. From the makers'

@@ -25,6 +25,7 @@ def to_gpt2(model: GPT3LMHeadModel) -> GPT2LMHeadModel:
         GPT2Config(
             vocab_size=config.vocab_size,
             n_positions=config.context,
+            n_ctx=config.context,  # transformers reads n_positions alone, other tools also this
             n_embd=config.width,
             n_layer=config.layers,
             n_head=config.heads,

@@ -224,7 +224,8 @@ class CausalLMLoss(nn.Module):
         """The router's load-balancing loss, with its coefficient."""
         model, routed = self.model, getattr(outputs, "router_logits", None)
         if not routed or not hasattr(model, "router_aux_loss_coef"):
-            raise LossMismatch(f"{type(model).__name__} has no router loss: set output_router_logits to false")
+            name = type(model).__name__
+            raise LossMismatch(f"{name} has no router loss that models/loss.py knows: set output_router_logits to false")
         return model.router_aux_loss_coef * load_balancing_loss_func(routed, model.num_experts, model.num_experts_per_tok)
 
 

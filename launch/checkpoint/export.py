@@ -6,12 +6,18 @@ A GPT-3 becomes a stock GPT-2, which is the same function; any other architectur
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+from transformers import PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+from launch.checkpoint.card import write_card
 from launch.checkpoint.load import load_model
 from launch.checkpoint.permissions import usual_permissions
 from launch.checkpoint.tokenizer import export_tokenizer, trained_context
@@ -19,8 +25,10 @@ from launch.checkpoint.verify import CheckpointError, choose_checkpoint
 from models.gpt2 import to_gpt2
 from models.gpt3 import GPT3LMHeadModel
 
+DTYPES = ("float32", "bfloat16", "float16")
 
-def export(run: str | Path, out: str | Path, note: Callable[[str], None] = lambda text: None) -> Path:
+
+def export(run: str | Path, out: str | Path, note: Callable[[str], None] = lambda text: None, dtype: str | None = None) -> Path:
     """Write the model and the tokenizer of `run` to the new folder `out`; returns the checkpoint that was taken.
 
     AutoModelForCausalLM, AutoTokenizer and pipeline("text-generation") load `out`, which appears only when it is complete.
@@ -29,6 +37,7 @@ def export(run: str | Path, out: str | Path, note: Callable[[str], None] = lambd
         run: the folder of a training run, whose newest whole checkpoint is taken, or one of its checkpoints.
         out: a folder that does not exist, or is empty.
         note: is told of damaged checkpoints that are newer than the one that was taken.
+        dtype: one of DTYPES for the weights; by default the checkpoint's own.
 
     Raises:
         CheckpointError: no whole checkpoint, a model or tokenizer that cannot be read, or a folder that cannot be written.
@@ -42,6 +51,8 @@ def export(run: str | Path, out: str | Path, note: Callable[[str], None] = lambd
     model = load_model(checkpoint)
     if isinstance(model, GPT3LMHeadModel):
         model = to_gpt2(model)
+    if dtype is not None:
+        convert(model, dtype)
     tokenizer = export_tokenizer(checkpoint.parent.parent, model, trained_context(checkpoint, model.config))
 
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
@@ -49,6 +60,8 @@ def export(run: str | Path, out: str | Path, note: Callable[[str], None] = lambd
         partial.mkdir(parents=True)
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        name_tokenizer_class(partial / "tokenizer_config.json")
+        write_card(partial, checkpoint, model)
         usual_permissions(partial)
         os.replace(partial, out)
     except OSError as error:
@@ -58,14 +71,31 @@ def export(run: str | Path, out: str | Path, note: Callable[[str], None] = lambd
     return checkpoint
 
 
+def name_tokenizer_class(path: Path) -> None:
+    """transformers 5 writes a class that 4 does not have; both know the one that only reads tokenizer.json."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def convert(model: PreTrainedModel, dtype: str) -> None:
+    """Round the weights to one of DTYPES. Raises CheckpointError if one leaves its range."""
+    model.to(getattr(torch, dtype))
+    for name, weight in model.state_dict().items():
+        if weight.is_floating_point() and weight.isinf().any():
+            raise CheckpointError(f"{name} is beyond the range of {dtype}: export as bfloat16 or float32")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Export as the command line says. Exit status 2: an error, in one line."""
     parser = argparse.ArgumentParser(prog="python -m models.export", description=__doc__.splitlines()[0])
     parser.add_argument("run", help="a run's folder, or one checkpoint in it")
     parser.add_argument("out", help="the folder to write; it must not exist, or be empty")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as they were saved)")
     options = parser.parse_args(arguments)
+    disable_progress_bar()
     try:
-        checkpoint = export(options.run, options.out, note=lambda text: print(f"export: note: {text}", file=sys.stderr))
+        checkpoint = export(options.run, options.out, lambda text: print(f"export: note: {text}", file=sys.stderr), options.dtype)
     except CheckpointError as error:
         print(f"export: {error}", file=sys.stderr)
         return 2

@@ -32,9 +32,12 @@ FAST = {
     "qwen3_moe": "fsdp2",
 }
 # Reviewed: types that cannot be trained, with a part of the one line that says why.
-REFUSED: dict[str, str] = {}
-# Reviewed: types that train and resume, but whose export transformers does not read back as it was, and why.
-NOT_RELOADED: dict[str, str] = {}
+REFUSED = {
+    "cpmant": "is not causal as configured",  # its prompt reads the whole text
+    "gemma4_assistant": "hidden_size_per_layer_input must be 0",  # transformers itself cannot make its default configuration
+    "gemma4_unified_assistant": "gemma4_unified_assistant",  # drafts for another model, whose states it needs
+    **dict.fromkeys(("emu3", "mllama", "musicgen", "musicgen_melody"), "does not offer by itself"),  # no text model of their own
+}
 
 
 def live(run, model_type: str, strategy: str, folder: str = "run") -> str:
@@ -69,6 +72,12 @@ def live(run, model_type: str, strategy: str, folder: str = "run") -> str:
     return "" if worst <= 1e-5 * expected.abs().max().item() else f"reload: logits differ by {worst:.1e}"
 
 
+@pytest.fixture(autouse=True)
+def no_picture(monkeypatch):
+    """Drawing the curve takes longer than all the rest."""
+    monkeypatch.setattr("launch.run.summary.draw_losses", lambda *_: None)
+
+
 @pytest.mark.parametrize("model_type", FAST)
 def test_a_dozen_train_resume_export_and_reload(run, model_type):
     assert live(run, model_type, FAST[model_type]) == ""
@@ -80,5 +89,6 @@ def test_a_dozen_train_resume_export_and_reload(run, model_type):
 def test_every_type_trains_resumes_exports_and_reloads(run, model_type, strategy):
     logging.set_verbosity_error()
     found = live(run, model_type, strategy)
-    expected = REFUSED.get(model_type) or NOT_RELOADED.get(model_type) or ""
+    print(f"{model_type} {strategy}: {found or 'ok'}")
+    expected = REFUSED.get(model_type, "")
     assert expected in found if expected else found == ""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -284,3 +285,46 @@ def test_command_line_error_has_no_traceback(tmp_path):
     failed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert failed.returncode == 2
     assert failed.stderr == f"export: there is no folder {tmp_path / 'nowhere'}\n"
+
+
+def test_weights_are_rounded_as_asked_and_a_range_that_is_too_small_is_an_error(run, tmp_path):
+    for name, dtype in (("bfloat16", torch.bfloat16), ("float16", torch.float16), ("float32", torch.float32)):
+        assert main([str(run), str(tmp_path / name), "--dtype", name]) == 0
+        weights = load_file(tmp_path / name / "model.safetensors")
+        assert {weight.dtype for weight in weights.values()} == {dtype}
+        assert json.loads((tmp_path / name / "config.json").read_text())["dtype"] == name
+    model = build_model(size="gpt3-tiny", vocab_size=320)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(1e5)
+    large = save_checkpoint(model, tmp_path / "run" / "checkpoints" / "step_00000001")
+    shutil.copy(run / "tokenizer.json", tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"ln_f\.weight is beyond the range of float16: export as bfloat16 or float32"):
+        export(large, tmp_path / "large", dtype="float16")
+
+
+def test_what_other_tools_read(run, tmp_path, capfd):
+    assert main([str(run / "checkpoints" / "step_00000002"), str(tmp_path / "out")]) == 0
+    assert capfd.readouterr().err == ""
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    tokenizer = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"  # transformers 4 lacks TokenizersBackend
+    assert config["n_ctx"] == config["n_positions"] == 128  # n_ctx: llama.cpp and others
+
+
+def test_the_card_says_what_the_checkpoint_knows(tmp_path):
+    run = make_run(tmp_path / "run")
+    checkpoint = run / "checkpoints" / "step_00000100"
+    export(run, tmp_path / "plain")
+    plain = (tmp_path / "plain" / "README.md").read_text()
+    assert "GPT2LMHeadModel" in plain and "128 tokens" in plain and "training" not in plain
+    trained = {"run": {"name": "mine", "seed": 7}, "data": {"dir": "prepared/words"}, "train": {"batch_size": 8}}
+    trained["optimizer"] = {"name": "celo2", "rule": "celo2-lm", "lr": 5e-4}
+    state = {"step": 100, "tokens": 25600, "identity": {"data set": "0123456789abcdef"}, "config": trained}
+    change(checkpoint, "state.json", lambda path: path.write_text(json.dumps(state)))
+    losses = [{"step": 50, "val_loss": 3.5}, {"step": 100, "val_loss": 3.25}, {"step": 150, "val_loss": 3.0}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in losses))
+    export(run, tmp_path / "card")
+    card = (tmp_path / "card" / "README.md").read_text()
+    for fact in ("# mine", "words, hash 0123456789ab", "100 steps of 8 sequences, 25,600 tokens", "celo2, rule celo2-lm"):
+        assert fact in card
+    assert "3.2500 nats a token, after step 100" in card and "License: not stated" in card

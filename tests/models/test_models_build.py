@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig
 
-from models import SIZES, CausalLMLoss, ModelError, build_model, flops_per_token, peak_flops
+from models import SIZES, CausalLMLoss, ModelError, build_model, flops_per_token, longest_context, peak_flops
 from models.gpt3 import GPT3LMHeadModel
 
 LLAMA = {
@@ -17,6 +18,7 @@ LLAMA = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
+GEMMA3 = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "intermediate_size": 32}
 MIXTRAL = {**LLAMA, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
 
 
@@ -38,6 +40,34 @@ def test_any_architecture_by_its_configuration():
     gemma = build_model(hf={**LLAMA, "model_type": "gemma", "head_dim": 16}, vocab_size=99)
     assert gemma.get_input_embeddings().padding_idx is None and gemma.get_input_embeddings().weight[0].any()
     assert build_model(hf={**LLAMA, "rope_theta": 5000.0}, vocab_size=99).config.rope_parameters["rope_theta"] == 5000.0
+
+
+def test_keys_that_only_the_modelling_code_reads():
+    for model_type in ("qwen3_moe", "glm4_moe"):
+        small = {**LLAMA, "model_type": model_type, "moe_intermediate_size": 16, "num_hidden_layers": 1}
+        model = build_model(hf={**small, "head_dim": 32}, vocab_size=99, device="meta")
+        assert model.model.layers[0].self_attn.q_proj.weight.shape == (4 * 32, 64)
+        assert type(model.config)(**model.config.to_dict()).head_dim == 32  # config.json keeps it
+    nested = {"kv_n_heads": 1, "clip_qkv": 8.0, "rope_theta": 1e4}  # the last is not declared
+    dbrx = {"model_type": "dbrx", "d_model": 32, "n_heads": 2, "n_layers": 1, "attn_config": nested}
+    assert build_model(hf=dbrx, vocab_size=99, device="meta").config.attn_config.rope_theta == 1e4
+
+
+def test_a_composite_stands_for_its_text_model():
+    model = build_model(hf={"model_type": "gemma3", "text_config": {**GEMMA3, "hidden_size": 48}}, vocab_size=99, device="meta")
+    assert model.config.model_type == "gemma3_text" and model.config.hidden_size == 48
+
+
+def test_special_tokens_that_a_class_insists_on_keep_its_default():
+    config = build_model(hf={**LLAMA, "model_type": "cwm", "layer_types": None}, vocab_size=99, device="meta").config
+    assert config.pad_token_id is None and isinstance(config.bos_token_id, int)
+
+
+def test_the_longest_context_has_many_names():
+    lengths = {"llama": "max_position_embeddings", "mpt": "max_seq_len", "gpt2": "n_positions", "kimi_linear": "model_max_length"}
+    for model_type, name in lengths.items():
+        assert longest_context(AutoConfig.for_model(model_type, **{name: 77})) == 77
+    assert longest_context(AutoConfig.for_model("bloom")) is None and longest_context(AutoConfig.for_model("mamba")) is None
 
 
 def test_the_same_seed_gives_the_same_weights():
@@ -81,7 +111,29 @@ GOOD = {"layers": 2, "width": 32, "heads": 4, "context": 16, "vocab_size": 99}
             {"hf": {"model_type": "qwen33"}, "vocab_size": 9},
             "no causal language model of model_type 'qwen33'; did you mean",
         ),
-        ({"hf": {"model_type": "vit"}, "vocab_size": 9}, "no causal language model of model_type 'vit'"),
+        ({"hf": {"model_type": "vit"}, "vocab_size": 9}, "'vit' is a model of transformers, but not a causal language model"),
+        ({"hf": {"model_type": "t5"}, "vocab_size": 9}, "'t5' is a model of transformers, but not a causal language model"),
+        ({"hf": {"model_type": "banana"}, "vocab_size": 9}, "no causal language model of model_type 'banana'$"),
+        ({"hf": {**LLAMA, "model_type": "gemma3"}, "vocab_size": 9}, "'gemma3' is a composite.*keys alone, in hf.text_config"),
+        (
+            {"hf": {"model_type": "gemma3", "text_config": {"hiden_size": 64}}, "vocab_size": 9},
+            "gemma3_text has no configuration key 'hiden_size'; did you mean 'hidden_size'?",
+        ),
+        ({"hf": {"model_type": "musicgen"}, "vocab_size": 9}, "'musicgen' is a composite.* does not offer by itself"),
+        (
+            {"hf": {**LLAMA, "model_type": "qwen3_moe", "hed_dim": 32}, "vocab_size": 9},
+            "qwen3_moe has no configuration key 'hed_dim'; did you mean 'head_dim'?",
+        ),
+        (
+            {"hf": {"model_type": "mpt", "attn_config": {"alibbi": True}}, "vocab_size": 9},
+            "mpt.attn_config has no configuration key 'alibbi'; did you mean 'alibi'?",
+        ),
+        ({"hf": {**LLAMA, "trust_remote_code": True}, "vocab_size": 9}, "llama has no configuration key 'trust_remote_code'$"),
+        ({"hf": {**LLAMA, "attn_implementation": "flash_attention_2"}, "vocab_size": 9}, "^llama: .*FlashAttention2"),
+        (
+            {"hf": {**LLAMA, "model_type": "ministral"}, "vocab_size": 9},
+            "^ministral: unsupported operand .*; keys without a value are head_dim",
+        ),
         ({"hf": {"model_type": "gemma3"}, "vocab_size": 9}, "'gemma3' is a composite.*did you mean 'gemma3_text'"),
         (
             {"hf": {"model_type": "llama", "hiden_size": 64}, "vocab_size": 9},

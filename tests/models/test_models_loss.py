@@ -8,7 +8,7 @@ from torch.autograd import gradcheck
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import CausalLMLoss, LossMismatch, build_model, check_matches_logits, chunked_cross_entropy
+from models import CausalLMLoss, LossMismatch, ModelError, build_model, choose_loss, chunked_cross_entropy, has_unused_parameters
 from models.loss import chunk_size, cross_entropy_reference, logit_scale_and_softcap
 
 SMALL = {
@@ -19,6 +19,13 @@ SMALL = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
+SMALL_BERT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+DEEPSEEK = {
+    **{"hidden_size": 32, "num_hidden_layers": 1, "first_k_dense_replace": 0, "num_attention_heads": 2, "num_key_value_heads": 2},
+    **{"intermediate_size": 32, "moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1},
+    **{"topk_group": 1, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
+}
+JETMOE = {"hidden_size": 32, "num_hidden_layers": 1, "num_key_value_heads": 1, "kv_channels": 8, "intermediate_size": 16}
 GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
 VARIANTS = {
     "plain": {},
@@ -255,45 +262,63 @@ def test_causal_lm_loss_equals_the_models_own_logits(name):
     theirs = torch.autograd.grad(expected, parameters.values())
     for key, a, b in zip(parameters, ours, theirs, strict=True):
         assert (a - b).norm() < 3e-6 * (b.norm() + 0.1), key  # worst of 9: 3.5e-7; a k bias has gradient zero
-    check_matches_logits(loss)
-    assert model.training
+    choose_loss(model)
+    assert model.chunked_loss and model.training
 
 
-def test_check_finds_what_the_loss_does_not_know():
-    for name, attribute, wrong in (
-        ("gemma2", "softcap", None),
-        ("granite", "scale", 1.0),
-        ("cohere", "scale", 1.0),
-        ("gpt3", "softcap", 30.0),
-    ):
-        loss = CausalLMLoss(small_model(name))
-        check_matches_logits(loss)
-        setattr(loss, attribute, wrong)
-        with pytest.raises(LossMismatch, match="does something to its logits"):
-            check_matches_logits(loss)
+@pytest.mark.parametrize(("name", "key"), [("gemma2", "final_logit_softcapping"), ("granite", "logits_scaling")])
+def test_logits_that_the_chunks_do_not_know_are_taken_from_the_model(name, key, monkeypatch):
+    monkeypatch.setattr("models.loss.logit_scale_and_softcap", lambda config: (1.0, None))
+    model = small_model(name)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(10)
+    ids = torch.randint(101, (3, 18), generator=torch.Generator().manual_seed(0))
+    own = own_logits_loss(model, ids[:, :-1], ids[:, 1:])
+    assert relative(CausalLMLoss(model)(ids[:, :-1], ids[:, 1:]), own) > 1e-3  # as if nobody had looked
+    choose_loss(model)
+    assert not model.chunked_loss
+    assert relative(CausalLMLoss(model)(ids[:, :-1], ids[:, 1:]), own) < 1e-6
 
 
-def test_check_leaves_no_trace():
-    loss = CausalLMLoss(small_model("phi").to(torch.bfloat16)).eval()
-    before = {name: p.clone() for name, p in loss.named_parameters()}
-    state = torch.get_rng_state()
-    check_matches_logits(loss)
-    assert torch.equal(state, torch.get_rng_state()) and not loss.training
-    assert all(torch.equal(before[name], p) for name, p in loss.named_parameters())
-
-
-def test_unknown_architectures_are_errors():
+def test_an_output_layer_that_does_more_than_project_is_taken_from_the_model():
     small = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
-    head_does_more = build_model(hf={"model_type": "bert", "is_decoder": True, **small}, vocab_size=101)
-    with pytest.raises(LossMismatch, match="does something to its logits"):
-        check_matches_logits(CausalLMLoss(head_does_more))
-    sees_the_future = build_model(
-        hf={"model_type": "xlnet", "d_model": 64, "n_layer": 2, "n_head": 4, "d_inner": 64}, vocab_size=101
-    )
-    with pytest.raises(LossMismatch, match="not causal"):
-        check_matches_logits(CausalLMLoss(sees_the_future))
-    with pytest.raises(LossMismatch, match="no base model and output projection"):
-        CausalLMLoss(small_model("gpt3").model)
+    model = build_model(hf={"model_type": "bert", "is_decoder": True, **small}, vocab_size=101).eval()
+    choose_loss(model)
+    assert not model.chunked_loss
+    ids = torch.randint(101, (3, 18), generator=torch.Generator().manual_seed(0))
+    assert relative(CausalLMLoss(model)(ids[:, :-1], ids[:, 1:]), own_logits_loss(model, ids[:, :-1], ids[:, 1:])) < 1e-6
+
+
+def test_choosing_leaves_no_trace():
+    model = small_model("phi").to(torch.bfloat16).eval()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    state = torch.get_rng_state()
+    choose_loss(model)
+    assert model.chunked_loss
+    assert torch.equal(state, torch.get_rng_state()) and not model.training
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("hf", "message"),
+    [
+        ({"model_type": "xlnet", "d_model": 32, "n_layer": 1, "n_head": 2, "d_inner": 32}, "XLNetLMHeadModel is not causal"),
+        ({"model_type": "bert", **SMALL_BERT}, r"BertLMHeadModel is not causal .*; hf\.is_decoder=true makes it so"),
+        ({"model_type": "roberta", "is_decoder": True, **SMALL_BERT}, "forward pass fails: .*None.*; keys .* are pad_token_id"),
+        ({"model_type": "deepseek_v3", **DEEPSEEK, "output_router_logits": True}, "DeepseekV3ForCausalLM has no router loss"),
+        ({"model_type": "jetmoe", **JETMOE, "output_router_logits": True}, "JetMoeForCausalLM has no router loss that"),
+    ],
+)
+def test_a_model_that_cannot_be_trained_says_so_in_one_line(hf, message):
+    with pytest.raises((ModelError, LossMismatch), match=message) as caught:
+        choose_loss(build_model(hf=hf, vocab_size=101))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_parameters_without_a_gradient_are_found():
+    assert not has_unused_parameters(CausalLMLoss(small_model("gpt3")))
+    bart = {"model_type": "bart", "d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 32}
+    assert has_unused_parameters(CausalLMLoss(build_model(hf=bart, vocab_size=101)))  # cross-attention without an encoder
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
