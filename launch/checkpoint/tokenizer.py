@@ -17,6 +17,7 @@ from data import DataError
 from data.special_tokens import as_trained, declared_tokens, end_of_text, tokenizer_config
 from launch.checkpoint.load import read_state
 from launch.checkpoint.verify import CheckpointError
+from models import longest_context
 
 
 def export_tokenizer(run: Path, model: PreTrainedModel, context: int | None) -> PreTrainedTokenizerFast:
@@ -53,7 +54,7 @@ def trained_context(checkpoint: Path, config: PretrainedConfig) -> int | None:
         asked = read_state(checkpoint)["config"]["model"]["context"]
     except (OSError, ValueError, KeyError):
         asked = None
-    return asked or getattr(config, "max_position_embeddings", None)
+    return asked or longest_context(config)
 
 
 def _configure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, context: int | None) -> None:
