@@ -29,7 +29,6 @@ class DDP(Strategy):
         # that never get one (cross-attention without an encoder), which DDP must look for.
         accelerator.ddp_handler = DistributedDataParallelKwargs(
             gradient_as_bucket_view=True,
-            broadcast_buffers=False,
             find_unused_parameters=self.world > 1 and has_unused_parameters(loss),
         )
         self.loss_model = accelerator.prepare_model(loss)

@@ -36,6 +36,7 @@ REFUSED = {
     "cpmant": "is not causal as configured",  # its prompt reads the whole text
     "gemma4_assistant": "hidden_size_per_layer_input must be 0",  # transformers itself cannot make its default configuration
     "gemma4_unified_assistant": "gemma4_unified_assistant",  # drafts for another model, whose states it needs
+    "zamba fsdp2": "is shared with a parameter",  # FSDP2 cannot shard a block that several layers share
     **dict.fromkeys(("emu3", "mllama", "musicgen", "musicgen_melody"), "does not offer by itself"),  # no text model of their own
 }
 
@@ -90,5 +91,5 @@ def test_every_type_trains_resumes_exports_and_reloads(run, model_type, strategy
     logging.set_verbosity_error()
     found = live(run, model_type, strategy)
     print(f"{model_type} {strategy}: {found or 'ok'}")
-    expected = REFUSED.get(model_type, "")
+    expected = REFUSED.get(model_type) or REFUSED.get(f"{model_type} {strategy}", "")
     assert expected in found if expected else found == ""
