@@ -123,7 +123,7 @@ def draw_losses(records: list[dict], path: Path, title: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    figure = Figure(figsize=(8, 4.5), dpi=120)  # a layout engine would take as long as the drawing
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     if training:
