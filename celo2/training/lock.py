@@ -42,7 +42,7 @@ class FolderLock:
     def __init__(self, folder: Path) -> None:
         self.folder, self.path = folder, folder / "lock"
         boot = Path("/proc/sys/kernel/random/boot_id")  # containers of one machine share it, and its kernel's locks
-        machine = boot.read_text().strip() if boot.exists() else socket.gethostname()
+        machine = boot.read_text(encoding="utf-8").strip() if boot.exists() else socket.gethostname()
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": since, "machine": machine, "id": uuid.uuid4().hex}
         self.own = json.dumps(owner).encode()

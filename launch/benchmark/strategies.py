@@ -139,7 +139,7 @@ def table(worlds: tuple[int, ...] = (1, 2, 4)) -> list[Row]:
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
             subprocess.run([*command, "-m", "launch.benchmark.strategies", folder], env=environment, check=True)
-            records += json.loads((Path(folder) / f"{world}.json").read_text())
+            records += json.loads((Path(folder) / f"{world}.json").read_text(encoding="utf-8"))
         reference, weights = records[0], load_file(Path(folder) / "ddp-1.safetensors")
         for record in records:
             own = load_file(Path(folder) / f"{record['row']}-{record['processes']}.safetensors")
@@ -161,7 +161,7 @@ def main(folder: Path) -> int:
     accelerator = make_accelerator(Config())
     results = [measure_row(row, accelerator, folder) for row in ROWS]
     if accelerator.is_main_process:
-        (folder / f"{accelerator.num_processes}.json").write_text(json.dumps(results))
+        (folder / f"{accelerator.num_processes}.json").write_text(json.dumps(results), encoding="utf-8")
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return 0

@@ -39,7 +39,7 @@ def write_card(folder: Path, checkpoint: Path, model: PreTrainedModel) -> None:
     }
     name, state = checkpoint.parent.parent.name, checkpoint / "state.json"
     if state.is_file():
-        saved = json.loads(state.read_text())
+        saved = json.loads(state.read_text(encoding="utf-8"))
         trained = saved["config"]
         name, optimizer = trained["run"]["name"], trained["optimizer"]
         rule = optimizer.get("rule") and f", rule {optimizer['rule']}"

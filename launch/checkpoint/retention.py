@@ -33,7 +33,7 @@ def surplus(newest: Path, config: CheckpointConfig, origin: int | None = None) -
 def state_of(path: Path) -> dict[str, Any]:
     """The state.json of a checkpoint; nothing if it is damaged."""
     try:
-        return dict(json.loads((path / "state.json").read_text()))
+        return dict(json.loads((path / "state.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return {}
 

@@ -82,7 +82,7 @@ def verify(path: Path) -> None:
 def require_its_step(path: Path) -> None:
     """Raise CheckpointError if a whole checkpoint was renamed: its name says another step than its state."""
     state = path / "state.json"
-    step = json.loads(state.read_text())["step"] if state.exists() else step_of(path)
+    step = json.loads(state.read_text(encoding="utf-8"))["step"] if state.exists() else step_of(path)
     if step != step_of(path):
         raise CheckpointError(f"{path} is a copy of step {step} under the name of another step")
 

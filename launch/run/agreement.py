@@ -123,7 +123,7 @@ def model_differences(
     path: Path, saved: Mapping[str, Any], config: Config, model: PretrainedConfig, identity: Mapping[str, Any]
 ) -> Iterator[Difference]:
     """What would make the weights another function, or sequences another length."""
-    there, before = json.loads((path / "config.json").read_text()), saved["config"]["model"]
+    there, before = json.loads((path / "config.json").read_text(encoding="utf-8")), saved["config"]["model"]
     now, init = config.model.init, before.get("init")
     if now is not None and now != init and (init is None or os.path.realpath(now) != os.path.realpath(init)):
         yield Difference("model.init", init or NOT_SET, now, f"model.init={init}" if init else "no model.init")

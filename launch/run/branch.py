@@ -174,7 +174,7 @@ def put_in_place(run_dir: Path) -> None:
     if not origin.own:
         metrics = source.parent.parent / "metrics.jsonl"
         known = source.parent.name == "checkpoints" and metrics.exists()
-        replace_text(run_dir / "metrics.jsonl", metrics.read_text() if known else "")
+        replace_text(run_dir / "metrics.jsonl", metrics.read_text(encoding="utf-8") if known else "")
     write_origin(run_dir, replace(origin, done=True))
 
 
@@ -199,7 +199,7 @@ def copy_files(run_dir: Path, aside: Path, before: dict[str, Any] | None) -> Non
         if file.is_file() and file.name not in ("lock", "origin.json"):
             shutil.copy2(file, partial / file.name)
     if before is not None:
-        (partial / "origin.json").write_text(json.dumps(before, indent=1))
+        (partial / "origin.json").write_text(json.dumps(before, indent=1), encoding="utf-8")
     partial.rename(aside)
     flush(aside.parent)
 
@@ -209,7 +209,7 @@ def link_checkpoint(source: Path, target: Path) -> None:
     partial = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    for name in (*json.loads((source / MANIFEST).read_text()), MANIFEST):
+    for name in (*json.loads((source / MANIFEST).read_text(encoding="utf-8")), MANIFEST):
         try:
             os.link((source / name).resolve(), partial / name)
         except OSError:  # another disk, or one without links
@@ -228,7 +228,7 @@ def read_origin(run_dir: Path) -> Origin | None:
     if not path.exists():
         return None
     try:
-        return Origin(**json.loads(path.read_text()))
+        return Origin(**json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{path} is damaged ({error})") from None
 
@@ -242,7 +242,7 @@ def write_origin(run_dir: Path, origin: Origin) -> None:
 def replace_text(path: Path, text: str) -> None:
     """Write a file. A kill leaves the old one or the new one, whole, and so does the loss of power."""
     partial = path.with_name(f".{path.name}.tmp")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     flush(partial)
     partial.replace(path)
     flush(path.parent)

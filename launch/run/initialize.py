@@ -227,7 +227,7 @@ def weight_files(source: Source) -> list[Path]:
     names = {"model.safetensors"}
     if (index := source.path / INDEX).exists() and not (source.path / "model.safetensors").exists():
         try:
-            names = {str(name) for name in json.loads(index.read_text())["weight_map"].values()}
+            names = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ConfigError(f"model.init: {index} is damaged: download or export the model again") from None
     missing = sorted(name for name in names if not (source.path / name).is_file())
