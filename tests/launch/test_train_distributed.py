@@ -168,7 +168,7 @@ def test_two_processes(run, prepared):
         [*common, f"run.dir={run.tmp_path / 'from_one'}", f"checkpoint.resume={one}"],
         ["signal in step 6 of rank 1", *common, f"run.dir={run.tmp_path / 'signal'}"],
         [*common, f"run.dir={run.tmp_path / 'signal'}"],
-        [*common, f"run.dir={run.tmp_path / 'bad'}", "train.batch_size=6"],
+        [*common, f"run.dir={run.tmp_path / 'bad'}", "train.batch_size=7"],
         ["tamper", *common, f"run.dir={run.tmp_path / 'wrong'}", "distributed.strategy=fsdp2"],
         ["tamper", *common, f"run.dir={run.tmp_path / 'wrong1'}", "distributed.shard_state=true"],
         [*common, f"run.dir={run.tmp_path / 'locked'}"],
@@ -188,7 +188,7 @@ def test_two_processes(run, prepared):
     assert losses(back) == pytest.approx(losses(single), rel=1e-4)
     # A signal that only the second rank got: both saved after that step, and the continued run is the same.
     assert losses(read(run.tmp_path / "signal")) == losses(double)
-    assert "(2 processes x train.micro_batch_size=4)" in done.stderr
+    assert "train.batch_size=7 must be a multiple of the number of processes, 2" in done.stderr
     # Each rank names the process that holds the folder, in one line. Two processes go back to a checkpoint of one.
     assert done.stderr.count("locked is in use by process") == 2 and not (run.tmp_path / "locked").exists()
     aside = sorted(path.name for path in (run.tmp_path / "one/set_aside/1/checkpoints").iterdir())
