@@ -21,7 +21,7 @@ from launch.distributed.blocks import required_blocks
 from launch.distributed.strategy import Judge, Strategy, sharded_parameters
 from launch.monitoring.guard import Verdict
 from launch.optimizers.build import build_optimizer, optimizer_groups
-from models import CausalLMLoss
+from models import CausalLMLoss, one_line
 
 
 class FSDP2(Strategy):
@@ -65,6 +65,16 @@ class FSDP2(Strategy):
         """As under DDP, where Accelerate adds the autocast."""
         with self.autocast():
             return super().loss(inputs, targets)
+
+    def differentiate(self, loss: Tensor) -> None:
+        """ConfigError for an architecture whose backward pass reads weights that are not gathered (Reformer)."""
+        try:
+            super().differentiate(loss)
+        except RuntimeError as error:
+            if "DTensor" not in str(error):
+                raise
+            name = type(self.model).__name__
+            raise ConfigError(f"distributed.strategy fsdp2 cannot shard {name}: {one_line(error)}; ddp can train it") from error
 
     def update(self, judge: Judge) -> Verdict:
         """Clip the gradient, judge, update the local shards."""

@@ -85,7 +85,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "indexer_compress_ratio": 2,
     },
     "reformer": {
-        **each("is_decoder", True),
+        **{"is_decoder": True, "pad_token_id": 0},
         **{"axial_pos_shape": [4, 8], "axial_pos_embds_dim": [16, 16], "local_attn_chunk_length": 8, "lsh_attn_chunk_length": 8},
         **{"attn_layers": ["local", "lsh"], "num_buckets": 2, "hash_seed": 0},
         # It seeds its dropout from the clock, so that no run with dropout can be repeated.
