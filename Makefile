@@ -4,10 +4,11 @@
 # make test-versions   before a release, not in CI: make test with every other Python that is here (VERSIONS), each in a
 #                      folder of its own, and the package alone, with the oldest torch that pyproject.toml allows (test-package)
 # All create .venv from requirements.txt first, and reuse it. PYTHON=python3.12 chooses the interpreter (3.11 or newer),
-# VENV=FOLDER another folder than .venv.
+# VENV=FOLDER another folder than .venv, JOBS=4 more tests at a time than two.
 
 PYTHON ?= python3
 VENV ?= .venv
+JOBS ?= 2
 VERSIONS ?= python3.12 python3.13
 BIN := $(VENV)/bin
 OLDEST_TORCH := 2.9
@@ -24,7 +25,7 @@ test: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist worksteal
 
 test-slow: venv
 	$(BIN)/python -m pytest -m slow
