@@ -8,7 +8,7 @@ Importing this package registers "gpt3" with transformers' Auto classes.
 
 from models.build import ModelError, build_model, longest_context, one_line
 from models.flops import flops_per_token, peak_flops
-from models.loss import CausalLMLoss, LossMismatch, choose_loss, chunked_cross_entropy, has_unused_parameters
+from models.loss import CausalLMLoss, LossMismatch, choose_loss, chunked_cross_entropy, unused_parameters
 from models.sizes import SIZES
 
 __all__ = [
@@ -20,8 +20,8 @@ __all__ = [
     "choose_loss",
     "chunked_cross_entropy",
     "flops_per_token",
-    "has_unused_parameters",
     "longest_context",
     "one_line",
     "peak_flops",
+    "unused_parameters",
 ]

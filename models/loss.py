@@ -306,11 +306,11 @@ def check_router_loss(model: PreTrainedModel, input_ids: Tensor) -> None:
         )
 
 
-def has_unused_parameters(loss: CausalLMLoss) -> bool:
-    """Whether some trainable parameters of the model get no gradient from its loss. Call it before sharding."""
+def unused_parameters(loss: CausalLMLoss) -> set[Tensor]:
+    """The trainable parameters of the model that get no gradient from its loss. Call it before sharding."""
     training = loss.training
     tokens = few_tokens(loss.model, torch.Generator(loss.model.device).manual_seed(0))
     trainable = [p for p in loss.eval().parameters() if p.requires_grad]
     gradients = torch.autograd.grad(loss(tokens[:, :-1], tokens[:, 1:]), trainable, allow_unused=True)
     loss.train(training)
-    return any(gradient is None for gradient in gradients)
+    return {p for p, gradient in zip(trainable, gradients, strict=True) if gradient is None}

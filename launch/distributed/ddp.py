@@ -16,7 +16,7 @@ from configs.schema import Config
 from launch.distributed.strategy import Judge, ShardedParameter, Strategy
 from launch.monitoring.guard import Verdict
 from launch.optimizers.build import build_optimizer, optimizer_groups
-from models import CausalLMLoss, has_unused_parameters
+from models import CausalLMLoss
 
 
 class DDP(Strategy):
@@ -29,7 +29,7 @@ class DDP(Strategy):
         # that never get one (cross-attention without an encoder), which DDP must look for.
         accelerator.ddp_handler = DistributedDataParallelKwargs(
             gradient_as_bucket_view=True,
-            find_unused_parameters=self.world > 1 and has_unused_parameters(loss),
+            find_unused_parameters=bool(self.unused),
         )
         self.loss_model = accelerator.prepare_model(loss)
         replicas = dist.group.WORLD if self.world > 1 else None

@@ -22,7 +22,7 @@ from launch.distributed.buffers import copies, frozen_to_buffers, persistent_buf
 from launch.monitoring.guard import Verdict
 from launch.optimizers.build import Groups, optimizer_groups
 from launch.optimizers.table import entry_of
-from models import ModelError, one_line
+from models import CausalLMLoss, ModelError, one_line, unused_parameters
 
 Judge = Callable[[Tensor], Verdict]  # gradient norm -> what happens with the step
 MicroBatches = list[tuple[Tensor, Tensor]]  # input tokens and targets (B, T)
@@ -45,6 +45,7 @@ class Strategy:
         optimizer: updates `shards`.
         shards: every parameter by name, a tied weight once.
         matrices: how many hidden matrices of the model its optimizer orthogonalizes.
+        unused: parameters that get no gradient from the loss; looked for over several processes.
         copies: how many ranks hold the same shard and orthogonalize it each for itself.
         whole: whether one rank alone can call its `model`.
     """
@@ -54,16 +55,19 @@ class Strategy:
     shards: dict[str, ShardedParameter]
     copies = 1
     whole = True
+    fills_gradients = False  # with zeros, where a parameter gets none
     before_step: dict[str, Tensor]  # the buffers
 
     def __init__(self, config: Config, accelerator: Accelerator, model: PreTrainedModel) -> None:
         self.config, self.accelerator, self.model = config, accelerator, model
         self.world = accelerator.num_processes
-        orthogonalizes = entry_of(config.optimizer).orthogonalizes
-        self.matrices = count_hidden_matrices(optimizer_groups(config.optimizer, model)) if orthogonalizes else 0
         model.to(accelerator.device)
         frozen_to_buffers(model)
         self.buffer_names = list(persistent_buffers(model))
+        self.unused = unused_parameters(CausalLMLoss(model)) if self.world > 1 else set()
+        without = set() if self.fills_gradients else self.unused
+        orthogonalizes = entry_of(config.optimizer).orthogonalizes
+        self.matrices = count_hidden_matrices(optimizer_groups(config.optimizer, model), without) if orthogonalizes else 0
         if not dist.is_initialized() and config.distributed.strategy != "ddp":  # sharding over one process needs a group too
             backend = "nccl" if accelerator.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -146,9 +150,9 @@ class Strategy:
                 self.shards[name] = self.shards[name]._replace(ranges=ranges)
 
 
-def count_hidden_matrices(groups: Groups) -> int:
-    """The matrices that the parameters with the role "hidden" stand for."""
-    hidden = [(p, group["matrices"]) for group in groups if group["role"] == "hidden" for p in group["params"]]
+def count_hidden_matrices(groups: Groups, without: set[Tensor]) -> int:
+    """The matrices that the parameters with the role "hidden" stand for, `without` some."""
+    hidden = [(p, g["matrices"]) for g in groups if g["role"] == "hidden" for p in g["params"] if p not in without]
     return sum(matrix_count(stacked_shape(tuple(p.shape), layout)) for p, layout in hidden)
 
 

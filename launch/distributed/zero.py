@@ -28,6 +28,7 @@ class Zero(Strategy):
     Weights and communication are float32, and bf16 is autocast, as under DDP.
     """
 
+    fills_gradients = True
     zero_options: ClassVar[dict[str, Any]] = {}  # further options of DeepSpeed's section zero_optimization
 
     def __init__(self, config: Config, accelerator: Accelerator, model: PreTrainedModel) -> None:

@@ -8,7 +8,7 @@ from torch.autograd import gradcheck
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import CausalLMLoss, LossMismatch, ModelError, build_model, choose_loss, chunked_cross_entropy, has_unused_parameters
+from models import CausalLMLoss, LossMismatch, ModelError, build_model, choose_loss, chunked_cross_entropy, unused_parameters
 from models.loss import chunk_size, cross_entropy_reference, logit_scale_and_softcap
 
 SMALL = {
@@ -316,9 +316,9 @@ def test_a_model_that_cannot_be_trained_says_so_in_one_line(hf, message):
 
 
 def test_parameters_without_a_gradient_are_found():
-    assert not has_unused_parameters(CausalLMLoss(small_model("gpt3")))
+    assert not unused_parameters(CausalLMLoss(small_model("gpt3")))
     bart = {"model_type": "bart", "d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 32}
-    assert has_unused_parameters(CausalLMLoss(build_model(hf=bart, vocab_size=101)))  # cross-attention without an encoder
+    assert unused_parameters(CausalLMLoss(build_model(hf=bart, vocab_size=101)))  # cross-attention without an encoder
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
