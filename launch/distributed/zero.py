@@ -34,12 +34,15 @@ class Zero(Strategy):
     def __init__(self, config: Config, accelerator: Accelerator, model: PreTrainedModel) -> None:
         super().__init__(config, accelerator, model)
         self.whole = config.distributed.strategy != "zero3"
+        launched = "LOCAL_RANK" in os.environ
         deepspeed = import_deepspeed(accelerator.device)
         names = dict(model.named_parameters())
         groups = optimizer_groups(config.optimizer, model)
         self.client = ZeroClient(groups)
         options = engine_config(config, self.world, self.zero_options)
         self.engine, *_ = deepspeed.initialize(model=CausalLMLoss(model), optimizer=self.client, config=options)
+        if not launched:  # the next training run of this process would take it for a launcher's
+            del os.environ["LOCAL_RANK"]
         self.loss_model = self.engine
         self.zero = self.engine.optimizer
         self.optimizer = self.client.bind(self.zero, lambda groups: build_optimizer(config.optimizer, groups))

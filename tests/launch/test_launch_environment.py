@@ -1,5 +1,7 @@
 """Variables of launchers: what is missing, left over or contradicts the configuration is one line."""
 
+import os
+
 import pytest
 
 from configs.load import ConfigError
@@ -64,3 +66,12 @@ def test_what_is_refused(environment, variables, message):
     with pytest.raises(ConfigError) as error:
         check_environment(Config())
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_run_leaves_no_variable_of_a_launcher(run, environment):
+    """DeepSpeed needs LOCAL_RANK, which the next training run of the process would take for an incomplete launcher."""
+    environment({})
+    for strategy in ("zero1", "ddp"):
+        status, _, errors = run(f"distributed.strategy={strategy}", "train.steps=1", "log.sample_tokens=0", folder=strategy)
+        assert status == 0, errors
+        assert not TORCHRUN.keys() & os.environ.keys()
