@@ -45,7 +45,7 @@ from launch.planning.machines import machine_of
 from launch.planning.plan import make_plan
 from launch.private import leave
 from launch.run.agreement import identity_of
-from launch.run.check import check, check_prompt
+from launch.run.check import check, prompt_notes
 from launch.run.evaluation import bytes_of_tokens, evaluate
 from launch.run.hooks import Hooks
 from launch.run.resume import resume, roll_back
@@ -109,7 +109,6 @@ def pretrain(
     set_seed(config.run.seed)
     model, context, taken = make_model(config, shards)
     flops, parameters, hidden = flops_per_token(model, context), model.num_parameters(), hidden_names(model)
-    check_prompt(config, shards, context)
     heartbeat.mark("model built")
     strategy = make_strategy(config, accelerator, model)
     optimizer = strategy.optimizer
@@ -144,7 +143,7 @@ def pretrain(
         Saver(folder, config.checkpoint, report, first, state.step, hooks.before_save_phase, origin) as saver,
     ):
         batches, stream = open_batches(config, shards, context, state, accelerator)
-        resumed.notes.extend(taken if state.step == 0 else [])
+        resumed.notes.extend([*(taken if state.step == 0 else []), *prompt_notes(config, shards, context)])
         for note in [*resumed.notes, describe_training(config, parameters, optimizer, batches, world)]:
             display.say(note)
             metrics.event({"event": "start", "step": state.step, "note": note})

@@ -21,6 +21,7 @@ from accelerate.commands.launch import launch_command_parser
 import train
 from celo2.metatrain.config import load_config as load_metatrain
 from configs.load import load_config, load_written
+from launch.planning.machines import machine_of
 from launch.run.check import check
 
 ROOT = Path(__file__).parents[1]
@@ -160,6 +161,10 @@ def test_every_command_is_accepted(command, tmp_path, monkeypatch):
         arguments, world = found
         if "--help" in arguments:
             return
+        if "--gpu" in arguments:
+            at = arguments.index("--gpu")
+            machine_of(arguments[at + 1])
+            del arguments[at : at + 2]
         config, *overrides = [word for word in arguments if not word.startswith("--")]
         check(*load_written(config, overrides), world)
     elif words[2] not in NO_PARSER and words[2:] != ["launch.benchmark"]:

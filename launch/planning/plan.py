@@ -16,7 +16,7 @@ from launch.planning.cost import ASSUMED_STATE, cost_lines, memory_per_rank, set
 from launch.planning.machines import Machine
 from launch.planning.remedies import remedy_lines
 from launch.planning.units import size
-from launch.run.check import check_prompt
+from launch.run.check import prompt_notes
 from launch.run.schedule import lr_factor
 from launch.run.setup import build_from_config, open_data, vocabulary
 from models import flops_per_token
@@ -38,8 +38,6 @@ def make_plan(config: Config, world: int, machine: Machine) -> str:
         shards, _ = open_data(config)
         tokenizer_size, data = shards.vocab_size, config.data.dir
     model, context = build_from_config(config, vocabulary(config, tokenizer_size), device="meta")
-    if shards is not None:
-        check_prompt(config, shards, context)
     if config.distributed.strategy == "fsdp2":
         required_blocks(model)
 
@@ -96,6 +94,7 @@ def make_plan(config: Config, world: int, machine: Machine) -> str:
     ]
     lines += ["", *cost_lines(workload, largest, config.train.batch_size, machine, steps=config.train.steps)]
     lines += remedy_lines(workload, recomputed, largest, config.train.batch_size, machine)
+    lines += [f"note: {note}" for note in prompt_notes(config, shards, context)] if shards is not None else []
     lines += ["", routing_table(as_celo2_groups(groups))]
     return "\n".join(lines)
 

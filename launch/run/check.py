@@ -37,13 +37,15 @@ def check(config: Config, written: Written, world: int) -> list[str]:
     return notes
 
 
-def check_prompt(config: Config, shards: TokenShards, context: int) -> None:
-    """Raise ConfigError for a prompt of the sample that fills the whole context (tokens)."""
-    if config.log.sample_tokens and config.log.sample_prompt:
-        tokenizer = Tokenizer.from_file(str(shards.folder / "tokenizer.json"))
-        length = len(tokenizer.encode(config.log.sample_prompt).ids)
-        if length >= context:
-            raise ConfigError(f"log.sample_prompt has {length} tokens, expected fewer than the context of {context}")
+def prompt_notes(config: Config, shards: TokenShards, context: int) -> list[str]:
+    """A note on a prompt of the sample that fills the whole context (tokens): no reason not to train."""
+    if not (config.log.sample_tokens and config.log.sample_prompt):
+        return []
+    tokenizer = Tokenizer.from_file(str(shards.folder / "tokenizer.json"))
+    length = len(tokenizer.encode(config.log.sample_prompt).ids)
+    if length < context:
+        return []
+    return [f"log.sample_prompt has {length} tokens, the context {context}: the model will see the last {context // 2} of them"]
 
 
 def check_model_keys(config: Config) -> None:

@@ -33,7 +33,10 @@ def raising(error):
 
 def test_whatever_fails_in_the_summary_is_a_warning(run, monkeypatch):
     status, _, _ = run("train.steps=3", "log.sample_prompt=" + "a long prompt " * 9)
-    assert status == 0 and "warning: the prompt has 125 tokens, the model's context 32" in run.out
+    assert status == 0 and "warning: the prompt has 126 tokens, the model's context 32" in run.out
+    assert "log.sample_prompt has 126 tokens, the context 32: the model will see the last 16 of them" in run.out  # at the start
+    status, _, _ = run("--plan", "log.sample_prompt=" + "a long prompt " * 9)
+    assert status == 0 and "note: log.sample_prompt has 126 tokens" in run.out
     folder = run.tmp_path / "run"
     assert len((folder / "sample.txt").read_text(encoding="utf-8")) > 125  # the whole prompt is shown
     config = load_config(folder / "config.yaml")

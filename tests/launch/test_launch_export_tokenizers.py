@@ -58,7 +58,10 @@ def write_run(folder, data, hf, context):
     checkpoint.mkdir(parents=True)
     save_file({name: p.detach().contiguous() for name, p in model.named_parameters()}, checkpoint / "model.safetensors")
     model.config.to_json_file(checkpoint / "config.json")
-    (checkpoint / "state.json").write_text(json.dumps({"config": {"model": {"context": context}}}))
+    config = {"run": {"name": "tiny", "seed": 0}, "model": {"context": context}, "data": {"dir": str(data)}}
+    config |= {"train": {"batch_size": 1}, "optimizer": {"name": "adamw", "lr": 1e-3}}
+    state = {"step": 1, "tokens": 0, "identity": {"data set": shards.fingerprint}, "config": config}
+    (checkpoint / "state.json").write_text(json.dumps(state))
     write_manifest(checkpoint)
     copy_tokenizer(data, folder, shards.eot_id)
     return folder

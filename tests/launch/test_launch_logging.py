@@ -58,16 +58,19 @@ def test_the_logged_loss_is_the_mean_of_the_window_also_after_a_resume(run):
 
 def test_steps_that_were_skipped_are_not_in_the_mean():
     state = RunState()
-    state.finish_step(10, 1.0, None)
+    state.finish_step(1, 10, 1.0, None)
     assert state.window_loss is None and state.bad_steps == 1
-    state.finish_step(10, 1.0, 3.0)
-    state.finish_step(30, 1.0, 5.0)
+    state.finish_step(1, 10, 1.0, 3.0)
+    state.finish_step(1, 30, 1.0, 5.0)
     assert state.window_loss == pytest.approx(4.5) and (state.step, state.tokens) == (3, 50)
     state.begin_window()
-    state.finish_step(7, 1.0, 0.1)
+    state.finish_step(1, 7, 1.0, 0.1)
     assert state.window_loss == 0.1  # exactly
     earlier = {"step": 4, "tokens": 9, "seconds": 1.0, "evaluated": 3, "bad_steps": 0, "rollbacks": 0, "skipped": []}
-    assert from_saved(earlier | {"tracker_ids": {}}) == RunState(4, 9, 1.0, 3)  # a checkpoint of an earlier version
+    earlier |= {"tracker_ids": {}, "config": {"train": {"batch_size": 2}}}
+    assert from_saved(earlier) == RunState(
+        step=4, sequences=8, tokens=9, seconds=1.0, evaluated=3
+    )  # a checkpoint of an earlier version
 
 
 def test_evaluations_have_perplexity_and_bits_per_byte(run):
