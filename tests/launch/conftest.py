@@ -1,6 +1,7 @@
 """A small prepared data set of bytes, and a run in this process."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,15 @@ def run(prepared, tmp_path, capsys):
 
     start.tmp_path = tmp_path
     return start
+
+
+@pytest.fixture(autouse=True)
+def same_environment():
+    """What a library sets for its processes must not reach the next test."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(autouse=True)
