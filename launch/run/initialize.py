@@ -308,7 +308,7 @@ def check_tokenizer(source: Source, shards: TokenShards) -> str:
         return "it has no tokenizer to compare with that of the data"
     remedy = "prepare the data with it (data.prepare --tokenizer)"
     theirs = other.get_vocab(with_added_tokens=True)
-    for token, number in own.get_vocab(with_added_tokens=True).items():
+    for token, number in sorted(own.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1]):
         if theirs.get(token) != number:
             found = f"{token!r} is {number} here, {theirs.get(token, 'missing')} there"
             raise ConfigError(f"model.init: the tokenizer of {source.name} is not the data's: {found}; {remedy}")
