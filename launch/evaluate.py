@@ -58,7 +58,8 @@ def evaluate(options: argparse.Namespace) -> None:
 def require_same_tokenizer(source: Source, shards: TokenShards) -> None:
     """Raise CheckpointError if a token of the data is another one for the model."""
     ours = source.tokenizer.get_vocab(with_added_tokens=True)
-    for token, number in load_tokenizer(shards.folder).get_vocab(with_added_tokens=True).items():
+    vocabulary = load_tokenizer(shards.folder).get_vocab(with_added_tokens=True)
+    for token, number in sorted(vocabulary.items(), key=lambda item: item[1]):
         if ours.get(token) != number:
             here = "does not exist" if token not in ours else f"has the number {ours[token]}"
             raise CheckpointError(
