@@ -254,8 +254,8 @@ def training_record(
 
 
 def main(argv: list[str] | None = None, hooks: Hooks | None = None) -> int:
-    """Exit status 0: done; 2: bad input or a run that cannot go on, said in one line; 75: saved and stopped by a signal;
-    70: another rank is gone."""
+    """Exit status 0: done; 2: bad input or a run that cannot go on, said in one line; 70: another rank is gone;
+    75: saved and stopped by a signal; 130: stopped at once by a signal."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="a YAML file, such as configs/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the file")
@@ -290,7 +290,7 @@ def main(argv: list[str] | None = None, hooks: Hooks | None = None) -> int:
         print_error(str(error))
         return STATUS
     except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
+        if rank == "0":
             print_error(AT_ONCE)
             say_after_launcher(AT_ONCE)
         return INTERRUPTED

@@ -9,12 +9,16 @@ from typing import BinaryIO
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file beside `path`, NAME.PID.tmp, that takes its place when the block ends; after an error it is left behind."""
+    """A file beside `path`, NAME.PID.tmp, that takes its place when the block ends, and goes after an error."""
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(aside, "wb") as file:
-        yield file
-        sync(file)
-    os.replace(aside, path)
+    try:
+        with open(aside, "wb") as file:
+            yield file
+            sync(file)
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def sync(file: BinaryIO) -> None:

@@ -1,8 +1,10 @@
-"""What the small commands of `launch/` have in common: how they end."""
+"""What the small commands of `launch/` have in common: the types of their arguments, and how they end."""
 
 from __future__ import annotations
 
+import argparse
 import os
+import re
 import sys
 from collections.abc import Callable
 
@@ -37,3 +39,25 @@ def carry_out(name: str, act: Callable[[], None]) -> int:
 def default_device() -> str:
     """A GPU where there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """A type for argparse: an integer from `least` on."""
+
+    def integer(text: str) -> int:
+        if not re.fullmatch("-?[0-9]+", text) or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is no whole number of at least {least}")
+        return int(text)
+
+    return integer
+
+
+def number(least: float, most: float) -> Callable[[str], float]:
+    """A type for argparse: a number in [least, most]."""
+
+    def real(text: str) -> float:
+        if not least <= (value := float(text)) <= most:
+            raise argparse.ArgumentTypeError(f"{value} is not in {least:g} to {most:g}")
+        return value
+
+    return real

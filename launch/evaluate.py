@@ -14,11 +14,10 @@ import torch
 from data.batches import validation_batches
 from data.shards import TokenShards
 from data.tokenizer import load_tokenizer
-from launch.checkpoint.source import Source, open_source
+from launch.checkpoint.trained import TrainedModel, open_trained
 from launch.checkpoint.verify import CheckpointError
-from launch.command import carry_out, default_device
+from launch.command import at_least, carry_out, default_device
 from launch.run.evaluation import add_up, bytes_of_tokens, evaluation
-from launch.sample import at_least
 from models import CausalLMLoss, choose_loss
 
 
@@ -32,15 +31,15 @@ def evaluate(options: argparse.Namespace) -> None:
         LossMismatch: an architecture whose loss is not known.
     """
     shards = TokenShards(options.data, options.split)
-    source = open_source(options.model)
-    for text in source.notes:
-        print(f"evaluate: note: {text}; taking {source.path.name} instead", file=sys.stderr)
-    require_same_tokenizer(source, shards)
-    context = options.context or source.context
+    trained = open_trained(options.model)
+    for text in trained.notes:
+        print(f"evaluate: note: {text}; taking {trained.path.name} instead", file=sys.stderr)
+    require_same_tokenizer(trained, shards)
+    context = options.context or trained.context
     if context is None:
-        raise CheckpointError(f"{source.path} does not say how long a sequence is: give --context")
-    choose_loss(source.model.to(options.device))
-    loss = CausalLMLoss(source.model).eval()
+        raise CheckpointError(f"{trained.path} does not say how long a sequence is: give --context")
+    choose_loss(trained.model.to(options.device))
+    loss = CausalLMLoss(trained.model).eval()
     batches = validation_batches(shards, context, 1, options.sequences, micro_batch_size=options.batch_size)
     sums = add_up(
         lambda inputs, targets: loss(inputs.to(options.device), targets.to(options.device)),
@@ -50,21 +49,21 @@ def evaluate(options: argparse.Namespace) -> None:
     )
     assert sums is not None
     found = evaluation(*sums)
-    print(f"{source.path} on the split {shards.split} of {shards.folder}: {found.tokens:,} tokens in sequences of {context}")
+    print(f"{trained.path} on the split {shards.split} of {shards.folder}: {found.tokens:,} tokens in sequences of {context}")
     print(f"loss {found.loss:.4f} nats per token, perplexity {found.perplexity:.4f}", end="")
     print(f", {found.bits_per_byte:.4f} bits per byte of {found.bytes:,} bytes" if found.bytes else "")
 
 
-def require_same_tokenizer(source: Source, shards: TokenShards) -> None:
+def require_same_tokenizer(trained: TrainedModel, shards: TokenShards) -> None:
     """Raise CheckpointError if a token of the data is another one for the model."""
-    ours = source.tokenizer.get_vocab(with_added_tokens=True)
+    ours = trained.tokenizer.get_vocab(with_added_tokens=True)
     vocabulary = load_tokenizer(shards.folder).get_vocab(with_added_tokens=True)
     for token, number in sorted(vocabulary.items(), key=lambda item: item[1]):
         if ours.get(token) != number:
             here = "does not exist" if token not in ours else f"has the number {ours[token]}"
             raise CheckpointError(
                 f"{shards.folder} was prepared with another tokenizer: its token {token!r} has the number {number}, "
-                f"in that of {source.path} it {here}"
+                f"in that of {trained.path} it {here}"
             )
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from launch.checkpoint.source import open_source
+from launch.checkpoint.trained import open_trained
 from launch.checkpoint.verify import CheckpointError
-from launch.command import carry_out, default_device
+from launch.command import at_least, carry_out, default_device, number
 from launch.run.sampling import Drawing, sample_text
 
 
@@ -24,29 +24,29 @@ def sample(options: argparse.Namespace) -> None:
     def note(text: str) -> None:
         print(f"sample: {text}", file=sys.stderr)
 
-    source = open_source(options.model)
-    for text in source.notes:
-        note(f"note: {text}; taking {source.path.name} instead")
-    context = options.context or source.context
+    trained = open_trained(options.model)
+    for text in trained.notes:
+        note(f"note: {text}; taking {trained.path.name} instead")
+    context = options.context or trained.context
     if context is None:
-        raise CheckpointError(f"{source.path} does not say how long a sequence may be: give --context")
-    model = source.model.to(options.device)
+        raise CheckpointError(f"{trained.path} does not say how long a sequence may be: give --context")
+    model = trained.model.to(options.device)
     drawing = Drawing(0.0 if options.greedy else options.temperature, options.top_k, options.top_p)
-    for number in range(options.samples):
+    for i in range(options.samples):
         text = sample_text(
             model,
-            source.tokenizer,
-            source.end,
+            trained.tokenizer,
+            trained.end,
             context,
             options.prompt,
             options.tokens,
-            options.seed + number,
+            options.seed + i,
             drawing,
             stop_at_end=True,
             note=note,
         )
         if options.samples > 1:
-            print(f"--- seed {options.seed + number}")
+            print(f"--- seed {options.seed + i}")
         print(text)
 
 
@@ -69,28 +69,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default=default_device(), help="cpu, cuda, cuda:1, ... (cuda where there is one)")
     options = parser.parse_args(arguments)
     return carry_out("sample", lambda: sample(options))
-
-
-def at_least(least: int):
-    """A type for argparse: an integer from `least` on."""
-
-    def integer(text: str) -> int:
-        if (value := int(text)) < least:
-            raise argparse.ArgumentTypeError(f"{value} is less than {least}")
-        return value
-
-    return integer
-
-
-def number(least: float, most: float):
-    """A type for argparse: a number in [least, most]."""
-
-    def real(text: str) -> float:
-        if not least <= (value := float(text)) <= most:
-            raise argparse.ArgumentTypeError(f"{value} is not in {least:g} to {most:g}")
-        return value
-
-    return real
 
 
 if __name__ == "__main__":

@@ -82,11 +82,16 @@ def prepare_model(model: PreTrainedModel, gradient_checkpointing: bool) -> PreTr
     return model.train()
 
 
+def named_size(name: str) -> Any:
+    """The numbers of a named size. Raises ModelError for an unknown one."""
+    if name not in SIZES:
+        raise ModelError(f"unknown size {name!r}{nearest(name, SIZES)}; sizes are {', '.join(SIZES)}")
+    return SIZES[name]
+
+
 def _gpt3_config(size: str | None, shape: dict, vocab_size: int, dropout: float) -> GPT3Config:
     if size is not None:
-        if size not in SIZES:
-            raise ModelError(f"unknown size {size!r}{nearest(size, SIZES)}; sizes are {', '.join(SIZES)}")
-        shape = {**vars(SIZES[size]), **shape}
+        shape = {**vars(named_size(size)), **shape}
     missing = [name for name in ("layers", "width", "heads", "context") if name not in shape]
     if missing:
         raise ModelError(f"give a size, or all of layers, width, heads, context: {', '.join(missing)} missing")

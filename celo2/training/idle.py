@@ -1,6 +1,6 @@
 """Settings that do nothing are errors: a table says of each option what must be chosen for it to act.
 
-The loader knows what was written (`configuration.load_typed`), so that a default is not mistaken for a wish.
+The loader knows what was written (`configuration.load_written`), so that a default is not mistaken for a wish.
 """
 
 from __future__ import annotations

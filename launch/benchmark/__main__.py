@@ -13,7 +13,8 @@ import torch
 
 from configs.load import ConfigError
 from launch.benchmark import gpu, loss, optimizer, precision, save, strategies, train, unroll
-from launch.benchmark.measure import available_device, environment, positive, table
+from launch.benchmark.measure import available_device, environment, table
+from launch.command import at_least
 from launch.distributed.heartbeat import print_error
 
 SUBJECTS = (optimizer, train, loss, save, strategies, precision, unroll)
@@ -29,7 +30,7 @@ def make_parser(device: torch.device) -> argparse.ArgumentParser:
         command.set_defaults(subject=subject)
         command.add_argument("--json", metavar="FILE", help="a file for the result")
         if subject.ROUNDS is not None:
-            command.add_argument("--rounds", type=positive, default=subject.ROUNDS)
+            command.add_argument("--rounds", type=at_least(1), default=subject.ROUNDS)
         if hasattr(subject, "add_options"):
             subject.add_options(command, device)
     command = commands.add_parser("gpu", help="all of it on a GPU, within ten minutes", description=gpu.__doc__)

@@ -24,14 +24,6 @@ COPIED = {"cuda": 1 << 30, "cpu": 1 << 27}  # bytes: well beyond the last cache 
 MULTIPLIED = {"cuda": 8192, "cpu": 1024}  # rows of the square matrices of the matmul rate
 
 
-def positive(text: str) -> int:
-    """A whole number of at least 1, for argparse."""
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
-
-
 def available_device() -> torch.device:
     """The first GPU, or else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

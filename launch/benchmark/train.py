@@ -21,7 +21,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from configs.schema import Config, Model, Optimizer, Train
 from data.batches import Batches, prefetch
 from data.shards import TokenShards
-from launch.benchmark.measure import TIMES, Column, Row, peak_bytes, positive, summary, synchronize, time_rounds
+from launch.benchmark.measure import TIMES, Column, Row, peak_bytes, summary, synchronize, time_rounds
+from launch.command import at_least
 from launch.distributed.setup import make_accelerator, make_strategy, peak
 from launch.monitoring.guard import Guard
 from launch.monitoring.step_statistics import StepStatistics
@@ -178,7 +179,7 @@ def add_options(command: ArgumentParser, device: torch.device) -> None:
     """The sizes; the default ones suit `device`."""
     known, default = list(BATCHES), DEFAULT_SIZES[device.type]
     command.add_argument("--sizes", nargs="+", choices=known, default=default, metavar="SIZE", help=", ".join(known))
-    command.add_argument("--micro-batch-size", type=positive, metavar="N", help="sequences, instead of the usual")
+    command.add_argument("--micro-batch-size", type=at_least(1), metavar="N", help="sequences, instead of the usual")
     command.add_argument("--profile", metavar="FILE", help="a file for where the time of a step goes")
 
 

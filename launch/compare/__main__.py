@@ -30,6 +30,7 @@ from celo2 import RuleError
 from celo2.training.configuration import parse_arguments
 from configs.load import ConfigError, load_config
 from data import DataError
+from launch.command import at_least
 from launch.compare.contestants import Contestant, parse_all
 from launch.compare.curves import Run, label_runs, read_run
 from launch.compare.report import statements, write_report
@@ -256,13 +257,6 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message.removeprefix('argument ')} (all options: python -m launch.compare --help)")
 
 
-def positive(text: str) -> int:
-    """An integer of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number of at least 1")
-    return int(text)
-
-
 def is_override(text: str) -> bool:
     """Whether a word of the command line is section.key=value, not an optimizer."""
     return "=" in text.partition("{")[0]
@@ -276,10 +270,10 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     optimizers = "names of optimizer.name, or dotted paths; options in braces: 'mypackage.Soap{route: hidden, arguments: {...}}'"
     parser.add_argument("--optimizers", nargs="+", metavar="NAME", help=optimizers)
     parser.add_argument("--lrs", nargs="+", metavar="LR", help="learning rates to begin with, for all (auto: around the usual)")
-    parser.add_argument("--trials", type=positive, default=5, help="learning rates to begin with when they are auto (5)")
+    parser.add_argument("--trials", type=at_least(1), default=5, help="learning rates to begin with when they are auto (5)")
     parser.add_argument("--adamw-lrs", nargs="+", metavar="LR", help="then try these for optimizer.adamw_lr")
-    parser.add_argument("--seeds", type=positive, default=3, help="final runs of each optimizer (3)")
-    parser.add_argument("--parallel", type=positive, help="trials at a time (one for each visible GPU, else 1)")
+    parser.add_argument("--seeds", type=at_least(1), default=3, help="final runs of each optimizer (3)")
+    parser.add_argument("--parallel", type=at_least(1), help="trials at a time (one for each visible GPU, else 1)")
     parser.add_argument("--runs", nargs="+", metavar="DIR", help="compare these runs instead of starting any")
     parser.add_argument("--results", metavar="FILE", help="draw the report of this results.json again")
     parser.add_argument("--out", help="folder of trials and report (runs/compare-<name of the file>)")

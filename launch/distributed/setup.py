@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from configs.load import ConfigError
 from configs.schema import Config
+from data import first_line
 from launch.distributed.ddp import DDP
 from launch.distributed.environment import check_environment
 from launch.distributed.fsdp2 import FSDP2
@@ -74,11 +75,6 @@ def make_accelerator(config: Config) -> Accelerator:
     if accelerator.num_processes != expected:
         raise ConfigError(f"{expected} processes were started, but Accelerate sees {accelerator.num_processes}")
     return accelerator
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, without the stack of C++ that torch adds."""
-    return str(error).partition("\n")[0].strip()
 
 
 def peak(accelerator: Accelerator) -> float | None:

@@ -15,9 +15,7 @@ import torch
 from accelerate import Accelerator
 
 from configs.schema import Train
-from launch.monitoring.signals import STOP_SIGNALS, STOPPED, StopSignals
-
-__all__ = ["STOPPED", "STOP_SIGNALS", "Diverged", "Guard", "Verdict"]
+from launch.monitoring.signals import StopSignals
 
 SPIKE_WINDOW = 50  # a spike is measured against the median loss of so many healthy steps
 

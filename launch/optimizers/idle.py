@@ -1,4 +1,4 @@
-"""Which settings of a training run act, by what the optimizer, the strategy and the schedule take."""
+"""Which settings of a training run act: by what the optimizer, the strategy and the schedule take, and what is logged."""
 
 from __future__ import annotations
 
@@ -58,5 +58,25 @@ IDLE = (
         "{value} is for wsd, not for schedule.kind {choice}",
         detail=True,
         wish=True,
+    ),
+    Idle(
+        "log.project",
+        "log.trackers",
+        lambda c: "wandb" in c.log.trackers,
+        "{value} is for wandb, which is not among log.trackers {choice}",
+        detail=True,
+    ),
+    Idle(
+        "log.group",
+        "log.trackers",
+        lambda c: "wandb" in c.log.trackers,
+        "{value} is for wandb, which is not among log.trackers {choice}",
+        detail=True,
+    ),
+    Idle(
+        "checkpoint.keep_best",
+        "eval.every",
+        lambda c: c.eval.every > 0,
+        "compares evaluations, and with eval.every {choice} there is only one",
     ),
 )

@@ -33,7 +33,7 @@ def make_plan(config: Config, world: int, machine: Machine) -> str:
     """
     shards, tokenizer_size = None, config.model.vocab_size or (1 if config.model.init else GPT2_VOCABULARY)
     assumed = "the vocabulary of model.init" if config.model.init else f"a vocabulary of {tokenizer_size:,}"
-    data = f"{config.data.dir} is not prepared yet; {assumed} is assumed"
+    data = f"{config.data.dir or 'data.dir'} is not prepared yet; {assumed} is assumed"
     if config.data.dir is not None and os.path.isdir(config.data.dir):
         shards, _ = open_data(config)
         tokenizer_size, data = shards.vocab_size, config.data.dir

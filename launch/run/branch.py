@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from configs.load import ConfigError
 from configs.schema import Config
+from data.files import replacing
 from launch.checkpoint.load import read_state
 from launch.checkpoint.save import flush, remove_leftovers
 from launch.checkpoint.verify import (
@@ -34,7 +35,10 @@ from launch.monitoring.metrics import flat
 
 # What changes the steps of a line: with another value there, the same checkpoint is another line's beginning.
 DECISIVE = ("run.seed", "model.", "optimizer.", "schedule.", "train.")
-INCIDENTAL = ("train.steps", "train.micro_batch_size", "train.compile", "train.max_bad_steps", "train.spike", "train.on_spike")
+INCIDENTAL = (
+    "model.gradient_checkpointing", "train.steps", "train.micro_batch_size", "train.compile", "train.on_batch_change",
+    "train.max_bad_steps", "train.spike", "train.on_spike",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -174,7 +178,7 @@ def put_in_place(run_dir: Path) -> None:
     if not origin.own:
         metrics = source.parent.parent / "metrics.jsonl"
         known = source.parent.name == "checkpoints" and metrics.exists()
-        replace_text(run_dir / "metrics.jsonl", metrics.read_text(encoding="utf-8") if known else "")
+        replace_file(run_dir / "metrics.jsonl", metrics.read_bytes() if known else b"")
     write_origin(run_dir, replace(origin, done=True))
 
 
@@ -236,13 +240,11 @@ def read_origin(run_dir: Path) -> Origin | None:
 def write_origin(run_dir: Path, origin: Origin) -> None:
     """Write origin.json."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    replace_text(run_dir / "origin.json", json.dumps(asdict(origin), indent=1))
+    replace_file(run_dir / "origin.json", json.dumps(asdict(origin), indent=1).encode())
 
 
-def replace_text(path: Path, text: str) -> None:
+def replace_file(path: Path, content: bytes) -> None:
     """Write a file. A kill leaves the old one or the new one, whole, and so does the loss of power."""
-    partial = path.with_name(f".{path.name}.tmp")
-    partial.write_text(text, encoding="utf-8")
-    flush(partial)
-    partial.replace(path)
+    with replacing(path) as file:
+        file.write(content)
     flush(path.parent)

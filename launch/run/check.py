@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from tokenizers import Tokenizer
-
 from celo2.training.configuration import Written
 from celo2.training.idle import refuse_idle
 from configs.load import ConfigError
 from configs.schema import Config
 from data.batches import fit_micro_batch
 from data.shards import TokenShards
+from data.tokenizer import load_tokenizer
 from launch.optimizers.build import check_optimizer
 from launch.optimizers.idle import IDLE
 from launch.optimizers.table import entry_of
@@ -41,8 +40,7 @@ def prompt_notes(config: Config, shards: TokenShards, context: int) -> list[str]
     """A note on a prompt of the sample that fills the whole context (tokens): no reason not to train."""
     if not (config.log.sample_tokens and config.log.sample_prompt):
         return []
-    tokenizer = Tokenizer.from_file(str(shards.folder / "tokenizer.json"))
-    length = len(tokenizer.encode(config.log.sample_prompt).ids)
+    length = len(load_tokenizer(shards.folder).encode(config.log.sample_prompt, add_special_tokens=False).ids)
     if length < context:
         return []
     return [f"log.sample_prompt has {length} tokens, the context {context}: the model will see the last {context // 2} of them"]

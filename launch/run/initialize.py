@@ -24,14 +24,12 @@ from configs.schema import Config
 from configs.schema import Model as ModelSection
 from data import first_line
 from data.shards import TokenShards
-from launch.checkpoint.export import choose_checkpoint
 from launch.checkpoint.load import load_model, read_model_config, read_state
-from launch.checkpoint.verify import MANIFEST, list_checkpoints
-from models.build import prepare_model
+from launch.checkpoint.verify import MANIFEST, choose_checkpoint, list_checkpoints
+from models.build import named_size, prepare_model
 from models.function import function_differences
 from models.gpt2 import from_gpt2, gpt3_config
 from models.gpt3 import GPT3Config
-from models.sizes import SIZES
 
 HUB = "hub:"
 INDEX = "model.safetensors.index.json"
@@ -42,7 +40,7 @@ PROBE = 4096  # tokens of the data that both tokenizers must write alike
 
 
 @dataclass(frozen=True)
-class Source:
+class Weights:
     """Where weights come from: a folder with a config.json, and what a message says of it."""
 
     path: Path
@@ -57,16 +55,16 @@ class Source:
         return (self.path.parent.parent if in_a_run else self.path) / "tokenizer.json"
 
 
-def begun(config: Config, run_dir: Path) -> Source | None:
+def begun(config: Config, run_dir: Path) -> Weights | None:
     """A checkpoint of the training run that `config` continues; None if it begins. Whether it is whole is not looked at."""
     resume = config.checkpoint.resume
     given = [] if resume in ("auto", "never") else [Path(resume).expanduser()]
     runs = [*given, run_dir] if resume != "never" else []  # `given` may be a checkpoint or a run
     paths = [*given, *(path for run in runs for path in reversed(list_checkpoints(run / "checkpoints")))]
-    return next((Source(path, str(path), step=0) for path in paths if (path / "config.json").is_file()), None)
+    return next((Weights(path, str(path), step=0) for path in paths if (path / "config.json").is_file()), None)
 
 
-def architecture_source(config: Config, run_dir: Path) -> Source | None:
+def architecture_source(config: Config, run_dir: Path) -> Weights | None:
     """What says which model `config` with `model.init` trains: the run itself once it has begun, else `model.init`'s folder.
 
     None without `model.init`. Of a model of the hub it gets the small files alone.
@@ -76,7 +74,7 @@ def architecture_source(config: Config, run_dir: Path) -> Source | None:
     return begun(config, run_dir) or find_source(config.model.init, weights=False)
 
 
-def find_source(init: str, weights: bool = True) -> Source:
+def find_source(init: str, weights: bool = True) -> Weights:
     """The folder that `model.init` names; of a model of the hub a local copy, with or without its weights.
 
     Raises:
@@ -84,7 +82,7 @@ def find_source(init: str, weights: bool = True) -> Source:
         CheckpointError: a run without a whole checkpoint.
     """
     if init.startswith(HUB):
-        return Source(download(init, weights), init)
+        return Weights(download(init, weights), init)
     path = Path(init).expanduser()
     if not path.is_dir():
         hint = "name its folder" if path.exists() else f"for a model of the Hugging Face hub write model.init={HUB}{init}"
@@ -92,8 +90,8 @@ def find_source(init: str, weights: bool = True) -> Source:
     if (path / MANIFEST).exists() or (path / "state.json").exists() or (path / "checkpoints").is_dir():
         checkpoint, problems = choose_checkpoint(path)
         note = f" (not a newer one: {'; '.join(problems)})" if problems else ""
-        return Source(checkpoint, str(checkpoint), read_state(checkpoint)["step"], note)
-    return Source(path, init)
+        return Weights(checkpoint, str(checkpoint), read_state(checkpoint)["step"], note)
+    return Weights(path, init)
 
 
 def download(init: str, weights: bool) -> Path:
@@ -111,7 +109,7 @@ def download(init: str, weights: bool) -> Path:
         ) from None
 
 
-def source_config(source: Source) -> PretrainedConfig:
+def source_config(source: Weights) -> PretrainedConfig:
     """The configuration of the model in a source. Raises ConfigError for one that is no causal language model or no plain one."""
     if (source.path / "adapter_config.json").exists():
         raise ConfigError(f"model.init: {source.name} holds an adapter: merge it into its model, and name that folder")
@@ -131,7 +129,7 @@ def source_config(source: Source) -> PretrainedConfig:
     return config
 
 
-def architecture(model: ModelSection, source: Source, vocab_size: int) -> PretrainedConfig:
+def architecture(model: ModelSection, source: Weights, vocab_size: int) -> PretrainedConfig:
     """The configuration of the model to train: the source's, with the dropout that `model` asks for.
 
     A GPT-2 becomes the GPT-3 that computes the same function, unless `model.hf` asks for a GPT-2.
@@ -148,7 +146,7 @@ def architecture(model: ModelSection, source: Source, vocab_size: int) -> Pretra
             f"model.init: {source.name} has a vocabulary of {config.vocab_size}, the data one of {vocab_size}: "
             "prepare the data with the tokenizer of these weights"
         )
-    size = vars(known_size(model.size)) if model.size is not None else {}
+    size = vars(named_size(model.size)) if model.size is not None else {}
     asked = [(f"model.{key}", key, getattr(model, key) or size.get(key)) for key in NUMBERS]
     asked = [("model.size", key, value) if getattr(model, key) is None else (name, key, value) for name, key, value in asked]
     there: dict[str, Any] = {"vocab_size": config.vocab_size}
@@ -174,13 +172,6 @@ def architecture(model: ModelSection, source: Source, vocab_size: int) -> Pretra
     return config
 
 
-def known_size(name: str) -> Any:
-    """The shape of a named size."""
-    if name not in SIZES:
-        raise ConfigError(f"unknown size {name!r}; sizes are {', '.join(SIZES)}")
-    return SIZES[name]
-
-
 def with_keys(config: PretrainedConfig, keys: dict[str, Any]) -> tuple[PretrainedConfig, dict[str, tuple[Any, Any]]]:
     """`config` with `keys` in place of its own, and those of them that would make it another function, with both values."""
     before = config.to_dict()
@@ -198,7 +189,7 @@ def with_keys(config: PretrainedConfig, keys: dict[str, Any]) -> tuple[Pretraine
     return changed, function_differences(before, changed) | {key: ("not a key", keys[key]) for key in unknown}
 
 
-def load_source(source: Source, config: PretrainedConfig, gradient_checkpointing: bool) -> tuple[PreTrainedModel, str]:
+def load_source(source: Weights, config: PretrainedConfig, gradient_checkpointing: bool) -> tuple[PreTrainedModel, str]:
     """The model of `architecture` with the weights of the source, in float32 on the CPU, and what was taken, in one line.
 
     Raises:
@@ -222,7 +213,7 @@ def load_source(source: Source, config: PretrainedConfig, gradient_checkpointing
     return prepare_model(model, gradient_checkpointing), line + ("" if dtypes == "float32" else ", trained in float32")
 
 
-def weight_files(source: Source) -> list[Path]:
+def weight_files(source: Weights) -> list[Path]:
     """The safetensors files of a source, all of which are there."""
     names = {"model.safetensors"}
     if (index := source.path / INDEX).exists() and not (source.path / "model.safetensors").exists():
@@ -254,7 +245,7 @@ def stored_dtypes(files: list[Path]) -> str:
     return " and ".join(sorted(DTYPES.get(name, name) for name in found))
 
 
-def from_pretrained(source: Source, config: PretrainedConfig) -> PreTrainedModel:
+def from_pretrained(source: Weights, config: PretrainedConfig) -> PreTrainedModel:
     """The model of a folder of transformers. Raises ConfigError unless its weights are those of `config`, no more and no less."""
     try:
         with quiet():
@@ -297,7 +288,7 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def check_tokenizer(source: Source, shards: TokenShards) -> str:
+def check_tokenizer(source: Weights, shards: TokenShards) -> str:
     """What the line says of the tokenizer. Raises ConfigError unless the source's writes the data as the data's does.
 
     Each token of the data must have the same id there. The source may have more tokens.
@@ -320,7 +311,7 @@ def check_tokenizer(source: Source, shards: TokenShards) -> str:
     return "its tokenizer is that of the data"
 
 
-def read_tokenizer(source: Source) -> Tokenizer | None:
+def read_tokenizer(source: Weights) -> Tokenizer | None:
     """The tokenizer of a source; None if there is none, or none that transformers can make."""
     if source.tokenizer_file.is_file():
         try:

@@ -5,7 +5,6 @@ Nothing here may stop a training run, whose checkpoints are what counts: whateve
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel
 
 from celo2.training.metrics import read_metrics
 from configs.schema import Config
+from data.files import replacing
 from data.tokenizer import load_tokenizer
 from launch.checkpoint.load import load_model
 from launch.checkpoint.verify import list_checkpoints
@@ -35,7 +35,7 @@ def warning(what: str, say: Say) -> Iterator[None]:
 
 
 class Summary:
-    """Writes `loss.png` and `sample.txt` into a run's folder, and says what ends a run. Only the first rank has one.
+    """Writes `loss.png` and `sample.txt` into a run's folder, and says what ends a run. Only the first rank uses it.
 
     Args:
         end: the token that ends a document.
@@ -70,8 +70,8 @@ class Summary:
                 stopping=stopping,
                 note=self.say,
             )
-            with replacing(self.run_dir / "sample.txt") as path:
-                path.write_text(text + "\n", encoding="utf-8")
+            with replacing(self.run_dir / "sample.txt") as file:
+                file.write(f"{text}\n".encode())
             return text
         return None
 
@@ -103,17 +103,6 @@ def last_line(records: list[dict[str, Any]], curve: Path) -> str:
     return ", ".join(parts) + (f"; curve: {curve}" if curve.exists() else "")
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path` whose file takes its place at the end, so that a reader never sees half of it."""
-    aside = path.with_name(f".{path.name}")
-    try:
-        yield aside
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
 def draw_losses(records: list[dict], path: Path, title: str) -> None:
     """A picture of training and validation loss over tokens, if there is any that is finite."""
     training = [(r["tokens"], r["loss"]) for r in records if r.get("loss") is not None]
@@ -135,5 +124,5 @@ def draw_losses(records: list[dict], path: Path, title: str) -> None:
     axes.set_title(title, parse_math=False)
     axes.grid(alpha=0.3)
     axes.legend()
-    with replacing(path) as aside:
-        figure.savefig(aside, format="png")
+    with replacing(path) as file:
+        figure.savefig(file, format="png")

@@ -6,29 +6,17 @@ from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
+from bad_gradients import Poison
 
 import train
 from celo2 import Rule, load_rule, save_rule
 from data.prepare import prepare
-from launch.run.hooks import Hooks
 
 WRITTEN = Path(__file__).parents[1] / "compatibility" / "written_by_5598d0e"
 QUICK = ["train.steps=2", "eval.every=0", "log.sample_tokens=0", "schedule.kind=constant"]
 HF = ["model.layers=null", "model.width=null", "model.heads=null", "model.context=32"]
 QWEN = "model.hf={model_type: qwen3, hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, num_key_value_heads: 2, "
 QWEN += "head_dim: 16, intermediate_size: 64"
-
-
-class Poison(Hooks):
-    """NaN in the gradient of `steps`, the first time that they are taken."""
-
-    def __init__(self, steps):
-        self.left = set(steps)
-
-    def after_backward(self, step, strategy, loss):
-        if step in self.left:
-            self.left.discard(step)
-            next(strategy.loss_model.parameters()).grad[0] = float("nan")
 
 
 def losses(records):

@@ -14,7 +14,7 @@ from launch.checkpoint import save as save_module
 from launch.checkpoint.retention import surplus
 from launch.checkpoint.save import write_manifest
 from launch.checkpoint.verify import CheckpointError, checkpoint_name, find_checkpoint, list_checkpoints, step_of
-from launch.monitoring.guard import STOPPED
+from launch.monitoring.signals import STOPPED
 from launch.run import branch
 from launch.run.branch import begin_line, choose_start, read_origin
 from launch.run.hooks import Hooks

@@ -22,8 +22,9 @@ from launch.compare import __main__ as compare
 from launch.compare import trials
 from launch.compare.contestants import parse, parse_all
 from launch.compare.curves import judge, stopped_diverged
-from launch.monitoring.guard import STOPPED, Diverged, Guard
+from launch.monitoring.guard import Diverged, Guard
 from launch.monitoring.metrics import Metrics
+from launch.monitoring.signals import STOPPED
 
 ROOT = Path(__file__).parents[2]
 STAND_IN = f"""

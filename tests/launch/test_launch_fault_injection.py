@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bad_gradients import Poison
 from safetensors.torch import load_file
 
 from launch.monitoring import guard as guard_module
@@ -91,18 +92,6 @@ def test_changed_learning_rate_and_steps_are_allowed_and_said(run):
     assert status == 0
     assert "train.steps 3 -> 5" in run.out
     assert "optimizer.lr 0.005 -> 0.001" in run.out
-
-
-class Poison(Hooks):
-    """NaN in one number of the gradient of `steps`, the first time that they are taken."""
-
-    def __init__(self, steps):
-        self.left = set(steps)
-
-    def after_backward(self, step, strategy, loss):
-        if step in self.left:
-            self.left.discard(step)
-            next(strategy.loss_model.parameters()).grad[0] = float("nan")
 
 
 def test_a_bad_step_never_reaches_the_weights(run):

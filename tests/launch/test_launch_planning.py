@@ -7,7 +7,7 @@ import pytest
 from celo2.training.configuration import Written
 from celo2.training.idle import refuse_idle
 from configs.load import ConfigError
-from configs.schema import Config, Optimizer, Schedule
+from configs.schema import Checkpoint, Config, Eval, Log, Optimizer, Schedule
 from data import DataError
 from data.batches import fit_micro_batch
 from launch.optimizers.idle import IDLE
@@ -134,6 +134,10 @@ def test_what_to_change_when_it_does_not_fit():
         ),
         (Config(optimizer=Optimizer("adamw", rule="celo2-lm")), {"optimizer.rule"}, {"optimizer.name"}, "refused"),
         (Config(optimizer=Optimizer("adamw", adamw_lr=0.1)), set(), {"optimizer.adamw_lr"}, "accepted"),  # of embeddings
+        (Config(log=Log(group="sweep")), set(), {"log.group"}, "refused"),
+        (Config(log=Log(group="sweep")), {"log.group"}, {"log.trackers"}, "noted"),
+        (Config(log=Log(project="mine", group="sweep", trackers=["wandb"])), set(), {"log.group"}, "accepted"),
+        (Config(checkpoint=Checkpoint(keep_best=True), eval=Eval(every=0)), set(), {"checkpoint.keep_best"}, "refused"),
     ],
 )
 def test_what_was_written_and_does_nothing(config, file, overrides, outcome):

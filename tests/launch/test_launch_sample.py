@@ -10,7 +10,7 @@ from data.prepare import prepare
 from data.text_bytes import token_bytes
 from data.tokenizer import byte_tokenizer, train_bpe, vocabulary_size
 from launch.checkpoint.export import export
-from launch.checkpoint.source import open_source
+from launch.checkpoint.trained import open_trained
 from launch.evaluate import main as evaluate
 from models.sample import main as sample
 
@@ -47,14 +47,14 @@ def test_sample_and_evaluate(run, prepared, said, tmp_path):
     assert status == 0 and text.startswith("long long") and "the model sees its last 16 tokens" in err
 
     # Greedy is the likeliest token each time; one token at temperature 1 without limits is a draw from the softmax.
-    source = open_source(folder)
+    trained = open_trained(folder)
     ids = list(b"learn")
     for _ in range(6):
-        ids.append(source.model(torch.tensor([ids])).logits[0, -1].argmax().item())
-    assert said(sample, folder, "--prompt", "learn", "--greedy", "--tokens", 6)[1] == source.tokenizer.decode(ids) + "\n"
+        ids.append(trained.model(torch.tensor([ids])).logits[0, -1].argmax().item())
+    assert said(sample, folder, "--prompt", "learn", "--greedy", "--tokens", 6)[1] == trained.tokenizer.decode(ids) + "\n"
     tight = said(sample, folder, "--prompt", "learn", "--top-k", 1, "--tokens", 6)[1]
     assert tight == said(sample, folder, "--prompt", "learn", "--top-k", 0, "--top-p", 1e-6, "--tokens", 6)[1]
-    assert tight == source.tokenizer.decode(ids) + "\n"
+    assert tight == trained.tokenizer.decode(ids) + "\n"
 
     # The loss is the run's own val_loss of that step.
     for where, step in ((folder, 40), (exported, 40), (middle, 20)):

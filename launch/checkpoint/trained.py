@@ -12,15 +12,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from data import DataError
 from data.shards import read_index
 from data.tokenizer import end_of_text_id, load_tokenizer
-from launch.checkpoint.export import choose_checkpoint
 from launch.checkpoint.load import load_model, read_state
-from launch.checkpoint.verify import MANIFEST, CheckpointError
+from launch.checkpoint.verify import MANIFEST, CheckpointError, choose_checkpoint
 from models import longest_context
 
 UNLIMITED = 10**9  # transformers writes 10**30 where a tokenizer has no limit
 
 
-class Source(NamedTuple):
+class TrainedModel(NamedTuple):
     """A model on the CPU in evaluation mode, with what one needs to use it."""
 
     path: Path  # the checkpoint, or the exported folder
@@ -31,7 +30,7 @@ class Source(NamedTuple):
     notes: list[str]  # what is wrong with newer checkpoints
 
 
-def open_source(path: str | Path) -> Source:
+def open_trained(path: str | Path) -> TrainedModel:
     """The model of a run (its newest whole checkpoint), of a checkpoint, or of a folder that `models.export` wrote.
 
     Any other folder that transformers loads is taken, too, if it has safetensors and a tokenizer.json.
@@ -50,7 +49,7 @@ def open_source(path: str | Path) -> Source:
     return open_checkpoint(*choose_checkpoint(path))
 
 
-def open_checkpoint(path: Path, notes: list[str]) -> Source:
+def open_checkpoint(path: Path, notes: list[str]) -> TrainedModel:
     """The model of a whole checkpoint, and the tokenizer of its run."""
     tokenizer = read_tokenizer(path.absolute().parent.parent)
     config = read_state(path)["config"]
@@ -59,10 +58,10 @@ def open_checkpoint(path: Path, notes: list[str]) -> Source:
         end = read_index(Path(config["data"]["dir"]))["end_of_text_id"]
     except (DataError, OSError):
         end = end_of(tokenizer, path)
-    return Source(path, model, tokenizer, end, config["model"]["context"] or longest_context(model.config), notes)
+    return TrainedModel(path, model, tokenizer, end, config["model"]["context"] or longest_context(model.config), notes)
 
 
-def open_export(path: Path) -> Source:
+def open_export(path: Path) -> TrainedModel:
     """The model of a folder in the form of transformers; nothing is downloaded, unpickled or run from it."""
     tokenizer = read_tokenizer(path)
     try:
@@ -77,7 +76,7 @@ def open_export(path: Path) -> Source:
     end = end[0] if isinstance(end, list) else end
     lengths = [length for length in (longest_context(model.config), trained_length(path)) if length]
     end = end_of(tokenizer, path) if end is None else end
-    return Source(path, model.eval(), tokenizer, end, min(lengths, default=None), [])
+    return TrainedModel(path, model.eval(), tokenizer, end, min(lengths, default=None), [])
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
