@@ -15,6 +15,7 @@ from bad_gradients import Poison
 from safetensors.torch import load_file
 
 from launch.monitoring import guard as guard_module
+from launch.monitoring.signals import STOP_SIGNALS, STOPPED
 from launch.run.hooks import Hooks
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +49,7 @@ def test_two_resumes_across_an_epoch_are_exact(run, optimizer, precision):
     options += ["train.batch_size=16", "eval.every=5", "checkpoint.every=7"]
     _, whole, _ = run(*options, folder="whole")
     for step in (5, 20):
-        assert run(*options, hooks=SignalInStep(step))[0] == guard_module.STOPPED
+        assert run(*options, hooks=SignalInStep(step))[0] == STOPPED
     status, parts, _ = run(*options)
     assert status == 0
     clock = ("seconds", "tokens_per_second", "optimizer_seconds")
@@ -72,9 +73,9 @@ class SignalInStep(Hooks):
 
 
 def test_handlers_are_put_back(run):
-    before = [signal.getsignal(number) for number in guard_module.STOP_SIGNALS]
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
     run("train.steps=2")
-    assert [signal.getsignal(number) for number in guard_module.STOP_SIGNALS] == before
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
 
 
 def test_second_interrupt_stops_at_once_and_harms_nothing(run):
@@ -218,7 +219,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_anew(run):
 
 def test_a_checkpoint_set_aside_by_a_killed_rewrite_comes_back(run):
     _, whole, _ = run("train.steps=6", "checkpoint.every=3", folder="whole")
-    assert run("train.steps=6", "checkpoint.every=0", hooks=SignalInStep(4))[0] == guard_module.STOPPED
+    assert run("train.steps=6", "checkpoint.every=0", hooks=SignalInStep(4))[0] == STOPPED
     folder = run.tmp_path / "run" / "checkpoints"
     (folder / "step_00000004").rename(folder / ".step_00000004.old")
     (folder / ".step_00000004.tmp").mkdir()
