@@ -23,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import matplotlib.backends.backend_agg  # noqa: F401  runs import it when they draw: here once, before they are forked
 import torch
 from torch import Tensor
 
@@ -35,7 +36,7 @@ from launch.monitoring.metrics import read_metrics
 from launch.monitoring.signals import STOPPED
 from launch.run.hooks import Hooks
 
-STEPS = 60
+STEPS = 30
 CONFIG = f"""
 run: {{name: torture}}
 model: {{layers: 2, width: 32, heads: 2, context: 32, dropout: 0.1}}

@@ -88,19 +88,38 @@ def differences(folder, reference, first=1):
     return loss, weights, max(means, default=0.0)
 
 
+OTHERS = {  # what the other labels are tried on, on 2 processes
+    "muon": ("zero3", "fsdp2"),
+    "adamw": ("zero2", "fsdp2"),
+    "celo2-base": ("zero1", "fsdp2"),
+    "bf16": ("zero3", "fsdp2"),
+    "bf16-state": ("zero1", "fsdp2"),
+}
+MORE_OTHERS = {
+    "muon": ("ddp", "zero1"),
+    "adamw": ("zero3",),
+    "celo2-base": ("shard_state", "zero3"),
+    "bf16": ("zero1",),
+}
+
+
 # Four processes: 80 s on two cores.
-@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_every_strategy_equals_one_process(world, run, prepared):
+@pytest.mark.parametrize(
+    ("world", "others"),
+    [
+        pytest.param(2, OTHERS, id="2"),
+        pytest.param(2, MORE_OTHERS, id="2-more", marks=pytest.mark.slow),
+        pytest.param(4, {}, id="4", marks=pytest.mark.slow),
+    ],
+)
+def test_every_strategy_equals_one_process(world, others, run, prepared):
     folder = run.tmp_path
     common = [str(folder / "config.yaml"), f"data.dir={prepared}", *ODD]
     layouts = {name: options for name, (options, worlds) in LAYOUTS.items() if world in worlds}
     micro = [f"train.micro_batch_size={4 // world}"]
     runs = {("celo2", name): [*options, *micro] for name, options in layouts.items()}
-    if world == 2:
-        others = [("muon", n) for n in ("ddp", "zero1", "zero3", "fsdp2")] + [("adamw", n) for n in ("zero2", "zero3", "fsdp2")]
-        others += [("celo2-base", n) for n in ("shard_state", "zero1", "zero3", "fsdp2")]
-        others += [("bf16", n) for n in ("zero1", "zero3", "fsdp2")] + [("bf16-state", n) for n in ("zero1", "fsdp2")]
-        runs |= {(label, n): [*layouts[n], *micro, *LABELS[label]] for label, n in others}
+    pairs = [(label, name) for label, names in others.items() for name in names]
+    runs |= {(label, name): [*layouts[name], *micro, *LABELS[label]] for label, name in pairs}
     commands = [[*common, *options, f"run.dir={folder / '-'.join(key)}"] for key, options in runs.items()]
     # From each layout to the next, around.
     names = list(layouts)
