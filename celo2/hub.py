@@ -53,7 +53,7 @@ def load(name: str, variant: str | None = None, **options: Any) -> Rule:
     path = fetch(address, **options)
     file = address.file or path.name
     source = str(Address(address.repo, commit_of(path, file), file))
-    otherwise = None if path.suffix == ".state" else "celo2"  # PyLO's optimizers orthogonalize
+    otherwise = "celo2" if path.suffix == ".safetensors" else None  # PyLO's optimizers orthogonalize
     rule = read_rule(path, source, variant, PUBLISHED.get(address.repo), otherwise)
     return replace(rule, source=source)
 
@@ -105,7 +105,7 @@ def download(address: Address, hub: ModuleType, **options: Any) -> Path:
     info = api.model_info(address.repo, revision=address.revision, files_metadata=True, timeout=TIMEOUT)
     sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
     if address.file not in (None, *sizes):
-        raise RuleError(f"{address}: no such file; it holds {', '.join(sorted(sizes)[:8]) or 'none'}")
+        raise RuleError(f"{address}: no such file; it holds {', '.join(f'{name:.40}' for name in sorted(sizes)[:8])}")
     file = address.file or the_rule(address, [name for name in FILES if name in sizes])
     if sizes[file] > LARGEST:
         raise RuleError(f"{address}: {file} has {sizes[file]:,} bytes; a rule has at most {LARGEST:,}, so this is something else")
@@ -126,9 +126,11 @@ def library(name: str) -> ModuleType:
 
 
 def answered(error: Exception) -> bool:
-    """Whether an error of huggingface_hub is the Hub's answer, and not a Hub that is out of reach."""
+    """Whether an error of huggingface_hub is the Hub's answer, or of a file here, and not that the Hub is out of reach."""
     status = status_of(error)
-    return status is not None and 400 <= status < 500 and status not in BUSY
+    if status is None:
+        return getattr(error, "filename", None) is not None  # a cache that cannot be written
+    return 400 <= status < 500 and status not in BUSY
 
 
 def status_of(error: Exception) -> int | None:
@@ -168,21 +170,20 @@ def from_pretrained(name: str | Path, *, variant: str | None = None, revision: s
     """
     if Path(name).is_dir():
         return load_rule(Path(name), variant)
-    return load(str(name) if revision is None else f"{name}@{revision}", variant, **options)
+    return load(str(name) if revision is None else str(replace(parse(str(name)), revision=revision)), variant, **options)
 
 
-def save_pretrained(rule: Rule, folder: str | Path, *, license: str | None = None, name: str = "OWNER/NAME") -> None:
+def save_pretrained(rule: Rule, folder: str | Path, *, license: str | None = None) -> None:
     """Write `rule` into `folder` as rule.safetensors, and its card as README.md, unless there is one.
 
     Args:
         license: the card's, as the Hub abbreviates it; None: MIT for a rule that ships with this project, else none.
-        name: of the repository that the folder will become; the card says how to load it.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_rule(rule, folder / FILES[0])
     if not (folder / "README.md").exists():
-        (folder / "README.md").write_text(card(rule, license, name), encoding="utf-8")
+        (folder / "README.md").write_text(card(rule, license), encoding="utf-8")
 
 
 def push_to_hub(
@@ -209,10 +210,12 @@ def push_to_hub(
     hub = library(f"pushing to {repo_id}")
     api = hub.HfApi(token=token)
     try:
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:
-            save_pretrained(rule, folder, license=license, name=repo_id)
-            files = [hub.CommitOperationAdd(path.name, path) for path in sorted(Path(folder).iterdir())]
+            path = Path(folder, FILES[0])
+            save_rule(rule, path)  # raises before anything is made there
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            text = card(rule, license, repo_id).encode()
+            files = [hub.CommitOperationAdd(path.name, path), hub.CommitOperationAdd("README.md", text)]
             return api.create_commit(repo_id, files, commit_message=commit_message, revision=branch, create_pr=create_pr)
     except RuleError:
         raise
@@ -220,7 +223,7 @@ def push_to_hub(
         raise RuleError(f"{repo_id}: not pushed: {explain(error, repo_id)}") from None
 
 
-def card(rule: Rule, license: str | None, name: str) -> str:
+def card(rule: Rule, license: str | None, name: str = "OWNER/NAME") -> str:
     """The card of a rule: metadata for the Hub, how to load it, what it is, and the text of a shipped rule's card."""
     shipped = next((PRETRAINED / f"{own}.md" for own in SHIPPED if load_rule(own) == rule), None)
     license = license or ("mit" if shipped else None)

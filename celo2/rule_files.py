@@ -222,7 +222,7 @@ def check_pylo(config: Path, name: object) -> None:
         raise RuleError(f"{name}: {config.name} beside it cannot be read ({error})") from error
     activation = keys.get("activation", "relu") if isinstance(keys, dict) else "relu"
     if activation != "relu":
-        raise RuleError(f"{name}: {config.name} beside it asks for the activation {activation!r}; a rule has relu alone")
+        raise RuleError(f"{name}: {config.name} beside it asks for the activation {activation!r:.40}; a rule has relu alone")
 
 
 def read_theta(path: Path, name: object) -> tuple[dict[str, Tensor], dict]:

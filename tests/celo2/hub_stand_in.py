@@ -136,7 +136,7 @@ class Handler(BaseHTTPRequestHandler):
             if name in self.hub.repositories:
                 return self.answer(409, {"error": "exists", "url": f"{self.hub.url}/{name}"})
             self.hub.created.append(given)
-            self.hub.add(name, {}, access="private" if given.get("visibility") == "private" else "all")
+            self.hub.add(name, {}, access="private" if given.get("private") or given.get("visibility") == "private" else "all")
             return self.answer(200, {"url": f"{self.hub.url}/{name}"})
         name, what, revision = "/".join(parts[2:4]), parts[4], "/".join(parts[5:])
         repository = self.repository(name)

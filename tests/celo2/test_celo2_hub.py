@@ -114,6 +114,9 @@ def test_revisions_and_files(hub, tmp_path):
         == first
     )
     assert load_rule("hub:me/rule@refs/pr/1") == load_rule("hub:me/rule:more/pylo.safetensors") == third
+    assert Rule.from_pretrained("me/rule:rule.safetensors", revision="v1.0") == first
+    with pytest.raises(RuleError, match="is no name"):
+        Rule.from_pretrained("me/rule", revision="../../x")
     assert load_rule("hub:me/rule@main:more/pylo.safetensors").source == f"hub:me/rule@{new}:more/pylo.safetensors"
     hub.add("me/two", {"theta.state": THETA, "rule.safetensors": in_bytes(first, tmp_path)})
     refused("hub:me/two", "several rules, rule.safetensors, theta.state: name the file")
@@ -245,6 +248,16 @@ def test_a_hub_that_is_down_or_gone(hub, monkeypatch):
     refused("hub:me/rule", "out of reach (", "503", "the cache has nothing of it")
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
     refused("hub:me/rule", "out of reach (", "onnect")
+
+
+def test_a_cache_that_is_no_folder(hub, monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    hub.add("amoudgl/celo2", {"theta.state": THETA})
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file"))
+    text = refused("hub:amoudgl/celo2", "cannot be loaded: [Errno ", str(tmp_path / "file"))
+    assert "out of reach" not in text
 
 
 def test_without_huggingface_hub(monkeypatch, tmp_path):
@@ -405,6 +418,7 @@ def test_what_cannot_be_pushed(hub, offline):
         assert str(caught.value).isprintable()
     with pytest.raises(RuleError, match="b0 is not finite"):
         replace(rule, weights=rule.weights | {"b0": torch.full((8,), float("nan"))}).push_to_hub("me/x", token=hub.token)
+    assert "me/x" not in hub.repositories
     offline()
     with pytest.raises(RuleError, match=r"not pushed: .*offline mode"):
         rule.push_to_hub("me/rule", token=hub.token)
