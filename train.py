@@ -48,6 +48,7 @@ from launch.run.agreement import identity_of
 from launch.run.check import check, prompt_notes
 from launch.run.evaluation import bytes_of_tokens, evaluate
 from launch.run.hooks import Hooks
+from launch.run.own_rule import settled
 from launch.run.resume import resume, roll_back
 from launch.run.schedule import dropout_seed, due, lr_factor, set_lr
 from launch.run.setup import (
@@ -110,7 +111,7 @@ def pretrain(
     model, context, taken = make_model(config, shards)
     flops, parameters, hidden = flops_per_token(model, context), model.num_parameters(), hidden_names(model)
     heartbeat.mark("model built")
-    strategy = make_strategy(config, accelerator, model)
+    strategy = make_strategy(settled(config), accelerator, model)
     optimizer = strategy.optimizer
     verification = Verification(strategy)
     statistics = StepStatistics(optimizer, [strategy.shards[name].weight for name in hidden], accelerator.device)
@@ -276,7 +277,7 @@ def main(argv: list[str] | None = None, hooks: Hooks | None = None) -> int:
         if rank == "0":
             print("".join(f"note: {note}\n" for note in notes), end="", file=sys.stderr)
         if args.plan:
-            plan = make_plan(config, world, machine_of(args.gpu or "h100"))
+            plan = make_plan(settled(config), world, machine_of(args.gpu or "h100"))
             if rank == "0":
                 print(plan)
             return 0

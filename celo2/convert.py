@@ -1,4 +1,4 @@
-"""`python -m celo2.convert IN OUT`: a rule from one file format to the other (`.safetensors`, published `.state`)."""
+"""`python -m celo2.convert IN OUT`: a rule from any place and format that is read to `.safetensors` or the published `.state`."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from celo2.rule_files import VARIANTS, RuleError, load_rule, save_rule
 def main(argv: list[str] | None = None) -> int:
     """Convert; status 2 and one line on stderr when the input is not a rule."""
     parser = argparse.ArgumentParser(prog="python -m celo2.convert", description=__doc__)
-    parser.add_argument("input", help="a shipped name, a .safetensors rule or a published theta.state")
+    parser.add_argument("input", help="a shipped name, a .safetensors rule, a published theta.state, a folder, or hub:OWNER/NAME")
     parser.add_argument("output", help="a path ending in .safetensors or .state")
-    parser.add_argument("--variant", choices=VARIANTS, help="what the weights are for (a theta.state does not say)")
+    parser.add_argument("--variant", choices=VARIANTS, help="what the weights are for, where the file does not say")
     parser.add_argument("--description", help="how the rule was made")
     args = parser.parse_args(argv)
-    recorded = {name: getattr(args, name) for name in ("variant", "description") if getattr(args, name) is not None}
     try:
-        rule = replace(load_rule(args.input), **recorded)
+        rule = load_rule(args.input, args.variant)
+        rule = rule if args.description is None else replace(rule, description=args.description)
         save_rule(rule, args.output)
     except (RuleError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -41,7 +41,7 @@ class Celo2(torch.optim.Optimizer):
             `update`: "celo2" or "adamw". Without `update`, parameters with two or more axes take the rule and the others
             AdamW; a rule of the variant "celo2-base" takes them all.
         lr, weight_decay: of groups without their own; lr is a float or a tensor of one element, weight_decay the paper's λ.
-        rule: what `load_rule` accepts: a shipped name, a path, or a `Rule`.
+        rule: what `load_rule` accepts: a shipped name, a path, `hub:OWNER/NAME`, or a `Rule`.
         orthogonalize: Newton–Schulz (paper: Celo2); False leaves it out (Celo2-base). A base rule never orthogonalizes.
         betas, eps: β1, β2 and ε of AdamW.
         ns_dtype: dtype of Newton–Schulz; None is float32 on CPU and bfloat16 elsewhere.

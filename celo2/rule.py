@@ -12,7 +12,8 @@ F channels (thirty), H hidden units (eight). Everything is float32, but for mome
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -83,6 +84,7 @@ class Rule:
         normalize_gradient: the gradient of a matrix is divided by its RMS over the last two axes before anything else, so that
             no epsilon and no clip depends on its scale; False: as published.
         description: how the rule was made, for people.
+        source: the file of the Hugging Face Hub that it was loaded from, `hub:OWNER/NAME@COMMIT:FILE`; empty for other rules.
     """
 
     weights: Mapping[str, Tensor]
@@ -92,17 +94,19 @@ class Rule:
     factored_decays: tuple[float, float, float] = (0.9, 0.99, 0.999)
     normalize_gradient: bool = False
     description: str = ""
+    source: str = ""
 
     def __eq__(self, other: object) -> bool:
-        """Equal weights, and everything else but the description."""
+        """Whether both compute the same: equal weights and settings."""
         if not isinstance(other, Rule) or self.weights.keys() != other.weights.keys():
             return False
-        settings, others = (rule.settings() | {"description": None} for rule in (self, other))
-        return settings == others and all(torch.equal(w, other.weights[name]) for name, w in self.weights.items())
+        return self.settings() == other.settings() and all(
+            torch.equal(w, other.weights[name]) for name, w in self.weights.items()
+        )
 
     def settings(self) -> dict[str, Any]:
-        """Everything that it holds beside its weights."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "weights"}
+        """Everything that it computes with beside its weights."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("weights", "description", "source")}
 
     @property
     def hidden(self) -> int:
@@ -112,6 +116,25 @@ class Rule:
     def to(self, device: torch.device | str) -> Rule:
         """The same rule with its weights on `device`."""
         return Rule(**{**self.__dict__, "weights": {name: w.to(device) for name, w in self.weights.items()}})
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, **options: Any) -> Rule:
+        """The rule of a folder or of a repository of the Hugging Face Hub; options: `celo2.hub.from_pretrained`."""
+        from celo2 import hub
+
+        return hub.from_pretrained(name, **options)
+
+    def save_pretrained(self, folder: str | Path, **options: Any) -> None:
+        """Write it into a folder, with a card; options: `celo2.hub.save_pretrained`."""
+        from celo2 import hub
+
+        hub.save_pretrained(self, folder, **options)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload it to the Hugging Face Hub, with a card; returns the commit's address; options: `celo2.hub.push_to_hub`."""
+        from celo2 import hub
+
+        return hub.push_to_hub(self, repo_id, **options)
 
 
 def weight_shapes(hidden: int) -> dict[str, tuple[int, ...]]:

@@ -1,13 +1,14 @@
-"""Rule weights in and out: shipped by name, `.safetensors` with its own description, the published `theta.state`.
+"""Rule weights in and out: shipped by name, in files of three formats, and from the Hugging Face Hub.
 
 Nothing here is ever unpickled. A `.safetensors` rule carries in its metadata everything that `Rule` holds beside the
-weights; the published MessagePack file holds the weights alone, so what it is for is recorded when it is converted.
+weights. The published MessagePack file and PyLO's `.safetensors` hold the weights alone, so what they are for is recorded
+when they are converted.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import msgpack
@@ -18,39 +19,109 @@ from safetensors.torch import save
 from torch import Tensor
 
 from celo2.baselines import HAND_SET
-from celo2.rule import Rule, weight_shapes
+from celo2.rule import FIRST_LAYER, Rule, weight_shapes
 
 FORMAT = "celo2-rule"
 VERSION = "1"
 VARIANTS = ("celo2", "celo2-base")
 NDARRAY_EXTENSION = 1  # MessagePack extension type of an array in the published files
+HUB = "hub:"
+FILES = ("rule.safetensors", "model.safetensors", "theta.state")  # names of rules in folders: ours, PyLO's, the published one
+PICKLED = (".bin", ".pickle", ".pkl", ".pt", ".pth")
+LARGEST = 4 * 2**20  # bytes of a rule file; 3 kB at 8 hidden units, 4 MB at 1,000
+# Where PyLO keeps each weight (Belilovsky-Lab/pylo, `CELO2MLP`), with the shapes of ours.
+PYLO = {name.replace("__", "."): name for name in FIRST_LAYER.values()} | {"b0": "b0"}
+PYLO |= {f"dense_{kind}.{layer}": f"{kind}{layer + 1}" for kind in "wb" for layer in (0, 1)}
 
 
 class RuleError(ValueError):
-    """A rule file, name or description that cannot be used; the message names the file and what is wrong."""
+    """A rule file, name or description that cannot be used; the message names the file and what is wrong, on one line."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(char if char.isprintable() else ascii(char)[1:-1] for char in message))
 
 
 PRETRAINED = Path(__file__).parent / "pretrained"  # <name>.safetensors, and <name>.md: how it was made and how good it is
 SHIPPED = ("celo2", "celo2-base", "celo2-lm", *HAND_SET)
 
 
-def load_rule(source: str | Path | Rule) -> Rule:
-    """A rule by a name of `SHIPPED` or by the path of a `.safetensors` or `theta.state` file.
+def load_rule(source: str | Path | Rule, variant: str | None = None) -> Rule:
+    """A rule by a name of `SHIPPED`, by the path of a file or folder, or from the Hugging Face Hub.
+
+    Args:
+        source: the name; a file (`.safetensors` of this project or of PyLO, or a published `theta.state`); a folder with one of
+            `FILES`; or `hub:OWNER/NAME`, `hub:OWNER/NAME@REVISION`, `hub:OWNER/NAME@REVISION:FILE` (see `celo2.hub`).
+        variant: "celo2" or "celo2-base": what the weights are for. It matters where the file does not say so; None stands
+            for "celo2" then, except for a `theta.state` of the Hub, which must be known or asked for.
 
     Raises:
-        RuleError: unknown name, no such file, or a file whose names, shapes, dtypes or description are not a rule's.
+        RuleError: unknown name, no such file, a file whose names, shapes, dtypes or description are not a rule's, or a rule
+            of the other variant.
     """
     if isinstance(source, Rule):
-        return source
-    if str(source) in HAND_SET:
-        return HAND_SET[str(source)]()
-    path = PRETRAINED / f"{source}.safetensors" if str(source) in SHIPPED else Path(source)
+        return of_variant(source, variant, "this")
+    name = str(source)
+    if name in HAND_SET:
+        return of_variant(HAND_SET[name](), variant, name)
+    if name.startswith(HUB):
+        from celo2.hub import load  # imports this module
+
+        return load(name, variant)
+    path = PRETRAINED / f"{name}.safetensors" if name in SHIPPED else Path(source)
+    if inside := [file for file in FILES if (path / file).is_file()]:
+        path = path / the_rule(path, inside)
     if not path.is_file():
-        raise RuleError(f"no rule '{source}': neither a shipped rule ({', '.join(SHIPPED)}) nor a file")
-    weights, description = read_safetensors(path) if path.suffix == ".safetensors" else read_theta(path)
-    check_weights(weights, path)
-    rule = Rule(weights, **description)
-    check_description(rule, path)
+        raise RuleError(
+            f"no rule '{name}': neither a shipped rule ({', '.join(SHIPPED)}) nor a file, or a folder with one; a rule of the "
+            f"Hugging Face Hub is {HUB}OWNER/NAME"
+        )
+    return read_rule(path, name if name in SHIPPED else path, variant)
+
+
+def the_rule(place: object, files: Collection[str]) -> str:
+    """The only one of `files`, which are the rules that are in `place`. Raises RuleError for none or several."""
+    if len(files) == 1:
+        return next(iter(files))
+    found = f"several rules, {', '.join(files)}" if files else f"no {', '.join(FILES[:-1])} or {FILES[-1]}"
+    raise RuleError(f"{place} holds {found}: name the file")
+
+
+def read_rule(path: Path, name: object, variant: str | None, said: str | None = None, otherwise: str | None = "celo2") -> Rule:
+    """The rule in a file.
+
+    Args:
+        path: `.safetensors`, or the published format.
+        name: what errors call it.
+        variant: what the caller asks for.
+        said: the variant that is known of its repository.
+        otherwise: the variant of a file of which nobody says it; None: that is an error.
+    """
+    if path.suffix in PICKLED:
+        raise RuleError(
+            f"{name}: pickled files are never read; write the weights as safetensors (in PyLO network.save_pretrained)"
+        )
+    if path.stat().st_size > LARGEST:
+        raise RuleError(f"{name}: {path.stat().st_size:,} bytes; a rule has at most {LARGEST:,}, so this is something else")
+    weights, description = read_safetensors(path, name) if path.suffix == ".safetensors" else read_theta(path, name)
+    check_weights(weights, name)
+    found = description.pop("variant", said) or variant or otherwise
+    if found is None:
+        raise RuleError(
+            f"{name}: neither the file nor its repository says which variant its weights are for: write it as "
+            f"load_rule(..., variant='celo2' or 'celo2-base') or with python -m celo2.convert --variant"
+        )
+    rule = Rule(weights, variant=found, **description)
+    check_description(rule, name)
+    return of_variant(rule, variant, name)
+
+
+def of_variant(rule: Rule, variant: str | None, name: object) -> Rule:
+    """`rule`. Raises RuleError if `variant` is given and is not its own."""
+    if variant not in (None, *VARIANTS):
+        raise RuleError(f"{name}: variant '{variant}' is none of {', '.join(VARIANTS)}")
+    if variant not in (None, rule.variant):
+        remedy = f"ask for {rule.variant} (optimizer.name, variant=, --variant)"
+        raise RuleError(f"{name} is a {rule.variant} rule, but {variant} is asked for: {remedy}")
     return rule
 
 
@@ -64,8 +135,8 @@ def save_rule(rule: Rule, path: str | Path) -> None:
     check_weights(rule.weights, path)
     check_description(rule, path)
     if path.suffix == ".safetensors":
-        description = {name: value if isinstance(value, str) else json.dumps(value) for name, value in rule.settings().items()}
-        metadata = {"format": FORMAT, "version": VERSION, **description}
+        settings = {name: value if isinstance(value, str) else json.dumps(value) for name, value in rule.settings().items()}
+        metadata = {"format": FORMAT, "version": VERSION, **settings, "description": rule.description, "source": rule.source}
         path.write_bytes(save({name: w.detach().contiguous().cpu() for name, w in rule.weights.items()}, metadata))
     elif path.suffix == ".state":
         published = Rule(rule.weights)
@@ -78,13 +149,17 @@ def save_rule(rule: Rule, path: str | Path) -> None:
         raise RuleError(f"{path}: a rule is written as .safetensors or .state, not '{path.suffix}'")
 
 
-def check_weights(weights: Mapping[str, Tensor], path: Path) -> None:
+def check_weights(weights: Mapping[str, Tensor], path: object) -> None:
     """Raise RuleError unless names, shapes, dtypes and values are a rule's."""
     hidden = weights["b0"].shape[0] if "b0" in weights and weights["b0"].ndim == 1 else 8
+    if hidden == 0:
+        raise RuleError(f"{path}: no hidden units")
     expected = weight_shapes(hidden)
     for problem, names in (("lacks", expected.keys() - weights.keys()), ("has unknown", weights.keys() - expected.keys())):
         if names:
-            raise RuleError(f"{path}: {problem} weight {', '.join(sorted(map(str, names)))}")
+            shown = [f"{name:.40}" for name in sorted(map(str, names))]
+            more = f" and {len(shown) - 5} more" if len(shown) > 5 else ""
+            raise RuleError(f"{path}: {problem} weight {', '.join(shown[:5])}{more}")
     for name, weight in weights.items():
         if tuple(weight.shape) != expected[name]:
             raise RuleError(f"{path}: weight {name} has shape {tuple(weight.shape)}, expected {expected[name]}")
@@ -94,7 +169,7 @@ def check_weights(weights: Mapping[str, Tensor], path: Path) -> None:
             raise RuleError(f"{path}: weight {name} is not finite")
 
 
-def check_description(rule: Rule, path: Path) -> None:
+def check_description(rule: Rule, path: object) -> None:
     """Raise RuleError unless variant, decays and what is normalized are a rule's."""
     if rule.variant not in VARIANTS:
         raise RuleError(f"{path}: variant '{rule.variant}' is none of {', '.join(VARIANTS)}")
@@ -109,18 +184,22 @@ def check_description(rule: Rule, path: Path) -> None:
         raise RuleError(f"{path}: normalize_gradient must be True or False, not {rule.normalize_gradient!r}")
 
 
-def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """Weights and description of a `.safetensors` rule."""
+def read_safetensors(path: Path, name: object) -> tuple[dict[str, Tensor], dict]:
+    """Weights and description of a `.safetensors` rule; PyLO's has no variant."""
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            weights = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError) as error:
-        raise RuleError(f"{path}: not a readable safetensors file ({error})") from error
+        raise RuleError(f"{name}: not a readable safetensors file ({error})") from error
+    if metadata.get("format") != FORMAT and "w0.0" in weights:
+        check_pylo(path.with_name("config.json"), name)
+        weights = {PYLO.get(key, f"'{key}'"): w for key, w in weights.items()}  # quoted: no name of ours
+        return weights, {"description": f"PyLO's weights, read from {path.name}"}
     if metadata.get("format") != FORMAT:
-        raise RuleError(f"{path}: not a Celo2 rule (its metadata has format '{metadata.get('format')}', not '{FORMAT}')")
+        raise RuleError(f"{name}: not a Celo2 rule (its metadata has format '{metadata.get('format')}', not '{FORMAT}')")
     if metadata.get("version") != VERSION:
-        raise RuleError(f"{path}: rule format version '{metadata.get('version')}', this program reads '{VERSION}'")
+        raise RuleError(f"{name}: rule format version '{metadata.get('version')}', this program reads '{VERSION}'")
     try:
         return weights, {
             "variant": metadata["variant"],
@@ -129,13 +208,25 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict]:
             "factored_decays": tuple(float(decay) for decay in json.loads(metadata["factored_decays"])),
             "normalize_gradient": json.loads(metadata.get("normalize_gradient", "false")),
             "description": metadata.get("description", ""),
+            "source": metadata.get("source", ""),
         }
     except (KeyError, ValueError, TypeError, RecursionError) as error:
-        raise RuleError(f"{path}: damaged description of variant or decays ({type(error).__name__}: {error})") from error
+        raise RuleError(f"{name}: damaged description of variant or decays ({type(error).__name__}: {error})") from error
 
 
-def read_theta(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """Weights of a published MessagePack file; what they are for it does not say."""
+def check_pylo(config: Path, name: object) -> None:
+    """Raise RuleError if PyLO's configuration beside a file asks for another network than a rule's."""
+    try:
+        keys = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise RuleError(f"{name}: {config.name} beside it cannot be read ({error})") from error
+    activation = keys.get("activation", "relu") if isinstance(keys, dict) else "relu"
+    if activation != "relu":
+        raise RuleError(f"{name}: {config.name} beside it asks for the activation {activation!r:.40}; a rule has relu alone")
+
+
+def read_theta(path: Path, name: object) -> tuple[dict[str, Tensor], dict]:
+    """Weights and description of a published MessagePack file, which has no variant."""
 
     def unpack_array(code: int, payload: bytes) -> np.ndarray:
         if code != NDARRAY_EXTENSION:
@@ -150,9 +241,9 @@ def read_theta(path: Path) -> tuple[dict[str, Tensor], dict]:
 
     try:
         arrays = msgpack.unpackb(path.read_bytes(), ext_hook=unpack_array)["ff_mod_stack"]["~"]
-        weights = {name: torch.from_numpy(array.astype(np.float32)) for name, array in arrays.items()}
+        weights = {key: torch.from_numpy(array.astype(np.float32)) for key, array in arrays.items()}
     except (ValueError, KeyError, TypeError, AttributeError, msgpack.UnpackException) as error:
-        raise RuleError(f"{path}: not a published theta.state ({type(error).__name__}: {error})") from error
+        raise RuleError(f"{name}: not a published theta.state ({type(error).__name__}: {error})") from error
     return weights, {"description": f"published weights, read from {path.name}"}
 
 

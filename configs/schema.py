@@ -54,7 +54,10 @@ class Optimizer:
     )
     weight_decay: float = option(0.1, "decoupled decay of matrices and embeddings; biases and norms have none", at_least(0))
     rule: str | None = option(
-        None, "for celo2 and celo2-base: a shipped rule or the path of a rule file; null: the name's own", NOT_EMPTY, path=True
+        None,
+        "for celo2 and celo2-base: a shipped rule, a path, or hub:OWNER/NAME[@REVISION][:FILE]; null: the name's own",
+        NOT_EMPTY,
+        path=True,
     )
     state_dtype: Literal["fp32", "bf16"] = option("fp32", "celo2, celo2-base: state of matrices, 16 or 8 bytes a weight")
     arguments: dict[str, Any] | None = option(None, "further arguments of the optimizer's constructor {betas: [0.9, 0.99]}")

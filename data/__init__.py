@@ -9,8 +9,12 @@ class DataError(ValueError):
 
 
 def first_line(error: Exception) -> str:
-    """What another library's error says, on one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """What another library's error says, on one line: the first of it, and of a second paragraph.
+
+    The first paragraph of huggingface_hub's errors is a status alone.
+    """
+    paragraphs = (str(error).strip() or type(error).__name__).split("\n\n")
+    return " ".join(paragraph.strip().splitlines()[0] for paragraph in paragraphs[:2] if paragraph.strip())
 
 
 def printable(text: str) -> str:

@@ -164,7 +164,7 @@ def gather_ranges(members: Sequence[Entry], group: dist.ProcessGroup, recipe: st
 
 def fingerprint(rule: Rule, ns_dtype: torch.dtype | None) -> str:
     """A hash of what the rule computes."""
-    digest = hashlib.sha256(repr((rule.settings() | {"description": None}, ns_dtype)).encode())
+    digest = hashlib.sha256(repr((rule.settings(), ns_dtype)).encode())
     for name, weight in sorted(rule.weights.items()):
         digest.update(name.encode() + weight.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:12]

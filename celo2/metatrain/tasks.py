@@ -164,13 +164,16 @@ def read_hub(name: str) -> tuple[str, np.ndarray, np.ndarray]:
     """The training split of an image data set of the hub, as 8 × 8 greyscale averaged over the area of each pixel."""
     if name not in HUB_IDS:
         raise ConfigError(f"task 'hub:{name}': expected one of {', '.join(HUB_IDS)}")
-    from datasets import load_dataset
-    from PIL.Image import Resampling
-
+    try:
+        from datasets import load_dataset
+        from PIL.Image import Resampling
+    except ImportError as error:
+        raise ConfigError(f"task 'hub:{name}' needs the package {error.name}: pip install datasets pillow") from None
     try:
         split = load_dataset(*HUB_IDS[name], split="train")
     except Exception as error:  # datasets raises many types, of several packages, for no network and no such data set
-        raise ConfigError(f"task 'hub:{name}': cannot be loaded ({type(error).__name__}: {error})") from None
+        says = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(f"task 'hub:{name}': cannot be loaded ({says}); without a network, give an .npz file") from None
     image_key, label_key = ("img", "label") if "img" in split.column_names else ("image", "label")
     images = [np.asarray(image.convert("L").resize((SIDE, SIDE), Resampling.BOX)) for image in split[image_key]]
     return name, np.stack(images), np.asarray(split[label_key])

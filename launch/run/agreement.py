@@ -58,9 +58,8 @@ def identity_of(config: Config, shards: TokenShards, context: int, optimizer: to
 
 
 def rule_hash(rule: Rule) -> str:
-    """sha256 of everything that a rule computes with: its weights and settings, without its description."""
-    settings = {key: value for key, value in rule.settings().items() if key != "description"}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    """sha256 of everything that a rule computes with: its weights and settings."""
+    digest = hashlib.sha256(json.dumps(rule.settings(), sort_keys=True).encode())
     for name, weight in sorted(rule.weights.items()):
         digest.update(f"{name}{tuple(weight.shape)}".encode() + weight.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -12,6 +12,7 @@ from data.tokenizer import load_tokenizer
 from launch.optimizers.build import check_optimizer
 from launch.optimizers.idle import IDLE
 from launch.optimizers.table import entry_of
+from launch.run.own_rule import settled
 
 DTYPE_KEYS = ("dtype", "torch_dtype")
 
@@ -23,7 +24,7 @@ def check(config: Config, written: Written, world: int) -> list[str]:
         ConfigError, DataError, RuleError: what training would be refused for, or would ignore.
     """
     notes = refuse_idle(config, IDLE, written)
-    check_optimizer(config.optimizer)
+    check_optimizer(settled(config).optimizer)
     strategy, copies = config.distributed.strategy, config.distributed.replicas
     if strategy != "ddp" and entry_of(config.optimizer).sharded_path is None:
         raise ConfigError(f"optimizer.name {config.optimizer.name} knows whole parameters only: use distributed.strategy=ddp")

@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, Pretra
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
+from celo2.hub import explain
+from celo2.rule_files import HUB
 from configs.load import ConfigError
 from configs.schema import Config
 from configs.schema import Model as ModelSection
@@ -31,7 +33,6 @@ from models.function import function_differences
 from models.gpt2 import from_gpt2, gpt3_config
 from models.gpt3 import GPT3Config
 
-HUB = "hub:"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 ROPE_PARTS = ("rope_theta", "partial_rotary_factor")  # old keys of their own for what lies in `rope_parameters` today
@@ -46,7 +47,7 @@ class Weights:
     path: Path
     name: str  # as the user wrote it, or the checkpoint that was taken
     step: int | None = None  # of a checkpoint; None: a folder of transformers
-    note: str = ""  # what is wrong with newer checkpoints
+    note: str = ""  # its commit on the hub, or what is wrong with newer checkpoints
 
     @property
     def tokenizer_file(self) -> Path:
@@ -82,7 +83,8 @@ def find_source(init: str, weights: bool = True) -> Weights:
         CheckpointError: a run without a whole checkpoint.
     """
     if init.startswith(HUB):
-        return Weights(download(init, weights), init)
+        path = download(init, weights)
+        return Weights(path, init, note=f" (commit {path.name})")
     path = Path(init).expanduser()
     if not path.is_dir():
         hint = "name its folder" if path.exists() else f"for a model of the Hugging Face hub write model.init={HUB}{init}"
@@ -104,8 +106,8 @@ def download(init: str, weights: bool) -> Path:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
     except Exception as error:  # offline, no such name or revision, gated, a bad name: the library raises many kinds
         raise ConfigError(
-            f"model.init: {init} cannot be read from the Hugging Face hub ({first_line(error)}); check its name, log in for a "
-            "gated model, or without a network give the folder of a downloaded copy"
+            f"model.init: {init} cannot be read from the Hugging Face hub ({explain(error, name)}); without a network, give the "
+            "folder of a downloaded copy"
         ) from None
 
 

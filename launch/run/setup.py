@@ -133,7 +133,9 @@ def describe_run(config: Config, run_dir: Path, shards: TokenShards, optimizer: 
 
 def describe_training(config: Config, parameters: int, optimizer: torch.optim.Optimizer, batches: Batches, world: int) -> str:
     """The line that says what is trained, on what, with what."""
-    rule = f" ({optimizer.rule.description})" if isinstance(optimizer, Celo2) else ""
+    rule = ""
+    if isinstance(optimizer, Celo2):
+        rule = f" ({'; '.join(filter(None, (optimizer.rule.description, optimizer.rule.source)))})"
     largest = config.train.micro_batch_size
     micro = fit_micro_batch(config.train.batch_size, world, largest)
     lowered = f" (train.micro_batch_size is at most {largest}; this divides the batch)" if micro < largest else ""

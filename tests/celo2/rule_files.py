@@ -48,6 +48,12 @@ def write_safetensors(path: Path, weights: dict | None = None, **metadata: str |
     save_file(random_rule().weights if weights is None else weights, path, given)
 
 
+def pylo_weights(weights: dict) -> dict:
+    """The same weights by PyLO's names (`CELO2MLP` in Belilovsky-Lab/pylo), which has them in the same shapes."""
+    names = {"b0": "b0", "w1": "dense_w.0", "b1": "dense_b.0", "w2": "dense_w.1", "b2": "dense_b.1"}
+    return {names.get(name, name.replace("w0__", "w0.")): w for name, w in weights.items()}
+
+
 def unpacked(path: Path) -> dict:
     """A `.state` file decoded here, independently: {name: (shape, dtype, bytes)}."""
 

@@ -187,6 +187,7 @@ def test_import_is_quiet_and_needs_nothing_else(tmp_path):
         "datasets",
         "deepspeed",
         "tokenizers",
+        "huggingface_hub",
         "flax",
         "jax",
     }

@@ -218,30 +218,6 @@ def test_names_that_lead_nowhere(run, tmp_path):
     refused(run(f"model.init={tmp_path / 'empty'}"), "holds no whole checkpoint")
 
 
-def test_from_the_hub(run, monkeypatch):
-    """A stand-in for the hub: a folder, or what it raises offline."""
-    import huggingface_hub
-
-    folder, asked = run.tmp_path / "copy", []
-    gpt2().save_pretrained(folder)
-
-    def download(name, revision=None, allow_patterns=None):
-        asked.append(
-            (name, revision, "model*.safetensors" in allow_patterns, any("bin" in p or "py" in p for p in allow_patterns))
-        )
-        if name == "gone":
-            raise huggingface_hub.errors.LocalEntryNotFoundError("Cannot find an appropriate cached snapshot\nfolder")
-        return str(folder)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert run(*QUICK, *BARE, "model.init=hub:some/gpt2@main")[0] == 0
-    assert "of hub:some/gpt2@main: " in taken(run)
-    assert run("--plan", *BARE, "model.init=hub:some/gpt2", "data.dir=not/yet", folder="plan")[0] == 0
-    assert "the vocabulary of model.init is assumed" in run.out and "vocabulary 257" in run.out
-    assert asked == [("some/gpt2", "main", True, False), ("some/gpt2", None, False, False)]
-    refused(run(*BARE, "model.init=hub:gone", folder="b"), "hub:gone cannot be read from the Hugging Face hub (Cannot find")
-
-
 def test_another_tokenizer_is_refused(run, prepared):
     """Tokens with other ids, tokens that are missing, and the same tokens cut in another way."""
     folder = run.tmp_path / "source"

@@ -1,0 +1,36 @@
+"""Where a training run reads a rule of the Hugging Face Hub: one commit of it, and its own copy once it has begun."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from celo2 import load_rule
+from celo2.rule_files import HUB
+from configs.schema import Config
+from launch.checkpoint.load import read_state
+from launch.checkpoint.verify import CheckpointError
+from launch.run.agreement import RULE_FILE
+from launch.run.initialize import begun
+from launch.run.setup import run_folder
+
+
+def settled(config: Config) -> Config:
+    """`config` with a rule that neither moves nor goes away in place of a name of the Hub.
+
+    A run that has begun with this name goes on with the copy in its folder, whatever the Hub has now and without a network.
+    Otherwise the name stands for the commit that it has now.
+
+    Raises:
+        RuleError: as `load_rule`.
+    """
+    name = config.optimizer.rule or ""
+    if not name.startswith(HUB):
+        return config
+    start = begun(config, run_folder(config))
+    copy = start.path.parent.parent / RULE_FILE if start is not None else None
+    try:
+        kept = start is not None and read_state(start.path)["config"]["optimizer"].get("rule") == name
+    except CheckpointError:  # of a damaged checkpoint; resuming says it
+        kept = False
+    rule = str(copy) if kept and copy is not None and copy.is_file() else load_rule(name, config.optimizer.name).source
+    return replace(config, optimizer=replace(config.optimizer, rule=rule))
