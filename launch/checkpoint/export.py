@@ -17,11 +17,13 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from data.tokenizer import vocabulary_size
 from launch.checkpoint.card import write_card
 from launch.checkpoint.load import load_model
 from launch.checkpoint.permissions import usual_permissions
-from launch.checkpoint.tokenizer import export_tokenizer, trained_context
+from launch.checkpoint.tokenizer import configure, export_tokenizer, trained_context
 from launch.checkpoint.verify import CheckpointError, choose_checkpoint
+from launch.checkpoint.vocabulary import one_row_a_token
 from models.gpt2 import to_gpt2
 from models.gpt3 import GPT3LMHeadModel
 
@@ -36,7 +38,7 @@ def export(run: str | Path, out: str | Path, note: Callable[[str], None] = lambd
     Args:
         run: the folder of a training run, whose newest whole checkpoint is taken, or one of its checkpoints.
         out: a folder that does not exist, or is empty.
-        note: is told of damaged checkpoints that are newer than the one that was taken.
+        note: is told of damaged checkpoints that are newer than the one that was taken, and of rows that cannot be dropped.
         dtype: one of DTYPES for the weights; by default the checkpoint's own.
 
     Raises:
@@ -48,12 +50,16 @@ def export(run: str | Path, out: str | Path, note: Callable[[str], None] = lambd
     checkpoint, problems = choose_checkpoint(Path(run).absolute())
     for problem in problems:
         note(f"{problem}; taking {checkpoint.name} instead")
-    model = load_model(checkpoint)
+    trained = load_model(checkpoint)
+    context = trained_context(checkpoint, trained.config)
+    tokenizer = export_tokenizer(checkpoint.parent.parent, context)
+    model = one_row_a_token(trained, vocabulary_size(tokenizer.backend_tokenizer), note)
+    rows = trained.config.get_text_config().vocab_size
     if isinstance(model, GPT3LMHeadModel):
         model = to_gpt2(model)
+    configure(model, tokenizer, context)
     if dtype is not None:
         convert(model, dtype)
-    tokenizer = export_tokenizer(checkpoint.parent.parent, model, trained_context(checkpoint, model.config))
 
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
@@ -61,7 +67,7 @@ def export(run: str | Path, out: str | Path, note: Callable[[str], None] = lambd
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         name_tokenizer_class(partial / "tokenizer_config.json")
-        write_card(partial, checkpoint, model)
+        write_card(partial, checkpoint, model, rows)
         usual_permissions(partial)
         os.replace(partial, out)
     except OSError as error:
