@@ -6,7 +6,6 @@ A GPT-3 becomes a stock GPT-2, which is the same function; any other architectur
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import sys
@@ -19,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from data.tokenizer import vocabulary_size
 from launch.checkpoint.card import write_card
+from launch.checkpoint.compatibility import add_names_of_transformers_4
 from launch.checkpoint.load import load_model
 from launch.checkpoint.permissions import usual_permissions
 from launch.checkpoint.tokenizer import configure, export_tokenizer, trained_context
@@ -66,7 +66,7 @@ def export(run: str | Path, out: str | Path, note: Callable[[str], None] = lambd
         partial.mkdir(parents=True)
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        name_tokenizer_class(partial / "tokenizer_config.json")
+        add_names_of_transformers_4(partial)
         write_card(partial, checkpoint, model, rows)
         usual_permissions(partial)
         os.replace(partial, out)
@@ -75,13 +75,6 @@ def export(run: str | Path, out: str | Path, note: Callable[[str], None] = lambd
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return checkpoint
-
-
-def name_tokenizer_class(path: Path) -> None:
-    """transformers 5 writes a class that 4 does not have; both know the one that only reads tokenizer.json."""
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def convert(model: PreTrainedModel, dtype: str) -> None:

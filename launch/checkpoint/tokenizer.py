@@ -19,6 +19,8 @@ from launch.checkpoint.load import read_state
 from launch.checkpoint.verify import CheckpointError
 from models import longest_context
 
+PIPELINE = 256  # tokens that pipeline("text-generation") of transformers writes unless it is told otherwise
+
 
 def export_tokenizer(run: Path, context: int | None) -> PreTrainedTokenizerFast:
     """The tokenizer of the training run in `run`, for texts of `context` tokens.
@@ -63,8 +65,10 @@ def configure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, contex
     own = getattr(model.config, "pad_token_id", None)
     if own is None and _may_be_padding(model.config, pad, end):
         model.config.pad_token_id = pad
-    # A pipeline, which asks for 256 new tokens, stays inside a small context.
-    model.generation_config = GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=pad, max_length=context)
+    # A pipeline asks for 256 new tokens, which would leave a small context. A large one does without a limit: transformers 5
+    # warns of it whenever `generate` gets max_new_tokens.
+    limit = context if context and context < 2 * PIPELINE else None
+    model.generation_config = GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=pad, max_length=limit)
     longest = getattr(model.config, "max_position_embeddings", None)
     if context and longest and longest > context and _same_with(model, context):
         model.config.max_position_embeddings = context

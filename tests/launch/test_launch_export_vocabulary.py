@@ -43,7 +43,7 @@ def make_run(folder: Path, model, tokenizer) -> Path:
 
 
 def gpt3(**keys):
-    return model_of(GPT3Config(vocab_size=ROWS, layers=1, width=16, heads=2, context=32, **keys))
+    return model_of(GPT3Config(**{"vocab_size": ROWS, "layers": 1, "width": 16, "heads": 2, "context": 32} | keys))
 
 
 def hf(model_type, **keys):
