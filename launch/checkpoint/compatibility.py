@@ -7,7 +7,7 @@ CTranslate2 and llama.cpp.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,31 +18,51 @@ NEOX = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"} 
 
 def add_names_of_transformers_4(folder: Path) -> None:
     """Complete config.json and tokenizer_config.json. What transformers 5 reads from them stays the same."""
-    before = AutoConfig.from_pretrained(folder).to_dict()
     path = folder / "config.json"
-    written = path.read_text(encoding="utf-8")
-    change(path, lambda config: config | old_names(config))
-    if AutoConfig.from_pretrained(folder).to_dict() != before:  # a class of its own, which knows one of the names otherwise
-        path.write_text(written, encoding="utf-8")
+    before = read(folder)
+    for key, value in old_names(json.loads(path.read_text(encoding="utf-8"))).items():
+        written = path.read_text(encoding="utf-8")
+        change(path, {key: value})
+        try:
+            same = read(folder) == before
+        except Exception:  # a class that takes this name for something else, or warns of it
+            same = False
+        if not same:
+            path.write_text(written, encoding="utf-8")
     # transformers 4 lacks the class that 5 writes, gives every model token_type_ids, and pads a batch behind its prompts.
-    names = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
-    change(folder / "tokenizer_config.json", lambda config: config | names | {"padding_side": "left"})
+    change(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_input_names": ["input_ids", "attention_mask"],
+            "padding_side": "left",
+        },
+    )
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The configuration that transformers reads from an exported folder. Raises whatever it raises, and its warnings, too."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return AutoConfig.from_pretrained(folder).to_dict()
 
 
 def old_names(config: dict[str, Any]) -> dict[str, Any]:
-    """The entries of a config.json that say under their former names what `dtype` and `rope_parameters` say."""
-    names = {"torch_dtype": config["dtype"]} if config.get("dtype") else {}
+    """The entries of a config.json that say under former names what some of its entries say."""
+    names = {old: config[new] for old, new in (("torch_dtype", "dtype"), ("num_experts", "num_local_experts")) if new in config}
     rope = dict(config.get("rope_parameters") or {})
-    if "sliding_attention" in rope and "full_attention" in rope:  # Gemma 3: angles by the type of the layer
-        names["rope_local_base_freq"] = rope["sliding_attention"].get("rope_theta")
+    if isinstance(rope.get("full_attention"), dict):  # Gemma 3: angles by the type of the layer
+        names["rope_local_base_freq"] = (rope.get("sliding_attention") or {}).get("rope_theta")
         rope = dict(rope["full_attention"])
     for key in ("rope_theta", "partial_rotary_factor"):
         if key in rope:
             names[NEOX[key] if config["model_type"].startswith("gpt_neox") else key] = rope.pop(key)
-    return names | ({"rope_scaling": rope} if rope.get("rope_type", "default") != "default" else {})
+    if rope.get("rope_type", "default") != "default":
+        names["rope_scaling"] = rope
+    return {name: value for name, value in names.items() if value is not None and name not in config}
 
 
-def change(path: Path, changed: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """Replace the mapping in a JSON file."""
-    found = changed(json.loads(path.read_text(encoding="utf-8")))
+def change(path: Path, entries: dict[str, Any]) -> None:
+    """Add entries to the mapping in a JSON file, or replace them."""
+    found = json.loads(path.read_text(encoding="utf-8")) | entries
     path.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -43,6 +43,7 @@ def export_tokenizer(run: Path, context: int | None) -> PreTrainedTokenizerFast:
     tok = as_trained(tok, end)  # runs of former versions have the tokenizer as it was given
     special = tokenizer_config(tok, end, declared)
     del special["tokenizer_class"]
+    special.setdefault("unk_token", end)  # as GPT-2's, which never writes it either: CTranslate2 does without none
     return PreTrainedTokenizerFast(tokenizer_object=tok, model_max_length=context, **special)
 
 
