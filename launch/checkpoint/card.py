@@ -22,19 +22,20 @@ A causal language model. It continues text, and was not tuned to follow instruct
 
 | | |
 |---|---|
-{rows}
+{table}
 
 License: not stated. Whoever publishes this model chooses one, and names the data's.
 """
 
 
-def write_card(folder: Path, checkpoint: Path, model: PreTrainedModel) -> None:
-    """Write README.md into an exported `folder`; what the checkpoint does not say is left out."""
+def write_card(folder: Path, checkpoint: Path, model: PreTrainedModel, rows: int) -> None:
+    """Write README.md into an exported `folder`; what the checkpoint does not say is left out. `rows`: trained ones, V."""
     config = model.config
+    kept = config.get_text_config().vocab_size
     facts: dict[str, Any] = {
         "architecture": f"{type(model).__name__} ({config.model_type})",
         "parameters": f"{model.num_parameters():,}, {str(model.dtype).removeprefix('torch.')}",
-        "vocabulary": f"{config.get_text_config().vocab_size:,} rows",
+        "vocabulary": f"{kept:,} rows" + (f"; {rows - kept:,} that no token has were dropped" if rows > kept else ""),
         "context": longest_context(config) and f"{longest_context(config):,} tokens",
     }
     name, state = checkpoint.parent.parent.name, checkpoint / "state.json"
@@ -50,8 +51,8 @@ def write_card(folder: Path, checkpoint: Path, model: PreTrainedModel) -> None:
             "validation loss": validation_loss(checkpoint.parent.parent / "metrics.jsonl", saved["step"]),
             "seed": trained["run"]["seed"],
         }
-    rows = "\n".join(f"| {what} | {fact} |" for what, fact in facts.items() if fact is not None)
-    (folder / "README.md").write_text(CARD.format(name=name, rows=rows), encoding="utf-8")
+    table = "\n".join(f"| {what} | {fact} |" for what, fact in facts.items() if fact is not None)
+    (folder / "README.md").write_text(CARD.format(name=name, table=table), encoding="utf-8")
 
 
 def validation_loss(metrics: Path, step: int) -> str | None:

@@ -6,7 +6,6 @@ A GPT-3 becomes a stock GPT-2, which is the same function; any other architectur
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import sys
@@ -17,11 +16,14 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from data.tokenizer import vocabulary_size
 from launch.checkpoint.card import write_card
+from launch.checkpoint.compatibility import add_names_of_transformers_4
 from launch.checkpoint.load import load_model
 from launch.checkpoint.permissions import usual_permissions
-from launch.checkpoint.tokenizer import export_tokenizer, trained_context
+from launch.checkpoint.tokenizer import configure, export_tokenizer, trained_context
 from launch.checkpoint.verify import CheckpointError, choose_checkpoint
+from launch.checkpoint.vocabulary import one_row_a_token
 from models.gpt2 import to_gpt2
 from models.gpt3 import GPT3LMHeadModel
 
@@ -36,7 +38,7 @@ def export(run: str | Path, out: str | Path, note: Callable[[str], None] = lambd
     Args:
         run: the folder of a training run, whose newest whole checkpoint is taken, or one of its checkpoints.
         out: a folder that does not exist, or is empty.
-        note: is told of damaged checkpoints that are newer than the one that was taken.
+        note: is told of damaged checkpoints that are newer than the one that was taken, and of rows that cannot be dropped.
         dtype: one of DTYPES for the weights; by default the checkpoint's own.
 
     Raises:
@@ -48,20 +50,24 @@ def export(run: str | Path, out: str | Path, note: Callable[[str], None] = lambd
     checkpoint, problems = choose_checkpoint(Path(run).absolute())
     for problem in problems:
         note(f"{problem}; taking {checkpoint.name} instead")
-    model = load_model(checkpoint)
+    trained = load_model(checkpoint)
+    context = trained_context(checkpoint, trained.config)
+    tokenizer = export_tokenizer(checkpoint.parent.parent, context)
+    model = one_row_a_token(trained, vocabulary_size(tokenizer.backend_tokenizer), note)
+    rows = trained.config.get_text_config().vocab_size
     if isinstance(model, GPT3LMHeadModel):
         model = to_gpt2(model)
+    configure(model, tokenizer, context)
     if dtype is not None:
         convert(model, dtype)
-    tokenizer = export_tokenizer(checkpoint.parent.parent, model, trained_context(checkpoint, model.config))
 
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        name_tokenizer_class(partial / "tokenizer_config.json")
-        write_card(partial, checkpoint, model)
+        add_names_of_transformers_4(partial)
+        write_card(partial, checkpoint, model, rows)
         usual_permissions(partial)
         os.replace(partial, out)
     except OSError as error:
@@ -69,13 +75,6 @@ def export(run: str | Path, out: str | Path, note: Callable[[str], None] = lambd
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return checkpoint
-
-
-def name_tokenizer_class(path: Path) -> None:
-    """transformers 5 writes a class that 4 does not have; both know the one that only reads tokenizer.json."""
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def convert(model: PreTrainedModel, dtype: str) -> None:

@@ -19,12 +19,14 @@ from launch.checkpoint.load import read_state
 from launch.checkpoint.verify import CheckpointError
 from models import longest_context
 
+PIPELINE = 256  # tokens that pipeline("text-generation") of transformers writes unless it is told otherwise
 
-def export_tokenizer(run: Path, model: PreTrainedModel, context: int | None) -> PreTrainedTokenizerFast:
-    """The tokenizer of the training run in `run`, for `model`, whose configurations get its special tokens and the context.
+
+def export_tokenizer(run: Path, context: int | None) -> PreTrainedTokenizerFast:
+    """The tokenizer of the training run in `run`, for texts of `context` tokens.
 
     Raises:
-        CheckpointError: a tokenizer that is missing, cannot be read, or does not fit the model.
+        CheckpointError: a tokenizer that is missing or cannot be read.
     """
     path = run / "tokenizer.json"
     if not path.is_file():
@@ -41,11 +43,8 @@ def export_tokenizer(run: Path, model: PreTrainedModel, context: int | None) -> 
     tok = as_trained(tok, end)  # runs of former versions have the tokenizer as it was given
     special = tokenizer_config(tok, end, declared)
     del special["tokenizer_class"]
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tok, model_max_length=context, **special)
-    if len(tokenizer) > model.config.vocab_size:
-        raise CheckpointError(f"{path} has {len(tokenizer)} tokens, the model only {model.config.vocab_size}")
-    _configure(model, tokenizer, context)
-    return tokenizer
+    special.setdefault("unk_token", end)  # as GPT-2's, which never writes it either: CTranslate2 does without none
+    return PreTrainedTokenizerFast(tokenizer_object=tok, model_max_length=context, **special)
 
 
 def trained_context(checkpoint: Path, config: PretrainedConfig) -> int | None:
@@ -57,22 +56,36 @@ def trained_context(checkpoint: Path, config: PretrainedConfig) -> int | None:
     return asked or longest_context(config)
 
 
-def _configure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, context: int | None) -> None:
-    """Write special tokens and context into the model's and the generation configuration."""
+def configure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, context: int | None) -> None:
+    """Write special tokens and context into the model's and the generation configuration.
+
+    A padding token that the model was trained with stays: some architectures count positions from it.
+    """
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     model.config.bos_token_id = model.config.eos_token_id = end
-    if pad != end or not _has_padding_row(model.config, pad):
+    own = getattr(model.config, "pad_token_id", None)
+    if own is None and _may_be_padding(model.config, pad, end):
         model.config.pad_token_id = pad
-    # A pipeline, which asks for 256 new tokens, stays inside a small context.
-    model.generation_config = GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=pad, max_length=context)
+    # A pipeline asks for 256 new tokens, which would leave a small context. A large one does without a limit: transformers 5
+    # warns of it whenever `generate` gets max_new_tokens.
+    limit = context if context and context < 2 * PIPELINE else None
+    model.generation_config = GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=pad, max_length=limit)
     longest = getattr(model.config, "max_position_embeddings", None)
     if context and longest and longest > context and _same_with(model, context):
         model.config.max_position_embeddings = context
 
 
-def _has_padding_row(config: PretrainedConfig, pad: int) -> bool:
-    """Whether a model of `config` would never train the embedding of its padding, here the end of text."""
-    return getattr(_shapes(config, pad_token_id=pad).get_input_embeddings(), "padding_idx", None) is not None
+def _may_be_padding(config: PretrainedConfig, pad: int, end: int) -> bool:
+    """Whether `pad` in the configuration leaves the function as it is, and the embedding of the end of text trainable."""
+    try:
+        model = _shapes(config, pad_token_id=pad)
+    except Exception:  # XGLM takes the number of the token for a position
+        return False
+    embedding = model.get_input_embeddings()
+    others = [m for m in model.modules() if m is not embedding and not isinstance(m, PreTrainedModel)]
+    if any(getattr(m, "padding_idx", None) is not None for m in others):  # positions are counted from it
+        return False
+    return pad != end or getattr(embedding, "padding_idx", None) is None
 
 
 def _same_with(model: PreTrainedModel, context: int) -> bool:

@@ -9,7 +9,16 @@ from typing import Any, NamedTuple
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from data.tokenizer import vocabulary_size
 
 
 class Drawing(NamedTuple):
@@ -28,6 +37,16 @@ class Until(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         return torch.full((len(input_ids),), self.stopping(), dtype=torch.bool, device=input_ids.device)
+
+
+class NamedTokens(LogitsProcessor):
+    """Leaves out the rows of the vocabulary behind the last token, so that an export, which has none, draws the same text."""
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # (B, V) -> (B, tokens)
+        return scores[:, : self.tokens]
 
 
 def after(seconds: float, stopping: Callable[[], bool] = lambda: False) -> Callable[[], bool]:
@@ -87,6 +106,7 @@ def sample_text(
                 inputs,
                 attention_mask=torch.ones_like(inputs),
                 generation_config=options,
+                logits_processor=LogitsProcessorList([NamedTokens(vocabulary_size(tokenizer))]),
                 stopping_criteria=StoppingCriteriaList([Until(stopping)]),
             )
     finally:

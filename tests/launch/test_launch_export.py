@@ -122,7 +122,7 @@ def test_stock_transformers_loads_what_was_trained(run, tmp_path):
         model = load_model(find_checkpoint(source / "checkpoints")[0])
         assert report["model_max_length"] == model.config.max_position_embeddings
         with torch.no_grad():
-            logits = model(torch.tensor([report["ids"]])).logits[0]
+            logits = model(torch.tensor([report["ids"]])).logits[0, :, :300]  # of its 320 rows 300 have a token
         assert logits.std() > 0.5
         assert (torch.tensor(report["logits"]) - logits).abs().max() < 1e-4
         assert report["written"].startswith(TEXT[:20]) and len(report["written"]) > 20

@@ -52,7 +52,10 @@ def refused(result, *messages):
 
 
 def test_from_a_run_a_checkpoint_and_an_export(run):
-    """All three are the same weights: the first validation loss is the source's, and so are the weights without learning."""
+    """All three are the same weights: the first validation loss is the source's, and so are the weights without learning.
+
+    The rows that no token has are not in the export, so that its loss is lower.
+    """
     _, records, _ = run("train.steps=3", *QUICK[1:], folder="source")
     loss = [r["val_loss"] for r in records if "val_loss" in r][-1]
     source = run.tmp_path / "source"
@@ -72,9 +75,13 @@ def test_from_a_run_a_checkpoint_and_an_export(run):
         assert status == 0, err
         assert text in taken(run)
         assert [r["step"] for r in records if "loss" in r] == [1] and records[0]["tokens"] <= 8 * 32
-        assert [r["val_loss"] for r in records if "val_loss" in r] == pytest.approx([loss], rel=1e-6)
+        (found,) = [r["val_loss"] for r in records if "val_loss" in r]
         after = weights(run, f"{init.name}-begun")
-        assert before.keys() == after.keys() and all(torch.equal(value, after[name]) for name, value in before.items())
+        rows = 257 if init.name == "stock" else 320
+        assert len(after["model.embed_tokens.weight"]) == rows
+        assert found < loss - 0.01 if rows == 257 else found == pytest.approx(loss, rel=1e-6)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(weight[: len(after[name])], after[name]) for name, weight in before.items())
 
     # Continued, the run is its own: the source may be gone, and nothing is taken again.
     shutil.rmtree(run.tmp_path / "stock")

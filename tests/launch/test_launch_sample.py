@@ -6,7 +6,9 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from data.batches import validation_batches
 from data.prepare import prepare
+from data.shards import TokenShards
 from data.text_bytes import token_bytes
 from data.tokenizer import byte_tokenizer, train_bpe, vocabulary_size
 from launch.checkpoint.export import export
@@ -25,6 +27,14 @@ def said(capsys):
         return status, *capsys.readouterr()
 
     return start
+
+
+@torch.no_grad()
+def loss_over_tokens(trained, shards) -> float:
+    """The loss on eight sequences of a model whose softmax knows only the tokens of its tokenizer."""
+    ((inputs, targets),) = validation_batches(shards, trained.context, 1, 8, micro_batch_size=8)
+    logits = trained.model(inputs).logits[..., : vocabulary_size(trained.tokenizer)]
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()
 
 
 def test_sample_and_evaluate(run, prepared, said, tmp_path):
@@ -57,12 +67,16 @@ def test_sample_and_evaluate(run, prepared, said, tmp_path):
     assert tight == trained.tokenizer.decode(ids) + "\n"
 
     # The loss is the run's own val_loss of that step.
-    for where, step in ((folder, 40), (exported, 40), (middle, 20)):
+    for where, step in ((middle, 20), (folder, 40)):
         status, text, err = said(evaluate, where, prepared, "--sequences", 8, "--batch-size", 3)
         assert status == 0, err
         record = next(r for r in records if r["step"] == step and "val_loss" in r)
         expected = f"loss {record['val_loss']:.4f} nats per token, perplexity {record['val_perplexity']:.4f}, "
         assert expected + f"{record['val_bits_per_byte']:.4f} bits per byte" in text
+    # An export has no rows but those of its tokens: what the trained model gives to others goes to them.
+    loss = loss_over_tokens(trained, TokenShards(prepared, "val"))
+    assert loss < record["val_loss"] - 0.001
+    assert f"loss {loss:.4f} nats" in said(evaluate, exported, prepared, "--sequences", 8)[1]
     assert "6,642 tokens in sequences of 32" in said(evaluate, folder, prepared)[1]
 
     # Each mistake is one line.
