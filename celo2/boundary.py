@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -34,8 +34,10 @@ class Layer(NamedTuple):
     outputs: int
 
 
-def boundary_of(model: nn.Module) -> tuple[Found, Found]:
+def boundary_of(model: nn.Module, overruled: Mapping[Tensor, str]) -> tuple[Found, Found]:
     """The input layers and the output layers of a model: modules, or parameters that are layers by themselves.
+
+    `overruled` are the parameters whose update the user has given.
 
     Raises:
         ValueError: several layers that could be the output projection.
@@ -58,7 +60,7 @@ def boundary_of(model: nn.Module) -> tuple[Found, Found]:
         elif any(re.search("For[A-Z]", name) for name in class_names(module)):
             outputs.update(heads_after_bodies(module))
     if unwrapped(model) not in known:
-        outputs.update(heads_of_plain(model, known))
+        outputs.update(heads_of_plain(model, known, overruled))
     return inputs, outputs
 
 
@@ -103,7 +105,7 @@ def heads_after_bodies(model: nn.Module) -> Found:
 # --- any other module -------------------------------------------------------------------------------------------------------
 
 
-def heads_of_plain(model: nn.Module, known: Iterable[nn.Module]) -> Found:
+def heads_of_plain(model: nn.Module, known: Iterable[nn.Module], overruled: Mapping[Tensor, str]) -> Found:
     """The output layers of a module that does not name them; `known` are the parts of it that do."""
     inside = {inner for module in known for inner in module.modules()}
     if inside:  # one's own layers on a pretrained model
@@ -112,16 +114,18 @@ def heads_of_plain(model: nn.Module, known: Iterable[nn.Module]) -> Found:
         behind = outside if len(first) == 1 else [layer for layer in outside if comes_after(model, layer.module, first[-1])]
         return {layer.module for layer in (*behind, *called_heads(outside), *alike(model, outside))}
     outside = list(layers_outside_blocks(model, set()))
-    last, named = ending(model, outside), called_heads(outside)
+    named = called_heads(outside)
+    marked = [*ending(model, outside), *named]
     embeddings = {id(p) for module in model.modules() if isinstance(module, EMBEDDINGS) for p in module.parameters()}
     if any(id(p) in embeddings for layer in outside for p in layer.module.parameters()):
-        return {layer.module for layer in named}  # tied: claimed as an embedding
-    candidates = alike(model, outside)
-    marked = [layer for layer in candidates if layer in last or layer in named]
-    if len(candidates) > 1 and not marked:
-        names = ", ".join(layer.name for layer in candidates)
-        raise ValueError(f"""which of {names} is the output projection? Say it with rules={{"{candidates[-1].name}": "adamw"}}""")
-    return {layer.module for layer in (*(marked or candidates or last), *named)}
+        return {layer.module for layer in marked}  # beside the tied one, which is claimed as an embedding
+    said = {layer: overruled.get(p) for layer in outside for p in layer.module.parameters() if p.ndim > 1}
+    candidates = [layer for layer in alike(model, outside) if said[layer] != "celo2"]
+    chosen = [layer for layer in candidates if layer in marked or said[layer] == "adamw"]
+    if len(candidates) > 1 and not chosen:
+        names, example = ", ".join(layer.name for layer in candidates), candidates[-1].name
+        raise ValueError(f"""which of {names} is the output projection? Say it with rules={{"{example}": "adamw"}}""")
+    return {layer.module for layer in (*(chosen or candidates or marked), *named)}
 
 
 def layers_outside_blocks(model: nn.Module, skipped: set[nn.Module]) -> Iterator[Layer]:

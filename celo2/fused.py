@@ -7,7 +7,6 @@ timm, and a test computes the modules' outputs again from the split matrices. A 
 
 from __future__ import annotations
 
-import functools
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -171,6 +170,18 @@ FUSED: list[tuple[str, Splitter, str]] = [
     ("input_linear", equal(2), "GraniteMoeSWAMLP GraniteMoeHybridMLP GraniteMoeSharedMLP JetMoeMoE"),
     ("fc1", equal(2), "MoonshineDecoderMLP MoonshineStreamingDecoderMLP timm.GluMlp"),
     ("proj", equal(2), "ClvpGatedLinearUnit"),
+    (  # what `glu` reads
+        "pointwise_conv1",
+        equal(2),
+        "FastSpeech2ConformerConvolutionModule LasrEncoderConvolutionModule NemotronAsrStreamingEncoderConvolutionModule "
+        "ParakeetEncoderConvolutionModule SeamlessM4TConformerConvolutionModule SeamlessM4Tv2ConformerConvolutionModule "
+        "Wav2Vec2BertConvolutionModule Wav2Vec2ConformerConvolutionModule",
+    ),
+    ("pointwise_lin1", equal(2), "GraniteSpeech5EncoderConvolutionModule"),
+    ("linear_start", equal(2), "Gemma3nAudioConformerLightConv1d Gemma4AudioLightConv1d"),
+    ("up_conv", equal(2), "GraniteSpeechConformerConvModule GraniteSpeechPlusConformerConvModule"),
+    ("conv", equal(2), "Data2VecAudioAdapterLayer Wav2Vec2AdapterLayer Wav2Vec2ConformerAdapterLayer WavLMAdapterLayer"),
+    ("conv_layers", equal(2), "transformers.Conv1dSubsampler"),
     ("linear_1", equal(2), "AyaVisionMultiModalProjector Cohere2VisionMultiModalProjector"),
 ]
 SPLITTERS = {(name, attribute): cut for attribute, cut, classes in FUSED for name in classes.split()}
@@ -192,19 +203,14 @@ EXPERTS = {
 
 def class_names(module: nn.Module) -> list[str]:
     """Names of a module's class and its bases, nearest first, each also with the package that it belongs to."""
-    return _class_names(type(module))
-
-
-@functools.lru_cache(maxsize=1 << 12)
-def _class_names(cls: type) -> list[str]:
-    return [name for c in cls.__mro__ for name in (c.__name__, f"{c.__module__.partition('.')[0]}.{c.__name__}")]
+    return [name for c in type(module).__mro__ for name in (c.__name__, f"{c.__module__.partition('.')[0]}.{c.__name__}")]
 
 
 def holder_of(module: nn.Module, parents: Parents) -> tuple[nn.Module | None, str]:
-    """The module that computes with `module`, and the attribute under which it knows it; wrappers are looked through."""
+    """The module that computes with `module`, and the attribute under which it knows it, through lists and wrappers."""
     parent, name = parents.get(module, (None, ""))
-    while name in HELD and parent in parents:
-        parent, name = parents[parent]
+    while parent in parents and (name in HELD or isinstance(parent, nn.ModuleList)):
+        parent, name = parents[parent]  # type: ignore[index]
     return parent, name
 
 
@@ -221,8 +227,14 @@ def owner_of(module: nn.Module, attribute: str, parents: Parents) -> tuple[nn.Mo
     return module, plain if computed else attribute
 
 
-def split_of(module: nn.Module, attribute: str, outputs: int, parents: Parents) -> tuple[Split | None, str]:
+def split_of(module: Any, attribute: str, outputs: int, parents: Parents) -> tuple[Split | None, str]:
     """How the outputs of a projection are cut, as far as a table or the module says so, and a note if they look fused."""
+    if isinstance(module, nn.MultiheadAttention) and attribute == "in_proj_weight":
+        return equal(3)(module, outputs), ""
+    if gates := next((n for cls, n in GATES if isinstance(module, cls) and re.match("weight_[ih]h", attribute)), 0):
+        return equal(gates)(module, outputs), ""
+    if "DeepseekV4GroupedLinear" in class_names(module):
+        return equal(module.n_groups)(module, outputs), ""
     parent, name = holder_of(module, parents)
     if parent is not None:
         cut = next((SPLITTERS[c, name] for c in class_names(parent) if (c, name) in SPLITTERS), None)
@@ -231,8 +243,6 @@ def split_of(module: nn.Module, attribute: str, outputs: int, parents: Parents) 
         if cut is not None:
             split = cut(parent, outputs)
             return (split, "") if split.repeats * sum(split.parts) == outputs else (None, NOT_SPLIT)
-    if "DeepseekV4GroupedLinear" in class_names(module):
-        return equal(module.n_groups)(module, outputs), ""
     return None, NOT_SPLIT if LOOKS_FUSED.search(name if attribute == "weight" else attribute) else ""
 
 
@@ -267,37 +277,36 @@ def projection(outputs: int, inputs: int, split: Split | None, note: str, transp
     return Matrices(None if plain else layout, note)
 
 
-def matrices_of(module: nn.Module, attribute: str, shape: tuple[int, ...], parents: Parents) -> Matrices:
+def stack(count: int, rows: int, cols: int, order: tuple[int, int, int] = (0, 1, 2)) -> Matrices:
+    """A weight that is `count` matrices (rows, cols), or such as `order` makes of them."""
+    dims = count, rows, cols
+    return Matrices((dims, order, (dims[order[0]], dims[order[1]], dims[order[2]])))
+
+
+def matrices_of(module: Any, attribute: str, shape: tuple[int, ...], parents: Parents) -> Matrices:
     """How a weight of a layer, of two or more axes, is a stack of (outputs, inputs) matrices."""
+    names = class_names(module)
     if isinstance(module, CONVOLUTIONS):
-        rest = math.prod(shape[1:])
         if module.groups > 1:
-            stack = module.groups, shape[0] // module.groups, rest
-            return Matrices((stack, (0, 1, 2), stack))
-        split, note = split_of(module, attribute, shape[0], parents)
-        found = projection(shape[0], rest, split, note)
-        return found if found.layout else Matrices((shape, tuple(range(len(shape))), (1, shape[0], rest)), found.note)
-    if isinstance(module, nn.MultiheadAttention) and attribute == "in_proj_weight":
-        return projection(*shape, equal(3)(module, shape[0]), "")
-    gates = next((n for cls, n in GATES if isinstance(module, cls)), 0)
-    if gates and attribute.startswith(("weight_ih", "weight_hh")):
-        return projection(*shape, equal(gates)(module, shape[0]), "")
+            return stack(module.groups, shape[0] // module.groups, math.prod(shape[1:]))
+        found = projection(shape[0], math.prod(shape[1:]), *split_of(module, attribute, shape[0], parents))
+        return (
+            found
+            if found.layout
+            else Matrices((shape, tuple(range(len(shape))), (1, shape[0], math.prod(shape[1:]))), found.note)
+        )
     if is_experts(module) and len(shape) == 3:
         return expert_matrices(module, attribute, shape, parents)
-    if "DbrxExpertGLU" in class_names(module):
-        sides = module.moe_num_experts, shape[0] // module.moe_num_experts, shape[1]
-        order = (0, 2, 1) if attribute == "w2" else (0, 1, 2)
-        return Matrices((sides, order, tuple(sides[i] for i in order)))
-    if by_head := next((HEADED[c, attribute] for c in class_names(module) if (c, attribute) in HEADED), ""):
-        sides = 1, shape[0], math.prod(shape[1:])
-        order = (0, 2, 1) if by_head == "behind" else (0, 1, 2)
-        return Matrices((sides, order, (1, sides[order[1]], sides[order[2]])))
-    if len(shape) == 2:
-        transposed = "Conv1D" in class_names(module)  # transformers' linear layer of GPT-2, (inputs, outputs)
-        outputs, inputs = reversed(shape) if transposed else shape
-        return projection(outputs, inputs, *split_of(module, attribute, outputs, parents), transposed)
-    stack = math.prod(shape[:-2]), *shape[-2:]
-    return Matrices((stack, (0, 1, 2), stack))
+    if "DbrxExpertGLU" in names:  # (experts × inner, width); w2 reads the inner side
+        experts = module.moe_num_experts
+        return stack(experts, shape[0] // experts, shape[1], (0, 2, 1) if attribute == "w2" else (0, 1, 2))
+    if by_head := next((HEADED[name, attribute] for name in names if (name, attribute) in HEADED), ""):
+        return stack(1, shape[0], math.prod(shape[1:]), (0, 2, 1) if by_head == "behind" else (0, 1, 2))
+    if len(shape) > 2:
+        return stack(math.prod(shape[:-2]), shape[-2], shape[-1])
+    transposed = "Conv1D" in names  # transformers' linear layer of GPT-2, (inputs, outputs)
+    inputs, outputs = shape if transposed else reversed(shape)
+    return projection(outputs, inputs, *split_of(module, attribute, outputs, parents), transposed)
 
 
 def is_experts(module: nn.Module) -> bool:

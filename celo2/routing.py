@@ -149,7 +149,7 @@ def plain_name(name: str) -> str:
 
 def claimed_parameters(model: nn.Module, overruled: Mapping[Tensor, str]) -> dict[str, tuple[Tensor, list[Claim]]]:
     """Every trainable parameter under its first name, with the claim of each module that holds it."""
-    inputs, outputs = boundary_of(model)
+    inputs, outputs = boundary_of(model, overruled)
     found: dict[int, tuple[str, Tensor, list[Claim]]] = {}
     parents = {child: (module, name) for module in model.modules() for name, child in module.named_children()}
     for prefix, module in model.named_modules():
