@@ -14,7 +14,7 @@ GENERIC = re.compile("weights?|params?|parameters?")  # says nothing at the end 
 # The last word says what a thing is: "gate_proj" is a projection, "proj_gate" a gate.
 VECTOR = re.compile("gates?|gating|scales?|scaling|gamma|beta|alpha|lambda|temperature|tau|decay|mix|slopes?|norm")
 MATRIX = re.compile("proj|projection|projector|kernel|matrix|linear|dense|fc|mlp|router|lora")
-LETTER = re.compile(r"w[a-z]?\d*|w?(qkv|kv|[qkvouabr])|up|down|in|out|hidden|recurrent")  # of hand-written layers: W_q, w1, up
+LETTER = re.compile(r"w[a-z]?\d*|w?(qkv|kv|[qkvouabr])\d*|up|down|in|out|hidden|recurrent")  # of hand-written layers: W_q, w1, up
 # Any word: the rows are positions, types, tokens or classes.
 TABLE = re.compile(
     "emb|embs|embeds?|embeddings?|encodings?|pos|positions?|positional|relpos|ape|pe|types?|tokens?|quer(y|ies)|probe|latents?|"

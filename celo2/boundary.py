@@ -53,11 +53,12 @@ def boundary_of(model: nn.Module, overruled: Mapping[Tensor, str]) -> tuple[Foun
         inputs.update(parts(embedding))
         if embedding in parents and parents[embedding] is not model:
             inputs.add(parents[embedding])  # holds class tokens and position embeddings that are bare parameters
-        outputs.update(parts(asked(module, "get_output_embeddings")), parts(asked(module, "get_classifier")))
+        named = [*parts(asked(module, "get_output_embeddings")), *parts(asked(module, "get_classifier"))]
+        outputs.update(named)
         base = getattr(module, "base_model", module)
         if base is not module:
             outputs.update(set(module.modules()) - set(base.modules()) - {module})
-        elif any(re.search("For[A-Z]", name) for name in class_names(module)):
+        elif not named and any(re.search("For[A-Z]", name) for name in class_names(module)):
             outputs.update(heads_after_bodies(module))
     if unwrapped(model) not in known:
         outputs.update(heads_of_plain(model, known, overruled))
@@ -195,7 +196,7 @@ def alike(model: nn.Module, layers: list[Layer]) -> list[Layer]:
 
 
 def ending(model: nn.Module, layers: list[Layer]) -> list[Layer]:
-    """The layers that end a model: the last one, and those beside it that read the same and do not feed each other."""
+    """The layers that end a model: the last one, and those beside it."""
     parents = {child: (module, name) for module in model.modules() for name, child in module.named_children()}
     found_in: dict[nn.Module, bool] = {}  # layers with parameters, in the order of the model: whether one has several axes
     for module in model.modules():
@@ -207,7 +208,13 @@ def ending(model: nn.Module, layers: list[Layer]) -> list[Layer]:
     for layer in reversed(layers):
         if layer.module is not holders[len(holders) - 1 - len(found)] or sum(found_in.values()) == 1:
             break
-        if found and (layer.inputs != found[-1].inputs or layer.outputs == found[-1].inputs):
+        if found and not are_beside(layer, found[-1]):
             break
         found.append(layer)
     return found
+
+
+def are_beside(one: Layer, other: Layer) -> bool:
+    """Whether two layers of one module read the same, and neither feeds the other: the heads of several tasks."""
+    same_module = one.name.rpartition(".")[0] == other.name.rpartition(".")[0]
+    return same_module and one.inputs == other.inputs and one.inputs not in (one.outputs, other.outputs)

@@ -101,9 +101,17 @@ def timm_attention(m: Any, outputs: int) -> Split:
     return per_head(3)(m, outputs) if getattr(m, "head_first", False) else equal(3)(m, outputs)
 
 
+def grouped_by_key(m: Any, outputs: int) -> Split:
+    """[q; k; v; z] for each key head, which serves several values."""
+    values = m.value_dim // m.num_k_heads
+    return Split(m.num_k_heads, (m.head_k_dim, m.head_k_dim, values, values))
+
+
 def key_then_value(m: Any, outputs: int) -> Split:
     """Multi-head latent attention: each head's key without position, and its value."""
-    return Split(outputs // (m.qk_nope_head_dim + m.v_head_dim), (m.qk_nope_head_dim, m.v_head_dim))
+    if m.qk_nope_head_dim != m.v_head_dim:
+        return in_one_piece(m, outputs)
+    return per_head(2)(m, outputs)
 
 
 def in_one_piece(m: Any, outputs: int) -> Split:
@@ -143,7 +151,7 @@ FUSED: list[tuple[str, Splitter, str]] = [
     ("c_attn", gpt_bigcode, "GPTBigCodeAttention"),
     ("query_key_value", per_head(3), "GPTNeoXAttention GPTNeoXJapaneseAttention BloomAttention PersimmonAttention"),
     ("query_key_value", falcon, "FalconAttention"),
-    ("q_proj", per_head(2), "Qwen3NextAttention Qwen3_5Attention Qwen3_5MoeAttention Qwen4ExpAttention"),  # query and gate
+    ("q_proj", per_head(2), "Qwen3NextAttention Qwen3_5Attention Qwen3_5MoeAttention Qwen4ExpTextAttention"),  # query and gate
     ("in_proj", per_head(3), "DisentangledSelfAttention"),  # DeBERTa
     ("in_proj", equal(2), "MambaMixer FalconMambaMixer JambaMambaMixer"),
     ("in_proj", interleaved(2), "ZambaMambaMixer"),
@@ -155,8 +163,12 @@ FUSED: list[tuple[str, Splitter, str]] = [
         "timm.ParallelScalingBlock timm.DiffParallelScalingBlock",
     ),
     ("x_proj", in_one_piece, "MambaMixer FalconMambaMixer JambaMambaMixer"),
-    ("in_proj_qkvz", in_one_piece, "Qwen3NextGatedDeltaNet"),
-    ("in_proj_qkv", in_one_piece, "Qwen3_5GatedDeltaNet Qwen3_5MoeGatedDeltaNet Qwen4ExpGatedDeltaNet"),
+    ("in_proj_qkvz", grouped_by_key, "Qwen3NextGatedDeltaNet"),
+    (
+        "in_proj_qkv",
+        lambda m, n: Split(1, (m.key_dim, m.key_dim, m.value_dim)),
+        "Qwen3_5GatedDeltaNet Qwen3_5MoeGatedDeltaNet Qwen4ExpTextGatedDeltaNet",
+    ),
     ("to_kv", equal(2), "GraniteSpeechConformerAttention GraniteSpeechPlusConformerAttention EvollaSequenceCompressorAttention"),
     ("kv_proj", equal(2), "JetMoeAttention"),
     ("linear_kv", per_head(2), "EsmFoldInvariantPointAttention"),
@@ -188,7 +200,7 @@ SPLITTERS = {(name, attribute): cut for attribute, cut, classes in FUSED for nam
 # Weights of three axes, of which the last two are heads and their width: where their outputs are.
 HEADED = {("XLNetRelativeAttention", name): "behind" for name in "qkvr"}
 HEADED |= {("XLNetRelativeAttention", "o"): "in front", ("FunnelRelMultiheadAttention", "r_kernel"): "behind"}
-LOOKS_FUSED = re.compile(r"qkv|query_key_value|gate_up|up_gate|c_attn$|kv_a_proj_with_mqa|queries_keys_values")
+LOOKS_FUSED = re.compile(r"qkv|query_key_value|gate_up|c_attn$|kv_a_proj_with_mqa|queries_keys_values")
 
 # Experts (E, outputs, inputs), or (E, inputs, outputs) where transposed, with gate and up projection one after the other.
 # Modules that carry `is_transposed` and `is_concatenated` say it themselves.

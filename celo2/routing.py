@@ -191,8 +191,9 @@ def is_layer(module: nn.Module, attribute: str) -> bool:
     """Whether `attribute` is a weight of a layer that torch or a table explains."""
     if is_experts(module):
         return True
-    known = isinstance(module, LAYERS) or "Conv1D" in class_names(module)
-    return known and (attribute.startswith("weight") or attribute.endswith("_weight"))
+    names = class_names(module)
+    known = isinstance(module, LAYERS) or "Conv1D" in names
+    return "DbrxExpertGLU" in names or (known and (attribute.startswith("weight") or attribute.endswith("_weight")))
 
 
 def is_depthwise(module: nn.Module, p: Tensor) -> bool:

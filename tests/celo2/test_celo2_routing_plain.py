@@ -77,7 +77,7 @@ def test_mlp():
 
 
 def test_convolutions():
-    """A convolution is one matrix (outputs, everything else), a depthwise one a vector a channel; the last layer is the output."""
+    """A convolution is one matrix (outputs, everything else), a depthwise one is a vector; the last layer is the output."""
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 16, 1), nn.Conv1d(16, 4, 5), nn.Flatten(), nn.Linear(4, 5)
     )
