@@ -69,7 +69,7 @@ def asked(module: nn.Module, method: str) -> Any:
     """What a module of transformers or timm answers, or None where it has no such method or does not implement it."""
     try:
         return getattr(module, method)()
-    except (NotImplementedError, AttributeError):
+    except (NotImplementedError, AttributeError, TypeError):  # TypeError: one's own method of that name, with arguments
         return None
 
 

@@ -235,8 +235,10 @@ def owner_of(module: nn.Module, attribute: str, parents: Parents) -> tuple[nn.Mo
         container, name = parents[module]
         return parents[container][0], name
     plain = re.sub(r"_(orig|v)$", "", attribute)
-    computed = plain not in dict(module.named_parameters(recurse=False)) and isinstance(getattr(module, plain, None), Tensor)
-    return module, plain if computed else attribute
+    if plain != attribute and isinstance(getattr(module, plain, None), Tensor):
+        own = {name for name, _ in module.named_parameters(recurse=False)}
+        return module, attribute if plain in own else plain
+    return module, attribute
 
 
 def split_of(module: Any, attribute: str, outputs: int, parents: Parents) -> tuple[Split | None, str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -97,8 +98,10 @@ def param_groups(
         )
         group["params"].append(p)
         group["param_names"].append(name)
-        if note := OVERRULED if p in overruled else claim.note:
-            group.setdefault("notes", {})[name] = note
+        if claim.note and (claim.note == OVERRULED or update == claim.update):
+            group.setdefault("notes", {})[name] = claim.note
+    if groups and all(group["update"] != "celo2" for group in groups.values()):
+        warnings.warn("no trainable parameter of this model takes the rule: AdamW updates them all", stacklevel=2)
     return sorted(groups.values(), key=lambda group: group["update"] != "celo2")
 
 
@@ -108,14 +111,17 @@ def is_vector(p: Tensor) -> bool:
 
 
 def refuse_flattened(model: nn.Module) -> None:
-    """Raise ShardingError for a weight that does not have the axes of its layer: FSDP1 flattens and cuts what it wraps."""
-    for name, module in model.named_modules():
+    """Raise ShardingError for a weight without the axes of its layer, since FSDP1 flattens what it wraps; ValueError for a lazy one."""
+    for prefix, module in model.named_modules():
         kernel = len(module.kernel_size) + 2 if isinstance(module, CONVOLUTIONS) else 2
         layer = isinstance(module, (nn.Linear, *EMBEDDINGS, *CONVOLUTIONS))
         for attribute, p in module.named_parameters(recurse=False):
+            name = f"{prefix}.{attribute}" if prefix else attribute
+            if nn.parameter.is_lazy(p):
+                raise ValueError(f"'{name}' has no shape yet: run one batch through the model before param_groups")
             if attribute == "_flat_param" or (layer and attribute == "weight" and p.requires_grad and p.ndim != kernel):
                 raise ShardingError(
-                    f"'{name}.{attribute}' has the shape {tuple(p.shape)}, which is not that of the weights of a "
+                    f"'{name}' has the shape {tuple(p.shape)}, which is not that of the weights of a "
                     f"{type(module).__name__}: a wrapper has flattened it, so that its matrices are lost. Instead of FSDP1 use "
                     "FSDP2 (torch.distributed.fsdp.fully_shard); for DeepSpeed ZeRO call param_groups before deepspeed.initialize"
                 )
@@ -158,11 +164,14 @@ def claimed_parameters(model: nn.Module, overruled: Mapping[Tensor, str]) -> dic
                 continue
             name = f"{prefix}.{attribute}" if prefix else attribute
             claims = found.setdefault(id(p), (name, p, []))[2]
+            if not p.is_floating_point():
+                continue
             owner, plain = owner_of(module, attribute, parents)
+            claim = claim_of(owner, plain, p, name, inputs, outputs, parents)
             if p in overruled:
-                claims.append(Claim("vector") if is_vector(p) else hidden(owner, plain, p, parents))
-            elif p.is_floating_point():
-                claims.append(claim_of(owner, plain, p, name, inputs, outputs, parents))
+                by_rule = overruled[p] == "celo2" and not is_vector(p)
+                claim = Claim(claim.role, hidden(owner, plain, p, parents).layout if by_rule else None, OVERRULED)
+            claims.append(claim)
     return {name: (p, claims) for name, p, claims in found.values()}
 
 

@@ -358,6 +358,7 @@ def test_xlnet_by_heads():
 # --- what the table knows, and what it does not -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # 3 s: it reads all models of transformers
 def test_every_entry_names_code_that_exists():
     """Each class of transformers in the table is in the installed version, and uses the attribute."""
     folder = Path(T.__file__).parent / "models"
@@ -410,11 +411,11 @@ def test_unequal_parts():
     assert projection(13, 4, Split(1, (8, 5)), "") == (None, NOT_SPLIT)
 
 
-@pytest.mark.parametrize("wrap", [torch.compile, lambda layer: nn.ModuleList([layer])])
-def test_fused_layer_is_known_inside_of_a_wrapper(wrap):
+@pytest.mark.parametrize("name", ["_orig_mod", "_checkpoint_wrapped_module"])  # torch.compile, activation checkpointing
+def test_fused_layer_is_known_inside_of_a_wrapper(name):
     model = gpt2()
     attention = model.transformer.h[0].attn
-    attention.c_attn = wrap(attention.c_attn)
+    attention.c_attn = nn.ModuleDict({name: attention.c_attn})
     p, group = next(
         value
         for name, value in by_name(param_groups(model, 1e-3, 2e-2)).items()

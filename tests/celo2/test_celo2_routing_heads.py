@@ -119,7 +119,7 @@ CASES = {
     "torch's encoder": (
         Own(
             wte=nn.Embedding(50, 16),
-            body=nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32), 1),
+            body=nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 1),
             result=nn.Linear(16, 50),
         ),
         {"wte.weight", "result.weight"},

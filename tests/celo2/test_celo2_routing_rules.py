@@ -37,6 +37,20 @@ def test_overruled_weight_keeps_its_matrices():
     assert stacked(*groups["transformer.wpe.weight"]) == (1, 32, 16)
 
 
+def test_overruling_changes_neither_decay_nor_the_matrices_of_adamw():
+    model = nn.ModuleDict({"mixer": nn.ParameterDict({"A_log": torch.zeros(8, 4)}), "conv": nn.Conv1d(8, 8, 3)})
+    groups = by_name(param_groups(model, 1, 1, 0.1, rules={"mixer.A_log": "celo2", "conv": "adamw"}))
+    assert [groups[n][1]["weight_decay"] for n in ("mixer.A_log", "conv.weight", "conv.bias")] == [0.0, 0.1, 0.0]
+    assert groups["mixer.A_log"][1]["update"] == "celo2" and groups["conv.weight"][1]["matrices"] is None
+
+
+def test_adamw_for_everything_is_said():
+    model = gpt2()
+    model.transformer.h.requires_grad_(False)
+    with pytest.warns(UserWarning, match="no trainable parameter of this model takes the rule"):
+        param_groups(model, 1e-3, 2e-2)
+
+
 def test_rules_apply_to_a_base_rule_and_through_wrappers():
     model = nn.ModuleDict({"module": gpt2()})  # as in DistributedDataParallel
     groups = param_groups(model, 1e-3, 2e-2, variant="celo2-base", rules={"transformer.wte": "adamw"})
@@ -93,6 +107,11 @@ def test_flat_parameter_is_refused():
     model.register_parameter("_flat_param", nn.Parameter(torch.zeros(64)))
     with pytest.raises(ShardingError, match=r"_flat_param.*fully_shard"):
         param_groups(model, 1e-3, 2e-2)
+
+
+def test_lazy_layer_is_refused():
+    with pytest.raises(ValueError, match=r"'1\.weight' has no shape yet"):
+        param_groups(nn.Sequential(nn.Linear(8, 8), nn.LazyLinear(3)), 1e-3, 2e-2)
 
 
 def test_quantized_frozen_weight_is_left_out():
