@@ -111,7 +111,7 @@ def is_vector(p: Tensor) -> bool:
 
 
 def refuse_flattened(model: nn.Module) -> None:
-    """Raise ShardingError for a weight without the axes of its layer, since FSDP1 flattens what it wraps; ValueError for a lazy one."""
+    """Raise ShardingError for a weight without the axes of its layer, as FSDP1 leaves it; ValueError for one without a shape."""
     for prefix, module in model.named_modules():
         kernel = len(module.kernel_size) + 2 if isinstance(module, CONVOLUTIONS) else 2
         layer = isinstance(module, (nn.Linear, *EMBEDDINGS, *CONVOLUTIONS))
