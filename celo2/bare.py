@@ -17,7 +17,7 @@ MATRIX = re.compile("proj|projection|projector|kernel|matrix|linear|dense|fc|mlp
 LETTER = re.compile(r"w[a-z]?\d*|w?(qkv|kv|[qkvouabr])\d*|up|down|in|out|hidden|recurrent")  # of hand-written layers: W_q, w1, up
 # Any word: the rows are positions, types, tokens or classes.
 TABLE = re.compile(
-    "emb|embs|embeds?|embeddings?|encodings?|pos|positions?|positional|relpos|ape|pe|types?|tokens?|quer(y|ies)|probe|latents?|"
+    "emb|embs|embeds?|embeddings?|encodings?|pos|positions?|positional|rel|relpos|ape|pe|types?|tokens?|quer(y|ies)|probe|latents?|"
     "registers?|cls|class|classes|mask|prompts?|prefix|pad|level|segment|seg|table|codebooks?|codevectors|prototypes?|anchors?|"
     "memory|heads?|classifier|logits|unembed|unembedding|wte|wpe"
 )

@@ -97,7 +97,7 @@ def gpt2(m: Any, outputs: int) -> Split:
 def timm_attention(m: Any, outputs: int) -> Split:
     """[q; k; v]; per head in MaxViT's `head_first`, and with keys and values of other widths in LeViT and its kin."""
     if hasattr(m, "key_dim") and hasattr(m, "val_dim"):
-        return Split(heads(m), (m.key_dim, m.key_dim, m.val_dim))
+        return levit(m, outputs)
     return per_head(3)(m, outputs) if getattr(m, "head_first", False) else equal(3)(m, outputs)
 
 
@@ -107,11 +107,16 @@ def grouped_by_key(m: Any, outputs: int) -> Split:
     return Split(m.num_k_heads, (m.head_k_dim, m.head_k_dim, values, values))
 
 
+def levit(m: Any, outputs: int) -> Split:
+    """The query, if there is one, the key and the wider value of each head."""
+    values = int(m.attention_ratio * m.key_dim) if hasattr(m, "attention_ratio") else m.val_dim
+    keys = outputs // heads(m) - values
+    return Split(heads(m), (*[m.key_dim] * (keys // m.key_dim), values))
+
+
 def key_then_value(m: Any, outputs: int) -> Split:
     """Multi-head latent attention: each head's key without position, and its value."""
-    if m.qk_nope_head_dim != m.v_head_dim:
-        return in_one_piece(m, outputs)
-    return per_head(2)(m, outputs)
+    return Split(outputs // (m.qk_nope_head_dim + m.v_head_dim), (m.qk_nope_head_dim, m.v_head_dim))
 
 
 def in_one_piece(m: Any, outputs: int) -> Split:
@@ -139,7 +144,11 @@ FUSED: list[tuple[str, Splitter, str]] = [
         "timm.WindowMultiHeadAttention timm.XCA timm.AttentionRope timm.EvaAttention",
     ),
     ("qkv", timm_attention, "timm.Attention timm.Attention2d timm.AttentionCl"),
+    ("qkv", lambda m, n: equal(n // (m.num_heads * m.head_dim))(m, n), "timm.WindowAttentionGlobal"),  # or [k; v]
     ("qkv", query_then(lambda m: m.kv_dim), "Exaone4_5_VisionAttention"),
+    ("queries_keys_values", levit, "LevitAttention"),
+    ("keys_values", levit, "LevitAttentionSubsample"),
+    ("kv", levit, "timm.AttentionDownsample"),
     ("qkv_linear", equal(3), "LayoutLMv2SelfAttention"),
     ("qkv_proj", query_then(lambda m: m.num_key_value_heads * m.head_dim), "Phi3Attention Phi4MultimodalAttention"),
     ("qkv_proj", lambda m, n: Split(4, (n // 12,) * 3), "CodeGenAttention"),  # [q; v; k] of each of four devices
@@ -200,7 +209,8 @@ SPLITTERS = {(name, attribute): cut for attribute, cut, classes in FUSED for nam
 # Weights of three axes, of which the last two are heads and their width: where their outputs are.
 HEADED = {("XLNetRelativeAttention", name): "behind" for name in "qkvr"}
 HEADED |= {("XLNetRelativeAttention", "o"): "in front", ("FunnelRelMultiheadAttention", "r_kernel"): "behind"}
-LOOKS_FUSED = re.compile(r"qkv|query_key_value|gate_up|c_attn$|kv_a_proj_with_mqa|queries_keys_values")
+WITH_NORM = ("MLPLayerWithBN", "LinearNorm", "ConvNorm")  # LeViT's projections with their norm
+LOOKS_FUSED = re.compile(r"qkv|query_key_value|gate_up|c_attn$|kv_a_proj_with_mqa")
 
 # Experts (E, outputs, inputs), or (E, inputs, outputs) where transposed, with gate and up projection one after the other.
 # Modules that carry `is_transposed` and `is_concatenated` say it themselves.
@@ -250,6 +260,8 @@ def split_of(module: Any, attribute: str, outputs: int, parents: Parents) -> tup
     if "DeepseekV4GroupedLinear" in class_names(module):
         return equal(module.n_groups)(module, outputs), ""
     parent, name = holder_of(module, parents)
+    if parent is not None and name in ("linear", "conv") and not set(WITH_NORM).isdisjoint(class_names(parent)):
+        parent, name = holder_of(parent, parents)
     if parent is not None:
         cut = next((SPLITTERS[c, name] for c in class_names(parent) if (c, name) in SPLITTERS), None)
         if cut is None and name == "kv_b_proj" and hasattr(parent, "qk_nope_head_dim") and hasattr(parent, "v_head_dim"):

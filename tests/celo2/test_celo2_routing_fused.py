@@ -359,8 +359,8 @@ def test_xlnet_by_heads():
 
 
 @pytest.mark.slow  # 3 s: it reads all models of transformers
-def test_every_entry_names_code_that_exists():
-    """Each class of transformers in the table is in the installed version, and uses the attribute."""
+def test_the_table_and_the_code_of_transformers_agree():
+    """Each class in the table is in the installed version and uses the attribute; each that has a fused linear layer is there."""
     folder = Path(T.__file__).parent / "models"
     code = "\n".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob("*/modeling_*.py")))
     bodies: dict[str, str] = defaultdict(str)  # of all classes of a name
@@ -371,6 +371,11 @@ def test_every_entry_names_code_that_exists():
         (name, used) for (package, _, name), used in named if package != "timm" and f"self.{used}" not in bodies.get(name, "")
     ]
     assert not missing
+    known = {(name, used) for (_, _, name), used in named}
+    fused = re.compile(
+        r"self\.(qkv|qkv_proj|qkv_linear|query_key_value|Wqkv|c_attn|gate_up_proj) = (?:nn\.Linear|Conv1D|FalconLinear)\("
+    )
+    assert not {(name, used) for name, body in bodies.items() for used in fused.findall(body)} - known
 
 
 class Attention(nn.Module):
