@@ -139,11 +139,13 @@ def layers_outside_blocks(model: nn.Module, skipped: set[nn.Module]) -> Iterator
 
 
 def linear_size(module: Any) -> tuple[int, int] | None:
-    """Inputs and outputs of a linear layer or a point convolution; None for any other module."""
+    """Inputs and outputs of a linear layer, also of GPT-2's, or of a point convolution; None for any other module."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     if isinstance(module, CONVOLUTIONS) and module.groups == 1 and set(module.kernel_size) == {1}:
         return module.in_channels, module.out_channels
+    if "transformers.Conv1D" in class_names(module):
+        return module.nx, module.nf
     return None
 
 

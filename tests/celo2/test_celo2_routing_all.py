@@ -38,7 +38,11 @@ class Layer(nn.Module):
 @pytest.mark.parametrize(
     ("names", "shape", "kind"),
     [
-        ("A_log D dt dt_bias gate_bias relative_position_bias_table attention_biases r_w_bias pos_bias_u", (8, 4), "vector"),
+        (
+            "A_log A_logs log_A_real D Ds dt dt_bias gate_bias relative_position_bias_table attention_biases r_w_bias pos_bias_u",
+            (8, 4),
+            "vector",
+        ),
         ("gate attn_gate input_gate_weight layer_scale gamma temperature time_decay", (8, 4), "vector"),
         ("conv_kernel conv1d_weight", (8, 1, 4), "vector"),
         (
@@ -52,7 +56,7 @@ class Layer(nn.Module):
             "table",
         ),
         ("weight W w1 W_q wo q_proj mm_input_projection_weight kernel lora_A lora_B qkv up down", (8, 4), "matrix"),
-        ("thing fn S", (8, 4), "unknown"),
+        ("thing fn S A B freqs", (8, 4), "unknown"),
     ],
 )
 def test_kinds_of_bare_parameters(names, shape, kind):
@@ -67,6 +71,9 @@ def test_what_holds_a_list_or_a_parameter_says_its_kind():
     assert kind_of(tables, "0", tables[0], "model.mixing.0") == "unknown"
     embedding = type("QuantEmbedding", (Layer,), {})("weight", (8, 4))
     assert kind_of(embedding, "weight", embedding.weight, "model.words.weight") == "table"
+    layer = Layer("weight", (8, 4))  # of a class that says nothing
+    held = {"pos_embed": "table", "positions": "table", "query": "matrix", "router": "matrix", "up_proj": "matrix"}
+    assert {name: kind_of(layer, "weight", layer.weight, f"model.{name}.weight") for name in held} == held
 
 
 def test_parameter_that_says_it_does_not_decay():

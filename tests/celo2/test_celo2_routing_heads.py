@@ -74,6 +74,10 @@ CASES = {
         {f"module.{n}" for n in EMBEDDED | {"out.weight"}},
     ),
     "untied": (Own(**LM, h=BLOCKS, lm_head=nn.Linear(16, 500)), {"wte.weight", "wpe.weight", "lm_head.weight"}),
+    "untied, GPT-2's linear layer": (
+        Own(**LM, h=BLOCKS, result=T.pytorch_utils.Conv1D(500, 16)),
+        {"wte.weight", "wpe.weight", "result.weight"},
+    ),
     "head first": (
         Own(result=nn.Linear(16, 500), **LM, h=BLOCKS, norm=nn.LayerNorm(16)),
         {"wte.weight", "wpe.weight", "result.weight"},
