@@ -15,6 +15,7 @@ from celo2.layout import as_layout
 
 UPDATES = ("celo2", "adamw")
 GROUP_KEYS = ("params", "param_names", "lr", "weight_decay", "betas", "eps", "update", "orthogonalize", "matrices")
+NOTE_KEYS = ("notes",)  # what `celo2.routing_table` says of single parameters
 SCHEDULER_KEYS = ("initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum")  # torch's schedulers write them
 
 
@@ -41,7 +42,7 @@ def add_checked(groups: list[dict[str, Any]], new: dict[str, Any], add: Callable
 def check_keys(group: dict[str, Any], where: str) -> None:
     """Raise ValueError for a group key that means nothing here."""
     for key in group:
-        if key not in GROUP_KEYS + SCHEDULER_KEYS:
+        if key not in GROUP_KEYS + NOTE_KEYS + SCHEDULER_KEYS:
             near = difflib.get_close_matches(key, GROUP_KEYS, n=1)
             hint = f"; did you mean '{near[0]}'?" if near else f"; known keys are {', '.join(GROUP_KEYS)}"
             raise ValueError(f"{where}: unknown key '{key}'{hint}")

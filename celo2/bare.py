@@ -1,0 +1,63 @@
+"""What a parameter is that no layer of torch explains: the words of its name say whether it is a matrix, a table or a vector."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+from torch import Tensor, nn
+
+from celo2.fused import class_names
+
+STATE_SPACE = re.compile(
+    "(log_)?[A-D](_logs?|_real|_imag)|log_[A-D]|a_log|Ds?|d_skip|(inv_|log_)?dt|dt_bias"
+)  # whole names, as in Mamba
+GENERIC = re.compile("weights?|params?|parameters?")  # says nothing at the end of a name
+# The last word says what a thing is: "gate_proj" is a projection, "proj_gate" a gate.
+VECTOR = re.compile("gates?|gating|scales?|scaling|gamma|beta|alpha|lambda|temperature|tau|decay|mix|slopes?|norm")
+MATRIX = re.compile("proj|projection|projector|kernel|matrix|linear|dense|fc|mlp|router|lora")
+LETTER = re.compile(r"w[a-z]?\d*|w?(qkv|kv|[qkvour])\d*|up|down|in|out|hidden|recurrent")  # of hand-written layers: W_q, w1, up
+# Any word: the rows are positions, types, tokens or classes.
+TABLE = re.compile(
+    "emb|embs|embeds?|embeddings?|encodings?|pos|positions?|positional|rel|relpos|ape|pe|types?|tokens?|quer(y|ies)|probe|latents?|"
+    "registers?|cls|class|classes|mask|prompts?|prefix|pad|level|segment|seg|table|codebooks?|codevectors|prototypes?|anchors?|"
+    "memory|heads?|classifier|logits|unembed|unembedding|wte|wpe"
+)
+
+# The last word of a class, or of the name of what holds a `weight`.
+HOLDS_TABLE = re.compile(
+    "emb|embs|embeds?|embeddings?|encodings?|pos|positions?|positional|ape|pe|wte|wpe|codebooks?|heads?|classifier|unembed|unembedding"
+)
+
+Kind = Literal["vector", "table", "matrix", "unknown"]
+
+
+def kind_of(module: nn.Module, attribute: str, p: Tensor, name: str) -> Kind:
+    """What a parameter of two or more axes is that `module` holds as `attribute`; `name` is its name in the whole model."""
+    if STATE_SPACE.fullmatch(attribute) or getattr(p, "_no_weight_decay", False):
+        return "vector"
+    holder = name.rpartition(".")[0].rpartition(".")[2]
+    is_table = any(HOLDS_TABLE.fullmatch(words_of(part)[-1]) for part in (*class_names(module), holder) if words_of(part))
+    words = words_of(attribute)
+    if not words and not is_table and p.ndim == 2 and not isinstance(module, (nn.ParameterList, nn.ParameterDict)):
+        return "matrix"  # `weight` of a module that is like a linear layer: a router, a quantized layer
+    while not words and "." in name:  # what holds it says more
+        name = name.rpartition(".")[0]
+        words = words_of(name.rpartition(".")[2])
+    last = words[-1] if words else ""
+    is_kernel_of_depth_1 = p.ndim >= 3 and p.shape[1] == 1 and any(word.startswith("conv") for word in words)
+    if VECTOR.fullmatch(last) or {"bias", "biases"} & set(words) or is_kernel_of_depth_1:
+        return "vector"
+    if MATRIX.fullmatch(last) or "lora" in words:
+        return "matrix"
+    if is_table or any(map(TABLE.fullmatch, words)):
+        return "table"
+    return "matrix" if LETTER.fullmatch(last) else "unknown"
+
+
+def words_of(name: str) -> list[str]:
+    """The words of a name in lower case, without those at its end that say nothing."""
+    words = [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])\d*|[A-Z]?[a-z]+\d*", name)]
+    while words and GENERIC.fullmatch(words[-1]):
+        words.pop()
+    return words

@@ -1,0 +1,83 @@
+"""All classes of transformers' auto mappings, on the meta device: each is routed, and what is unusual is as reviewed."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from route_all import DOZEN, built, class_names, odd_ones, route_all
+from torch import nn
+
+from celo2 import param_groups
+from celo2.bare import kind_of
+
+SNAPSHOT = Path(__file__).parent / "routing_snapshot.txt"
+
+
+@pytest.mark.parametrize("name", DOZEN)
+def test_a_dozen_is_routed_as_reviewed(name):
+    assert set(odd_ones(built(name))) <= set(SNAPSHOT.read_text(encoding="utf-8").splitlines())
+
+
+@pytest.mark.slow
+def test_all_are_routed_as_reviewed():
+    """After a change of the tables, or of transformers: write the snapshot again (route_all.py) and review the difference."""
+    lines, counts = route_all(class_names())
+    assert counts.keys() <= {"routed", "not built"}, counts
+    assert counts["routed"] > 1400, counts
+    assert lines == SNAPSHOT.read_text(encoding="utf-8").splitlines()
+
+
+class Layer(nn.Module):
+    """Holds one bare parameter."""
+
+    def __init__(self, name: str, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+
+
+@pytest.mark.parametrize(
+    ("names", "shape", "kind"),
+    [
+        (
+            "A_log A_logs log_A_real D Ds dt dt_bias gate_bias relative_position_bias_table attention_biases r_w_bias pos_bias_u",
+            (8, 4),
+            "vector",
+        ),
+        ("gate attn_gate input_gate_weight layer_scale gamma temperature time_decay", (8, 4), "vector"),
+        ("conv_kernel conv1d_weight", (8, 1, 4), "vector"),
+        (
+            "pos_embed position_embeddings token_type_embed rel_pos_h query_tokens latents register_tokens mask_token",
+            (8, 4),
+            "table",
+        ),
+        (
+            "cls_tokens prompt level_embed codebook_weights embedding positional_encoding lm_head classifier_weight",
+            (8, 4),
+            "table",
+        ),
+        ("weight W w1 W_q wo q_proj mm_input_projection_weight kernel lora_A lora_B qkv up down", (8, 4), "matrix"),
+        ("thing fn S A B freqs", (8, 4), "unknown"),
+    ],
+)
+def test_kinds_of_bare_parameters(names, shape, kind):
+    for name in names.split():
+        layer = Layer(name, shape)
+        assert kind_of(layer, name, getattr(layer, name), f"model.layer.{name}") == kind, name
+
+
+def test_what_holds_a_list_or_a_parameter_says_its_kind():
+    tables = nn.ParameterList([torch.zeros(8, 4)])
+    assert kind_of(tables, "0", tables[0], "model.position_embeddings.weights.0") == "table"
+    assert kind_of(tables, "0", tables[0], "model.mixing.0") == "unknown"
+    embedding = type("QuantEmbedding", (Layer,), {})("weight", (8, 4))
+    assert kind_of(embedding, "weight", embedding.weight, "model.words.weight") == "table"
+    layer = Layer("weight", (8, 4))  # of a class that says nothing
+    held = {"pos_embed": "table", "positions": "table", "query": "matrix", "router": "matrix", "up_proj": "matrix"}
+    assert {name: kind_of(layer, "weight", layer.weight, f"model.{name}.weight") for name in held} == held
+
+
+def test_parameter_that_says_it_does_not_decay():
+    layer = Layer("proj", (8, 4))
+    layer.proj._no_weight_decay = True
+    group = next(g for g in param_groups(nn.ModuleDict({"a": layer}), 1, 1, 0.1) if "a.proj" in g["param_names"])
+    assert (group["update"], group["weight_decay"]) == ("adamw", 0.0)
