@@ -27,6 +27,7 @@ from launch.optimizers.third_party import ThirdParty, accepted, construct, find_
 Groups = list[dict[str, Any]]
 ROLES = {"celo2": "hidden", "adamw": "other"}  # the key `update` of Celo2's groups, as a role
 UPDATES = {role: update for update, role in ROLES.items()}
+OF_CELO2 = ("role", "matrices", "notes")  # keys that other optimizers do not know
 STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -123,7 +124,7 @@ def build_optimizer(
 def build_by_class(config: OptimizerConfig, entry: OptimizerEntry, groups: Groups) -> torch.optim.Optimizer:
     """The class of `entry` over everything, or over the hidden matrices beside torch's AdamW for the rest."""
     own = [group for group in groups if entry.route == "all" or group["role"] == "hidden"]
-    rest = [without(group, "role", "matrices", "notes") for group in groups if entry.route == "hidden" and group["role"] == "other"]
+    rest = [group for group in groups if entry.route == "hidden" and group["role"] == "other"]
     check_matrices(config, own)
     cls, arguments = find_class(entry.path, entry.package), entry.arguments
     if not all(local_shard_of(p).whole for group in groups for p in group["params"]):
@@ -131,7 +132,8 @@ def build_by_class(config: OptimizerConfig, entry: OptimizerEntry, groups: Group
             raise ConfigError(f"optimizer.name {config.name} knows whole parameters only: use distributed.strategy=ddp")
         cls = find_class(entry.sharded_path)
         arguments = {key: value for key, value in arguments.items() if key in accepted(cls)}
-    own = [{**without(group, "role", "matrices", "notes"), "weight_decay": group["weight_decay"] * entry.decay} for group in own]
+    rest = [without(group, *OF_CELO2) for group in rest]
+    own = [{**without(group, *OF_CELO2), "weight_decay": group["weight_decay"] * entry.decay} for group in own]
     optimizer = construct(cls, own, arguments | (config.arguments or {}))
     if entry.third_party:
         optimizer = ThirdParty(optimizer)

@@ -17,6 +17,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import transformers
@@ -54,15 +55,15 @@ def shrink(config: transformers.PretrainedConfig, depth: int = 0) -> None:
 
 
 def built(name: str) -> nn.Module | None:
-    """The model with its default configuration and few layers, or None where the defaults do not build one."""
-    cls = getattr(transformers, name, None)
-    try:
-        config = cls.config_class()
-        shrink(config)
-        with torch.device("meta"):
-            return cls(config)
-    except Exception:  # optional packages, configurations without defaults
-        return None
+    """The model with its default configuration and few layers, or with all of them, or None where neither can be built."""
+    cls: Any = getattr(transformers, name, None)
+    for smaller in (shrink, lambda config: None):
+        with contextlib.suppress(Exception):  # optional packages, configurations without defaults
+            config = cls.config_class()
+            smaller(config)
+            with torch.device("meta"):
+                return cls(config)
+    return None
 
 
 def odd_ones(model: nn.Module) -> Iterator[str]:
