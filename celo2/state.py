@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from celo2.distributed.plan import Entry
-from celo2.groups import GROUP_KEYS, check_group, check_keys
-from celo2.layout import as_layout, stacked_axes, stacked_shape
+from celo2.groups import GROUP_KEYS, check_group, meant_by
+from celo2.layout import stacked_axes, stacked_shape
+from celo2.older_state import upgraded
 from celo2.rule import accumulator_shapes
 from celo2.stack import local
 
@@ -45,20 +46,24 @@ def new_state(entry: Entry, state_dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: torch.zeros(s, dtype=dtypes.get(name, torch.float32), device=here.device) for name, s in shapes.items()}
 
 
-def check_saved(optimizer: Celo2, state_dict: dict[str, Any]) -> None:
-    """Raise ValueError or TypeError if saved groups and state do not fit the optimizer."""
+def checked(optimizer: Celo2, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """What was saved, as this version writes it; ValueError or TypeError if groups and state do not fit the optimizer."""
+    if absent := {"param_groups", "state"} - state_dict.keys():
+        raise ValueError(f"no state of an optimizer: it lacks {' and '.join(sorted(absent))}")
     groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
     if len(groups) != len(saved_groups):
         raise ValueError(f"the saved state has {len(saved_groups)} parameter groups, expected {len(groups)}")
     for index, (group, saved_group) in enumerate(zip(groups, saved_groups, strict=True)):
         where = f"parameter group {index}"
-        check_keys(saved_group, where)
         missing = [key for key in GROUP_KEYS if key in group and key not in saved_group and key != "param_names"]
         if missing:
-            raise ValueError(f"{where}: the saved group lacks {', '.join(missing)}")
+            near = [f"'{key}', which may mean {meant_by(key)}" for key in saved_group if meant_by(key) in missing]
+            raise ValueError(f"{where}: the saved group lacks {', '.join(missing)}{''.join(f'; it has {n}' for n in near)}")
         if len(saved_group["params"]) != len(group["params"]):
             raise ValueError(f"{where}: {len(saved_group['params'])} parameters were saved, expected {len(group['params'])}")
         check_group({**saved_group, "params": group["params"]}, where)
+    state_dict = upgraded(groups, state_dict)
+    for index, (group, saved_group) in enumerate(zip(groups, saved_groups, strict=True)):
         for p, key in zip(group["params"], saved_group["params"], strict=True):
             own, saved = optimizer.state.get(p, {}), state_dict["state"].get(key, {})
             where = f"parameter group {index}, a parameter of shape {tuple(p.shape)}"
@@ -68,25 +73,25 @@ def check_saved(optimizer: Celo2, state_dict: dict[str, Any]) -> None:
                 shape, expected = torch.as_tensor(saved[name]).shape, own[name].shape
                 if shape != expected:
                     raise ValueError(f"{where}: saved {name} has shape {tuple(shape)}, expected {tuple(expected)}")
+    return state_dict
 
 
 @contextmanager
 def keeping_dtypes(optimizer: Celo2) -> Iterator[None]:
     """While it lasts, torch's `load_state_dict` checks what is saved and fills the optimizer's own state, in its own dtypes."""
-    own = optimizer.state
+    own, own_groups = optimizer.state, optimizer.param_groups
     saved: list[dict[str, Any]] = []  # by parameter, in the order of the groups
 
     def check(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        check_saved(optimizer, state_dict)
+        state_dict = checked(optimizer, state_dict)
         saved.extend(state_dict["state"].get(i, {}) for group in state_dict["param_groups"] for i in group["params"])
         return {**state_dict, "state": {}}
 
     def restore(_: torch.optim.Optimizer) -> None:
         optimizer.state = own
-        for group in optimizer.param_groups:
-            if group["matrices"] is not None:
-                group["matrices"] = as_layout(group["matrices"])
-            group["betas"] = tuple(group["betas"])
+        for index, (group, own_group) in enumerate(zip(optimizer.param_groups, own_groups, strict=True)):
+            group |= {key: value for key, value in own_group.items() if key not in group}  # keys of others
+            check_group(group, f"parameter group {index}")  # makes tuples of lists
         params = [p for group in optimizer.param_groups for p in group["params"]]
         for p, values in zip(params, saved, strict=True):
             for name, value in own.get(p, {}).items():
