@@ -26,7 +26,6 @@ ALIASES = {
     **{"learning_rate": "lr", "adamw_lr": "lr", "wd": "weight_decay", "l2": "weight_decay", "layout": "matrices"},
     **{"beta1": "betas", "beta2": "betas", "adamw_betas": "betas", "epsilon": "eps", "adamw_eps": "eps", "use_muon": "update"},
 }
-OF_THE_OPTIMIZER = ("rule", "ns_dtype", "state_dtype", "replicas", "shard_state")  # arguments of `Celo2`, alike for all groups
 # Options of torch's optimizers that would change the update, and the only value that each may have here. `foreach`, `fused` and
 # `capturable`, which choose how the same update is computed, may have any.
 FIXED = {"maximize": False, "amsgrad": False, "nesterov": False, "differentiable": False, "decoupled_weight_decay": True}
@@ -37,7 +36,8 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def add_checked(groups: list[dict[str, Any]], new: dict[str, Any], add: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """`new` as a group with all its options, added to `groups` by `add`, which is torch's own; after an error it is not there.
 
-    Keys of others (`name`, `lr_scale`, what wrappers and schedulers write) stay and mean nothing here.
+    Keys of others stay and mean nothing here: `name`, `lr_scale`, what schedulers write, the arguments of `Celo2` that
+    ZeroRedundancyOptimizer and SAM put into every group.
     """
     count = len(groups)
     where = f"parameter group {count}"
@@ -60,10 +60,8 @@ def add_checked(groups: list[dict[str, Any]], new: dict[str, Any], add: Callable
 
 
 def check_keys(group: Mapping[str, Any], where: str) -> None:
-    """Raise ValueError for a key that is a misspelt one of ours, or an option of `Celo2` itself."""
+    """Raise ValueError for a key that is a misspelt one of ours."""
     for key in group:
-        if key in OF_THE_OPTIMIZER:
-            raise ValueError(f"{where}: '{key}' is an argument of Celo2, the same for all groups")
         if meant := meant_by(key):
             raise ValueError(f"{where}: unknown key '{key}'; did you mean '{meant}'?")
 

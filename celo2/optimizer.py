@@ -115,6 +115,7 @@ class Celo2(torch.optim.Optimizer):
             return len(local_shard_of(p).shape) >= 2 or self.rule.variant == "celo2-base"
         return group["update"] == "celo2"
 
+    @torch._disable_dynamo  # torch.compile would take minutes for small functions and save nothing
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One update of every parameter that has a gradient; returns what `closure` returns."""

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from celo2.optimizer import Celo2
 
 
+# Every name of `new_state`; wrappers keep things of their own beside them.
+STATE_KEYS = {"momentum", "second_moment", "row", "col", "diag", "count", "step", "exp_avg", "exp_avg_sq"}
+
+
 def new_state(entry: Entry, state_dtype: torch.dtype) -> dict[str, Tensor]:
     """The accumulators of a parameter of shape P and stacked shape S = (..., R, C) (see `celo2.layout`), all zero.
 
@@ -67,9 +71,9 @@ def checked(optimizer: Celo2, state_dict: dict[str, Any]) -> dict[str, Any]:
         for p, key in zip(group["params"], saved_group["params"], strict=True):
             own, saved = optimizer.state.get(p, {}), state_dict["state"].get(key, {})
             where = f"parameter group {index}, a parameter of shape {tuple(p.shape)}"
-            if (own.keys() ^ saved.keys()) - {"count"}:  # only bfloat16 accumulators have it
+            if (own.keys() ^ saved.keys()) & STATE_KEYS - {"count"}:  # only bfloat16 accumulators have it
                 raise ValueError(f"{where}: saved state holds {sorted(saved)}, expected {sorted(own)}")
-            for name in (name for name in own if name in saved):
+            for name in (name for name in own if name in saved and name in STATE_KEYS):
                 shape, expected = torch.as_tensor(saved[name]).shape, own[name].shape
                 if shape != expected:
                     raise ValueError(f"{where}: saved {name} has shape {tuple(shape)}, expected {tuple(expected)}")
@@ -94,11 +98,15 @@ def keeping_dtypes(optimizer: Celo2) -> Iterator[None]:
             check_group(group, f"parameter group {index}")  # makes tuples of lists
         params = [p for group in optimizer.param_groups for p in group["params"]]
         for p, values in zip(params, saved, strict=True):
-            for name, value in own.get(p, {}).items():
-                if name in values:
+            own_state = own.get(p, {})
+            for name, value in own_state.items():
+                if name in values and name in STATE_KEYS:
                     value.copy_(values[name])
-                else:
+                elif name in STATE_KEYS:
                     value.zero_()
+            if own_state:
+                others = {name: value for name, value in values.items() if name not in STATE_KEYS}
+                own_state |= {n: v.to(p.device, copy=True) if isinstance(v, Tensor) else v for n, v in others.items()}
 
     hooks = [  # `check` after the user's pre-hooks, which may adapt what is saved; `restore` before the user's post-hooks
         optimizer.register_load_state_dict_pre_hook(check),

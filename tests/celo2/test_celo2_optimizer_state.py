@@ -194,7 +194,6 @@ BAD_GROUPS = {
     "another name of lr": ({"Learning-Rate": 0.1}, ValueError, "unknown key 'Learning-Rate'.*'lr'"),
     "argument of param_groups": ({"adamw_lr": 0.1}, ValueError, "unknown key 'adamw_lr'.*'lr'"),
     "key of Muon": ({"use_muon": False}, ValueError, "unknown key 'use_muon'.*'update'"),
-    "argument of Celo2": ({"state_dtype": torch.bfloat16}, ValueError, "'state_dtype' is an argument of Celo2"),
     "maximize": ({"maximize": True}, ValueError, "maximize=True.*negative loss"),
     "nesterov": ({"nesterov": True}, ValueError, "nesterov=True"),
     "amsgrad": ({"amsgrad": True}, ValueError, "amsgrad=True"),
