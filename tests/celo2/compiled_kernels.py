@@ -23,8 +23,18 @@ from triton.runtime.jit import JITFunction
 from celo2.kernels import passes, symmetric
 
 TRANSPOSED = ((256, 512), (1, 0), (1, 512, 256))  # one matrix, stored transposed, as of transformers' Conv1D
-CAPABILITIES = (80, 86, 89, 90, 100, 120)
-SIDES = {256: 264, 264: 1032, 2048: 8192, 2056: 4104, 4096: 16384}  # S: L
+BF16, FP32 = torch.bfloat16, torch.float32
+HALVES = (256 * 512 // 2,)  # where a row shard ends
+# What to compile, by compute capability: sides (S, L) of products, with and without addend; (layout, cuts, state) of the passes.
+SIDES = [(256, 264), (264, 1032), (2048, 8192), (2056, 4104), (4096, 16384)]
+PASSES = [(layout, cuts, state) for layout, cuts in ((None, ()), (TRANSPOSED, ()), (None, HALVES)) for state in (FP32, BF16)]
+SETS = {
+    "fast": ({80: [(2048, 2048)], 100: [(2048, 2048)]}, {90: [(TRANSPOSED, (), BF16)]}),
+    "all": (
+        {80: SIDES, 90: SIDES, 100: SIDES} | dict.fromkeys((86, 89, 120), SIDES[1:3]),
+        {80: [PASSES[0], PASSES[3]], 90: PASSES, 100: [PASSES[0], PASSES[3]]},
+    ),
+}
 
 
 class Target:
@@ -74,24 +84,25 @@ def compile_all(which: str) -> list[dict]:
 
     JITFunction.run = only_compile
     driver.set_active(Target())
-    for capability in CAPABILITIES if which == "all" else (80, 100):
-        Target.capability = capability
-        for side, inner in SIDES.items() if which == "all" else [(2048, 8192)]:
-            tile = symmetric.tile_for(side, divmod(capability, 10))
-            for addend in (None, 1.0) if which == "all" else (1.0,):
+    products, of_passes = SETS[which]
+    for Target.capability, sides in products.items():
+        for side, inner in sides:
+            tile = symmetric.tile_for(side, divmod(Target.capability, 10))
+            for addend in (None, 1.0) if side < inner else (1.0,):
                 about = {"what": f"S = {side}, {'with' if addend else 'without'} addend"}
-                u = torch.zeros(1, side, inner if addend is None else side, dtype=torch.bfloat16)
+                u = torch.zeros(1, side, inner if addend is None else side, dtype=BF16)
                 symmetric.symmetric_product(u, 1.0, tile, addend=addend)
-    for capability in (80, 90, 100) if which == "all" else (90,):
-        Target.capability = capability
-        for layout, cuts in ((None, ()), (TRANSPOSED, ()), (None, (256 * 512 // 2,))) if which == "all" else ((TRANSPOSED, ()),):
-            for state_dtype in (torch.float32, torch.bfloat16) if which == "all" else (torch.bfloat16,):
-                stack = cut_stack("cpu", (256, 512), layout, 0, cuts, state_dtype)
-                about = {"what": f"layout {layout}, {len(stack.pieces)} pieces, {state_dtype}", "state": state_dtype.itemsize}
-                u = torch.empty(stack.shape, dtype=torch.bfloat16)
-                directions_(random_rule(), [stack], u, passes.TRITON)
-                for lr in (0.1, torch.tensor(0.1)) if which == "all" else (0.1,):
-                    passes.apply_(stack.pieces[0].w, u, torch.ones(1, 1, 1), {"lr": lr, "weight_decay": 0.1})
+    for Target.capability, configurations in of_passes.items():
+        for layout, cuts, state in configurations:
+            stack = cut_stack("cpu", (256, 512), layout, 0, cuts, state)
+            about = {"what": f"layout {layout}, {len(stack.pieces)} pieces, {state}", "state": state.itemsize}
+            u = torch.empty(stack.shape, dtype=BF16)
+            if which == "fast":
+                passes.accumulate_(random_rule(), [stack])
+                continue
+            directions_(random_rule(), [stack], u, passes.TRITON)
+            for lr in (0.1, torch.tensor(0.1)) if state is FP32 else (0.1,):
+                passes.apply_(stack.pieces[0].w, u, torch.ones(1, 1, 1), {"lr": lr, "weight_decay": 0.1})
     return found
 
 
