@@ -1,6 +1,7 @@
 """`Celo2` in torch's ZeroRedundancyOptimizer on two gloo processes: the run of one process, and an exact resume."""
 
 import copy
+import functools
 import os
 
 import pytest
@@ -35,10 +36,7 @@ def process(rank: int, world: int, rendezvous: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
     for options in OPTIONS:
-
-        def groups(model, variant=options.get("rule", "celo2")):
-            return param_groups(model, 1e-2, 1e-2, 0.1, variant=variant)
-
+        groups = functools.partial(param_groups, lr=1e-2, adamw_lr=1e-2, weight_decay=0.1, variant=options.get("rule", "celo2"))
         model, single = DistributedDataParallel(small_model()), small_model()
         sharded = ZeroRedundancyOptimizer(groups(model.module), Celo2, lr=1e-2, **options)
         train(model, sharded, range(3), rank, world)
