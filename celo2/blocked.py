@@ -215,8 +215,9 @@ def apply_(w: Tensor, u: Tensor, inverse_rms: Tensor | float, options: Mapping[s
         inverse_rms: 1 / RMS of u over a whole matrix or vector, float32, of a shape that broadcasts.
         options: the param group; its `lr` is a number or a tensor of one element.
     """
-    elsewhere = lambda x: isinstance(x, Tensor) and x.device != w.device  # noqa: E731
-    lr, weight_decay = (float(x) if elsewhere(x) else x for x in (options["lr"], options["weight_decay"]))
+    lr, weight_decay = options["lr"], options["weight_decay"]
+    if isinstance(lr, Tensor) and lr.device != w.device:
+        lr = float(lr)
     updated = w.to(torch.promote_types(w.dtype, torch.float32)).mul_(1 - lr * weight_decay).sub_((u * inverse_rms).mul_(lr))
     if updated is not w:
         w.copy_(updated)

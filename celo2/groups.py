@@ -128,7 +128,7 @@ def as_betas(value: Any, where: str) -> tuple[Any, Any]:
     """`value`, any sequence of two numbers in [0, 1), as a tuple."""
     if isinstance(value, Tensor):
         value = value.tolist()
-    betas = tuple(value) if hasattr(value, "__getitem__") and not isinstance(value, (Mapping, str)) else ()
+    betas = tuple(value) if hasattr(value, "__getitem__") and not isinstance(value, (Mapping, str, bytes)) else ()
     if len(betas) != 2 or not all(is_number(beta) and 0 <= float(beta) < 1 for beta in betas):
         raise ValueError(f"{where}: betas must be two numbers in [0, 1), not {value!r}")
     first, second = (plain_number(beta) for beta in betas)
@@ -142,8 +142,9 @@ def warn_of_unused(optimizer: torch.optim.Optimizer) -> None:
         given = name in parameters and not same(value, parameters[name].default)
         values = [group[name] for group in optimizer.param_groups]
         if given and not any(same(own, value) for own in values):
-            own = ", ".join(dict.fromkeys(str(float(v) if isinstance(v, Tensor) else v) for v in values))
-            warnings.warn(f"{name}={value!r} has no effect: every parameter group has its own ({own})", stacklevel=3)
+            own = [*dict.fromkeys(str(float(v) if isinstance(v, Tensor) else v) for v in values)]
+            few = ", ".join([*own[:3], "..."] if len(own) > 3 else own)
+            warnings.warn(f"{name}={value!r} has no effect: every parameter group has its own ({few})", stacklevel=3)
 
 
 def same(one: Any, other: Any) -> bool:

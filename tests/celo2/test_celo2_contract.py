@@ -16,6 +16,7 @@ from torch.optim import lr_scheduler, swa_utils
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from celo2 import Celo2, load_rule, param_groups
+from celo2.blocked import apply_
 from celo2.rule_files import SHIPPED
 
 
@@ -207,6 +208,13 @@ def test_nothing_is_said_of_arguments_that_a_group_uses():
         Celo2(param_groups(model, 0.5, 0.2, weight_decay=0.1), lr=0.2)
         Celo2(param_groups(model, 0.5, 0.2), lr=0.5, betas=[0.8, 0.9], eps=1e-6, orthogonalize=False)
         Celo2([*model.parameters()], lr=0.5, weight_decay=0.3)
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_tensor_lr_on_another_device(shape):
+    """A learning rate on the CPU for weights elsewhere; "meta" stands for a GPU."""
+    w = torch.zeros(2, 3, 4, device="meta")
+    apply_(w, w, 1.0, {"lr": torch.full(shape, 0.1), "weight_decay": 0.1})
 
 
 # --- parameters -------------------------------------------------------------------------------------------------------------
