@@ -17,10 +17,10 @@ def hand_set(channels: Mapping[str, tuple[float, ...]], description: str, varian
     Args:
         channels: factors of the channels, by the name of their group in `celo2.rule.CHANNEL_GROUPS`; missing ones are zero.
     """
-    weights = {name: torch.zeros(shape) for name, shape in weight_shapes(hidden=8).items()}
+    weights = {name: torch.zeros(shape, dtype=torch.float32, device="cpu") for name, shape in weight_shapes(hidden=8).items()}
     for unit, sign in enumerate((1.0, -1.0)):
         for group, factors in channels.items():
-            weights[FIRST_LAYER[group]][: len(factors), unit] = sign * torch.tensor(factors)
+            weights[FIRST_LAYER[group]][: len(factors), unit] = sign * torch.tensor(factors, dtype=torch.float32, device="cpu")
         weights["w1"][unit, unit] = 1.0
         weights["w2"][unit, 0] = sign
     return Rule(weights, variant=variant, description=f"hand-set, not learned: {description}")

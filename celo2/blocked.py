@@ -91,7 +91,7 @@ class Passes(NamedTuple):
 
 def squares_of(pieces: Sequence[Tensor], n: int, device: torch.device) -> Tensor:
     """(N,): the sums of squares of N matrices over their pieces (N, r, c), any float dtype."""
-    squares = torch.zeros(n, device=device)
+    squares = torch.zeros(n, dtype=torch.float32, device=device)
     for x in pieces:
         squares += torch.linalg.vector_norm(x, dim=(1, 2), dtype=torch.promote_types(x.dtype, torch.float32)).square()
     return squares
@@ -104,7 +104,7 @@ def tiles(piece: Piece, features: int) -> Iterator[tuple[slice, Tensor]]:
     """
     n, rows, cols = piece.g.shape
     height = max(1, block_elements(piece.g.device) // (n * cols))
-    buffer = torch.empty(n, features, min(height, rows) * cols, device=piece.g.device)
+    buffer = torch.empty(n, features, min(height, rows) * cols, dtype=torch.float32, device=piece.g.device)
     for start in range(0, rows, height):
         block = slice(start, min(start + height, rows))
         yield block, buffer[:, :, : (block.stop - start) * cols].unflatten(2, (-1, cols))
@@ -125,7 +125,7 @@ def accumulate_(rule: Rule, stacks: Sequence[Stack]) -> Tensor:
     """
     (stack,) = stacks
     n, rows, cols = stack.shape
-    sums = torch.zeros(n, rows + cols + N_LOCAL, device=stack.row.device)
+    sums = torch.zeros(n, rows + cols + N_LOCAL, dtype=torch.float32, device=stack.row.device)
     row_sum, col_sum, local_sum = sums.split([rows, cols, N_LOCAL], 1)
     count = None if stack.count is None else stack.count[:, None, None]
     for piece in stack.pieces:
@@ -163,7 +163,7 @@ def factors_of(stack: Stack) -> Factors:
 def factor(stacks: Sequence[Stack], factors: Factors) -> Tensor:
     """Part of step 6: the sums of the squared factored channels (N, 6)."""
     (stack,) = stacks
-    sums = torch.zeros(stack.shape[0], N_FACTORED, device=stack.row.device)
+    sums = torch.zeros(stack.shape[0], N_FACTORED, dtype=torch.float32, device=stack.row.device)
     for piece in stack.pieces:
         by_row, by_col = factors.by_row[:, :, piece.rows], factors.by_col[:, :, piece.cols]
         for block, x in tiles(piece, 1 + N_FACTORED):
@@ -216,6 +216,8 @@ def apply_(w: Tensor, u: Tensor, inverse_rms: Tensor | float, options: Mapping[s
         options: the param group; its `lr` is a number or a tensor of one element.
     """
     lr, weight_decay = options["lr"], options["weight_decay"]
+    if isinstance(lr, Tensor) and lr.device != w.device:
+        lr = float(lr)
     updated = w.to(torch.promote_types(w.dtype, torch.float32)).mul_(1 - lr * weight_decay).sub_((u * inverse_rms).mul_(lr))
     if updated is not w:
         w.copy_(updated)

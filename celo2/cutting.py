@@ -77,5 +77,5 @@ def strided(split: tuple[int, ...], axes: list[list[int]], box: list[Range]) -> 
         for i in axis:
             first = first * split[i] + box[i][0]
         slices.append(slice(first, first + math.prod(box[i][1] - box[i][0] for i in axis)))
-        strides.append(steps[long[-1]] if long else 1)
+        strides.append(steps[long[-1]] if long else 0)  # 1 would hide from compiled kernels how addresses are aligned
     yield slices, strides, sum(r[0] * step for r, step in zip(box, steps, strict=True))

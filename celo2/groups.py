@@ -3,26 +3,45 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from celo2.distributed.shard import local_shard_of
 from celo2.layout import as_layout
 
+if TYPE_CHECKING:
+    from celo2.optimizer import Celo2
+
 UPDATES = ("celo2", "adamw")
 GROUP_KEYS = ("params", "param_names", "lr", "weight_decay", "betas", "eps", "update", "orthogonalize", "matrices")
-NOTE_KEYS = ("notes",)  # what `celo2.routing_table` says of single parameters
-SCHEDULER_KEYS = ("initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum")  # torch's schedulers write them
+# Other names of our keys, in other optimizers and in the arguments of `param_groups`.
+ALIASES = {
+    **{"learning_rate": "lr", "adamw_lr": "lr", "wd": "weight_decay", "l2": "weight_decay", "layout": "matrices"},
+    **{"beta1": "betas", "beta2": "betas", "adamw_betas": "betas", "epsilon": "eps", "adamw_eps": "eps", "use_muon": "update"},
+}
+# Options of torch's optimizers that would change the update, and the only value that each may have here. `foreach`, `fused` and
+# `capturable`, which choose how the same update is computed, may have any.
+FIXED = {"maximize": False, "amsgrad": False, "nesterov": False, "differentiable": False, "decoupled_weight_decay": True}
+NEAR = 0.76  # least similarity of a misspelt key: "matrics" 0.93, "lrs" 0.8; "steps" and eps 0.75
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def add_checked(groups: list[dict[str, Any]], new: dict[str, Any], add: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """`new` as a group with all its options, added to `groups` by `add`, which is torch's own; after an error it is not there."""
+    """`new` as a group with all its options, added to `groups` by `add`, which is torch's own; after an error it is not there.
+
+    Keys of others stay and mean nothing here: `name`, `lr_scale`, what schedulers write, the arguments of `Celo2` that
+    ZeroRedundancyOptimizer and SAM put into every group.
+    """
     count = len(groups)
     where = f"parameter group {count}"
+    own_flag = isinstance(new, dict) and "differentiable" in new
     if isinstance(new, dict):
         check_keys(new, where)
     try:
@@ -30,7 +49,8 @@ def add_checked(groups: list[dict[str, Any]], new: dict[str, Any], add: Callable
     except (ValueError, TypeError) as error:
         raise type(error)(f"{where}: {error}") from None
     group = groups[-1]
-    group.pop("differentiable", None)  # a default that torch adds when an optimizer is copied or loaded
+    if not own_flag:
+        group.pop("differentiable", None)  # a default that torch adds when an optimizer is copied or loaded
     try:
         check_group(group, where)
     except (ValueError, TypeError):
@@ -39,28 +59,45 @@ def add_checked(groups: list[dict[str, Any]], new: dict[str, Any], add: Callable
     return group
 
 
-def check_keys(group: dict[str, Any], where: str) -> None:
-    """Raise ValueError for a group key that means nothing here."""
+def check_keys(group: Mapping[str, Any], where: str) -> None:
+    """Raise ValueError for a key that is a misspelt one of ours."""
     for key in group:
-        if key not in GROUP_KEYS + NOTE_KEYS + SCHEDULER_KEYS:
-            near = difflib.get_close_matches(key, GROUP_KEYS, n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else f"; known keys are {', '.join(GROUP_KEYS)}"
-            raise ValueError(f"{where}: unknown key '{key}'{hint}")
+        if meant := meant_by(key):
+            raise ValueError(f"{where}: unknown key '{key}'; did you mean '{meant}'?")
+
+
+def meant_by(key: Any) -> str | None:
+    """The key of ours that `key` misspells; None for ours, and for what others may mean by a key of their own."""
+    if not isinstance(key, str) or key in GROUP_KEYS:
+        return None
+    plain = key.lower().replace("-", "_").strip("_")
+    if plain in GROUP_KEYS or plain in ALIASES:
+        return ALIASES.get(plain, plain)
+    if any(f"_{own}_" in f"_{plain}_" for own in GROUP_KEYS):  # lr_scale, initial_lr, weight_decay_at_y
+        return None
+    return next(iter(difflib.get_close_matches(plain, GROUP_KEYS, n=1, cutoff=NEAR)), None)
 
 
 def check_group(group: dict[str, Any], where: str) -> None:
-    """Raise ValueError or TypeError for an option out of range, or a parameter that cannot be updated; layouts become tuples."""
+    """Raise ValueError or TypeError for an option out of range, or a parameter that cannot be updated.
+
+    Betas and layouts become tuples, numbers of other libraries Python's own, which `torch.load(weights_only=True)` reads.
+    """
+    for key, value in FIXED.items():
+        if bool(group.get(key, value)) is not value:
+            remedy = "; minimize the negative loss" if key == "maximize" else ""
+            raise ValueError(f"{where}: {key}={group[key]!r} is not supported{remedy}")
     lr = group["lr"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"{where}: lr as a tensor must have one element, not {lr.numel()}")
+    if isinstance(lr, Tensor) and (lr.numel() != 1 or not lr.is_floating_point()):
+        raise ValueError(f"{where}: lr as a tensor must have one element of a float dtype, not {lr.numel()} of {lr.dtype}")
     for name in ("lr", "weight_decay", "eps"):
-        if not isinstance(group[name], (Real, Tensor)) or not float(group[name]) >= 0:
-            raise ValueError(f"{where}: {name} must be a number of at least 0, not {group[name]!r}")
+        value = group[name]
+        if not is_number(value) or not 0 <= float(value) < math.inf:
+            raise ValueError(f"{where}: {name} must be a finite number of at least 0, not {value!r}")
+        group[name] = plain_number(value)
     if not isinstance(group["orthogonalize"], bool):
         raise ValueError(f"{where}: orthogonalize must be True or False, not {group['orthogonalize']!r}")
-    betas = group["betas"] if isinstance(group["betas"], (tuple, list)) else ()
-    if len(betas) != 2 or not all(isinstance(beta, (Real, Tensor)) and 0 <= float(beta) < 1 for beta in betas):
-        raise ValueError(f"{where}: betas must be two numbers in [0, 1), not {group['betas']}")
+    group["betas"] = as_betas(group["betas"], where)
     if group["update"] not in (None, *UPDATES):
         raise ValueError(f"{where}: unknown update '{group['update']}', expected one of {', '.join(UPDATES)}")
     if group["matrices"] is not None:
@@ -71,7 +108,73 @@ def check_group(group: dict[str, Any], where: str) -> None:
     layout = group["matrices"]
     for p in group["params"]:
         shape = tuple(p.shape)
-        if not p.is_floating_point():
-            raise TypeError(f"{where}: a parameter of shape {shape} is {p.dtype}; only real float parameters can be updated")
+        if p.requires_grad and p.dtype not in FLOATS:  # others may be there, frozen: quantized weights
+            raise TypeError(f"{where}: a parameter of shape {shape} is {p.dtype}; only real floats of 16 to 64 bits can learn")
         if layout is not None and math.prod(layout[0]) != math.prod(local_shard_of(p).shape):
             raise ValueError(f"{where}: matrices {layout} do not fit a parameter of shape {shape}")
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value` is a real number or a tensor of one; True and False are none."""
+    return (isinstance(value, Real) and not isinstance(value, bool)) or (isinstance(value, Tensor) and value.numel() == 1)
+
+
+def plain_number(value: Any) -> Any:
+    """`value` as a float, unless it is an int or a tensor, which a scheduler may fill."""
+    return value if isinstance(value, Tensor) or type(value) is int else float(value)
+
+
+def as_betas(value: Any, where: str) -> tuple[Any, Any]:
+    """`value`, any sequence of two numbers in [0, 1), as a tuple."""
+    if isinstance(value, Tensor):
+        value = value.tolist()
+    betas = tuple(value) if hasattr(value, "__getitem__") and not isinstance(value, (Mapping, str, bytes)) else ()
+    if len(betas) != 2 or not all(is_number(beta) and 0 <= float(beta) < 1 for beta in betas):
+        raise ValueError(f"{where}: betas must be two numbers in [0, 1), not {value!r}")
+    first, second = (plain_number(beta) for beta in betas)
+    return first, second
+
+
+def warn_of_unused(optimizer: torch.optim.Optimizer) -> None:
+    """Warn of every argument of an optimizer that has no effect because each of its groups has another value of its own."""
+    parameters = inspect.signature(type(optimizer)).parameters
+    for name, value in optimizer.defaults.items():
+        given = name in parameters and not same(value, parameters[name].default)
+        values = [group[name] for group in optimizer.param_groups]
+        if given and not any(same(own, value) for own in values):
+            own = [*dict.fromkeys(str(float(v) if isinstance(v, Tensor) else v) for v in values)]
+            few = ", ".join([*own[:3], "..."] if len(own) > 3 else own)
+            warnings.warn(f"{name}={value!r} has no effect: every parameter group has its own ({few})", stacklevel=3)
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two values of an option are equal; sequences by their elements."""
+    if hasattr(one, "__len__") and hasattr(other, "__len__") and not isinstance(one, Tensor):
+        return tuple(one) == tuple(other)
+    return one is other or (is_number(one) and is_number(other) and float(one) == float(other)) or bool(one == other)
+
+
+def names_of(index: int, group: Mapping[str, Any]) -> Sequence[str]:
+    """Names of a group's parameters, for messages and to compare ranks."""
+    names, count = group.get("param_names") or (), len(group["params"])
+    # ZeroRedundancyOptimizer gives every rank the names of all parameters and some of the parameters.
+    return names if len(names) == count else [f"parameter {i} of group {index}" for i in range(count)]
+
+
+def bad_gradient(index: int, g: Tensor) -> RuntimeError:
+    """The error for a gradient in group `index` that no update can take."""
+    kind = "complex" if g.is_complex() else str(g.dtype) if g.layout is torch.strided else "sparse"
+    return RuntimeError(f"parameter group {index}: {kind} gradient of shape {tuple(g.shape)}; use a dense one of a float dtype")
+
+
+def check_capture(optimizer: Celo2) -> None:
+    """Raise RuntimeError unless a step may be captured in a CUDA graph, which repeats what the host gave it for ever."""
+    for index, group in enumerate(optimizer.param_groups):
+        learning = [p for p in group["params"] if p.grad is not None]
+        lr = group["lr"]
+        if any(not isinstance(lr, Tensor) or lr.device != p.device for p in learning):
+            kind = f"a tensor on {lr.device}" if isinstance(lr, Tensor) else "a number"
+            remedy = f"give lr=torch.tensor({float(lr):g}, device='{learning[0].device}') and fill it between replays"
+            raise RuntimeError(f"parameter group {index}: a CUDA graph would keep this lr, {kind}, for ever; {remedy}")
+        if optimizer.replicas is None and any(not optimizer.state.get(p) for p in learning):
+            raise RuntimeError(f"parameter group {index}: a step in a CUDA graph needs its state: take a step before capturing")

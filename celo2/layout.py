@@ -126,3 +126,12 @@ def to_stack(tensor: Tensor, shape: tuple[int, ...], layout: Layout | None) -> T
     lead = tensor.shape[: tensor.ndim - len(shape)]
     permuted = tensor.reshape(*lead, *dims).permute(*range(len(lead)), *(len(lead) + axis for axis in order))
     return permuted.reshape(*lead, *stacked).clone()
+
+
+def from_stack(tensor: Tensor, shape: tuple[int, ...], layout: Layout) -> Tensor:
+    """The inverse of `to_stack`: a copy of `tensor` (..., *stacked) in the parameter's shape (..., *shape)."""
+    dims, order, stacked = layout
+    lead = tensor.shape[: tensor.ndim - len(stacked)]
+    places = sorted(range(len(order)), key=order.__getitem__)
+    split = tensor.reshape(*lead, *(dims[axis] for axis in order))
+    return split.permute(*range(len(lead)), *(len(lead) + place for place in places)).reshape(*lead, *shape).clone()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.amp import is_autocast_available
 from torch.optim.adamw import adamw
 
 from celo2.blocked import Passes
@@ -18,7 +20,7 @@ from celo2.distributed.collectives import broadcast_by_owner_
 from celo2.distributed.owners import orthogonalized_by_owners, orthogonalized_over
 from celo2.distributed.plan import Entry, Replicas, fingerprint, make_plan
 from celo2.distributed.shard import ShardingError, local_shard_of
-from celo2.groups import add_checked
+from celo2.groups import FLOATS, add_checked, bad_gradient, check_capture, names_of, warn_of_unused
 from celo2.kernels import passes_for
 from celo2.rule import Rule
 from celo2.rule_files import load_rule
@@ -90,6 +92,7 @@ class Celo2(torch.optim.Optimizer):
         self._entries: dict[Tensor, Entry] = {}  # found at the first step
         defaults = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}
         super().__init__(params, defaults | {"update": None, "orthogonalize": orthogonalize, "matrices": None})
+        warn_of_unused(self)
 
     def __getstate__(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in ("rule", "ns_dtype", "state_dtype", "replicas", "passes", "orthogonalized")}
@@ -112,6 +115,7 @@ class Celo2(torch.optim.Optimizer):
             return len(local_shard_of(p).shape) >= 2 or self.rule.variant == "celo2-base"
         return group["update"] == "celo2"
 
+    @torch._disable_dynamo  # torch.compile would take minutes for small functions and save nothing
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One update of every parameter that has a gradient; returns what `closure` returns."""
@@ -119,6 +123,8 @@ class Celo2(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            check_capture(self)
         work: dict[torch.device, Work] = defaultdict(Work)
         for group, entries in [(group, self._with_gradient(i, group)) for i, group in enumerate(self.param_groups)]:
             by_rule = [entry for entry in entries if entry.by_rule]
@@ -133,7 +139,8 @@ class Celo2(torch.optim.Optimizer):
             whole_directions = functools.partial(orthogonalized_by_owners, replicas=self.replicas)
         for device, of_device in work.items():
             context = self._context(device)
-            with torch.cuda.device_of(context.rule.weights["b0"]):  # kernels start on the current device
+            autocast = torch.autocast(device.type, enabled=False) if is_autocast_available(device.type) else nullcontext()
+            with torch.cuda.device_of(context.rule.weights["b0"]), autocast:  # kernels start on the current device
                 of_device.update_(context, whole_directions, orthogonalized_over)
             self.orthogonalized += context.orthogonalized
         return loss
@@ -146,9 +153,8 @@ class Celo2(torch.optim.Optimizer):
                 self._entries = self._plan()
             entry = self._entries[p]
             if p.grad is not None and 0 not in entry.local_shard.shape:
-                if p.grad.is_sparse or p.grad.is_complex():
-                    kind = f"{'sparse' if p.grad.is_sparse else 'complex'} gradient of shape {tuple(p.grad.shape)}"
-                    raise RuntimeError(f"parameter group {index}: {kind}; use a dense, real one")
+                if p.grad.dtype not in FLOATS or p.grad.layout is not torch.strided:
+                    raise bad_gradient(index, p.grad)
                 found.append(entry)
         return found
 
@@ -167,10 +173,9 @@ class Celo2(torch.optim.Optimizer):
         return {entry.p: entry for entry in entries}
 
     def _entries_of(self, index: int, group: dict[str, Any]) -> list[Entry]:
-        names = group.get("param_names") or [f"parameter {i} of group {index}" for i in range(len(group["params"]))]
         return [
             Entry(name, p, local_shard_of(p), self.takes_rule(p, group), self._orthogonalizes(group), group["matrices"])
-            for name, p in zip(names, group["params"], strict=True)
+            for name, p in zip(names_of(index, group), group["params"], strict=True)
         ]
 
     def _orthogonalizes(self, group: dict[str, Any]) -> bool:

@@ -10,13 +10,18 @@ import torch
 from torch import Tensor
 
 from celo2.distributed.plan import Entry
-from celo2.groups import GROUP_KEYS, check_group, check_keys
-from celo2.layout import as_layout, stacked_axes, stacked_shape
+from celo2.groups import GROUP_KEYS, check_group, meant_by
+from celo2.layout import stacked_axes, stacked_shape
+from celo2.older_state import upgraded
 from celo2.rule import accumulator_shapes
 from celo2.stack import local
 
 if TYPE_CHECKING:
     from celo2.optimizer import Celo2
+
+
+# Every name of `new_state`; wrappers keep things of their own beside them.
+STATE_KEYS = {"momentum", "second_moment", "row", "col", "diag", "count", "step", "exp_avg", "exp_avg_sq"}
 
 
 def new_state(entry: Entry, state_dtype: torch.dtype) -> dict[str, Tensor]:
@@ -45,55 +50,63 @@ def new_state(entry: Entry, state_dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: torch.zeros(s, dtype=dtypes.get(name, torch.float32), device=here.device) for name, s in shapes.items()}
 
 
-def check_saved(optimizer: Celo2, state_dict: dict[str, Any]) -> None:
-    """Raise ValueError or TypeError if saved groups and state do not fit the optimizer."""
+def checked(optimizer: Celo2, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """What was saved, as this version writes it; ValueError or TypeError if groups and state do not fit the optimizer."""
+    if absent := {"param_groups", "state"} - state_dict.keys():
+        raise ValueError(f"no state of an optimizer: it lacks {' and '.join(sorted(absent))}")
     groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
     if len(groups) != len(saved_groups):
         raise ValueError(f"the saved state has {len(saved_groups)} parameter groups, expected {len(groups)}")
     for index, (group, saved_group) in enumerate(zip(groups, saved_groups, strict=True)):
         where = f"parameter group {index}"
-        check_keys(saved_group, where)
         missing = [key for key in GROUP_KEYS if key in group and key not in saved_group and key != "param_names"]
         if missing:
-            raise ValueError(f"{where}: the saved group lacks {', '.join(missing)}")
+            near = [f"'{key}', which may mean {meant_by(key)}" for key in saved_group if meant_by(key) in missing]
+            raise ValueError(f"{where}: the saved group lacks {', '.join(missing)}{''.join(f'; it has {n}' for n in near)}")
         if len(saved_group["params"]) != len(group["params"]):
             raise ValueError(f"{where}: {len(saved_group['params'])} parameters were saved, expected {len(group['params'])}")
         check_group({**saved_group, "params": group["params"]}, where)
+    state_dict = upgraded(groups, state_dict)
+    for index, (group, saved_group) in enumerate(zip(groups, saved_groups, strict=True)):
         for p, key in zip(group["params"], saved_group["params"], strict=True):
             own, saved = optimizer.state.get(p, {}), state_dict["state"].get(key, {})
             where = f"parameter group {index}, a parameter of shape {tuple(p.shape)}"
-            if (own.keys() ^ saved.keys()) - {"count"}:  # only bfloat16 accumulators have it
+            if (own.keys() ^ saved.keys()) & STATE_KEYS - {"count"}:  # only bfloat16 accumulators have it
                 raise ValueError(f"{where}: saved state holds {sorted(saved)}, expected {sorted(own)}")
-            for name in (name for name in own if name in saved):
+            for name in (name for name in own if name in saved and name in STATE_KEYS):
                 shape, expected = torch.as_tensor(saved[name]).shape, own[name].shape
                 if shape != expected:
                     raise ValueError(f"{where}: saved {name} has shape {tuple(shape)}, expected {tuple(expected)}")
+    return state_dict
 
 
 @contextmanager
 def keeping_dtypes(optimizer: Celo2) -> Iterator[None]:
     """While it lasts, torch's `load_state_dict` checks what is saved and fills the optimizer's own state, in its own dtypes."""
-    own = optimizer.state
+    own, own_groups = optimizer.state, optimizer.param_groups
     saved: list[dict[str, Any]] = []  # by parameter, in the order of the groups
 
     def check(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        check_saved(optimizer, state_dict)
+        state_dict = checked(optimizer, state_dict)
         saved.extend(state_dict["state"].get(i, {}) for group in state_dict["param_groups"] for i in group["params"])
         return {**state_dict, "state": {}}
 
     def restore(_: torch.optim.Optimizer) -> None:
         optimizer.state = own
-        for group in optimizer.param_groups:
-            if group["matrices"] is not None:
-                group["matrices"] = as_layout(group["matrices"])
-            group["betas"] = tuple(group["betas"])
+        for index, (group, own_group) in enumerate(zip(optimizer.param_groups, own_groups, strict=True)):
+            group |= {key: value for key, value in own_group.items() if key not in group}  # keys of others
+            check_group(group, f"parameter group {index}")  # makes tuples of lists
         params = [p for group in optimizer.param_groups for p in group["params"]]
         for p, values in zip(params, saved, strict=True):
-            for name, value in own.get(p, {}).items():
-                if name in values:
+            own_state = own.get(p, {})
+            for name, value in own_state.items():
+                if name in values and name in STATE_KEYS:
                     value.copy_(values[name])
-                else:
+                elif name in STATE_KEYS:
                     value.zero_()
+            if own_state:
+                others = {name: value for name, value in values.items() if name not in STATE_KEYS}
+                own_state |= {n: v.to(p.device, copy=True) if isinstance(v, Tensor) else v for n, v in others.items()}
 
     hooks = [  # `check` after the user's pre-hooks, which may adapt what is saved; `restore` before the user's post-hooks
         optimizer.register_load_state_dict_pre_hook(check),

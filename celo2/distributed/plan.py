@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
@@ -69,6 +70,15 @@ class Replicas:
         self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
         self.owners: dict[Tensor, int] = {}
         self.loads: dict[bool, list[float]] = defaultdict(lambda: [0.0] * self.world)  # by update
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Replicas:
+        """The same ranks, for the copies of the parameters: a process group is shared, not copied."""
+        twin = Replicas(self.group, self.shard_state)
+        twin.owners, twin.loads = copy.deepcopy(self.owners, memo), copy.deepcopy(self.loads, memo)
+        return twin
+
+    def __getstate__(self) -> Any:
+        raise TypeError("an optimizer with replicas cannot be pickled, as its process group cannot; save its state_dict()")
 
     def add(self, entries: Sequence[Entry]) -> None:
         """Give each parameter an owner, so that the work on those of the rule and on those of AdamW is balanced."""

@@ -34,6 +34,10 @@ class LocalShard:
     stop: int
     group: dist.ProcessGroup | None = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> LocalShard:
+        """Itself: it never changes, and its process group is shared."""
+        return self
+
     @property
     def whole(self) -> bool:
         """Whether this rank holds every element and nobody else does."""

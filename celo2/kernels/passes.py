@@ -89,7 +89,7 @@ def accumulate_(rule: Rule, stacks: Sequence[Stack], tile: Tile = TILE) -> Tenso
     """`celo2.blocked.accumulate_`."""
     _, rows, cols = stacks[0].shape
     total = sum(stack.shape[0] for stack in stacks)
-    sums = torch.zeros(total, rows + cols + N_LOCAL, device=stacks[0].row.device)
+    sums = torch.zeros(total, rows + cols + N_LOCAL, dtype=torch.float32, device=stacks[0].row.device)
     row_sum, col_sum, local_sum = sums.split([rows, cols, N_LOCAL], 1)
     momentum_weights = tuple(1 - decay for decay in rule.momentum_decays)
     for same in zip(*(stack.pieces for stack in stacks), strict=True):
@@ -117,7 +117,7 @@ def accumulate_(rule: Rule, stacks: Sequence[Stack], tile: Tile = TILE) -> Tenso
 def factor(stacks: Sequence[Stack], factors: Factors, tile: Tile = TILE) -> Tensor:
     """`celo2.blocked.factor`."""
     total = len(factors.by_row)
-    sums = torch.zeros(total, N_FACTORED, device=factors.by_row.device)
+    sums = torch.zeros(total, N_FACTORED, dtype=torch.float32, device=factors.by_row.device)
     for same in zip(*(stack.pieces for stack in stacks), strict=True):
         cut = cut_of(same[0].g, tile)
         tiles = cut.tiles[0] * cut.tiles[1]

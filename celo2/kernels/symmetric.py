@@ -5,9 +5,10 @@ and those below, and writes the latter transposed as well; every number is writt
 falls from 6 S³ FLOPs to 4 S³; for R : C = 1 : 4 from 18 S³ to 13 S³. The third product, a X + P X, is not symmetric and stays
 `torch.baddbmm`: cuBLAS is the fastest dense product there is (measured 770 to 800 TFLOP/s in bfloat16 on an H200).
 
-Operands come through tensor descriptors (the copy engine of Hopper, plain loads on GPUs before it), which want rows of a
-multiple of 16 bytes. So X is padded to multiples of 8 numbers by zeros, which stay zero: padded rows and columns change no
-other number. The copy that normalizes X pads and transposes it as well.
+Operands come through tensor descriptors on GPUs with a copy engine and tensor cores that read shared memory (compute capability
+9 and 10), elsewhere through pointers: compiled for 8.0, a descriptor loads 2 bytes at a time. Both want rows of a multiple of 16
+bytes. So X is padded to multiples of 8 numbers by zeros, which stay zero: padded rows and columns change no other number. The
+copy that normalizes X pads and transposes it as well.
 
 Legend: N matrices, S the shorter and L the longer side.
 """
@@ -30,19 +31,26 @@ GROUP = 8  # tiles of a column that run one after the other, so that they find i
 
 
 class Tile(NamedTuple):
-    """Rows and columns (a multiple of the rows) of a tile of the result, inner numbers at once, warps and pipeline stages."""
+    """Rows and columns (a multiple of the rows) of a tile of the result, inner numbers at once, warps, stages, how to load."""
 
     rows: int
     cols: int
     inner: int
     warps: int
     stages: int
+    descriptors: bool
 
 
-# SMALL: two programs share a multiprocessor (96 of 227 KB of shared memory each), one writes while the other multiplies, and
-# the triangle has little waste. LARGE: 1.33 times the FLOPs for each byte from shared memory, one program (144 KB) on each.
-SMALL, LARGE = Tile(128, 128, 64, 4, 3), Tile(128, 256, 64, 8, 3)
+# Chosen by the code that Triton compiles, none by time: no spills, 16-byte loads, no more shared memory than every GPU of the
+# kind has (`pytest tests/celo2/test_celo2_compiled.py`).
+# Hopper. SMALL: two programs share a multiprocessor (96 of 227 KB of shared memory each), one writes while the other multiplies,
+# and the triangle has little waste. LARGE: 1.33 times the FLOPs for each byte from shared memory, one program (144 KB) on each.
+SMALL, LARGE = Tile(128, 128, 64, 4, 3, True), Tile(128, 256, 64, 8, 3, True)
 LARGE_SIDE = 2048
+# Compute capability 10: SMALL with 4 warps and LARGE spill 400 bytes a thread where they add.
+BLACKWELL = Tile(128, 128, 64, 8, 3, True)
+# Every other GPU: 122 to 130 registers, and 48 KB of shared memory, where a multiprocessor may have no more than 100 KB.
+BY_POINTERS = Tile(128, 128, 32, 8, 4, False)
 # A matrix of one tile saves nothing.
 SMALLEST_SIDE = 256
 
@@ -52,7 +60,14 @@ def newton_schulz(u: Tensor) -> Tensor:
     side = min(u.shape[-2:])
     if u.dtype is not torch.bfloat16 or side < SMALLEST_SIDE:
         return orthogonalize.newton_schulz(u)
-    return newton_schulz_tiled(u, LARGE if side >= LARGE_SIDE else SMALL)
+    return newton_schulz_tiled(u, tile_for(side, torch.cuda.get_device_capability(u.device)))
+
+
+def tile_for(side: int, capability: tuple[int, int]) -> Tile:
+    """The tile for matrices with this shorter side on a GPU of this compute capability."""
+    if capability[0] == 9:
+        return LARGE if side >= LARGE_SIDE else SMALL
+    return BLACKWELL if capability[0] == 10 else BY_POINTERS
 
 
 def newton_schulz_tiled(u: Tensor, tile: Tile) -> Tensor:
@@ -80,10 +95,10 @@ def symmetric_product(x: Tensor, factor: float, tile: Tile, addend: float | None
     n, side, inner = x.shape
     out = x.new_empty(n, side, side)
     rows = x.view(n * side, inner)
+    operands = [TensorDescriptor.from_tensor(rows, [size, tile.inner]) for size in tile[:2]] if tile.descriptors else [x, x]
     tiles = triton.cdiv(side, tile.rows) * triton.cdiv(side, tile.cols)
     symmetric_kernel[(n * tiles,)](
-        TensorDescriptor.from_tensor(rows, [tile.rows, tile.inner]),
-        TensorDescriptor.from_tensor(rows, [tile.cols, tile.inner]),
+        *operands,
         None if addend is None else x,
         out,
         factor,
@@ -93,6 +108,7 @@ def symmetric_product(x: Tensor, factor: float, tile: Tile, addend: float | None
         tile.rows,
         tile.cols,
         tile.inner,
+        tile.descriptors,
         GROUP,
         num_warps=tile.warps,
         num_stages=tile.stages,
@@ -100,11 +116,26 @@ def symmetric_product(x: Tensor, factor: float, tile: Tile, addend: float | None
     return out
 
 
+@triton.jit
+def places(rows, cols, R: tl.constexpr, C: tl.constexpr):
+    """Where rows x cols lie in a matrix (R, C), and which of them are in it."""
+    if R * C >= 2**31:
+        rows = rows.to(tl.int64)
+    return rows * C + cols, (rows < R) & (cols < C)
+
+
+@triton.jit
+def load_rows(matrix, rows, inner, S: tl.constexpr, L: tl.constexpr):
+    """The places rows x inner of a matrix (S, L), zero beyond it."""
+    here, mask = places(rows[:, None], inner[None, :], S, L)
+    return tl.load(matrix + here, mask=mask, other=0.0)
+
+
 # S and L are compiled in: a model has few shapes, and the loop's length is known.
 @triton.jit
 def symmetric_kernel(
-    left,  # X of all matrices, (N S, L), in blocks (BLOCK_M, BLOCK_K)
-    right,  # the same in blocks (BLOCK_N, BLOCK_K)
+    left,  # X of all matrices: (N S, L) in blocks (BLOCK_M, BLOCK_K), or with DESCRIPTORS false a pointer to (N, S, L)
+    right,  # the same in blocks (BLOCK_N, BLOCK_K), or the same pointer
     addend,  # (N, S, S) or None
     out,  # (N, S, S)
     factor,
@@ -114,6 +145,7 @@ def symmetric_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     GROUP: tl.constexpr,
 ):
     down: tl.constexpr = (S + BLOCK_M - 1) // BLOCK_M
@@ -125,21 +157,23 @@ def symmetric_kernel(
     j = tile % (GROUP * across) // height
     if (i + 1) * BLOCK_M <= j * BLOCK_N:  # above the diagonal blocks
         return
-    # A tile that reaches beyond its matrix multiplies rows of the next one; what comes of them is not stored.
+    row, col, inner = i * BLOCK_M + tl.arange(0, BLOCK_M), j * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, L, BLOCK_K):
-        x = left.load([n * S + i * BLOCK_M, k])
-        y = right.load([n * S + j * BLOCK_N, k])
+        if DESCRIPTORS:  # a tile that reaches beyond its matrix multiplies rows of the next one; what comes of them is not stored
+            x = left.load([n * S + i * BLOCK_M, k])
+            y = right.load([n * S + j * BLOCK_N, k])
+        else:
+            x = load_rows(left + n.to(tl.int64) * S * L, row, k + inner, S, L)
+            y = load_rows(right + n.to(tl.int64) * S * L, col, k + inner, S, L)
         total = tl.dot(x, y.T, total, input_precision="ieee")
     total *= factor
-    row = (i * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
-    col = (j * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
-    mask = (row < S) & (col < S)
     matrix = n.to(tl.int64) * S * S
-    here = matrix + row.to(tl.int64) * S + col
+    here, mask = places(row[:, None], col[None, :], S, S)
     if addend is not None:
-        total += addend_factor * tl.load(addend + here, mask=mask, other=0.0).to(tl.float32)
+        total += addend_factor * tl.load(addend + matrix + here, mask=mask, other=0.0).to(tl.float32)
     result = total.to(out.dtype.element_ty)
-    tl.store(out + here, result, mask=mask)
+    tl.store(out + matrix + here, result, mask=mask)
     if i * BLOCK_M >= (j + 1) * BLOCK_N:  # below the diagonal blocks
-        tl.store(out + matrix + col.to(tl.int64) * S + row, result, mask=mask)
+        there, mask = places(col[None, :], row[:, None], S, S)
+        tl.store(out + matrix + there, result, mask=mask)

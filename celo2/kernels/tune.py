@@ -21,7 +21,10 @@ from celo2.stack import Stack, stack_of_whole
 
 PASS_TILES = ((1024, 4), (2048, 4), (2048, 8), (4096, 8), (8192, 8))
 EMIT_TILES = ((512, 2), (512, 4), (1024, 4), (1024, 8), (2048, 8))
-PRODUCT_TILES = ((128, 128, 64, 4, 3), (128, 128, 64, 4, 4), (128, 128, 64, 8, 4), (128, 256, 64, 8, 3), (128, 256, 64, 8, 4))
+PRODUCT_TILES = (  # with descriptors and with pointers
+    *((*tile, True) for tile in ((128, 128, 64, 4, 3), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 256, 64, 8, 3))),
+    *((*tile, False) for tile in ((128, 128, 32, 8, 4), (128, 128, 64, 8, 3), (128, 256, 32, 8, 3))),
+)
 
 
 def random_stack(n: int, rows: int, cols: int) -> Stack:

@@ -33,6 +33,7 @@ KINDS = {
     "matrix by adamw": ((6, 10), {"update": "adamw", "betas": (0.8, 0.7), "eps": 1e-6}),
 }
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+PLAIN_CPU = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
 STATE_DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -44,12 +45,12 @@ def directions_(rule: Rule, stacks: list[Stack], out: torch.Tensor, passes: Pass
 def random_rule(seed: int = 0, hidden: int = 5) -> Rule:
     """Every channel, bias and hidden unit matters; neither the size nor the decays are the defaults."""
     generator = torch.Generator().manual_seed(seed)
-    weights = {name: torch.randn(shape, generator=generator) for name, shape in weight_shapes(hidden).items()}
+    weights = {name: torch.randn(shape, generator=generator, **PLAIN_CPU) for name, shape in weight_shapes(hidden).items()}
     return Rule(weights, momentum_decays=(0.8, 0.95, 0.99), second_moment_decay=0.9, factored_decays=(0.7, 0.95, 0.99))
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), **PLAIN_CPU)
 
 
 def make_params(dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, nn.Parameter]:
