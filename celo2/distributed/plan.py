@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from celo2.distributed.collectives import gather_objects
-from celo2.distributed.shard import LocalShard, Ranges, ShardingError, SplitMatrix, check_cover, local_shard_of
+from celo2.distributed.shard import LocalShard, Ranges, ShardingError, SplitMatrix, check_cover, local_shard_of, refuse_fsdp1
 from celo2.layout import Layout, is_factored_over_batch, matrix_count, regions, stacked_shape
 from celo2.orthogonalize import newton_schulz_flops
 from celo2.rule import Rule
@@ -91,12 +91,7 @@ def check_explained(groups: Sequence[dict[str, Any]], shapes: Sequence[Sequence[
 
     Parameters may be replaced by others of their shapes, as Accelerate does for FSDP2. What is compared is the same on all ranks.
     """
-    flattened = [p for group in groups for p in group["params"] if getattr(p, "_fsdp_flattened", False)]
-    if flattened and all(p.ndim < 2 for p in flattened):  # else they are whole: its strategy is NO_SHARD
-        raise ShardingError(
-            "FSDP1 (FullyShardedDataParallel) has flattened the parameters, and no matrix is left for the rule; "
-            "use FSDP2 (torch.distributed.fsdp.fully_shard)"
-        )
+    refuse_fsdp1(p for group in groups for p in group["params"])
     for index, (group, built) in enumerate(zip(groups, shapes, strict=True)):
         for shape in Counter(local_shard_of(p).shape for p in group["params"]) - Counter(built):
             raise ShardingError(
