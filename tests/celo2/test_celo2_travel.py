@@ -1,5 +1,6 @@
 """State under FSDP2 through torch's own tools: saved by some ranks, loaded by as many, by more, by fewer or by one process."""
 
+import copy
 import os
 from pathlib import Path
 
@@ -38,6 +39,7 @@ KINDS = {
     "Celo2, bfloat16 state": {"state_dtype": torch.bfloat16},
     "Celo2-base": {"rule": "celo2-base"},
 }
+WAYS = ("sharded", "flat", "full", "broadcast")  # from the rank that has it
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 BROADCAST = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -102,7 +104,7 @@ def save(folder, mesh):
         dcp.save({"m": m, "o": o}, checkpoint_id=folder / kind / "sharded")
         m, o = get_state_dict(model, optimizer, options=FLAT)
         dcp.save({"m": m, "o": o}, checkpoint_id=folder / kind / "flat")
-        full = get_state_dict(model, optimizer, options=FULL)
+        full = copy.deepcopy(get_state_dict(model, optimizer, options=FULL))  # `step` and the means are the optimizer's own
         train(model, optimizer, range(STEPS, 2 * STEPS))
         after = contents(model, optimizer)[0]
         if dist.get_rank() == 0:
@@ -114,7 +116,7 @@ def load(folder, mesh, exact):
     """Every way back, into another model: the same state bit for bit, and the same weights after as many steps again."""
     for kind in KINDS:
         saved = torch.load(folder / kind / "whole.pt")
-        for how in ("sharded", "flat", "full", "broadcast") if mesh is not None else ("sharded", "flat"):
+        for how in WAYS if mesh is not None else WAYS[:2]:
             model, optimizer = make(kind, mesh, seed=1)
             if how in ("sharded", "flat"):
                 options = FLAT if how == "flat" else None
