@@ -39,9 +39,7 @@ KINDS = {
     "Celo2, bfloat16 state": {"state_dtype": torch.bfloat16},
     "Celo2-base": {"rule": "celo2-base"},
 }
-WAYS = ("sharded", "flat", "full", "broadcast")  # from the rank that has it
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
-BROADCAST = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
@@ -116,16 +114,15 @@ def load(folder, mesh, exact):
     """Every way back, into another model: the same state bit for bit, and the same weights after as many steps again."""
     for kind in KINDS:
         saved = torch.load(folder / kind / "whole.pt")
-        for how in WAYS if mesh is not None else WAYS[:2]:
+        for how in ("sharded", "flat", "full") if mesh is not None else ("sharded", "flat"):
             model, optimizer = make(kind, mesh, seed=1)
-            if how in ("sharded", "flat"):
-                options = FLAT if how == "flat" else None
+            options = {"sharded": None, "flat": FLAT, "full": FULL}[how]
+            if how == "full":
+                m, o = saved["full"]
+            else:
                 m, o = get_state_dict(model, optimizer, options=options)
                 dcp.load(loaded := {"m": m, "o": o}, checkpoint_id=folder / kind / how)
                 m, o = loaded["m"], loaded["o"]
-            else:
-                options = FULL if how == "full" else BROADCAST
-                m, o = saved["full"] if how == "full" or dist.get_rank() == 0 else ({}, {})
             set_state_dict(model, optimizer, model_state_dict=m, optim_state_dict=o, options=options)
             what = f"{kind} {how}"
             weights, state = contents(model, optimizer)
