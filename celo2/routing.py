@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from celo2.bare import kind_of
 from celo2.boundary import EMBEDDINGS, Found, boundary_of
-from celo2.distributed.shard import ShardingError
+from celo2.distributed.shard import ShardingError, refuse_fsdp1
 from celo2.fused import CONVOLUTIONS, WRAPPERS, Parents, class_names, is_experts, matrices_of, owner_of
 from celo2.groups import UPDATES
 from celo2.layout import Layout, matrix_count, stacked_shape
@@ -77,6 +77,7 @@ def param_groups(
     """
     if variant not in VARIANTS:
         raise ValueError(f"unknown variant '{variant}', expected one of {', '.join(VARIANTS)}")
+    refuse_fsdp1(model.parameters())
     refuse_flattened(model)
     overruled = overruled_parameters(model, rules or {})
     groups: dict[tuple, dict[str, Any]] = {}
@@ -119,7 +120,7 @@ def refuse_flattened(model: nn.Module) -> None:
             name = f"{prefix}.{attribute}" if prefix else attribute
             if nn.parameter.is_lazy(p):
                 raise ValueError(f"'{name}' has no shape yet: run one batch through the model before param_groups")
-            if attribute == "_flat_param" or (layer and attribute == "weight" and p.requires_grad and p.ndim != kernel):
+            if layer and attribute == "weight" and p.requires_grad and p.ndim != kernel:
                 raise ShardingError(
                     f"'{name}' has the shape {tuple(p.shape)}, which is not that of the weights of a "
                     f"{type(module).__name__}: a wrapper has flattened it, so that its matrices are lost. Instead of FSDP1 use "
