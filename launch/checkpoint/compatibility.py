@@ -36,6 +36,7 @@ def add_names_of_transformers_4(folder: Path) -> None:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_input_names": ["input_ids", "attention_mask"],
             "padding_side": "left",
+            "add_bos_token": False,  # llama.cpp adds one to a tokenizer like Llama's unless it is told
         },
     )
 

@@ -48,6 +48,7 @@ def test_no_input_that_the_model_does_not_take_and_prompts_stand_before_what_is_
     assert inputs["attention_mask"][1].tolist() == [0] * 6 + [1]
     written = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert written["model_input_names"] == ["input_ids", "attention_mask"] and written["padding_side"] == "left"
+    assert written["add_bos_token"] is False  # llama.cpp adds one otherwise, which training never saw
     alone = AutoModelForCausalLM.from_pretrained(tmp_path / "out").generate(**tokenizer("a", return_tensors="pt"), max_length=9)
     both = AutoModelForCausalLM.from_pretrained(tmp_path / "out").generate(**inputs, max_new_tokens=8)
     assert both[1, 6:].tolist()[: alone.shape[1]] == alone[0].tolist()
