@@ -1,6 +1,7 @@
 """Training runs that take a rule or their first weights from the Hugging Face Hub, against a stand-in on 127.0.0.1."""
 
 import shutil
+from pathlib import Path
 
 import hub_stand_in
 import pytest
@@ -10,9 +11,14 @@ from safetensors.torch import load_file, save
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from celo2 import load_rule, save_rule
+from configs.load import load_config
+from configs.schema import Config, Optimizer
 from data import DataError
 from data.preparation.hub import hub_revision
 from data.tokenizer import load_declared, load_tokenizer
+from launch.compare.contestants import parse
+
+ROOT = Path(__file__).parents[2]
 
 QUICK = ["train.steps=1", "eval.every=0", "log.sample_tokens=0", "checkpoint.every=1"]
 BARE = [f"model.{key}=null" for key in ("layers", "width", "heads", "context")]
@@ -67,6 +73,18 @@ def test_a_run_keeps_the_rule_that_it_began_with(run, hub):
         "optimizer.rule is hub:DiamondXL/elo-celo2 with the content ",
         f"Restore optimizer.rule={run.tmp_path / 'run' / 'rule.safetensors'}",
     )
+
+
+def test_a_comparison_takes_one_commit(hub):
+    """Its trials begin hours apart, and the Hub may move on; of both, the rule of a contestant and that of the configuration."""
+    sha = hub.add("DiamondXL/celo2", {"model.safetensors": save(pylo_weights(random_rule().weights))})
+    pinned = f"optimizer.rule=hub:DiamondXL/celo2@{sha}:model.safetensors"
+    config = Config(optimizer=Optimizer(rule="hub:DiamondXL/celo2"))
+    for spec in ("celo2{rule: hub:DiamondXL/celo2@main}", "celo2"):
+        contestant = parse(spec, config)
+        assert pinned in contestant.overrides and contestant.label == spec
+        assert "/" not in contestant.slug
+    assert load_config(ROOT / "configs" / "demo.yaml", [pinned]).optimizer.rule == pinned.partition("=")[2]
 
 
 def test_the_name_of_the_optimizer_says_the_variant(run, hub, tmp_path):
