@@ -78,8 +78,9 @@ def fetch(
         found = [hub.try_to_load_from_cache(address.repo, name, cache_dir, address.revision) for name in names]
     except ValueError as error:  # a name that the Hub does not allow
         raise RuleError(f"{address} cannot be loaded: {explain(error, address.repo)}") from None
-    cached = [] if force_download else [Path(path) for path in found if isinstance(path, str)]
-    if COMMIT.fullmatch(address.revision or "") and len(cached) == 1:
+    cached = [Path(path) for path in found if isinstance(path, str)]
+    usable = len(cached) == 1 and not force_download
+    if COMMIT.fullmatch(address.revision or "") and usable:
         return cached[0]
     reason = "local_files_only is set"
     if not local_files_only:
@@ -91,11 +92,11 @@ def fetch(
             reason = explain(error, address.repo)
             if answered(error):
                 raise RuleError(f"{address} cannot be loaded: {reason}") from None
-    if len(cached) == 1:
+    if usable:
         return cached[0]
-    there = (
-        "several rules of it: name the file" if cached else "nothing of it: load it once with a network, or name a copy's path"
-    )
+    there = "nothing of it: load it once with a network, or name a copy's path"
+    if cached:
+        there = "it, which force_download forbids" if force_download else "several rules of it: name the file"
     raise RuleError(f"{address} cannot be loaded: the Hub is out of reach ({reason}), and the cache has {there}")
 
 
@@ -157,10 +158,10 @@ def explain(error: Exception, repo: str) -> str:
 
 
 def from_pretrained(name: str | Path, *, variant: str | None = None, revision: str | None = None, **options: Any) -> Rule:
-    """The rule of a folder or of the Hub.
+    """The rule of a folder, of a file, or of the Hub.
 
     Args:
-        name: a folder, or `OWNER/NAME`.
+        name: a folder or file, or `OWNER/NAME`.
         variant: as for `load_rule`.
         revision: a branch, tag or commit; None is main.
         options: `token`, `cache_dir`, `local_files_only`, `force_download`, as huggingface_hub has them.
@@ -168,7 +169,7 @@ def from_pretrained(name: str | Path, *, variant: str | None = None, revision: s
     Raises:
         RuleError: no such folder or repository, revision or file; no access; no network and nothing in the cache; not a rule.
     """
-    if Path(name).is_dir():
+    if Path(name).exists():
         return load_rule(Path(name), variant)
     return load(str(name) if revision is None else str(replace(parse(str(name)), revision=revision)), variant, **options)
 

@@ -132,7 +132,8 @@ def _local_path(name_or_path: str | Path) -> Path | None:
         return path
     if path.suffix != ".json" and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(name_or_path)):
         return None
-    raise DataError(f"no tokenizer at {path}")
+    hint = "; a name of the Hugging Face hub is written without hub:" if str(name_or_path).startswith("hub:") else ""
+    raise DataError(f"no tokenizer at {path}{hint}")
 
 
 def _from_file(path: Path) -> Tokenizer:

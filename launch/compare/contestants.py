@@ -6,6 +6,8 @@ import re
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from celo2 import load_rule
+from celo2.rule_files import HUB
 from celo2.training.yaml_values import dump_yaml, read_yaml, untyped
 from configs.load import ConfigError, build
 from configs.schema import Config, Optimizer
@@ -54,6 +56,8 @@ def parse(spec: str, config: Config) -> Contestant:
     usual = asdict(config.optimizer) if same else {"weight_decay": config.optimizer.weight_decay}
     section = build({"optimizer": usual | own | {"name": name}}).optimizer
     check_optimizer(section)  # now, not after the trials of the others
+    if section.rule is not None and section.rule.startswith(HUB):
+        own["rule"] = load_rule(section.rule, name).source  # one commit for every trial
     entry = entry_of(section)
     lr = section.lr if same or "lr" in own else usual_lr(name) * config.optimizer.lr / usual_lr(config.optimizer.name)
     if not lr > 0:

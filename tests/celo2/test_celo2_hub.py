@@ -150,6 +150,8 @@ def test_the_cache_is_huggingface_hubs(hub, offline, tmp_path):
     assert hub.requests == []
     with pytest.raises(RuleError, match="local_files_only is set"):
         Rule.from_pretrained("me/other", local_files_only=True)
+    with pytest.raises(RuleError, match="the cache has it, which force_download forbids"):
+        Rule.from_pretrained("DiamondXL/celo2", force_download=True)
 
 
 def test_many_at_once_download_once(hub):
@@ -161,6 +163,7 @@ def test_many_at_once_download_once(hub):
     assert len(hub.downloads()) == 1
 
 
+@pytest.mark.slow  # a process of its own
 def test_another_process_with_the_librarys_variables(hub, tmp_path, monkeypatch):
     """HF_ENDPOINT and HF_HOME, through the command."""
     hub.add("amoudgl/celo2-base", {"theta.state": THETA})
@@ -343,7 +346,7 @@ def test_folders_and_files_of_every_layout(tmp_path, layout):
     (folder / layout).write_bytes(content)
     (folder / "README.md").write_text("a card")
     loaded = load_rule(folder)
-    assert loaded == load_rule(folder / layout) == Rule.from_pretrained(folder) == Rule.from_pretrained(str(folder))
+    assert loaded == load_rule(folder / layout) == Rule.from_pretrained(folder) == Rule.from_pretrained(str(folder / layout))
     assert (loaded.variant, loaded.source) == ("celo2", "")
     assert main([str(folder), str(tmp_path / "out.safetensors"), "--description", "mine"]) == 0
     assert load_rule(tmp_path / "out.safetensors") == loaded

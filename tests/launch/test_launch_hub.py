@@ -1,6 +1,7 @@
 """Training runs that take a rule or their first weights from the Hugging Face Hub, against a stand-in on 127.0.0.1."""
 
 import shutil
+from pathlib import Path
 
 import hub_stand_in
 import pytest
@@ -10,9 +11,14 @@ from safetensors.torch import load_file, save
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from celo2 import load_rule, save_rule
+from configs.load import load_config
+from configs.schema import Config, Optimizer
 from data import DataError
 from data.preparation.hub import hub_revision
 from data.tokenizer import load_declared, load_tokenizer
+from launch.compare.contestants import parse
+
+ROOT = Path(__file__).parents[2]
 
 QUICK = ["train.steps=1", "eval.every=0", "log.sample_tokens=0", "checkpoint.every=1"]
 BARE = [f"model.{key}=null" for key in ("layers", "width", "heads", "context")]
@@ -69,6 +75,18 @@ def test_a_run_keeps_the_rule_that_it_began_with(run, hub):
     )
 
 
+def test_a_comparison_takes_one_commit(hub):
+    """Its trials begin hours apart, and the Hub may move on; of both, the rule of a contestant and that of the configuration."""
+    sha = hub.add("DiamondXL/celo2", {"model.safetensors": save(pylo_weights(random_rule().weights))})
+    pinned = f"optimizer.rule=hub:DiamondXL/celo2@{sha}:model.safetensors"
+    config = Config(optimizer=Optimizer(rule="hub:DiamondXL/celo2"))
+    for spec in ("celo2{rule: hub:DiamondXL/celo2@main}", "celo2"):
+        contestant = parse(spec, config)
+        assert pinned in contestant.overrides and contestant.label == spec
+        assert "/" not in contestant.slug
+    assert load_config(ROOT / "configs" / "demo.yaml", [pinned]).optimizer.rule == pinned.partition("=")[2]
+
+
 def test_the_name_of_the_optimizer_says_the_variant(run, hub, tmp_path):
     """Neither a theta.state nor PyLO's file does; one that is known or says so must agree."""
     save_rule(random_rule(), tmp_path / "theta.state")
@@ -83,17 +101,16 @@ def test_the_name_of_the_optimizer_says_the_variant(run, hub, tmp_path):
 
 
 def test_weights_from_the_hub(run, hub):
-    """Named by branch, tag and commit; the commit is said; continued and planned without the hub."""
+    """Named by branch or commit; the commit is said; planned without weights, continued without the hub."""
     torch.manual_seed(3)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=257, n_positions=48, n_embd=32, n_layer=2, n_head=2))
     model.save_pretrained(run.tmp_path / "gpt2")
     sha = hub.add("some/gpt2", files_of(run.tmp_path / "gpt2") | {"pytorch_model.bin": b"pickled", "modeling.py": b"code"})
-    hub.repositories["some/gpt2"].refs["v1"] = sha
     assert run("--plan", *BARE, "model.init=hub:some/gpt2", "data.dir=not/yet", folder="plan")[0] == 0
     assert "the vocabulary of model.init is assumed" in run.out and "vocabulary 257" in run.out
     assert not [path for path in hub.downloads() if "safetensors" in path]  # a plan needs the shapes alone
     frozen = ["optimizer.lr=0", "optimizer.adamw_lr=0", "optimizer.weight_decay=0"]
-    for revision in ("", "@main", "@v1", f"@{sha}"):
+    for revision in ("", f"@{sha}"):
         command = [*QUICK, *BARE, *frozen, f"model.init=hub:some/gpt2{revision}"]
         status, _, err = run(*command, folder=f"run{revision[:3]}")
         assert status == 0, err
@@ -142,6 +159,8 @@ def test_tokenizers_and_data_sets_of_the_hub(run, hub, prepared, monkeypatch):
         DataError, match=r"hub:some/none cannot be read from the Hugging Face hub: .*Repository Not Found for url"
     ):
         hub_revision("some/none", None)
+    with pytest.raises(DataError, match="no tokenizer at hub:gpt2; a name of the Hugging Face hub is written without hub:"):
+        load_tokenizer("hub:gpt2")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match=r"tokenizer 'some/other' is no file or folder here.*annot find") as caught:
         load_tokenizer("some/other")
