@@ -102,13 +102,6 @@ def test_flattened_weight_is_refused(make, shape):
         param_groups(model, 1e-3, 2e-2)
 
 
-def test_flat_parameter_is_refused():
-    model = nn.Module()
-    model.register_parameter("_flat_param", nn.Parameter(torch.zeros(64)))
-    with pytest.raises(ShardingError, match=r"_flat_param.*fully_shard"):
-        param_groups(model, 1e-3, 2e-2)
-
-
 def test_lazy_layer_is_refused():
     with pytest.raises(ValueError, match=r"'1\.weight' has no shape yet"):
         param_groups(nn.Sequential(nn.Linear(8, 8), nn.LazyLinear(3)), 1e-3, 2e-2)
