@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from data.files import replace_text
 from launch.compare.picture import draw, draw_details
 
 HERE = Path(__file__).parent
@@ -23,8 +24,8 @@ def write_report(out: Path, results: Results) -> Path:
     page, numbers = render(results), to_json(results)
     draw(results, out / "report.png")
     draw_details(results, out / "details.png")
-    (out / "results.json").write_text(numbers, encoding="utf-8")
-    (out / "report.html").write_text(page, encoding="utf-8")
+    replace_text(out / "results.json", numbers)
+    replace_text(out / "report.html", page)
     return out / "report.html"
 
 
