@@ -9,7 +9,7 @@ import stat
 from pathlib import Path
 
 MANIFEST = "manifest.json"
-FILES = ("config.json", "model.safetensors", "optimizer.safetensors", "state.json")  # what it lists, no more and no less
+FILES = ("config.json", "model.safetensors", "optimizer.safetensors", "state.json")  # what it may list
 
 
 class CheckpointError(ValueError):
@@ -64,12 +64,12 @@ def choose_checkpoint(run: Path) -> tuple[Path, list[str]]:
 
 
 def verify(path: Path) -> None:
-    """Raise CheckpointError unless the manifest lists the FILES, and each is there with its size and hash."""
+    """Raise CheckpointError unless the manifest lists those of FILES that are there and nothing else, each with its size and hash."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        if manifest.keys() != set(FILES):
-            wrong = [f"lacks {name}" for name in FILES if name not in manifest]
-            wrong += [f"names {name!r}, which is no file of a checkpoint" for name in manifest if name not in FILES]
+        wrong = [f"names {name!r}, which is no file of a checkpoint" for name in manifest if name not in FILES]
+        wrong += [f"lacks {name}" for name in FILES if name not in manifest and (path / name).exists()]
+        if wrong:
             raise CheckpointError(f"{path / MANIFEST} {'; '.join(wrong[:3])}")
         for name, expected in manifest.items():
             file = path / name
@@ -89,10 +89,11 @@ def verify(path: Path) -> None:
 
 def require_its_step(path: Path) -> None:
     """Raise CheckpointError if a whole checkpoint was renamed: its name says another step than its state."""
+    state = path / "state.json"
     try:
-        step = json.loads((path / "state.json").read_text(encoding="utf-8"))["step"]
+        step = json.loads(state.read_text(encoding="utf-8"))["step"] if state.exists() else step_of(path)
     except (ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{path / 'state.json'} does not say its step") from None
+        raise CheckpointError(f"{state} does not say its step") from None
     if step != step_of(path):
         raise CheckpointError(f"{path} is a copy of step {step} under the name of another step")
 

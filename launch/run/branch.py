@@ -215,7 +215,7 @@ def link_checkpoint(source: Path, target: Path) -> None:
     partial = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    for name in (*FILES, MANIFEST):
+    for name in (name for name in (*FILES, MANIFEST) if (source / name).exists()):
         try:
             os.link((source / name).resolve(), partial / name)
         except OSError:  # another disk, or one without links
