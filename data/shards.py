@@ -98,10 +98,17 @@ def read_index(folder: Path) -> dict:
         raise DataError(f"{path}: format {index['format']} version {version}; this code reads {FORMAT} version {VERSION}")
     try:
         fingerprint(index)
-        for split in index["splits"]:
+        numbers = [index["vocab_size"], index["end_of_text_id"]]
+        for split, content in index["splits"].items():
             list(_files(folder, index, split))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: damaged ({type(error).__name__}: {error})") from None
+            numbers.append(content["tokens"])
+            if content["tokens"] != sum(shard["tokens"] for shard in content["shards"]):
+                raise DataError(f"{path}: damaged, the shards of {split} do not have the tokens that it says")
+        whole = all(isinstance(number, int) for number in numbers)
+    except (LookupError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise DataError(f"{path}: damaged, it is not what data.prepare writes")
     return index
 
 
