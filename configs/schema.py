@@ -9,12 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from celo2.training.configuration import DECAY, FRACTION, NOT_EMPTY, SEED, TIMEOUT, at_least, option, section
+from celo2.training.configuration import DECAY, FRACTION, NAME, NOT_EMPTY, SEED, TIMEOUT, at_least, option, section
 
 
 @dataclass
 class Run:
-    name: str = option("run", "name of the training run; the trackers show it", NOT_EMPTY)
+    name: str = option("run", "name of the training run; the trackers show it", NAME)
     dir: str | None = option(None, "folder of the training run; null: runs/<name>", NOT_EMPTY, path=True)
     seed: int = option(0, "seeds initialization, data order and dropout", SEED)
 

@@ -1,4 +1,4 @@
-"""Files that are whole and on the disk once they are there."""
+"""Files that are whole and on the disk once they are there, and that are never written through a link."""
 
 import os
 from collections.abc import Iterator
@@ -9,16 +9,31 @@ from typing import BinaryIO
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file beside `path`, NAME.PID.tmp, that takes its place when the block ends, and goes after an error."""
+    """A file beside `path`, NAME.PID.tmp, that takes its place when the block ends, and goes after an error.
+
+    Where `path` is a link, the link goes, and what it leads to stays as it is.
+    """
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    aside.unlink(missing_ok=True)
     try:
-        with open(aside, "wb") as file:
+        with open(aside, "xb") as file:
             yield file
             sync(file)
         os.replace(aside, path)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text, in UTF-8, as `replacing` does."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+def no_link(path: str, flags: int) -> int:
+    """An `opener` for `open`, which raises OSError where the file is a link: what is appended must not go elsewhere."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def sync(file: BinaryIO) -> None:

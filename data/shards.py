@@ -1,4 +1,4 @@
-"""Reads a prepared folder: the tokens of a split, memory-mapped, after checks that name the file that is wrong.
+"""Reads a prepared folder: the tokens of a split, after checks that name the file that is wrong.
 
 index.json: {format, version, dtype, vocab_size, end_of_text_id, tokenizer_sha256, splits: {train, val: {tokens,
 documents, bytes, shards: [{name, tokens, sha256, documents, docs_sha256}]}}, arguments, inventory, val_inventory, notes}.
@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from data import DataError
+from data.shard_files import ShardFile, ShardFiles
 from data.tokenizer import json_hash
 
 FORMAT = "token-shards"
@@ -25,7 +26,8 @@ class TokenShards:
     """The tokens of one split, as one long array on disk.
 
     Opening checks the index, the tokenizer's hash, the size of every file, and the sha256 of every file if the split has
-    at most VERIFY_BYTES. `python -m data.verify FOLDER` checks everything, whatever its size. DataError names the file.
+    at most VERIFY_BYTES. `python -m data.verify FOLDER` checks everything, whatever its size. A file that changes after that
+    is noticed when it is read. DataError names the file.
     """
 
     def __init__(self, folder: str | Path, split: str):
@@ -45,26 +47,30 @@ class TokenShards:
             raise DataError(
                 f"{self.folder}: the split {split!r} is empty; prepare it with --val-source or --val-fraction above 0"
             )
-        dtype = DTYPES[index["dtype"]]
-        if self.n_tokens * dtype.itemsize <= VERIFY_BYTES:
+        self.dtype = DTYPES[index["dtype"]]
+        files = {file.path.name: file for file in _files(self.folder, index, split)}
+        self._files = ShardFiles([files[shard["name"]] for shard in self.shards])
+        if self.n_tokens * self.dtype.itemsize <= VERIFY_BYTES:
             for _ in verify_shards(self.folder, index, split):
                 pass
-        self._maps = [np.memmap(self.folder / shard["name"], dtype, "r") for shard in self.shards]
         self._starts = np.cumsum([0] + [shard["tokens"] for shard in self.shards])
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) of the split as an array (stop - start,) of the shards' dtype, across shards."""
+        """Tokens [start, stop) of the split as an array (stop - start,) of the shards' dtype, across shards.
+
+        Raises:
+            DataError: a shard is no longer the one that the index describes.
+        """
         if not 0 <= start <= stop <= self.n_tokens:
             raise IndexError(f"tokens [{start}, {stop}) of a split of {self.n_tokens}")
         first = int(np.searchsorted(self._starts, start, "right")) - 1
         parts = []
         while start < stop:
-            base = int(self._starts[first])
-            part = self._maps[first][start - base : stop - base]
-            parts.append(part)
-            start += len(part)
+            base, end = int(self._starts[first]), min(stop, int(self._starts[first + 1]))
+            parts.append(self._files.read(first, (start - base) * self.dtype.itemsize, (end - start) * self.dtype.itemsize))
+            start = end
             first += 1
-        return np.concatenate(parts) if parts else np.zeros(0, self._maps[0].dtype)
+        return np.frombuffer(b"".join(parts), self.dtype)
 
     def locate(self, position: int) -> tuple[str, int]:
         """The shard file that holds the token at `position`, and the token's offset in it."""
@@ -90,6 +96,19 @@ def read_index(folder: Path) -> dict:
         raise DataError(f"{path}: not an index of token shards") from None
     if not known or version != VERSION:
         raise DataError(f"{path}: format {index['format']} version {version}; this code reads {FORMAT} version {VERSION}")
+    try:
+        fingerprint(index)
+        numbers = [index["vocab_size"], index["end_of_text_id"]]
+        for split, content in index["splits"].items():
+            list(_files(folder, index, split))
+            numbers.append(content["tokens"])
+            if content["tokens"] != sum(shard["tokens"] for shard in content["shards"]):
+                raise DataError(f"{path}: damaged, the shards of {split} do not have the tokens that it says")
+        whole = all(isinstance(number, int) for number in numbers)
+    except (LookupError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise DataError(f"{path}: damaged, it is not what data.prepare writes")
     return index
 
 
@@ -106,7 +125,7 @@ def check_files(folder: Path, index: dict, *splits: str) -> None:
         raise DataError(f"{path}: not the tokenizer of these shards (sha256 {found[:12]}, not {index['tokenizer_sha256'][:12]})")
     for split in splits:
         for path, size, _ in _files(folder, index, split):
-            if not path.exists():
+            if not path.is_file():
                 raise DataError(f"{path}: missing; restore it, or prepare the corpus into a new folder")
             if path.stat().st_size != size:
                 raise DataError(f"{path}: damaged, {path.stat().st_size:,} bytes instead of {size:,}")
@@ -134,8 +153,11 @@ def docs_path(shard: Path) -> Path:
     return shard.with_suffix(".docs.bin")
 
 
-def _files(folder: Path, index: dict, split: str) -> Iterator[tuple[Path, int, str]]:
+def _files(folder: Path, index: dict, split: str) -> Iterator[ShardFile]:
     for shard in index["splits"][split]["shards"]:
-        path = folder / shard["name"]
-        yield path, shard["tokens"] * DTYPES[index["dtype"]].itemsize, shard["sha256"]
-        yield docs_path(path), shard["documents"] * 8, shard["docs_sha256"]
+        name, tokens, documents = shard["name"], shard["tokens"], shard["documents"]
+        if Path(name).name != name or not isinstance(tokens, int) or not isinstance(documents, int):
+            raise DataError(f"{folder / 'index.json'}: damaged, a shard is named {name!r} and has {tokens!r} tokens")
+        path = folder / name
+        yield ShardFile(path, tokens * DTYPES[index["dtype"]].itemsize, shard["sha256"])
+        yield ShardFile(docs_path(path), documents * 8, shard["docs_sha256"])

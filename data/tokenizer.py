@@ -3,7 +3,6 @@
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -86,7 +85,8 @@ def copy_tokenizer(folder: Path, target: Path, end_id: int) -> None:
     end = tok.id_to_token(end_id)
     if end is None:
         raise DataError(f"{folder}: tokenizer.json has no token {end_id}, which ends documents there")
-    shutil.copyfile(folder / "tokenizer.json", target / "tokenizer.json")
+    with replacing(target / "tokenizer.json") as file:
+        file.write((folder / "tokenizer.json").read_bytes())
     _save_config(tok, target, end, declared_tokens(folder))
 
 

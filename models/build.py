@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from models.foreign import ForeignCode, refuse_code
 from models.gpt3 import GPT3Config
 from models.sizes import SIZES
 
@@ -107,6 +108,10 @@ def _gpt3_config(size: str | None, shape: dict, vocab_size: int, dropout: float)
 
 def _hf_config(hf: dict, vocab_size: int) -> PretrainedConfig:
     keys = dict(hf)
+    try:
+        refuse_code(keys, "model.hf")
+    except ForeignCode as error:
+        raise ModelError(str(error)) from None
     model_type = keys.pop("model_type", None)
     if model_type is None:
         raise ModelError('hf needs a model_type, such as {"model_type": "qwen3"}')

@@ -53,6 +53,11 @@ def at_least(minimum: float) -> Range:
 
 POSITIVE = Range("above 0", lambda x: x > 0)
 NOT_EMPTY = Range("some text", lambda x: x.strip() != "")
+# Of what a folder is named after, as runs/<name>: it stays below runs/, and one line shows it.
+NAME = Range(
+    "some text in one line that leads to no other folder (no .., and no / at its start)",
+    lambda x: x.strip() != "" and x.isprintable() and not x.startswith("/") and ".." not in x.split("/"),
+)
 TIMEOUT = Range("above 0 and at most 31536000, a year", lambda x: 0 < x <= 365 * 24 * 3600)
 SEED = Range("between 0 and 4294967295", lambda x: 0 <= x < 1 << 32)
 FRACTION = Range("a fraction between 0 and 1", lambda x: 0 <= x <= 1)

@@ -21,6 +21,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from celo2.training.folder import check_folder
+
 HEARTBEAT = 5.0  # s between two signs of life of the holder
 SILENCE = 30.0  # s without one after which a holder on another machine is dead; its job may have been queued again
 SETTLE = 1.0  # s after which a newcomer looks whether another one took the lock in the same moment
@@ -36,6 +38,7 @@ class FolderLock:
 
     Raises:
         FolderInUse: a process that lives holds it.
+        UnsafeFolder: what is in it would make the run write elsewhere.
         OSError: a folder that cannot be written.
     """
 
@@ -56,7 +59,8 @@ class FolderLock:
         while True:
             self.made |= not self.folder.exists()
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            check_folder(self.folder)
+            self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             try:
                 self._take()
             except BaseException as error:

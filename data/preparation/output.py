@@ -77,7 +77,8 @@ def publish(partial: Path, shards: Path, out: Path, index: dict) -> None:
     for path in sorted(shards.iterdir()):
         os.replace(path, out / path.name)
     for name in (CONFIG, "tokenizer.json"):
-        shutil.copyfile(partial / name, out / name)
+        with replacing(out / name) as file:
+            file.write((partial / name).read_bytes())
     _write_json(out / "index.json", index)
     shutil.rmtree(partial, ignore_errors=True)  # if this is interrupted, is_finished removes it
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import re
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from celo2.training.metrics import read_metrics
+from launch.checkpoint.load import read_state
+from launch.checkpoint.verify import CheckpointError
 from models import longest_context
 
 CARD = """---
@@ -38,21 +40,35 @@ def write_card(folder: Path, checkpoint: Path, model: PreTrainedModel, rows: int
         "vocabulary": f"{kept:,} rows" + (f"; {rows - kept:,} that no token has were dropped" if rows > kept else ""),
         "context": longest_context(config) and f"{longest_context(config):,} tokens",
     }
-    name, state = checkpoint.parent.parent.name, checkpoint / "state.json"
-    if state.is_file():
-        saved = json.loads(state.read_text(encoding="utf-8"))
-        trained = saved["config"]
-        name, optimizer = trained["run"]["name"], trained["optimizer"]
-        rule = optimizer.get("rule") and f", rule {optimizer['rule']}"
-        facts |= {
-            "data": f"{Path(str(trained['data']['dir'])).name}, hash {saved['identity']['data set'][:12]}",
-            "training": f"{saved['step']:,} steps of {trained['train']['batch_size']} sequences, {saved['tokens']:,} tokens",
-            "optimizer": f"{optimizer['name']}{rule or ''}, peak learning rate {optimizer['lr']:g}",
-            "validation loss": validation_loss(checkpoint.parent.parent / "metrics.jsonl", saved["step"]),
-            "seed": trained["run"]["seed"],
-        }
-    table = "\n".join(f"| {what} | {fact} |" for what, fact in facts.items() if fact is not None)
-    (folder / "README.md").write_text(CARD.format(name=name, table=table), encoding="utf-8")
+    name = checkpoint.parent.parent.name
+    if (checkpoint / "state.json").is_file():
+        saved = read_state(checkpoint)
+        try:
+            name, told = training_facts(checkpoint, saved)
+        except (LookupError, TypeError, ValueError, AttributeError):
+            raise CheckpointError(f"{checkpoint / 'state.json'} is damaged: it is not what a training run writes") from None
+        facts |= told
+    table = "\n".join(f"| {what} | {plain(fact)} |" for what, fact in facts.items() if fact is not None)
+    (folder / "README.md").write_text(CARD.format(name=plain(name), table=table), encoding="utf-8")
+
+
+def training_facts(checkpoint: Path, saved: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The run's name, and what the state of a checkpoint says of the training."""
+    trained = saved["config"]
+    optimizer = trained["optimizer"]
+    rule = optimizer.get("rule") and f", rule {optimizer['rule']}"
+    return trained["run"]["name"], {
+        "data": f"{Path(str(trained['data']['dir'])).name}, hash {saved['identity']['data set'][:12]}",
+        "training": f"{saved['step']:,} steps of {trained['train']['batch_size']} sequences, {saved['tokens']:,} tokens",
+        "optimizer": f"{optimizer['name']}{rule or ''}, peak learning rate {optimizer['lr']:g}",
+        "validation loss": validation_loss(checkpoint.parent.parent / "metrics.jsonl", saved["step"]),
+        "seed": trained["run"]["seed"],
+    }
+
+
+def plain(fact: Any) -> str:
+    """A text from a checkpoint as Markdown shows it: one line, no HTML, no link, no further column."""
+    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", " ".join(str(fact).split()))
 
 
 def validation_loss(metrics: Path, step: int) -> str | None:

@@ -45,7 +45,7 @@ def read(folder: Path) -> dict[str, Any]:
     """The configuration that transformers reads from an exported folder. Raises whatever it raises, and its warnings, too."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        return AutoConfig.from_pretrained(folder).to_dict()
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict()
 
 
 def old_names(config: dict[str, Any]) -> dict[str, Any]:

@@ -20,11 +20,34 @@ from launch.checkpoint.verify import CheckpointError
 from launch.distributed.buffers import persistent_buffers
 from launch.distributed.gather import REPLICATED, keeps_state
 from launch.distributed.strategy import Strategy
+from models.foreign import ForeignCode, refuse_code, without_auto_map
+
+SECTIONS = ("run", "model", "data", "optimizer", "train")  # of the configuration in state.json that are looked at later
+IDENTITY = {"data set", "run.seed", "train.batch_size", "model.context", "optimizer.name"}
+NUMBERS = ("step", "tokens", "seconds")
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The state.json of a checkpoint."""
-    return json.loads((path / "state.json").read_text(encoding="utf-8"))
+    """The state.json of a checkpoint. Raises CheckpointError for one that is missing or cannot be read."""
+    file = path / "state.json"
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} has no state.json") from None
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{file} is damaged ({error})") from None
+
+
+def require_state(path: Path, saved: dict[str, Any]) -> None:
+    """Raise CheckpointError unless `saved`, from the checkpoint `path`, has what a training run goes on from."""
+    try:
+        sections = [saved["config"][key] for key in SECTIONS]
+        whole = all(isinstance(section, dict) for section in sections) and IDENTITY <= saved["identity"].keys()
+        whole = whole and all(isinstance(saved[key], int | float) for key in NUMBERS)
+    except (LookupError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise CheckpointError(f"{path / 'state.json'} is damaged: it is not what a training run writes")
 
 
 def optimizer_bytes(path: Path) -> int | None:
@@ -126,11 +149,19 @@ def weights_alone(path: Path) -> str:
 
 
 def read_model_config(path: Path) -> PretrainedConfig:
-    """The transformers configuration in `path`. Raises CheckpointError for a file that is missing or cannot be read."""
+    """The transformers configuration in `path`, which asks for no code from outside.
+
+    Raises:
+        CheckpointError: a file that is missing or cannot be read, or that needs such code.
+    """
+    file = path / "config.json"
     try:
-        return AutoConfig.from_pretrained(path / "config.json", trust_remote_code=False)
+        refuse_code(json.loads(file.read_text(encoding="utf-8")), str(file))
+        return without_auto_map(AutoConfig.from_pretrained(file, trust_remote_code=False))
+    except ForeignCode as error:
+        raise CheckpointError(str(error)) from None
     except Exception as error:  # transformers raises whatever reading its JSON raises
-        raise CheckpointError(f"cannot read {path / 'config.json'}: {' '.join(str(error).split())}") from error
+        raise CheckpointError(f"cannot read {file}: {' '.join(str(error).split())}") from error
 
 
 def load_model(path: Path, config: PretrainedConfig | None = None) -> PreTrainedModel:

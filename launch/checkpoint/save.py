@@ -148,7 +148,7 @@ def write_checkpoint(
     temporary, replaced = folder / f".{target.name}.tmp", folder / f".{target.name}.old"
     try:
         announce("temporary folder")
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove(temporary)
         temporary.mkdir(parents=True)
         check_free_space(folder, [*snapshot.weights.values(), *snapshot.moments.values()])
         announce("weights")
@@ -162,16 +162,16 @@ def write_checkpoint(
             announce("flush to disk")
             flush(path)
         announce("rename")
-        if target.exists():  # of the same step: a damaged one, or one that a rollback writes again
-            shutil.rmtree(replaced, ignore_errors=True)
+        if os.path.lexists(target):  # of the same step: a damaged one, or one that a rollback writes again
+            remove(replaced)
             target.rename(replaced)
         temporary.rename(target)
         flush(folder)
         announce("deletion of old checkpoints")
         for old in [replaced, *surplus(target, config, origin)]:
-            shutil.rmtree(old, ignore_errors=True)
+            remove(old)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove(temporary)
         raise CheckpointError(f"cannot write checkpoint {target}: {error}") from error
     return target
 
@@ -192,7 +192,14 @@ def remove_leftovers(folder: Path) -> None:
         if not target.exists():
             replaced.rename(target)
     for leftover in folder.glob(".step_*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        remove(leftover)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder, or a link without what it leads to, as far as that is possible."""
+    if path.is_symlink():
+        path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def check_free_space(folder: Path, tensors: list[Tensor]) -> None:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from data import DataError
 from data.shards import read_index
 from data.tokenizer import end_of_text_id, load_tokenizer
-from launch.checkpoint.load import load_model, read_state
+from launch.checkpoint.load import load_model, read_model_config, read_state, require_state
 from launch.checkpoint.verify import MANIFEST, CheckpointError, choose_checkpoint
 from models import longest_context
 
@@ -52,8 +52,9 @@ def open_trained(path: str | Path) -> TrainedModel:
 def open_checkpoint(path: Path, notes: list[str]) -> TrainedModel:
     """The model of a whole checkpoint, and the tokenizer of its run."""
     tokenizer = read_tokenizer(path.absolute().parent.parent)
-    config = read_state(path)["config"]
-    model = load_model(path)
+    saved = read_state(path)
+    require_state(path, saved)
+    config, model = saved["config"], load_model(path)
     try:  # the data may be gone, or elsewhere
         end = read_index(Path(config["data"]["dir"]))["end_of_text_id"]
     except (DataError, OSError):
@@ -63,10 +64,17 @@ def open_checkpoint(path: Path, notes: list[str]) -> TrainedModel:
 
 def open_export(path: Path) -> TrainedModel:
     """The model of a folder in the form of transformers; nothing is downloaded, unpickled or run from it."""
-    tokenizer = read_tokenizer(path)
+    if (path / "adapter_config.json").exists():  # transformers would load the model that it names
+        raise CheckpointError(f"{path} holds an adapter: merge it into its model, and name that folder")
+    tokenizer, config = read_tokenizer(path), read_model_config(path)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            path, local_files_only=True, use_safetensors=True, output_loading_info=True
+            path,
+            config=config,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except Exception as error:  # whatever transformers raises for files that are missing or damaged
         raise CheckpointError(f"cannot read {path}: {' '.join(str(error).split())}") from error

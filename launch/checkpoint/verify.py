@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import stat
 from pathlib import Path
 
 MANIFEST = "manifest.json"
+FILES = ("config.json", "model.safetensors", "optimizer.safetensors", "state.json")  # what it may list
 
 
 class CheckpointError(ValueError):
@@ -62,11 +64,17 @@ def choose_checkpoint(run: Path) -> tuple[Path, list[str]]:
 
 
 def verify(path: Path) -> None:
-    """Raise CheckpointError unless every file of the manifest is there with its size and hash."""
+    """Raise CheckpointError unless the manifest lists those of FILES that are there and nothing else, each with its size and hash."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        wrong = [f"names {name!r}, which is no file of a checkpoint" for name in manifest if name not in FILES]
+        wrong += [f"lacks {name}" for name in FILES if name not in manifest and (path / name).exists()]
+        if wrong:
+            raise CheckpointError(f"{path / MANIFEST} {'; '.join(wrong[:3])}")
         for name, expected in manifest.items():
             file = path / name
+            if not stat.S_ISREG(file.stat().st_mode):
+                raise CheckpointError(f"{file} is no file")
             if file.stat().st_size != expected["bytes"]:
                 raise CheckpointError(f"{file} has {file.stat().st_size} bytes, its manifest says {expected['bytes']}")
             if sha256(file) != expected["sha256"]:
@@ -82,7 +90,10 @@ def verify(path: Path) -> None:
 def require_its_step(path: Path) -> None:
     """Raise CheckpointError if a whole checkpoint was renamed: its name says another step than its state."""
     state = path / "state.json"
-    step = json.loads(state.read_text(encoding="utf-8"))["step"] if state.exists() else step_of(path)
+    try:
+        step = json.loads(state.read_text(encoding="utf-8"))["step"] if state.exists() else step_of(path)
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{state} does not say its step") from None
     if step != step_of(path):
         raise CheckpointError(f"{path} is a copy of step {step} under the name of another step")
 

@@ -30,6 +30,7 @@ from celo2 import RuleError
 from celo2.training.configuration import parse_arguments
 from configs.load import ConfigError, load_config
 from data import DataError
+from data.files import replace_text
 from launch.command import at_least
 from launch.compare.contestants import Contestant, parse_all
 from launch.compare.curves import Run, label_runs, read_run
@@ -67,9 +68,7 @@ class Comparison:
         path = make_folder(self.out) / "comparison.json"
         if path.exists() and path.read_text(encoding="utf-8") != said:
             raise ConfigError(f"{self.out} holds a comparison on other data than {self.config.data.dir}: choose another --out")
-        rewritten = path.with_suffix(".tmp")  # a kill in between must not leave half of it
-        rewritten.write_text(said, encoding="utf-8")
-        rewritten.replace(path)
+        replace_text(path, said)
 
     @property
     def eval_every(self) -> int:

@@ -14,6 +14,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from data.files import replacing
+
 COLORS = ("#126fb8", "#d65b1d", "#5a9f84", "#b20360", "#a770fb", "#150090", "#4e4a00", "#580934")  # as in page.css
 DASHES = ("-", (0, (4, 2)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2)), (0, (3, 1)), (0, (1, 2.4)), (0, (8, 2)), (0, (2.5, 2.5)))
 MARKERS = "os^DvPX"  # 7, so that with 8 colours and dashes 56 optimizers differ in something
@@ -61,7 +63,8 @@ def sheet(path: Path, results: dict[str, Any], panels: Sequence[Panel]) -> None:
     proxies = [figure.axes[0].plot([], [], markersize=5, linewidth=1.8, **style(label, labels))[0] for label in labels]
     names = [short(label) for label in labels]
     figure.legend(proxies, names, loc="outside upper center", ncols=min(4, len(labels)), frameon=False, handlelength=3.5)
-    figure.savefig(path)
+    with replacing(path) as file:
+        figure.savefig(file, format="png")
 
 
 def style(label: str, labels: Labels) -> dict[str, Any]:

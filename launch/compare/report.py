@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from data.files import replace_text
 from launch.compare.picture import draw, draw_details
 
 HERE = Path(__file__).parent
@@ -23,8 +26,8 @@ def write_report(out: Path, results: Results) -> Path:
     page, numbers = render(results), to_json(results)
     draw(results, out / "report.png")
     draw_details(results, out / "details.png")
-    (out / "results.json").write_text(numbers, encoding="utf-8")
-    (out / "report.html").write_text(page, encoding="utf-8")
+    replace_text(out / "results.json", numbers)
+    replace_text(out / "report.html", page)
     return out / "report.html"
 
 
@@ -51,6 +54,8 @@ def render(results: Results) -> str:
         """Per cent of the way from the lowest to the highest final loss."""
         return round(100 * (loss - low) / (high - low), 2) if high > low else 50.0
 
+    script = f"/*\n{(VENDOR / 'uPlot.LICENSE').read_text(encoding='utf-8')}*/\n"
+    script += (VENDOR / "uPlot.iife.min.js").read_text(encoding="utf-8") + (HERE / "page.js").read_text(encoding="utf-8")
     page = Environment(loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True, undefined=StrictUndefined)
     page.filters |= {"f": number, "milliseconds": milliseconds, "breakable": breakable, "place": place}
     page.filters["colour"] = lambda label: labels.index(label) % 8
@@ -64,9 +69,8 @@ def render(results: Results) -> str:
         by_loss=sorted(results["optimizers"], key=lambda row: row["loss"]["mean"] if row["loss"] else float("inf")),
         searched=[row for row in results["optimizers"] if row["search"] and row["search"]["lr"]],
         style=(VENDOR / "uPlot.min.css").read_text(encoding="utf-8") + (HERE / "page.css").read_text(encoding="utf-8"),
-        script=f"/*\n{(VENDOR / 'uPlot.LICENSE').read_text(encoding='utf-8')}*/\n"
-        + (VENDOR / "uPlot.iife.min.js").read_text(encoding="utf-8")
-        + (HERE / "page.js").read_text(encoding="utf-8"),
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         data=json.dumps(drawn, allow_nan=False).replace("<", "\\u003c"),
     )
 

@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from configs.load import ConfigError, load_config
 from configs.schema import Config
+from data.files import no_link
 from launch.compare.curves import Outcome, standing, stopped_diverged
 from launch.monitoring.metrics import flat
 from launch.monitoring.signals import INTERRUPTED, STOPPED
@@ -181,7 +182,7 @@ class Pool:
         if device is not None:
             environment["CUDA_VISIBLE_DEVICES"] = device
         trial.folder.mkdir(parents=True, exist_ok=True)
-        log = (trial.folder / "log.txt").open("ab")
+        log = open(trial.folder / "log.txt", "ab", opener=no_link)  # noqa: SIM115 - the process has it
         try:  # the trial holds this lock by its output until it ends, even if this process is killed before
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 
 from celo2.training.metrics import read_metrics, rewind
 from configs.schema import Config
+from data.files import no_link
 from launch.monitoring.guard import Diverged
 from launch.monitoring.trackers import Tracker, open_trackers
 
@@ -58,7 +59,7 @@ class Metrics:
         """Append one record, and give it to the trackers under the same names. Numbers that are not finite become null."""
         if self.first:
             record = {key: value if value is not None and math.isfinite(value) else None for key, value in record.items()}
-            with self.path.open("a", encoding="utf-8") as file:
+            with open(self.path, "a", encoding="utf-8", opener=no_link) as file:
                 file.write(json.dumps(record) + "\n")
             values = {key: value for key, value in record.items() if key != "step" and value is not None}
             self._track(lambda tracker: tracker.write(record["step"], values))
@@ -75,13 +76,13 @@ class Metrics:
     def flush(self) -> None:
         """Make the operating system write the metrics to the disk, before a checkpoint that counts on them."""
         if self.first and self.path.exists():
-            with self.path.open("a", encoding="utf-8") as file:
+            with open(self.path, "a", encoding="utf-8", opener=no_link) as file:
                 os.fsync(file.fileno())
 
     def event(self, record: dict[str, Any]) -> None:
         """Append one record to events.jsonl, with the time. Any thread may call it."""
         if self.first:
-            with self.events.open("a", encoding="utf-8") as file:
+            with open(self.events, "a", encoding="utf-8", opener=no_link) as file:
                 file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **record}) + "\n")
 
 

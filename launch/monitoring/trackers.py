@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from configs.load import ConfigError, to_yaml
 from configs.schema import Config
+from data.files import replace_text
 
 
 class Tracker(Protocol):
@@ -63,7 +64,7 @@ class WandB:
 
         path = run_dir / "wandb.json"
         if not path.exists():
-            path.write_text(json.dumps({"id": uuid.uuid4().hex}), encoding="utf-8")
+            replace_text(path, json.dumps({"id": uuid.uuid4().hex}))
         identity = json.loads(path.read_text(encoding="utf-8"))["id"]
         log, name = config.log, config.run.name
         self.run = wandb.init(

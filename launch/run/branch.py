@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import uuid
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +23,7 @@ from data.files import replacing
 from launch.checkpoint.load import read_state
 from launch.checkpoint.save import flush, remove_leftovers
 from launch.checkpoint.verify import (
+    FILES,
     MANIFEST,
     CheckpointError,
     checkpoint_name,
@@ -213,7 +215,7 @@ def link_checkpoint(source: Path, target: Path) -> None:
     partial = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    for name in (*json.loads((source / MANIFEST).read_text(encoding="utf-8")), MANIFEST):
+    for name in (name for name in (*FILES, MANIFEST) if (source / name).exists()):
         try:
             os.link((source / name).resolve(), partial / name)
         except OSError:  # another disk, or one without links
@@ -232,7 +234,12 @@ def read_origin(run_dir: Path) -> Origin | None:
     if not path.exists():
         return None
     try:
-        return Origin(**json.loads(path.read_text(encoding="utf-8")))
+        origin = Origin(**json.loads(path.read_text(encoding="utf-8")))
+        if origin.set_aside is not None and not re.fullmatch(r"set_aside/[0-9]+", origin.set_aside):
+            raise ValueError(f"set_aside is {origin.set_aside!r}")
+        if not isinstance(origin.step, int):
+            raise ValueError(f"step is {origin.step!r}")
+        return origin
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{path} is damaged ({error})") from None
 

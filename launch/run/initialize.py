@@ -223,6 +223,8 @@ def weight_files(source: Weights) -> list[Path]:
             names = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ConfigError(f"model.init: {index} is damaged: download or export the model again") from None
+        if outside := sorted(name for name in names if Path(name).name != name):
+            raise ConfigError(f"model.init: {index} names {outside[0]!r}, which is no file beside it")
     missing = sorted(name for name in names if not (source.path / name).is_file())
     if not missing:
         return [source.path / name for name in sorted(names)]

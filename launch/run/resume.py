@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.schema import Config
-from launch.checkpoint.load import load_checkpoint, read_state
+from launch.checkpoint.load import load_checkpoint, read_state, require_state
 from launch.checkpoint.save import Saver
 from launch.checkpoint.verify import find_checkpoint
 from launch.distributed.first_rank import on_first_rank
@@ -33,6 +33,7 @@ def resume(config: Config, run_dir: Path, strategy: Strategy, identity: dict[str
     if path is None:
         return RunState(), start
     saved = read_state(path)
+    require_state(path, saved)
     require_agreement(path, saved, config, strategy.model.config, identity)
     load_checkpoint(path, strategy)
     before, now = flat(saved["config"]), flat(asdict(config))

@@ -16,6 +16,7 @@ from celo2.training.lock import FolderLock
 from configs.load import ConfigError, to_yaml
 from configs.schema import Config
 from data.batches import Batches, fit_micro_batch, prefetch
+from data.files import replace_text
 from data.shards import TokenShards
 from data.tokenizer import copy_tokenizer
 from launch.distributed.first_rank import on_first_rank
@@ -125,7 +126,7 @@ def describe_run(config: Config, run_dir: Path, shards: TokenShards, optimizer: 
     if start.begins and start.origin is not None:
         begin_line(run_dir, start.origin)
     (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    replace_text(run_dir / "config.yaml", to_yaml(config))
     copy_tokenizer(shards.folder, run_dir, shards.eot_id)
     if isinstance(optimizer, Celo2):  # a rule file may change or go
         save_rule(optimizer.rule, run_dir / RULE_FILE)

@@ -4,7 +4,7 @@ import shutil
 import numpy as np
 import pytest
 
-from data import DataError, shards
+from data import DataError, shard_files, shards
 from data.shards import TokenShards, read_index
 from data.tokenizer import byte_tokenizer, train_bpe
 from data.verify import main, verify
@@ -145,3 +145,71 @@ def test_another_tokenizer(folder, texts):
         TokenShards(folder, "train")
     byte_tokenizer().save(str(folder / "tokenizer.json"), pretty=False)
     TokenShards(folder, "train")
+
+
+def first_shard(folder):
+    return folder / read_index(folder)["splits"]["train"]["shards"][0]["name"]
+
+
+@pytest.mark.parametrize("verify_bytes", [10**9, 0])  # hashed when it was opened, and not
+def test_a_shard_that_changes_while_it_is_read_is_named(folder, monkeypatch, verify_bytes):
+    monkeypatch.setattr(shards, "VERIFY_BYTES", verify_bytes)
+    tokens = TokenShards(folder, "train")
+    tokens.read(0, 10)
+    flip(first_shard(folder), 9000)
+    with pytest.raises(DataError, match=r"train_00000\.bin: changed while it was in use: its tokens are others; restore it"):
+        tokens.read(0, 10)  # other tokens of the file, even where those that were asked for are as before
+    tokens.read(5000, 5010)  # of the next file
+
+
+def test_a_shard_that_is_cut_short_while_it_is_read_is_named(folder):
+    """No SIGBUS, as a mapping into memory has behind the end of the file."""
+    tokens = TokenShards(folder, "train")
+    path = first_shard(folder)
+    with open(path, "r+b") as file:
+        file.truncate(100)
+    for start in (4000, 0):
+        with pytest.raises(DataError, match=r"it has 100 bytes instead of 10,000"):
+            tokens.read(start, start + 10)
+
+
+def test_a_shard_that_is_gone_or_replaced(folder, monkeypatch):
+    """What is open stays as it was; what is opened anew is compared."""
+    monkeypatch.setattr(shard_files, "OPEN", 1)
+    tokens = TokenShards(folder, "train")
+    before, path = tokens.read(0, 10), first_shard(folder)
+    other = path.with_name("other")
+    other.write_bytes(bytes(10_000))
+    other.replace(path)
+    assert np.array_equal(tokens.read(0, 10), before)
+    tokens.read(5000, 5010)
+    with pytest.raises(DataError, match="its tokens are others"):
+        tokens.read(0, 10)
+    path.unlink()
+    with pytest.raises(DataError, match="cannot be read any more"):
+        tokens.read(0, 10)
+
+
+def test_a_new_time_alone_is_no_change(folder):
+    """A backup that is put back, or `touch`, leaves the same tokens."""
+    tokens = TokenShards(folder, "train")
+    before = tokens.read(0, 10)
+    first_shard(folder).touch()
+    assert np.array_equal(tokens.read(0, 10), before)
+
+
+@pytest.mark.parametrize("name", ["../train_00000.bin", "/dev/zero", "sub/x.bin"])
+def test_an_index_names_files_of_its_folder_alone(folder, name):
+    index = read_index(folder)
+    index["splits"]["train"]["shards"][0]["name"] = name
+    edit_index(folder, **index)
+    with pytest.raises(DataError, match=r"index\.json: damaged, a shard is named"):
+        TokenShards(folder, "val")
+
+
+def test_an_index_that_lacks_something_is_named(folder):
+    index = read_index(folder)
+    for splits in ({"train": {}}, {"train": {"shards": [{"name": "x"}]}}, []):
+        edit_index(folder, **index | {"splits": splits})
+        with pytest.raises(DataError, match=r"index\.json: damaged"):
+            read_index(folder)

@@ -1,5 +1,7 @@
 """What a report says, from runs whose curves are known."""
 
+import base64
+import hashlib
 import json
 import re
 import shutil
@@ -294,3 +296,39 @@ def test_the_committed_comparison_is_what_the_documents_say():
         assert f"| {row['label']} | {loss['mean']:.3f} | {loss['sd']:.3f} | {loss['n']} | {row['lr']:g} |" in documents
     assert all(pair["claim"] == (pair["p_corrected"] < 0.05) for pair in results["pairs"])
     assert render(results).count("<h2>") == 6
+
+
+def leaves(tree, path=()):
+    """The places of all values in a tree of JSON, of a list that of its first entry."""
+    if isinstance(tree, dict):
+        return [found for key, value in tree.items() for found in leaves(value, (*path, key))]
+    return leaves(tree[0], (*path, 0)) if isinstance(tree, list) and tree else [path]
+
+
+def test_no_value_of_a_results_file_becomes_markup():
+    """A results.json from somebody else may hold text wherever a number or a word should be."""
+    groups = {"a": seeds("a", [4.0, 4.2], steps=20), "b": seeds("b", [3.0, 3.1], steps=20)}
+    searches = {label: Search(losses={1e-3: 4.0}, adamw={1e-3: 3.9}, notes=["one"]) for label in groups}
+    text = report.to_json(summarize(groups, searches, ABOUT))
+    drawn = []
+    for path in leaves(json.loads(text)):
+        results = at = json.loads(text)
+        for key in path[:-1]:
+            at = at[key]
+        at[path[-1]] = "<img src=x onerror=alert(1)></script>"
+        try:
+            page = render(results)
+        except (ValueError, LookupError, TypeError, AttributeError):
+            continue  # python -m launch.compare says in one line that it is no results.json
+        drawn.append(path)
+        assert "<img" not in page and page.count("<script") == page.count("</script>") == 2, path
+    assert {("title",), ("runs", 0, "seed"), ("pairs", 0, "n"), ("optimizers", 0, "loss", "n")} <= set(drawn)
+
+
+def test_the_page_runs_its_own_script_alone():
+    """Its policy names the script by hash, and allows nothing from elsewhere."""
+    page = render(results_of({"a": seeds("a", [4.0, 4.2])}))
+    policy = re.search(r'<meta http-equiv="Content-Security-Policy" content="(.*?)">', page)[1]
+    script = re.search(r"<script>(.*?)</script>", page, re.S)[1]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert policy == f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"

@@ -1,11 +1,16 @@
 """train.py from the outside: what a person types, what the run leaves behind, what a mistake says."""
 
+import json
 import math
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from launch.run.hooks import Hooks
 
 ROOT = Path(__file__).parents[2]
 
@@ -260,3 +265,36 @@ def test_schedule_free_keeps_its_average_and_continues_exactly(run):
     assert status == 0, err
     losses = [{r["step"]: r.get("val_loss", r.get("loss")) for r in records} for records in (whole, resumed)]
     assert losses[0] == losses[1] and len(losses[0]) == 6
+
+
+class Changes(Hooks):
+    """Does something to a file before a step."""
+
+    def __init__(self, step, path, change):
+        self.step, self.path, self.change = step, path, change
+
+    def before_step(self, step, strategy):
+        if step == self.step:
+            self.change(self.path)
+
+
+def test_data_that_changes_while_it_is_trained_on_stops_the_run(run, prepared):
+    """Other tokens or a shorter file: one line that names it, and the newest checkpoint continues once it is restored."""
+    data = shutil.copytree(prepared, run.tmp_path / "data")
+    shard, sound = data / "train_00000.bin", (data / "train_00000.bin").read_bytes()
+    options = [f"data.dir={data}", "train.steps=12", "checkpoint.every=2", "eval.every=0", "log.sample_tokens=0"]
+    whole = run(*options, folder="whole")[1]
+    for folder, change in (
+        ("overwritten", lambda path: path.write_bytes(sound[::-1])),
+        ("cut", lambda path: os.truncate(path, 100)),
+    ):
+        status, records, error = run(*options, folder=folder, hooks=Changes(5, shard, change))
+        assert status == 2 and error.count("\n") == 1
+        assert f"{shard}: changed while it was in use" in error
+        assert 4 <= len(records) < 12 and losses(records) == losses(whole)[: len(records)]
+        shard.write_bytes(sound)
+        assert run(*options, folder=folder)[0] == 0
+        assert "resumed from" in run.out
+        assert losses([json.loads(s) for s in (run.tmp_path / folder / "metrics.jsonl").read_text().splitlines()]) == losses(
+            whole
+        )
