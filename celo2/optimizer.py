@@ -16,18 +16,16 @@ from torch.optim.adamw import adamw
 from celo2.blocked import Passes
 from celo2.distributed.collectives import broadcast_by_owner_
 from celo2.distributed.owners import orthogonalized_by_owners, orthogonalized_over
-from celo2.distributed.plan import Entry, Replicas, fingerprint, make_plan
-from celo2.distributed.shard import ShardingError, local_shard_of
-from celo2.groups import add_checked
+from celo2.distributed.plan import Entry, Replicas, check_explained
 from celo2.kernels import passes_for
 from celo2.rule import Rule
 from celo2.rule_files import load_rule
-from celo2.stack import local
-from celo2.state import keeping_dtypes, new_state
+from celo2.stack import local, local_gradient
+from celo2.state import Stateful
 from celo2.step import Context, Work, orthogonalized_here
 
 
-class Celo2(torch.optim.Optimizer):
+class Celo2(Stateful):
     r"""Celo2: a learned update for hidden matrices, AdamW for everything else, decoupled weight decay for both.
 
     Source: Moudgil, Knyazev, Belilovsky, "Celo2: Towards Learned Optimization Free Lunch", ICLR 2026, arXiv 2602.19142.
@@ -53,7 +51,7 @@ class Celo2(torch.optim.Optimizer):
 
     Sharded parameters (see `celo2.distributed.shard`): DTensors of FSDP2 as they are; for DeepSpeed ZeRO see
     `celo2.distributed.deepspeed`. The first step compares the ranks and raises `ShardingError` on all of them if they disagree.
-    `celo2.state` says what the state of a parameter is; all of it is allocated at construction.
+    `celo2.state` says what the state of a parameter is; it is made when the parameter first has a gradient.
 
     Raises:
         ValueError, TypeError: a bad option, naming the parameter group.
@@ -87,30 +85,16 @@ class Celo2(torch.optim.Optimizer):
         self.passes: Passes | None = None  # None: `passes_for` chooses; benchmarks and tests set them
         self.orthogonalized = 0  # matrices that this rank has orthogonalized so far
         self._rule_on: dict[torch.device, Rule] = {}
-        self._entries: dict[Tensor, Entry] = {}  # found at the first step
+        self._entries = {}
+        self._shapes = []
         defaults = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}
         super().__init__(params, defaults | {"update": None, "orthogonalize": orthogonalize, "matrices": None})
+        check_explained(self.param_groups, self._shapes)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {name: getattr(self, name) for name in ("rule", "ns_dtype", "state_dtype", "replicas", "passes", "orthogonalized")}
+        names = ("rule", "ns_dtype", "state_dtype", "replicas", "passes", "orthogonalized", "_shapes")
+        own = {name: getattr(self, name) for name in names}
         return {**super().__getstate__(), **own, "_rule_on": {}, "_entries": {}}
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Check and add a group, give its parameters owners among replicas, and allocate its state."""
-        group = add_checked(self.param_groups, param_group, super().add_param_group)
-        self._entries = {}
-        entries = self._entries_of(len(self.param_groups) - 1, group)
-        if self.replicas is not None:
-            self.replicas.add(entries)
-        for entry in entries:
-            if self.replicas is None or self.replicas.keeps_state(entry.p):
-                self.state[entry.p] = new_state(entry, self.state_dtype)
-
-    def takes_rule(self, p: Tensor, group: dict[str, Any]) -> bool:
-        """Whether the rule, and not AdamW, updates `p` of `group`."""
-        if group["update"] is None:
-            return len(local_shard_of(p).shape) >= 2 or self.rule.variant == "celo2-base"
-        return group["update"] == "celo2"
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -125,12 +109,14 @@ class Celo2(torch.optim.Optimizer):
             if counts := [self.state[e.p]["count"] for e in by_rule if "count" in self.state.get(e.p, ())]:
                 torch._foreach_add_(counts, 1)
             adamw_([entry.p for entry in entries if not entry.by_rule], self.state, group, self.replicas)
+            orthogonalize = group["orthogonalize"] and self.rule.variant != "celo2-base"
             for entry in by_rule:
                 owner = 0 if self.replicas is None else self.replicas.owners[entry.p]
-                work[entry.p.device].add(entry, self.state.get(entry.p), group, self._orthogonalizes(group), owner)
+                work[entry.p.device].add(entry, self.state.get(entry.p), group, orthogonalize, owner)
         whole_directions = orthogonalized_here
         if self.replicas is not None:
             whole_directions = functools.partial(orthogonalized_by_owners, replicas=self.replicas)
+            self.replicas.consolidated = None
         for device, of_device in work.items():
             context = self._context(device)
             with torch.cuda.device_of(context.rule.weights["b0"]):  # kernels start on the current device
@@ -144,37 +130,17 @@ class Celo2(torch.optim.Optimizer):
         for p in group["params"]:
             if p not in self._entries:  # the first step, or a parameter that nothing explains
                 self._entries = self._plan()
-            entry = self._entries[p]
-            if p.grad is not None and 0 not in entry.local_shard.shape:
-                if p.grad.is_sparse or p.grad.is_complex():
-                    kind = f"{'sparse' if p.grad.is_sparse else 'complex'} gradient of shape {tuple(p.grad.shape)}"
-                    raise RuntimeError(f"parameter group {index}: {kind}; use a dense, real one")
+            if p.grad is None:
+                continue
+            if p.grad.is_sparse or p.grad.is_complex():
+                kind = f"{'sparse' if p.grad.is_sparse else 'complex'} gradient of shape {tuple(p.grad.shape)}"
+                raise RuntimeError(f"parameter group {index}: {kind}; use a dense, real one")
+            entry, state = self._entries[p], self.state.get(p)
+            if not state or next(iter(state.values())).device != p.device:
+                self._make_state(entry)
+            if 0 not in entry.local_shard.shape:
                 found.append(entry)
         return found
-
-    def _plan(self) -> dict[Tensor, Entry]:
-        """All parameters, after the ranks have agreed on them and on who does what."""
-        entries = []
-        for index, group in enumerate(self.param_groups):
-            entries += self._entries_of(index, group)
-            for p in group["params"]:
-                if p not in self.state and (self.replicas is None or p not in self.replicas.owners):
-                    raise ShardingError(
-                        f"parameter group {index}: a tensor of shape {tuple(p.shape)} that nothing explains has replaced a "
-                        "parameter that Celo2 was built with; for DeepSpeed ZeRO use celo2.distributed.deepspeed.ZeroClient"
-                    )
-        make_plan(entries, fingerprint(self.rule, self.ns_dtype), self.replicas)
-        return {entry.p: entry for entry in entries}
-
-    def _entries_of(self, index: int, group: dict[str, Any]) -> list[Entry]:
-        names = group.get("param_names") or [f"parameter {i} of group {index}" for i in range(len(group["params"]))]
-        return [
-            Entry(name, p, local_shard_of(p), self.takes_rule(p, group), self._orthogonalizes(group), group["matrices"])
-            for name, p in zip(names, group["params"], strict=True)
-        ]
-
-    def _orthogonalizes(self, group: dict[str, Any]) -> bool:
-        return group["orthogonalize"] and self.rule.variant != "celo2-base"
 
     def _context(self, device: torch.device) -> Context:
         """What the driver needs on a device; the rule is copied there once."""
@@ -183,18 +149,6 @@ class Celo2(torch.optim.Optimizer):
         ns_dtype = self.ns_dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
         return Context(self._rule_on[device], self.passes or passes_for(device), ns_dtype)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load groups and state; unlike torch's own, the state keeps its dtype, whatever the parameters' or the saved one is.
-
-        Saved float32 accumulators are rounded to nearest where this optimizer has bfloat16 ones, whose `count` starts again;
-        saved bfloat16 ones become float32 as they are.
-
-        Raises:
-            ValueError: groups, state names or shapes that do not fit this optimizer, naming the parameter group.
-        """
-        with keeping_dtypes(self):
-            super().load_state_dict(state_dict)
-
 
 def adamw_(
     params: Sequence[Tensor], state: Mapping[Tensor, dict[str, Tensor]], group: Mapping[str, Any], replicas: Replicas | None
@@ -202,10 +156,10 @@ def adamw_(
     """torch's own fused AdamW, in place; parameters of lower precision are updated in the state's precision and rounded once."""
     mine = [p for p in params if replicas is None or replicas.keeps_state(p)]
     if mine:
-        moments, squares, steps = ([state[p][name] for p in mine] for name in ("exp_avg", "exp_avg_sq", "step"))
+        moments, squares, steps = ([local(state[p][name]) for p in mine] for name in ("exp_avg", "exp_avg_sq", "step"))
         # The fused kernel walks storage: every tensor must be contiguous, as the state is.
         weights = [local(p).to(moment.dtype).contiguous() for p, moment in zip(mine, moments, strict=True)]
-        gradients = [local(p.grad).to(w.dtype).contiguous() for p, w in zip(mine, weights, strict=True)]
+        gradients = [local_gradient(p).to(w.dtype).contiguous() for p, w in zip(mine, weights, strict=True)]
         options: dict[str, Any] = {name: group[name] for name in ("lr", "weight_decay", "eps")}
         options |= dict(zip(("beta1", "beta2"), group["betas"], strict=True))
         adamw(weights, gradients, moments, squares, [], steps, fused=True, amsgrad=False, maximize=False, **options)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from celo2.distributed.shard import refuse_fsdp1
 from celo2.layout import Layout, matrix_count, stacked_shape
 from celo2.rule_files import VARIANTS
 
@@ -71,6 +72,7 @@ def param_groups(
     Raises:
         ValueError: a parameter that two modules claim differently or that nothing claims, or no single output projection.
     """
+    refuse_fsdp1(model.parameters())
     if variant not in VARIANTS:
         raise ValueError(f"unknown variant '{variant}', expected one of {', '.join(VARIANTS)}")
     input_layers, output_layers = boundary_modules(model, also_adamw)

@@ -27,6 +27,13 @@ def local(tensor: Any) -> Tensor:
     return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
+def local_gradient(p: Any) -> Tensor:
+    """What of the gradient of `p` is on this rank; a DTensor is brought to the placements of `p` first (all ranks take part)."""
+    if is_dtensor(p.grad) and p.grad.placements != p.placements:
+        return p.grad.redistribute(p.device_mesh, p.placements).to_local()
+    return local(p.grad)
+
+
 class Region(NamedTuple):
     """A block of a stack (N, R, C), and where its elements lie in a local shard of the flattened parameter."""
 

@@ -1,51 +1,179 @@
-"""State of the optimizer: allocated as zeros, and loaded with the dtypes that it has. Every error names the parameter group."""
+"""State of the optimizer: made as zeros, saved, and loaded with the dtypes that it has. Every error names the parameter group."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from celo2.distributed.plan import Entry
-from celo2.groups import GROUP_KEYS, check_group, check_keys
+from celo2.distributed.consolidate import collect_divided, whole_state
+from celo2.distributed.plan import Entry, Replicas, check_explained, fingerprint, make_plan
+from celo2.distributed.shard import LocalShard, local_shard_of
+from celo2.groups import GROUP_KEYS, add_checked, check_group, check_keys
 from celo2.layout import as_layout, stacked_axes, stacked_shape
-from celo2.rule import accumulator_shapes
-from celo2.stack import local
+from celo2.rule import Rule, accumulator_shapes
+from celo2.stack import is_dtensor, local
 
-if TYPE_CHECKING:
-    from celo2.optimizer import Celo2
+REPLICATED = ("row", "col", "step", "count")  # not divided like the weights
 
 
-def new_state(entry: Entry, state_dtype: torch.dtype) -> dict[str, Tensor]:
-    """The accumulators of a parameter of shape P and stacked shape S = (..., R, C) (see `celo2.layout`), all zero.
+class Stateful(torch.optim.Optimizer):
+    """What of `Celo2` does not run in a step after the first: groups, entries, and state that is made, saved and loaded."""
+
+    rule: Rule
+    ns_dtype: torch.dtype | None
+    state_dtype: torch.dtype
+    replicas: Replicas | None
+    _entries: dict[Tensor, Entry]  # found at the first step
+    _shapes: list[list[tuple[int, ...]]]  # of the parameters of each group, as they were added
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Check and add a group, and give its parameters owners among replicas."""
+        group = add_checked(self.param_groups, param_group, super().add_param_group)
+        self._entries = {}
+        self._shapes.append([entry.local_shard.shape for entry in self._entries_of(len(self.param_groups) - 1, group)])
+
+    def takes_rule(self, p: Tensor, group: dict[str, Any]) -> bool:
+        """Whether the rule, and not AdamW, updates `p` of `group`."""
+        if group["update"] is None:
+            return len(local_shard_of(p).shape) >= 2 or self.rule.variant == "celo2-base"
+        return group["update"] == "celo2"
+
+    def _entries_of(self, index: int, group: dict[str, Any]) -> list[Entry]:
+        """The parameters of a group as this rank sees them."""
+        names = group.get("param_names") or [f"parameter {i} of group {index}" for i in range(len(group["params"]))]
+        orthogonalize = group["orthogonalize"] and self.rule.variant != "celo2-base"
+        entries = [
+            Entry(name, p, local_shard_of(p), self.takes_rule(p, group), orthogonalize, group["matrices"])
+            for name, p in zip(names, group["params"], strict=True)
+        ]
+        if self.replicas is not None:
+            self.replicas.add(entries)
+        return entries
+
+    def _plan(self) -> dict[Tensor, Entry]:
+        """All parameters, after the ranks have agreed on them and on who does what."""
+        check_explained(self.param_groups, self._shapes)
+        entries = [entry for index, group in enumerate(self.param_groups) for entry in self._entries_of(index, group)]
+        make_plan(entries, fingerprint(self.rule, self.ns_dtype), self.replicas)
+        return {entry.p: entry for entry in entries}
+
+    def allocate_state(self) -> None:
+        """Make all state now. Otherwise it is made when a parameter first has a gradient, and memory may run out only then."""
+        for index, group in enumerate(self.param_groups):
+            for entry in self._entries_of(index, group):
+                self._make_state(entry)
+
+    def _make_state(self, entry: Entry) -> None:
+        """Give a parameter the state that it lacks, unless another rank keeps it; state on another device moves to its own."""
+        if state := self.state.get(entry.p):
+            self.state[entry.p] = {name: value.to(entry.p.device) for name, value in state.items()}
+        elif self.keeps_state(entry.p):
+            self.state[entry.p] = new_state(entry, self.state_dtype)
+
+    def keeps_state(self, p: Tensor) -> bool:
+        """Whether this rank keeps the state of `p`."""
+        return self.replicas is None or self.replicas.keeps_state(p)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Groups and state as torch has them.
+
+        Raises:
+            RuntimeError: state that is divided over ranks (`shard_state`), without `consolidate_state_dict` after the last step.
+        """
+        with whole_state(self):
+            return super().state_dict()
+
+    def consolidate_state_dict(self, to: int = 0) -> None:
+        """Under `shard_state`: bring the state of all ranks to rank `to` of `replicas`, into CPU memory, until the next step.
+
+        Every rank must call it; then `state_dict` of rank `to` holds everything. torch's ZeroRedundancyOptimizer has the same.
+        """
+        found = collect_divided(self, to)
+        if self.replicas is not None and self.replicas.rank == to:
+            self.replicas.consolidated = found
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load groups and state; unlike torch's own, the state keeps its dtype, whatever the parameters' or the saved one is.
+
+        Saved float32 accumulators are rounded to nearest where this optimizer has bfloat16 ones, whose `count` starts again;
+        saved bfloat16 ones become float32 as they are. As with torch's optimizers, a parameter whose state was not saved has
+        none afterwards. Under `shard_state` every rank is given the state of all, and keeps its part.
+
+        Raises:
+            ValueError: groups, state names or shapes that do not fit this optimizer, naming the parameter group.
+        """
+        with keeping_dtypes(self):
+            super().load_state_dict(state_dict)
+
+
+def state_form(entry: Entry, state_dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of the state of a parameter of shape P and stacked shape S = (..., R, C) (see `celo2.layout`).
 
     By the rule: `momentum` (3, *P), `second_moment` P, and `row` and `col`, means over the longer and the shorter axis of a
     matrix, or `diag` (3, *P) for a vector; with bfloat16 accumulators also `count`, int32 (), its steps so far. By AdamW: `step`,
-    `exp_avg`, `exp_avg_sq`. For a sharded parameter P is its local shard, and `count` is the same on all ranks. `row` and `col`
-    cover all its matrices: every rank updates them for a split matrix, and only the rank that holds it for a whole one.
+    `exp_avg`, `exp_avg_sq`. For a DTensor, what has the shape P is placed like it, so that torch's own tools save and reshard it,
+    and the rest is the same on all ranks. For a parameter with the attribute `local_shard`, P is its local shard, and `row` and
+    `col` of a whole matrix are moved only where that is.
     """
-    shard, here = entry.local_shard, local(entry.p)
-    size = tuple(here.shape) if shard.whole else (here.numel(),)
-    dtypes = {"step": torch.float32, "count": torch.int32}
-    if entry.by_rule:
-        shape = stacked_shape(shard.shape, entry.layout)
-        axes = stacked_axes(shape, entry.layout)
-        shapes = accumulator_shapes(shape, axes)
-        for name in shapes.keys() - {"row", "col"}:
-            shapes[name] = (*shapes[name][: len(shapes[name]) - len(shape)], *(size or (1,)))  # a scalar is a vector
-        if axes is not None and state_dtype is torch.bfloat16:
-            shapes["count"] = ()
-            dtypes |= {"momentum": torch.bfloat16, "second_moment": torch.bfloat16}
+    size = tuple(entry.p.shape)
+    if not entry.by_rule:
+        accumulator = size, torch.promote_types(entry.p.dtype, torch.float32)
+        return {"step": ((), torch.float32), "exp_avg": accumulator, "exp_avg_sq": accumulator}
+    shape = stacked_shape(entry.local_shard.shape, entry.layout)
+    axes = stacked_axes(shape, entry.layout)
+    shapes = accumulator_shapes(shape, axes)
+    for name in shapes.keys() - set(REPLICATED):
+        shapes[name] = (*shapes[name][: len(shapes[name]) - len(shape)], *(size or (1,)))  # a scalar is a vector
+    dtypes: dict[str, torch.dtype] = {}
+    if axes is not None and state_dtype is torch.bfloat16:
+        shapes["count"] = ()
+        dtypes = {"momentum": torch.bfloat16, "second_moment": torch.bfloat16, "count": torch.int32}
+    return {name: (shape, dtypes.get(name, torch.float32)) for name, shape in shapes.items()}
+
+
+def new_state(entry: Entry, state_dtype: torch.dtype) -> dict[str, Tensor]:
+    """The state of a parameter, all zero, on its device."""
+    state, p = {}, entry.p
+    for name, (shape, dtype) in state_form(entry, state_dtype).items():
+        if is_dtensor(p) and name not in REPLICATED:
+            zeros = torch.zeros_like(p, dtype=dtype, memory_format=torch.contiguous_format)
+            zeros = zeros if p.ndim else zeros.view(1)
+            state[name] = zeros if len(shape) == zeros.ndim else torch.stack([zeros] * shape[0])
+        else:
+            state[name] = torch.zeros(shape, dtype=dtype, device=p.device)
+    return state
+
+
+def fits(state: dict[str, Tensor], form: dict[str, tuple[tuple[int, ...], torch.dtype]], p: Tensor) -> bool:
+    """Whether `state` has this form and is where `p` is."""
+    return {name: (tuple(v.shape), v.dtype, v.device) for name, v in state.items()} == {
+        name: (*of_name, p.device) for name, of_name in form.items()
+    }
+
+
+def fill_(own: Tensor, saved: Any, shard: LocalShard) -> None:
+    """Copy a saved value (`accepted_shapes`) into the state `own` of a parameter of this local shard."""
+    if is_dtensor(own) and not is_dtensor(saved):  # all of it, or this rank's part as a vector: take what is here
+        here = local(own)
+        if saved.shape == own.shape:
+            saved = saved.reshape(*own.shape[: own.ndim - len(shard.shape)], -1)[..., shard.start : shard.stop]
+        here.copy_(saved.reshape(here.shape))
     else:
-        shapes = {"step": (), "exp_avg": size, "exp_avg_sq": size}
-        dtypes |= dict.fromkeys(("exp_avg", "exp_avg_sq"), torch.promote_types(here.dtype, torch.float32))
-    return {name: torch.zeros(s, dtype=dtypes.get(name, torch.float32), device=here.device) for name, s in shapes.items()}
+        own.copy_(saved if is_dtensor(own) or not is_dtensor(saved) else saved.full_tensor())
 
 
-def check_saved(optimizer: Celo2, state_dict: dict[str, Any]) -> None:
+def accepted_shapes(name: str, shape: tuple[int, ...], p: Tensor) -> list[tuple[int, ...]]:
+    """Shapes of a saved value: the state's own, and what versions before 0.2 had for a DTensor, a local shard as a vector."""
+    if is_dtensor(p) and name not in REPLICATED:
+        return [shape, (*shape[: len(shape) - p.ndim], local(p).numel())]
+    return [shape]
+
+
+def check_saved(optimizer: Stateful, state_dict: dict[str, Any]) -> None:
     """Raise ValueError or TypeError if saved groups and state do not fit the optimizer."""
     groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
     if len(groups) != len(saved_groups):
@@ -59,19 +187,24 @@ def check_saved(optimizer: Celo2, state_dict: dict[str, Any]) -> None:
         if len(saved_group["params"]) != len(group["params"]):
             raise ValueError(f"{where}: {len(saved_group['params'])} parameters were saved, expected {len(group['params'])}")
         check_group({**saved_group, "params": group["params"]}, where)
-        for p, key in zip(group["params"], saved_group["params"], strict=True):
-            own, saved = optimizer.state.get(p, {}), state_dict["state"].get(key, {})
-            where = f"parameter group {index}, a parameter of shape {tuple(p.shape)}"
-            if (own.keys() ^ saved.keys()) - {"count"}:  # only bfloat16 accumulators have it
-                raise ValueError(f"{where}: saved state holds {sorted(saved)}, expected {sorted(own)}")
-            for name in (name for name in own if name in saved):
-                shape, expected = torch.as_tensor(saved[name]).shape, own[name].shape
-                if shape != expected:
-                    raise ValueError(f"{where}: saved {name} has shape {tuple(shape)}, expected {tuple(expected)}")
+        for entry, key in zip(
+            optimizer._entries_of(index, {**group, **saved_group, "params": group["params"]}), saved_group["params"], strict=True
+        ):
+            saved = state_dict["state"].get(key)
+            if not saved or not optimizer.keeps_state(entry.p):
+                continue
+            where = f"parameter group {index}, a parameter of shape {tuple(entry.p.shape)}"
+            form = state_form(entry, optimizer.state_dtype)
+            if (form.keys() ^ saved.keys()) - {"count"}:  # only bfloat16 accumulators have it
+                raise ValueError(f"{where}: saved state holds {sorted(saved)}, expected {sorted(form)}")
+            for name in (name for name in form if name in saved):
+                shape, expected = tuple(torch.as_tensor(saved[name]).shape), form[name][0]
+                if shape not in accepted_shapes(name, expected, entry.p):
+                    raise ValueError(f"{where}: saved {name} has shape {shape}, expected {expected}")
 
 
 @contextmanager
-def keeping_dtypes(optimizer: Celo2) -> Iterator[None]:
+def keeping_dtypes(optimizer: Stateful) -> Iterator[None]:
     """While it lasts, torch's `load_state_dict` checks what is saved and fills the optimizer's own state, in its own dtypes."""
     own = optimizer.state
     saved: list[dict[str, Any]] = []  # by parameter, in the order of the groups
@@ -87,11 +220,19 @@ def keeping_dtypes(optimizer: Celo2) -> Iterator[None]:
             if group["matrices"] is not None:
                 group["matrices"] = as_layout(group["matrices"])
             group["betas"] = tuple(group["betas"])
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        for p, values in zip(params, saved, strict=True):
-            for name, value in own.get(p, {}).items():
+        optimizer._entries = {}  # the loaded groups may say otherwise
+        if optimizer.replicas is not None:
+            optimizer.replicas.consolidated = None if any(saved) else {}
+        entries = [entry for i, group in enumerate(optimizer.param_groups) for entry in optimizer._entries_of(i, group)]
+        for entry, values in zip(entries, saved, strict=True):
+            if not values or not optimizer.keeps_state(entry.p):
+                own.pop(entry.p, None)
+                continue
+            if not fits(own.get(entry.p, {}), state_form(entry, optimizer.state_dtype), entry.p):
+                own[entry.p] = new_state(entry, optimizer.state_dtype)
+            for name, value in own[entry.p].items():
                 if name in values:
-                    value.copy_(values[name])
+                    fill_(value, torch.as_tensor(values[name]), entry.local_shard)
                 else:
                     value.zero_()
 

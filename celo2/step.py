@@ -22,12 +22,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from celo2.blocked import Passes, block_elements, factors_of, first_layer, move_means_, squares_of
-from celo2.distributed.collectives import add_up_
+from celo2.distributed.collectives import add_up_, share_means_
 from celo2.distributed.plan import Entry
 from celo2.distributed.shard import SplitMatrix
 from celo2.layout import form_of
 from celo2.rule import RMS_EPS, SQUARE_FLOOR, Rule
-from celo2.stack import Direction, Stack, gathered, local, part_of, scatter_, stack_of
+from celo2.stack import Direction, Stack, gathered, is_dtensor, local, local_gradient, part_of, scatter_, stack_of
 from celo2.vectors import Vector, vector_of, vector_steps
 
 # Newton–Schulz takes matrices of one shape together, up to this many elements or one matrix. CPU: 64 MB in float32. Elsewhere
@@ -82,6 +82,7 @@ class Work:
     whole: list[Item] = field(default_factory=list)
     split: dict[dist.ProcessGroup, list[Item]] = field(default_factory=lambda: defaultdict(list))
     copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (weight that is not contiguous, its copy to update)
+    means: dict[dist.ProcessGroup, list[tuple[Tensor, Sequence[slice]]]] = field(default_factory=lambda: defaultdict(list))
 
     def add(
         self, entry: Entry, state: Mapping[str, Tensor] | None, options: Mapping[str, Any], orthogonalize: bool, owner: int
@@ -89,7 +90,9 @@ class Work:
         """Add what is here of a parameter; `state` is None where another rank keeps it."""
         shard = entry.local_shard
         form = form_of(shard.shape, options["matrices"], shard.start, shard.stop, shard.group is None)
-        weight, g = local(entry.p).detach(), local(entry.p.grad).contiguous()
+        weight, g = local(entry.p).detach(), local_gradient(entry.p).contiguous()
+        if is_dtensor(entry.p) and state is not None:
+            state = {name: local(value) for name, value in state.items()}
         w = weight.contiguous()
         if w is not weight:
             self.copies.append((weight, w))
@@ -101,6 +104,8 @@ class Work:
         for n, matrix in entry.split.items():
             stack = stack_of(g, w, state, form.stack, slice(n, n + 1), form.split.get(n, ()))
             here.append(Item(stack, options, orthogonalize, split=matrix))
+        if entry.others is not None and state is not None and shard.group is not None:
+            self.means[shard.group] += [(state[name].view(3, form.stack[0], -1), entry.others) for name in ("row", "col")]
 
     def update_(self, context: Context, whole_directions: WholeDirections, split_directions: SplitDirections) -> None:
         """Steps 0 to 10 on everything."""
@@ -110,6 +115,7 @@ class Work:
         for group, items in self.split.items():
             reduce = functools.partial(add_up_, group=group)
             finish_([[item] for item in items], split_directions(items, context, group, reduce), context, reduce)
+            share_means_(self.means[group], group)
         for weight, w in self.copies:
             weight.copy_(w)
 

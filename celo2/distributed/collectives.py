@@ -32,6 +32,16 @@ def add_up_(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
         t.copy_(total.view(t.shape))
 
 
+def share_means_(means: Sequence[tuple[Tensor, Sequence[slice]]], group: dist.ProcessGroup) -> None:
+    """Fill row or column means (K, N, ·) with those of the ranks of `group` that have moved them, in one all-reduce.
+
+    Beside each stand the matrices whose means come from other ranks.
+    """
+    if others := [mean[:, n] for mean, slices in means for n in slices]:
+        torch._foreach_zero_(others)
+    add_up_([mean for mean, _ in means], group)
+
+
 def exchange(
     outgoing: list[list[Tensor]], expected: list[list[Region]], empty: Tensor, group: dist.ProcessGroup
 ) -> list[Iterator[Tensor]]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
-from collections.abc import Sequence
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,11 +14,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from celo2.distributed.collectives import gather_objects
-from celo2.distributed.shard import LocalShard, Ranges, ShardingError, SplitMatrix, check_cover
+from celo2.distributed.shard import LocalShard, Ranges, ShardingError, SplitMatrix, check_cover, local_shard_of, refuse_fsdp1
 from celo2.layout import Layout, is_factored_over_batch, matrix_count, regions, stacked_shape
 from celo2.orthogonalize import newton_schulz_flops
 from celo2.rule import Rule
-from celo2.stack import Region
+from celo2.stack import Region, is_dtensor
 
 
 def balance(costs: Sequence[float], loads: list[float]) -> list[int]:
@@ -43,6 +44,8 @@ class Entry:
     orthogonalize: bool
     layout: Layout | None
     split: dict[int, SplitMatrix] = field(default_factory=dict)  # by the number of the matrix in the stack
+    # Of a DTensor with matrices that lie whole on one rank: those whose row and column means this rank gets from others.
+    others: tuple[slice, ...] | None = None
 
     @property
     def stacked_shape(self) -> tuple[int, ...]:
@@ -68,18 +71,34 @@ class Replicas:
         self.group, self.shard_state = group, shard_state
         self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
         self.owners: dict[Tensor, int] = {}
+        self.consolidated: dict[Tensor, dict[str, Tensor]] | None = {}  # of other ranks; None: they have some that is not here
         self.loads: dict[bool, list[float]] = defaultdict(lambda: [0.0] * self.world)  # by update
 
     def add(self, entries: Sequence[Entry]) -> None:
-        """Give each parameter an owner, so that the work on those of the rule and on those of AdamW is balanced."""
+        """Give each parameter that has none an owner, so that the work of the rule and that of AdamW are balanced."""
         for by_rule in (True, False):
-            alike = [entry for entry in entries if entry.by_rule is by_rule]
+            alike = [entry for entry in entries if entry.by_rule is by_rule and entry.p not in self.owners]
             owners = balance([entry.cost() for entry in alike], self.loads[by_rule])
             self.owners |= {entry.p: owner for entry, owner in zip(alike, owners, strict=True)}
 
     def keeps_state(self, p: Tensor) -> bool:
         """Whether this rank keeps the optimizer state of `p`."""
         return not self.shard_state or self.owners[p] == self.rank
+
+
+def check_explained(groups: Sequence[dict[str, Any]], shapes: Sequence[Sequence[tuple[int, ...]]]) -> None:
+    """Raise ShardingError if something has flattened parameters: `shapes` are those of each group as it was added.
+
+    Parameters may be replaced by others of their shapes, as Accelerate does for FSDP2. What is compared is the same on all ranks.
+    """
+    refuse_fsdp1(p for group in groups for p in group["params"])
+    for index, (group, built) in enumerate(zip(groups, shapes, strict=True)):
+        for shape in Counter(local_shard_of(p).shape for p in group["params"]) - Counter(built):
+            raise ShardingError(
+                f"parameter group {index}: a tensor of shape {shape} that nothing explains has replaced a parameter that Celo2 "
+                "was built with; add new parameters with add_param_group; for DeepSpeed ZeRO use "
+                "celo2.distributed.deepspeed.ZeroClient"
+            )
 
 
 def make_plan(entries: Sequence[Entry], recipe: str, replicas: Replicas | None = None) -> None:
@@ -110,31 +129,44 @@ def make_plan(entries: Sequence[Entry], recipe: str, replicas: Replicas | None =
                     f"{entry.name}, shape {shape}, is split over ranks, but its second moment is factored over a batch axis; "
                     "give its param group `matrices`"
                 )
-            entry.split, whole = split_matrices(entry.local_shard.shape, entry.layout, of_ranks)
+            entry.split, holders = split_matrices(entry.local_shard.shape, entry.layout, of_ranks)
+            if holders and is_dtensor(entry.p):
+                me = dist.get_rank(group)
+                others = [n for n in range(matrix_count(shape)) if holders.get(n, 0) != me]  # rank 0 gives those of split ones
+                entry.others = tuple(slices_of(others))
             if entry.orthogonalize:
                 orthogonalized += entry.split.values()
-                cost = newton_schulz_flops(*shape[-2:])
-                loads = [load + count * cost for load, count in zip(loads, whole, strict=True)]
+                for holder in holders.values():
+                    loads[holder] += newton_schulz_flops(*shape[-2:])
         owners = balance([newton_schulz_flops(matrix.rows, matrix.cols) for matrix in orthogonalized], loads)
         for matrix, owner in zip(orthogonalized, owners, strict=True):
             matrix.owner = owner
 
 
-def split_matrices(shape: tuple[int, ...], layout: Layout | None, ranges: Ranges) -> tuple[dict[int, SplitMatrix], list[int]]:
-    """The matrices of a parameter of `shape` that are split, by number, and how many every rank holds whole."""
+def slices_of(numbers: Sequence[int]) -> Iterator[slice]:
+    """The fewest slices of ascending `numbers`."""
+    for _, run in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
+        members = [n for _, n in run]
+        yield slice(members[0], members[-1] + 1)
+
+
+def split_matrices(
+    shape: tuple[int, ...], layout: Layout | None, ranges: Ranges
+) -> tuple[dict[int, SplitMatrix], dict[int, int]]:
+    """By number, the matrices of a parameter of `shape` that are split, and of the others the rank that holds them."""
     stacked = stacked_shape(shape, layout)
     rows, cols = stacked[-2:]
     held: dict[int, list[list[Region]]] = {n: [[] for _ in ranges] for n in range(matrix_count(stacked))}
-    whole = [0] * len(ranges)
+    holders: dict[int, int] = {}
     for rank, (start, stop) in enumerate(ranges):
         for region in regions(shape, layout, start, stop):
             for n in range(region.matrices.start, region.matrices.stop):
                 if region.is_full(rows, cols):
                     del held[n]
-                    whole[rank] += 1
+                    holders[n] = rank
                 else:
                     held[n][rank].append(region.of_matrix(n))
-    return {n: SplitMatrix(rows, cols, by_rank) for n, by_rank in held.items()}, whole
+    return {n: SplitMatrix(rows, cols, by_rank) for n, by_rank in held.items()}, holders
 
 
 def gather_ranges(members: Sequence[Entry], group: dist.ProcessGroup, recipe: str) -> list[Ranges]:

@@ -8,10 +8,12 @@ range is the rank's local shard. What a local shard alone cannot know, `celo2.di
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
 from celo2.stack import Region, is_dtensor
 
@@ -69,6 +71,16 @@ def local_shard_of(p: Any) -> LocalShard:
         )
     row = math.prod(shape[1:])
     return LocalShard(shape, first * row, last * row, mesh.get_group(axis))
+
+
+def refuse_fsdp1(params: Iterable[Tensor]) -> None:
+    """Raise ShardingError if FSDP1 has flattened the parameters of a model; its marks are the same on all ranks."""
+    flattened = [p for p in params if getattr(p, "_fsdp_flattened", False)]
+    if flattened and all(p.ndim < 2 for p in flattened):  # else they are whole: its strategy is NO_SHARD
+        raise ShardingError(
+            "FSDP1 (FullyShardedDataParallel) has flattened the parameters, and no matrix is left for the rule; "
+            "use FSDP2 (torch.distributed.fsdp.fully_shard)"
+        )
 
 
 @dataclass

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from celo2.distributed.collectives import gather_objects
+from celo2 import Celo2
+from celo2.distributed.consolidate import collect_divided
 from celo2.layout import Layout, matrix_count, regions, stacked_shape
 from launch.distributed.strategy import ShardedParameter, Strategy
 
@@ -133,26 +133,8 @@ def collect_divided_state(strategy: Strategy) -> Tensors:
 
     Without what the first rank keeps itself. Every rank must call it.
     """
-    replicas = getattr(strategy.optimizer, "replicas", None)
-    if replicas is None or not replicas.shard_state:
+    if not isinstance(strategy.optimizer, Celo2):
         return {}
-    state = strategy.optimizer.state
-    weights = {name: shard.weight for name, shard in strategy.shards.items() if shard.weight in replicas.owners}
-    mine: dict[str, dict[str, Any]] = {}
-    for name, weight in weights.items():
-        if replicas.owners[weight] == replicas.rank:
-            mine[name] = {key: (tuple(value.shape), value.dtype) for key, value in state[weight].items()}
-    of_rank = gather_objects(mine, replicas.group)
-    moments: Tensors = {}
-    for name, weight in weights.items():
-        owner = replicas.owners[weight]
-        if owner == 0:
-            continue
-        for key, (shape, dtype) in of_rank[owner][name].items():
-            if replicas.rank == owner:
-                dist.send(state[weight][key].contiguous().view(-1).view(torch.uint8), group=replicas.group, group_dst=0)
-            elif replicas.rank == 0:
-                data = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8, device=weight.device)
-                dist.recv(data, group=replicas.group, group_src=owner)
-                moments[f"{name}/{key}"] = to_cpu(data.view(dtype).view(shape))
-    return moments
+    found = collect_divided(strategy.optimizer, to=0)
+    state = {name: found.get(shard.weight, {}) for name, shard in strategy.shards.items()}
+    return {f"{name}/{key}": value for name, of_weight in state.items() for key, value in of_weight.items()}

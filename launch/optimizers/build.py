@@ -112,7 +112,9 @@ def build_optimizer(
                 raise ConfigError(f"optimizer.arguments holds '{key}', which has no effect with {config.name}: leave it out")
         if replicas is not None:
             options |= {"replicas": replicas, "shard_state": shard_state}
-        optimizer = construct(Celo2, as_celo2_groups(groups), options | (config.arguments or {}))
+        celo2: Any = construct(Celo2, as_celo2_groups(groups), options | (config.arguments or {}))
+        celo2.allocate_state()  # checkpoints hold that of every parameter, and too little memory is an error at the start
+        optimizer = celo2
     else:
         optimizer = build_by_class(config, entry, groups)
     for group in optimizer.param_groups:

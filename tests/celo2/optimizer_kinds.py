@@ -81,7 +81,7 @@ def run_one(w: torch.Tensor, steps: int = 3, lr: float = 0.1, **options) -> torc
 
 def copy_of_state(optimizer: Celo2) -> list[dict[str, torch.Tensor]]:
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    return [{name: value.clone() for name, value in optimizer.state[p].items()} for p in params]
+    return [{name: value.clone() for name, value in optimizer.state.get(p, {}).items()} for p in params]
 
 
 def assert_same_state(state: list[dict[str, torch.Tensor]], expected: list[dict[str, torch.Tensor]]) -> None:

@@ -66,15 +66,22 @@ def test_float64_parameter(kind):
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("kind", KINDS)
-def test_state_exists_at_construction_and_keeps_its_form(kind, dtype):
+def test_state_is_made_in_one_form(kind, dtype):
+    """At the first gradient, or by `allocate_state` before it."""
     shape, options = KINDS[kind]
     p = nn.Parameter(randn(*shape).to(dtype))
     optimizer = Celo2([{"params": [p], **options}], lr=0.1, rule=random_rule())
+    assert not optimizer.state
+    optimizer.allocate_state()
     form = {name: (value.shape, value.dtype) for name, value in optimizer.state[p].items()}
     values = copy_of_state(optimizer)[0]
     assert all(not value.any() for value in values.values())
     train(optimizer, range(2))
     assert form == {name: (value.shape, value.dtype) for name, value in optimizer.state[p].items()}
+    lazy = Celo2([{"params": [q := nn.Parameter(randn(*shape).to(dtype))], **options}], lr=0.1, rule=random_rule())
+    train(lazy, range(2))
+    assert_same_state(copy_of_state(lazy), copy_of_state(optimizer))
+    assert torch.equal(p, q)
     if "momentum" in values:
         stacked = options["matrices"][2] if "matrices" in options else shape or (1,)
         assert form["momentum"] == ((3, *(shape or (1,))), torch.float32)  # as the parameter lies
@@ -387,6 +394,7 @@ MEMORY = """
         p = torch.nn.Parameter(torch.randn(shape))
         p.grad = torch.randn(shape)
         optimizer = Celo2([p], lr=0.01, weight_decay=0.1)
+        optimizer.allocate_state()
         for value in optimizer.state[p].values():
             value.fill_(0.0)  # zeros are not resident until they are written
         return optimizer

@@ -232,6 +232,7 @@ def test_only_matrices_under_the_rule_are_rounded():
     vector, embedding, matrix = (nn.Parameter(torch.randn(s)) for s in ((5,), (6, 4), (6, 4)))
     groups = [{"params": [vector, matrix], "update": "celo2"}, {"params": [embedding], "update": "adamw"}]
     optimizer = Celo2(groups, lr=0.1, rule=random_rule(), state_dtype=torch.bfloat16)
+    optimizer.allocate_state()
     for p in (vector, embedding):
         assert all(v.dtype == torch.float32 for v in optimizer.state[p].values()) and "count" not in optimizer.state[p]
     assert optimizer.state[matrix]["momentum"].dtype == torch.bfloat16

@@ -202,7 +202,15 @@ def replicas(rank, world):
             options = {"replicas": dist.group.WORLD, "shard_state": shard_state, **how}
             optimizer = build(params, variant, **options)
             for step in range(STEPS):
-                optimizer.load_state_dict(optimizer.state_dict())
+                optimizer.consolidate_state_dict(to=1)  # nothing to do without shard_state
+                saved = [optimizer.state_dict() if rank == 1 or not shard_state else None]
+                if shard_state and step and rank != 1:
+                    with pytest.raises(RuntimeError, match=r"shard_state=True.*consolidate_state_dict"):
+                        optimizer.state_dict()
+                if shard_state:
+                    dist.broadcast_object_list(saved, src=1)
+                    assert set(saved[0]["state"]) == (set(range(len(names))) if step else set())
+                optimizer.load_state_dict(saved[0])
                 for name, p in params.items():
                     p.grad = gradient(name, step)
                 with mock.patch.object(dist, "broadcast", wraps=dist.broadcast) as broadcast:

@@ -1,0 +1,64 @@
+"""State that replicas divide among each other (`shard_state`), brought to one of them."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from celo2.distributed.collectives import gather_objects
+
+State = dict[Tensor, dict[str, Tensor]]
+
+
+def collect_divided(optimizer: Any, to: int) -> State:
+    """On rank `to` of the replicas, copies in CPU memory of the state that the others keep; on these nothing.
+
+    Every rank must call it. Nothing is sent where nothing is divided.
+    """
+    replicas = optimizer.replicas
+    if replicas is None or not replicas.shard_state:
+        return {}
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    forms = [{key: (tuple(value.shape), value.dtype) for key, value in optimizer.state.get(p, {}).items()} for p in params]
+    of_ranks = gather_objects(forms, replicas.group)
+    found: State = {}
+    for i, p in enumerate(params):
+        owner = replicas.owners[p]
+        if owner == to:
+            continue
+        for key, (shape, dtype) in of_ranks[owner][i].items():
+            if replicas.rank == owner:
+                dist.send(optimizer.state[p][key].contiguous().view(-1).view(torch.uint8), group=replicas.group, group_dst=to)
+            elif replicas.rank == to:
+                data = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8, device=p.device)
+                dist.recv(data, group=replicas.group, group_src=owner)
+                found.setdefault(p, {})[key] = data.view(dtype).view(shape).cpu()
+    return found
+
+
+@contextmanager
+def whole_state(optimizer: Any) -> Iterator[None]:
+    """While it lasts, the optimizer's state is the whole; RuntimeError if a part of it is on other ranks."""
+    replicas, own = optimizer.replicas, optimizer.state
+    if replicas is None or not replicas.shard_state or replicas.world == 1:
+        yield
+        return
+    if replicas.consolidated is None:
+        raise RuntimeError(
+            "the optimizer state is divided over the ranks (shard_state=True): call consolidate_state_dict(to=RANK) on all of "
+            "them, and then state_dict() on that rank alone"
+        )
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    whole = {p: own.get(p) or replicas.consolidated.get(p) for p in params}
+    optimizer.state = defaultdict(dict, {p: state for p, state in whole.items() if state})
+    try:
+        yield
+    finally:
+        optimizer.state = own
