@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
-from common import small_gpt2, text_sequences
+from common import SmallGPT, text_sequences
 
 from celo2 import Celo2, param_groups
 
@@ -23,7 +23,7 @@ args = parser.parse_args()
 
 accelerator = Accelerator(cpu=not torch.cuda.is_available(), step_scheduler_with_optimizer=False)
 set_seed(0)
-model = small_gpt2()
+model = SmallGPT()
 # Under DDP each process orthogonalizes a part of the matrices. Under FSDP2 the parameters themselves say who has what.
 ddp = accelerator.distributed_type in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 replicas = torch.distributed.group.WORLD if ddp else None
@@ -41,7 +41,7 @@ while step < args.steps:
     epoch, behind = divmod(step, len(loader))
     loader.set_epoch(epoch)
     for batch in accelerator.skip_first_batches(loader, behind):
-        loss = model(input_ids=batch, labels=batch).loss
+        loss = model(batch)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -9,7 +9,7 @@ from pathlib import Path
 import deepspeed
 import torch
 import torch.distributed as dist
-from common import small_gpt2, text_sequences
+from common import SmallGPT, text_sequences
 
 from celo2 import Celo2, param_groups
 from celo2.distributed.deepspeed import ZeroClient
@@ -31,7 +31,7 @@ config = {
     "zero_optimization": {"stage": args.stage},
     "zero_allow_untested_optimizer": True,
 }
-model = small_gpt2()
+model = SmallGPT()
 client = ZeroClient(param_groups(model, LR, ADAMW_LR, weight_decay=0.1))
 engine, *_ = deepspeed.initialize(model=model, optimizer=client, config=config)
 optimizer = client.bind(engine.optimizer, lambda groups: Celo2(groups, lr=LR, rule="celo2-lm"))
@@ -47,7 +47,7 @@ if (args.folder / "latest").exists():
 batches = text_sequences().to(engine.device).split(BATCH)
 while step < args.steps:
     batch = batches[step % len(batches)][rank::world]
-    loss = engine(input_ids=batch, labels=batch).loss
+    loss = engine(batch)
     engine.backward(loss)
     engine.step()
     step += 1

@@ -4,13 +4,12 @@
 """
 
 import argparse
-import os
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from common import small_gpt2, text_sequences
+from common import SmallGPT, text_sequences
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 
@@ -24,15 +23,13 @@ parser.add_argument("--steps", type=int, default=200)
 parser.add_argument("--save-every", type=int, default=50)
 args = parser.parse_args()
 
-device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
-if device.type == "cuda":
-    torch.cuda.set_device(device)
-dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+device = "cuda" if torch.cuda.is_available() else "cpu"
+dist.init_process_group()
 rank, world = dist.get_rank(), dist.get_world_size()
-mesh = dist.init_device_mesh(device.type, (world,))
+mesh = dist.init_device_mesh(device, (world,))  # takes the GPU of this process from LOCAL_RANK
 
-model = small_gpt2().to(device)
-for block in model.transformer.h:
+model = SmallGPT().to(device)
+for block in model.blocks:
     fully_shard(block, mesh=mesh)
 fully_shard(model, mesh=mesh)
 optimizer = Celo2(param_groups(model, LR, ADAMW_LR, weight_decay=0.1), lr=LR, rule="celo2-lm")
@@ -47,7 +44,7 @@ if saved := sorted(args.folder.glob("step_*/.metadata")):
 batches = text_sequences().to(device).split(BATCH)
 while step < args.steps:
     batch = batches[step % len(batches)][rank::world]
-    loss = model(input_ids=batch, labels=batch).loss
+    loss = model(batch)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()

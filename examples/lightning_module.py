@@ -9,7 +9,7 @@ from pathlib import Path
 
 import lightning
 import torch
-from common import small_gpt2, text_sequences
+from common import SmallGPT, text_sequences
 
 from celo2 import Celo2, param_groups
 
@@ -18,10 +18,10 @@ class LanguageModel(lightning.LightningModule):
     def __init__(self, lr: float = 2e-3, adamw_lr: float = 1e-2, weight_decay: float = 0.1) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.model = small_gpt2()
+        self.model = SmallGPT()
 
     def training_step(self, batch, index):
-        loss = self.model(input_ids=batch, labels=batch).loss
+        loss = self.model(batch)
         print(f"step {self.global_step + 1}: loss {loss.item():.4f}", flush=True)
         return loss
 

@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from common import small_gpt2, text_sequences
+from common import SmallGPT, text_sequences
 
 from celo2 import Celo2, param_groups, routing_table
 
@@ -21,7 +21,7 @@ args = parser.parse_args()
 args.folder.mkdir(parents=True, exist_ok=True)
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
-model = small_gpt2().to(device)
+model = SmallGPT().to(device)
 groups = param_groups(model, lr=LR, adamw_lr=ADAMW_LR, weight_decay=0.1)
 print(routing_table(groups))
 optimizer = Celo2(groups, lr=LR, rule="celo2-lm")
@@ -37,7 +37,7 @@ if saved := sorted(args.folder.glob("step_*.pt")):
 batches = text_sequences().to(device).split(BATCH)
 while step < args.steps:
     batch = batches[step % len(batches)]
-    loss = model(input_ids=batch, labels=batch).loss
+    loss = model(batch)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()

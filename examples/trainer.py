@@ -6,8 +6,8 @@
 import argparse
 from pathlib import Path
 
-from common import small_gpt2, text_sequences
-from transformers import Trainer, TrainingArguments
+from common import text_sequences
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from celo2 import Celo2, param_groups
@@ -43,6 +43,9 @@ if __name__ == "__main__":
         disable_tqdm=True,
         report_to="none",
     )
+    set_seed(0)
+    size = {"vocab_size": 256, "n_positions": 64, "n_embd": 48, "n_layer": 2, "n_head": 4, "bos_token_id": 0, "eos_token_id": 0}
+    model = GPT2LMHeadModel(GPT2Config(**size))
     examples = [{"input_ids": row, "labels": row} for row in text_sequences()]
-    trainer = Celo2Trainer(small_gpt2(), arguments, train_dataset=examples)
+    trainer = Celo2Trainer(model, arguments, train_dataset=examples)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(args.folder) if Path(args.folder).exists() else None)
