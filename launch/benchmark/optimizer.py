@@ -107,6 +107,7 @@ def contestants(params: list[torch.nn.Parameter], device: torch.device) -> list[
     half = Celo2(params, LR, ns_dtype=torch.bfloat16)
     full = Celo2(params, LR, ns_dtype=torch.float32)
     small = Celo2(params, LR, ns_dtype=torch.bfloat16, state_dtype=torch.bfloat16)
+    half.allocate_state()
     full.state = half.state
     found = [
         celo2("bf16 Newton-Schulz", half.step),

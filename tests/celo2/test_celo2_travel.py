@@ -1,5 +1,6 @@
 """State under FSDP2 through torch's own tools: saved by some ranks, loaded by as many, by more, by fewer or by one process."""
 
+import copy
 import os
 from pathlib import Path
 
@@ -39,7 +40,6 @@ KINDS = {
     "Celo2-base": {"rule": "celo2-base"},
 }
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
-BROADCAST = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
@@ -102,7 +102,7 @@ def save(folder, mesh):
         dcp.save({"m": m, "o": o}, checkpoint_id=folder / kind / "sharded")
         m, o = get_state_dict(model, optimizer, options=FLAT)
         dcp.save({"m": m, "o": o}, checkpoint_id=folder / kind / "flat")
-        full = get_state_dict(model, optimizer, options=FULL)
+        full = copy.deepcopy(get_state_dict(model, optimizer, options=FULL))  # `step` and the means are the optimizer's own
         train(model, optimizer, range(STEPS, 2 * STEPS))
         after = contents(model, optimizer)[0]
         if dist.get_rank() == 0:
@@ -114,16 +114,15 @@ def load(folder, mesh, exact):
     """Every way back, into another model: the same state bit for bit, and the same weights after as many steps again."""
     for kind in KINDS:
         saved = torch.load(folder / kind / "whole.pt")
-        for how in ("sharded", "flat", "full", "broadcast") if mesh is not None else ("sharded", "flat"):
+        for how in ("sharded", "flat", "full") if mesh is not None else ("sharded", "flat"):
             model, optimizer = make(kind, mesh, seed=1)
-            if how in ("sharded", "flat"):
-                options = FLAT if how == "flat" else None
+            options = {"sharded": None, "flat": FLAT, "full": FULL}[how]
+            if how == "full":
+                m, o = saved["full"]
+            else:
                 m, o = get_state_dict(model, optimizer, options=options)
                 dcp.load(loaded := {"m": m, "o": o}, checkpoint_id=folder / kind / how)
                 m, o = loaded["m"], loaded["o"]
-            else:
-                options = FULL if how == "full" else BROADCAST
-                m, o = saved["full"] if how == "full" or dist.get_rank() == 0 else ({}, {})
             set_state_dict(model, optimizer, model_state_dict=m, optim_state_dict=o, options=options)
             what = f"{kind} {how}"
             weights, state = contents(model, optimizer)
