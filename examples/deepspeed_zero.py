@@ -23,14 +23,12 @@ parser.add_argument("--steps", type=int, default=200)
 parser.add_argument("--save-every", type=int, default=50)
 args = parser.parse_args()
 
+if not torch.cuda.is_available():
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it compiles C++ for minutes at its first start
 deepspeed.init_distributed()
 rank, world = dist.get_rank(), dist.get_world_size()
-config = {
-    "train_micro_batch_size_per_gpu": BATCH // world,
-    "gradient_clipping": 1.0,
-    "zero_optimization": {"stage": args.stage},
-    "zero_allow_untested_optimizer": True,
-}
+config = {"train_micro_batch_size_per_gpu": BATCH // world, "gradient_clipping": 1.0, "zero_allow_untested_optimizer": True}
+config["zero_optimization"] = {"stage": args.stage}
 model = SmallGPT()
 client = ZeroClient(param_groups(model, LR, ADAMW_LR, weight_decay=0.1))
 engine, *_ = deepspeed.initialize(model=model, optimizer=client, config=config)

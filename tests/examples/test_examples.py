@@ -21,9 +21,9 @@ FOUR_STEPS = ("--steps", "4", "--save-every", "2")
 NOT_COMPARED = ("trainer_state.json", "training_args.bin")
 
 
-def run(script: str, folder: Path, *options: str, processes: int = 1) -> list[float]:
-    """The losses that an example prints, one for each step."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
+def run(script: str, folder: Path, *options: str, processes: int = 0) -> list[float]:
+    """The losses that an example prints, one for each step; with `processes` it is started by torchrun."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes else []
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, *launcher, str(EXAMPLES / script), str(folder), *options]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
@@ -61,7 +61,7 @@ class Example(NamedTuple):
 
     options: tuple[str, ...]
     last: str
-    processes: int = 1
+    processes: int = 0
     go_back: Callable[[Path], object] = lambda folder: None
 
 
