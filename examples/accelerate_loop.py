@@ -1,6 +1,6 @@
 """Accelerate, on one process or many. The same command goes on where the last checkpoint was saved:
 
-    torchrun --nproc_per_node 2 examples/accelerate_loop.py runs/accelerate --steps 200
+torchrun --nproc_per_node 2 examples/accelerate_loop.py runs/accelerate --steps 200
 """
 
 import argparse

@@ -30,7 +30,7 @@ class Block(nn.Module):
 
 
 class SmallGPT(nn.Module):
-    """Tokens (sequences, length) -> the mean loss of predicting each from those before it. Always begins with the same weights."""
+    """Tokens (sequences, length) -> the mean loss of predicting each from those before it. The first weights are fixed."""
 
     def __init__(self, vocab: int = 256, length: int = 64, width: int = 48, heads: int = 4, layers: int = 2) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
 """DeepSpeed ZeRO 1, 2 or 3. The same command goes on where the last checkpoint was saved:
 
-    torchrun --nproc_per_node 2 examples/deepspeed_zero.py runs/zero --stage 2 --steps 200
+torchrun --nproc_per_node 2 examples/deepspeed_zero.py runs/zero --stage 2 --steps 200
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """FSDP2 with torch's distributed checkpoints, which another number of processes can load. The same command goes on:
 
-    torchrun --nproc_per_node 2 examples/fsdp2.py runs/fsdp2 --steps 200
+torchrun --nproc_per_node 2 examples/fsdp2.py runs/fsdp2 --steps 200
 """
 
 import argparse

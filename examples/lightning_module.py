@@ -1,7 +1,7 @@
 """Lightning. The same command with more epochs goes on where the last checkpoint was saved:
 
-    pip install -r examples/requirements.txt
-    python examples/lightning_module.py runs/lightning --epochs 4
+pip install -r examples/requirements.txt
+python examples/lightning_module.py runs/lightning --epochs 4
 """
 
 import argparse

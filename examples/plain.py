@@ -1,6 +1,6 @@
 """A plain training loop. The same command goes on where the last checkpoint was saved:
 
-    python examples/plain.py runs/plain --steps 200
+python examples/plain.py runs/plain --steps 200
 """
 
 import argparse

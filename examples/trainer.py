@@ -1,6 +1,6 @@
 """transformers' Trainer. The same command goes on where the last checkpoint was saved:
 
-    python examples/trainer.py runs/trainer --steps 200
+python examples/trainer.py runs/trainer --steps 200
 """
 
 import argparse

@@ -24,7 +24,7 @@ NOT_COMPARED = ("trainer_state.json", "training_args.bin")
 def run(script: str, folder: Path, *options: str, processes: int = 0) -> list[float]:
     """The losses that an example prints, one for each step; with `processes` it is started by torchrun."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes else []
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, *launcher, str(EXAMPLES / script), str(folder), *options]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -109,11 +109,11 @@ def test_continues_exactly(name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 4])
-def test_fsdp2_continues_on_another_number_of_processes(processes, tmp_path):
-    straight = run("fsdp2.py", tmp_path, *FOUR_STEPS, processes=2)
+@pytest.mark.parametrize(("script", "processes"), [("fsdp2.py", 1), ("fsdp2.py", 4), ("accelerate_loop.py", 1)])
+def test_continues_on_another_number_of_processes(script, processes, tmp_path):
+    straight = run(script, tmp_path, *FOUR_STEPS, processes=2)
     shutil.rmtree(tmp_path / "step_000004")
-    continued = run("fsdp2.py", tmp_path, *FOUR_STEPS, processes=processes)
+    continued = run(script, tmp_path, *FOUR_STEPS, processes=processes)
     assert continued == pytest.approx(straight[2:], abs=1.1e-4)  # they are printed with four digits
 
 
