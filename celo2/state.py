@@ -167,7 +167,7 @@ def fill_(own: Tensor, saved: Any, shard: LocalShard) -> None:
 
 
 def accepted_shapes(name: str, shape: tuple[int, ...], p: Tensor) -> list[tuple[int, ...]]:
-    """Shapes of a saved value: the state's own, and what versions before 0.2 had for a DTensor, a local shard as a vector."""
+    """Shapes of a saved value: the state's own, and what version 0.1 had for a DTensor, the local shard as a vector."""
     if is_dtensor(p) and name not in REPLICATED:
         return [shape, (*shape[: len(shape) - p.ndim], local(p).numel())]
     return [shape]
@@ -186,10 +186,9 @@ def check_saved(optimizer: Stateful, state_dict: dict[str, Any]) -> None:
             raise ValueError(f"{where}: the saved group lacks {', '.join(missing)}")
         if len(saved_group["params"]) != len(group["params"]):
             raise ValueError(f"{where}: {len(saved_group['params'])} parameters were saved, expected {len(group['params'])}")
-        check_group({**saved_group, "params": group["params"]}, where)
-        for entry, key in zip(
-            optimizer._entries_of(index, {**group, **saved_group, "params": group["params"]}), saved_group["params"], strict=True
-        ):
+        loaded = {**saved_group, "params": group["params"], "param_names": group.get("param_names")}
+        check_group(loaded, where)
+        for entry, key in zip(optimizer._entries_of(index, loaded), saved_group["params"], strict=True):
             saved = state_dict["state"].get(key)
             if not saved or not optimizer.keeps_state(entry.p):
                 continue
