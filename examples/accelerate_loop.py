@@ -1,0 +1,56 @@
+"""Accelerate, on one process or many. The same command goes on where the last checkpoint was saved:
+
+torchrun --nproc_per_node 2 examples/accelerate_loop.py runs/accelerate --steps 200
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, set_seed
+from common import SmallGPT, text_sequences
+
+from celo2 import Celo2, param_groups
+
+LR, ADAMW_LR, WARMUP, BATCH = 2e-3, 1e-2, 20, 16
+
+parser = argparse.ArgumentParser()
+parser.add_argument("folder", type=Path)
+parser.add_argument("--steps", type=int, default=200)
+parser.add_argument("--save-every", type=int, default=50)
+args = parser.parse_args()
+
+accelerator = Accelerator(cpu=not torch.cuda.is_available(), step_scheduler_with_optimizer=False)
+set_seed(0)
+model = SmallGPT()
+# Under DDP each process orthogonalizes a part of the matrices. Under FSDP2 the parameters themselves say who has what.
+ddp = accelerator.distributed_type in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+replicas = torch.distributed.group.WORLD if ddp else None
+optimizer = Celo2(param_groups(model, LR, ADAMW_LR, weight_decay=0.1), lr=LR, rule="celo2-lm", replicas=replicas)
+scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / WARMUP))
+loader = torch.utils.data.DataLoader(text_sequences(), BATCH // accelerator.num_processes, shuffle=True)
+model, optimizer, scheduler, loader = accelerator.prepare(model, optimizer, scheduler, loader)
+
+step = 0
+if saved := sorted(args.folder.glob("step_*")):
+    accelerator.load_state(str(saved[-1]))
+    step = int(saved[-1].name.removeprefix("step_"))
+
+while step < args.steps:
+    epoch, behind = divmod(step, len(loader))
+    loader.set_epoch(epoch)
+    for batch in accelerator.skip_first_batches(loader, behind):
+        loss = model(batch)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        step += 1
+        accelerator.print(f"step {step}: loss {accelerator.reduce(loss.detach(), 'mean').item():.4f}", flush=True)
+        if step % args.save_every == 0:
+            accelerator.save_state(str(args.folder / f"step_{step:06d}"))
+        if step == args.steps:
+            break
+accelerator.end_training()
