@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import DistributedType
 from common import SmallGPT, text_sequences
 
 from celo2 import Celo2, param_groups
@@ -22,14 +22,13 @@ parser.add_argument("--save-every", type=int, default=50)
 args = parser.parse_args()
 
 accelerator = Accelerator(cpu=not torch.cuda.is_available(), step_scheduler_with_optimizer=False)
-set_seed(0)
 model = SmallGPT()
 # Under DDP each process orthogonalizes a part of the matrices. Under FSDP2 the parameters themselves say who has what.
 ddp = accelerator.distributed_type in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 replicas = torch.distributed.group.WORLD if ddp else None
 optimizer = Celo2(param_groups(model, LR, ADAMW_LR, weight_decay=0.1), lr=LR, rule="celo2-lm", replicas=replicas)
 scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / WARMUP))
-loader = torch.utils.data.DataLoader(text_sequences(), BATCH // accelerator.num_processes, shuffle=True)
+loader = torch.utils.data.DataLoader(text_sequences(), BATCH // accelerator.num_processes)
 model, optimizer, scheduler, loader = accelerator.prepare(model, optimizer, scheduler, loader)
 
 step = 0
@@ -38,9 +37,7 @@ if saved := sorted(args.folder.glob("step_*")):
     step = int(saved[-1].name.removeprefix("step_"))
 
 while step < args.steps:
-    epoch, behind = divmod(step, len(loader))
-    loader.set_epoch(epoch)
-    for batch in accelerator.skip_first_batches(loader, behind):
+    for batch in accelerator.skip_first_batches(loader, step % len(loader)):
         loss = model(batch)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)

@@ -109,7 +109,7 @@ def test_continues_exactly(name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("script", "processes"), [("fsdp2.py", 1), ("fsdp2.py", 4), ("accelerate_loop.py", 1)])
+@pytest.mark.parametrize(("script", "processes"), [("fsdp2.py", 1), ("fsdp2.py", 4)])
 def test_continues_on_another_number_of_processes(script, processes, tmp_path):
     straight = run(script, tmp_path, *FOUR_STEPS, processes=2)
     shutil.rmtree(tmp_path / "step_000004")
