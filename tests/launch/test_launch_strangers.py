@@ -283,7 +283,7 @@ def test_a_known_model_is_of_transformers_own_class(checkpoint, tmp_path, monkey
 def test_kernels_of_a_repository_are_refused(checkpoint, entry, run):
     path = checkpoint / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | entry))
-    with pytest.raises(CheckpointError, match="names a repository, 'evil-org/kernel.*', whose code is never run"):
+    with pytest.raises(CheckpointError, match=r"names a repository, 'evil-org/kernel.*', whose code is never run"):
         read_model_config(checkpoint)
     for name in ("manifest.json", "state.json"):
         (checkpoint / name).unlink()
@@ -300,7 +300,7 @@ def test_model_options_bring_no_code(run):
         ("attn_implementation: evil-org/kernel", "names a repository"),
         ("trust_remote_code: true", "trust_remote_code"),
     ):
-        status, _, error = run("model.hf={model_type: llama, %s, %s}" % (shape, entry), *unset)
+        status, _, error = run(f"model.hf={{model_type: llama, {shape}, {entry}}}", *unset)
         assert status == 2 and said in error and error.count("\n") == 1
 
 
