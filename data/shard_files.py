@@ -63,7 +63,8 @@ def stamp_of_same(file: ShardFile) -> tuple[int, int]:
     if not same:
         what = f"it has {now[0]:,} bytes instead of {file.size:,}" if now[0] != file.size else "its tokens are others"
         raise DataError(
-            f"{file.path}: changed while it was in use: {what}; restore it, and the same command continues from the newest checkpoint"
+            f"{file.path}: changed while it was in use: {what}; restore it, and the same command continues from the newest "
+            "checkpoint"
         )
     return now
 

@@ -32,7 +32,7 @@ def check_folder(folder: Path) -> None:
             raise UnsafeFolder(f"{path} is neither a file nor a folder: remove it")
         if stat.S_ISLNK(mode) and not leads_inside(path, inside) and not (path.name == CHECKPOINTS and holds_checkpoints(path)):
             raise UnsafeFolder(
-                f"{path} is a link to {os.readlink(path)}, out of the run's folder, and the run would write there: remove the link"
+                f"{path} is a link to {os.readlink(path)}, out of the run's folder, where the run would write: remove the link"
             )
 
 

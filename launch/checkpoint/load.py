@@ -42,7 +42,7 @@ def require_state(path: Path, saved: dict[str, Any]) -> None:
     """Raise CheckpointError unless `saved`, from the checkpoint `path`, has what a training run goes on from."""
     try:
         sections = [saved["config"][key] for key in SECTIONS]
-        whole = all(isinstance(section, dict) for section in sections) and IDENTITY <= saved["identity"].keys()
+        whole = all(isinstance(section, dict) for section in sections) and saved["identity"].keys() >= IDENTITY
         whole = whole and all(isinstance(saved[key], int | float) for key in NUMBERS)
     except (LookupError, TypeError, AttributeError):
         whole = False

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def render(results: Results) -> str:
 
     script = f"/*\n{(VENDOR / 'uPlot.LICENSE').read_text(encoding='utf-8')}*/\n"
     script += (VENDOR / "uPlot.iife.min.js").read_text(encoding="utf-8") + (HERE / "page.js").read_text(encoding="utf-8")
-    page = Environment(loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True, undefined=StrictUndefined)
+    page = environment()
     page.filters |= {"f": number, "milliseconds": milliseconds, "breakable": breakable, "place": place}
     page.filters["colour"] = lambda label: labels.index(label) % 8
     return page.get_template("page.html").render(
@@ -73,6 +74,12 @@ def render(results: Results) -> str:
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         data=json.dumps(drawn, allow_nan=False).replace("<", "\\u003c"),
     )
+
+
+@cache
+def environment() -> Environment:
+    """Where templates are compiled, once."""
+    return Environment(loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True, undefined=StrictUndefined)
 
 
 def statements(results: Results) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from celo2.training.folder import UnsafeFolder, check_folder
 from configs.load import ConfigError
+from configs.schema import Config
 from data.files import no_link, replacing
+from data.tokenizer import byte_tokenizer, save_tokenizer
 from launch.checkpoint.card import plain
 from launch.checkpoint.export import main as export
 from launch.checkpoint.load import load_model, read_model_config
@@ -115,15 +118,12 @@ def test_files_are_replaced_and_not_written_through_a_link(victim, tmp_path):
     assert (tmp_path / "file").read_text() == "new" and not (tmp_path / "file").is_symlink()
     (tmp_path / "log").symlink_to(victim)
     with pytest.raises(OSError, match="log"):
-        open(tmp_path / "log", "a", encoding="utf-8", opener=no_link)
+        open(tmp_path / "log", "a", encoding="utf-8", opener=no_link).close()
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run's folder with one whole checkpoint of a small Llama and a tokenizer."""
-    from data.tokenizer import byte_tokenizer, save_tokenizer
-    from safetensors.torch import save_file
-
     folder = tmp_path_factory.mktemp("stranger") / "run"
     checkpoint = folder / "checkpoints" / "step_00000004"
     checkpoint.mkdir(parents=True)
@@ -212,8 +212,6 @@ def test_no_state_no_continuation(run):
     [{"set_aside": "../../home"}, {"set_aside": "/tmp/x"}, {"set_aside": "set_aside/../.."}, {"step": "4"}, {"step": None}],
 )
 def test_an_origin_moves_nothing_out_of_the_folder(checkpoint, entry):
-    from configs.schema import Config
-
     folder = checkpoint.parent.parent
     known = {"resume": "x", "checkpoint": str(checkpoint), "manifest": "", "step": 4, "own": False, "settings": {}, "id": "i"}
     (folder / "origin.json").write_text(json.dumps(known | entry))
@@ -283,7 +281,7 @@ def test_a_known_model_is_of_transformers_own_class(checkpoint, tmp_path, monkey
 def test_kernels_of_a_repository_are_refused(checkpoint, entry, run):
     path = checkpoint / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | entry))
-    with pytest.raises(CheckpointError, match="names a repository, 'evil-org/kernel.*', whose code is never run"):
+    with pytest.raises(CheckpointError, match=r"names a repository, 'evil-org/kernel.*', whose code is never run"):
         read_model_config(checkpoint)
     for name in ("manifest.json", "state.json"):
         (checkpoint / name).unlink()
@@ -300,7 +298,7 @@ def test_model_options_bring_no_code(run):
         ("attn_implementation: evil-org/kernel", "names a repository"),
         ("trust_remote_code: true", "trust_remote_code"),
     ):
-        status, _, error = run("model.hf={model_type: llama, %s, %s}" % (shape, entry), *unset)
+        status, _, error = run(f"model.hf={{model_type: llama, {shape}, {entry}}}", *unset)
         assert status == 2 and said in error and error.count("\n") == 1
 
 
