@@ -241,7 +241,7 @@ def main(arguments: list[str] | None = None) -> int:
     default = {name: parameter.default for name, parameter in inspect.signature(prepare).parameters.items()}
     parser = argparse.ArgumentParser(
         prog="python -m data.prepare",
-        description="Tokenize a corpus into memory-mapped shards. Stopped or killed, the same command continues.",
+        description="Tokenize a corpus into shards. Stopped or killed, the same command continues.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("source", metavar="SOURCE", help="file, folder, glob, hub:NAME or stdlib")

@@ -5,7 +5,7 @@ Pieces are read, not mapped into memory: behind the end of a file that was cut s
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -75,6 +75,6 @@ class _Descriptor:
     def __init__(self, path: Path):
         self.number = os.open(path, os.O_RDONLY)
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # at the end of the process there is no `os` any more
         if hasattr(self, "number"):
-            os.close(self.number)
+            close(self.number)

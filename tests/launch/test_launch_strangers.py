@@ -66,7 +66,9 @@ def test_neither_pipes_nor_links_below_are_written_through(victim, tmp_path):
     with pytest.raises(UnsafeFolder, match=r"metrics\.jsonl is neither a file nor a folder"):
         check_folder(folder)
     (folder / "metrics.jsonl").unlink()
-    for link in (folder / "set_aside" / ".2.tmp", folder / "set_aside" / "1" / "metrics.jsonl"):
+    (folder / "rules").mkdir()  # of meta-training
+    for name in ("set_aside/.2.tmp", "set_aside/1/metrics.jsonl", "rules/00000001.safetensors"):
+        link = folder / name
         link.symlink_to(victim.parent)
         with pytest.raises(UnsafeFolder, match="out of the run's folder"):
             check_folder(folder)
