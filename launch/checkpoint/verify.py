@@ -61,15 +61,15 @@ def choose_checkpoint(run: Path) -> tuple[Path, list[str]]:
     return checkpoint, problems
 
 
-def verify(path: Path) -> None:
-    """Raise CheckpointError unless every file of the manifest is there with its size and hash."""
+def verify(path: Path, hashes: bool = True) -> None:
+    """Raise CheckpointError unless every file of the manifest is there with its size and, where `hashes` are wanted, its hash."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         for name, expected in manifest.items():
             file = path / name
             if file.stat().st_size != expected["bytes"]:
                 raise CheckpointError(f"{file} has {file.stat().st_size} bytes, its manifest says {expected['bytes']}")
-            if sha256(file) != expected["sha256"]:
+            if hashes and sha256(file) != expected["sha256"]:
                 raise CheckpointError(f"{file} is damaged: its sha256 is not the manifest's")
     except CheckpointError:
         raise

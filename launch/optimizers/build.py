@@ -123,7 +123,9 @@ def build_optimizer(
 def build_by_class(config: OptimizerConfig, entry: OptimizerEntry, groups: Groups) -> torch.optim.Optimizer:
     """The class of `entry` over everything, or over the hidden matrices beside torch's AdamW for the rest."""
     own = [group for group in groups if entry.route == "all" or group["role"] == "hidden"]
-    rest = [without(group, "role", "matrices", "notes") for group in groups if entry.route == "hidden" and group["role"] == "other"]
+    rest = [
+        without(group, "role", "matrices", "notes") for group in groups if entry.route == "hidden" and group["role"] == "other"
+    ]
     check_matrices(config, own)
     cls, arguments = find_class(entry.path, entry.package), entry.arguments
     if not all(local_shard_of(p).whole for group in groups for p in group["params"]):
