@@ -316,4 +316,9 @@ def main(argv: list[str] | None = None, hooks: Hooks | None = None) -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    try:
+        status = main()
+    except Exception:  # nobody's to mend but ours: the traceback, and the end before torchrun ends this rank for another's
+        sys.excepthook(*sys.exc_info())
+        status = 1
+    leave(status)

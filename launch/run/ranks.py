@@ -151,7 +151,7 @@ def first_difference(hosts: list[str], everyone: list[list[Fact]]) -> str | None
     name = differing[0]
     ranks_of: dict[str, list[int]] = {}
     for rank, facts in enumerate(by_rank):
-        ranks_of.setdefault(facts[name].value if name in facts else "unknown", []).append(rank)
+        ranks_of.setdefault(facts[name].value if name in facts else "not given", []).append(rank)
     shown = [f"{' '.join(value.split())} on {in_words(ranks, hosts)}" for value, ranks in ranks_of.items()]
     remedy = next(facts[name].remedy for facts in by_rank if name in facts)
     more = f" (and {len(differing) - 1} more: {shortened(differing[1:])})" if differing[1:] else ""

@@ -26,7 +26,7 @@ def test_the_first_difference_is_named_with_its_ranks_and_the_number_of_others()
     assert first_difference(hosts, other) == f"the ranks differ: lr is {first}, {second}; mend lr"
     # One fact that a rank lacks, and another that it has alone, as with another version of this project.
     lacks = [facts(lr="0.1", seed="1"), facts(lr="0.1", rule="a")]
-    line = "the ranks differ: seed is 1 on rank 0 (a), unknown on rank 1 (b) (and 1 more: rule); mend seed"
+    line = "the ranks differ: seed is 1 on rank 0 (a), not given on rank 1 (b) (and 1 more: rule); mend seed"
     assert first_difference(["a", "b"], lacks) == line
     # As many values as ranks, with ends of lines: still one short line.
     every = [facts(lr=f"{rank}\n") for rank in range(32)]

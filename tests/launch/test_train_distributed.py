@@ -27,10 +27,12 @@ from celo2.stack import local
 from celo2.training.lock import FolderLock
 from data.prepare import prepare
 from data.shards import TokenShards
+from launch.checkpoint.load import load_model
 from launch.checkpoint.verify import MANIFEST, sha256
 from launch.run import ranks
 from launch.run.agreement import rule_hash
 from launch.run.hooks import Hooks
+from launch.run.ranks import weights_fact
 
 ROOT = Path(__file__).parents[2]
 STEPS = ["train.steps=12", "train.micro_batch_size=4", "checkpoint.every=4", "checkpoint.keep=10"]
@@ -237,6 +239,9 @@ def test_two_processes(run, prepared):
     manifest = sha256(two.parent / "step_00000012" / MANIFEST)[:12]
     for _, _, text in differing:
         line = f"the ranks differ: {text}".replace("MANIFEST", manifest).replace("HOST", socket.gethostname())
+        for step in ("STEP4", "STEP8"):
+            if step in line:
+                line = line.replace(step, weights_fact(load_model(one.with_name(f"step_0000000{step[4]}"))).value)
         assert {f"error: {line}", f"error: rank 1: {line}"} <= set(done.stderr.splitlines()), (line, done.stderr)
     assert read(run.tmp_path / "two") == double
     assert not list(run.tmp_path.glob("refused*")) and not (run.tmp_path / "elsewhere").exists()
@@ -288,6 +293,11 @@ def runs_that_differ(folder, prepared):
             [f"run.dir={folder}/refused", "optimizer.name=muon"],
             text("the checkpoint to go on from", "none", f"step 12 in {folder}/one", here),
         ),
+        (
+            f"rank 1: model.init={folder}/one/checkpoints/step_00000008",
+            [new, f"model.init={folder}/one/checkpoints/step_00000004"],
+            text("the weights of model.init", "STEP4", "STEP8", "let model.init hold the same weights on every node"),
+        ),
         ("rank 1: another torch", [new], text("torch", torch.__version__, "9.9", "install the same torch on every node")),
     ]
 
@@ -307,7 +317,11 @@ def test_bad_gradients_reach_no_weight_under_any_strategy(run, prepared):
         assert run(*STEPS, f"optimizer.name={name}", folder=f"{name}-one", hooks=Poison([6]))[0] == 0
         runs.append([f"gradient={value}", *common, f"optimizer.name={name}", f"run.dir={run.tmp_path / name}"])
     runs.append(["gradient=nan", *common, "distributed.strategy=fsdp2", f"run.dir={run.tmp_path / 'fsdp2-nan'}"])
-    spawn(2, runs, [0] * len(runs))
+    # A roll-back where the second rank's folder is another one.
+    runs.append(["rank 1: run.dir=elsewhere", *runs[0][:-1], f"run.dir={run.tmp_path / 'unshared'}"])
+    done = spawn(2, runs, [0] * (len(runs) - 1) + [2])
+    missing = "unusable (elsewhere/checkpoints/step_00000004 is no whole checkpoint: manifest.json is missing) on rank 1"
+    assert done.stderr.count(missing) == 2, done.stderr
     for name, value in alone.items():
         one, two = (losses(read(run.tmp_path / folder)) for folder in (f"{name}-one", name))
         one[6] = two[6] = 0.0  # with a loss that is finite, and without; the step is skipped by both
