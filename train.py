@@ -49,7 +49,8 @@ from launch.run.check import check, prompt_notes
 from launch.run.evaluation import bytes_of_tokens, evaluate
 from launch.run.hooks import Hooks
 from launch.run.own_rule import settled
-from launch.run.resume import resume, roll_back
+from launch.run.ranks import facts_of, require_same, weights_fact
+from launch.run.resume import find_start, resume, roll_back
 from launch.run.schedule import dropout_seed, due, lr_factor, set_lr
 from launch.run.setup import (
     describe_run,
@@ -79,18 +80,27 @@ EXPECTED_ERRORS = (
 )
 
 
-def train(config: Config, hooks: Hooks) -> int:
+def train(config: Config, hooks: Hooks, signals: StopSignals) -> int:
     """One training run, from the beginning or its newest checkpoint to its last step or a signal; returns the exit status."""
-    with StopSignals() as signals:
-        accelerator = make_accelerator(config)
-        with lock_run(config, accelerator):
-            with Heartbeat(accelerator.process_index, accelerator.num_processes, config.distributed.timeout) as heartbeat:
-                signals.listener = heartbeat.signalled
+
+    def report(message: str) -> None:
+        signals.hold()
+        print_error(message)
+
+    accelerator = make_accelerator(config)
+    rank, world, summary = accelerator.process_index, accelerator.num_processes, None
+    with lock_run(config, accelerator):
+        with Heartbeat(rank, world, config.distributed.timeout, report) as heartbeat:
+            signals.listener = heartbeat.signalled
+            try:
                 summary = pretrain(config, accelerator, heartbeat, signals, hooks)
-            accelerator.wait_for_everyone()  # a process group that is taken down while another rank still works can block
-            accelerator.end_training()
-            if summary is not None and accelerator.is_main_process:  # no other rank waits for this
-                summary.finish(accelerator.device)
+            finally:
+                if summary is None:  # stopped, or an error: the first rank that ends makes torchrun signal the others
+                    signals.hold()
+        accelerator.wait_for_everyone()  # a process group that is taken down while another rank still works can block
+        accelerator.end_training()
+        if summary is not None and accelerator.is_main_process:  # no other rank waits for this
+            summary.finish(accelerator.device)
     return 0 if summary is not None else STOPPED
 
 
@@ -103,29 +113,36 @@ def pretrain(
     """
     steps, world, first = config.train.steps, accelerator.num_processes, accelerator.is_main_process
 
-    # Data and model; then model and optimizer as the strategy spreads them over the processes. The global batch of a step is
-    # the same for every number of processes and micro-batch size.
+    # Data, and where the run stands: on all ranks the same, like everything else that they are about to do.
     shards, validation = open_data(config)
+    chosen, run_dir = settled(config), run_folder(config)
+    start = find_start(config, run_dir, accelerator)
+    require_same(accelerator, lambda: facts_of(config, chosen, shards, start.checkpoint, run_dir))
+    heartbeat.mark("ranks compared")
+
+    # The model; then model and optimizer as the strategy spreads them over the processes. The global batch of a step is the same
+    # for every number of processes and micro-batch size.
     lengths = bytes_of_tokens(validation)
     set_seed(config.run.seed)
     model, context, taken = make_model(config, shards)
+    if taken:
+        require_same(accelerator, lambda: [weights_fact(model)])
     flops, parameters, hidden = flops_per_token(model, context), model.num_parameters(), hidden_names(model)
     heartbeat.mark("model built")
-    strategy = make_strategy(settled(config), accelerator, model)
+    strategy = make_strategy(chosen, accelerator, model)
     optimizer = strategy.optimizer
     verification = Verification(strategy)
     statistics = StepStatistics(optimizer, [strategy.shards[name].weight for name in hidden], accelerator.device)
     peak_flops = peak(accelerator)
     peak_speed = peak_flops * world / flops if peak_flops else None  # tokens/s
 
-    # The run's folder, and where the run stands.
-    run_dir = run_folder(config)
+    # The state of the run, and its folder.
     heartbeat.mark("sharded")
     identity = identity_of(config, shards, context, optimizer)
-    state, resumed = resume(config, run_dir, strategy, identity)
+    state = resume(config, start, strategy, identity)
     heartbeat.mark("loaded")
-    on_first_rank(accelerator, lambda: describe_run(config, run_dir, shards, optimizer, resumed))
-    folder, origin = run_dir / "checkpoints", resumed.origin.step if resumed.origin else None
+    on_first_rank(accelerator, lambda: describe_run(config, run_dir, shards, optimizer, start))
+    folder, origin = run_dir / "checkpoints", start.origin.step if start.origin else None
     display = Display(steps, state.step, first)
     metrics = Metrics(accelerator, config, run_dir, display.say)
     metrics.rewind(state.step, state.evaluated)
@@ -144,11 +161,11 @@ def pretrain(
         Saver(folder, config.checkpoint, report, first, state.step, hooks.before_save_phase, origin) as saver,
     ):
         batches, stream = open_batches(config, shards, context, state, accelerator)
-        resumed.notes.extend([*(taken if state.step == 0 else []), *prompt_notes(config, shards, context)])
-        for note in [*resumed.notes, describe_training(config, parameters, optimizer, batches, world)]:
+        start.notes.extend([*(taken if state.step == 0 else []), *prompt_notes(config, shards, context)])
+        for note in [*start.notes, describe_training(config, parameters, optimizer, batches, world)]:
             display.say(note)
             metrics.event({"event": "start", "step": state.step, "note": note})
-        if branch := resumed.event():
+        if branch := start.event():
             metrics.event(branch)
         stop = False
         since = replace(state)  # the state at the last logged step
@@ -182,7 +199,7 @@ def pretrain(
             logged = step == 1 or due(step, config.log.every, steps)
             set_mode(optimizer, "train")
             statistics.begin(measure=logged)
-            start = time.perf_counter()
+            began = time.perf_counter()
             torch.manual_seed(dropout_seed(config.run.seed, state.step, accelerator.process_index))
             factor = lr_factor(config.schedule, state.step, steps)
             set_lr(optimizer, factor)
@@ -198,7 +215,7 @@ def pretrain(
             if verdict.healthy:
                 verification.check()
             healthy_loss = verdict.loss if verdict.healthy else None
-            state.finish_step(config.train.batch_size, n_targets, time.perf_counter() - start, healthy_loss)
+            state.finish_step(config.train.batch_size, n_targets, time.perf_counter() - began, healthy_loss)
             stop, saver.asked = verdict.stop, verdict.save
             display.advance(state.step)
 
@@ -267,35 +284,41 @@ def main(argv: list[str] | None = None, hooks: Hooks | None = None) -> int:
     parser.epilog = help_text(Config)
     show_any_text()
     rank = os.environ.get("RANK", "0")
-    try:
-        args = parse_arguments(parser, argv)
-        config, written = load_written(args.config, args.overrides)
-        world = check_environment(config)
-        if args.plan and "RANK" not in os.environ:
-            world = config.distributed.replicas  # nothing was started: the fewest processes that will do
-        notes = check(config, written, world)
-        if rank == "0":
-            print("".join(f"note: {note}\n" for note in notes), end="", file=sys.stderr)
-        if args.plan:
-            plan = make_plan(settled(config), world, machine_of(args.gpu or "h100"))
+    with StopSignals() as signals:  # until the last line is printed
+        try:
+            args = parse_arguments(parser, argv)
+            config, written = load_written(args.config, args.overrides)
+            world = check_environment(config)
+            if args.plan and "RANK" not in os.environ:
+                world = config.distributed.replicas  # nothing was started: the fewest processes that will do
+            notes = check(config, written, world)
             if rank == "0":
-                print(plan)
-            return 0
-        if args.gpu:
-            raise ConfigError("--gpu is for --plan; training takes the GPUs that are here")
-        return train(config, hooks or Hooks())
-    except EXPECTED_ERRORS as error:
-        print_error(str(error) if rank == "0" else f"rank {rank}: {error}")
-        return 2
-    except RankError as error:
-        print_error(str(error))
-        return STATUS
-    except KeyboardInterrupt:
-        if rank == "0":
-            print_error(AT_ONCE)
-            say_after_launcher(AT_ONCE)
-        return INTERRUPTED
+                print("".join(f"note: {note}\n" for note in notes), end="", file=sys.stderr)
+            if args.plan:
+                plan = make_plan(settled(config), world, machine_of(args.gpu or "h100"))
+                if rank == "0":
+                    print(plan)
+                return 0
+            if args.gpu:
+                raise ConfigError("--gpu is for --plan; training takes the GPUs that are here")
+            return train(config, hooks or Hooks(), signals)
+        except EXPECTED_ERRORS as error:
+            print_error(str(error) if rank == "0" else f"rank {rank}: {error}")
+            return 2
+        except RankError as error:
+            print_error(str(error))
+            return STATUS
+        except KeyboardInterrupt:
+            if rank == "0":
+                print_error(AT_ONCE)
+                say_after_launcher(AT_ONCE)
+            return INTERRUPTED
 
 
 if __name__ == "__main__":
-    leave(main())
+    try:
+        status = main()
+    except Exception:  # nobody's to mend but ours: the traceback, and the end before torchrun ends this rank for another's
+        sys.excepthook(*sys.exc_info())
+        status = 1
+    leave(status)

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 import sys
 from contextlib import suppress
+from datetime import timedelta
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout, _world
 from torch.optim import _muon
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -32,14 +34,27 @@ def connect_to_default_store(prefix: str) -> dist.Store:
     return dist.PrefixStore(prefix, store.clone())
 
 
+def set_collective_timeout(seconds: float) -> None:
+    """Let a collective of any process group that exists now fail after `seconds`.
+
+    A group that DeepSpeed or a DeviceMesh makes has a default of its own, with NCCL 600 s.
+    """
+    for group in _world.pg_map:
+        _set_pg_timeout(timedelta(seconds=seconds), group)
+
+
 def leave(status: int) -> NoReturn:
     """End the process with `status`. Exit handlers run and output is flushed, but the interpreter does not run its shutdown.
+
+    No signal changes the status any more: torchrun sends SIGTERM to all other ranks as soon as one has ended.
 
     Gloo's worker threads release a collective's tensors a moment after the collective is done. One that does so while the
     interpreter is being taken apart aborts the process (SIGABRT), and a run that has succeeded counts as failed. Taking down
     the process group ends the threads only where nothing refers to it any more, but DeepSpeed and a DeviceMesh always do.
     https://github.com/pytorch/pytorch/pull/179291
     """
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     atexit._run_exitfuncs()
     with suppress(OSError):  # nobody reads it, or the disk is full
         sys.stdout.flush()

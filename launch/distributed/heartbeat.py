@@ -43,6 +43,7 @@ from launch.private import connect_to_default_store
 STATUS = 70  # exit status (EX_SOFTWARE) of a rank that stops because of another one
 ALERT = 15.0  # s; half of what torchrun waits between SIGTERM and SIGKILL, and longer than writing a checkpoint holds the GIL
 GRACE = 3.0  # s; time for each rank to print an exception that all of them raise
+COLLECTIVE_MARGIN = 60.0  # s; a collective waits so much longer than `timeout`, so that it is the heartbeat that names a rank
 OBSERVERS = 2  # ranks that read everybody's beat; the others read only these ranks', so that the store serves 1,024 ranks
 NAMED = 8  # ranks that a message names
 CONTINUES = "the run stops, and the same command continues from its newest checkpoint"

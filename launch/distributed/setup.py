@@ -21,8 +21,10 @@ from data import first_line
 from launch.distributed.ddp import DDP
 from launch.distributed.environment import check_environment
 from launch.distributed.fsdp2 import FSDP2
+from launch.distributed.heartbeat import COLLECTIVE_MARGIN
 from launch.distributed.strategy import Strategy
 from launch.distributed.zero import Zero
+from launch.private import set_collective_timeout
 from models import peak_flops
 
 STRATEGIES: dict[str, type[Strategy]] = {"ddp": DDP, "zero1": Zero, "zero2": Zero, "zero3": Zero, "fsdp2": FSDP2}
@@ -38,6 +40,7 @@ def make_strategy(
         ShardingError: shards that are not what was asked for.
     """
     strategy = strategies[config.distributed.strategy](config, accelerator, model)
+    set_collective_timeout(config.distributed.timeout + COLLECTIVE_MARGIN)  # of the strategy's own groups, too
     strategy.check()
     return strategy
 
@@ -74,6 +77,7 @@ def make_accelerator(config: Config) -> Accelerator:
         ) from None
     if accelerator.num_processes != expected:
         raise ConfigError(f"{expected} processes were started, but Accelerate sees {accelerator.num_processes}")
+    set_collective_timeout(config.distributed.timeout + COLLECTIVE_MARGIN)
     return accelerator
 
 

@@ -1,7 +1,7 @@
 """The guard of a training run: it notices steps that are not finite and spikes of the loss, and tells all ranks of signals.
 
-In every step all ranks add up three numbers and so agree on what happens next. The host waits for the device there. That is short
-beside a step of a GPU, and no step that is not finite can reach the weights.
+In every step all ranks add up five numbers and so agree on what happens next. The host waits for the device there. That is short
+beside a step of a GPU, and no step that is not finite can reach the weights, nor one whose gradient is another on some rank.
 """
 
 from __future__ import annotations
@@ -12,12 +12,18 @@ from collections import deque
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 
+from celo2.distributed.collectives import gather_objects
 from configs.schema import Train
 from launch.monitoring.signals import StopSignals
 
 SPIKE_WINDOW = 50  # a spike is measured against the median loss of so many healthy steps
+# Relative standard deviation of the ranks' gradient norms. Every rank computes the norm of the same whole gradient, and the same
+# bits come out on equal devices; what kinds of devices may differ by is rounding.
+SAME_NORM = 1e-3
+NAMED = 8  # ranks that a message names
 
 
 class Diverged(RuntimeError):
@@ -32,7 +38,7 @@ class Verdict:
     grad_norm: float
     stop: bool  # some rank got a signal
     save: bool  # the first rank's clock asks for a checkpoint
-    healthy: bool = True  # loss and gradient norm are finite: the step may reach the weights
+    healthy: bool = True  # loss and gradient norm are finite, the norm is every rank's: the step may reach the weights
     problem: str = ""  # what a person should know about this step
     roll_back: bool = False
 
@@ -63,16 +69,22 @@ class Guard:
     def judge(self, loss: torch.Tensor, grad_norm: torch.Tensor, save: bool) -> Verdict:
         """The verdict on a step from this rank's share of the loss and the norm of the whole gradient, before the update.
 
+        The norm counts as every rank has it: a gradient that goes wrong on one rank after the reduction is no other's.
+
         Raises:
             Diverged: `max_bad_steps` steps in a row were not finite, and rolling back is not allowed.
         """
-        total, saves, stops = self.agree(loss, float(save))
-        verdict = Verdict(total, grad_norm.item(), stop=stops > 0, save=saves > 0)
+        norm = grad_norm.to(torch.float64)
+        total, norms, squares, saves, stops = self.agree(loss, norm, norm.square(), float(save))
+        world = self.accelerator.num_processes
+        verdict = Verdict(total, norms / world, stop=stops > 0, save=saves > 0)  # the mean of equal numbers is exact
         may_roll_back = self.config.on_spike == "rollback"
-        if not (math.isfinite(verdict.loss) and math.isfinite(verdict.grad_norm)):
+        deviates = squares / world - verdict.grad_norm**2 > (SAME_NORM * verdict.grad_norm) ** 2
+        if deviates or not (math.isfinite(verdict.loss) and math.isfinite(verdict.grad_norm)):
             self.bad_in_a_row += 1
             verdict.healthy = False
-            verdict.problem = f"loss {verdict.loss}, gradient norm {verdict.grad_norm}: the step is skipped"
+            whose = self.whose(loss, grad_norm) if world > 1 else ""
+            verdict.problem = f"loss {verdict.loss}, gradient norm {verdict.grad_norm}{whose}: the step is skipped"
             verdict.roll_back = may_roll_back and self.bad_in_a_row >= self.config.max_bad_steps
             if self.bad_in_a_row >= self.config.max_bad_steps and not may_roll_back:
                 raise Diverged(f"{self.bad_in_a_row} steps in a row were not finite, the last with {verdict.problem}")
@@ -88,3 +100,15 @@ class Guard:
             self.bad_in_a_row = 0
             self.losses.clear()
         return verdict
+
+    def whose(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> str:
+        """The ranks alone whose loss or norm is not finite, or else the norms that differ, in words. Every rank must ask."""
+        everyone = gather_objects((loss.item(), grad_norm.item()), dist.group.WORLD)  # type: ignore[arg-type]
+        bad = [str(rank) for rank, values in enumerate(everyone) if not all(map(math.isfinite, values))]
+        norms = [norm for _, norm in everyone]
+        if 0 < len(bad) < len(everyone):
+            return f" (not finite on rank {', '.join(bad[:NAMED])} alone)"
+        if bad or min(norms) == max(norms):
+            return ""
+        low, high = norms.index(min(norms)), norms.index(max(norms))
+        return f" (the ranks differ: {norms[low]:.6g} on rank {low}, {norms[high]:.6g} on rank {high})"

@@ -32,11 +32,12 @@ class StopSignals:
     Attributes:
         wait: whether the first signal is waited for; until it is set there is nothing to save, and the first acts as the next.
         received: whether a signal came.
+        held: whether the process is about to end anyway, with a status and a line that a launcher's signal must not take from it.
         listener: called with the first signal, in another thread than the main one.
     """
 
     def __init__(self) -> None:
-        self.wait, self.received = False, False
+        self.wait, self.received, self.held = False, False, False
         self.listener: Callable[[], None] = lambda: None
         self._closed = threading.Event()
 
@@ -53,19 +54,27 @@ class StopSignals:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(self._previous_fd)
         self._closed.set()
         self._wake.send(b"\0")
         self._thread.join()
+        signal.set_wakeup_fd(self._previous_fd)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
         self._woken.close()
         self._wake.close()
+
+    def hold(self) -> None:
+        """The process is about to end: from now on only SIGINT, from a person, ends it at once."""
+        self.held = True
+
+    def _at_once(self, count: Count, number: int) -> bool:
+        """Whether a signal, counted here, ends the process at once."""
+        return not (self.held and number != signal.SIGINT) and count.add(number) > int(self.wait)
 
     def _handle(self, count: Count, number: int) -> None:
         """In the main thread, once that runs Python."""
         self.received = True
-        if count.add(number) > int(self.wait):
+        if self._at_once(count, number):
             raise KeyboardInterrupt
 
     def _watch(self) -> None:
@@ -75,7 +84,7 @@ class StopSignals:
             for number in self._woken.recv(64):
                 if number not in STOP_SIGNALS:
                     continue
-                if count.add(number) > int(self.wait):
+                if self._at_once(count, number):
                     if not self._closed.wait(GRACE):
                         end_now()
                 elif not self.received:

@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+
 from configs.schema import Config
 from launch.checkpoint.load import load_checkpoint, read_state, require_state
 from launch.checkpoint.save import Saver
@@ -17,21 +19,41 @@ from launch.monitoring.guard import Diverged
 from launch.monitoring.metrics import flat
 from launch.run.agreement import require_agreement
 from launch.run.branch import Start, choose_start
+from launch.run.ranks import checkpoint_fact, require_same
 from launch.run.state import RunState, from_saved
 
 MAX_ROLLBACKS = 10
 
 
-def resume(config: Config, run_dir: Path, strategy: Strategy, identity: dict[str, Any]) -> tuple[RunState, Start]:
-    """Begin or continue as `checkpoint.resume` says. Returns the state, and the start with notes for a person to read.
+def find_start(config: Config, run_dir: Path, accelerator: Accelerator) -> Start:
+    """Where the run takes up, which the first rank chooses as `checkpoint.resume` says. Every rank must call it.
+
+    Each rank gets a checkpoint of the run's folder by its own path to that.
 
     Raises:
-        ConfigError, CheckpointError: as `choose_start`; a checkpoint that does not agree with this run, naming the difference.
+        ConfigError, CheckpointError: as `choose_start`.
     """
-    start = on_first_rank(strategy.accelerator, partial(choose_start, config, run_dir))
+
+    def choose() -> tuple[Start, bool]:
+        start = choose_start(config, run_dir)
+        folder = (run_dir / "checkpoints").resolve()
+        return start, start.checkpoint is not None and start.checkpoint.parent.resolve() == folder
+
+    start, own = on_first_rank(accelerator, choose)
+    if start.checkpoint is None or not own or accelerator.is_main_process:
+        return start
+    return start._replace(checkpoint=run_dir / "checkpoints" / start.checkpoint.name)
+
+
+def resume(config: Config, start: Start, strategy: Strategy, identity: dict[str, Any]) -> RunState:
+    """Load the checkpoint of `start`, if there is one, and add a note to it. Returns the state of the run.
+
+    Raises:
+        CheckpointError: a checkpoint that does not agree with this run, naming the difference.
+    """
     path = start.checkpoint
     if path is None:
-        return RunState(), start
+        return RunState()
     saved = read_state(path)
     require_state(path, saved)
     require_agreement(path, saved, config, strategy.model.config, identity)
@@ -39,7 +61,7 @@ def resume(config: Config, run_dir: Path, strategy: Strategy, identity: dict[str
     before, now = flat(saved["config"]), flat(asdict(config))
     changes = [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
     start.notes.append(f"resumed from {path}" + (f" with {', '.join(changes)}" if changes else ""))
-    return from_saved(saved), start
+    return from_saved(saved)
 
 
 def roll_back(run_dir: Path, state: RunState, strategy: Strategy, saver: Saver) -> tuple[RunState, int]:
@@ -49,16 +71,19 @@ def roll_back(run_dir: Path, state: RunState, strategy: Strategy, saver: Saver) 
 
     Raises:
         Diverged: no checkpoint to go back to, or too many rollbacks.
+        ConfigError: the ranks do not find the same checkpoint.
     """
+    accelerator = strategy.accelerator
     saver.wait()
-    strategy.accelerator.wait_for_everyone()
-    path, _ = find_checkpoint(run_dir / "checkpoints")
-    if path is None:
+    newest, _ = on_first_rank(accelerator, partial(find_checkpoint, run_dir / "checkpoints"))
+    if newest is None:
         raise Diverged(f"step {state.step}: no checkpoint to roll back to")
     if state.rollbacks >= MAX_ROLLBACKS:
         raise Diverged(f"step {state.step}: {MAX_ROLLBACKS} rollbacks did not help")
+    path = run_dir / "checkpoints" / newest.name
+    require_same(accelerator, lambda: [checkpoint_fact(path, run_dir)])
     load_checkpoint(path, strategy)
     back = from_saved(read_state(path))
-    strategy.accelerator.wait_for_everyone()  # the checkpoint is about to be written again, with what is left out
+    accelerator.wait_for_everyone()  # the checkpoint is about to be written again, with what is left out
     on = replace(back, sequences=state.sequences, bad_steps=state.bad_steps, rollbacks=state.rollbacks + 1)
     return on, state.sequences - back.sequences

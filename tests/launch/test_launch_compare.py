@@ -306,7 +306,7 @@ def test_outcomes():
 
 
 def test_divergence_is_recognized_by_the_event_that_train_writes(tmp_path):
-    device = SimpleNamespace(device=torch.device("cpu"), reduce=lambda tensor, _: tensor, is_main_process=True)
+    device = SimpleNamespace(device=torch.device("cpu"), reduce=lambda tensor, _: tensor, is_main_process=True, num_processes=1)
     guard = Guard(device, Config().train)
     folder = tmp_path / "run"
     folder.mkdir()

@@ -16,7 +16,7 @@ import torch
 from configs.load import load_config
 from launch.distributed.heartbeat import print_error
 from launch.monitoring.display import Terminal, show_any_text
-from launch.monitoring.signals import COPY, GRACE, Count
+from launch.monitoring.signals import COPY, GRACE, Count, StopSignals
 from launch.run import summary as summary_module
 from launch.run.hooks import Hooks
 from launch.run.summary import Summary
@@ -142,6 +142,17 @@ def test_a_second_signal_stops_at_once_inside_a_long_operation(phase, numbers):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and time.monotonic() - start < GRACE + 8  # the machine may be busy
     assert err == "error: stopped at once by a signal; the same command continues from the newest checkpoint\n"
+
+
+def test_signals_of_a_launcher_do_not_end_a_process_that_has_a_verdict():
+    with StopSignals() as signals:
+        signals.hold()
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGUSR1)
+        assert signals.received
+        with pytest.raises(KeyboardInterrupt):  # a person
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 @pytest.mark.parametrize("launcher", [False, True])

@@ -53,6 +53,15 @@ def test_the_store_of_the_group_is_found_and_shared(group):
     assert connect_to_default_store("mine").get("key") == b"value"
 
 
+def test_the_timeout_reaches_every_group(group):
+    from launch.private import set_collective_timeout
+
+    dist.new_group([0])
+    set_collective_timeout(7.0)
+    backends = [found._get_backend(torch.device("cpu")) for found in dist.distributed_c10d._world.pg_map]
+    assert len(backends) == 2 and [backend.options._timeout.total_seconds() for backend in backends] == [7.0, 7.0]
+
+
 def test_a_dispatch_mode_sees_collectives_with_their_group(group):
     from launch.benchmark.traffic import Traffic, world_size
 

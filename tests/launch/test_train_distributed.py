@@ -9,18 +9,30 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from bad_gradients import Poison
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from celo2 import load_rule, save_rule
+from celo2.stack import local
 from celo2.training.lock import FolderLock
+from data.prepare import prepare
+from data.shards import TokenShards
+from launch.checkpoint.load import load_model
+from launch.checkpoint.verify import MANIFEST, sha256
+from launch.run import ranks
+from launch.run.agreement import rule_hash
 from launch.run.hooks import Hooks
+from launch.run.ranks import weights_fact
 
 ROOT = Path(__file__).parents[2]
 STEPS = ["train.steps=12", "train.micro_batch_size=4", "checkpoint.every=4", "checkpoint.keep=10"]
@@ -34,8 +46,8 @@ def validation(records):
     return {r["step"]: r["val_loss"] for r in records if "val_loss" in r}
 
 
-def read(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def read(folder, name="metrics.jsonl"):
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 
 def spawn(world, runs, statuses):
@@ -193,8 +205,13 @@ def test_two_processes(run, prepared):
         [*common, f"run.dir={run.tmp_path / 'locked'}"],
         [*common, f"run.dir={run.tmp_path / 'one'}", f"checkpoint.resume={one}", "optimizer.lr=1e-3"],
     ]
+    differing = runs_that_differ(run.tmp_path, prepared)
     with FolderLock(run.tmp_path / "locked"):
-        done = spawn(2, runs, [0, 0, 75, 0, 2, 2, 2, 2, 0])
+        done = spawn(
+            2,
+            [*runs, *([first, *common, *rest] for first, rest, _ in differing)],
+            [0, 0, 75, 0, 2, 2, 2, 2, 0] + [2] * len(differing),
+        )
 
     # Worst measured 6e-8: matrices are orthogonalized in other batches than by one process.
     double = read(run.tmp_path / "two")
@@ -218,6 +235,72 @@ def test_two_processes(run, prepared):
         assert f"distributed.strategy {strategy}: the update of model.layers.0.attn.q_proj.weight is 0." in done.stderr
         assert not list((run.tmp_path / folder / "checkpoints").glob("step_*"))
 
+    # What rank 1 has and rank 0 has not is said by both in the same words, before anything is written.
+    manifest = sha256(two.parent / "step_00000012" / MANIFEST)[:12]
+    for _, _, text in differing:
+        line = f"the ranks differ: {text}".replace("MANIFEST", manifest).replace("HOST", socket.gethostname())
+        for step in ("STEP4", "STEP8"):
+            if step in line:
+                line = line.replace(step, weights_fact(load_model(one.with_name(f"step_0000000{step[4]}"))).value)
+        assert {f"error: {line}", f"error: rank 1: {line}"} <= set(done.stderr.splitlines()), (line, done.stderr)
+    assert read(run.tmp_path / "two") == double
+    assert not list(run.tmp_path.glob("refused*")) and not (run.tmp_path / "elsewhere").exists()
+
+
+def runs_that_differ(folder, prepared):
+    """What rank 1 alone is given, what both ranks are, and what is said of it."""
+    (folder / "other.jsonl").write_text('{"text": "another data set, of which there is enough"}\n' * 40)
+    other = prepare(str(folder / "other.jsonl"), folder / "other", tokenizer="bytes", val_fraction=0.2, workers=1)
+    prints = [TokenShards(path, "train").fingerprint[:12] for path in (prepared, other)]
+    rule = load_rule("celo2")
+    changed = replace(rule, weights={name: weight * 1.001 for name, weight in rule.weights.items()})
+    rules = [folder / "rule.safetensors", folder / "changed.safetensors"]
+    for path, content in zip(rules, (rule, changed), strict=True):
+        save_rule(content, path)
+    missing = f"unusable ({folder}/elsewhere/checkpoints/step_00000012 is no whole checkpoint: {MANIFEST} is missing)"
+    new, two = f"run.dir={folder}/refused", f"run.dir={folder}/two"
+
+    def text(name, first, second, remedy, more=""):
+        return f"{name} is {first} on rank 0 (HOST), {second} on rank 1 (HOST){more}; {remedy}"
+
+    def option(name, first, second, more=""):
+        return text(name, first, second, f"give every rank the same {name}", more)
+
+    data, same_rule = "let data.dir hold the same data set on every node", "let optimizer.rule be the same file on every node"
+    here = "let run.dir be one folder that every node reads, or copy it to each"
+    return [
+        ("rank 1: optimizer.lr=0.05", [new], option("optimizer.lr", "0.005", "0.05")),
+        ("rank 1: run.seed=2", [new, "distributed.strategy=fsdp2"], option("run.seed", "1", "2")),
+        (
+            "rank 1: distributed.strategy=zero1",
+            [new, "optimizer.name=adamw"],
+            option("distributed.strategy", "ddp", "zero1", " (and 1 more: deepspeed)"),
+        ),
+        (f"rank 1: model.init={two[8:]}", [new], text("model.init", "null", "given", "give it to every rank or to none")),
+        (f"rank 1: data.dir={other}", [new], text("the data set of data.dir", *prints, data)),
+        (
+            f"rank 1: optimizer.rule={rules[1]}",
+            [new, f"optimizer.rule={rules[0]}"],
+            text("the rule of the optimizer", *(rule_hash(r)[:12] for r in (rule, changed)), same_rule),
+        ),
+        (
+            f"rank 1: run.dir={folder}/elsewhere",
+            [two, "optimizer.name=adamw", "train.steps=16"],
+            text("the checkpoint to go on from", "step 12 with the manifest MANIFEST", missing, here),
+        ),
+        (
+            f"rank 1: run.dir={folder}/one",
+            [f"run.dir={folder}/refused", "optimizer.name=muon"],
+            text("the checkpoint to go on from", "none", f"step 12 in {folder}/one", here),
+        ),
+        (
+            f"rank 1: model.init={folder}/one/checkpoints/step_00000008",
+            [new, f"model.init={folder}/one/checkpoints/step_00000004"],
+            text("the weights of model.init", "STEP4", "STEP8", "let model.init hold the same weights on every node"),
+        ),
+        ("rank 1: another torch", [new], text("torch", torch.__version__, "9.9", "install the same torch on every node")),
+    ]
+
 
 def test_bad_gradients_reach_no_weight_under_any_strategy(run, prepared):
     """Two gradients in a row are not finite: skipped; and with on_spike=rollback, back to the checkpoint and past the batches."""
@@ -229,7 +312,26 @@ def test_bad_gradients_reach_no_weight_under_any_strategy(run, prepared):
         ["NaN in steps 6 and 7", *common, *options, f"distributed.strategy={name}", f"run.dir={run.tmp_path / name}"]
         for name, options in cases.items()
     ]
-    spawn(2, runs, [0] * len(runs))
+    alone = {"celo2": "nan", "adamw": "inf", "muon": "1e9"}  # a gradient of rank 1 alone after the reduction
+    for name, value in alone.items():
+        assert run(*STEPS, f"optimizer.name={name}", folder=f"{name}-one", hooks=Poison([6]))[0] == 0
+        runs.append([f"gradient={value}", *common, f"optimizer.name={name}", f"run.dir={run.tmp_path / name}"])
+    runs.append(["gradient=nan", *common, "distributed.strategy=fsdp2", f"run.dir={run.tmp_path / 'fsdp2-nan'}"])
+    # A roll-back where the second rank's folder is another one.
+    runs.append(["rank 1: run.dir=elsewhere", *runs[0][:-1], f"run.dir={run.tmp_path / 'unshared'}"])
+    done = spawn(2, runs, [0] * (len(runs) - 1) + [2])
+    missing = "unusable (elsewhere/checkpoints/step_00000004 is no whole checkpoint: manifest.json is missing) on rank 1"
+    assert done.stderr.count(missing) == 2, done.stderr
+    for name, value in alone.items():
+        one, two = (losses(read(run.tmp_path / folder)) for folder in (f"{name}-one", name))
+        one[6] = two[6] = 0.0  # with a loss that is finite, and without; the step is skipped by both
+        assert two == pytest.approx(one, rel=1e-4), name
+        (event,) = [event for event in read(run.tmp_path / name, "events.jsonl") if event["event"] == "problem"]
+        problem = "the ranks differ: " if value == "1e9" else "not finite on rank 1 alone"
+        assert event["step"] == 6 and problem in event["problem"] and event["problem"].endswith("the step is skipped"), event
+    sharded, whole = (losses(read(run.tmp_path / folder)) for folder in ("fsdp2-nan", "celo2"))
+    assert sharded.pop(6) is whole.pop(6) is None
+    assert sharded == pytest.approx(whole, rel=1e-5)
     results = {name: losses(read(run.tmp_path / name)) for name in cases}
     assert [step for step, loss in results["zero2"].items() if loss is None] == [6, 7] and len(results["zero2"]) == 12
     for name in ("fsdp2", "zero1", "zero3"):
@@ -262,7 +364,8 @@ def test_a_rank_that_hangs_is_named_and_the_run_continues(run, prepared):
 
 
 class Fault(Hooks):
-    """What goes wrong in a run: "signal" or "hang" in step 6 of the second rank, or "NaN" losses in two steps, once each."""
+    """What goes wrong in a run: "signal" or "hang" in step 6 of rank 1, "NaN" losses in two steps, once each; or
+    "gradient=VALUE" after the reduction in step 6, of rank 1 alone."""
 
     def __init__(self, kind):
         self.kind, self.calls, self.handle = kind, itertools.count(1), None
@@ -270,13 +373,16 @@ class Fault(Hooks):
     def before_step(self, step, strategy):
         if self.kind == "NaN" and next(self.calls) in (6, 7):
             self.handle = strategy.loss_model.register_forward_hook(lambda module, inputs, loss: loss * math.nan)
-        if self.kind != "NaN" and (step, strategy.accelerator.process_index) == (6, 1):
+        if self.kind in ("signal", "hang") and (step, strategy.accelerator.process_index) == (6, 1):
             os.kill(os.getpid(), signal.SIGTERM) if self.kind == "signal" else time.sleep(600)
 
     def after_backward(self, step, strategy, loss):
         if self.handle is not None:
             self.handle.remove()
             self.handle = None
+        if self.kind.startswith("gradient") and step == 6 and strategy.accelerator.process_index == 1:
+            value = float(self.kind.removeprefix("gradient="))
+            local(next(p.grad for p in strategy.loss_model.parameters() if p.grad is not None)).view(-1)[0] = value
 
 
 def main():
@@ -291,14 +397,22 @@ def main():
 
     dist.destroy_process_group = lambda *_: None  # the runs of one start share the group: a new one would meet stale addresses
     statuses = []
-    passes_for = optimizer.passes_for
+    passes_for, version = optimizer.passes_for, ranks.version
     for arguments in json.loads(os.environ["RUNS"]):
-        optimizer.passes_for = passes_for
+        optimizer.passes_for, ranks.version = passes_for, version
         hooks = None
+        if arguments[0].startswith("rank 1: "):
+            given = arguments.pop(0).removeprefix("rank 1: ")
+            if os.environ["RANK"] == "0":
+                pass
+            elif given == "another torch":
+                ranks.version = lambda name: "9.9" if name == "torch" else version(name)
+            else:
+                arguments.append(given)
         if arguments[0] == "tamper":
             arguments.pop(0)
             optimizer.passes_for = lambda device: PLAIN._replace(newton_schulz=lambda u: u)
-        if arguments[0].startswith(("signal", "hang", "NaN")):
+        if arguments[0].startswith(("signal", "hang", "NaN", "gradient")):
             hooks = Fault(arguments.pop(0).partition(" ")[0])
         statuses.append(train.main(arguments, hooks))
         AcceleratorState._reset_state(reset_partial_state=True)
