@@ -64,7 +64,7 @@ def choose_checkpoint(run: Path) -> tuple[Path, list[str]]:
 
 
 def verify(path: Path, hashes: bool = True) -> None:
-    """Raise CheckpointError unless the manifest lists just those of FILES that are there, with their sizes and, if asked, hashes."""
+    """Raise CheckpointError unless the manifest lists just those of FILES that are there, with their sizes and `hashes`."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         wrong = [f"names {name!r}, which is no file of a checkpoint" for name in manifest if name not in FILES]
