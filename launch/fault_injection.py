@@ -225,13 +225,14 @@ def damage(laboratory: Laboratory) -> list[Row]:
         "byte flipped": flip_byte,
         "file missing": lambda path: path.unlink(),
     }
-    rows = []
+    rows, halfway = [], laboratory.stop_halfway("halfway").parent.parent
     for fault, harm in faults.items():
         files = ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
         survived = 0
         for number, file in enumerate(files):
             name = f"damaged-{fault.replace(' ', '-')}-{number}"
-            harm(laboratory.stop_halfway(name) / file)
+            shutil.copytree(halfway, laboratory.folder / name)
+            harm(list_checkpoints(laboratory.folder / name / "checkpoints")[-1] / file)
             survived += laboratory.recovers(name)
         rows.append(Row(fault, len(files), survived, "went back to the checkpoint before"))
     return rows

@@ -277,7 +277,7 @@ def process(rank, world, path):
     os._exit(0)  # see `launch.distributed.leave`: threads of a group that a DeviceMesh keeps can abort the interpreter's end
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_sharded_equals_whole(world, tmp_path):
     mp.spawn(process, (world, os.fspath(tmp_path / "rendezvous")), nprocs=world)
 

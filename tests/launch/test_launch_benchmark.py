@@ -75,7 +75,9 @@ def test_contestants_are_what_they_are_called(monkeypatch):
     for step in steps:
         params = optimizer.make_params("host", CPU)
         before = [p.detach().clone() for p in params]
-        step(Celo2(params, optimizer.LR, ns_dtype=torch.float32))
+        celo2 = Celo2(params, optimizer.LR, ns_dtype=torch.float32)
+        celo2.allocate_state()
+        step(celo2)
         results.append(torch.cat([(p.detach() - b).flatten() for p, b in zip(params, before, strict=True)]) / optimizer.LR)
     assert results[0].square().mean().sqrt().item() == pytest.approx(1, abs=1e-4)  # measured 1 + 4e-7
     for other in results[1:]:
