@@ -318,7 +318,7 @@ def main(argv: list[str] | None = None, hooks: Hooks | None = None) -> int:
 if __name__ == "__main__":
     try:
         status = main()
-    except Exception:  # nobody's to mend but ours: the traceback, and the end before torchrun ends this rank for another's
+    except Exception:  # unexpected: print the traceback and end with 1 here, before torchrun ends this rank by a signal
         sys.excepthook(*sys.exc_info())
         status = 1
     leave(status)

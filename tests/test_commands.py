@@ -199,6 +199,7 @@ def test_every_training_command_can_be_planned(command, tmp_path, monkeypatch, c
     if found is None or "--help" in found[0]:
         return
     arguments, world = found
+    arguments = [word for word in arguments if not word.startswith("model.init=")]  # it names a run of the reader's
     for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": world, "MASTER_ADDR": "a", "MASTER_PORT": 1}.items():
         monkeypatch.setenv(name, str(value))
     assert train.main([*arguments, *([] if "--plan" in arguments else ["--plan"])]) == 0
