@@ -28,8 +28,10 @@ from launch.monitoring.signals import STOPPED
 
 ROOT = Path(__file__).parents[2]
 STAND_IN = f"""
-import json, math, os, signal, sys, time
+import json, math, os, signal, sys, time, types
 sys.path.insert(0, {str(ROOT)!r})
+sys.modules["celo2"] = types.ModuleType("celo2")  # the loader alone, without torch, whose import takes seconds
+sys.modules["celo2"].__path__ = [{str(ROOT / "celo2")!r}]
 from pathlib import Path
 from configs.load import load_config, to_yaml
 config = load_config(sys.argv[1], sys.argv[2:])
