@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from celo2.distributed.shard import LocalShard
+from launch.checkpoint.tensors import TensorFiles
 from launch.checkpoint.verify import CheckpointError
 from launch.distributed.buffers import persistent_buffers
 from launch.distributed.gather import REPLICATED, keeps_state
@@ -76,7 +77,7 @@ def load_checkpoint(path: Path, strategy: Strategy) -> None:
 
 def load_weights(path: Path, strategy: Strategy) -> None:
     """Fill weights and buffers."""
-    with safe_open(path / "model.safetensors", "pt") as file:
+    with TensorFiles(path / "model.safetensors") as file:
         require_same_names(path, "weights", [*strategy.shards, *strategy.buffers], file.keys())
         for name, shard in strategy.shards.items():
             require_same_shape(path, name, shard.local_shard.shape, file.get_slice(name).get_shape())
@@ -88,7 +89,7 @@ def load_weights(path: Path, strategy: Strategy) -> None:
 
 def load_optimizer_state(path: Path, strategy: Strategy) -> None:
     """Fill the optimizer state that this rank keeps. It keeps its own dtype, whatever was saved."""
-    with safe_open(path / "optimizer.safetensors", "pt") as file:
+    with TensorFiles(path / "optimizer.safetensors") as file:
         saved: dict[str, list[str]] = defaultdict(list)
         for entry in file.keys():  # noqa: SIM118
             name, _, key = entry.rpartition("/")
@@ -115,7 +116,7 @@ def load_optimizer_state(path: Path, strategy: Strategy) -> None:
                     state[key].copy_(value)
 
 
-def read_shard(file: Any, entry: str, local_shard: LocalShard) -> Tensor:
+def read_shard(file: TensorFiles, entry: str, local_shard: LocalShard) -> Tensor:
     """What of the tensor `entry` (..., *shape) in an open safetensors file belongs to a local shard (..., n), perhaps all."""
     if local_shard.whole:
         return file.get_tensor(entry)

@@ -1,0 +1,70 @@
+"""Named tensors in safetensors files: `model.safetensors`, or the files that `model.safetensors.index.json` lists."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+INDEX = ".index.json"  # added to the name of the file that is divided; in the form of Hugging Face
+
+
+class TensorFiles:
+    """The tensors of one file, or of the files in its place, open for reading. Nothing is read before it is asked for.
+
+    Raises:
+        FileNotFoundError: neither the file nor an index.
+        SafetensorError, ValueError: a file that is damaged, or an index that is.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """`path`: the file as it is called where there is one, such as `step_00000100/model.safetensors`."""
+        self.files: dict[str, Any] = {}  # the open file of each tensor
+        self._stack = ExitStack()
+        try:
+            for file in files_of(path):
+                opened = self._stack.enter_context(safe_open(file, "pt"))
+                self.files |= dict.fromkeys(opened.keys(), opened)
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def __enter__(self) -> TensorFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def keys(self) -> list[str]:
+        """The names of all tensors."""
+        return list(self.files)
+
+    def get_tensor(self, name: str) -> Tensor:
+        """A whole tensor, on the CPU."""
+        return self.files[name].get_tensor(name)
+
+    def get_slice(self, name: str) -> Any:
+        """A tensor that has `get_shape()` and `get_dtype()` and is read where it is indexed."""
+        return self.files[name].get_slice(name)
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files that hold the tensors of `path`: itself, or those that its index lists.
+
+    Raises:
+        ValueError: an index that is damaged, or names something else than a file beside it.
+    """
+    index = path.with_name(path.name + INDEX)
+    if path.exists() or not index.exists():
+        return [path]
+    try:
+        names = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{index} is damaged") from None
+    if outside := sorted(name for name in names if Path(name).name != name):
+        raise ValueError(f"{index} names {outside[0]!r}, which is no file beside it")
+    return [path.with_name(name) for name in sorted(names)]
