@@ -14,6 +14,7 @@ import argparse
 import os
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -89,15 +90,16 @@ def train(config: Config, hooks: Hooks, signals: StopSignals) -> int:
 
     accelerator = make_accelerator(config)
     rank, world, summary = accelerator.process_index, accelerator.num_processes, None
-    with lock_run(config, accelerator):
+    with ExitStack() as folder:
         with Heartbeat(rank, world, config.distributed.timeout, report) as heartbeat:
             signals.listener = heartbeat.signalled
             try:
+                folder.enter_context(lock_run(config, accelerator, heartbeat.mark))
                 summary = pretrain(config, accelerator, heartbeat, signals, hooks)
             finally:
                 if summary is None:  # stopped, or an error: the first rank that ends makes torchrun signal the others
                     signals.hold()
-        accelerator.wait_for_everyone()  # a process group that is taken down while another rank still works can block
+            accelerator.wait_for_everyone()  # a process group that is taken down while another rank still works can block
         accelerator.end_training()
         if summary is not None and accelerator.is_main_process:  # no other rank waits for this
             summary.finish(accelerator.device)
@@ -114,11 +116,13 @@ def pretrain(
     steps, world, first = config.train.steps, accelerator.num_processes, accelerator.is_main_process
 
     # Data, and where the run stands: on all ranks the same, like everything else that they are about to do.
+    heartbeat.mark("opening the data")
     shards, validation = open_data(config)
     chosen, run_dir = settled(config), run_folder(config)
-    start = find_start(config, run_dir, accelerator)
+    start = find_start(config, run_dir, accelerator, heartbeat)
+    heartbeat.mark("comparing the ranks")
     require_same(accelerator, lambda: facts_of(config, chosen, shards, start.checkpoint, run_dir))
-    heartbeat.mark("ranks compared")
+    heartbeat.mark("building the model")
 
     # The model; then model and optimizer as the strategy spreads them over the processes. The global batch of a step is the same
     # for every number of processes and micro-batch size.
@@ -128,7 +132,7 @@ def pretrain(
     if taken:
         require_same(accelerator, lambda: [weights_fact(model)])
     flops, parameters, hidden = flops_per_token(model, context), model.num_parameters(), hidden_names(model)
-    heartbeat.mark("model built")
+    heartbeat.mark("sharding model and optimizer")
     strategy = make_strategy(chosen, accelerator, model)
     optimizer = strategy.optimizer
     verification = Verification(strategy)
@@ -137,16 +141,16 @@ def pretrain(
     peak_speed = peak_flops * world / flops if peak_flops else None  # tokens/s
 
     # The state of the run, and its folder.
-    heartbeat.mark("sharded")
+    heartbeat.mark("loading the checkpoint")
     identity = identity_of(config, shards, context, optimizer)
     state = resume(config, start, strategy, identity)
-    heartbeat.mark("loaded")
-    on_first_rank(accelerator, lambda: describe_run(config, run_dir, shards, optimizer, start))
+    heartbeat.mark("writing the run's folder")
+    on_first_rank(accelerator, lambda: describe_run(config, run_dir, shards, optimizer, start), heartbeat.mark)
     folder, origin = run_dir / "checkpoints", start.origin.step if start.origin else None
     display = Display(steps, state.step, first)
     metrics = Metrics(accelerator, config, run_dir, display.say)
     metrics.rewind(state.step, state.evaluated)
-    summary = Summary(config, run_dir, shards.eot_id, context, display.say, lambda: signals.received)
+    summary = Summary(config, run_dir, shards.eot_id, context, display.say, lambda: signals.received, heartbeat.progress)
     guard = Guard(accelerator, config.train, signals)
     signals.wait = True  # from now on a signal waits for the end of the step and a checkpoint
 
@@ -158,7 +162,7 @@ def pretrain(
     with (
         metrics,
         display,
-        Saver(folder, config.checkpoint, report, first, state.step, hooks.before_save_phase, origin) as saver,
+        Saver(folder, config.checkpoint, report, first, state.step, hooks.before_save_phase, origin, heartbeat.progress) as saver,
     ):
         batches, stream = open_batches(config, shards, context, state, accelerator)
         start.notes.extend([*(taken if state.step == 0 else []), *prompt_notes(config, shards, context)])
@@ -182,11 +186,13 @@ def pretrain(
                         saver.ask(state.step)
                     metrics.write({"step": state.step, "tokens": state.tokens, **found.record()})
                     display.say(f"step {state.step:>6}/{steps}  validation {found.text()}")
+                    heartbeat.mark(f"step {state.step}: summary")
                     if first and state.step < steps:  # the end has a summary of its own
-                        heartbeat.mark(f"step {state.step}: sample")
                         summary.update(strategy.model if strategy.whole else None)
             scheduled = any(due(state.step, every, steps) for every in (config.checkpoint.every, config.checkpoint.keep_every))
             if saver.due(state.step, scheduled, stop):
+                heartbeat.mark(f"step {state.step}: writing the checkpoint before")
+                saver.wait()
                 heartbeat.mark(f"step {state.step}: saving")
                 metrics.flush()
                 set_mode(optimizer, "eval")
@@ -225,7 +231,7 @@ def pretrain(
                 metrics.event({"event": "problem", "step": state.step, "problem": verdict.problem, "sequences": sequences})
                 display.say(f"step {state.step}: {verdict.problem}")
             if verdict.roll_back:
-                state, left_out = roll_back(run_dir, state, strategy, saver)
+                state, left_out = roll_back(run_dir, state, strategy, saver, heartbeat)
                 saver.save(strategy, to_saved(config, state, identity))
                 metrics.rewind(state.step, state.evaluated)
                 metrics.event({"event": "rollback", "step": state.step, "sequences_left_out": left_out})
@@ -240,7 +246,9 @@ def pretrain(
                 state.begin_window()
                 since = replace(state)
 
+        heartbeat.mark("writing the last checkpoint")
         saver.close()
+        heartbeat.mark("the last checkpoint is written")
         if stop:
             line = f"stopped by a signal after step {state.step}, saved; the same command continues"
             display.say(line)

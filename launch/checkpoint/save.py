@@ -18,7 +18,7 @@ from torch import Tensor
 from configs.schema import Checkpoint as CheckpointConfig
 from launch.checkpoint.permissions import usual_permissions
 from launch.checkpoint.retention import surplus
-from launch.checkpoint.verify import MANIFEST, CheckpointError, checkpoint_name, sha256
+from launch.checkpoint.verify import MANIFEST, CheckpointError, Progress, checkpoint_name, sha256
 from launch.distributed.gather import collect
 from launch.distributed.strategy import Strategy
 
@@ -43,6 +43,7 @@ class Saver:
         saved: int,
         announce: Announce = lambda phase: None,
         origin: int | None = None,
+        progress: Progress = lambda: None,
     ) -> None:
         """A saver of the run whose checkpoints are in `folder`.
 
@@ -54,9 +55,10 @@ class Saver:
             saved: the step of the newest checkpoint.
             announce: called in the thread that writes, before each of its PHASES.
             origin: the step of the checkpoint that the run branched from; it is never deleted. None: it began at step 0.
+            progress: the heartbeat's, called while it writes.
         """
         self.folder, self.config, self.report, self.write, self.saved = folder, config, report, write, saved
-        self.announce, self.origin = announce, origin
+        self.announce, self.origin, self.progress = announce, origin, progress
         self.asked = False  # all ranks agreed that the first one's clock asks for a checkpoint
         self.clock = time.monotonic()
         self.thread: threading.Thread | None = None
@@ -100,7 +102,7 @@ class Saver:
     def _write(self, snapshot: Snapshot, stall: float) -> None:
         start, record = time.perf_counter(), {"step": snapshot.state["step"], "stall_seconds": stall}
         try:
-            path = write_checkpoint(self.folder, snapshot, self.config, self.announce, self.origin)
+            path = write_checkpoint(self.folder, snapshot, self.config, self.announce, self.origin, self.progress)
             record["bytes"] = sum(file.stat().st_size for file in path.iterdir())
             self.error = None
         except Exception as error:  # whatever it is, the run goes on, and its events say so
@@ -137,7 +139,12 @@ def take_snapshot(strategy: Strategy, state: dict[str, Any]) -> Snapshot:
 
 
 def write_checkpoint(
-    folder: Path, snapshot: Snapshot, config: CheckpointConfig, announce: Announce = lambda phase: None, origin: int | None = None
+    folder: Path,
+    snapshot: Snapshot,
+    config: CheckpointConfig,
+    announce: Announce = lambda phase: None,
+    origin: int | None = None,
+    progress: Progress = lambda: None,
 ) -> Path:
     """Write `folder/step_<state["step"]>`, and then delete the checkpoints that `launch.checkpoint.retention` gives up.
 
@@ -153,13 +160,15 @@ def write_checkpoint(
         check_free_space(folder, [*snapshot.weights.values(), *snapshot.moments.values()])
         announce("weights")
         save_file(snapshot.weights, temporary / "model.safetensors")
+        progress()
         save_file(snapshot.moments, temporary / "optimizer.safetensors")
         (temporary / "config.json").write_text(snapshot.config, encoding="utf-8")
         (temporary / "state.json").write_text(json.dumps(snapshot.state, indent=1), encoding="utf-8")
         usual_permissions(temporary)
-        write_manifest(temporary, announce)
+        write_manifest(temporary, announce, progress)
         for path in (*temporary.iterdir(), temporary):
             announce("flush to disk")
+            progress()
             flush(path)
         announce("rename")
         if os.path.lexists(target):  # of the same step: a damaged one, or one that a rollback writes again
@@ -176,12 +185,12 @@ def write_checkpoint(
     return target
 
 
-def write_manifest(folder: Path, announce: Announce = lambda phase: None) -> None:
+def write_manifest(folder: Path, announce: Announce = lambda phase: None, progress: Progress = lambda: None) -> None:
     """Write the manifest of the files that are in `folder`."""
     manifest = {}
     for file in sorted(folder.iterdir()):
         announce("hashes")
-        manifest[file.name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+        manifest[file.name] = {"bytes": file.stat().st_size, "sha256": sha256(file, progress)}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 

@@ -6,9 +6,12 @@ import hashlib
 import json
 import re
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 MANIFEST = "manifest.json"
+PIECE = 16 << 20  # bytes that are hashed at once
+Progress = Callable[[], None]  # called as long as something works
 FILES = ("config.json", "model.safetensors", "optimizer.safetensors", "state.json")  # what it may list
 
 
@@ -37,12 +40,12 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted((path for path in found if any(path.iterdir())), key=step_of)
 
 
-def find_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint in `folder`, and what is wrong with the newer ones."""
+def find_checkpoint(folder: Path, progress: Progress = lambda: None) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint in `folder`, and what is wrong with the newer ones. `progress` is called on the way."""
     problems: list[str] = []
     for path in reversed(list_checkpoints(folder)):
         try:
-            verify(path)
+            verify(path, progress=progress)
             require_its_step(path)
             return path, problems
         except CheckpointError as error:
@@ -50,20 +53,20 @@ def find_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     return None, problems
 
 
-def choose_checkpoint(run: Path) -> tuple[Path, list[str]]:
+def choose_checkpoint(run: Path, progress: Progress = lambda: None) -> tuple[Path, list[str]]:
     """`run` if it is a checkpoint, or else the newest whole one in it, and what is wrong with newer ones."""
     if not run.is_dir():
         raise CheckpointError(f"there is no folder {run}")
     if (run / MANIFEST).exists() or (run / "model.safetensors").exists():
-        verify(run)
+        verify(run, progress=progress)
         return run, []
-    checkpoint, problems = find_checkpoint(run / "checkpoints")
+    checkpoint, problems = find_checkpoint(run / "checkpoints", progress)
     if checkpoint is None:
         raise CheckpointError("; ".join([f"{run} holds no whole checkpoint (checkpoints/step_*)", *problems]))
     return checkpoint, problems
 
 
-def verify(path: Path, hashes: bool = True) -> None:
+def verify(path: Path, hashes: bool = True, progress: Progress = lambda: None) -> None:
     """Raise CheckpointError unless the manifest lists just those of FILES that are there, with their sizes and `hashes`."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
@@ -77,7 +80,7 @@ def verify(path: Path, hashes: bool = True) -> None:
                 raise CheckpointError(f"{file} is no file")
             if file.stat().st_size != expected["bytes"]:
                 raise CheckpointError(f"{file} has {file.stat().st_size} bytes, its manifest says {expected['bytes']}")
-            if hashes and sha256(file) != expected["sha256"]:
+            if hashes and sha256(file, progress) != expected["sha256"]:
                 raise CheckpointError(f"{file} is damaged: its sha256 is not the manifest's")
     except CheckpointError:
         raise
@@ -98,7 +101,11 @@ def require_its_step(path: Path) -> None:
         raise CheckpointError(f"{path} is a copy of step {step} under the name of another step")
 
 
-def sha256(path: Path) -> str:
-    """The hash of a file, in hexadecimal digits."""
+def sha256(path: Path, progress: Progress = lambda: None) -> str:
+    """The hash of a file, in hexadecimal digits. `progress` is called after every piece."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while piece := file.read(PIECE):
+            digest.update(piece)
+            progress()
+    return digest.hexdigest()

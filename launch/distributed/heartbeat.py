@@ -7,7 +7,8 @@
 A rank that dies leaves the others blocked in a collective. So a daemon thread of each rank publishes a beat (a counter, the
 newest mark, host and process) every `interval` through a connection of its own to the store of the process group, and reads the
 beats of the others. The first rank that misses one writes the diagnosis into the store. Every rank stops with this diagnosis, so
-that all of them name the same rank. The time from the fault to the last exit, with interval = min(1 s, timeout / 10):
+that all of them name the same rank. Collectives wait as good as for ever (COLLECTIVE_TIMEOUT): the heartbeat alone decides. The
+time from the fault to the last exit, with interval = min(1 s, timeout / 10):
 
     a rank raised an exception                 GRACE + 2 intervals                     3 + 1 s at most
     a rank is dead or stopped                  timeout + 3 intervals; where a collective failed or a signal came (torchrun sends
@@ -16,13 +17,16 @@ that all of them name the same rank. The time from the fault to the last exit, w
     a rank dies while the others hang          timeout + ALERT + 3 intervals
     the store does not answer                  timeout + 1 interval; at once where its process is gone
 
-`timeout` must exceed the longest time between two marks. Every rank marks at the same places, as the marks are counted.
+`timeout` must exceed the longest time between two signs of work. Marks are counted, so every rank sets the same ones: the ranks
+with the fewest hold up the others. Between two marks a rank that works for long, as on a checkpoint, calls `progress`, which
+counts for nothing but that sign. That of a rank that is ahead is none: while it writes in the background, another may hang.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import select
 import socket
@@ -43,7 +47,7 @@ from launch.private import connect_to_default_store
 STATUS = 70  # exit status (EX_SOFTWARE) of a rank that stops because of another one
 ALERT = 15.0  # s; half of what torchrun waits between SIGTERM and SIGKILL, and longer than writing a checkpoint holds the GIL
 GRACE = 3.0  # s; time for each rank to print an exception that all of them raise
-COLLECTIVE_MARGIN = 60.0  # s; a collective waits so much longer than `timeout`, so that it is the heartbeat that names a rank
+COLLECTIVE_TIMEOUT = 7 * 24 * 3600.0  # s; the first rank may work for long while the others wait for it
 OBSERVERS = 2  # ranks that read everybody's beat; the others read only these ranks', so that the store serves 1,024 ranks
 NAMED = 8  # ranks that a message names
 CONTINUES = "the run stops, and the same command continues from its newest checkpoint"
@@ -66,6 +70,7 @@ class Beat:
     pid: int
     alarm: str = ""  # "signal": it got a signal; "error": a collective failed, and it waits for the diagnosis
     left: bool = False  # it is done, and needs the others no more
+    progress: int = 0  # changes while it works between two marks
 
 
 class Diagnosis(NamedTuple):
@@ -86,15 +91,24 @@ def in_one_line(sentences: list[str]) -> str:
     return "; ".join(sentences[:NAMED]) + more + f"; {CONTINUES}"
 
 
+def got_further(before: dict[int, Beat], now: dict[int, Beat]) -> bool:
+    """Whether some rank has set a mark, or one that holds up the others has made progress."""
+    least = min((beat.marks for beat in now.values() if not beat.left), default=0)
+    return any(
+        beat.marks != before[rank].marks or (beat.progress != before[rank].progress and beat.marks == least)
+        for rank, beat in now.items()
+    )
+
+
 def blame(beats: dict[int, Beat], silent: dict[int, float], still: float, timeout: float) -> str | None:
     """The sentence that names the ranks that hold the run up, or None.
 
     Args:
         beats: the newest of the ranks that are read, this one included.
         silent: for how many seconds each of them has published nothing new.
-        still: for how many seconds no rank has set a mark; 0 where not all ranks are read.
+        still: for how many seconds no rank has `got_further`; 0 where not all ranks are read.
         timeout: a process that is silent for so many seconds is gone (at most ALERT where a signal or an error tells of it);
-            without a mark for so many seconds the run hangs.
+            without a sign of work for so many seconds the run hangs.
     """
     working = {rank: beat for rank, beat in beats.items() if not beat.left}
     hung = still >= timeout
@@ -124,7 +138,8 @@ def is_communication_error(error: BaseException) -> bool:
 def print_error(message: str) -> None:
     """Print one line on stderr, in one write, as several processes share it, and tell torchrun."""
     tell_launcher(message)
-    print(f"error: {message}\n", end="", file=sys.stderr, flush=True)
+    with suppress(OSError):  # nobody reads it, or its disk is full
+        print(f"error: {message}\n", end="", file=sys.stderr, flush=True)
 
 
 class Heartbeat:
@@ -149,8 +164,11 @@ class Heartbeat:
         self._closing = False  # the main thread waits for nothing but the end of the beating thread
         self._alarm = ""
         self._ended = threading.Event()  # the beating thread has ended
+        self._exchanges = 0  # odd: one is going on
+        self._end_at = math.inf  # on the clock of time.monotonic: when the process ends, whatever the beating thread waits for
         self._failure: str | None = None
         self._mark = (0, "start")
+        self._progress = 0
         self._count = 0
         self._silent = dict.fromkeys(self.observed, 0.0)
         self._still = 0.0
@@ -159,6 +177,10 @@ class Heartbeat:
     def mark(self, text: str) -> None:
         """Set a mark: the main thread is now at `text`. Costs no communication."""
         self._mark = (self._mark[0] + 1, text)
+
+    def progress(self) -> None:
+        """A sign of work between two marks: this rank is alive and not done yet. Any thread may call it, as often as it likes."""
+        self._progress += 1
 
     def signalled(self) -> None:
         """This rank got a signal, as from torchrun when another one died: a dead rank is named sooner. Any thread may call it."""
@@ -185,12 +207,17 @@ class Heartbeat:
             try:
                 self._store.wait([f"beat/{rank}"], timedelta(seconds=self.timeout))
             except dist.DistError as error:
-                raise RankError(f"rank {rank} did not start within {self.timeout:g} s") from error
+                message = f"rank {rank} did not start within {self.timeout:g} s; {CONTINUES}"
+                with suppress(RuntimeError):
+                    self._store.compare_set("diagnosis", "none", json.dumps(Diagnosis(message, failed=True)))
+                raise RankError(message) from error
         self._beats = self._read_beats()
         self._woken, self._wake = socket.socketpair()
         self._woken.setblocking(False)
         self._wake.setblocking(False)
         self._thread = threading.Thread(target=self._work, name="heartbeat", daemon=True)
+        # Both threads start here: a machine that can start no more later is no reason to end a rank.
+        threading.Thread(target=self._guard, name="heartbeat guard", daemon=True).start()
         self._thread.start()
         return self
 
@@ -216,7 +243,7 @@ class Heartbeat:
 
     def _publish(self, left: bool = False) -> None:
         self._count += 1
-        self._own = Beat(self._count, *self._mark, self._host, self._pid, self._alarm, left)
+        self._own = Beat(self._count, *self._mark, self._host, self._pid, self._alarm, left, self._progress)
         self._store.set(f"beat/{self.rank}", json.dumps(asdict(self._own)))
 
     def _read_beats(self) -> dict[int, Beat]:
@@ -229,9 +256,7 @@ class Heartbeat:
         while not self._ended.is_set():
             now = time.monotonic()
             elapsed, before = min(now - before, 2 * self.interval), now  # time in which this process was stopped does not count
-            guard = threading.Timer(self.timeout, self._store_gone)
-            guard.daemon = True
-            guard.start()
+            self._exchanges += 1
             try:
                 self._exchange(elapsed)
                 if self._closing and (self.rank != 0 or not self._others()):  # the first may host the store, and leaves last
@@ -239,11 +264,21 @@ class Heartbeat:
                     self._ended.set()
             except RuntimeError:
                 self._store_gone()
-            finally:
-                guard.cancel()
+            self._exchanges += 1
             if self._diagnosis is not None and not self._closing and not self._ended.is_set():
                 self._leave(self._diagnosis)
             self._sleep(0.05 if self._closing else self.interval)
+
+    def _guard(self) -> None:
+        """The second thread: ends the process where the store does not answer the first one for `timeout`, or at `_end_at`."""
+        seen, waited = 0, 0.0
+        while not self._ended.wait(self.interval):  # time in which this process was stopped counts as one interval
+            waited = waited + self.interval if self._exchanges == seen and seen % 2 else 0.0
+            seen = self._exchanges
+            if time.monotonic() >= self._end_at:
+                self._exit()
+            if waited >= self.timeout:
+                self._store_gone()
 
     def _exchange(self, elapsed: float) -> None:
         """Publish this rank's beat, read the others', and write the diagnosis or take over the one that is there."""
@@ -251,8 +286,7 @@ class Heartbeat:
         beats = self._read_beats()
         for rank, beat in beats.items():
             self._silent[rank] = self._silent[rank] + elapsed if beat.count == self._beats[rank].count else 0.0
-        moved = any(beat.marks != self._beats[rank].marks for rank, beat in beats.items())
-        self._still = 0.0 if moved or len(beats) < self.world else self._still + elapsed
+        self._still = 0.0 if len(beats) < self.world or got_further(self._beats, beats) else self._still + elapsed
         self._beats = beats
 
         found = self._store.get("diagnosis")
@@ -280,10 +314,8 @@ class Heartbeat:
         if self._leaving.is_set():
             return
         self.report(diagnosis.message)
-        limit = threading.Timer(2 * GRACE, self._exit)  # the store may not answer any more
-        limit.daemon = True
-        limit.start()
         end = time.monotonic() + GRACE
+        self._end_at = end + GRACE  # the store may not answer any more
         with suppress(RuntimeError):
             while self.rank == 0 and self._others() and time.monotonic() < end:
                 self._beats = self._read_beats()
@@ -310,7 +342,8 @@ class Heartbeat:
     def _exit(self) -> None:
         """End this process now: its main thread may be blocked for ever."""
         for stream in (sys.stdout, sys.stderr):
-            stream.flush()
+            with suppress(OSError, ValueError):  # nobody reads it, or its disk is full
+                stream.flush()
         os._exit(STATUS)
 
     def _sleep(self, seconds: float) -> None:

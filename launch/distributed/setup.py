@@ -21,7 +21,7 @@ from data import first_line
 from launch.distributed.ddp import DDP
 from launch.distributed.environment import check_environment
 from launch.distributed.fsdp2 import FSDP2
-from launch.distributed.heartbeat import COLLECTIVE_MARGIN
+from launch.distributed.heartbeat import COLLECTIVE_TIMEOUT
 from launch.distributed.strategy import Strategy
 from launch.distributed.zero import Zero
 from launch.private import set_collective_timeout
@@ -40,7 +40,7 @@ def make_strategy(
         ShardingError: shards that are not what was asked for.
     """
     strategy = strategies[config.distributed.strategy](config, accelerator, model)
-    set_collective_timeout(config.distributed.timeout + COLLECTIVE_MARGIN)  # of the strategy's own groups, too
+    set_collective_timeout(COLLECTIVE_TIMEOUT)  # of the strategy's own groups, too
     strategy.check()
     return strategy
 
@@ -77,7 +77,7 @@ def make_accelerator(config: Config) -> Accelerator:
         ) from None
     if accelerator.num_processes != expected:
         raise ConfigError(f"{expected} processes were started, but Accelerate sees {accelerator.num_processes}")
-    set_collective_timeout(config.distributed.timeout + COLLECTIVE_MARGIN)
+    set_collective_timeout(COLLECTIVE_TIMEOUT)
     return accelerator
 
 

@@ -26,6 +26,7 @@ from launch.checkpoint.verify import (
     FILES,
     MANIFEST,
     CheckpointError,
+    Progress,
     checkpoint_name,
     choose_checkpoint,
     find_checkpoint,
@@ -74,8 +75,10 @@ class Start(NamedTuple):
         return {"event": "branch", "step": self.origin.step, "from": self.origin.checkpoint, "set_aside": self.origin.set_aside}
 
 
-def choose_start(config: Config, run_dir: Path) -> Start:
+def choose_start(config: Config, run_dir: Path, progress: Progress = lambda: None) -> Start:
     """The checkpoint that `checkpoint.resume` means. Finishes what a killed process left, and changes nothing else.
+
+    `progress` is called while it hashes checkpoints.
 
     Raises:
         ConfigError: "never", and the folder holds a run.
@@ -91,8 +94,8 @@ def choose_start(config: Config, run_dir: Path) -> Start:
     if config.checkpoint.resume != "auto":
         given = Path(config.checkpoint.resume).expanduser()
         if not (given.is_dir() and given.resolve() == run_dir.resolve()) and not is_line_of(origin, given, config):
-            return branch_from(given, config, run_dir)
-    path, notes = find_checkpoint(checkpoints)
+            return branch_from(given, config, run_dir, progress)
+    path, notes = find_checkpoint(checkpoints, progress)
     if path is None and notes:  # starting from the beginning would throw the run away
         raise CheckpointError(
             f"{run_dir}: no checkpoint is whole ({'; '.join(notes)}); choose another run.dir to start from the beginning"
@@ -122,13 +125,13 @@ def is_line_of(origin: Origin | None, given: Path, config: Config) -> bool:
     return given.resolve() == path or ((given / MANIFEST).is_file() and sha256(given / MANIFEST) == origin.manifest)
 
 
-def branch_from(given: Path, config: Config, run_dir: Path) -> Start:
+def branch_from(given: Path, config: Config, run_dir: Path, progress: Progress) -> Start:
     """The start of a new line at the checkpoint or run `given`."""
     if not given.is_dir():
         moved = sorted(run_dir.glob(f"set_aside/*/checkpoints/{given.name}"))
         hint = f"; there is {moved[-1]}" if moved else ""
         raise CheckpointError(f"checkpoint.resume: {given} is no whole checkpoint: there is no such folder{hint}")
-    checkpoint, notes = choose_checkpoint(given.resolve())
+    checkpoint, notes = choose_checkpoint(given.resolve(), progress)
     checkpoint = checkpoint.resolve()
     own = checkpoint.parent == (run_dir / "checkpoints").resolve()
     step, manifest = read_state(checkpoint)["step"], sha256(checkpoint / MANIFEST)

@@ -14,6 +14,7 @@ from launch.checkpoint.load import load_checkpoint, read_state, require_state
 from launch.checkpoint.save import Saver
 from launch.checkpoint.verify import find_checkpoint
 from launch.distributed.first_rank import on_first_rank
+from launch.distributed.heartbeat import Heartbeat
 from launch.distributed.strategy import Strategy
 from launch.monitoring.guard import Diverged
 from launch.monitoring.metrics import flat
@@ -25,7 +26,7 @@ from launch.run.state import RunState, from_saved
 MAX_ROLLBACKS = 10
 
 
-def find_start(config: Config, run_dir: Path, accelerator: Accelerator) -> Start:
+def find_start(config: Config, run_dir: Path, accelerator: Accelerator, heartbeat: Heartbeat) -> Start:
     """Where the run takes up, which the first rank chooses as `checkpoint.resume` says. Every rank must call it.
 
     Each rank gets a checkpoint of the run's folder by its own path to that.
@@ -35,11 +36,12 @@ def find_start(config: Config, run_dir: Path, accelerator: Accelerator) -> Start
     """
 
     def choose() -> tuple[Start, bool]:
-        start = choose_start(config, run_dir)
+        start = choose_start(config, run_dir, heartbeat.progress)
         folder = (run_dir / "checkpoints").resolve()
         return start, start.checkpoint is not None and start.checkpoint.parent.resolve() == folder
 
-    start, own = on_first_rank(accelerator, choose)
+    heartbeat.mark("looking for a checkpoint")
+    start, own = on_first_rank(accelerator, choose, heartbeat.mark)
     if start.checkpoint is None or not own or accelerator.is_main_process:
         return start
     return start._replace(checkpoint=run_dir / "checkpoints" / start.checkpoint.name)
@@ -64,7 +66,7 @@ def resume(config: Config, start: Start, strategy: Strategy, identity: dict[str,
     return from_saved(saved)
 
 
-def roll_back(run_dir: Path, state: RunState, strategy: Strategy, saver: Saver) -> tuple[RunState, int]:
+def roll_back(run_dir: Path, state: RunState, strategy: Strategy, saver: Saver, heartbeat: Heartbeat) -> tuple[RunState, int]:
     """Load the newest checkpoint, and leave out the sequences that were taken since then.
 
     Returns the state to go on from, and how many sequences are left out.
@@ -74,8 +76,9 @@ def roll_back(run_dir: Path, state: RunState, strategy: Strategy, saver: Saver) 
         ConfigError: the ranks do not find the same checkpoint.
     """
     accelerator = strategy.accelerator
+    heartbeat.mark(f"step {state.step}: rolling back")
     saver.wait()
-    newest, _ = on_first_rank(accelerator, partial(find_checkpoint, run_dir / "checkpoints"))
+    newest, _ = on_first_rank(accelerator, partial(find_checkpoint, run_dir / "checkpoints", heartbeat.progress), heartbeat.mark)
     if newest is None:
         raise Diverged(f"step {state.step}: no checkpoint to roll back to")
     if state.rollbacks >= MAX_ROLLBACKS:
@@ -83,6 +86,7 @@ def roll_back(run_dir: Path, state: RunState, strategy: Strategy, saver: Saver) 
     path = run_dir / "checkpoints" / newest.name
     require_same(accelerator, lambda: [checkpoint_fact(path, run_dir)])
     load_checkpoint(path, strategy)
+    heartbeat.mark("loaded")
     back = from_saved(read_state(path))
     accelerator.wait_for_everyone()  # the checkpoint is about to be written again, with what is left out
     on = replace(back, sequences=state.sequences, bad_steps=state.bad_steps, rollbacks=state.rollbacks + 1)

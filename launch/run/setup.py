@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -114,10 +114,14 @@ def run_folder(config: Config) -> Path:
 
 
 @contextmanager
-def lock_run(config: Config, accelerator: Accelerator) -> Iterator[None]:
-    """Hold the run's folder, on the first rank: a second process that would train there is refused, on every rank."""
+def lock_run(config: Config, accelerator: Accelerator, mark: Callable[[str], None]) -> Iterator[None]:
+    """Hold the run's folder, on the first rank: a second process that would train there is refused, on every rank.
+
+    `mark` is the heartbeat's.
+    """
     with ExitStack() as stack:
-        on_first_rank(accelerator, lambda: stack.enter_context(FolderLock(run_folder(config))).path)
+        mark("locking the run's folder")
+        on_first_rank(accelerator, lambda: stack.enter_context(FolderLock(run_folder(config))).path, mark)
         yield
 
 

@@ -46,11 +46,21 @@ class Summary:
         context: tokens of a sequence, T.
         say: shows a line to a person.
         stopping: whether to cut a sample off.
+        progress: the heartbeat's, called on the way.
     """
 
-    def __init__(self, config: Config, run_dir: Path, end: int, context: int, say: Say, stopping: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        run_dir: Path,
+        end: int,
+        context: int,
+        say: Say,
+        stopping: Callable[[], bool],
+        progress: Callable[[], None] = lambda: None,
+    ) -> None:
         self.config, self.run_dir, self.end, self.context = config, run_dir, end, context
-        self.say, self.stopping = say, stopping
+        self.say, self.stopping, self.progress = say, stopping, progress
         self.due = 0.0  # when the next summary on the way may begin, on the clock of time.monotonic
 
     def update(self, model: PreTrainedModel | None) -> None:
@@ -66,12 +76,18 @@ class Summary:
         with warning("no loss.png", self.say):
             records = read_metrics(self.run_dir / "metrics.jsonl")
             draw_losses(records, self.run_dir / "loss.png", self.config.run.name)
+        self.progress()
         if model is None or not self.config.log.sample_tokens:
             return None
         with warning("no sample.txt", self.say):
             log, seed = self.config.log, self.config.run.seed
             tokenizer = load_tokenizer(self.run_dir / "tokenizer.json")
-            stopping = after(SAMPLE_SECONDS, self.stopping)
+            cut_off = after(SAMPLE_SECONDS, self.stopping)
+
+            def stopping() -> bool:
+                self.progress()
+                return cut_off()
+
             text = sample_text(
                 model,
                 tokenizer,
