@@ -21,6 +21,8 @@ from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeo
 from torch.optim import _muon
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from launch.monitoring.signals import STOP_SIGNALS
+
 DispatchMode = TorchDispatchMode  # sees every torch operator, collectives included; module hooks do not
 
 
@@ -53,7 +55,7 @@ def leave(status: int) -> NoReturn:
     the process group ends the threads only where nothing refers to it any more, but DeepSpeed and a DeviceMesh always do.
     https://github.com/pytorch/pytorch/pull/179291
     """
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     atexit._run_exitfuncs()
     with suppress(OSError):  # nobody reads it, or the disk is full

@@ -22,6 +22,7 @@ from launch.distributed.ddp import DDP
 from launch.distributed.environment import check_environment
 from launch.distributed.fsdp2 import FSDP2
 from launch.distributed.heartbeat import COLLECTIVE_TIMEOUT
+from launch.distributed.rendezvous import INIT_METHOD
 from launch.distributed.strategy import Strategy
 from launch.distributed.zero import Zero
 from launch.private import set_collective_timeout
@@ -68,9 +69,13 @@ def make_accelerator(config: Config) -> Accelerator:
         accelerator = Accelerator(
             mixed_precision="bf16" if config.train.precision == "bf16" else "no",
             cpu=not torch.cuda.is_available(),  # without it, processes on a machine without GPUs do not find each other
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.distributed.timeout))],
+            kwargs_handlers=[
+                InitProcessGroupKwargs(init_method=INIT_METHOD, timeout=timedelta(seconds=config.distributed.timeout))
+            ],
         )
-    except torch.distributed.DistError as error:  # the port is taken, the address unknown, or a rank does not come
+    except RuntimeError as error:  # DistError: the port is taken, the address unknown, or a rank does not come
+        if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error).lower():
+            raise
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise ConfigError(
             f"the {expected} processes do not find each other at {where} (MASTER_ADDR, MASTER_PORT): {first_line(error)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,6 +23,56 @@ from launch.monitoring.trackers import Tracker, open_trackers
 __all__ = ["Metrics", "flat", "read_metrics"]
 
 
+class Lines:
+    """A file of JSON lines that only grows. A line that does not fit on the disk waits in memory, and goes with the next one.
+
+    Any thread may call it. One warning names the file, until there is space again.
+    """
+
+    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
+        self.path, self.say = path, say
+        self.waiting: list[str] = []
+        self.lock = threading.Lock()
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one record, after those that wait."""
+        with self.lock:
+            failed = bool(self.waiting)
+            self.waiting.append(json.dumps(record) + "\n")
+            error = self._append()
+        if error and not failed:
+            self.say(f"warning: {self.path} cannot be written ({error.strerror}); its lines wait until it can, the run goes on")
+        elif failed and not error:
+            self.say(f"{self.path} can be written again; nothing is lost")
+
+    def flush(self) -> None:
+        """Make the operating system write the file to the disk, with the lines that wait, as far as it can."""
+        with self.lock, suppress(OSError):
+            if not self._append() and self.path.exists():
+                with open(self.path, "ab", opener=no_link) as file:
+                    os.fsync(file.fileno())
+
+    def _append(self) -> OSError | None:
+        """Append what waits. Where it does not fit, the file ends as before, at the end of a line."""
+        if not self.waiting:
+            return None
+        try:
+            with open(self.path, "ab", buffering=0, opener=no_link) as file:
+                size = file.seek(0, os.SEEK_END)
+                data = "".join(self.waiting).encode()
+                try:
+                    while data:
+                        data = data[file.write(data) :]
+                except OSError:
+                    with suppress(OSError):
+                        file.truncate(size)
+                    raise
+        except OSError as error:
+            return error
+        self.waiting.clear()
+        return None
+
+
 class Metrics:
     """Writes metrics.jsonl, one JSON object a line, on the first rank; the same numbers go to the trackers.
 
@@ -34,7 +85,8 @@ class Metrics:
         self, accelerator: Accelerator, config: Config, run_dir: Path, say: Callable[[str], None] = lambda text: None
     ) -> None:
         """`say` shows a warning to a person."""
-        self.path, self.events, self.say = run_dir / "metrics.jsonl", run_dir / "events.jsonl", say
+        self.path, self.say = run_dir / "metrics.jsonl", say
+        self.lines, self.events = Lines(self.path, say), Lines(run_dir / "events.jsonl", say)
         self.first = accelerator.is_main_process
         self.trackers: dict[str, Tracker] = open_trackers(config, run_dir) if self.first else {}
 
@@ -44,8 +96,8 @@ class Metrics:
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if isinstance(error, Exception):
             reason = "diverged" if isinstance(error, Diverged) else "error"
-            with suppress(OSError):  # the error may be that the disk is full
-                self.event({"event": "stopped", "reason": reason, "error": str(error)})
+            self.event({"event": "stopped", "reason": reason, "error": str(error)})
+        self.flush()
         self._track(lambda tracker: tracker.close())
 
     def rewind(self, step: int, evaluated: int) -> None:
@@ -59,8 +111,7 @@ class Metrics:
         """Append one record, and give it to the trackers under the same names. Numbers that are not finite become null."""
         if self.first:
             record = {key: value if value is not None and math.isfinite(value) else None for key, value in record.items()}
-            with open(self.path, "a", encoding="utf-8", opener=no_link) as file:
-                file.write(json.dumps(record) + "\n")
+            self.lines.write(record)
             values = {key: value for key, value in record.items() if key != "step" and value is not None}
             self._track(lambda tracker: tracker.write(record["step"], values))
 
@@ -75,15 +126,14 @@ class Metrics:
 
     def flush(self) -> None:
         """Make the operating system write the metrics to the disk, before a checkpoint that counts on them."""
-        if self.first and self.path.exists():
-            with open(self.path, "a", encoding="utf-8", opener=no_link) as file:
-                os.fsync(file.fileno())
+        if self.first:
+            self.lines.flush()
+            self.events.flush()
 
     def event(self, record: dict[str, Any]) -> None:
         """Append one record to events.jsonl, with the time. Any thread may call it."""
         if self.first:
-            with open(self.events, "a", encoding="utf-8", opener=no_link) as file:
-                file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **record}) + "\n")
+            self.events.write({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **record})
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -13,7 +13,17 @@ from typing import Any
 
 from launch.monitoring.launcher import say_after_launcher, tell_launcher
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# What asks a process to end. SIGINT and SIGQUIT: a terminal's keys; SIGHUP: a terminal or connection that closes; SIGTERM:
+# launchers, Kubernetes, PBS, systemd; SIGUSR1 and SIGUSR2: Slurm (--signal), SGE (-notify), LSF (-wa); SIGXCPU: a limit of CPU time.
+STOP_SIGNALS = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGHUP,
+    signal.SIGQUIT,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGXCPU,
+)
 STOPPED = 75  # exit status (EX_TEMPFAIL): saved after a signal; the same command continues
 INTERRUPTED = 130  # exit status: stopped at once
 AT_ONCE = "stopped at once by a signal; the same command continues from the newest checkpoint"
@@ -50,6 +60,8 @@ class StopSignals:
         count = Count()
         self._previous: dict[signal.Signals, Any] = {}
         for number in STOP_SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # started with nohup
             self._previous[number] = signal.signal(number, lambda number, _: self._handle(count, number))
         return self
 

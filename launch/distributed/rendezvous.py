@@ -1,0 +1,37 @@
+"""How the processes find each other: as torch does it, but also when torchrun has started them anew.
+
+`torchrun --max-restarts` keeps one store for all attempts (torch 2.13 with its c10d rendezvous), in which the ranks of the second
+one find the addresses of the dead ones of the first: https://github.com/pytorch/pytorch/issues/135712. So every attempt has keys of
+its own here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
+
+SCHEME = "attempt"
+INIT_METHOD = f"{SCHEME}://"  # what `init_process_group` is given
+
+
+def attempt() -> str:
+    """What tells this start of the processes from those before: torchrun's number of restarts, and how many processes there are.
+
+    Nodes that come or go make torchrun start anew without counting.
+    """
+    return f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{os.environ.get('WORLD_SIZE', '1')}"
+
+
+def meet(url: str, **options: Any) -> Iterator[tuple[dist.Store, int, int]]:
+    """The store of torch's own rendezvous by environment variables, with keys of this attempt; rank; number of processes."""
+    store, rank, world = next(iter(rendezvous("env://", **options)))
+    yield dist.PrefixStore(f"attempt/{attempt()}", store), rank, world
+
+
+with suppress(RuntimeError):  # this module was loaded before
+    register_rendezvous_handler(SCHEME, meet)
