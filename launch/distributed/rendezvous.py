@@ -1,8 +1,8 @@
 """How the processes find each other: as torch does it, but also when torchrun has started them anew.
 
 `torchrun --max-restarts` keeps one store for all attempts (torch 2.13 with its c10d rendezvous), in which the ranks of the second
-one find the addresses of the dead ones of the first: https://github.com/pytorch/pytorch/issues/135712. So every attempt has keys of
-its own here.
+one find the addresses of the dead ones of the first: https://github.com/pytorch/pytorch/issues/135712. So every attempt has keys
+of its own here.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from typing import Any
 from launch.monitoring.launcher import say_after_launcher, tell_launcher
 
 # What asks a process to end. SIGINT and SIGQUIT: a terminal's keys; SIGHUP: a terminal or connection that closes; SIGTERM:
-# launchers, Kubernetes, PBS, systemd; SIGUSR1 and SIGUSR2: Slurm (--signal), SGE (-notify), LSF (-wa); SIGXCPU: a limit of CPU time.
+# launchers, Kubernetes, PBS, systemd; SIGUSR1, SIGUSR2: Slurm (--signal), SGE (-notify), LSF (-wa); SIGXCPU: a limit of CPU time.
 STOP_SIGNALS = (
     signal.SIGTERM,
     signal.SIGINT,
