@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from celo2.distributed.shard import local_shard_of
 from configs.schema import Config
-from launch.distributed.strategy import Judge, ShardedParameter, Strategy
+from launch.distributed.strategy import Judge, ShardedParameter, Strategy, is_expert
 from launch.monitoring.guard import Verdict
 from launch.optimizers.build import build_optimizer, optimizer_groups
 from models import CausalLMLoss
@@ -26,10 +26,10 @@ class DDP(Strategy):
         super().__init__(config, accelerator, model)
         loss = CausalLMLoss(model)
         # The gradients are views of the buckets that travel, so that they are in memory once. Some architectures have weights
-        # that never get one (cross-attention without an encoder), which DDP must look for.
+        # that never get one (cross-attention without an encoder), or not in every step (experts), which DDP must look for.
         accelerator.ddp_handler = DistributedDataParallelKwargs(
             gradient_as_bucket_view=True,
-            find_unused_parameters=bool(self.unused),
+            find_unused_parameters=bool(self.unused) or any(is_expert(name) for name, _ in model.named_parameters()),
         )
         self.loss_model = accelerator.prepare_model(loss)
         replicas = dist.group.WORLD if self.world > 1 else None

@@ -65,7 +65,8 @@ class Strategy:
         frozen_to_buffers(model)
         self.buffer_names = list(persistent_buffers(model))
         self.unused = unused_parameters(CausalLMLoss(model)) if self.world > 1 else set()
-        without = set() if self.fills_gradients else self.unused
+        experts = {p for name, p in model.named_parameters() if is_expert(name)}  # they get one where a token is theirs
+        without = set() if self.fills_gradients else self.unused - experts
         orthogonalizes = entry_of(config.optimizer).orthogonalizes
         self.matrices = count_hidden_matrices(optimizer_groups(config.optimizer, model), without) if orthogonalizes else 0
         if not dist.is_initialized() and config.distributed.strategy != "ddp":  # sharding over one process needs a group too
@@ -148,6 +149,11 @@ class Strategy:
                 ranges = [other[name] for other in everyone]
                 check_cover(self.shards[name].local_shard.shape, ranges, name)
                 self.shards[name] = self.shards[name]._replace(ranges=ranges)
+
+
+def is_expert(name: str) -> bool:
+    """Whether a parameter belongs to an expert of a mixture, which gets no gradient where no token is given to it."""
+    return any("expert" in part.lower() for part in name.split("."))
 
 
 def count_hidden_matrices(groups: Groups, without: set[Tensor]) -> int:
