@@ -33,6 +33,7 @@ from launch.checkpoint.verify import CheckpointError
 from launch.distributed.environment import check_environment
 from launch.distributed.first_rank import on_first_rank
 from launch.distributed.heartbeat import STATUS, Heartbeat, RankError, print_error
+from launch.distributed.replicas import require_equal_replicas
 from launch.distributed.setup import make_accelerator, make_strategy, memory, peak
 from launch.distributed.verification import Verification
 from launch.monitoring.display import Display, show_any_text
@@ -48,9 +49,11 @@ from launch.private import leave
 from launch.run.agreement import identity_of
 from launch.run.check import check, prompt_notes
 from launch.run.evaluation import bytes_of_tokens, evaluate
+from launch.run.grace import Grace
 from launch.run.hooks import Hooks
 from launch.run.own_rule import settled
 from launch.run.ranks import facts_of, require_same, weights_fact
+from launch.run.restart import record_lost_rank, restart_event, restart_note
 from launch.run.resume import find_start, resume, roll_back
 from launch.run.schedule import dropout_seed, due, lr_factor, set_lr
 from launch.run.setup import (
@@ -95,6 +98,8 @@ def train(config: Config, hooks: Hooks, signals: StopSignals) -> int:
             signals.listener = heartbeat.signalled
             try:
                 folder.enter_context(lock_run(config, accelerator, heartbeat.mark))
+                if rank == 0:
+                    heartbeat.record = partial(record_lost_rank, run_folder(config))
                 summary = pretrain(config, accelerator, heartbeat, signals, hooks)
             finally:
                 if summary is None:  # stopped, or an error: the first rank that ends makes torchrun signal the others
@@ -147,6 +152,7 @@ def pretrain(
     heartbeat.mark("writing the run's folder")
     on_first_rank(accelerator, lambda: describe_run(config, run_dir, shards, optimizer, start), heartbeat.mark)
     folder, origin = run_dir / "checkpoints", start.origin.step if start.origin else None
+    grace, restart = Grace(strategy), restart_event(run_dir, state.step) if first and not start.event() else None
     display = Display(steps, state.step, first)
     metrics = Metrics(accelerator, config, run_dir, display.say)
     metrics.rewind(state.step, state.evaluated)
@@ -157,6 +163,8 @@ def pretrain(
     def report(checkpoint: dict[str, Any]) -> None:
         if "error" in checkpoint:
             display.say(f"warning: {checkpoint['error']}")
+        if warning := grace.saved(checkpoint):
+            display.say(warning)
         metrics.event(checkpoint)
 
     with (
@@ -166,10 +174,12 @@ def pretrain(
     ):
         batches, stream = open_batches(config, shards, context, state, accelerator)
         start.notes.extend([*(taken if state.step == 0 else []), *prompt_notes(config, shards, context)])
+        if restart:
+            start.notes.append(restart_note(restart))
         for note in [*start.notes, describe_training(config, parameters, optimizer, batches, world)]:
             display.say(note)
             metrics.event({"event": "start", "step": state.step, "note": note})
-        if branch := start.event():
+        if branch := start.event() or restart:
             metrics.event(branch)
         stop = False
         since = replace(state)  # the state at the last logged step
@@ -190,7 +200,10 @@ def pretrain(
                     if first and state.step < steps:  # the end has a summary of its own
                         summary.update(strategy.model if strategy.whole else None)
             scheduled = any(due(state.step, every, steps) for every in (config.checkpoint.every, config.checkpoint.keep_every))
-            if saver.due(state.step, scheduled, stop):
+            saving, between = saver.due(state.step, scheduled, stop), config.distributed.check_replicas
+            if between and (saving or due(state.step, between, steps)):
+                require_equal_replicas(strategy, state.step)
+            if saving:
                 heartbeat.mark(f"step {state.step}: writing the checkpoint before")
                 saver.wait()
                 heartbeat.mark(f"step {state.step}: saving")
@@ -224,6 +237,8 @@ def pretrain(
             state.finish_step(config.train.batch_size, n_targets, time.perf_counter() - began, healthy_loss)
             stop, saver.asked = verdict.stop, verdict.save
             display.advance(state.step)
+            if stop:
+                display.say(grace.stopping())
 
             # Report the step.
             if verdict.problem:

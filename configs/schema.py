@@ -99,6 +99,11 @@ class Distributed:
     strategy: Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"] = option("ddp", "ddp, zero1, zero2, zero3 or fsdp2")
     shard_state: bool = option(False, "ddp with celo2: keep the optimizer state of a parameter on one rank")
     replicas: int = option(1, "fsdp2: copies of the model, each sharded over processes / replicas ranks", at_least(1))
+    check_replicas: int = option(
+        100,
+        "steps between comparisons of the weights that ranks hold in common, and before each checkpoint; 0: never",
+        at_least(0),
+    )
     timeout: float = option(600.0, "seconds without a sign of another rank after which the run ends with an error", TIMEOUT)
 
 

@@ -156,6 +156,7 @@ class Heartbeat:
 
     def __init__(self, rank: int, world: int, timeout: float, report: Callable[[str], None] = print_error) -> None:
         self.rank, self.world, self.timeout, self.report = rank, world, timeout, report
+        self.record: Callable[[str], None] = lambda message: None  # keeps the diagnosis, before the process ends
         self.interval = min(1.0, timeout / 10)
         self.observed = range(world) if rank < OBSERVERS else range(OBSERVERS)  # the ranks whose beats this one reads
         self._diagnosis: Diagnosis | None = None
@@ -239,6 +240,7 @@ class Heartbeat:
         if diagnosis is None or diagnosis.message == self._failure:
             return
         if error is None or is_communication_error(error):
+            self.record(diagnosis.message)
             raise RankError(diagnosis.message) from error
 
     def _publish(self, left: bool = False) -> None:
@@ -315,7 +317,8 @@ class Heartbeat:
             return
         self.report(diagnosis.message)
         end = time.monotonic() + GRACE
-        self._end_at = end + GRACE  # the store may not answer any more
+        self._end_at = end + GRACE  # store or disk may not answer any more
+        self.record(diagnosis.message)
         with suppress(RuntimeError):
             while self.rank == 0 and self._others() and time.monotonic() < end:
                 self._beats = self._read_beats()
@@ -337,6 +340,7 @@ class Heartbeat:
         self._found.set()
         if not self._leaving.is_set():
             self.report(message)
+            self.record(message)
             self._exit()
 
     def _exit(self) -> None:

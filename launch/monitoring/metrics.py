@@ -23,6 +23,11 @@ from launch.monitoring.trackers import Tracker, open_trackers
 __all__ = ["Metrics", "flat", "read_metrics"]
 
 
+def stamped(record: dict[str, Any]) -> dict[str, Any]:
+    """An event with the time."""
+    return {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **record}
+
+
 class Lines:
     """A file of JSON lines that only grows. A line that does not fit on the disk waits in memory, and goes with the next one.
 
@@ -60,6 +65,8 @@ class Lines:
             with open(self.path, "ab", buffering=0, opener=no_link) as file:
                 size = file.seek(0, os.SEEK_END)
                 data = "".join(self.waiting).encode()
+                if size and not ends_a_line(self.path):  # a kill cut the last one short
+                    data = b"\n" + data
                 try:
                     while data:
                         data = data[file.write(data) :]
@@ -71,6 +78,13 @@ class Lines:
             return error
         self.waiting.clear()
         return None
+
+
+def ends_a_line(path: Path) -> bool:
+    """Whether the last byte of a file ends a line."""
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() == b"\n"
 
 
 class Metrics:
@@ -103,8 +117,13 @@ class Metrics:
     def rewind(self, step: int, evaluated: int) -> None:
         """Drop steps after `step` and evaluations after `evaluated`, which are about to be done again."""
         if self.first:
+
+            def keep(record: dict[str, Any]) -> bool:
+                return record["step"] <= (evaluated if "val_loss" in record else step)
+
             written = max((record["step"] for record in read_metrics(self.path)), default=0)
-            rewind(self.path, lambda record: record["step"] <= (evaluated if "val_loss" in record else step))
+            rewind(self.path, keep)
+            self.lines.waiting = [line for line in self.lines.waiting if keep(json.loads(line))]
             self._track(lambda tracker: tracker.rewind(step, written))
 
     def write(self, record: dict[str, Any]) -> None:
@@ -133,7 +152,7 @@ class Metrics:
     def event(self, record: dict[str, Any]) -> None:
         """Append one record to events.jsonl, with the time. Any thread may call it."""
         if self.first:
-            self.events.write({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **record})
+            self.events.write(stamped(record))
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,0 +1,60 @@
+"""A run that torchrun, Slurm or a loop starts again by itself. events.jsonl tells why, and what is done again."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from celo2.training.metrics import read_metrics
+from launch.monitoring.metrics import Lines, stamped
+
+UNSAID = "it ended without a word, as when its first rank is killed or its machine fails"
+
+
+def read_events(run_dir: Path) -> list[dict[str, Any]]:
+    """The events of a run; a line that a kill cut short is left out."""
+    path, events = run_dir / "events.jsonl", []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+        with suppress(ValueError):
+            event = json.loads(line)
+            if isinstance(event, dict):
+                events.append(event)
+    return events
+
+
+def restart_event(run_dir: Path, step: int) -> dict[str, Any] | None:
+    """The event that says that the run goes on from `step`; None where it begins. Call it before metrics.jsonl is rewound.
+
+    `attempt` counts the starts after the first one, `reason` says how the last one ended, `steps_lost` are done again.
+    """
+    events = read_events(run_dir)
+    if not events:
+        return None
+    earlier = [event for event in events if event.get("event") == "restart"]
+    last = events[-1]
+    reasons = {
+        "finished": "it was finished",
+        "stopped": "stopped by a signal" if last.get("reason") == "signal" else str(last.get("error", last.get("reason"))),
+    }
+    reached = max((record["step"] for record in read_metrics(run_dir / "metrics.jsonl") if "loss" in record), default=0)
+    event = {"event": "restart", "attempt": len(earlier) + 1, "reason": reasons.get(str(last.get("event")), UNSAID), "step": step}
+    event |= {"reached": reached, "steps_lost": max(0, reached - step)}
+    event["processes"] = int(os.environ.get("WORLD_SIZE", "1"))
+    return event
+
+
+def restart_note(event: dict[str, Any]) -> str:
+    """The same for a person."""
+    lost = f"; {event['steps_lost']} steps after it are done again" if event["steps_lost"] else ""
+    return f"restart {event['attempt']} from step {event['step']}{lost}; the start before: {event['reason']}"
+
+
+def record_lost_rank(run_dir: Path, message: str) -> None:
+    """Say in events.jsonl that the run stops because of another rank. Any thread may call it."""
+    if (run_dir / "events.jsonl").exists():  # the start was not refused
+        Lines(run_dir / "events.jsonl", lambda text: None).write(
+            stamped({"event": "stopped", "reason": "rank", "error": message})
+        )
