@@ -121,7 +121,7 @@ def pretrain(
     steps, world, first = config.train.steps, accelerator.num_processes, accelerator.is_main_process
 
     # Data, and where the run stands: on all ranks the same, like everything else that they are about to do.
-    heartbeat.mark("opening the data")
+    heartbeat.mark("opening the data", disk=True)
     shards, validation = open_data(config)
     chosen, run_dir = settled(config), run_folder(config)
     start = find_start(config, run_dir, accelerator, heartbeat)
@@ -146,10 +146,10 @@ def pretrain(
     peak_speed = peak_flops * world / flops if peak_flops else None  # tokens/s
 
     # The state of the run, and its folder.
-    heartbeat.mark("loading the checkpoint")
+    heartbeat.mark("loading the checkpoint", disk=True)
     identity = identity_of(config, shards, context, optimizer)
     state = resume(config, start, strategy, identity)
-    heartbeat.mark("writing the run's folder")
+    heartbeat.mark("writing the run's folder", disk=True)
     on_first_rank(accelerator, lambda: describe_run(config, run_dir, shards, optimizer, start), heartbeat.mark)
     folder, origin = run_dir / "checkpoints", start.origin.step if start.origin else None
     grace, restart = Grace(strategy), restart_event(run_dir, state.step) if first and not start.event() else None
@@ -196,7 +196,7 @@ def pretrain(
                         saver.ask(state.step)
                     metrics.write({"step": state.step, "tokens": state.tokens, **found.record()})
                     display.say(f"step {state.step:>6}/{steps}  validation {found.text()}")
-                    heartbeat.mark(f"step {state.step}: summary")
+                    heartbeat.mark(f"step {state.step}: summary", disk=True)
                     if first and state.step < steps:  # the end has a summary of its own
                         summary.update(strategy.model if strategy.whole else None)
             scheduled = any(due(state.step, every, steps) for every in (config.checkpoint.every, config.checkpoint.keep_every))
@@ -204,9 +204,9 @@ def pretrain(
             if between and (saving or due(state.step, between, steps)):
                 require_equal_replicas(strategy, state.step)
             if saving:
-                heartbeat.mark(f"step {state.step}: writing the checkpoint before")
+                heartbeat.mark(f"step {state.step}: writing the checkpoint before", disk=True)
                 saver.wait()
-                heartbeat.mark(f"step {state.step}: saving")
+                heartbeat.mark(f"step {state.step}: saving", disk=True)
                 metrics.flush()
                 set_mode(optimizer, "eval")
                 saver.save(strategy, to_saved(config, state, identity))
@@ -261,7 +261,7 @@ def pretrain(
                 state.begin_window()
                 since = replace(state)
 
-        heartbeat.mark("writing the last checkpoint")
+        heartbeat.mark("writing the last checkpoint", disk=True)
         saver.close()
         heartbeat.mark("the last checkpoint is written")
         if stop:

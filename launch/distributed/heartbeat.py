@@ -13,13 +13,14 @@ time from the fault to the last exit, with interval = min(1 s, timeout / 10):
     a rank raised an exception                 GRACE + 2 intervals                     3 + 1 s at most
     a rank is dead or stopped                  timeout + 3 intervals; where a collective failed or a signal came (torchrun sends
                                                SIGTERM when a rank dies), min(timeout, ALERT) + 3 intervals    15 + 3 s at most
-    a rank hangs in Python, or all hang        timeout + 3 intervals
+    a rank hangs in Python, or all hang        timeout + 3 intervals; PATIENCE timeouts where it waits for a disk
     a rank dies while the others hang          timeout + ALERT + 3 intervals
     the store does not answer                  timeout + 1 interval; at once where its process is gone
 
 `timeout` must exceed the longest time between two signs of work. Marks are counted, so every rank sets the same ones: the ranks
 with the fewest hold up the others. Between two marks a rank that works for long, as on a checkpoint, calls `progress`, which
-counts for nothing but that sign. That of a rank that is ahead is none: while it writes in the background, another may hang.
+counts for nothing but that sign. That of a rank that is ahead is none: while it writes in the background, another may hang. One
+call that flushes a large file gives no sign: what waits for a disk has PATIENCE times as long.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ STATUS = 70  # exit status (EX_SOFTWARE) of a rank that stops because of another
 ALERT = 15.0  # s; half of what torchrun waits between SIGTERM and SIGKILL, and longer than writing a checkpoint holds the GIL
 GRACE = 3.0  # s; time for each rank to print an exception that all of them raise
 COLLECTIVE_TIMEOUT = 7 * 24 * 3600.0  # s; the first rank may work for long while the others wait for it
+PATIENCE = 5  # timeouts without a sign of work after which a rank that waits for a disk hangs
 OBSERVERS = 2  # ranks that read everybody's beat; the others read only these ranks', so that the store serves 1,024 ranks
 NAMED = 8  # ranks that a message names
 CONTINUES = "the run stops, and the same command continues from its newest checkpoint"
@@ -71,6 +73,7 @@ class Beat:
     alarm: str = ""  # "signal": it got a signal; "error": a collective failed, and it waits for the diagnosis
     left: bool = False  # it is done, and needs the others no more
     progress: int = 0  # changes while it works between two marks
+    disk: bool = False  # its newest mark says that it waits for a disk
 
 
 class Diagnosis(NamedTuple):
@@ -108,10 +111,13 @@ def blame(beats: dict[int, Beat], silent: dict[int, float], still: float, timeou
         silent: for how many seconds each of them has published nothing new.
         still: for how many seconds no rank has `got_further`; 0 where not all ranks are read.
         timeout: a process that is silent for so many seconds is gone (at most ALERT where a signal or an error tells of it);
-            without a sign of work for so many seconds the run hangs.
+            without a sign of work for so many seconds, PATIENCE times as many at a disk, the run hangs.
     """
     working = {rank: beat for rank, beat in beats.items() if not beat.left}
-    hung = still >= timeout
+    least = min((beat.marks for beat in working.values()), default=0)
+    behind = {rank: beat for rank, beat in working.items() if beat.marks == least}
+    patience = timeout * (PATIENCE if any(beat.disk for beat in behind.values()) else 1)
+    hung = still >= patience
     alarms = {beat.alarm for beat in beats.values()}
     limit = min(timeout, ALERT) if hung or alarms > {""} else timeout
     gone = {rank: beat for rank, beat in working.items() if silent[rank] >= limit}
@@ -121,12 +127,10 @@ def blame(beats: dict[int, Beat], silent: dict[int, float], still: float, timeou
     perhaps_dead = any(silent[rank] >= limit / 4 for rank in working)  # their silence will tell
     if not hung or not working or perhaps_dead or "error" in alarms:
         return None
-    least = min(beat.marks for beat in working.values())
-    behind = {rank: beat for rank, beat in working.items() if beat.marks == least}
     if len(behind) == len(working):
         text = next(iter(behind.values())).text
-        return f'no rank has got further for {timeout:g} s and all are at "{text}", so that none can be named; {CONTINUES}'
-    since = f"has hung for {timeout:g} s, while others wait, at"
+        return f'no rank has got further for {patience:g} s and all are at "{text}", so that none can be named; {CONTINUES}'
+    since = f"has hung for {patience:g} s, while others wait, at"
     return in_one_line([f'{where(rank, beat)} {since} "{beat.text}"' for rank, beat in behind.items()])
 
 
@@ -168,16 +172,16 @@ class Heartbeat:
         self._exchanges = 0  # odd: one is going on
         self._end_at = math.inf  # on the clock of time.monotonic: when the process ends, whatever the beating thread waits for
         self._failure: str | None = None
-        self._mark = (0, "start")
+        self._mark = (0, "start", True)
         self._progress = 0
         self._count = 0
         self._silent = dict.fromkeys(self.observed, 0.0)
         self._still = 0.0
         self._thread: threading.Thread | None = None
 
-    def mark(self, text: str) -> None:
-        """Set a mark: the main thread is now at `text`. Costs no communication."""
-        self._mark = (self._mark[0] + 1, text)
+    def mark(self, text: str, disk: bool = False) -> None:
+        """Set a mark: the main thread is now at `text`, and until the next one waits for a `disk`. Costs no communication."""
+        self._mark = (self._mark[0] + 1, text, disk)
 
     def progress(self) -> None:
         """A sign of work between two marks: this rank is alive and not done yet. Any thread may call it, as often as it likes."""
@@ -245,7 +249,8 @@ class Heartbeat:
 
     def _publish(self, left: bool = False) -> None:
         self._count += 1
-        self._own = Beat(self._count, *self._mark, self._host, self._pid, self._alarm, left, self._progress)
+        marks, text, disk = self._mark
+        self._own = Beat(self._count, marks, text, self._host, self._pid, self._alarm, left, self._progress, disk)
         self._store.set(f"beat/{self.rank}", json.dumps(asdict(self._own)))
 
     def _read_beats(self) -> dict[int, Beat]:

@@ -40,7 +40,7 @@ def find_start(config: Config, run_dir: Path, accelerator: Accelerator, heartbea
         folder = (run_dir / "checkpoints").resolve()
         return start, start.checkpoint is not None and start.checkpoint.parent.resolve() == folder
 
-    heartbeat.mark("looking for a checkpoint")
+    heartbeat.mark("looking for a checkpoint", disk=True)
     start, own = on_first_rank(accelerator, choose, heartbeat.mark)
     if start.checkpoint is None or not own or accelerator.is_main_process:
         return start
@@ -76,7 +76,7 @@ def roll_back(run_dir: Path, state: RunState, strategy: Strategy, saver: Saver, 
         ConfigError: the ranks do not find the same checkpoint.
     """
     accelerator = strategy.accelerator
-    heartbeat.mark(f"step {state.step}: rolling back")
+    heartbeat.mark(f"step {state.step}: rolling back", disk=True)
     saver.wait()
     newest, _ = on_first_rank(accelerator, partial(find_checkpoint, run_dir / "checkpoints", heartbeat.progress), heartbeat.mark)
     if newest is None:

@@ -114,13 +114,13 @@ def run_folder(config: Config) -> Path:
 
 
 @contextmanager
-def lock_run(config: Config, accelerator: Accelerator, mark: Callable[[str], None]) -> Iterator[None]:
+def lock_run(config: Config, accelerator: Accelerator, mark: Callable[..., None]) -> Iterator[None]:
     """Hold the run's folder, on the first rank: a second process that would train there is refused, on every rank.
 
     `mark` is the heartbeat's.
     """
     with ExitStack() as stack:
-        mark("locking the run's folder")
+        mark("locking the run's folder", True)
         on_first_rank(accelerator, lambda: stack.enter_context(FolderLock(run_folder(config))).path, mark)
         yield
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ from torch import nn
 from celo2 import ShardingError
 from celo2.distributed.shard import local_shard_of
 from launch.distributed import verification as verification_module
-from launch.distributed.heartbeat import Beat, got_further
+from launch.distributed.heartbeat import Beat, blame, got_further
 from launch.distributed.replicas import bit_sums, in_words, named
 from launch.distributed.strategy import ShardedParameter, is_expert
 from launch.monitoring import metrics as metrics_module
@@ -41,6 +42,9 @@ def test_progress_counts_for_who_holds_up_the_others():
     before = {0: beat(9), 1: beat(7)}
     assert not got_further(before, {0: beat(9, 1), 1: beat(7)})  # it writes in the background, while the other hangs
     assert got_further(before, {0: beat(9), 1: beat(7, 1)})
+    waiting, answers = {0: beat(9), 1: replace(beat(7), disk=True)}, {0: 0.0, 1: 0.0}
+    assert blame(waiting, answers, 299, 60) is None
+    assert "rank 1 (node, pid 1) has hung for 300 s" in blame(waiting, answers, 300, 60)
     assert got_further({0: beat(9), 1: beat(7, left=True)}, {0: beat(9, 1), 1: beat(7, left=True)})
 
 
@@ -119,7 +123,7 @@ def test_one_changed_bit_changes_the_sum():
 
 def moe(parameters, matrices, monkeypatch, others=()):
     """A verification of `parameters`, on one of several ranks; `others` are the reports of the others."""
-    counter = torch.optim.SGD([p for p in parameters.values()], lr=0.1)
+    counter = torch.optim.SGD(list(parameters.values()), lr=0.1)
     counter.orthogonalized = 0
     shards = {name: ShardedParameter(p, local_shard_of(p)) for name, p in parameters.items()}
     strategy = SimpleNamespace(world=2, counter=counter, optimizer=counter, shards=shards, matrices=matrices, copies=1)
