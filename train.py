@@ -45,6 +45,7 @@ from launch.planning.machines import machine_of
 from launch.planning.plan import make_plan
 from launch.private import leave
 from launch.run.agreement import identity_of
+from launch.run.branch import checkpoint_folders
 from launch.run.check import check, prompt_notes
 from launch.run.evaluation import bytes_of_tokens, evaluate
 from launch.run.hooks import Hooks
@@ -116,7 +117,7 @@ def pretrain(
     # Data, and where the run stands: on all ranks the same, like everything else that they are about to do.
     shards, validation = open_data(config)
     chosen, run_dir = settled(config), run_folder(config)
-    start = find_start(config, run_dir, accelerator)
+    start = find_start(config, run_dir, accelerator, heartbeat.progress)
     require_same(accelerator, lambda: facts_of(config, chosen, shards, start.checkpoint, run_dir))
     heartbeat.mark("ranks compared")
 
@@ -139,10 +140,10 @@ def pretrain(
     # The state of the run, and its folder.
     heartbeat.mark("sharded")
     identity = identity_of(config, shards, context, optimizer)
-    state = resume(config, start, strategy, identity)
+    state = resume(config, start, strategy, identity, heartbeat.progress)
     heartbeat.mark("loaded")
     on_first_rank(accelerator, lambda: describe_run(config, run_dir, shards, optimizer, start))
-    folder, origin = run_dir / "checkpoints", start.origin.step if start.origin else None
+    folders, origin = checkpoint_folders(config, run_dir, start.origin), start.origin.step if start.origin else None
     display = Display(steps, state.step, first)
     metrics = Metrics(accelerator, config, run_dir, display.say)
     metrics.rewind(state.step, state.evaluated)
@@ -158,10 +159,12 @@ def pretrain(
     with (
         metrics,
         display,
-        Saver(folder, config.checkpoint, report, first, state.step, hooks.before_save_phase, origin) as saver,
+        Saver(
+            folders, config.checkpoint, report, strategy.host, state.step, hooks.before_save_phase, origin, heartbeat.progress
+        ) as saver,
     ):
         batches, stream = open_batches(config, shards, context, state, accelerator)
-        start.notes.extend([*(taken if state.step == 0 else []), *prompt_notes(config, shards, context)])
+        start.notes.extend([*(taken if state.step == 0 else []), *saver.notes, *prompt_notes(config, shards, context)])
         for note in [*start.notes, describe_training(config, parameters, optimizer, batches, world)]:
             display.say(note)
             metrics.event({"event": "start", "step": state.step, "note": note})

@@ -160,6 +160,9 @@ class Heartbeat:
         """Set a mark: the main thread is now at `text`. Costs no communication."""
         self._mark = (self._mark[0] + 1, text)
 
+    def progress(self) -> None:
+        """This rank works on, where its main thread sets no mark: it saves, hashes or loads. Any thread may call it."""
+
     def signalled(self) -> None:
         """This rank got a signal, as from torchrun when another one died: a dead rank is named sooner. Any thread may call it."""
         if self._thread is not None and not self._alarm:

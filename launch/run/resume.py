@@ -12,7 +12,8 @@ from accelerate import Accelerator
 from configs.schema import Config
 from launch.checkpoint.load import load_checkpoint, read_state, require_state
 from launch.checkpoint.save import Saver
-from launch.checkpoint.verify import find_checkpoint
+from launch.checkpoint.verify import find_checkpoint, nothing
+from launch.checkpoint.writer import Progress
 from launch.distributed.first_rank import on_first_rank
 from launch.distributed.strategy import Strategy
 from launch.monitoring.guard import Diverged
@@ -25,17 +26,18 @@ from launch.run.state import RunState, from_saved
 MAX_ROLLBACKS = 10
 
 
-def find_start(config: Config, run_dir: Path, accelerator: Accelerator) -> Start:
+def find_start(config: Config, run_dir: Path, accelerator: Accelerator, progress: Progress = nothing) -> Start:
     """Where the run takes up, which the first rank chooses as `checkpoint.resume` says. Every rank must call it.
 
-    Each rank gets a checkpoint of the run's folder by its own path to that.
+    Each rank gets a checkpoint of the run's folder by its own path to that. The first rank alone reads and hashes checkpoints;
+    `progress` is called after each piece of that.
 
     Raises:
         ConfigError, CheckpointError: as `choose_start`.
     """
 
     def choose() -> tuple[Start, bool]:
-        start = choose_start(config, run_dir)
+        start = choose_start(config, run_dir, progress)
         folder = (run_dir / "checkpoints").resolve()
         return start, start.checkpoint is not None and start.checkpoint.parent.resolve() == folder
 
@@ -45,7 +47,7 @@ def find_start(config: Config, run_dir: Path, accelerator: Accelerator) -> Start
     return start._replace(checkpoint=run_dir / "checkpoints" / start.checkpoint.name)
 
 
-def resume(config: Config, start: Start, strategy: Strategy, identity: dict[str, Any]) -> RunState:
+def resume(config: Config, start: Start, strategy: Strategy, identity: dict[str, Any], progress: Progress = nothing) -> RunState:
     """Load the checkpoint of `start`, if there is one, and add a note to it. Returns the state of the run.
 
     Raises:
@@ -57,7 +59,7 @@ def resume(config: Config, start: Start, strategy: Strategy, identity: dict[str,
     saved = read_state(path)
     require_state(path, saved)
     require_agreement(path, saved, config, strategy.model.config, identity)
-    load_checkpoint(path, strategy)
+    load_checkpoint(path, strategy, progress)
     before, now = flat(saved["config"]), flat(asdict(config))
     changes = [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
     start.notes.append(f"resumed from {path}" + (f" with {', '.join(changes)}" if changes else ""))
@@ -75,14 +77,14 @@ def roll_back(run_dir: Path, state: RunState, strategy: Strategy, saver: Saver) 
     """
     accelerator = strategy.accelerator
     saver.wait()
-    newest, _ = on_first_rank(accelerator, partial(find_checkpoint, run_dir / "checkpoints"))
+    newest, _ = on_first_rank(accelerator, partial(find_checkpoint, *saver.folders, progress=saver.progress))
     if newest is None:
         raise Diverged(f"step {state.step}: no checkpoint to roll back to")
     if state.rollbacks >= MAX_ROLLBACKS:
         raise Diverged(f"step {state.step}: {MAX_ROLLBACKS} rollbacks did not help")
-    path = run_dir / "checkpoints" / newest.name
+    path = run_dir / "checkpoints" / newest.name if newest.parent == saver.folders[0] else newest
     require_same(accelerator, lambda: [checkpoint_fact(path, run_dir)])
-    load_checkpoint(path, strategy)
+    load_checkpoint(path, strategy, saver.progress)
     back = from_saved(read_state(path))
     accelerator.wait_for_everyone()  # the checkpoint is about to be written again, with what is left out
     on = replace(back, sequences=state.sequences, bad_steps=state.bad_steps, rollbacks=state.rollbacks + 1)
