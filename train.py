@@ -47,6 +47,7 @@ from launch.planning.machines import machine_of
 from launch.planning.plan import make_plan
 from launch.private import leave
 from launch.run.agreement import identity_of
+from launch.run.branch import checkpoint_folders
 from launch.run.check import check, prompt_notes
 from launch.run.evaluation import bytes_of_tokens, evaluate
 from launch.run.grace import Grace
@@ -148,10 +149,10 @@ def pretrain(
     # The state of the run, and its folder.
     heartbeat.mark("loading the checkpoint", disk=True)
     identity = identity_of(config, shards, context, optimizer)
-    state = resume(config, start, strategy, identity)
+    state = resume(config, start, strategy, identity, heartbeat.progress)
     heartbeat.mark("writing the run's folder", disk=True)
     on_first_rank(accelerator, lambda: describe_run(config, run_dir, shards, optimizer, start), heartbeat.mark)
-    folder, origin = run_dir / "checkpoints", start.origin.step if start.origin else None
+    folders, origin = checkpoint_folders(config, run_dir, start.origin), start.origin.step if start.origin else None
     grace, restart = Grace(strategy), restart_event(run_dir, state.step) if first and not start.event() else None
     display = Display(steps, state.step, first)
     metrics = Metrics(accelerator, config, run_dir, display.say)
@@ -170,10 +171,12 @@ def pretrain(
     with (
         metrics,
         display,
-        Saver(folder, config.checkpoint, report, first, state.step, hooks.before_save_phase, origin, heartbeat.progress) as saver,
+        Saver(
+            folders, config.checkpoint, report, strategy.host, state.step, hooks.before_save_phase, origin, heartbeat.progress
+        ) as saver,
     ):
         batches, stream = open_batches(config, shards, context, state, accelerator)
-        start.notes.extend([*(taken if state.step == 0 else []), *prompt_notes(config, shards, context)])
+        start.notes.extend([*(taken if state.step == 0 else []), *saver.notes, *prompt_notes(config, shards, context)])
         if restart:
             start.notes.append(restart_note(restart))
         for note in [*start.notes, describe_training(config, parameters, optimizer, batches, world)]:

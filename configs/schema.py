@@ -120,6 +120,13 @@ class Checkpoint:
         NOT_EMPTY,
         path=True,
     )
+    shards: Literal["auto", "one"] = option(
+        "auto", "auto: every rank writes a part, if all see the folder; one: the first rank all"
+    )
+    fallback_dir: str | None = option(
+        None, "a folder on another disk for checkpoints that run.dir does not take; null: none", NOT_EMPTY, path=True
+    )
+    patience: float = option(300.0, "seconds in which a last checkpoint that cannot be written is tried again", at_least(0))
 
 
 @dataclass

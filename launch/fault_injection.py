@@ -4,6 +4,9 @@ A small run is trained once without disturbance. Then the same run is started ag
 moments and inside each phase of a save, and continues each time by itself. At the end every line of its metrics must equal the
 undisturbed run's, bit for bit. The other faults have checks of their own. Every run is a forked process of this one, so that a
 start takes no imports. Use it on the machine and file system that your own runs use.
+
+With `--ranks N` a run has N processes on this machine, over gloo, which write its checkpoints together. A kill hits one of them,
+or all; damage hits every file of a checkpoint; one rank alone has a full disk or no permission.
 """
 
 from __future__ import annotations
@@ -16,10 +19,12 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,8 +34,8 @@ from torch import Tensor
 
 import train
 from data.prepare import prepare
-from launch.checkpoint.save import PHASES
-from launch.checkpoint.verify import find_checkpoint, list_checkpoints
+from launch.checkpoint.save import PHASES, RANK_PHASES
+from launch.checkpoint.verify import MANIFEST, checkpoint_files, find_checkpoint, list_checkpoints
 from launch.distributed.strategy import Strategy
 from launch.monitoring.metrics import read_metrics
 from launch.monitoring.signals import STOPPED
@@ -42,10 +47,12 @@ run: {{name: torture}}
 model: {{layers: 2, width: 32, heads: 2, context: 32, dropout: 0.1}}
 train: {{steps: {STEPS}, batch_size: 8, micro_batch_size: 4}}
 optimizer: {{lr: 5e-3}}
-checkpoint: {{every: 3}}
+checkpoint: {{every: 3, patience: 0}}
+distributed: {{timeout: 5}}
 log: {{every: 1, sample_tokens: 0}}
 eval: {{every: 5, sequences: 16}}
 """
+SURVIVORS = 60.0  # s in which the other ranks of a killed one must have ended
 CLOCK = ("seconds", "tokens_per_second", "optimizer_seconds")  # what differs between two equal runs
 
 
@@ -59,16 +66,16 @@ class Row(NamedTuple):
 
 
 class SignalAt(Hooks):
-    """Sends this process a signal when the run comes to `point` for the `occurrence`-th time.
+    """Sends a process a signal when it comes to `point` for the `occurrence`-th time: the process of `rank`.
 
     `point`: "step", "evaluation", or a phase of a save (`launch.checkpoint.save.PHASES`).
     """
 
-    def __init__(self, number: signal.Signals, point: str, occurrence: int = 1) -> None:
-        self.number, self.point, self.left = number, point, occurrence
+    def __init__(self, number: signal.Signals, point: str, occurrence: int = 1, rank: int = 0) -> None:
+        self.number, self.point, self.left, self.rank = number, point, occurrence, rank
 
     def _come_to(self, point: str) -> None:
-        if point == self.point:
+        if point == self.point and own_rank() == self.rank:
             self.left -= 1
             if self.left == 0:
                 os.kill(os.getpid(), self.number)
@@ -97,26 +104,43 @@ class BadGradients(Hooks):
 
 
 class FullDisk(Hooks):
-    """From the first step on, files may not grow beyond a small limit, as on a full disk."""
+    """From the first step on, files of the last rank may not grow beyond a small limit, as on a full disk."""
 
     def before_step(self, step: int, strategy: Strategy) -> None:
+        if own_rank() != strategy.world - 1:
+            return
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
 
 
 class ReadOnlyDisk(Hooks):
-    """Checkpoints cannot be written. The folder stays writable, since root would write into a read-only one."""
+    """The last rank cannot write a checkpoint. The folder stays writable, since root would write into a read-only one."""
+
+    def __init__(self, ranks: int) -> None:
+        self.ranks = ranks
 
     def before_save_phase(self, phase: str) -> None:
-        if phase == "weights":
+        if phase == "weights" and own_rank() == self.ranks - 1:
             raise PermissionError(13, "Permission denied")
 
 
-class Laboratory:
-    """A prepared data set, the undisturbed run, and a way to start runs in processes of their own."""
+def own_rank() -> int:
+    """The rank of this process."""
+    return int(os.environ.get("RANK", "0"))
 
-    def __init__(self, folder: Path, options: list[str]) -> None:
-        self.folder, self.options = folder, options
+
+def free_port() -> int:
+    """A port that nobody uses."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Laboratory:
+    """A prepared data set, the undisturbed run, and a way to start runs of `ranks` processes each."""
+
+    def __init__(self, folder: Path, options: list[str], ranks: int = 1) -> None:
+        self.folder, self.options, self.ranks = folder, options, ranks
         words = f"{train.__doc__} {__doc__}".split()
         texts = [" ".join(words[i % len(words)] for i in range(n, n * 7 + 80)) for n in range(1, 21)]
         (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
@@ -127,9 +151,13 @@ class Laboratory:
             raise SystemExit(f"the undisturbed run failed: {(folder / 'undisturbed.log').read_text(encoding='utf-8')}")
         self.undisturbed = self.metrics("undisturbed")
 
-    def start(self, name: str, hooks: Hooks) -> int:
-        """Fork a run into the folder `name`; returns its process id."""
+    def start(self, name: str, hooks: Hooks) -> list[int]:
+        """Fork a run into the folder `name`; returns its process ids."""
         sys.stdout.flush()
+        port = free_port()
+        return [self._fork(name, hooks, rank, port) for rank in range(self.ranks)]
+
+    def _fork(self, name: str, hooks: Hooks, rank: int, port: int) -> int:
         pid = os.fork()
         if pid:
             return pid
@@ -139,15 +167,37 @@ class Laboratory:
             os.dup2(log, 1)
             os.dup2(log, 2)
             torch.set_num_threads(1)
+            if self.ranks > 1:
+                launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.ranks, "MASTER_PORT": port}
+                os.environ |= {key: str(value) for key, value in launched.items()} | {"MASTER_ADDR": "127.0.0.1"}
             folders = [f"data.dir={self.folder / 'data'}", f"run.dir={self.folder / name}"]
             status = train.main([str(self.folder / "config.yaml"), *folders, *self.options], hooks)
         finally:
             sys.stdout.flush()
             os._exit(status)
 
-    def wait(self, pid: int) -> int:
-        """Exit status of a run; minus the signal that killed it."""
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    def wait(self, pids: list[int], rest: signal.Signals = signal.SIGTERM) -> int:
+        """Exit status of a run: the first that is not 0, minus the signal that killed a rank.
+
+        Once a rank has failed the others get `rest`, as from torchrun. RuntimeError if they do not end then.
+        """
+        left, found, deadline = set(pids), 0, float("inf")
+        while left:
+            for pid in sorted(left):
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if not done:
+                    continue
+                left.discard(pid)
+                if found == 0 and (found := os.waitstatus_to_exitcode(status)) not in (0, STOPPED):
+                    deadline = time.monotonic() + SURVIVORS
+                    for other in left:
+                        os.kill(other, rest)
+            if time.monotonic() > deadline:
+                for pid in left:
+                    os.kill(pid, signal.SIGKILL)
+                raise RuntimeError(f"{len(left)} ranks did not end within {SURVIVORS:g} s after another one")
+            time.sleep(0.01)
+        return found
 
     def run(self, name: str, hooks: Hooks | None = None) -> int:
         """Start a run and wait for its exit status."""
@@ -180,34 +230,54 @@ class Laboratory:
         return list_checkpoints(self.folder / name / "checkpoints")[-1]
 
 
+class Kill(NamedTuple):
+    """A SIGKILL to come: at a random moment, or before a phase of a save of one rank; that rank alone, or all."""
+
+    phase: str | None
+    rank: int
+    all: bool
+
+    def text(self, ranks: int) -> str:
+        """As it stands in the table."""
+        when = "at a random moment" if self.phase is None else f"before: {self.phase}"
+        return when if ranks == 1 else f"{'all ranks' if self.all else 'one rank'} {when}"
+
+
+def planned_kills(ranks: int, generator: random.Random) -> Iterator[Kill]:
+    """Half of them at random moments, half in the phases of a save; with several ranks one rank and all in turn."""
+    for everybody in itertools.cycle((False, True) if ranks > 1 else (True,)):
+        for phase in PHASES:
+            yield Kill(None, generator.randrange(ranks), everybody)
+            yield Kill(phase, generator.randrange(ranks) if phase in RANK_PHASES else 0, everybody)
+
+
 def kills(laboratory: Laboratory, count: int, generator: random.Random) -> list[Row]:
     """`count` kills of one run after another: at random moments, and inside each phase of a save."""
-    lost: dict[str, list[int]] = {when: [] for when in ("at a random moment", *(f"before: {phase}" for phase in PHASES))}
+    lost: dict[str, list[int]] = defaultdict(list)
     wrong, runs, name = 0, 0, "killed-0"
     start = time.perf_counter()
     laboratory.run("timed")
     typical = time.perf_counter() - start  # seconds of a whole run
-    turns = itertools.cycle([turn for phase in PHASES for turn in (None, phase)])
+    planned = planned_kills(laboratory.ranks, generator)
     while sum(map(len, lost.values())) < count:
-        phase = next(turns)
-        if phase is None:
-            pid = laboratory.start(name, Hooks())
+        kill = next(planned)
+        rest = signal.SIGKILL if kill.all else signal.SIGTERM
+        if kill.phase is None:
+            pids = laboratory.start(name, Hooks())
             time.sleep(generator.uniform(0, typical * (1 - laboratory.saved(name) / STEPS)))
-            os.kill(pid, signal.SIGKILL)
+            os.kill(pids[kill.rank], signal.SIGKILL)
         else:
-            pid = laboratory.start(name, SignalAt(signal.SIGKILL, phase, generator.randint(1, 3)))
-        if laboratory.wait(pid) == 0:  # the run was done before it met its fault: it must be right, and a new one begins
+            pids = laboratory.start(name, SignalAt(signal.SIGKILL, kill.phase, generator.randint(1, 3), kill.rank))
+        if laboratory.wait(pids, rest) == 0:  # the run was done before it met its fault: it must be right, and a new one begins
             wrong += laboratory.metrics(name) != laboratory.undisturbed
             runs, name = runs + 1, f"killed-{runs + 1}"
             continue
-        again = max(0, laboratory.reached(name) - laboratory.saved(name))
-        lost["at a random moment" if phase is None else f"before: {phase}"].append(again)
+        lost[kill.text(laboratory.ranks)].append(max(0, laboratory.reached(name) - laboratory.saved(name)))
     wrong += not laboratory.recovers(name)
     verdict = "losses as undisturbed, bit for bit" if not wrong else f"{wrong} of {runs + 1} runs WRONG"
     return [
         Row(f"SIGKILL {when}", len(steps), 0 if wrong else len(steps), f"at most {max(steps)} steps taken again; {verdict}")
-        for when, steps in lost.items()
-        if steps
+        for when, steps in sorted(lost.items())
     ]
 
 
@@ -225,9 +295,9 @@ def damage(laboratory: Laboratory) -> list[Row]:
         "byte flipped": flip_byte,
         "file missing": lambda path: path.unlink(),
     }
-    rows, halfway = [], laboratory.stop_halfway("halfway").parent.parent
+    newest = laboratory.stop_halfway("halfway")
+    rows, halfway, files = [], newest.parent.parent, [*checkpoint_files(newest), MANIFEST]
     for fault, harm in faults.items():
-        files = ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
         survived = 0
         for number, file in enumerate(files):
             name = f"damaged-{fault.replace(' ', '-')}-{number}"
@@ -241,11 +311,12 @@ def damage(laboratory: Laboratory) -> list[Row]:
 def stops(laboratory: Laboratory) -> list[Row]:
     """Signals in training, in evaluation and while a checkpoint is written: the run saves, stops and loses nothing."""
     rows = []
+    last = laboratory.ranks - 1
     for fault, hooks in (
-        ("SIGTERM in training", SignalAt(signal.SIGTERM, "step", 7)),
-        ("SIGINT in training", SignalAt(signal.SIGINT, "step", 8)),
-        ("SIGTERM in evaluation", SignalAt(signal.SIGTERM, "evaluation")),
-        ("SIGUSR1 while saving", SignalAt(signal.SIGUSR1, PHASES[0])),
+        ("SIGTERM in training", SignalAt(signal.SIGTERM, "step", 7, last)),
+        ("SIGINT in training", SignalAt(signal.SIGINT, "step", 8, last)),
+        ("SIGTERM in evaluation", SignalAt(signal.SIGTERM, "evaluation", 1, last)),
+        ("SIGUSR1 while saving", SignalAt(signal.SIGUSR1, "weights", 1, last)),
     ):
         name = fault.replace(" ", "-")
         status = laboratory.run(name, hooks)
@@ -294,22 +365,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed of the random moments (0)")
     parser.add_argument("--dir", help="where to work: a folder on the file system to be tested (a temporary one)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="options of the disturbed run")
+    parser.add_argument("--ranks", type=int, default=1, help="processes of a run (1)")
     args = parser.parse_intermixed_args(argv)
     folder = Path(tempfile.mkdtemp(prefix="torture-", dir=args.dir))
-    laboratory = Laboratory(folder, args.overrides)
+    laboratory = Laboratory(folder, args.overrides, args.ranks)
     rows = [
         *kills(laboratory, args.kills, random.Random(args.seed)),
         *damage(laboratory),
         *stops(laboratory),
         disk(laboratory, "no space left", "full", FullDisk()),
-        disk(laboratory, "no permission to write", "read-only", ReadOnlyDisk()),
+        disk(laboratory, "no permission to write", "read-only", ReadOnlyDisk(args.ranks)),
         *bad_gradients(laboratory),
     ]
-    print(f"{'fault':44}{'injected':>9}{'survived':>9}  what was lost")
+    print(f"{'fault':52}{'injected':>9}{'survived':>9}  what was lost")
     for row in rows:
-        print(f"{row.fault:44}{row.injected:>9}{row.survived:>9}  {row.lost}")
+        print(f"{row.fault:52}{row.injected:>9}{row.survived:>9}  {row.lost}")
     injected, survived = sum(row.injected for row in rows), sum(row.survived for row in rows)
-    print(f"{'in all':44}{injected:>9}{survived:>9}")
+    print(f"{'in all':52}{injected:>9}{survived:>9}")
     if injected == survived:
         shutil.rmtree(folder)
         return 0

@@ -33,7 +33,7 @@ def measure(args: Namespace, device: torch.device) -> tuple[str, list[Row]]:
     strategy = make_strategy(Config(), Accelerator(cpu=device.type == "cpu"), model)
     records: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        saver = Saver(Path(folder), CheckpointConfig(keep=1), records.append, write=True, saved=0)
+        saver = Saver([Path(folder)], CheckpointConfig(keep=1), records.append, strategy.host, saved=0)
         for step in range(1, args.rounds + 1):
             saver.save(strategy, {"step": step})
             saver.close()

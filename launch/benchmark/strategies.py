@@ -98,7 +98,7 @@ def measure_row(row: str, accelerator: Accelerator, folder: Path) -> Row:
     total = accelerator.reduce(torch.stack(losses), "sum").tolist()
     counts = torch.tensor([state_bytes(strategy), gradients, sum(sent.values())], dtype=torch.float64)
     everyone = accelerator.gather(counts[None]).tolist()
-    weights, _ = collect(strategy)
+    weights = collect(strategy)
     result = {
         "row": row,
         "processes": world,

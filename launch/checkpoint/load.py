@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from celo2.distributed.shard import LocalShard
-from launch.checkpoint.tensors import TensorFiles
-from launch.checkpoint.verify import CheckpointError
+from launch.checkpoint.tensors import TensorFiles, files_of, is_there
+from launch.checkpoint.verify import MODEL, OPTIMIZER, CheckpointError, nothing
+from launch.checkpoint.writer import Progress
 from launch.distributed.buffers import persistent_buffers
 from launch.distributed.gather import REPLICATED, keeps_state
 from launch.distributed.strategy import Strategy
@@ -52,44 +52,51 @@ def require_state(path: Path, saved: dict[str, Any]) -> None:
 
 
 def optimizer_bytes(path: Path) -> int | None:
-    """Bytes of optimizer state in a checkpoint, from the header of its file; None without a whole file."""
-    file = path / "optimizer.safetensors"
+    """Bytes of optimizer state in a checkpoint, from the headers of its files; None without whole files."""
+    size = 0
     try:
-        with file.open("rb") as opened:
-            header = int.from_bytes(opened.read(8), "little")
-    except OSError:
+        for file in files_of(path / OPTIMIZER):
+            with file.open("rb") as opened:
+                header = int.from_bytes(opened.read(8), "little")
+            of_file = file.stat().st_size - 8 - header
+            if of_file < 0:
+                return None
+            size += of_file
+    except (OSError, ValueError):
         return None
-    size = file.stat().st_size - 8 - header
-    return size if size >= 0 else None
+    return size
 
 
-def load_checkpoint(path: Path, strategy: Strategy) -> None:
+def load_checkpoint(path: Path, strategy: Strategy, progress: Progress = nothing) -> None:
     """Fill this rank's weights and optimizer state from a checkpoint, tensor by tensor through CPU memory.
+
+    `progress` is called after each tensor.
 
     Raises:
         CheckpointError: a checkpoint of another model or optimizer, naming the difference.
     """
     with torch.no_grad():
-        load_weights(path, strategy)
-        load_optimizer_state(path, strategy)
+        load_weights(path, strategy, progress)
+        load_optimizer_state(path, strategy, progress)
     strategy.weights_changed()
 
 
-def load_weights(path: Path, strategy: Strategy) -> None:
+def load_weights(path: Path, strategy: Strategy, progress: Progress = nothing) -> None:
     """Fill weights and buffers."""
-    with TensorFiles(path / "model.safetensors") as file:
+    with TensorFiles(path / MODEL) as file:
         require_same_names(path, "weights", [*strategy.shards, *strategy.buffers], file.keys())
         for name, shard in strategy.shards.items():
             require_same_shape(path, name, shard.local_shard.shape, file.get_slice(name).get_shape())
             shard.weight.copy_(read_shard(file, name, shard.local_shard))
+            progress()
         for name, buffer in strategy.buffers.items():
             require_same_shape(path, name, buffer.shape, file.get_slice(name).get_shape())
             buffer.copy_(file.get_tensor(name))
 
 
-def load_optimizer_state(path: Path, strategy: Strategy) -> None:
+def load_optimizer_state(path: Path, strategy: Strategy, progress: Progress = nothing) -> None:
     """Fill the optimizer state that this rank keeps. It keeps its own dtype, whatever was saved."""
-    with TensorFiles(path / "optimizer.safetensors") as file:
+    with TensorFiles(path / OPTIMIZER) as file:
         saved: dict[str, list[str]] = defaultdict(list)
         for entry in file.keys():  # noqa: SIM118
             name, _, key = entry.rpartition("/")
@@ -114,6 +121,7 @@ def load_optimizer_state(path: Path, strategy: Strategy) -> None:
                 elif key in state:
                     require_same_shape(path, entry, state[key].shape, value.shape)
                     state[key].copy_(value)
+                progress()
 
 
 def read_shard(file: TensorFiles, entry: str, local_shard: LocalShard) -> Tensor:
@@ -173,12 +181,13 @@ def load_model(path: Path, config: PretrainedConfig | None = None) -> PreTrained
     Raises:
         CheckpointError: a file that is missing or cannot be read, or weights that do not fit the configuration.
     """
-    for name in ("config.json", "model.safetensors"):
-        if not (path / name).is_file():
+    for name in ("config.json", MODEL):
+        if not is_there(path / name):
             raise CheckpointError(f"{path} has no {name}")
     config = config or read_model_config(path)
     try:
-        weights = load_file(path / "model.safetensors")
+        with TensorFiles(path / MODEL) as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"cannot read {path}: {' '.join(str(error).split())}") from error
     model = AutoModelForCausalLM.from_config(config)
@@ -189,7 +198,7 @@ def load_model(path: Path, config: PretrainedConfig | None = None) -> PreTrained
         ("has misshapen", {n for n in own.keys() & weights.keys() if own[n].shape != weights[n].shape}),
     ):
         if names:
-            raise CheckpointError(f"{path / 'model.safetensors'} {problem} weights: {', '.join(sorted(names)[:3])}")
+            raise CheckpointError(f"{path / MODEL} {problem} weights: {', '.join(sorted(names)[:3])}")
     for name, tensor in own.items():
         tensor.data = weights[name]  # takes the checkpoint's dtype
     return model.eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,15 @@ from configs.schema import Checkpoint as CheckpointConfig
 from launch.checkpoint.verify import MANIFEST, list_checkpoints, step_of
 
 
-def surplus(newest: Path, config: CheckpointConfig, origin: int | None = None) -> list[Path]:
-    """The checkpoints beside `newest`, which was just written, that nothing keeps any more.
+def surplus(newest: Path, config: CheckpointConfig, origin: int | None = None, others: Sequence[Path] = ()) -> list[Path]:
+    """The checkpoints beside `newest`, which was just written, and in the folders `others`, that nothing keeps any more.
 
     Kept are: the newest `keep`, up to this step; milestones, which are multiples of `keep_every` or were when they were written;
     with `keep_best` the one with the lowest validation loss; and step `origin`, which the run branched from. Steps after `newest`
     and whatever is not named like a checkpoint, or has no manifest, is neither counted nor deleted.
     """
-    own = [path for path in list_checkpoints(newest.parent) if step_of(path) <= step_of(newest) and (path / MANIFEST).exists()]
+    found = [path for folder in (newest.parent, *others) for path in list_checkpoints(folder)]
+    own = sorted((path for path in found if step_of(path) <= step_of(newest) and (path / MANIFEST).exists()), key=step_of)
     states = {path: state_of(path) for path in own}
     kept = set(own[-config.keep :])
     for path, state in states.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,23 @@ class TensorFiles:
     def get_slice(self, name: str) -> Any:
         """A tensor that has `get_shape()` and `get_dtype()` and is read where it is indexed."""
         return self.files[name].get_slice(name)
+
+
+def is_there(path: Path) -> bool:
+    """Whether the tensors of `path` are there, in one file or divided."""
+    return path.is_file() or path.with_name(path.name + INDEX).is_file()
+
+
+def part_name(whole: str, number: int, total: int) -> str:
+    """The name of one of the files that take the place of `whole`, counted from 1."""
+    stem, _, suffix = whole.partition(".")
+    return f"{stem}-{number:05d}-of-{total:05d}.{suffix}"
+
+
+def make_index(files: Mapping[str, Collection[str]], total_bytes: int) -> str:
+    """The index of tensors that are divided over `files`."""
+    weight_map = {name: file for file, names in files.items() for name in sorted(names)}
+    return json.dumps({"metadata": {"total_size": total_bytes}, "weight_map": weight_map}, indent=1)
 
 
 def files_of(path: Path) -> list[Path]:

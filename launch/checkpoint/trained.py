@@ -13,7 +13,8 @@ from data import DataError
 from data.shards import read_index
 from data.tokenizer import end_of_text_id, load_tokenizer
 from launch.checkpoint.load import load_model, read_model_config, read_state, require_state
-from launch.checkpoint.verify import MANIFEST, CheckpointError, choose_checkpoint
+from launch.checkpoint.tensors import is_there
+from launch.checkpoint.verify import MANIFEST, MODEL, CheckpointError, choose_checkpoint
 from models import longest_context
 
 UNLIMITED = 10**9  # transformers writes 10**30 where a tokenizer has no limit
@@ -44,7 +45,7 @@ def open_trained(path: str | Path) -> TrainedModel:
     known = (MANIFEST, "state.json", "checkpoints")
     if not any((path / name).exists() for name in known) and (path / "config.json").is_file():
         return open_export(path)
-    if not any((path / name).exists() for name in (*known, "model.safetensors")):
+    if not any((path / name).exists() for name in known) and not is_there(path / MODEL):
         raise CheckpointError(f"{path} is no training run, no checkpoint and no exported folder")
     return open_checkpoint(*choose_checkpoint(path))
 

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import stat
-from collections.abc import Callable
+from collections.abc import Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from launch.checkpoint.tensors import INDEX, is_there, part_name
+from launch.checkpoint.writer import Progress
+
 MANIFEST = "manifest.json"
-PIECE = 16 << 20  # bytes that are hashed at once
-Progress = Callable[[], None]  # called as long as something works
-FILES = ("config.json", "model.safetensors", "optimizer.safetensors", "state.json")  # what it may list
+MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
+FILES = ("config.json", MODEL, OPTIMIZER, "state.json")  # of a checkpoint; tensors may be divided over several files
+PART = re.compile(r"(model|optimizer)-([0-9]{5})-of-([0-9]{5})\.safetensors")  # in the form of Hugging Face
+READERS, READ = 8, 8 << 20  # files that are hashed at once, and bytes of each
 
 
 class CheckpointError(ValueError):
@@ -40,10 +46,15 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted((path for path in found if any(path.iterdir())), key=step_of)
 
 
-def find_checkpoint(folder: Path, progress: Progress = lambda: None) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint in `folder`, and what is wrong with the newer ones. `progress` is called on the way."""
+def nothing() -> None:
+    """A `Progress` that tells nobody."""
+
+
+def find_checkpoint(*folders: Path, progress: Progress = nothing) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint in `folders`, of the first of them where two have it, and what is wrong with the newer ones."""
     problems: list[str] = []
-    for path in reversed(list_checkpoints(folder)):
+    found = [path for folder in folders for path in list_checkpoints(folder)]
+    for path in sorted(found, key=step_of, reverse=True):
         try:
             verify(path, progress=progress)
             require_its_step(path)
@@ -53,26 +64,24 @@ def find_checkpoint(folder: Path, progress: Progress = lambda: None) -> tuple[Pa
     return None, problems
 
 
-def choose_checkpoint(run: Path, progress: Progress = lambda: None) -> tuple[Path, list[str]]:
+def choose_checkpoint(run: Path, progress: Progress = nothing) -> tuple[Path, list[str]]:
     """`run` if it is a checkpoint, or else the newest whole one in it, and what is wrong with newer ones."""
     if not run.is_dir():
         raise CheckpointError(f"there is no folder {run}")
-    if (run / MANIFEST).exists() or (run / "model.safetensors").exists():
+    if (run / MANIFEST).exists() or is_there(run / MODEL):
         verify(run, progress=progress)
         return run, []
-    checkpoint, problems = find_checkpoint(run / "checkpoints", progress)
+    checkpoint, problems = find_checkpoint(run / "checkpoints", progress=progress)
     if checkpoint is None:
         raise CheckpointError("; ".join([f"{run} holds no whole checkpoint (checkpoints/step_*)", *problems]))
     return checkpoint, problems
 
 
-def verify(path: Path, hashes: bool = True, progress: Progress = lambda: None) -> None:
-    """Raise CheckpointError unless the manifest lists just those of FILES that are there, with their sizes and `hashes`."""
+def verify(path: Path, hashes: bool = True, progress: Progress = nothing) -> None:
+    """Raise CheckpointError unless the manifest lists just a checkpoint's files, there with their sizes and `hashes`."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        wrong = [f"names {name!r}, which is no file of a checkpoint" for name in manifest if name not in FILES]
-        wrong += [f"lacks {name}" for name in FILES if name not in manifest and (path / name).exists()]
-        if wrong:
+        if wrong := wrong_names(manifest, checkpoint_files(path)):
             raise CheckpointError(f"{path / MANIFEST} {'; '.join(wrong[:3])}")
         for name, expected in manifest.items():
             file = path / name
@@ -80,14 +89,47 @@ def verify(path: Path, hashes: bool = True, progress: Progress = lambda: None) -
                 raise CheckpointError(f"{file} is no file")
             if file.stat().st_size != expected["bytes"]:
                 raise CheckpointError(f"{file} has {file.stat().st_size} bytes, its manifest says {expected['bytes']}")
-            if hashes and sha256(file, progress) != expected["sha256"]:
-                raise CheckpointError(f"{file} is damaged: its sha256 is not the manifest's")
+        found = hash_files([path / name for name in manifest], progress) if hashes else {}
+        for name, expected in manifest.items():
+            if hashes and found[path / name] != expected["sha256"]:
+                raise CheckpointError(f"{path / name} is damaged: its sha256 is not the manifest's")
     except CheckpointError:
         raise
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is no whole checkpoint: {Path(error.filename).name} is missing") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path / MANIFEST} cannot be read ({error})") from None
+
+
+def is_checkpoint_file(name: str) -> bool:
+    """Whether a file of this name may belong to a checkpoint."""
+    return name in FILES or name in (MODEL + INDEX, OPTIMIZER + INDEX) or PART.fullmatch(name) is not None
+
+
+def checkpoint_files(path: Path) -> list[str]:
+    """The files of a checkpoint that are in a folder, without the manifest."""
+    return sorted(file.name for file in path.iterdir() if is_checkpoint_file(file.name))
+
+
+def wrong_names(manifest: Iterable[str], present: Iterable[str]) -> list[str]:
+    """What is wrong with the names in a manifest of a folder with the files `present`."""
+    listed = set(manifest)
+    wrong = [f"names {name!r}, which is no file of a checkpoint" for name in listed if not is_checkpoint_file(name)]
+    wrong += [f"lacks {name}" for name in present if name not in listed]
+    for whole in (MODEL, OPTIMIZER):
+        parts = [match for name in listed if (match := PART.fullmatch(name)) and whole.startswith(f"{match[1]}.")]
+        totals = {int(match[3]) for match in parts}
+        needed = {part_name(whole, n, max(totals)) for n in range(1, max(totals) + 1)} | {whole + INDEX} if totals else set()
+        wrong += [f"lacks {name}" for name in sorted(needed - listed)]
+        if len(totals) > 1 or (listed & {whole} and listed & {whole + INDEX}) or (whole + INDEX in listed and not totals):
+            wrong.append(f"names {whole} in two forms")
+    return wrong
+
+
+def hash_files(files: Collection[Path], progress: Progress = nothing) -> dict[Path, str]:
+    """The sha256 of each file. Several are read at once, as hashing leaves the other threads alone."""
+    with ThreadPoolExecutor(min(READERS, os.cpu_count() or 1)) as pool:
+        return dict(zip(files, pool.map(lambda file: sha256(file, progress), files), strict=True))
 
 
 def require_its_step(path: Path) -> None:
@@ -101,11 +143,11 @@ def require_its_step(path: Path) -> None:
         raise CheckpointError(f"{path} is a copy of step {step} under the name of another step")
 
 
-def sha256(path: Path, progress: Progress = lambda: None) -> str:
-    """The hash of a file, in hexadecimal digits. `progress` is called after every piece."""
+def sha256(path: Path, progress: Progress = nothing) -> str:
+    """The hash of a file, in hexadecimal digits."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(PIECE):
-            digest.update(piece)
+    with path.open("rb", buffering=0) as file:
+        while data := file.read(READ):
+            digest.update(data)
             progress()
     return digest.hexdigest()

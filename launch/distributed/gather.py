@@ -1,140 +1,260 @@
-"""From the local shards on each rank to whole tensors by name, which checkpoints hold and the verification compares."""
+"""From the local shards on each rank to whole tensors by name, each on one rank, its owner.
+
+Every rank lists its shares (`list_shares`) in one order that all ranks know without asking. Shares of one `turn` travel at the
+same time, at most one to each owner, so that no rank holds more than its own shards and one whole tensor.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from celo2 import Celo2
-from celo2.distributed.consolidate import collect_divided
 from celo2.layout import Layout, matrix_count, regions, stacked_shape
+from launch.distributed.host_group import HostGroup
 from launch.distributed.strategy import ShardedParameter, Strategy
 
 MEANS = ("row", "col")  # means over a matrix: every rank moves them where the matrix is split, else the rank that has it whole
 REPLICATED = (*MEANS, "step", "count")  # optimizer state that is not divided like the weights
+WEIGHTS, STATE = 0, 1  # kinds of shares
+CHECKPOINT_TAG, VERIFICATION_TAG = 0, 1  # who sends: both may be at work at once
 Tensors = dict[str, Tensor]
 
 
-def collect(strategy: Strategy) -> tuple[Tensors, Tensors]:
-    """Whole weights and buffers, and whole optimizer state as `<parameter>/<key>`, copied to the CPU of the first rank.
+class Piece(NamedTuple):
+    """Elements that `rank` has and the owner needs: [start, stop) in each of the `rows` of the share."""
 
-    Every rank must call it; the others get nothing. One parameter at a time is gathered.
+    rank: int
+    start: int
+    stop: int
+
+
+class Share(NamedTuple):
+    """A tensor of a checkpoint that this rank owns or has a part of."""
+
+    name: str
+    turn: tuple[int, int, int, int]  # kind, -bytes of an element, round, number of the key: the order of all tensors
+    owner: int
+    shape: tuple[int, ...]  # of the whole tensor
+    dtype: torch.dtype
+    value: Tensor | None  # what is here: (rows, elements from `at` on), in any shape; None: the owner has nothing itself
+    rows: int = 1
+    at: int = 0
+    pieces: tuple[Piece, ...] = ()  # where what the owner lacks comes from
+    alone: bool = False  # one replica alone keeps it, and its owner does not know it
+
+    @property
+    def nbytes(self) -> int:
+        """Of the whole tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def list_shares(strategy: Strategy, by_all: bool) -> list[Share]:
+    """This rank's shares of weights, buffers and optimizer state (`<parameter>/<key>`) in the order of the turns.
+
+    `by_all`: owners are balanced by bytes over all ranks that hold a part; or else the first rank owns everything.
     """
-    weights: Tensors = {}
-    moments: Tensors = {}
-    first = strategy.accelerator.is_main_process
-    layouts = {p: group.get("matrices") for group in strategy.optimizer.param_groups for p in group["params"]}
+    host, optimizer = strategy.host, strategy.optimizer
+    layouts = {p: group.get("matrices") for group in optimizer.param_groups for p in group["params"]}
+    owners = choose_owners(strategy) if by_all else dict.fromkeys([*strategy.shards, *strategy.buffers], 0)
+    keepers = {name: keeper_of(strategy, shard) for name, shard in strategy.shards.items()}
+    kept = {name: keeper for name, keeper in keepers.items() if keeper is not None}
+    of_state = {name: owners[name] for name in strategy.shards} | (kept if by_all else {})
+    sizes = {name: math.prod(shard.local_shard.shape) for name, shard in strategy.shards.items()}
+    sizes |= {name: buffer.numel() for name, buffer in strategy.buffers.items()}
+    rounds = number_rounds(owners, sizes), number_rounds(of_state, sizes)
+
+    def share(kind: int, name: str, key: str, number: int, value: Tensor, owner: int) -> Share | None:
+        turn = (kind, -value.element_size(), rounds[kind][name], number)
+        if name in strategy.buffers:
+            return whole_share(name, turn, owner, value) if owner == host.rank else None
+        entry, shard = f"{name}/{key}" if key else name, strategy.shards[name]
+        return share_of(
+            entry, turn, key, value, shard, layouts.get(shard.weight), owner, host.rank, keepers[name] if key else None
+        )
+
+    found = [share(WEIGHTS, name, "", 0, buffer, owners[name]) for name, buffer in strategy.buffers.items()]
     for name, shard in strategy.shards.items():
-        values = {"": shard.weight.detach(), **strategy.optimizer.state.get(shard.weight, {})}
-        whole = gather_whole(shard, values, layouts.get(shard.weight))
-        if first:
-            weights[name] = to_cpu(whole.pop(""))
-            moments |= {f"{name}/{key}": to_cpu(value) for key, value in whole.items()}
-    moments |= collect_divided_state(strategy)
-    if first:
-        weights |= {name: to_cpu(buffer) for name, buffer in strategy.buffers.items()}
-    return weights, moments
+        found.append(share(WEIGHTS, name, "", 0, shard.weight.detach(), owners[name]))
+        state = optimizer.state.get(shard.weight, {})
+        found += [share(STATE, name, key, n, state[key], of_state[name]) for n, key in enumerate(sorted(state))]
+    return in_order([one for one in found if one is not None])
 
 
-def to_cpu(tensor: Tensor) -> Tensor:
-    """A copy that training does not touch."""
-    return tensor.detach().to("cpu", copy=True).contiguous()
+def in_order(shares: Sequence[Share]) -> list[Share]:
+    """Shares as all ranks take them in turn."""
+    return sorted(shares, key=lambda share: (share.turn, share.owner))
 
 
-def gather_whole(shard: ShardedParameter, values: Tensors, layout: Layout | None) -> Tensors:
-    """`values` of one parameter, whole, on the first rank of its group; on the other ranks nothing.
-
-    Args:
-        shard: the parameter. Without a group everything is whole already, on every rank.
-        values: the weight and the optimizer state by key. Those in REPLICATED are not divided over the ranks.
-        layout: the matrices that the parameter stands for.
-    """
-    if shard.local_shard.whole:
-        return values
-    divided = {key: value for key, value in values.items() if key not in REPLICATED}
-    whole = gather_divided(shard, list(divided.values()))
-    means = gather_means(shard, layout, {key: values[key] for key in MEANS if key in values})
-    return values | dict(zip(divided, whole, strict=True)) | means if whole else {}
-
-
-def gather_to_first(tensor: Tensor, group: dist.ProcessGroup | None) -> list[Tensor]:
-    """`tensor` of every rank of `group`, of one size on all of them, on the first rank; on the others nothing."""
-    received = None
-    if dist.get_rank(group) == 0:
-        received = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
-    dist.gather(tensor, received, group=group, group_dst=0)
-    return received or []
+def choose_owners(strategy: Strategy) -> dict[str, int]:
+    """The rank that gets each weight and buffer whole: one that holds a part; the largest first, each to the least loaded."""
+    host = strategy.host
+    sizes: dict[str, tuple[int, list[int]]] = {}  # bytes, ranks to choose from
+    for name, shard in strategy.shards.items():
+        holding = [rank for rank, (start, stop) in enumerate(shard.ranges) if stop > start]
+        ranks = [group[rank] for group in host.divided_over for rank in holding] if shard.ranges else []
+        nbytes = math.prod(shard.local_shard.shape) * shard.weight.element_size()
+        sizes[name] = nbytes, ranks or list(range(host.world))
+    sizes |= {name: (buffer.nbytes, list(range(host.world))) for name, buffer in strategy.buffers.items()}
+    loads, owners = [0] * host.world, {}
+    for name, (nbytes, ranks) in sorted(sizes.items(), key=lambda item: (-item[1][0], item[0])):
+        owners[name] = min(ranks, key=lambda rank: (loads[rank], rank))
+        loads[owners[name]] += nbytes
+    return owners
 
 
-def gather_divided(shard: ShardedParameter, values: list[Tensor]) -> list[Tensor]:
-    """The whole (..., *shape) of `values` (..., n), which are divided like the shard, on the first rank of its group.
-
-    All values travel in one gather, as bytes, since they may have different dtypes.
-    """
-    shape = shard.local_shard.shape
-    width = sum(math.prod(v.shape[:-1]) * v.element_size() for v in values)  # bytes for each element of the parameter
-    longest = max(stop - start for start, stop in shard.ranges)
-    packed = torch.cat([v.contiguous().view(-1).view(torch.uint8) for v in values])
-    padded = torch.zeros(longest * width, dtype=torch.uint8, device=shard.weight.device)
-    padded[: len(packed)] = packed
-    received = gather_to_first(padded, shard.local_shard.group)
-    if not received:
-        return []
-    whole = [v.new_empty(*v.shape[:-1], math.prod(shape)) for v in values]
-    for (start, stop), data in zip(shard.ranges, received, strict=True):
-        at = 0
-        for target in whole:
-            leading = target.shape[:-1]
-            size = math.prod(leading) * (stop - start) * target.element_size()
-            piece = data[at : at + size].clone()  # a copy is aligned, as a view in another dtype must be
-            target[..., start:stop] = piece.view(target.dtype).view(*leading, stop - start)
-            at += size
-    return [v.view(*v.shape[:-1], *shape) for v in whole]
+def number_rounds(owners: dict[str, int], sizes: dict[str, int]) -> dict[str, int]:
+    """In which round a tensor travels: each owner gets its largest first, so that the tensors of a round are about as large."""
+    counts: dict[int, int] = {}
+    rounds = {}
+    for name in sorted(owners, key=lambda name: (-sizes[name], name)):
+        rounds[name] = counts.setdefault(owners[name], 0)
+        counts[owners[name]] += 1
+    return rounds
 
 
-def gather_means(shard: ShardedParameter, layout: Layout | None, means: Tensors) -> Tensors:
-    """Row and column means (K, N, ·) of all N matrices of a parameter, on the first rank of its group.
-
-    Nothing where the first rank has the newest of all matrices itself.
-    """
-    shape = shard.local_shard.shape
-    stack = stacked_shape(shape, layout)
-    if not means or len(stack) < 2:
-        return {}
-    holders: dict[int, int] = {}  # the rank that has a matrix whole, by matrix
-    for rank, (start, stop) in enumerate(shard.ranges):
-        for region in regions(shape, layout, start, stop):
-            if region.is_full(*stack[-2:]):
-                holders |= dict.fromkeys(range(region.matrices.start, region.matrices.stop), rank)
-    if not any(holders.values()):
-        return {}
-    newest: Tensors = {}
-    for key, own in means.items():
-        received = gather_to_first(own.contiguous(), shard.local_shard.group)
-        if received:
-            newest[key] = own.clone()
-            matrices = newest[key].view(own.shape[0], matrix_count(stack), -1)
-            for n, rank in holders.items():
-                matrices[:, n] = received[rank].view_as(matrices)[:, n]
-    return newest
+def keeper_of(strategy: Strategy, shard: ShardedParameter) -> int | None:
+    """The replica that alone keeps the optimizer state of a parameter (`distributed.shard_state`); None: every holder does."""
+    replicas = getattr(strategy.optimizer, "replicas", None)
+    if replicas is None or not replicas.shard_state or shard.weight not in replicas.owners:
+        return None
+    return dist.get_process_group_ranks(replicas.group)[replicas.owners[shard.weight]]
 
 
 def keeps_state(strategy: Strategy, shard: ShardedParameter) -> bool:
     """Whether this rank keeps optimizer state of the parameter, if there is any."""
-    replicas = getattr(strategy.optimizer, "replicas", None)
-    return replicas is None or shard.weight not in replicas.owners or replicas.keeps_state(shard.weight)
+    return keeper_of(strategy, shard) in (None, strategy.host.rank)
 
 
-def collect_divided_state(strategy: Strategy) -> Tensors:
-    """Optimizer state that replicas have divided among each other (`distributed.shard_state`), on the first rank.
+def whole_share(name: str, turn: tuple[int, int, int, int], owner: int, value: Tensor) -> Share:
+    """The share of a tensor that is whole here."""
+    return Share(name, turn, owner, tuple(value.shape), value.dtype, value)
 
-    Without what the first rank keeps itself. Every rank must call it.
+
+def share_of(
+    name: str,
+    turn: tuple[int, int, int, int],
+    key: str,
+    value: Tensor,
+    shard: ShardedParameter,
+    layout: Layout | None,
+    owner: int,
+    rank: int,
+    keeper: int | None = None,
+) -> Share | None:
+    """This rank's share of one tensor of a parameter; None if it has nothing to do with it.
+
+    Args:
+        key: "" for the weight (or its gradient), or the state's.
+        value: what is here of it.
+        layout: the matrices that the parameter stands for.
+        keeper: the rank that alone has the value.
     """
-    if not isinstance(strategy.optimizer, Celo2):
-        return {}
-    found = collect_divided(strategy.optimizer, to=0)
-    state = {name: found.get(shard.weight, {}) for name, shard in strategy.shards.items()}
-    return {f"{name}/{key}": value for name, of_weight in state.items() for key, value in of_weight.items()}
+    local = shard.local_shard
+    share = whole_share(name, turn, owner, value)
+    if local.whole:
+        if keeper is not None and keeper != owner:
+            share = share._replace(pieces=(Piece(keeper, 0, value.numel()),), alone=True)
+        return share if rank in (owner, keeper) else None
+    ranks = dist.get_process_group_ranks(local.group)
+    if owner not in ranks:
+        return None
+    if key in MEANS:
+        stack = stacked_shape(local.shape, layout)
+        rows, matrices = value.shape[0], matrix_count(stack)
+        size = value.numel() // (rows * matrices)
+        found = [Piece(ranks[r], first * size, last * size) for r, first, last in whole_matrices(shard, layout)]
+        share = share._replace(rows=rows, pieces=tuple(piece for piece in found if piece.rank != owner))
+    elif key not in REPLICATED:
+        leading = tuple(value.shape[:-1])
+        found = [Piece(ranks[r], start, stop) for r, (start, stop) in enumerate(shard.ranges) if stop > start]
+        share = share._replace(shape=(*leading, *local.shape), rows=math.prod(leading), at=local.start, pieces=tuple(found))
+    return share if rank == owner or any(piece.rank == rank for piece in share.pieces) else None
+
+
+def whole_matrices(shard: ShardedParameter, layout: Layout | None) -> list[tuple[int, int, int]]:
+    """(rank of the group, first, last + 1) of the matrices that a rank has whole: its means alone are the newest."""
+    shape = shard.local_shard.shape
+    stack = stacked_shape(shape, layout)
+    if len(stack) < 2:
+        return []
+    found = []
+    for rank, (start, stop) in enumerate(shard.ranges):
+        whole = [r.matrices for r in regions(shape, layout, start, stop) if r.is_full(*stack[-2:])]
+        found += [(rank, matrices.start, matrices.stop) for matrices in whole]
+    return found
+
+
+class Gathering:
+    """A share on its way to its owner."""
+
+    def __init__(self, share: Share, host: HostGroup, tag: int) -> None:
+        self.share, self.whole, self.works = share, None, []
+        foreign = [piece for piece in share.pieces if piece.rank != share.owner]
+        if share.owner != host.rank:
+            assert share.value is not None
+            rows = share.value.reshape(share.rows, -1)
+            mine = [piece for piece in foreign if piece.rank == host.rank]
+            self.works = [host.send(row[p.start - share.at : p.stop - share.at], share.owner, tag) for p in mine for row in rows]
+            return
+        if not foreign and share.value is not None:
+            self.whole = share.value.view(share.shape)
+            return
+        self.whole = torch.empty(share.shape, dtype=share.dtype)
+        rows = self.whole.view(share.rows, -1)
+        if share.value is not None and share.value.numel():
+            own = share.value.reshape(share.rows, -1)
+            rows[:, share.at : share.at + own.shape[1]] = own
+        self.works = [host.receive(row[p.start : p.stop], p.rank, tag) for p in foreign for row in rows]
+
+    def wait(self) -> Tensor | None:
+        """The whole tensor on its owner; on the other ranks nothing."""
+        for work in self.works:
+            work.wait()
+        return self.whole
+
+
+def gather_in_turn(shares: Sequence[Share], host: HostGroup) -> Iterator[Tensor]:
+    """The tensors that this rank owns, whole, one after another. Every rank must take part.
+
+    `shares`: this rank's, in order and in CPU memory.
+    """
+    for _, together in itertools.groupby(shares, key=lambda share: share.turn):
+        gatherings = [Gathering(share, host, CHECKPOINT_TAG) for share in together]
+        found = [whole for gathering in gatherings if (whole := gathering.wait()) is not None]
+        del gatherings
+        yield from found  # one at most
+
+
+def gather_whole(strategy: Strategy, shard: ShardedParameter, values: Tensors, layout: Layout | None) -> Tensors:
+    """`values` of one parameter, whole, on the first rank of its group; on the other ranks nothing.
+
+    Without a group everything is whole already, on every rank.
+
+    Args:
+        values: the weight and its gradient, and the optimizer state by key.
+        layout: the matrices that the parameter stands for.
+    """
+    local, host = shard.local_shard, strategy.host
+    if local.whole:
+        return values
+    owner = dist.get_process_group_ranks(local.group)[0]
+    whole = {}
+    for key, value in values.items():
+        share = share_of(key, (0, 0, 0, 0), key, value.detach().cpu(), shard, layout, owner, host.rank)
+        if share is not None and (tensor := Gathering(share, host, VERIFICATION_TAG).wait()) is not None:
+            whole[key] = tensor.to(value.device)
+    return whole
+
+
+def collect(strategy: Strategy) -> Tensors:
+    """Whole weights and buffers on the CPU of the first rank; the others get nothing. Every rank must call it."""
+    shares = [share for share in list_shares(strategy, by_all=False) if share.turn[0] == WEIGHTS]
+    shares = [share._replace(value=share.value.cpu()) for share in shares if share.value is not None]
+    owned = [share.name for share in shares if share.owner == strategy.host.rank]
+    return dict(zip(owned, map(torch.clone, gather_in_turn(shares, strategy.host)), strict=True))

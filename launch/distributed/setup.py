@@ -22,6 +22,7 @@ from launch.distributed.ddp import DDP
 from launch.distributed.environment import check_environment
 from launch.distributed.fsdp2 import FSDP2
 from launch.distributed.heartbeat import COLLECTIVE_TIMEOUT
+from launch.distributed.host_group import HostGroup
 from launch.distributed.rendezvous import INIT_METHOD
 from launch.distributed.strategy import Strategy
 from launch.distributed.zero import Zero
@@ -43,6 +44,8 @@ def make_strategy(
     strategy = strategies[config.distributed.strategy](config, accelerator, model)
     set_collective_timeout(COLLECTIVE_TIMEOUT)  # of the strategy's own groups, too
     strategy.check()
+    divided = next((s.local_shard.group for s in strategy.shards.values() if s.local_shard.group is not None), None)
+    strategy.host = HostGroup(accelerator.process_index, accelerator.num_processes, divided)
     return strategy
 
 

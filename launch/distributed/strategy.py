@@ -19,6 +19,7 @@ from celo2.layout import matrix_count, stacked_shape
 from configs.schema import Config
 from launch.distributed.blocks import compile_blocks
 from launch.distributed.buffers import copies, frozen_to_buffers, persistent_buffers, settle
+from launch.distributed.host_group import HostGroup
 from launch.monitoring.guard import Verdict
 from launch.optimizers.build import Groups, optimizer_groups
 from launch.optimizers.table import entry_of
@@ -48,6 +49,7 @@ class Strategy:
         unused: parameters that get no gradient from the loss; looked for over several processes.
         copies: how many ranks hold the same shard and orthogonalize it each for itself.
         whole: whether one rank alone can call its `model`.
+        host: all ranks, through CPU memory.
     """
 
     loss_model: nn.Module
@@ -57,6 +59,7 @@ class Strategy:
     whole = True
     fills_gradients = False  # with zeros, where a parameter gets none
     before_step: dict[str, Tensor]  # the buffers
+    host: HostGroup
 
     def __init__(self, config: Config, accelerator: Accelerator, model: PreTrainedModel) -> None:
         self.config, self.accelerator, self.model = config, accelerator, model

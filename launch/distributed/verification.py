@@ -63,7 +63,7 @@ class Verification:
             return {}
         state = self.strategy.optimizer.state.get(shard.weight, {})
         values = {"weight": shard.weight.detach(), "gradient": shard.weight.grad, **state}
-        return {key: value.clone() for key, value in gather_whole(shard, values, self.options["matrices"]).items()}
+        return {key: value.clone() for key, value in gather_whole(self.strategy, shard, values, self.options["matrices"]).items()}
 
     def look_at_experts(self, *_: object) -> None:
         """Remember which of the experts that are about to be updated have no gradient: no token of this rank was theirs."""

@@ -8,6 +8,7 @@ along. `origin.json` records where the line began, so that the same command cont
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -21,19 +22,20 @@ from configs.load import ConfigError
 from configs.schema import Config
 from data.files import replacing
 from launch.checkpoint.load import read_state
-from launch.checkpoint.save import flush, remove_leftovers
+from launch.checkpoint.publish import flush, remove_leftovers
 from launch.checkpoint.verify import (
-    FILES,
     MANIFEST,
     CheckpointError,
-    Progress,
+    checkpoint_files,
     checkpoint_name,
     choose_checkpoint,
     find_checkpoint,
     list_checkpoints,
+    nothing,
     sha256,
     step_of,
 )
+from launch.checkpoint.writer import Progress
 from launch.monitoring.metrics import flat
 
 # What changes the steps of a line: with another value there, the same checkpoint is another line's beginning.
@@ -75,7 +77,17 @@ class Start(NamedTuple):
         return {"event": "branch", "step": self.origin.step, "from": self.origin.checkpoint, "set_aside": self.origin.set_aside}
 
 
-def choose_start(config: Config, run_dir: Path, progress: Progress = lambda: None) -> Start:
+def checkpoint_folders(config: Config, run_dir: Path, origin: Origin | None) -> list[Path]:
+    """Where the checkpoints of a line are: in the run's folder, and in a folder of its own below `checkpoint.fallback_dir`."""
+    folders = [run_dir / "checkpoints"]
+    if config.checkpoint.fallback_dir is not None:
+        line = f"{run_dir.resolve()}\n{origin.id}{origin.manifest}" if origin else str(run_dir.resolve())
+        name = f"{run_dir.resolve().name}-{hashlib.sha256(line.encode()).hexdigest()[:12]}"
+        folders.append(Path(config.checkpoint.fallback_dir) / name)
+    return folders
+
+
+def choose_start(config: Config, run_dir: Path, progress: Progress = nothing) -> Start:
     """The checkpoint that `checkpoint.resume` means. Finishes what a killed process left, and changes nothing else.
 
     `progress` is called while it hashes checkpoints.
@@ -87,15 +99,18 @@ def choose_start(config: Config, run_dir: Path, progress: Progress = lambda: Non
     remove_leftovers(run_dir / "checkpoints")
     put_in_place(run_dir)
     checkpoints, origin = run_dir / "checkpoints", read_origin(run_dir)
+    folders = checkpoint_folders(config, run_dir, origin)
+    for folder in folders[1:]:
+        remove_leftovers(folder)
     if config.checkpoint.resume == "never":
-        if (run_dir / "metrics.jsonl").exists() or list_checkpoints(checkpoints):
+        if (run_dir / "metrics.jsonl").exists() or any(map(list_checkpoints, folders)):
             raise ConfigError(f"{run_dir} holds a run already: choose another run.dir, or checkpoint.resume=auto to continue it")
         return Start(None, [], None, False)
     if config.checkpoint.resume != "auto":
         given = Path(config.checkpoint.resume).expanduser()
         if not (given.is_dir() and given.resolve() == run_dir.resolve()) and not is_line_of(origin, given, config):
             return branch_from(given, config, run_dir, progress)
-    path, notes = find_checkpoint(checkpoints, progress)
+    path, notes = find_checkpoint(*folders, progress=progress)
     if path is None and notes:  # starting from the beginning would throw the run away
         raise CheckpointError(
             f"{run_dir}: no checkpoint is whole ({'; '.join(notes)}); choose another run.dir to start from the beginning"
@@ -125,7 +140,7 @@ def is_line_of(origin: Origin | None, given: Path, config: Config) -> bool:
     return given.resolve() == path or ((given / MANIFEST).is_file() and sha256(given / MANIFEST) == origin.manifest)
 
 
-def branch_from(given: Path, config: Config, run_dir: Path, progress: Progress) -> Start:
+def branch_from(given: Path, config: Config, run_dir: Path, progress: Progress = nothing) -> Start:
     """The start of a new line at the checkpoint or run `given`."""
     if not given.is_dir():
         moved = sorted(run_dir.glob(f"set_aside/*/checkpoints/{given.name}"))
@@ -218,7 +233,7 @@ def link_checkpoint(source: Path, target: Path) -> None:
     partial = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    for name in (name for name in (*FILES, MANIFEST) if (source / name).exists()):
+    for name in (*checkpoint_files(source), MANIFEST):
         try:
             os.link((source / name).resolve(), partial / name)
         except OSError:  # another disk, or one without links

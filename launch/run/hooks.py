@@ -20,4 +20,4 @@ class Hooks:
         """The validation loss after step `step` is about to be computed."""
 
     def before_save_phase(self, phase: str) -> None:
-        """A phase of `launch.checkpoint.save.PHASES` is about to begin, in the thread that writes on the first rank."""
+        """A phase of `launch.checkpoint.save.PHASES` is about to begin, in the thread of this rank that writes."""

@@ -12,7 +12,8 @@ from accelerate import Accelerator
 from configs.schema import Config
 from launch.checkpoint.load import load_checkpoint, read_state, require_state
 from launch.checkpoint.save import Saver
-from launch.checkpoint.verify import find_checkpoint
+from launch.checkpoint.verify import find_checkpoint, nothing
+from launch.checkpoint.writer import Progress
 from launch.distributed.first_rank import on_first_rank
 from launch.distributed.heartbeat import Heartbeat
 from launch.distributed.strategy import Strategy
@@ -29,7 +30,8 @@ MAX_ROLLBACKS = 10
 def find_start(config: Config, run_dir: Path, accelerator: Accelerator, heartbeat: Heartbeat) -> Start:
     """Where the run takes up, which the first rank chooses as `checkpoint.resume` says. Every rank must call it.
 
-    Each rank gets a checkpoint of the run's folder by its own path to that.
+    Each rank gets a checkpoint of the run's folder by its own path to that. The first rank alone reads and hashes checkpoints;
+    `progress` is called after each piece of that.
 
     Raises:
         ConfigError, CheckpointError: as `choose_start`.
@@ -47,7 +49,7 @@ def find_start(config: Config, run_dir: Path, accelerator: Accelerator, heartbea
     return start._replace(checkpoint=run_dir / "checkpoints" / start.checkpoint.name)
 
 
-def resume(config: Config, start: Start, strategy: Strategy, identity: dict[str, Any]) -> RunState:
+def resume(config: Config, start: Start, strategy: Strategy, identity: dict[str, Any], progress: Progress = nothing) -> RunState:
     """Load the checkpoint of `start`, if there is one, and add a note to it. Returns the state of the run.
 
     Raises:
@@ -59,7 +61,7 @@ def resume(config: Config, start: Start, strategy: Strategy, identity: dict[str,
     saved = read_state(path)
     require_state(path, saved)
     require_agreement(path, saved, config, strategy.model.config, identity)
-    load_checkpoint(path, strategy)
+    load_checkpoint(path, strategy, progress)
     before, now = flat(saved["config"]), flat(asdict(config))
     changes = [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
     start.notes.append(f"resumed from {path}" + (f" with {', '.join(changes)}" if changes else ""))
@@ -78,14 +80,15 @@ def roll_back(run_dir: Path, state: RunState, strategy: Strategy, saver: Saver, 
     accelerator = strategy.accelerator
     heartbeat.mark(f"step {state.step}: rolling back", disk=True)
     saver.wait()
-    newest, _ = on_first_rank(accelerator, partial(find_checkpoint, run_dir / "checkpoints", heartbeat.progress), heartbeat.mark)
+    find = partial(find_checkpoint, *saver.folders, progress=heartbeat.progress)
+    newest, _ = on_first_rank(accelerator, find, heartbeat.mark)
     if newest is None:
         raise Diverged(f"step {state.step}: no checkpoint to roll back to")
     if state.rollbacks >= MAX_ROLLBACKS:
         raise Diverged(f"step {state.step}: {MAX_ROLLBACKS} rollbacks did not help")
-    path = run_dir / "checkpoints" / newest.name
+    path = run_dir / "checkpoints" / newest.name if newest.parent == saver.folders[0] else newest
     require_same(accelerator, lambda: [checkpoint_fact(path, run_dir)])
-    load_checkpoint(path, strategy)
+    load_checkpoint(path, strategy, heartbeat.progress)
     heartbeat.mark("loaded")
     back = from_saved(read_state(path))
     accelerator.wait_for_everyone()  # the checkpoint is about to be written again, with what is left out

@@ -10,9 +10,9 @@ import pytest
 
 from configs.load import build
 from configs.schema import Checkpoint
-from launch.checkpoint import save as save_module
+from launch.checkpoint import publish
+from launch.checkpoint.publish import write_manifest
 from launch.checkpoint.retention import surplus
-from launch.checkpoint.save import write_manifest
 from launch.checkpoint.verify import CheckpointError, checkpoint_name, find_checkpoint, list_checkpoints, step_of
 from launch.monitoring.signals import STOPPED
 from launch.run import branch
@@ -230,7 +230,7 @@ def test_what_is_no_checkpoint_harms_nothing_and_stays(tmp_path):
     assert newest == tmp_path / checkpoint_name(40)
     assert len(problems) == 1 and "step_00000099 is a copy of step 30" in problems[0]
     assert surplus(newest, Checkpoint(keep=1)) == [tmp_path / checkpoint_name(30)]
-    save_module.remove_leftovers(tmp_path)
+    publish.remove_leftovers(tmp_path)
     assert set(names(tmp_path)) == there
 
 

@@ -1,6 +1,7 @@
 """Checkpoints on their own: what is in them, and what becomes of a damaged one."""
 
 import json
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from configs.schema import Checkpoint, Config, Optimizer
+from launch.checkpoint import publish
 from launch.checkpoint import save as save_module
 from launch.checkpoint.load import load_checkpoint, read_state
 from launch.checkpoint.save import take_snapshot, write_checkpoint
@@ -23,6 +25,12 @@ def fresh_accelerator():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+class Usage(NamedTuple):
+    total: int
+    used: int
+    free: int
+
+
 def trained(name: str, steps: int = 2, seed: int = 0, state_dtype: str = "fp32"):
     torch.manual_seed(seed)
     model = build_model(layers=1, width=16, heads=2, context=8, vocab_size=64)
@@ -33,7 +41,7 @@ def trained(name: str, steps: int = 2, seed: int = 0, state_dtype: str = "fp32")
 
 
 def save_checkpoint(folder, strategy, state, keep):
-    return write_checkpoint(folder, take_snapshot(strategy, state), Checkpoint(keep=keep))
+    return write_checkpoint(folder, take_snapshot(strategy, state), Checkpoint(keep=keep))[0]
 
 
 def step(strategy, seed=3):
@@ -148,7 +156,7 @@ def test_a_failed_save_leaves_the_last_checkpoint_and_no_litter(tmp_path, monkey
         with pytest.raises(CheckpointError, match="No space left"):
             write_checkpoint(tmp_path, take_snapshot(strategy, {"step": 2}), Checkpoint(keep=1), no_space)
         assert list(tmp_path.iterdir()) == [first]
-    monkeypatch.setattr(save_module, "SPARE_BYTES", 1 << 60)
+    monkeypatch.setattr(publish.shutil, "disk_usage", lambda path: Usage(1 << 20, 1 << 20, 1000))
     with pytest.raises(CheckpointError, match=r"no space left: .* GB needed"):
         save_checkpoint(tmp_path, strategy, {"step": 2}, keep=1)
     assert list(tmp_path.iterdir()) == [first]

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from launch.checkpoint.export import export
 from launch.checkpoint.load import load_model
-from launch.checkpoint.save import write_manifest
+from launch.checkpoint.publish import write_manifest
 from launch.checkpoint.verify import CheckpointError, find_checkpoint
 from models import build_model
 from models.export import main

@@ -12,7 +12,7 @@ from data.prepare import prepare
 from data.shards import TokenShards
 from data.tokenizer import copy_tokenizer
 from launch.checkpoint.export import export
-from launch.checkpoint.save import write_manifest
+from launch.checkpoint.publish import write_manifest
 from models import build_model
 
 LLAMA = {"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}

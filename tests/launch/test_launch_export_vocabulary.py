@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from data.tokenizer import byte_tokenizer, save_tokenizer
 from launch.checkpoint.export import export
 from launch.checkpoint.load import load_model
-from launch.checkpoint.save import write_manifest
+from launch.checkpoint.publish import write_manifest
 from launch.distributed.buffers import persistent_buffers
 from models import build_model
 from models.build import model_of

@@ -158,7 +158,7 @@ def test_a_checkpoint_holds_all_that_a_library_remembers(name, tmp_path, monkeyp
     for seed in range(11):  # beyond SOAP's 10 steps between eigenbases
         step(going.model, going.optimizer, seed)
     set_mode(going.optimizer, "eval")
-    path = write_checkpoint(tmp_path, take_snapshot(going, {"step": 11}), Checkpoint(keep=1))
+    path = write_checkpoint(tmp_path, take_snapshot(going, {"step": 11}), Checkpoint(keep=1))[0]
     load_checkpoint(path, resumed)
     for strategy in (going, resumed):
         set_mode(strategy.optimizer, "train")

@@ -17,7 +17,7 @@ from data.tokenizer import byte_tokenizer, save_tokenizer
 from launch.checkpoint.card import plain
 from launch.checkpoint.export import main as export
 from launch.checkpoint.load import load_model, read_model_config
-from launch.checkpoint.save import remove_leftovers, write_manifest
+from launch.checkpoint.publish import remove_leftovers, write_manifest
 from launch.checkpoint.trained import open_trained
 from launch.checkpoint.verify import FILES, CheckpointError, find_checkpoint, sha256, verify
 from launch.run.branch import choose_start, read_origin
