@@ -178,8 +178,8 @@ def prefetch(
 
 def _bad_token(shards: TokenShards, start: int, tokens: np.ndarray) -> None:
     at = int(np.argmax(tokens >= shards.vocab_size))
-    name, offset = shards.locate(start + at)
+    path, offset = shards.locate(start + at)
     raise DataError(
-        f"{shards.folder / name}: token {int(tokens[at])} at offset {offset} is outside the vocabulary of "
+        f"{path}: token {int(tokens[at])} at offset {offset} is outside the vocabulary of "
         f"{shards.vocab_size}; the file is damaged, see python -m data.verify {shards.folder}"
     )
