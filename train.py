@@ -48,6 +48,7 @@ from launch.run.agreement import identity_of
 from launch.run.check import check, prompt_notes
 from launch.run.evaluation import bytes_of_tokens, evaluate
 from launch.run.hooks import Hooks
+from launch.run.mixture import epochs_record, mixture_notes, taken_notes
 from launch.run.own_rule import settled
 from launch.run.ranks import facts_of, require_same, weights_fact
 from launch.run.resume import find_start, resume, roll_back
@@ -162,6 +163,7 @@ def pretrain(
     ):
         batches, stream = open_batches(config, shards, context, state, accelerator)
         start.notes.extend([*(taken if state.step == 0 else []), *prompt_notes(config, shards, context)])
+        start.notes.extend(mixture_notes(batches, shards, steps))
         for note in [*start.notes, describe_training(config, parameters, optimizer, batches, world)]:
             display.say(note)
             metrics.event({"event": "start", "step": state.step, "note": note})
@@ -216,6 +218,7 @@ def pretrain(
                 verification.check()
             healthy_loss = verdict.loss if verdict.healthy else None
             state.finish_step(config.train.batch_size, n_targets, time.perf_counter() - began, healthy_loss)
+            state.sources = batches.taken(state.step)
             stop, saver.asked = verdict.stop, verdict.save
             display.advance(state.step)
 
@@ -234,13 +237,16 @@ def pretrain(
                 since = replace(state)
             elif logged:
                 record = training_record(state, since, verdict, config, factor, peak_speed) | memory(accelerator)
-                record |= statistics.record()
+                record |= statistics.record() | epochs_record(batches, shards, state.step)
                 metrics.write(record)
                 display.training(record)
                 state.begin_window()
                 since = replace(state)
 
         saver.close()
+        for note in taken_notes(batches, shards, state.step):
+            display.say(note)
+            metrics.event({"event": "data", "step": state.step, "note": note})
         if stop:
             line = f"stopped by a signal after step {state.step}, saved; the same command continues"
             display.say(line)

@@ -39,7 +39,14 @@ class Model:
 
 @dataclass
 class Data:
-    dir: str | None = option(None, "folder that `python -m data.prepare` wrote; required", NOT_EMPTY, path=True)
+    dir: str | None = option(
+        None, "folder that `python -m data.prepare` or `data.adopt` wrote; this or mix is required", NOT_EMPTY, path=True
+    )
+    mix: list[dict[str, Any]] | None = option(
+        None,
+        "several folders, each with a weight, or with one from given steps on: "
+        "[{dir: a, weight: 0.7}, {dir: b, weight: {0: 0.3, 9000: 1.5}}]",
+    )
 
 
 OPTIMIZERS = ("celo2", "celo2-base", "adamw", "muon", "lion", "soap", "adafactor", "schedule-free")

@@ -1,9 +1,9 @@
 """python -m data.adopt SOURCE FOLDER --tokenizer NAME: data that is tokenized already, used where it is.
 
-SOURCE is a folder, a glob or a file: token files of llm.c and modded-nanogpt (.bin with a header), train.bin and val.bin of nanoGPT, or
-a data set that `datasets` saved to disk. Token files are read once and not copied: FOLDER gets an index that points at them, with
-hashes, and a tokenizer; it is then used as one that data.prepare wrote. A saved data set is copied into shards
-(data/saved_dataset.py).
+SOURCE is a folder, a glob or a file: token files of llm.c and modded-nanogpt (.bin with a header), train.bin and val.bin of
+nanoGPT, or a data set that `datasets` saved to disk. Token files are read once and not copied: FOLDER gets a tokenizer, and an
+index that points at them, with their hashes. It is then used as one that data.prepare wrote. A saved data set is copied into
+shards (data/saved_dataset.py).
 """
 
 import argparse
@@ -34,8 +34,11 @@ from data.token_files import Scan, TokenFile, open_token_file, scan
 from data.tokenizer import load_declared, load_tokenizer, save_tokenizer, token_id, tokenizer_hash, vocabulary_size
 from data.vocabularies import character_tokenizer, character_vocabulary, number_tokenizer
 
-VALIDATION = re.compile(r"(?<![a-z])(val|valid|validation|dev|test)(?![a-z])", re.IGNORECASE)
-TRAINING = re.compile(r"(?<![a-z])(train|training)(?![a-z])", re.IGNORECASE)
+# The word in a file's name that says its split; test files are left out.
+TRAINING, VALIDATION, TEST = (
+    re.compile(rf"(?<![a-z])({words})(?![a-z])", re.IGNORECASE)
+    for words in ("train|training", "val|valid|validation|dev", "test")
+)
 
 
 def adopt(
@@ -50,9 +53,9 @@ def adopt(
 ) -> Path:
     """Make the data in `source` usable as the prepared folder `out`, and return that.
 
-    tokenizer: what load_tokenizer takes, or a JSON file with the ids of characters (data/vocabularies.py). vocab_size: instead of a
-    tokenizer, where no more is known of the tokens than that they are below it. end_token: as of data.prepare; with vocab_size the
-    number of a token. val: files (a glob) that are the validation split, where their names do not say so.
+    tokenizer: what load_tokenizer takes, or a JSON file with the ids of characters (data/vocabularies.py). vocab_size: instead of
+    a tokenizer, where no more is known of the tokens than that they are below it. end_token: as of data.prepare; with vocab_size
+    the number of a token. val: files (a glob) that are the validation split, where their names do not say so.
     DataError for whatever the user can put right.
     """
     out = Path(out)
@@ -65,7 +68,7 @@ def adopt(
         tok, end, declared = choose_tokenizer(tokenizer, vocab_size, end_token, None)
         arguments = {"adopted": str(source), "val": val}
         return copy_saved(Path(source), out, val, (tok, end, declared), arguments, say)
-    splits = find_files(source, val)
+    splits = find_files(source, val, say)
     tok, end, declared = choose_tokenizer(tokenizer, vocab_size, end_token, splits["train"][0].parent)
     raw = token_dtype(tok).name
     files = {split: [open_token_file(path, raw) for path in paths] for split, paths in splits.items()}
@@ -76,8 +79,8 @@ def adopt(
         index = describe(files, out, tok, token_id(tok, end), say)
         if not sum(split["documents"] for split in index["splits"].values()):
             note = (
-                f"the end of text {end!r} (id {index['end_of_text_id']}) is not in the files: nothing tells their documents apart; "
-                "if another token does, name it with --end-token"
+                f"the end of text {end!r} (id {index['end_of_text_id']}) is not in the files: nothing tells their documents "
+                "apart; if another token does, name it with --end-token"
             )
             say(note)
             index["notes"].append(note)
@@ -86,7 +89,7 @@ def adopt(
     return out
 
 
-def find_files(source: str, val: str | None) -> dict[str, list[Path]]:
+def find_files(source: str, val: str | None, say: Callable[[str], None]) -> dict[str, list[Path]]:
     """The token files of each split, in the order of their names. DataError: none, or a name that does not say the split."""
     found, validation = _listed(source), _listed(val) if val else []
     splits: dict[str, list[Path]] = {"train": [], "val": validation}
@@ -98,6 +101,8 @@ def find_files(source: str, val: str | None) -> dict[str, list[Path]]:
             splits["train"].append(path)
         elif VALIDATION.search(path.stem):
             splits["val"].append(path)
+        elif TEST.search(path.stem):
+            say(f"left out: {path.name}, a test file")
         else:
             raise DataError(f"{path}: its name has neither train nor val; say with --val which files are for validation")
     for split, option in (("train", ""), ("val", "; name a file of it with --val")):
@@ -137,8 +142,8 @@ def choose_tokenizer(
         if source is not None and (source / "meta.pkl").exists():
             hint = f" ({source / 'meta.pkl'} is a pickle, which is never opened: write its 'stoi' into a JSON file)"
         raise DataError(
-            "which tokenizer wrote the data? Give --tokenizer: a name such as gpt2, the path of a tokenizer.json, or a JSON file of "
-            f"{{character: id}}{hint}; or --vocab-size, where no more is known"
+            "which tokenizer wrote the data? Give --tokenizer: a name such as gpt2, the path of a tokenizer.json, or a JSON file "
+            f"of {{character: id}}{hint}; or --vocab-size, where no more is known"
         )
     if vocab_size is not None:
         if vocab_size < 2:
@@ -181,7 +186,7 @@ def describe(
         scans = {file.path: pool.submit(scan, file, vocab_size, end) for file in every}
         try:
             for split, part in files.items():
-                shards = []
+                shards: list[dict[str, Any]] = []
                 for file in part:
                     found: Scan = scans[file.path].result()
                     name = Path(os.path.relpath(os.path.abspath(file.path), base)).as_posix()

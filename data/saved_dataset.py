@@ -1,8 +1,8 @@
 """A data set that `datasets` saved to disk (Dataset or DatasetDict, with a column input_ids) into token shards.
 
-It is copied: Arrow keeps ids as int32 or int64 in small batches, of which shards of uint16 take a half or a quarter of the disk. A row is
-a document, and gets the end of text unless it begins or ends with it. Where all rows have one length they are pieces of a longer text,
-and stay as they are.
+It is copied: Arrow keeps ids as int32 or int64 in small batches, and shards of uint16 take a half or a quarter of that on disk.
+A row is a document, and gets the end of text unless it begins or ends with it. Where all rows of the training split but the last
+have one length, the rows are pieces of a longer text, and stay as they are.
 """
 
 import json
@@ -51,7 +51,9 @@ def copy_saved(
     tok, end_text, declared = tokenizer
     end, vocab_size, dtype = token_id(tok, end_text), vocabulary_size(tok), token_dtype(tok)
     paths = split_paths(source, val, say)
-    inventory = {split: json.loads((path / "state.json").read_text(encoding="utf-8"))["_fingerprint"] for split, path in paths.items()}
+    inventory = {
+        split: json.loads((path / "state.json").read_text(encoding="utf-8"))["_fingerprint"] for split, path in paths.items()
+    }
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
         if (out / "index.json").exists():
@@ -67,15 +69,15 @@ def copy_saved(
         (partial / "shards").mkdir(parents=True)
         notes: list[str] = []
         splits = {}
+        pieces = _pieces(_load(paths["train"]), paths["train"])
+        if pieces:
+            notes.append(f"{paths['train']}: all rows have one length: pieces of a longer text, to which no end of text is added")
+            say(notes[-1])
         for split, path in paths.items():
             data = _load(path)
-            added = not _pieces(data, path)
-            if not added:
-                notes.append(f"{path}: all rows have one length: pieces of a longer text, to which no end of text is added")
-                say(notes[-1])
             writer, last = ShardWriter(partial / "shards", split, SHARD_TOKENS), time.monotonic()
             for tokens in _rows(data, path, vocab_size):
-                if added and end not in (tokens[0], tokens[-1]):
+                if not pieces and end not in (tokens[0], tokens[-1]):
                     tokens = np.append(tokens, end)
                 writer.write(tokens.astype(dtype), 0)
                 if time.monotonic() - last >= LINE_SECONDS:
@@ -107,7 +109,8 @@ def split_paths(source: Path, val: str | None, say: Callable[[str], None]) -> di
     found = next((name for name in VALIDATION_NAMES if name in names), None)
     if found is None:
         raise DataError(
-            f"{source}: no validation split; save a DatasetDict with one ({', '.join(VALIDATION_NAMES)}), or name a data set with --val"
+            f"{source}: no validation split; save a DatasetDict with one ({', '.join(VALIDATION_NAMES)}), or name a data set "
+            "with --val"
         )
     if left := [name for name in names if name not in ("train", found)]:
         say(f"left out: the split(s) {', '.join(left)}")
@@ -155,9 +158,11 @@ def _rows(data: Any, path: Path, vocab_size: int) -> Iterator[np.ndarray]:
         column = table[COLUMN].combine_chunks()
         values = pc.list_flatten(column)
         if not pa.types.is_integer(values.type) or column.null_count or values.null_count:
-            raise DataError(f"{path}: rows from {row:,} on: {COLUMN!r} must be lists of whole numbers, without null; found {column.type}")
+            raise DataError(
+                f"{path}: rows from {row:,} on: {COLUMN!r} must be lists of whole numbers, without null; found {column.type}"
+            )
         ids = values.to_numpy(zero_copy_only=False)
-        if len(ids) and not (0 <= ids.min() and ids.max() < vocab_size):
+        if len(ids) and not (ids.min() >= 0 and ids.max() < vocab_size):
             bad = int(ids.min() if ids.min() < 0 else ids.max())
             raise DataError(f"{path}: rows from {row:,} on: id {bad} is outside the tokenizer's vocabulary of {vocab_size:,}")
         stops = np.cumsum(pc.list_value_length(column).to_numpy(zero_copy_only=False))

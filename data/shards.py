@@ -4,9 +4,9 @@ index.json: {format, version, dtype, vocab_size, end_of_text_id, tokenizer_sha25
 documents, bytes, shards: [{name, tokens, sha256, documents, docs_sha256}]}}, arguments, inventory, val_inventory, notes}.
 `bytes` (of UTF-8 text), `val_inventory` and `notes` are not in folders of former versions.
 
-The format "token-files" (data.adopt) is the same over files of others, which stay where they are: `files` is their folder, absolute or
-relative to this one; a shard's `name` is a path in it, its tokens begin at the byte `offset`, it was written at `mtime_ns`, and it
-has no file of documents.
+The format "token-files" (data.adopt) is the same over files of others, which stay where they are: `files` is their folder,
+absolute or relative to this one; a shard's `name` is a path in it, its tokens begin at the byte `offset`, it was written at
+`mtime_ns`, and it has no file of documents.
 """
 
 import hashlib
@@ -31,9 +31,10 @@ DTYPES: dict[str, np.dtype] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u
 class TokenShards:
     """The tokens of one split, as one long array on disk.
 
-    Opening checks the index, the tokenizer's hash, the size of every file, and the sha256 of every file if the split has
-    at most VERIFY_BYTES; of a larger one the sha256 of files of others (data.adopt) that were written to since. `python -m data.verify FOLDER` checks everything, whatever its size. A file that changes after that
-    is noticed when it is read. DataError names the file.
+    Opening checks the index, the tokenizer's hash, the size of every file, and the sha256 of every file if the split has at most
+    VERIFY_BYTES; of a larger one, the sha256 of files of others (data.adopt) that were written to since. `python -m data.verify
+    FOLDER` checks everything, whatever its size. A file that changes after that is noticed when it is read. DataError names the
+    file.
     """
 
     def __init__(self, folder: str | Path, split: str):
@@ -58,9 +59,10 @@ class TokenShards:
         self._files = ShardFiles(files[:: len(files) // len(self.shards)])  # without those of documents
         self._offsets = [shard.get("offset", 0) for shard in self.shards]
         small = self.n_tokens * self.dtype.itemsize <= VERIFY_BYTES
-        of_others = zip(self._files.files, self.shards, strict=True) if index["format"] == FILES_FORMAT else ()
-        for file in files if small else [file for file, shard in of_others if os.stat(file.path).st_mtime_ns != shard["mtime_ns"]]:
-            check_hash(file)
+        for i, file in enumerate(files):
+            written = None if index["format"] == FORMAT else self.shards[i]["mtime_ns"]
+            if small or written not in (None, os.stat(file.path).st_mtime_ns):
+                check_hash(file)
         self._starts = np.cumsum([0] + [shard["tokens"] for shard in self.shards])
 
     def read(self, start: int, stop: int) -> np.ndarray:
