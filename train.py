@@ -48,7 +48,7 @@ from launch.run.agreement import identity_of
 from launch.run.check import check, prompt_notes
 from launch.run.evaluation import bytes_of_tokens, evaluate
 from launch.run.hooks import Hooks
-from launch.run.mixture import epochs_record, mixture_notes, taken_notes
+from launch.run.mixture import epochs_record, fetch_data, mixture_notes, taken_notes
 from launch.run.own_rule import settled
 from launch.run.ranks import facts_of, require_same, weights_fact
 from launch.run.resume import find_start, resume, roll_back
@@ -307,6 +307,7 @@ def main(argv: list[str] | None = None, hooks: Hooks | None = None) -> int:
                 return 0
             if args.gpu:
                 raise ConfigError("--gpu is for --plan; training takes the GPUs that are here")
+            fetch_data(config)
             return train(config, hooks or Hooks(), signals)
         except EXPECTED_ERRORS as error:
             print_error(str(error) if rank == "0" else f"rank {rank}: {error}")

@@ -27,10 +27,10 @@ from data.files import replace_text
 from data.preparation.encode import token_dtype
 from data.preparation.output import locked, summary
 from data.preparation.workers import cores
-from data.saved_dataset import copy_saved, is_saved
+from data.saved_dataset import copy_saved
 from data.shards import FILES_FORMAT, VERSION, fingerprint, read_index
 from data.special_tokens import as_trained, end_of_text
-from data.token_files import Scan, TokenFile, open_token_file, scan
+from data.token_files import Scan, TokenFile, is_saved, open_token_file, scan
 from data.tokenizer import load_declared, load_tokenizer, save_tokenizer, token_id, tokenizer_hash, vocabulary_size
 from data.vocabularies import character_tokenizer, character_vocabulary, number_tokenizer
 

@@ -20,6 +20,7 @@ from data.preparation.assemble import ShardWriter
 from data.preparation.encode import token_dtype
 from data.preparation.output import locked, publish, summary
 from data.shards import FORMAT, VERSION, check_files, read_index
+from data.token_files import is_saved
 from data.tokenizer import save_tokenizer, token_id, tokenizer_hash, vocabulary_size
 
 COLUMN = "input_ids"
@@ -27,11 +28,6 @@ VALIDATION_NAMES = ("validation", "val", "valid", "dev", "test")
 SHARD_TOKENS = 100_000_000
 ROWS = 1000  # that are read at a time
 LINE_SECONDS = 10
-
-
-def is_saved(path: Path) -> bool:
-    """Whether `datasets` saved a data set there."""
-    return (path / "dataset_dict.json").is_file() or ((path / "state.json").is_file() and (path / "dataset_info.json").is_file())
 
 
 def copy_saved(

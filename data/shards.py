@@ -19,6 +19,7 @@ import numpy as np
 
 from data import DataError
 from data.shard_files import ShardFile, ShardFiles
+from data.token_files import holds_tokens
 from data.tokenizer import json_hash
 
 FORMAT = "token-shards"
@@ -55,7 +56,7 @@ class TokenShards:
                 f"{self.folder}: the split {split!r} is empty; prepare it with --val-source or --val-fraction above 0"
             )
         self.dtype = DTYPES[index["dtype"]]
-        files = list(_files(self.folder, index, split))
+        files = list(files_of(self.folder, index, split))
         self._files = ShardFiles(files[:: len(files) // len(self.shards)])  # without those of documents
         self._offsets = [shard.get("offset", 0) for shard in self.shards]
         small = self.n_tokens * self.dtype.itemsize <= VERIFY_BYTES
@@ -97,6 +98,8 @@ def read_index(folder: Path) -> dict:
         raise DataError(f"{folder}: no such folder; {advice}")
     if not path.exists():
         started = (folder / ".partial").exists()
+        if holds_tokens(folder):
+            advice = f"to use its tokens: python -m data.adopt {folder} FOLDER --tokenizer NAME"
         state = "its preparation is not finished; run the same command again" if started else advice
         raise DataError(f"{folder}: no index.json; {state}")
     try:
@@ -111,7 +114,7 @@ def read_index(folder: Path) -> dict:
         fingerprint(index)
         numbers = [index["vocab_size"], index["end_of_text_id"]]
         for split, content in index["splits"].items():
-            list(_files(folder, index, split))
+            list(files_of(folder, index, split))
             numbers.append(content["tokens"])
             if content["tokens"] != sum(shard["tokens"] for shard in content["shards"]):
                 raise DataError(f"{path}: damaged, the shards of {split} do not have the tokens that it says")
@@ -135,7 +138,7 @@ def check_files(folder: Path, index: dict, *splits: str) -> None:
     if found != index["tokenizer_sha256"]:
         raise DataError(f"{path}: not the tokenizer of these shards (sha256 {found[:12]}, not {index['tokenizer_sha256'][:12]})")
     for split in splits:
-        for path, size, _ in _files(folder, index, split):
+        for path, size, _ in files_of(folder, index, split):
             if not path.is_file():
                 raise DataError(f"{path}: missing; restore it, or prepare the corpus into a new folder")
             if path.stat().st_size != size:
@@ -144,7 +147,7 @@ def check_files(folder: Path, index: dict, *splits: str) -> None:
 
 def verify_shards(folder: Path, index: dict, split: str) -> Iterator[tuple[str, int]]:
     """Hash every file of a split; yields (name, bytes) of each that is undamaged."""
-    for file in _files(folder, index, split):
+    for file in files_of(folder, index, split):
         check_hash(file)
         yield file.path.name, file.size
 
@@ -169,7 +172,7 @@ def docs_path(shard: Path) -> Path:
     return shard.with_suffix(".docs.bin")
 
 
-def _files(folder: Path, index: dict, split: str) -> Iterator[ShardFile]:
+def files_of(folder: Path, index: dict, split: str) -> Iterator[ShardFile]:
     own = index["format"] == FORMAT
     for shard in index["splits"][split]["shards"]:
         name, tokens, documents, offset = shard["name"], shard["tokens"], shard["documents"], 0 if own else shard["offset"]

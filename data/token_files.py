@@ -34,6 +34,16 @@ class Scan(NamedTuple):
     ends: int  # how often the end of text stands in it
 
 
+def holds_tokens(folder: Path) -> bool:
+    """Whether data.adopt may take a folder: it holds token files, or a data set that `datasets` saved."""
+    return is_saved(folder) or any(folder.glob("*.bin"))
+
+
+def is_saved(path: Path) -> bool:
+    """Whether `datasets` saved a data set there."""
+    return (path / "dataset_dict.json").is_file() or ((path / "state.json").is_file() and (path / "dataset_info.json").is_file())
+
+
 def open_token_file(path: Path, raw_dtype: str) -> TokenFile:
     """What the header and the size of a file say; without a header the tokens are of `raw_dtype`.
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 from configs.mixture import sources_of
 from configs.schema import Config
 from data.batches import Batches
 from data.mixture import Mixture
+from data.remote import local_folder
 from data.shards import TokenShards
 
 
@@ -20,10 +23,31 @@ def open_mixture(config: Config) -> tuple[TokenShards, TokenShards]:
     Raises:
         DataError: of one source, or because they do not fit together.
     """
-    sources = sources_of(config)
+    sources = [source._replace(dir=local(config, source.dir)) for source in sources_of(config)]
     training = Mixture([TokenShards(source.dir, "train") for source in sources], [source.weights for source in sources])
     first = [source for source in sources if source.weights[0]]
     return training, Mixture([TokenShards(source.dir, "val") for source in first], [{0: source.weights[0]} for source in first])
+
+
+def local(config: Config, folder: str) -> str:
+    """A data folder on this machine: for a URL its copy in the cache."""
+    return local_folder(folder, Path(config.data.cache_dir).expanduser(), config.data.cache_gb * 1e9, log)
+
+
+def fetch_data(config: Config) -> None:
+    """Copy what lies behind URLs. Before the processes meet, since they would wait for longer than they may.
+
+    Raises:
+        DataError: as `local_folder`.
+    """
+    for source in [config.data.dir] if config.data.mix is None else [source.dir for source in sources_of(config)]:
+        if source is not None:
+            local(config, source)
+
+
+def log(line: str) -> None:
+    """What is copied, on stderr at once."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def mixture_notes(batches: Batches, shards: TokenShards, steps: int) -> list[str]:

@@ -38,7 +38,14 @@ from launch.optimizers.table import entry_of
 from launch.optimizers.third_party import find_class
 from launch.run.agreement import rule_hash
 
-PATHS = ("run.dir", "data.dir", "data.mix", "optimizer.rule", "model.init")  # options that may differ between nodes
+PATHS = (
+    "run.dir",
+    "data.dir",
+    "data.mix",
+    "data.cache_dir",
+    "optimizer.rule",
+    "model.init",
+)  # options that may differ between nodes
 PACKAGES = ("torch", "numpy", "transformers", "accelerate")
 NAMED = 4  # values, ranges of ranks or hosts that a message names
 

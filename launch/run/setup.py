@@ -23,7 +23,7 @@ from launch.distributed.first_rank import on_first_rank
 from launch.run.agreement import RULE_FILE
 from launch.run.branch import Start, begin_line
 from launch.run.initialize import architecture, architecture_source, begun, check_tokenizer, find_source, load_source
-from launch.run.mixture import open_mixture
+from launch.run.mixture import local, open_mixture
 from launch.run.state import RunState
 from models import build_model, choose_loss, longest_context
 from models.build import model_of, prepare_model
@@ -38,7 +38,8 @@ def open_data(config: Config) -> tuple[TokenShards, TokenShards]:
         return open_mixture(config)
     if config.data.dir is None:
         raise ConfigError("data.dir is missing: prepare a folder with python -m data.prepare SOURCE FOLDER and name it")
-    return TokenShards(config.data.dir, "train"), TokenShards(config.data.dir, "val")
+    folder = local(config, config.data.dir)
+    return TokenShards(folder, "train"), TokenShards(folder, "val")
 
 
 def open_batches(
