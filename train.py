@@ -52,6 +52,7 @@ from launch.run.check import check, prompt_notes
 from launch.run.evaluation import bytes_of_tokens, evaluate
 from launch.run.grace import Grace
 from launch.run.hooks import Hooks
+from launch.run.mixture import epochs_record, fetch_data, mixture_notes, taken_notes
 from launch.run.own_rule import settled
 from launch.run.ranks import facts_of, require_same, weights_fact
 from launch.run.restart import record_lost_rank, restart_event, restart_note
@@ -177,6 +178,7 @@ def pretrain(
     ):
         batches, stream = open_batches(config, shards, context, state, accelerator)
         start.notes.extend([*(taken if state.step == 0 else []), *saver.notes, *prompt_notes(config, shards, context)])
+        start.notes.extend(mixture_notes(batches, shards, steps))
         if restart:
             start.notes.append(restart_note(restart))
         for note in [*start.notes, describe_training(config, parameters, optimizer, batches, world)]:
@@ -238,6 +240,7 @@ def pretrain(
                 verification.check()
             healthy_loss = verdict.loss if verdict.healthy else None
             state.finish_step(config.train.batch_size, n_targets, time.perf_counter() - began, healthy_loss)
+            state.sources = batches.taken(state.step)
             stop, saver.asked = verdict.stop, verdict.save
             display.advance(state.step)
             if stop:
@@ -258,7 +261,7 @@ def pretrain(
                 since = replace(state)
             elif logged:
                 record = training_record(state, since, verdict, config, factor, peak_speed) | memory(accelerator)
-                record |= statistics.record()
+                record |= statistics.record() | epochs_record(batches, shards, state.step)
                 metrics.write(record)
                 display.training(record)
                 state.begin_window()
@@ -267,6 +270,9 @@ def pretrain(
         heartbeat.mark("writing the last checkpoint", disk=True)
         saver.close()
         heartbeat.mark("the last checkpoint is written")
+        for note in taken_notes(batches, shards, state.step):
+            display.say(note)
+            metrics.event({"event": "data", "step": state.step, "note": note})
         if stop:
             line = f"stopped by a signal after step {state.step}, saved; the same command continues"
             display.say(line)
@@ -327,6 +333,7 @@ def main(argv: list[str] | None = None, hooks: Hooks | None = None) -> int:
                 return 0
             if args.gpu:
                 raise ConfigError("--gpu is for --plan; training takes the GPUs that are here")
+            fetch_data(config)
             return train(config, hooks or Hooks(), signals)
         except EXPECTED_ERRORS as error:
             print_error(str(error) if rank == "0" else f"rank {rank}: {error}")

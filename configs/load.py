@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from celo2.training import configuration
 from celo2.training.configuration import ConfigError, Written, to_yaml
+from configs.mixture import with_checked_mix
 from configs.schema import OPTIMIZERS, Config
 
 __all__ = ["ConfigError", "build", "load_config", "load_written", "options", "to_yaml"]
@@ -21,12 +22,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def load_written(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, Written]:
     """As `configuration.load_written`."""
     config, written = configuration.load_written(Config, path, overrides)
-    return with_known_optimizer(config), written
+    return with_checked_mix(with_known_optimizer(config)), written
 
 
 def build(tree: Mapping[str, Any]) -> Config:
     """As `configuration.build`."""
-    return with_known_optimizer(configuration.build(Config, tree))
+    return with_checked_mix(with_known_optimizer(configuration.build(Config, tree)))
 
 
 def with_known_optimizer(config: Config) -> Config:

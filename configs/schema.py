@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from celo2.training.configuration import DECAY, FRACTION, NAME, NOT_EMPTY, SEED, TIMEOUT, at_least, option, section
+from celo2.training.configuration import DECAY, FRACTION, NAME, NOT_EMPTY, POSITIVE, SEED, TIMEOUT, at_least, option, section
 
 
 @dataclass
@@ -39,7 +39,18 @@ class Model:
 
 @dataclass
 class Data:
-    dir: str | None = option(None, "folder that `python -m data.prepare` wrote; required", NOT_EMPTY, path=True)
+    dir: str | None = option(
+        None, "folder that `python -m data.prepare` or `data.adopt` wrote; this or mix is required", NOT_EMPTY, path=True
+    )
+    mix: list[dict[str, Any]] | None = option(
+        None,
+        "several folders, each with a weight, or with one from given steps on: "
+        "[{dir: a, weight: 0.7}, {dir: b, weight: {0: 0.3, 9000: 1.5}}]",
+    )
+    cache_dir: str = option(
+        "~/.cache/celo2-data", "copies of folders whose dir is a URL (s3://, gs://, hf://, ...)", NOT_EMPTY, path=True
+    )
+    cache_gb: float = option(100.0, "the most that these copies may take, in GB; unused ones go first", POSITIVE)
 
 
 OPTIMIZERS = ("celo2", "celo2-base", "adamw", "muon", "lion", "soap", "adafactor", "schedule-free")

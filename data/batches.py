@@ -3,16 +3,18 @@
 T context, B sequences of a step over all ranks, M sequences of a micro-batch. Sequence i of a split has the inputs
 [i T, (i + 1) T) and the targets [i T + 1, (i + 1) T + 1). So every token but the split's first is a target once an epoch.
 The last sequence is filled up with end-of-text inputs and targets IGNORE.
+The sequences of a mixture are numbered through its sources, one source after another.
 """
 
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 
 from data import DataError
+from data.mixture import phase_at, sources_of
 from data.order import sequence_ids
 from data.shards import TokenShards
 
@@ -26,6 +28,8 @@ class Batches:
     batch_size is B; it must be a multiple of world_size * micro_batch_size. The batch of step `step`, counted from 0, begins
     with sequence number `sequence` of `data.order`, and each later step takes the B sequences after those of the step before.
     Rank r has the r-th of world_size contiguous parts of a batch, cut into micro-batches in order.
+    A mixture says which source gives which sequence number; each source has the order that it would have alone. `taken`: how many
+    of the `sequence` sequences each source gave, by its fingerprint; at the beginning none.
     """
 
     def __init__(
@@ -36,31 +40,109 @@ class Batches:
         seed: int,
         step: int = 0,
         sequence: int = 0,
+        taken: Mapping[str, int] | None = None,
     ):
         if context < 1 or batch_size < 1:
             raise DataError(f"context {context} and batch_size {batch_size} must be positive")
-        self.shards, self.context, self.batch_size, self.seed = shards, context, batch_size, seed
+        self.context, self.batch_size, self.seed = context, batch_size, seed
         self.step, self.sequence = step, sequence
-        self.tokens_per_epoch = shards.n_tokens - 1  # targets
-        self.n_sequences = sequence_count(shards, context)
+        self.sources, self.phases = sources_of(shards)
+        if len(self.sources) > 1:
+            for source in self.sources:
+                if source.n_tokens <= context:
+                    raise DataError(
+                        f"{source.folder}: {source.n_tokens} tokens, too few for a sequence of {context} and its targets"
+                    )
+            counts = [(taken or {}).get(source.fingerprint, 0) for source in self.sources]
+            if sum(counts) != sequence:
+                raise DataError(
+                    f"of {sequence} sequences the sources of the mixture gave {sum(counts)}: not a state of this mixture"
+                )
+        else:
+            counts = [sequence]
+        self._taken = np.array(counts, np.int64)
+        self.tokens_per_epoch = sum(source.n_tokens - 1 for source in self.sources)  # targets
+        self.numbers = Numbers(self.sources, context)
+        self.n_sequences = self.numbers.total
 
     def micro_batches(self, step: int, rank: int, world_size: int, micro_batch_size: int) -> list[MicroBatch]:
         """This rank's micro-batches of a step. DataError if the sizes do not divide, or a token is not in the vocabulary."""
         check_batch_size(self.batch_size, world_size, micro_batch_size)
         ids = self.sequences(step)
         mine = ids.reshape(world_size, -1, micro_batch_size)[rank]
-        return [read_sequences(self.shards, self.context, part) for part in mine]
+        return [self.numbers.read(part) for part in mine]
 
     def n_targets(self, step: int) -> int:
-        """Targets in the whole batch of a step: B T, minus those that the last sequence lacks. Reads no tokens."""
+        """Targets in the whole batch of a step: B T, minus those that the last sequences lack. Reads no tokens."""
         ids = self.sequences(step)
-        lacking = self.n_sequences * self.context - self.tokens_per_epoch
-        return self.batch_size * self.context - lacking * int((ids == self.n_sequences - 1).sum())
+        return self.batch_size * self.context - sum(
+            lacking * int((ids == last).sum()) for last, lacking in self.numbers.last_sequences if lacking
+        )
 
     def sequences(self, step: int) -> np.ndarray:
-        """The ids (B,) of the step's sequences."""
-        first = self.sequence + (step - self.step) * self.batch_size
-        return sequence_ids(self.seed, first, self.batch_size, self.n_sequences)
+        """The numbers (B,) of the step's sequences."""
+        order = phase_at(self.phases, step).order
+        which = order[(self._first(step) + np.arange(self.batch_size)) % len(order)]
+        ids = np.empty(self.batch_size, np.int64)
+        before = self._before(step)
+        for i in np.unique(which).tolist():
+            own, count = which == i, int(self.numbers.counts[i])
+            ids[own] = self.numbers.starts[i] + sequence_ids(self.seed, int(before[i]), int(own.sum()), count)
+        return ids
+
+    def taken(self, step: int) -> dict[str, int]:
+        """How many sequences each source of a mixture gave before `step`, by its fingerprint; empty without a mixture."""
+        counts = self._before(step).tolist()
+        return {source.fingerprint: n for source, n in zip(self.sources, counts, strict=True)} if len(counts) > 1 else {}
+
+    def epochs(self, step: int) -> list[float]:
+        """How often each source was gone through before `step`."""
+        return (self._before(step) / self.numbers.counts).tolist()
+
+    def _first(self, step: int) -> int:
+        """The sequence number with which the batch of `step` begins."""
+        return self.sequence + (step - self.step) * self.batch_size
+
+    def _before(self, step: int) -> np.ndarray:
+        """What each source gave before `step`, (K,) int64."""
+        counts = self._taken
+        for phase, following in zip(self.phases, [*self.phases[1:], None], strict=True):
+            begin, end = max(self.step, phase.step), step if following is None else min(step, following.step)
+            if begin < end:
+                counts = counts + phase.count(self._first(end)) - phase.count(self._first(begin))
+        return counts
+
+
+class Numbers:
+    """The sequences of T tokens of some sources, numbered through them in turn."""
+
+    def __init__(self, sources: list[TokenShards], context: int):
+        self.sources, self.context = sources, context
+        self.counts = np.array([sequence_count(source, context) for source in sources])  # (K,)
+        self.starts = np.cumsum([0, *self.counts[:-1]])  # (K,), the number of each source's first sequence
+        self.total = int(self.counts.sum())
+        # Of each source the number of the last sequence, and the targets that it lacks.
+        self.last_sequences = [
+            (start + n - 1, n * context - (source.n_tokens - 1))
+            for start, n, source in zip(self.starts.tolist(), self.counts.tolist(), sources, strict=True)
+        ]
+
+    def read(self, ids: np.ndarray) -> MicroBatch:
+        """Inputs and targets (M, T) of the sequences `ids` (M,); an id below 0 is a row of padding."""
+        inputs = np.full((len(ids), self.context), self.sources[0].eot_id, np.int64)
+        targets = np.full((len(ids), self.context), IGNORE, np.int64)
+        owners = np.searchsorted(self.starts, ids, "right") - 1
+        for row, (i, owner) in enumerate(zip(ids.tolist(), owners.tolist(), strict=True)):
+            if i < 0:
+                continue
+            shards = self.sources[owner]
+            start = (i - int(self.starts[owner])) * self.context
+            tokens = shards.read(start, min(start + self.context + 1, shards.n_tokens))
+            if tokens.max() >= shards.vocab_size:
+                _bad_token(shards, start, tokens)
+            inputs[row, : len(tokens) - 1] = tokens[:-1]
+            targets[row, : len(tokens) - 1] = tokens[1:]
+        return torch.from_numpy(inputs), torch.from_numpy(targets)
 
 
 def check_batch_size(batch_size: int, world_size: int, micro_batch_size: int) -> None:
@@ -109,17 +191,25 @@ def validation_batches(
     Each sequence goes to one rank, whatever world_size. A batch has micro_batch_size rows (by default batch_size). Every
     rank gets the same number of batches, all of one shape, so that sharded models stay in step: missing rows are
     end-of-text inputs with targets IGNORE. So sum the loss and the number of targets over all ranks, and divide once.
+    Of a mixture each source gives as many as its weight at step 0 says, if it has so many.
     """
     if min(batch_size, 1 if max_batches is None else max_batches, micro_batch_size or batch_size) < 1:
         raise DataError(f"batch_size {batch_size}, max_batches {max_batches}, rows {micro_batch_size}: must be positive")
-    total = sequence_count(shards, context)
-    n = total if max_batches is None else min(total, batch_size * max_batches)
+    sources, phases = sources_of(shards)
+    numbers = Numbers(sources, context)
+    wanted = numbers.counts if max_batches is None else phases[0].count(batch_size * max_batches)
+    chosen = [
+        start + np.arange(some) * count // some
+        for start, count, some in zip(numbers.starts, numbers.counts, np.minimum(wanted, numbers.counts).tolist(), strict=True)
+    ]
+    ids = np.concatenate(chosen)
+    n = len(ids)
     share = -(-n // world_size)
     rows = min(micro_batch_size or batch_size, share)
-    mine = np.arange(n * rank // world_size, n * (rank + 1) // world_size) * total // n
+    mine = ids[n * rank // world_size : n * (rank + 1) // world_size]
     mine = np.pad(mine, (0, -(-share // rows) * rows - len(mine)), constant_values=-1)
     for part in mine.reshape(-1, rows):
-        yield read_sequences(shards, context, part)
+        yield numbers.read(part)
 
 
 def sequence_count(shards: TokenShards, context: int) -> int:
@@ -127,22 +217,6 @@ def sequence_count(shards: TokenShards, context: int) -> int:
     if shards.n_tokens < 2:
         raise DataError(f"{shards.folder}: the split {shards.split!r} has a single token")
     return -(-(shards.n_tokens - 1) // context)
-
-
-def read_sequences(shards: TokenShards, context: int, ids: np.ndarray) -> MicroBatch:
-    """Inputs and targets (M, T) of the sequences `ids` (M,); an id below 0 is a row of padding."""
-    inputs = np.full((len(ids), context), shards.eot_id, np.int64)
-    targets = np.full((len(ids), context), IGNORE, np.int64)
-    for row, i in enumerate(ids.tolist()):
-        if i < 0:
-            continue
-        start = i * context
-        tokens = shards.read(start, min(start + context + 1, shards.n_tokens))
-        if tokens.max() >= shards.vocab_size:
-            _bad_token(shards, start, tokens)
-        inputs[row, : len(tokens) - 1] = tokens[:-1]
-        targets[row, : len(tokens) - 1] = tokens[1:]
-    return torch.from_numpy(inputs), torch.from_numpy(targets)
 
 
 def prefetch(
@@ -178,8 +252,8 @@ def prefetch(
 
 def _bad_token(shards: TokenShards, start: int, tokens: np.ndarray) -> None:
     at = int(np.argmax(tokens >= shards.vocab_size))
-    name, offset = shards.locate(start + at)
+    path, offset = shards.locate(start + at)
     raise DataError(
-        f"{shards.folder / name}: token {int(tokens[at])} at offset {offset} is outside the vocabulary of "
+        f"{path}: token {int(tokens[at])} at offset {offset} is outside the vocabulary of "
         f"{shards.vocab_size}; the file is damaged, see python -m data.verify {shards.folder}"
     )

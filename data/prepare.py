@@ -29,6 +29,7 @@ from data.preparation.split import choose_split, cut_document, text_notes
 from data.preparation.workers import cores, encode_units, save_bpe, unit_path
 from data.shards import FORMAT, VERSION
 from data.special_tokens import CONFIG, END_OF_TEXT, as_trained, declared_tokens, end_of_text
+from data.token_files import is_saved
 from data.tokenizer import (
     byte_tokenizer,
     is_byte_tokenizer,
@@ -137,6 +138,10 @@ def _check_arguments(out: Path, arguments: dict, workers: int) -> None:
     if out.exists() and not out.is_dir():
         raise DataError(f"{out}: not a folder")
     source = Path(arguments["source"])
+    if is_saved(source):
+        raise DataError(
+            f"{source}: a data set that `datasets` saved; its tokens: python -m data.adopt {source} {out} --tokenizer NAME"
+        )
     if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
         raise DataError(f"{out} lies inside the source {source}: choose a folder outside it")
 

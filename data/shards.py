@@ -3,10 +3,15 @@
 index.json: {format, version, dtype, vocab_size, end_of_text_id, tokenizer_sha256, splits: {train, val: {tokens,
 documents, bytes, shards: [{name, tokens, sha256, documents, docs_sha256}]}}, arguments, inventory, val_inventory, notes}.
 `bytes` (of UTF-8 text), `val_inventory` and `notes` are not in folders of former versions.
+
+The format "token-files" (data.adopt) is the same over files of others, which stay where they are: `files` is their folder,
+absolute or relative to this one; a shard's `name` is a path in it, its tokens begin at the byte `offset`, it was written at
+`mtime_ns`, and it has no file of documents.
 """
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,10 +19,12 @@ import numpy as np
 
 from data import DataError
 from data.shard_files import ShardFile, ShardFiles
+from data.token_files import holds_tokens
 from data.tokenizer import json_hash
 
 FORMAT = "token-shards"
-VERSION = 1
+FILES_FORMAT = "token-files"
+VERSION = 1  # of both
 VERIFY_BYTES = 10**9  # a split of at most this size is hashed whenever it is opened, which takes a second or two
 DTYPES: dict[str, np.dtype] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
@@ -25,9 +32,10 @@ DTYPES: dict[str, np.dtype] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u
 class TokenShards:
     """The tokens of one split, as one long array on disk.
 
-    Opening checks the index, the tokenizer's hash, the size of every file, and the sha256 of every file if the split has
-    at most VERIFY_BYTES. `python -m data.verify FOLDER` checks everything, whatever its size. A file that changes after that
-    is noticed when it is read. DataError names the file.
+    Opening checks the index, the tokenizer's hash, the size of every file, and the sha256 of every file if the split has at most
+    VERIFY_BYTES; of a larger one, the sha256 of files of others (data.adopt) that were written to since. `python -m data.verify
+    FOLDER` checks everything, whatever its size. A file that changes after that is noticed when it is read. DataError names the
+    file.
     """
 
     def __init__(self, folder: str | Path, split: str):
@@ -48,11 +56,14 @@ class TokenShards:
                 f"{self.folder}: the split {split!r} is empty; prepare it with --val-source or --val-fraction above 0"
             )
         self.dtype = DTYPES[index["dtype"]]
-        files = {file.path.name: file for file in _files(self.folder, index, split)}
-        self._files = ShardFiles([files[shard["name"]] for shard in self.shards])
-        if self.n_tokens * self.dtype.itemsize <= VERIFY_BYTES:
-            for _ in verify_shards(self.folder, index, split):
-                pass
+        files = list(files_of(self.folder, index, split))
+        self._files = ShardFiles(files[:: len(files) // len(self.shards)])  # without those of documents
+        self._offsets = [shard.get("offset", 0) for shard in self.shards]
+        small = self.n_tokens * self.dtype.itemsize <= VERIFY_BYTES
+        for i, file in enumerate(files):
+            written = None if index["format"] == FORMAT else self.shards[i]["mtime_ns"]
+            if small or written not in (None, os.stat(file.path).st_mtime_ns):
+                check_hash(file)
         self._starts = np.cumsum([0] + [shard["tokens"] for shard in self.shards])
 
     def read(self, start: int, stop: int) -> np.ndarray:
@@ -67,15 +78,16 @@ class TokenShards:
         parts = []
         while start < stop:
             base, end = int(self._starts[first]), min(stop, int(self._starts[first + 1]))
-            parts.append(self._files.read(first, (start - base) * self.dtype.itemsize, (end - start) * self.dtype.itemsize))
+            offset, size = self._offsets[first] + (start - base) * self.dtype.itemsize, (end - start) * self.dtype.itemsize
+            parts.append(self._files.read(first, offset, size))
             start = end
             first += 1
         return np.frombuffer(b"".join(parts), self.dtype)
 
-    def locate(self, position: int) -> tuple[str, int]:
+    def locate(self, position: int) -> tuple[Path, int]:
         """The shard file that holds the token at `position`, and the token's offset in it."""
         i = int(np.searchsorted(self._starts, position, "right")) - 1
-        return self.shards[i]["name"], position - int(self._starts[i])
+        return self._files.files[i].path, position - int(self._starts[i])
 
 
 def read_index(folder: Path) -> dict:
@@ -86,11 +98,13 @@ def read_index(folder: Path) -> dict:
         raise DataError(f"{folder}: no such folder; {advice}")
     if not path.exists():
         started = (folder / ".partial").exists()
+        if holds_tokens(folder):
+            advice = f"to use its tokens: python -m data.adopt {folder} FOLDER --tokenizer NAME"
         state = "its preparation is not finished; run the same command again" if started else advice
         raise DataError(f"{folder}: no index.json; {state}")
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
-        known = index["format"] == FORMAT
+        known = index["format"] in (FORMAT, FILES_FORMAT)
         version = index["version"]
     except (ValueError, KeyError, TypeError):
         raise DataError(f"{path}: not an index of token shards") from None
@@ -100,7 +114,7 @@ def read_index(folder: Path) -> dict:
         fingerprint(index)
         numbers = [index["vocab_size"], index["end_of_text_id"]]
         for split, content in index["splits"].items():
-            list(_files(folder, index, split))
+            list(files_of(folder, index, split))
             numbers.append(content["tokens"])
             if content["tokens"] != sum(shard["tokens"] for shard in content["shards"]):
                 raise DataError(f"{path}: damaged, the shards of {split} do not have the tokens that it says")
@@ -124,7 +138,7 @@ def check_files(folder: Path, index: dict, *splits: str) -> None:
     if found != index["tokenizer_sha256"]:
         raise DataError(f"{path}: not the tokenizer of these shards (sha256 {found[:12]}, not {index['tokenizer_sha256'][:12]})")
     for split in splits:
-        for path, size, _ in _files(folder, index, split):
+        for path, size, _ in files_of(folder, index, split):
             if not path.is_file():
                 raise DataError(f"{path}: missing; restore it, or prepare the corpus into a new folder")
             if path.stat().st_size != size:
@@ -133,12 +147,17 @@ def check_files(folder: Path, index: dict, *splits: str) -> None:
 
 def verify_shards(folder: Path, index: dict, split: str) -> Iterator[tuple[str, int]]:
     """Hash every file of a split; yields (name, bytes) of each that is undamaged."""
-    for path, size, sha256 in _files(folder, index, split):
-        with open(path, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != sha256:
-            raise DataError(f"{path}: damaged, its sha256 is {found[:12]}... instead of {sha256[:12]}...")
-        yield path.name, size
+    for file in files_of(folder, index, split):
+        check_hash(file)
+        yield file.path.name, file.size
+
+
+def check_hash(file: ShardFile) -> None:
+    """DataError unless the file holds what the index describes."""
+    with open(file.path, "rb") as opened:
+        found = hashlib.file_digest(opened, "sha256").hexdigest()
+    if found != file.sha256:
+        raise DataError(f"{file.path}: damaged, its sha256 is {found[:12]}... instead of {file.sha256[:12]}...")
 
 
 def fingerprint(index: dict) -> str:
@@ -153,11 +172,14 @@ def docs_path(shard: Path) -> Path:
     return shard.with_suffix(".docs.bin")
 
 
-def _files(folder: Path, index: dict, split: str) -> Iterator[ShardFile]:
+def files_of(folder: Path, index: dict, split: str) -> Iterator[ShardFile]:
+    own = index["format"] == FORMAT
     for shard in index["splits"][split]["shards"]:
-        name, tokens, documents = shard["name"], shard["tokens"], shard["documents"]
-        if Path(name).name != name or not isinstance(tokens, int) or not isinstance(documents, int):
+        name, tokens, documents, offset = shard["name"], shard["tokens"], shard["documents"], 0 if own else shard["offset"]
+        inside = Path(name).name == name if own else not Path(name).is_absolute() and ".." not in Path(name).parts
+        if not inside or not all(isinstance(number, int) and number >= 0 for number in (tokens, documents, offset)):
             raise DataError(f"{folder / 'index.json'}: damaged, a shard is named {name!r} and has {tokens!r} tokens")
-        path = folder / name
-        yield ShardFile(path, tokens * DTYPES[index["dtype"]].itemsize, shard["sha256"])
-        yield ShardFile(docs_path(path), documents * 8, shard["docs_sha256"])
+        path = folder / name if own else folder / index["files"] / name
+        yield ShardFile(path, offset + tokens * DTYPES[index["dtype"]].itemsize, shard["sha256"])
+        if own:
+            yield ShardFile(docs_path(path), documents * 8, shard["docs_sha256"])

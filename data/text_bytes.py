@@ -3,6 +3,8 @@
 import numpy as np
 from tokenizers import Tokenizer
 
+from data.vocabularies import has_text
+
 BYTE_FALLBACK = frozenset(f"<0x{byte:02X}>" for byte in range(256))  # what SentencePiece calls the tokens of single bytes
 
 
@@ -17,6 +19,8 @@ def token_bytes(tok: Tokenizer, size: int, end: int) -> np.ndarray:
     before = len(tok.decode(anchor).encode())
     tokens = [(i, text) for text, i in tok.get_vocab(with_added_tokens=True).items() if i < size and i != end]
     lengths = np.zeros(size, np.int64)
+    if not has_text(tokens):
+        return lengths
     if "ByteLevel" in repr(tok.decoder):
         for i, text in tokens:
             if i not in added:

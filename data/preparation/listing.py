@@ -93,6 +93,8 @@ def local_files(name: str) -> Listing:
     listing = Listing(base, sorted(file.relative_to(base).as_posix() for file in read), said)
     if not read:
         left = f" that can be read; left out: {listing.left_out_line()}" if said else ""
+        if any(file.suffix == ".bin" for files in left_out.values() for file in files):
+            left += "; files of tokens are for python -m data.adopt"
         raise DataError(f"source {name}: it holds no file{left}")
     return listing
 

@@ -19,6 +19,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -39,6 +40,7 @@ from launch.compare.search import FACTOR, MOST_ROUNDS, Search, grid, search
 from launch.compare.summary import summarize
 from launch.compare.trials import Pool, Stopped, Trial, TrialError
 from launch.monitoring.signals import STOPPED
+from launch.run.mixture import name_of_data
 from launch.run.setup import open_data
 from models import ModelError
 
@@ -64,10 +66,12 @@ class Comparison:
 
     def check_data(self) -> None:
         """Trials of an earlier start on other data must not be taken for trials on these."""
-        said = json.dumps({"data": open_data(self.config)[0].fingerprint}) + "\n"
+        mix = {} if self.config.data.mix is None else {"mix": self.config.data.mix}
+        said = json.dumps({"data": open_data(self.config)[0].fingerprint} | mix) + "\n"
         path = make_folder(self.out) / "comparison.json"
         if path.exists() and path.read_text(encoding="utf-8") != said:
-            raise ConfigError(f"{self.out} holds a comparison on other data than {self.config.data.dir}: choose another --out")
+            _, name = name_of_data(asdict(self.config.data))
+            raise ConfigError(f"{self.out} holds a comparison on other data than {name}: choose another --out")
         replace_text(path, said)
 
     @property

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from celo2 import routing_table
 from celo2.orthogonalize import newton_schulz_flops
 from configs.schema import Config
+from data.batches import Batches
 from launch.distributed.blocks import required_blocks
 from launch.optimizers.build import as_celo2_groups, check_matrices, optimizer_groups
 from launch.planning.cost import ASSUMED_STATE, cost_lines, memory_per_rank, setup_of, workload_of
@@ -17,6 +18,7 @@ from launch.planning.machines import Machine
 from launch.planning.remedies import remedy_lines
 from launch.planning.units import size
 from launch.run.check import prompt_notes
+from launch.run.mixture import mixture_notes
 from launch.run.schedule import lr_factor
 from launch.run.setup import build_from_config, open_data, vocabulary
 from models import flops_per_token
@@ -33,10 +35,12 @@ def make_plan(config: Config, world: int, machine: Machine) -> str:
     """
     shards, tokenizer_size = None, config.model.vocab_size or (1 if config.model.init else GPT2_VOCABULARY)
     assumed = "the vocabulary of model.init" if config.model.init else f"a vocabulary of {tokenizer_size:,}"
-    data = f"{config.data.dir or 'data.dir'} is not prepared yet; {assumed} is assumed"
-    if config.data.dir is not None and os.path.isdir(config.data.dir):
+    folders = [config.data.dir] if config.data.mix is None else [source["dir"] for source in config.data.mix]
+    names = ", ".join(folder or "data.dir" for folder in folders)
+    data = f"{names} is not prepared yet; {assumed} is assumed"
+    if all(folder is not None and os.path.isdir(folder) for folder in folders):
         shards, _ = open_data(config)
-        tokenizer_size, data = shards.vocab_size, config.data.dir
+        tokenizer_size, data = shards.vocab_size, names
     model, context = build_from_config(config, vocabulary(config, tokenizer_size), device="meta")
     if config.distributed.strategy == "fsdp2":
         required_blocks(model)
@@ -94,7 +98,10 @@ def make_plan(config: Config, world: int, machine: Machine) -> str:
     ]
     lines += ["", *cost_lines(workload, largest, config.train.batch_size, machine, steps=config.train.steps)]
     lines += remedy_lines(workload, recomputed, largest, config.train.batch_size, machine)
-    lines += [f"note: {note}" for note in prompt_notes(config, shards, context)] if shards is not None else []
+    if shards is not None:
+        batches = Batches(shards, context, config.train.batch_size, config.run.seed)
+        notes = [*prompt_notes(config, shards, context), *mixture_notes(batches, shards, config.train.steps)]
+        lines += [f"note: {note}" for note in notes]
     lines += ["", routing_table(as_celo2_groups(groups))]
     return "\n".join(lines)
 

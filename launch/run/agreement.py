@@ -10,7 +10,7 @@ import inspect
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from launch.checkpoint.load import weights_alone
 from launch.checkpoint.verify import CheckpointError
 from launch.optimizers.table import entry_of
 from launch.optimizers.third_party import find_class
+from launch.run.mixture import name_of_data
 from models.function import NOT_SET, function_differences, plain
 
 RULE_FILE = "rule.safetensors"  # in a run's folder: a copy of the rule that it trains with
@@ -100,12 +101,13 @@ def data_differences(saved: Mapping[str, Any], config: Config, identity: Mapping
     there = saved["identity"]
     if there["data set"] != identity["data set"]:
         same_tokenizer = there.get("tokenizer") in (None, identity["tokenizer"])
-        folder = saved["config"]["data"]["dir"]
+        (was, folder), (option, now) = name_of_data(saved["config"]["data"]), name_of_data(asdict(config.data))
+        found = "a folder with" if was == "data.dir" else f"the sources {folder} of"
         yield Difference(
-            f"the {'data set' if same_tokenizer else 'tokenizer'} of data.dir",
+            f"the {'data set' if same_tokenizer else 'tokenizer'} of {option}",
             f"{there['data set'][:12]} ({folder})",
-            f"{identity['data set'][:12]} ({config.data.dir})",
-            f"data.dir=a folder with the data set {there['data set'][:12]}",
+            f"{identity['data set'][:12]} ({now})",
+            f"{was}={found} the data set {there['data set'][:12]}",
         )
     if there["run.seed"] != config.run.seed:
         yield Difference("run.seed", there["run.seed"], config.run.seed)

@@ -29,6 +29,7 @@ import models
 from celo2.distributed.collectives import gather_objects
 from configs.load import ConfigError
 from configs.schema import Config
+from data.mixture import Mixture
 from data.shards import TokenShards
 from launch.checkpoint.verify import MANIFEST, CheckpointError, list_checkpoints, sha256, step_of, verify
 from launch.monitoring.metrics import flat
@@ -37,7 +38,14 @@ from launch.optimizers.table import entry_of
 from launch.optimizers.third_party import find_class
 from launch.run.agreement import rule_hash
 
-PATHS = ("run.dir", "data.dir", "optimizer.rule", "model.init")  # options that may differ between nodes
+PATHS = (
+    "run.dir",
+    "data.dir",
+    "data.mix",
+    "data.cache_dir",
+    "optimizer.rule",
+    "model.init",
+)  # options that may differ between nodes
 PACKAGES = ("torch", "numpy", "transformers", "accelerate")
 NAMED = 4  # values, ranges of ranks or hosts that a message names
 
@@ -66,8 +74,13 @@ def facts_of(config: Config, settled: Config, shards: TokenShards, checkpoint: P
     ]
     given = "null" if config.model.init is None else "given"
     facts.append(Fact("model.init", given, "give it to every rank or to none"))
-    remedy = "let data.dir hold the same data set on every node"
-    facts.append(Fact("the data set of data.dir", shards.fingerprint[:12], remedy))
+    option = "data.dir" if config.data.mix is None else "data.mix"
+    facts.append(Fact(f"the data set of {option}", shards.fingerprint[:12], f"let {option} hold the same data set on every node"))
+    if isinstance(shards, Mixture):
+        order = ", ".join(source.fingerprint[:12] for source in shards.sources)
+        weights = "; ".join(f"{' : '.join(map(str, phase.shares))} from step {phase.step} on" for phase in shards.phases)
+        facts.append(Fact("the order of the sources of data.mix", order, "name the sources in one order on every rank"))
+        facts.append(Fact("the weights of data.mix", weights, "give every rank the same weights"))
     if entry_of(config.optimizer).takes_rule:
         remedy = "let optimizer.rule be the same file on every node"
         facts.append(Fact("the rule of the optimizer", rule_hash(rule_of(settled.optimizer))[:12], remedy))

@@ -92,5 +92,6 @@ def roll_back(run_dir: Path, state: RunState, strategy: Strategy, saver: Saver, 
     heartbeat.mark("loaded")
     back = from_saved(read_state(path))
     accelerator.wait_for_everyone()  # the checkpoint is about to be written again, with what is left out
-    on = replace(back, sequences=state.sequences, bad_steps=state.bad_steps, rollbacks=state.rollbacks + 1)
+    on = replace(back, sequences=state.sequences, sources=state.sources)
+    on = replace(on, bad_steps=state.bad_steps, rollbacks=state.rollbacks + 1)
     return on, state.sequences - back.sequences

@@ -23,6 +23,7 @@ from launch.distributed.first_rank import on_first_rank
 from launch.run.agreement import RULE_FILE
 from launch.run.branch import Start, begin_line
 from launch.run.initialize import architecture, architecture_source, begun, check_tokenizer, find_source, load_source
+from launch.run.mixture import local, open_mixture
 from launch.run.state import RunState
 from models import build_model, choose_loss, longest_context
 from models.build import model_of, prepare_model
@@ -32,17 +33,20 @@ VOCABULARY_MULTIPLE = 64  # matrix units work on multiples of 64; the rows beyon
 
 
 def open_data(config: Config) -> tuple[TokenShards, TokenShards]:
-    """The training and the validation split of `data.dir`."""
+    """The training and the validation split of `data.dir` or `data.mix`."""
+    if config.data.mix is not None:
+        return open_mixture(config)
     if config.data.dir is None:
         raise ConfigError("data.dir is missing: prepare a folder with python -m data.prepare SOURCE FOLDER and name it")
-    return TokenShards(config.data.dir, "train"), TokenShards(config.data.dir, "val")
+    folder = local(config, config.data.dir)
+    return TokenShards(folder, "train"), TokenShards(folder, "val")
 
 
 def open_batches(
     config: Config, shards: TokenShards, context: int, state: RunState, accelerator: Accelerator
 ) -> tuple[Batches, Iterator]:
     """The order of the batches, and a stream of this rank's micro-batches from the step of `state` on."""
-    batches = Batches(shards, context, config.train.batch_size, config.run.seed, state.step, state.sequences)
+    batches = Batches(shards, context, config.train.batch_size, config.run.seed, state.step, state.sequences, state.sources)
     stream = prefetch(
         batches,
         state.step,

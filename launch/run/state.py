@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from configs.schema import Config
@@ -15,6 +15,7 @@ class RunState:
 
     step: int = 0
     sequences: int = 0  # of the order of the data (data.order) that are behind it, those that rollbacks left out included
+    sources: dict[str, int] = field(default_factory=dict)  # of a mixture: how many of these each source gave, by fingerprint
     tokens: int = 0  # targets trained on
     seconds: float = 0.0  # in training steps, over all starts; without evaluation and checkpoints
     evaluated: int = 0  # the step of the last evaluation

@@ -46,8 +46,8 @@ def test_read_across_shards(prepared, train):
         assert found.dtype == np.uint16
         assert np.array_equal(found, tokens[start:stop])
     for position in (0, 4999, 5000, len(tokens) - 1):
-        name, offset = train.locate(position)
-        assert np.fromfile(prepared / name, "<u2")[offset] == tokens[position]
+        path, offset = train.locate(position)
+        assert path.parent == prepared and np.fromfile(path, "<u2")[offset] == tokens[position]
     for start, stop in ((-1, 3), (3, 2), (0, len(tokens) + 1)):
         with pytest.raises(IndexError, match=f"tokens \\[{start}, {stop}\\) of a split of {len(tokens)}"):
             train.read(start, stop)

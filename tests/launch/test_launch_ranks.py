@@ -40,7 +40,7 @@ def test_every_option_but_the_paths_is_compared(prepared):
     shards = SimpleNamespace(fingerprint="0123456789abcdef")
     found = {fact.name for fact in ranks.facts_of(config, config, shards, None, prepared)}
     options = set(flat({section: vars(options) for section, options in vars(config).items()}))
-    assert options - found == {"run.dir", "data.dir", "optimizer.rule"}  # model.init: given or not
+    assert options - found == {"run.dir", "data.dir", "data.mix", "data.cache_dir", "optimizer.rule"}  # model.init: given or not
     assert {"the rule of the optimizer", "the data set of data.dir", "Python", "torch", "transformers"} <= found
     assert "the code of this project" in found
 

@@ -1,0 +1,76 @@
+"""The sources of `data.mix`, checked."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from celo2.training.configuration import ConfigError, expanded
+from configs.schema import Config
+
+EXAMPLE = "{dir: FOLDER, weight: 0.7}"
+
+
+class Source(NamedTuple):
+    """A prepared folder, and its weight from each of some steps on, the first of which is 0."""
+
+    dir: str
+    weights: dict[int, float]
+
+
+def with_checked_mix(config: Config) -> Config:
+    """The configuration, whose paths in `data.mix` have no leading `~`.
+
+    Raises:
+        ConfigError: a source without a folder or a weight, or a setting that says the same in another way.
+    """
+    if config.data.mix is None:
+        return config
+    if config.data.dir is not None:
+        raise ConfigError("data.dir and data.mix are both given: leave one out (data.dir=null)")
+    config.data.mix = [{**item, "dir": sources.dir} for item, sources in zip(config.data.mix, sources_of(config), strict=True)]
+    return config
+
+
+def sources_of(config: Config) -> list[Source]:
+    """The sources of `data.mix`, which must not be None."""
+    mix = config.data.mix or []
+    if not mix:
+        raise ConfigError(f"data.mix is empty: give it sources, [{EXAMPLE}, ...]")
+    found = [_source(item, f"data.mix[{i}]") for i, item in enumerate(mix)]
+    for step in sorted({step for source in found for step in source.weights}):
+        if not any(source.weights[max(s for s in source.weights if s <= step)] for source in found):
+            raise ConfigError(f"data.mix: from step {step} on no source has a weight above 0")
+    return found
+
+
+def _source(item: dict[str, Any], name: str) -> Source:
+    if unknown := [key for key in item if key not in ("dir", "weight")]:
+        raise ConfigError(f"{name} has the unknown key {unknown[0]!r}; a source is {EXAMPLE}")
+    folder, weight = item.get("dir"), item.get("weight")
+    if not isinstance(folder, str) or not folder.strip():
+        raise ConfigError(f"{name}.dir is {folder!r}, expected the path of a prepared folder")
+    if weight is None:
+        raise ConfigError(f"{name}.weight is missing: a source is {EXAMPLE}")
+    if not isinstance(weight, dict):
+        weights = {0: _number(weight, f"{name}.weight")}
+        if not weights[0]:
+            raise ConfigError(
+                f"{name}.weight is 0: leave the source out, or say from which step on it counts, {{0: 0, 9000: 0.3}}"
+            )
+    else:
+        for step in weight:
+            if type(step) is not int or step < 0:
+                raise ConfigError(f"{name}.weight has the key {step!r}, expected the step from which on a weight holds")
+        if 0 not in weight:
+            raise ConfigError(f"{name}.weight does not say what holds from step 0 on: {{0: 0, ...}} if the source comes later")
+        weights = {step: _number(weight[step], f"{name}.weight.{step}") for step in sorted(weight)}
+        if not any(weights.values()):
+            raise ConfigError(f"{name}.weight is 0 at every step: leave the source out")
+    return Source(expanded(folder, f"{name}.dir"), weights)
+
+
+def _number(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+        raise ConfigError(f"{name} is {value!r}, expected a number, 0 or above")
+    return value

@@ -1,0 +1,168 @@
+"""A data set that `datasets` saved to disk (Dataset or DatasetDict, with a column input_ids) into token shards.
+
+It is copied: Arrow keeps ids as int32 or int64 in small batches, and shards of uint16 take a half or a quarter of that on disk.
+A row is a document, and gets the end of text unless it begins or ends with it. Where all rows of the training split but the last
+have one length, the rows are pieces of a longer text, and stay as they are.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from data import DataError, first_line
+from data.preparation.assemble import ShardWriter
+from data.preparation.encode import token_dtype
+from data.preparation.output import locked, publish, summary
+from data.shards import FORMAT, VERSION, check_files, read_index
+from data.token_files import is_saved
+from data.tokenizer import save_tokenizer, token_id, tokenizer_hash, vocabulary_size
+
+COLUMN = "input_ids"
+VALIDATION_NAMES = ("validation", "val", "valid", "dev", "test")
+SHARD_TOKENS = 100_000_000
+ROWS = 1000  # that are read at a time
+LINE_SECONDS = 10
+
+
+def copy_saved(
+    source: Path,
+    out: Path,
+    val: str | None,
+    tokenizer: tuple[Tokenizer, str, dict[str, str]],
+    arguments: dict[str, Any],
+    say: Callable[[str], None],
+) -> Path:
+    """Write the shards of `source`, and of the validation set `val` if that is another one, into the folder `out`.
+
+    Raises:
+        DataError: no validation, no such column, rows that are padded or empty, or ids outside the vocabulary.
+    """
+    begun = time.monotonic()
+    tok, end_text, declared = tokenizer
+    end, vocab_size, dtype = token_id(tok, end_text), vocabulary_size(tok), token_dtype(tok)
+    paths = split_paths(source, val, say)
+    inventory = {
+        split: json.loads((path / "state.json").read_text(encoding="utf-8"))["_fingerprint"] for split, path in paths.items()
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out):
+        if (out / "index.json").exists():
+            index = read_index(out)
+            if (index.get("inventory"), index["tokenizer_sha256"]) != (inventory, tokenizer_hash(tok)):
+                raise DataError(f"{out} holds another data set: choose another folder, or remove it")
+            check_files(out, index, *index["splits"])
+            say(f"already adopted: {out}, {summary(index)}")
+            return out
+        say(f"end of text: {end_text!r}, id {end}")
+        partial = out / ".partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / "shards").mkdir(parents=True)
+        notes: list[str] = []
+        splits = {}
+        pieces = _pieces(_load(paths["train"]), paths["train"])
+        if pieces:
+            notes.append(f"{paths['train']}: all rows have one length: pieces of a longer text, to which no end of text is added")
+            say(notes[-1])
+        for split, path in paths.items():
+            data = _load(path)
+            writer, last = ShardWriter(partial / "shards", split, SHARD_TOKENS), time.monotonic()
+            for tokens in _rows(data, path, vocab_size):
+                if not pieces and end not in (tokens[0], tokens[-1]):
+                    tokens = np.append(tokens, end)
+                writer.write(tokens.astype(dtype), 0)
+                if time.monotonic() - last >= LINE_SECONDS:
+                    last = time.monotonic()
+                    say(f"copying {split}: {writer.documents:,} of {len(data):,} rows, {writer.tokens:,} tokens")
+            splits[split] = writer.close()
+            del splits[split]["bytes"]  # of text: unknown
+            if splits[split]["tokens"] < 2:
+                raise DataError(f"{path}: the split {split!r} has too few tokens")
+        save_tokenizer(tok, partial, end_text, declared)
+        index = {"format": FORMAT, "version": VERSION, "dtype": dtype.name, "vocab_size": vocab_size, "end_of_text_id": end}
+        index |= {"tokenizer_sha256": tokenizer_hash(tok), "splits": splits, "arguments": arguments}
+        publish(partial, partial / "shards", out, index | {"inventory": inventory, "val_inventory": None, "notes": notes})
+    say(f"copied {source} into {out} in {time.monotonic() - begun:.1f} s: {summary(index)}")
+    return out
+
+
+def split_paths(source: Path, val: str | None, say: Callable[[str], None]) -> dict[str, Path]:
+    """The folder of each split."""
+    of_dict = source / "dataset_dict.json"
+    names = json.loads(of_dict.read_text(encoding="utf-8"))["splits"] if of_dict.is_file() else []
+    training = source / "train" if names else source
+    if names and "train" not in names:
+        raise DataError(f"{source}: no split 'train', but {', '.join(names)}")
+    if val is not None:
+        if not is_saved(Path(val)) or (Path(val) / "dataset_dict.json").is_file():
+            raise DataError(f"--val {val}: not one data set that `datasets` saved to disk")
+        return {"train": training, "val": Path(val)}
+    found = next((name for name in VALIDATION_NAMES if name in names), None)
+    if found is None:
+        raise DataError(
+            f"{source}: no validation split; save a DatasetDict with one ({', '.join(VALIDATION_NAMES)}), or name a data set "
+            "with --val"
+        )
+    if left := [name for name in names if name not in ("train", found)]:
+        say(f"left out: the split(s) {', '.join(left)}")
+    return {"train": training, "val": source / found}
+
+
+def _load(path: Path) -> Any:
+    """The data set, whose batches are Arrow tables of the column alone (and of attention_mask, if it has one)."""
+    from datasets import load_from_disk
+
+    try:
+        data = load_from_disk(str(path))
+    except Exception as error:  # pyarrow, json and datasets have their own
+        raise DataError(f"{path}: `datasets` cannot read it: {first_line(error)}") from None
+    if COLUMN not in data.column_names:
+        has = f"but {', '.join(data.column_names)}" if data.column_names else "and no other"
+        raise DataError(f"{path}: no column {COLUMN!r}, {has}; data.prepare tokenizes text")
+    return data.select_columns([name for name in (COLUMN, "attention_mask") if name in data.column_names]).with_format("arrow")
+
+
+def _pieces(data: Any, path: Path) -> bool:
+    """Whether all rows but the last have one length, which documents have not."""
+    import pyarrow.compute as pc
+
+    lengths: set[int] = set()
+    for table in data.select(range(max(0, len(data) - 1))).iter(ROWS):
+        try:
+            lengths.update(pc.unique(pc.list_value_length(table[COLUMN])).to_pylist())
+        except Exception as error:
+            raise DataError(f"{path}: its column {COLUMN!r} holds no lists: {first_line(error)}") from None
+        if len(lengths) > 1:
+            return False
+    return len(data) > 2 and len(lengths) == 1
+
+
+def _rows(data: Any, path: Path, vocab_size: int) -> Iterator[np.ndarray]:
+    """The ids (n,) int64 of each row, n > 0."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    row = 0
+    for table in data.iter(ROWS):
+        if "attention_mask" in table.column_names and pc.min(pc.list_flatten(table["attention_mask"])).as_py() == 0:
+            raise DataError(f"{path}: rows from {row:,} on are padded (their attention_mask has 0): save them without padding")
+        column = table[COLUMN].combine_chunks()
+        values = pc.list_flatten(column)
+        if not pa.types.is_integer(values.type) or column.null_count or values.null_count:
+            raise DataError(
+                f"{path}: rows from {row:,} on: {COLUMN!r} must be lists of whole numbers, without null; found {column.type}"
+            )
+        ids = values.to_numpy(zero_copy_only=False)
+        if len(ids) and not (ids.min() >= 0 and ids.max() < vocab_size):
+            bad = int(ids.min() if ids.min() < 0 else ids.max())
+            raise DataError(f"{path}: rows from {row:,} on: id {bad} is outside the tokenizer's vocabulary of {vocab_size:,}")
+        stops = np.cumsum(pc.list_value_length(column).to_numpy(zero_copy_only=False))
+        for tokens in np.split(ids.astype(np.int64), stops[:-1]):
+            if len(tokens):
+                yield tokens
+        row += len(column)

@@ -1,0 +1,92 @@
+"""What a training run does with `data.mix` and not with `data.dir`: opens it, and says what it takes of each source."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from configs.mixture import sources_of
+from configs.schema import Config
+from data.batches import Batches
+from data.mixture import Mixture
+from data.remote import local_folder
+from data.shards import TokenShards
+
+
+def open_mixture(config: Config) -> tuple[TokenShards, TokenShards]:
+    """The training and the validation split of `data.mix`.
+
+    Validation takes from each source as its weight at step 0 says, so that the loss stays comparable where weights change. A
+    source without a weight there needs no validation split.
+
+    Raises:
+        DataError: of one source, or because they do not fit together.
+    """
+    sources = [source._replace(dir=local(config, source.dir)) for source in sources_of(config)]
+    training = Mixture([TokenShards(source.dir, "train") for source in sources], [source.weights for source in sources])
+    first = [source for source in sources if source.weights[0]]
+    return training, Mixture([TokenShards(source.dir, "val") for source in first], [{0: source.weights[0]} for source in first])
+
+
+def local(config: Config, folder: str) -> str:
+    """A data folder on this machine: for a URL its copy in the cache."""
+    return local_folder(folder, Path(config.data.cache_dir).expanduser(), config.data.cache_gb * 1e9, log)
+
+
+def fetch_data(config: Config) -> None:
+    """Copy what lies behind URLs. Before the processes meet, since they would wait for longer than they may.
+
+    Raises:
+        DataError: as `local_folder`.
+    """
+    for source in [config.data.dir] if config.data.mix is None else [source.dir for source in sources_of(config)]:
+        if source is not None:
+            local(config, source)
+
+
+def log(line: str) -> None:
+    """What is copied, on stderr at once."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def mixture_notes(batches: Batches, shards: TokenShards, steps: int) -> list[str]:
+    """For each source of a mixture its tokens, its share from each step on, and how often the run goes through it."""
+    if not isinstance(shards, Mixture):
+        return []
+    return [
+        f"data.mix: {name} has {source.n_tokens:,} tokens and "
+        f"{', '.join(_share(float(phase.shares[i]), phase.step) for phase in shards.phases)} of the sequences: "
+        f"{batches.epochs(steps)[i]:.3g} epochs until step {steps}"
+        for i, (name, source) in enumerate(zip(shards.names, shards.sources, strict=True))
+    ]
+
+
+def epochs_record(batches: Batches, shards: TokenShards, step: int) -> dict[str, float]:
+    """For metrics.jsonl: how often each source of a mixture was gone through before `step`."""
+    if not isinstance(shards, Mixture):
+        return {}
+    return {f"epochs/{name}": epochs for name, epochs in zip(shards.names, batches.epochs(step), strict=True)}
+
+
+def taken_notes(batches: Batches, shards: TokenShards, step: int) -> list[str]:
+    """What the run took of each source of a mixture."""
+    if not isinstance(shards, Mixture):
+        return []
+    counts = batches.taken(step).values()
+    parts = [
+        f"{name} {count:,} ({epochs:.3g} epochs)"
+        for name, count, epochs in zip(shards.names, counts, batches.epochs(step), strict=True)
+    ]
+    return [f"data.mix: sequences taken until step {step}: {', '.join(parts)}"]
+
+
+def _share(share: float, step: int) -> str:
+    return f"{share:.4g}" + (f" from step {step} on" if step else "")
+
+
+def name_of_data(data: dict[str, Any]) -> tuple[str, str]:
+    """The option that names the data in a configuration's section `data`, and what it names."""
+    if data.get("mix"):
+        return "data.mix", ", ".join(str(source.get("dir")) for source in data["mix"])
+    return "data.dir", str(data.get("dir"))
