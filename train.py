@@ -54,7 +54,7 @@ from launch.run.grace import Grace
 from launch.run.hooks import Hooks
 from launch.run.mixture import epochs_record, fetch_data, mixture_notes, taken_notes
 from launch.run.own_rule import settled
-from launch.run.ranks import facts_of, require_same, weights_fact
+from launch.run.ranks import facts_of, require_same
 from launch.run.restart import record_lost_rank, restart_event, restart_note
 from launch.run.resume import find_start, resume, roll_back
 from launch.run.schedule import dropout_seed, due, lr_factor, set_lr
@@ -69,6 +69,7 @@ from launch.run.setup import (
 )
 from launch.run.state import RunState, to_saved
 from launch.run.summary import Summary
+from launch.run.weights import require_finite, require_same_files
 from models import LossMismatch, ModelError, flops_per_token
 
 # Errors that the user can fix: bad input, a full disk, a run that diverged. Each is printed in one line.
@@ -131,16 +132,18 @@ def pretrain(
     require_same(accelerator, lambda: facts_of(config, chosen, shards, start.checkpoint, run_dir))
     heartbeat.mark("building the model")
 
-    # The model; then model and optimizer as the strategy spreads them over the processes. The global batch of a step is the same
-    # for every number of processes and micro-batch size.
+    # The model without memory, and where its weights come from; then model and optimizer as the strategy spreads them over the
+    # processes, each of which makes or reads what it keeps. The global batch of a step is the same for every number of processes
+    # and micro-batch size.
     lengths = bytes_of_tokens(validation)
     set_seed(config.run.seed)
-    model, context, taken = make_model(config, shards)
-    if taken:
-        require_same(accelerator, lambda: [weights_fact(model)])
+    model, weights, context, taken, files = make_model(config, shards, start.checkpoint)
+    require_same_files(accelerator, files)
     flops, parameters, hidden = flops_per_token(model, context), model.num_parameters(), hidden_names(model)
     heartbeat.mark("sharding model and optimizer")
-    strategy = make_strategy(chosen, accelerator, model)
+    strategy = make_strategy(chosen, accelerator, model, weights)
+    require_finite(accelerator, weights, files)
+    del weights
     optimizer = strategy.optimizer
     verification = Verification(strategy)
     statistics = StepStatistics(optimizer, [strategy.shards[name].weight for name in hidden], accelerator.device)
@@ -177,8 +180,8 @@ def pretrain(
         ) as saver,
     ):
         batches, stream = open_batches(config, shards, context, state, accelerator)
-        start.notes.extend([*(taken if state.step == 0 else []), *saver.notes, *prompt_notes(config, shards, context)])
-        start.notes.extend(mixture_notes(batches, shards, steps))
+        start.notes.extend([*([taken] if taken and state.step == 0 else []), *saver.notes])
+        start.notes.extend([*prompt_notes(config, shards, context), *mixture_notes(batches, shards, steps)])
         if restart:
             start.notes.append(restart_note(restart))
         for note in [*start.notes, describe_training(config, parameters, optimizer, batches, world)]:

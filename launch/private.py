@@ -11,6 +11,7 @@ import atexit
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -22,6 +23,7 @@ from torch.optim import _muon
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from launch.monitoring.signals import STOP_SIGNALS
+from models.initialization import become
 
 DispatchMode = TorchDispatchMode  # sees every torch operator, collectives included; module hooks do not
 
@@ -67,6 +69,24 @@ def leave(status: int) -> NoReturn:
 def zero_gradient_norm(zero: Any) -> torch.Tensor:
     """The norm of the whole gradient, which DeepSpeed's engine tells only after the update; `zero` is `engine.optimizer`."""
     return torch.as_tensor(zero._global_grad_norm)
+
+
+def zero3_partitions(deepspeed: Any, model: torch.nn.Module, options: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor, int]]:
+    """Divide the parameters of `model`, which is on the meta device, as stage 3 does, one after the other.
+
+    -> the name of each, this rank's part of it to be filled, and where that begins. DeepSpeed's own way makes every parameter
+    whole on every rank, and sends it from the first one to all.
+    """
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(deepspeed.accelerator.get_accelerator().communication_backend_name())
+    zero = deepspeed.zero.Init(config_dict_or_path=options)
+    for name, p in model.named_parameters():
+        become(p, torch.empty(p.shape, dtype=p.dtype, device=zero.local_device))  # nothing writes into it
+        zero._convert_to_deepspeed_param(p)
+        p.partition()  # type: ignore[attr-defined]
+        part = p.ds_tensor.zero_()  # type: ignore[attr-defined]
+        start = min(p.ds_zero_partition_rank * part.numel(), p.ds_numel)  # type: ignore[attr-defined]
+        yield name, part[: min(part.numel(), p.ds_numel - start)], start  # type: ignore[attr-defined]
 
 
 def zero3_refresh_weights(zero: Any) -> None:

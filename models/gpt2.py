@@ -1,6 +1,6 @@
 """A GPT-3 of this project as a stock GPT-2 of transformers, which computes the same function, and back."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,27 +84,43 @@ def gpt3_config(config: GPT2Config, dropout: float) -> GPT3Config | None:
     )
 
 
+class Origin(NamedTuple):
+    """Where in a GPT-2 a parameter of the GPT-3 lies that computes the same function."""
+
+    name: str
+    part: int | None = None  # of three along the last axis: q, k, v
+    transposed: bool = False
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The parameter, from the tensor that holds it."""
+        if self.part is not None:
+            tensor = tensor.chunk(3, dim=-1)[self.part]  # (D, 3D) -> (D, D)
+        return tensor.T if self.transposed else tensor  # (in, out) -> (out, in)
+
+
+def origins(layers: int) -> dict[str, Origin]:
+    """The origin of every parameter of a GPT-3."""
+    found = {"lm_head.weight": Origin("lm_head.weight"), "model.embed_tokens.weight": Origin("transformer.wte.weight")}
+    found["model.embed_positions.weight"] = Origin("transformer.wpe.weight")
+    of_block = {
+        "norm_1": ("ln_1", None), "norm_2": ("ln_2", None),
+        "attn.q_proj": ("attn.c_attn", 0), "attn.k_proj": ("attn.c_attn", 1), "attn.v_proj": ("attn.c_attn", 2),
+        "attn.o_proj": ("attn.c_proj", None), "mlp.up_proj": ("mlp.c_fc", None), "mlp.down_proj": ("mlp.c_proj", None),
+    }  # fmt: skip
+    for key in ("weight", "bias"):
+        found[f"model.norm.{key}"] = Origin(f"transformer.ln_f.{key}")
+        for i in range(layers):
+            for name, (there, part) in of_block.items():
+                transposed = key == "weight" and not name.startswith("norm")
+                found[f"model.layers.{i}.{name}.{key}"] = Origin(f"transformer.h.{i}.{there}.{key}", part, transposed)
+    return found
+
+
 @torch.no_grad()
 def from_gpt2(gpt2: GPT2LMHeadModel, config: GPT3Config) -> GPT3LMHeadModel:
     """The same function as a GPT-3 of `config` (see `gpt3_config`), a copy: the inverse of `to_gpt2`."""
     model = GPT3LMHeadModel(config).to(gpt2.dtype)
-    source, body = gpt2.transformer, model.model
-    body.embed_tokens.load_state_dict(source.wte.state_dict())
-    body.embed_positions.load_state_dict(source.wpe.state_dict())
-    body.norm.load_state_dict(source.ln_f.state_dict())
-    model.lm_head.load_state_dict(gpt2.lm_head.state_dict())
-    block: Any
-    for block, h in zip(body.layers, source.h, strict=True):
-        block.norm_1.load_state_dict(h.ln_1.state_dict())
-        block.norm_2.load_state_dict(h.ln_2.state_dict())
-        qkv = (block.attn.q_proj, block.attn.k_proj, block.attn.v_proj)
-        weights = h.attn.c_attn.weight.chunk(3, dim=1)  # (D, 3D) -> 3 x (D, D)
-        biases = h.attn.c_attn.bias.chunk(3)  # (3D,) -> 3 x (D,)
-        others = ((block.attn.o_proj, h.attn.c_proj), (block.mlp.up_proj, h.mlp.c_fc), (block.mlp.down_proj, h.mlp.c_proj))
-        for linear, weight, bias in (
-            *zip(qkv, weights, biases, strict=True),
-            *((linear, conv.weight, conv.bias) for linear, conv in others),
-        ):
-            linear.weight.copy_(weight.T)  # (in, out) -> (out, in)
-            linear.bias.copy_(bias)
+    where = origins(config.layers)
+    for name, p in model.named_parameters():
+        p.copy_(where[name].of(gpt2.get_parameter(where[name].name)))
     return model.train(gpt2.training)

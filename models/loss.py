@@ -240,7 +240,7 @@ def choose_loss(model: PreTrainedModel) -> None:
         LossMismatch: a router loss that is not the model's own.
     """
     training, architecture = model.training, type(model).__name__
-    random = torch.Generator(model.device).manual_seed(0)
+    random = torch.Generator(device_of(model)).manual_seed(0)
     tokens = few_tokens(model, random)
     input_ids, targets = tokens[:, :-1], tokens[:, 1:]
     other_end = torch.cat([input_ids[:, :-1], (input_ids[:, -1:] + 1) % tokens.max()], dim=1)
@@ -280,9 +280,14 @@ def choose_loss(model: PreTrainedModel) -> None:
         raise ModelError(f"{architecture} is not causal as configured: a token changes the logits before it{remedy}")
 
 
+def device_of(model: PreTrainedModel) -> torch.device:
+    """Where the model computes; blocks that are not at work may be without memory."""
+    return next((p.device for p in model.parameters() if not p.is_meta), model.device)
+
+
 def few_tokens(model: PreTrainedModel, random: torch.Generator) -> Tensor:
     """Random tokens (2, 17)."""
-    return torch.randint(model.config.get_text_config().vocab_size, (2, 17), generator=random, device=model.device)
+    return torch.randint(model.config.get_text_config().vocab_size, (2, 17), generator=random, device=random.device)
 
 
 def stand_ins(model: PreTrainedModel, head: Any, random: torch.Generator) -> dict[str, Tensor]:

@@ -81,7 +81,7 @@ def measure_row(row: str, accelerator: Accelerator, folder: Path) -> Row:
     workload = workload_of(model, groups, MODEL["context"], 0.0, 0.0, 0.0, False)
     formula = exchanged_bytes(workload, setup_of(config, world))
     strategies = STRATEGIES | dict.fromkeys(("zero1", "zero2", "zero3"), ZeroOfLargeModel)
-    strategy = make_strategy(config, accelerator, model, strategies)
+    strategy = make_strategy(config, accelerator, model, strategies=strategies)
 
     generator = torch.Generator().manual_seed(1)
     losses, gradients = [], 0

@@ -5,6 +5,8 @@ Weights that the model itself freezes are buffers here: no optimizer moves them,
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -18,13 +20,14 @@ def persistent_buffers(model: nn.Module) -> Tensors:
     return {name: buffer for name, buffer in model.named_buffers() if name in persistent}
 
 
-def frozen_to_buffers(model: nn.Module) -> None:
-    """Make a persistent buffer of the same name of every parameter that wants no gradient."""
+def frozen_to_buffers(model: nn.Module, value: Callable[[str, Tensor], Tensor]) -> None:
+    """Make a persistent buffer of the same name of every parameter that wants no gradient; `value(name, p)` is what it holds."""
+    frozen = {p: value(name, p) for name, p in model.named_parameters() if not p.requires_grad}
     for module in model.modules():
         for name, p in list(module.named_parameters(recurse=False, remove_duplicate=False)):
-            if not p.requires_grad:
+            if p in frozen:
                 delattr(module, name)
-                module.register_buffer(name, p.data)
+                module.register_buffer(name, frozen[p])
 
 
 def copies(buffers: Tensors) -> Tensors:

@@ -13,18 +13,25 @@ from transformers import PreTrainedModel
 
 from celo2.distributed.shard import local_shard_of
 from configs.schema import Config
+from launch.distributed.birth import fill_whole
 from launch.distributed.strategy import Judge, ShardedParameter, Strategy, is_expert
 from launch.monitoring.guard import Verdict
-from launch.optimizers.build import build_optimizer, optimizer_groups
-from models import CausalLMLoss
+from launch.optimizers.build import build_optimizer
+from models import CausalLMLoss, unused_parameters
+from models.initialization import Weights
 
 
 class DDP(Strategy):
     """`DistributedDataParallel`, or one process."""
 
-    def __init__(self, config: Config, accelerator: Accelerator, model: PreTrainedModel) -> None:
-        super().__init__(config, accelerator, model)
+    def __init__(self, config: Config, accelerator: Accelerator, model: PreTrainedModel, weights: Weights) -> None:
+        super().__init__(config, accelerator, model, weights)
+        fill_whole(model, weights, self.device)
         loss = CausalLMLoss(model)
+        if self.world > 1:
+            unused = unused_parameters(loss)
+            self.unused = {name for name, p in model.named_parameters() if p in unused}
+        self.compile()
         # The gradients are views of the buckets that travel, so that they are in memory once. Some architectures have weights
         # that never get one (cross-attention without an encoder), or not in every step (experts), which DDP must look for.
         accelerator.ddp_handler = DistributedDataParallelKwargs(
@@ -33,8 +40,7 @@ class DDP(Strategy):
         )
         self.loss_model = accelerator.prepare_model(loss)
         replicas = dist.group.WORLD if self.world > 1 else None
-        groups = optimizer_groups(config.optimizer, model)
-        self.optimizer = build_optimizer(config.optimizer, groups, replicas, config.distributed.shard_state)
+        self.optimizer = build_optimizer(config.optimizer, self.groups, replicas, config.distributed.shard_state)
         self.shards = {name: ShardedParameter(p, local_shard_of(p)) for name, p in model.named_parameters()}
 
     def micro_batch(self, last: bool) -> AbstractContextManager:

@@ -12,29 +12,36 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from celo2.distributed.shard import local_shard_of
 from celo2.stack import is_dtensor, local
 from configs.load import ConfigError
 from configs.schema import Config
+from launch.distributed.birth import fill
 from launch.distributed.blocks import required_blocks
 from launch.distributed.strategy import Judge, Strategy, sharded_parameters
 from launch.monitoring.guard import Verdict
-from launch.optimizers.build import build_optimizer, optimizer_groups
+from launch.optimizers.build import build_optimizer
 from models import CausalLMLoss, one_line
+from models.initialization import Weights
+from models.loss import few_tokens
+
+LINEAR = (nn.Linear, Conv1D)
 
 
 class FSDP2(Strategy):
     """`fully_shard` on every block and on the loss module, which holds the rest.
 
-    Under bf16, what autocast would round anyway, the weights of attention and feed-forward parts, travels in bfloat16, and its
-    gradients in float32. Norms, embeddings and the residual stream stay in float32, as under autocast alone.
+    Under bf16, what autocast would round anyway, the weights of the linear maps in attention and feed-forward parts, travels in
+    bfloat16, and its gradients in float32. Norms of any kind, embeddings, what is no layer's weight, and the residual stream stay
+    in float32, as under autocast alone.
     """
 
     whole = False
 
-    def __init__(self, config: Config, accelerator: Accelerator, model: PreTrainedModel) -> None:
-        super().__init__(config, accelerator, model)
+    def __init__(self, config: Config, accelerator: Accelerator, model: PreTrainedModel, weights: Weights) -> None:
+        super().__init__(config, accelerator, model, weights)
         self.copies = config.distributed.replicas
         if self.world % self.copies:
             raise ConfigError(f"distributed.replicas is {self.copies}, which does not divide {self.world} processes")
@@ -47,19 +54,37 @@ class FSDP2(Strategy):
         halved = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in required_blocks(model):
             for part in block.children() if bf16 else ():
-                if has(part, nn.Linear) and not has(part, nn.LayerNorm):
+                if is_halved(part):
+                    for norm in norms_in(part):
+                        fully_shard(norm, mesh=mesh)
                     fully_shard(part, mesh=mesh, mp_policy=halved)
             fully_shard(block, mesh=mesh)
         self.loss_model = CausalLMLoss(model)
         fully_shard(self.loss_model, mesh=mesh)
+        allocate(self.loss_model, self.device)
+        for name, p in model.named_parameters():
+            fill(local(p), weights, name, local_shard_of(p).start)
         self.autocast = partial(torch.autocast, accelerator.device.type, torch.bfloat16, enabled=bf16)
 
         self.parameters = dict(model.named_parameters())
-        groups = optimizer_groups(config.optimizer, model)
-        for group in groups:
-            group["params"] = [flat_local_shard(p) for p in group["params"]]
-        self.optimizer = build_optimizer(config.optimizer, groups)
-        self.shards = sharded_parameters(groups, self.parameters)
+        if self.world > 1:
+            self.unused = self.find_unused()
+        self.compile()
+        for group in self.groups:
+            group["params"] = [flat_local_shard(self.parameters[name]) for name in group["param_names"]]
+        self.optimizer = build_optimizer(config.optimizer, self.groups)
+        self.shards = sharded_parameters(self.groups, self.parameters)
+
+    def find_unused(self) -> set[str]:
+        """The parameters that get no gradient from the loss of a few tokens. Every rank must call it."""
+        self.loss_model.eval()
+        tokens = few_tokens(self.model, torch.Generator(self.device).manual_seed(0))
+        self.differentiate(self.loss(tokens[:, :-1], tokens[:, 1:]))
+        self.loss_model.train()
+        unused = {name for name, p in self.parameters.items() if p.grad is None}
+        for p in self.parameters.values():
+            p.grad = None
+        return unused
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """As under DDP, where Accelerate adds the autocast."""
@@ -91,9 +116,28 @@ class FSDP2(Strategy):
         return verdict
 
 
-def has(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a module of `kind` is in `module`."""
-    return any(isinstance(m, kind) for m in module.modules())
+def owners(part: nn.Module) -> list[nn.Module]:
+    """The modules in `part` that have parameters of their own."""
+    return [m for m in part.modules() if next(m.parameters(recurse=False), None) is not None]
+
+
+def norms_in(part: nn.Module) -> list[nn.Module]:
+    """The norms in `part` that have a weight, whatever their library calls them: LayerNorm, RMSNorm, Qwen3RMSNorm, ..."""
+    return [m for m in owners(part) if "norm" in type(m).__name__.lower() and not isinstance(m, LINEAR)]
+
+
+def is_halved(part: nn.Module) -> bool:
+    """Whether the weights of `part`, but those of norms, may travel in bfloat16: autocast rounds them all before it uses them."""
+    others = set(owners(part)) - set(norms_in(part))
+    return bool(others) and all(isinstance(m, LINEAR) for m in others)
+
+
+def allocate(model: nn.Module, device: torch.device) -> None:
+    """Memory on `device` for the parameters of `model`; its buffers are there already."""
+    buffers = [(m, name, buffer) for m in model.modules() for name, buffer in m.named_buffers(recurse=False)]
+    model.to_empty(device=device)
+    for module, name, buffer in buffers:
+        setattr(module, name, buffer)
 
 
 def flat_local_shard(p: Tensor) -> Tensor:

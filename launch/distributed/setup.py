@@ -28,20 +28,27 @@ from launch.distributed.strategy import Strategy
 from launch.distributed.zero import Zero
 from launch.private import set_collective_timeout
 from models import peak_flops
+from models.initialization import Held, Weights
 
 STRATEGIES: dict[str, type[Strategy]] = {"ddp": DDP, "zero1": Zero, "zero2": Zero, "zero3": Zero, "fsdp2": FSDP2}
 
 
 def make_strategy(
-    config: Config, accelerator: Accelerator, model: PreTrainedModel, strategies: Mapping[str, type[Strategy]] = STRATEGIES
+    config: Config,
+    accelerator: Accelerator,
+    model: PreTrainedModel,
+    weights: Weights | None = None,
+    strategies: Mapping[str, type[Strategy]] = STRATEGIES,
 ) -> Strategy:
-    """The strategy of `config` with `model`, which is whole and alike on every rank; checked over all ranks.
+    """The strategy of `config` with `model`, which is alike on every rank; checked over all ranks.
+
+    Without `weights` the model is whole, in memory, and gives them up.
 
     Raises:
         ConfigError: a package that is missing, or an optimizer that the strategy does not know.
         ShardingError: shards that are not what was asked for.
     """
-    strategy = strategies[config.distributed.strategy](config, accelerator, model)
+    strategy = strategies[config.distributed.strategy](config, accelerator, model, weights or Held(model))
     set_collective_timeout(COLLECTIVE_TIMEOUT)  # of the strategy's own groups, too
     strategy.check()
     divided = next((s.local_shard.group for s in strategy.shards.values() if s.local_shard.group is not None), None)

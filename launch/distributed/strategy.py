@@ -17,13 +17,15 @@ from celo2.distributed.collectives import gather_objects
 from celo2.distributed.shard import LocalShard, check_cover, local_shard_of
 from celo2.layout import matrix_count, stacked_shape
 from configs.schema import Config
+from launch.distributed.birth import move_buffers, whole
 from launch.distributed.blocks import compile_blocks
 from launch.distributed.buffers import copies, frozen_to_buffers, persistent_buffers, settle
 from launch.distributed.host_group import HostGroup
 from launch.monitoring.guard import Verdict
 from launch.optimizers.build import Groups, optimizer_groups
 from launch.optimizers.table import entry_of
-from models import CausalLMLoss, ModelError, one_line, unused_parameters
+from models import ModelError, one_line
+from models.initialization import Weights
 
 Judge = Callable[[Tensor], Verdict]  # gradient norm -> what happens with the step
 MicroBatches = list[tuple[Tensor, Tensor]]  # input tokens and targets (B, T)
@@ -45,8 +47,7 @@ class Strategy:
         loss_model: the module that computes the loss, as the strategy has wrapped it.
         optimizer: updates `shards`.
         shards: every parameter by name, a tied weight once.
-        matrices: how many hidden matrices of the model its optimizer orthogonalizes.
-        unused: parameters that get no gradient from the loss; looked for over several processes.
+        unused: names of parameters that get no gradient from the loss; looked for over several processes.
         copies: how many ranks hold the same shard and orthogonalize it each for itself.
         whole: whether one rank alone can call its `model`.
         host: all ranks, through CPU memory.
@@ -61,22 +62,33 @@ class Strategy:
     before_step: dict[str, Tensor]  # the buffers
     host: HostGroup
 
-    def __init__(self, config: Config, accelerator: Accelerator, model: PreTrainedModel) -> None:
+    def __init__(self, config: Config, accelerator: Accelerator, model: PreTrainedModel, weights: Weights) -> None:
+        """`model` has no memory for its parameters yet: a subclass gives it what this rank keeps, from `weights`.
+
+        Parameters are routed here, before anything is sharded, while modules have their own classes and weights their shapes.
+        """
         self.config, self.accelerator, self.model = config, accelerator, model
-        self.world = accelerator.num_processes
-        model.to(accelerator.device)
-        frozen_to_buffers(model)
+        self.world, self.device = accelerator.num_processes, accelerator.device
+        move_buffers(model, self.device)
+        frozen_to_buffers(model, lambda name, p: whole(p, weights, name, self.device))
         self.buffer_names = list(persistent_buffers(model))
-        self.unused = unused_parameters(CausalLMLoss(model)) if self.world > 1 else set()
-        experts = {p for name, p in model.named_parameters() if is_expert(name)}  # they get one where a token is theirs
-        without = set() if self.fills_gradients else self.unused - experts
-        orthogonalizes = entry_of(config.optimizer).orthogonalizes
-        self.matrices = count_hidden_matrices(optimizer_groups(config.optimizer, model), without) if orthogonalizes else 0
+        self.groups = optimizer_groups(config.optimizer, model)
+        self.hidden = hidden_matrices(self.groups) if entry_of(config.optimizer).orthogonalizes else {}
+        self.unused: set[str] = set()
         if not dist.is_initialized() and config.distributed.strategy != "ddp":  # sharding over one process needs a group too
             backend = "nccl" if accelerator.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        if config.train.compile:
-            compile_blocks(model, accelerator.device)
+
+    def compile(self) -> None:
+        """Compile the blocks, if the configuration says so. To be called after `unused` is found, which is no step."""
+        if self.config.train.compile:
+            compile_blocks(self.model, self.device)
+
+    @property
+    def matrices(self) -> int:
+        """How many hidden matrices of the model its optimizer orthogonalizes in a step, experts without a token included."""
+        without = set() if self.fills_gradients else self.unused
+        return sum(count for name, count in self.hidden.items() if name not in without or is_expert(name))
 
     @property
     def buffers(self) -> dict[str, Tensor]:
@@ -159,10 +171,14 @@ def is_expert(name: str) -> bool:
     return any("expert" in part.lower() for part in name.split("."))
 
 
-def count_hidden_matrices(groups: Groups, without: set[Tensor]) -> int:
-    """The matrices that the parameters with the role "hidden" stand for, `without` some."""
-    hidden = [(p, g["matrices"]) for g in groups if g["role"] == "hidden" for p in g["params"] if p not in without]
-    return sum(matrix_count(stacked_shape(tuple(p.shape), layout)) for p, layout in hidden)
+def hidden_matrices(groups: Groups) -> dict[str, int]:
+    """How many matrices each parameter with the role "hidden" stands for, by its name."""
+    return {
+        name: matrix_count(stacked_shape(tuple(p.shape), group["matrices"]))
+        for group in groups
+        if group["role"] == "hidden"
+        for name, p in zip(group["param_names"], group["params"], strict=True)
+    }
 
 
 def sharded_parameters(groups: Groups, names: Iterable[str]) -> dict[str, ShardedParameter]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from celo2 import Celo2, ShardingError
 from celo2.distributed.collectives import gather_objects
-from celo2.layout import matrix_count, stacked_axes, stacked_shape, to_stack
+from celo2.layout import stacked_axes, stacked_shape, to_stack
 from celo2.rule import accumulator_shapes, update
 from launch.distributed.gather import MEANS, gather_whole, keeps_state
 from launch.distributed.strategy import Strategy, is_expert
@@ -69,14 +69,6 @@ class Verification:
         """Remember which of the experts that are about to be updated have no gradient: no token of this rank was theirs."""
         idle = [n for n, shard in self.strategy.shards.items() if is_expert(n) and shard.weight.grad is None]
         self.without_gradient |= {(self.steps, name) for name in idle}
-
-    def matrices_of(self, name: str) -> int:
-        """The matrices that the optimizer takes a parameter for, if it orthogonalizes it."""
-        weight = self.strategy.shards[name].weight
-        for group in self.strategy.counter.param_groups:
-            if group.get("update") != "adamw" and any(weight is p for p in group["params"]):
-                return matrix_count(stacked_shape(self.strategy.shards[name].local_shard.shape, group.get("matrices")))
-        return 0
 
     def look_before(self, *_: object) -> None:
         """Remember what the step starts from."""
@@ -140,7 +132,7 @@ class Verification:
         own = (strategy.counter.orthogonalized, self.problem, self.without_gradient)
         counts, problems, idle = zip(*gather_objects(own, dist.group.WORLD), strict=True)  # type: ignore[arg-type]
         counted = sum(counts)
-        skipped = sum(self.matrices_of(name) for _, name in set.intersection(*idle))  # experts without a token on any rank
+        skipped = sum(strategy.hidden.get(name, 0) for _, name in set.intersection(*idle))  # experts without a token on any rank
         expected = strategy.copies * (strategy.matrices * self.steps - skipped)
         problem = next(filter(None, problems), None)
         if counted != expected:

@@ -15,11 +15,13 @@ from celo2.distributed.deepspeed import ZeroClient
 from configs.load import ConfigError
 from configs.schema import Config
 from data.batches import fit_micro_batch
+from launch.distributed.birth import fill, fill_whole
 from launch.distributed.strategy import Judge, MicroBatches, Strategy, sharded_parameters
 from launch.monitoring.guard import Verdict
-from launch.optimizers.build import build_optimizer, optimizer_groups
-from launch.private import forbid_deepspeed_compilation, zero3_refresh_weights, zero_gradient_norm
+from launch.optimizers.build import build_optimizer
+from launch.private import forbid_deepspeed_compilation, zero3_partitions, zero3_refresh_weights, zero_gradient_norm
 from models import CausalLMLoss
+from models.initialization import Weights
 
 
 class Zero(Strategy):
@@ -31,15 +33,20 @@ class Zero(Strategy):
     fills_gradients = True
     zero_options: ClassVar[dict[str, Any]] = {}  # further options of DeepSpeed's section zero_optimization
 
-    def __init__(self, config: Config, accelerator: Accelerator, model: PreTrainedModel) -> None:
-        super().__init__(config, accelerator, model)
+    def __init__(self, config: Config, accelerator: Accelerator, model: PreTrainedModel, weights: Weights) -> None:
+        super().__init__(config, accelerator, model, weights)
         self.whole = config.distributed.strategy != "zero3"
         launched = "LOCAL_RANK" in os.environ
         deepspeed = import_deepspeed(accelerator.device)
         names = dict(model.named_parameters())
-        groups = optimizer_groups(config.optimizer, model)
-        self.client = ZeroClient(groups)
+        self.client = ZeroClient(self.groups)
         options = engine_config(config, self.world, self.zero_options)
+        if self.whole:
+            fill_whole(model, weights, self.device)
+        else:
+            for name, shard, start in zero3_partitions(deepspeed, model, options):
+                fill(shard, weights, name, start)
+        self.compile()
         self.engine, *_ = deepspeed.initialize(model=CausalLMLoss(model), optimizer=self.client, config=options)
         if not launched:  # the next training run of this process would take it for a launcher's
             del os.environ["LOCAL_RANK"]

@@ -28,10 +28,12 @@ from data import first_line
 from data.shards import TokenShards
 from launch.checkpoint.load import load_model, read_model_config, read_state
 from launch.checkpoint.verify import MANIFEST, choose_checkpoint, list_checkpoints
-from models.build import named_size, prepare_model
+from launch.run.weights import FromGPT2, source_of
+from models.build import model_of, named_size, prepare_model
 from models.function import function_differences
 from models.gpt2 import from_gpt2, gpt3_config
 from models.gpt3 import GPT3Config
+from models.initialization import Held, Weights, without_memory
 
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -41,7 +43,7 @@ PROBE = 4096  # tokens of the data that both tokenizers must write alike
 
 
 @dataclass(frozen=True)
-class Weights:
+class Source:
     """Where weights come from: a folder with a config.json, and what a message says of it."""
 
     path: Path
@@ -56,16 +58,16 @@ class Weights:
         return (self.path.parent.parent if in_a_run else self.path) / "tokenizer.json"
 
 
-def begun(config: Config, run_dir: Path) -> Weights | None:
+def begun(config: Config, run_dir: Path) -> Source | None:
     """A checkpoint of the training run that `config` continues; None if it begins. Whether it is whole is not looked at."""
     resume = config.checkpoint.resume
     given = [] if resume in ("auto", "never") else [Path(resume).expanduser()]
     runs = [*given, run_dir] if resume != "never" else []  # `given` may be a checkpoint or a run
     paths = [*given, *(path for run in runs for path in reversed(list_checkpoints(run / "checkpoints")))]
-    return next((Weights(path, str(path), step=0) for path in paths if (path / "config.json").is_file()), None)
+    return next((Source(path, str(path), step=0) for path in paths if (path / "config.json").is_file()), None)
 
 
-def architecture_source(config: Config, run_dir: Path) -> Weights | None:
+def architecture_source(config: Config, run_dir: Path) -> Source | None:
     """What says which model `config` with `model.init` trains: the run itself once it has begun, else `model.init`'s folder.
 
     None without `model.init`. Of a model of the hub it gets the small files alone.
@@ -75,7 +77,7 @@ def architecture_source(config: Config, run_dir: Path) -> Weights | None:
     return begun(config, run_dir) or find_source(config.model.init, weights=False)
 
 
-def find_source(init: str, weights: bool = True) -> Weights:
+def find_source(init: str, weights: bool = True) -> Source:
     """The folder that `model.init` names; of a model of the hub a local copy, with or without its weights.
 
     Raises:
@@ -84,7 +86,7 @@ def find_source(init: str, weights: bool = True) -> Weights:
     """
     if init.startswith(HUB):
         path = download(init, weights)
-        return Weights(path, init, note=f" (commit {path.name})")
+        return Source(path, init, note=f" (commit {path.name})")
     path = Path(init).expanduser()
     if not path.is_dir():
         hint = "name its folder" if path.exists() else f"for a model of the Hugging Face hub write model.init={HUB}{init}"
@@ -92,8 +94,8 @@ def find_source(init: str, weights: bool = True) -> Weights:
     if (path / MANIFEST).exists() or (path / "state.json").exists() or (path / "checkpoints").is_dir():
         checkpoint, problems = choose_checkpoint(path)
         note = f" (not a newer one: {'; '.join(problems)})" if problems else ""
-        return Weights(checkpoint, str(checkpoint), read_state(checkpoint)["step"], note)
-    return Weights(path, init)
+        return Source(checkpoint, str(checkpoint), read_state(checkpoint)["step"], note)
+    return Source(path, init)
 
 
 def download(init: str, weights: bool) -> Path:
@@ -111,7 +113,7 @@ def download(init: str, weights: bool) -> Path:
         ) from None
 
 
-def source_config(source: Weights) -> PretrainedConfig:
+def source_config(source: Source) -> PretrainedConfig:
     """The configuration of the model in a source. Raises ConfigError for one that is no causal language model or no plain one."""
     if (source.path / "adapter_config.json").exists():
         raise ConfigError(f"model.init: {source.name} holds an adapter: merge it into its model, and name that folder")
@@ -131,7 +133,7 @@ def source_config(source: Weights) -> PretrainedConfig:
     return config
 
 
-def architecture(model: ModelSection, source: Weights, vocab_size: int) -> PretrainedConfig:
+def architecture(model: ModelSection, source: Source, vocab_size: int) -> PretrainedConfig:
     """The configuration of the model to train: the source's, with the dropout that `model` asks for.
 
     A GPT-2 becomes the GPT-3 that computes the same function, unless `model.hf` asks for a GPT-2.
@@ -191,31 +193,45 @@ def with_keys(config: PretrainedConfig, keys: dict[str, Any]) -> tuple[Pretraine
     return changed, function_differences(before, changed) | {key: ("not a key", keys[key]) for key in unknown}
 
 
-def load_source(source: Weights, config: PretrainedConfig, gradient_checkpointing: bool) -> tuple[PreTrainedModel, str]:
-    """The model of `architecture` with the weights of the source, in float32 on the CPU, and what was taken, in one line.
+def load_source(source: Source, config: PretrainedConfig, gradient_checkpointing: bool) -> tuple[PreTrainedModel, Weights, str]:
+    """The model of `architecture` without memory, the weights of the source, and what was taken, in one line.
+
+    They are read by slice where the files hold them as the model has them, else whole.
 
     Raises:
         ConfigError: weights that are not there, pickled, damaged, or not those of the configuration.
         CheckpointError: the same of a checkpoint.
     """
     dtypes = stored_dtypes(weight_files(source))
+    convert = isinstance(config, GPT3Config) and source.step is None and source_config(source).model_type == "gpt2"
+    stored, _ = without_memory(lambda: model_of(source_config(source) if convert else config))
+    found = source_of(source.path / "model.safetensors", stored)
+    if found is None:
+        model = whole_model(source, config, convert)
+        weights: Weights = Held(model, {name for name, p in model.named_parameters() if not p.isfinite().all()})
+    elif convert:
+        model, _ = without_memory(lambda: model_of(config))
+        weights = FromGPT2(found, {name: tuple(p.shape) for name, p in stored.named_parameters()}, config.layers)
+    else:
+        model, weights = stored, found
+    step = "" if source.step is None else f" of step {source.step:,}"
+    line = f"began with the weights{step} of {source.name}{source.note}: {model.num_parameters():,} in {dtypes}"
+    return prepare_model(model, gradient_checkpointing), weights, line + ("" if dtypes == "float32" else ", trained in float32")
+
+
+def whole_model(source: Source, config: PretrainedConfig, convert: bool) -> PreTrainedModel:
+    """The model with the weights of the source, in float32, on the CPU; `convert`: from a GPT-2."""
     model: PreTrainedModel
     if source.step is not None:
         model = load_model(source.path, config).float()
     else:
-        convert = isinstance(config, GPT3Config) and source_config(source).model_type == "gpt2"
         model = from_pretrained(source, source_config(source) if convert else config)
         if convert:
             model = from_gpt2(model, config)
-    bad = next((name for name, weight in model.named_parameters() if not weight.isfinite().all()), None)
-    if bad is not None:
-        raise ConfigError(f"model.init: {source.name} has numbers in {bad} that are not finite: take an earlier checkpoint")
-    step = "" if source.step is None else f" of step {source.step:,}"
-    line = f"began with the weights{step} of {source.name}{source.note}: {model.num_parameters():,} in {dtypes}"
-    return prepare_model(model, gradient_checkpointing), line + ("" if dtypes == "float32" else ", trained in float32")
+    return model
 
 
-def weight_files(source: Weights) -> list[Path]:
+def weight_files(source: Source) -> list[Path]:
     """The safetensors files of a source, all of which are there."""
     names = {"model.safetensors"}
     if (index := source.path / INDEX).exists() and not (source.path / "model.safetensors").exists():
@@ -249,7 +265,7 @@ def stored_dtypes(files: list[Path]) -> str:
     return " and ".join(sorted(DTYPES.get(name, name) for name in found))
 
 
-def from_pretrained(source: Weights, config: PretrainedConfig) -> PreTrainedModel:
+def from_pretrained(source: Source, config: PretrainedConfig) -> PreTrainedModel:
     """The model of a folder of transformers. Raises ConfigError unless its weights are those of `config`, no more and no less."""
     try:
         with quiet():
@@ -292,7 +308,7 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def check_tokenizer(source: Weights, shards: TokenShards) -> str:
+def check_tokenizer(source: Source, shards: TokenShards) -> str:
     """What the line says of the tokenizer. Raises ConfigError unless the source's writes the data as the data's does.
 
     Each token of the data must have the same id there. The source may have more tokens.
@@ -315,7 +331,7 @@ def check_tokenizer(source: Weights, shards: TokenShards) -> str:
     return "its tokenizer is that of the data"
 
 
-def read_tokenizer(source: Weights) -> Tokenizer | None:
+def read_tokenizer(source: Source) -> Tokenizer | None:
     """The tokenizer of a source; None if there is none, or none that transformers can make."""
     if source.tokenizer_file.is_file():
         try:

@@ -16,10 +16,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from torch import nn
 
 import celo2
 import configs
@@ -129,16 +127,6 @@ def code_hash() -> str:
         for file in sorted(folder.rglob("*.py")):
             digest.update(f"{file.relative_to(folder.parent).as_posix()}\n".encode() + file.read_bytes())
     return digest.hexdigest()[:12]
-
-
-def weights_fact(model: nn.Module) -> Fact:
-    """The weights that `model.init` gave, by a sum over their bits."""
-    sums = [
-        p.detach().flatten().view(torch.int32 if p.element_size() == 4 else torch.uint8).sum(dtype=torch.int64).item()
-        for p in model.parameters()
-    ]
-    value = hashlib.sha256(repr(sums).encode()).hexdigest()[:12]
-    return Fact("the weights of model.init", value, "let model.init hold the same weights on every node")
 
 
 def require_same(accelerator: Accelerator, facts: Callable[[], list[Fact]]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -19,15 +20,26 @@ from data.batches import Batches, fit_micro_batch, prefetch
 from data.files import replace_text
 from data.shards import TokenShards
 from data.tokenizer import copy_tokenizer
+from launch.distributed.birth import with_weights
 from launch.distributed.first_rank import on_first_rank
 from launch.run.agreement import RULE_FILE
 from launch.run.branch import Start, begin_line
-from launch.run.initialize import architecture, architecture_source, begun, check_tokenizer, find_source, load_source
+from launch.run.initialize import (
+    architecture,
+    architecture_source,
+    begun,
+    check_tokenizer,
+    find_source,
+    load_source,
+    weight_files,
+)
 from launch.run.mixture import local, open_mixture
 from launch.run.state import RunState
+from launch.run.weights import source_of
 from models import build_model, choose_loss, longest_context
 from models.build import model_of, prepare_model
 from models.gpt3 import GPT3Config
+from models.initialization import Weights, outline
 
 VOCABULARY_MULTIPLE = 64  # matrix units work on multiples of 64; the rows beyond the tokenizer's are never a target
 
@@ -77,22 +89,30 @@ def build_from_config(config: Config, vocab_size: int, device: str | None = None
     source = architecture_source(config, run_folder(config))
     if source is not None:
         model = model_of(architecture(config.model, source, vocab_size), device)
-        return prepare_model(model, config.model.gradient_checkpointing), checked_context(config, model, device)
+        return prepare_model(model, config.model.gradient_checkpointing), checked_context(config, model)
     if config.model.hf is None:
         model = build_model(**options)
         return model, model.config.max_position_embeddings
     model = build_model(**options | {"context": None})
-    return model, checked_context(config, model, device)
+    return model, checked_context(config, model)
 
 
-def checked_context(config: Config, model: PreTrainedModel, device: str | None = None) -> int:
+class Made(NamedTuple):
+    """The model to train, whose parameters have no memory yet."""
+
+    model: PreTrainedModel
+    weights: Weights  # what it begins with
+    context: int  # T, tokens
+    taken: str = ""  # what was taken from `model.init`; empty where the run does not begin with it
+    files: list[Path] = []  # noqa: RUF012  that it was taken from
+
+
+def checked_context(config: Config, model: PreTrainedModel) -> int:
     """The context T that `model` can train on. Raises ConfigError for one that is missing or longer than its positions."""
     longest = longest_context(model.config)
     context = config.model.context
     if isinstance(model.config, GPT3Config):
         context = context or longest
-    elif device != "meta":
-        choose_loss(model)
     if context is None:
         raise ConfigError("model.context is missing: say how many tokens a training sequence has")
     if longest is not None and longest < context:
@@ -100,16 +120,23 @@ def checked_context(config: Config, model: PreTrainedModel, device: str | None =
     return context
 
 
-def make_model(config: Config, shards: TokenShards) -> tuple[PreTrainedModel, int, list[str]]:
-    """The model to train, its context T, and what was taken from `model.init`, which counts only where the run begins."""
+def make_model(config: Config, shards: TokenShards, checkpoint: Path | None = None) -> Made:
+    """The model to train without memory, and where its weights come from: its architecture, `model.init`, or the checkpoint that
+    the run goes on from, if it is of this model."""
     vocab_size = vocabulary(config, shards.vocab_size)
     if config.model.init is None or begun(config, run_folder(config)):
-        return *build_from_config(config, vocab_size), []
-    source = find_source(config.model.init)
-    wanted = architecture(config.model, source, vocab_size)
-    tokenizer = check_tokenizer(source, shards)
-    model, taken = load_source(source, wanted, config.model.gradient_checkpointing)
-    return model, checked_context(config, model), [f"{taken}; {tokenizer}"]
+        model, weights = outline(lambda: build_from_config(config, vocab_size)[0], config.run.seed)
+        made = Made(model, weights, checked_context(config, model))
+    else:
+        source = find_source(config.model.init)
+        wanted = architecture(config.model, source, vocab_size)
+        tokenizer = check_tokenizer(source, shards)
+        model, weights, taken = load_source(source, wanted, config.model.gradient_checkpointing)
+        made = Made(model, weights, checked_context(config, model), f"{taken}; {tokenizer}", weight_files(source))
+    if not isinstance(model.config, GPT3Config):
+        with_weights(model, weights, choose_loss)
+    saved = source_of(checkpoint / "model.safetensors", model) if checkpoint is not None else None
+    return made if saved is None else made._replace(weights=saved)
 
 
 def run_folder(config: Config) -> Path:

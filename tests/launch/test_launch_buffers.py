@@ -83,7 +83,7 @@ def test_frozen_weights_keep_their_names_and_values():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, bias=False))
     model[1].weight.requires_grad_(False)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    frozen_to_buffers(model)
+    frozen_to_buffers(model, lambda name, p: p.data)
     assert [name for name, _ in model.named_parameters()] == ["0.weight", "0.bias"]
     assert before.keys() == model.state_dict().keys()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

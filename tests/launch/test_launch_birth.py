@@ -1,0 +1,152 @@
+"""How a run's weights begin: the same bits under every strategy and on every number of processes; a rank holds what it keeps."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from configs.schema import Config, Distributed, Train
+from configs.schema import Model as ModelSection
+from configs.schema import Optimizer as OptimizerConfig
+from configs.schema import Run as RunSection
+from launch.run.setup import make_model
+
+ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "tests" / "models"))
+from tiny_models import tiny  # noqa: E402
+
+SHARDS = SimpleNamespace(vocab_size=261)
+GPT3 = {"layers": 3, "width": 30, "heads": 3, "context": 16}  # tied; sizes that no number of processes divides
+# Experts in a stack, q and k norms, frozen weights, state-space constants, a padding row, weights without a gradient.
+TYPES = ("qwen3_moe", "afmoe", "mamba", "opt", "bart", "gemma3")
+LAYOUTS = {
+    "ddp": {},
+    "zero1": {"strategy": "zero1"},
+    "zero2": {"strategy": "zero2"},
+    "zero3": {"strategy": "zero3"},
+    "fsdp2": {"strategy": "fsdp2"},
+    "hsdp": {"strategy": "fsdp2", "replicas": 2},
+}
+LARGE = {"layers": 12, "width": 512, "heads": 8, "context": 64}  # 38 million weights in blocks, 4 beside them
+
+
+def config_of(model_type, layout="ddp", precision="fp32", optimizer="celo2"):
+    shape = GPT3 if model_type == "gpt3" else LARGE if model_type == "large" else {"context": 16}
+    if model_type not in ("gpt3", "large"):
+        shape |= {"hf": tiny(model_type) | ({"pad_token_id": 1} if model_type == "opt" else {}), "layers": None, "width": None}
+    return Config(
+        run=RunSection(seed=7),
+        model=ModelSection(**{"heads": None} | shape),
+        train=Train(batch_size=12, micro_batch_size=1, precision=precision),
+        optimizer=OptimizerConfig(name=optimizer),
+        distributed=Distributed(**LAYOUTS[layout]),
+    )
+
+
+def make(config, vocabulary=SHARDS):
+    torch.manual_seed(config.run.seed)
+    return make_model(config, vocabulary)
+
+
+def digest(model_type):
+    """A hash of all weights and buffers of a model at its start, in one process."""
+    made = make(config_of(model_type))
+    found = hashlib.sha256()
+    for name, p in made.model.named_parameters():
+        found.update(name.encode() + made.weights.read(name, 0, p.numel()).numpy().tobytes())
+    for name, buffer in made.model.named_buffers():
+        found.update(name.encode() + buffer.float().numpy().tobytes())
+    return found.hexdigest()
+
+
+def spawn(world, jobs):
+    """Carry out `jobs` in `world` processes. -> what the first rank found, by job."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", __file__]
+    environment = {**os.environ, "JOBS": json.dumps(jobs), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("found ")).removeprefix("found "))
+
+
+@pytest.mark.parametrize(
+    ("world", "layouts", "types"),
+    [
+        (2, ("fsdp2", "zero3"), ("gpt3", "qwen3_moe", "afmoe")),
+        *(
+            pytest.param(world, tuple(LAYOUTS)[: None if world == 4 else -1], ("gpt3", *TYPES), marks=pytest.mark.slow)
+            for world in (1, 2, 3, 4)
+        ),
+    ],
+)
+def test_the_same_weights_under_every_strategy(world, layouts, types):
+    jobs = [["weights", name, layout] for name in types for layout in layouts]
+    jobs += [["memory", "large", "fsdp2"]] if world == 2 and len(layouts) == 2 else []
+    found = spawn(world, jobs)
+    expected = {name: digest(name) for name in types}
+    for job, value in zip(jobs, found, strict=True):
+        if job[0] == "weights":
+            assert value == expected[job[1]], job
+        else:  # bytes of the rank with the most, the whole model, the largest block; measured: see the assertion
+            peak, whole, block = value
+            assert whole > 150e6 and peak < whole / 2 + block + 60e6, value
+
+
+def memory_now():
+    status = dict(line.split(":\t") for line in Path("/proc/self/status").read_text().splitlines() if ":\t" in line)
+    return [int(status[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM")]
+
+
+def carry_out(what, model_type, layout, accelerator):
+    """One job on this rank."""
+    from celo2.distributed.collectives import gather_objects
+    from launch.distributed.setup import make_strategy
+
+    config = config_of(model_type, layout, optimizer="adamw" if what == "memory" else "celo2")
+    if what == "memory":
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before, _ = memory_now()
+    made = make(config, SimpleNamespace(vocab_size=8192) if what == "memory" else SHARDS)
+    shapes = {name: tuple(p.shape) for name, p in made.model.named_parameters()}
+    whole = sum(4 * p.numel() for p in made.model.parameters())
+    strategy = make_strategy(config, accelerator, made.model, made.weights)
+    if what == "memory":
+        peak = memory_now()[1] - before
+        peaks = gather_objects(peak, torch.distributed.group.WORLD)
+        return max(peaks), whole, 4 * 12 * LARGE["width"] ** 2
+    found = hashlib.sha256()
+    frozen = {name: strategy.buffers[name] for name in shapes.keys() - strategy.shards.keys()}
+    for name in shapes:
+        if name in frozen:
+            value = frozen[name].flatten()
+        else:
+            shard = strategy.shards[name]
+            value = made.weights.read(name, 0, torch.Size(shapes[name]).numel())
+            here = slice(shard.local_shard.start, shard.local_shard.stop)
+            assert torch.equal(shard.weight.detach().flatten(), value[here]), (name, model_type, layout)
+        found.update(name.encode() + value.numpy().tobytes())
+    for name, buffer in made.model.named_buffers():
+        if name not in frozen:
+            found.update(name.encode() + buffer.float().numpy().tobytes())
+    return found.hexdigest()
+
+
+if __name__ == "__main__":
+    from accelerate.state import AcceleratorState
+
+    from launch.distributed.setup import make_accelerator
+    from launch.private import leave
+
+    torch.set_num_threads(1)
+    accelerator = make_accelerator(Config(train=Train(batch_size=12)))
+    results = [carry_out(*job, accelerator) for job in json.loads(os.environ["JOBS"])]
+    if accelerator.is_main_process:
+        print("found " + json.dumps(results), flush=True)
+    accelerator.wait_for_everyone()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    leave(0)
