@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 from celo2.distributed.shard import local_shard_of
 from configs.schema import Config
 from launch.distributed.strategy import Judge, ShardedParameter, Strategy
-from launch.monitoring.guard import Verdict
+from launch.monitoring.guard import Judged
 from launch.optimizers.build import build_optimizer, optimizer_groups
+from launch.private import ddp_keep_buckets
 from models import CausalLMLoss
 
 
@@ -38,14 +39,18 @@ class DDP(Strategy):
         self.shards = {name: ShardedParameter(p, local_shard_of(p)) for name, p in model.named_parameters()}
 
     def micro_batch(self, last: bool) -> AbstractContextManager:
-        """Gradients travel in the last micro-batch of a step."""
-        return nullcontext() if last else self.accelerator.no_sync(self.loss_model)
+        """Gradients travel in the last micro-batch of a step, in the same buckets in every step."""
+        if not last:
+            return self.accelerator.no_sync(self.loss_model)
+        if self.world > 1 and not self.unused:  # where it looks for unused weights it keeps its buckets
+            ddp_keep_buckets(self.loss_model)
+        return nullcontext()
 
-    def update(self, judge: Judge) -> Verdict:
+    def update(self, judge: Judge) -> Judged:
         """Clip the gradient (a limit of 0 leaves it), judge, update."""
         limit = self.config.train.grad_clip or math.inf
-        verdict = judge(nn.utils.clip_grad_norm_(self.model.parameters(), limit))
-        if verdict.healthy:
+        judged = judge(nn.utils.clip_grad_norm_(self.model.parameters(), limit))
+        if self.admit(judged):
             self.optimizer.step()
         self.optimizer.zero_grad()
-        return verdict
+        return judged

@@ -33,7 +33,7 @@ class Verification:
         self.handles = []
         self.before: dict[str, Tensor] = {}
         self.problem: str | None = None
-        self.steps = 0
+        self.counted = 0  # matrices that were orthogonalized before this step
         self.done = strategy.world == 1 or not hasattr(strategy.counter, "orthogonalized")
         if not self.done and isinstance(strategy.optimizer, Celo2):
             self.name, self.options = self.choose()
@@ -106,23 +106,26 @@ class Verification:
             return None
         return f"the update of {self.name} is {difference:.2g} RMS from the rule on the whole parameter, where an update has 1"
 
-    def check(self) -> None:
+    def check(self, healthy: bool) -> None:
         """After a step: raise ShardingError on all ranks if it was not what the rule says. Only one step is verified.
 
-        A step with a learning rate of 0 shows nothing, so the next one is observed as well.
+        A step that was refused, or with a learning rate of 0, shows nothing, so the next one is observed as well.
         """
         if self.done:
             return
         strategy = self.strategy
-        self.steps += 1
-        if not any(float(group["lr"]) for group in strategy.optimizer.param_groups):
+        count = strategy.counter.orthogonalized - self.counted
+        self.counted += count
+        if not healthy:
+            self.problem = None
+        if not healthy or not any(float(group["lr"]) for group in strategy.optimizer.param_groups):
             return
         for handle in self.handles:
             handle.remove()
         self.done = True
-        reports = gather_objects((strategy.counter.orthogonalized, self.problem), dist.group.WORLD)  # type: ignore[arg-type]
+        reports = gather_objects((count, self.problem), dist.group.WORLD)  # type: ignore[arg-type]
         counted = sum(count for count, _ in reports)
-        expected = strategy.matrices * strategy.copies * self.steps
+        expected = strategy.matrices * strategy.copies
         problem = next((problem for _, problem in reports if problem), None)
         if counted != expected:
             problem = f"{counted} matrices were orthogonalized over all ranks, but the model has {expected}"
