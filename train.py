@@ -19,7 +19,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
@@ -227,34 +226,39 @@ def pretrain(
             set_mode(optimizer, "train")
             statistics.begin(measure=logged)
             began = time.perf_counter()
-            torch.manual_seed(dropout_seed(config.run.seed, state.step, accelerator.process_index))
             factor = lr_factor(config.schedule, state.step, steps)
             set_lr(optimizer, factor)
             hooks.before_step(step, strategy)
             n_targets = batches.n_targets(state.step)
             micro_batches = next(stream)
             heartbeat.mark(f"step {step}: batch loaded")
-            loss = strategy.backward(micro_batches, n_targets)
+            loss = strategy.backward(micro_batches, n_targets, partial(dropout_seed, config.run.seed, state.step))
             hooks.after_backward(step, strategy, loss)
             heartbeat.mark(f"step {step}: gradient computed")
-            # Clips, asks for the verdict (agreed over all ranks; waits for the device), and updates if the step is healthy.
-            verdict = strategy.step(partial(guard.judge, loss, save=saver.overdue))
-            if verdict.healthy:
-                verification.check()
-            healthy_loss = verdict.loss if verdict.healthy else None
-            state.finish_step(config.train.batch_size, n_targets, time.perf_counter() - began, healthy_loss)
+            # Clips, and updates if the verdict, on which all ranks agree, is that the step is healthy. It stays on the device.
+            strategy.step(partial(guard.judge, step, loss, save=saver.overdue))
+            # The host learns it a step later, but at once where this step is logged, verified, evaluated or saved.
+            every = (config.eval.every, config.checkpoint.every, config.checkpoint.keep_every)
+            guard.wait(newest=logged or not verification.done or any(due(step, n, steps) for n in every))
+            state.finish_step(config.train.batch_size, n_targets, time.perf_counter() - began)
             state.sources = batches.taken(state.step)
-            stop, saver.asked = verdict.stop, verdict.save
             display.advance(state.step)
+
+            # Report what was learned, the last of it about this step or the one before.
+            verdict: Verdict | None = None
+            for verdict in guard.verdicts():
+                verification.check(verdict.healthy)
+                state.learn(batches.n_targets(verdict.step - 1), verdict.loss if verdict.healthy else None)
+                stop, saver.asked = stop or verdict.stop, saver.asked or verdict.save
+                if verdict.problem:
+                    sequences = batches.sequences(verdict.step - 1).tolist()
+                    event = {"event": "problem", "step": verdict.step, "problem": verdict.problem, "sequences": sequences}
+                    metrics.event(event)
+                    display.say(f"step {verdict.step}: {verdict.problem}")
             if stop:
                 display.say(grace.stopping())
-
-            # Report the step.
-            if verdict.problem:
-                sequences = batches.sequences(state.step - 1).tolist()
-                metrics.event({"event": "problem", "step": state.step, "problem": verdict.problem, "sequences": sequences})
-                display.say(f"step {state.step}: {verdict.problem}")
-            if verdict.roll_back:
+            if verdict is not None and verdict.roll_back:
+                state = state.back_at(verdict.step, config.train.batch_size, batches.taken(verdict.step))
                 state, left_out = roll_back(run_dir, state, strategy, saver, heartbeat)
                 saver.save(strategy, to_saved(config, state, identity))
                 metrics.rewind(state.step, state.evaluated)
@@ -262,7 +266,7 @@ def pretrain(
                 display.say(f"rolled back to step {state.step}; the {left_out} sequences since then are left out")
                 batches, stream = open_batches(config, shards, context, state, accelerator)
                 since = replace(state)
-            elif logged:
+            elif verdict is not None and logged:
                 record = training_record(state, since, verdict, config, factor, peak_speed) | memory(accelerator)
                 record |= statistics.record() | epochs_record(batches, shards, state.step)
                 metrics.write(record)

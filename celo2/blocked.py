@@ -40,7 +40,7 @@ from celo2.rule import (
     groups_of,
     places_of,
 )
-from celo2.stack import Piece, Stack
+from celo2.stack import Gate, Piece, Stack
 
 LOCAL_PLACES, FACTORED_PLACES = places_of(ELEMENT), places_of(FACTORED)  # of the local and of the factored channels in a buffer
 N_LOCAL, N_FACTORED = (sum(group.count for group in groups_of(kind)) for kind in (ELEMENT, FACTORED))
@@ -110,12 +110,19 @@ def tiles(piece: Piece, features: int) -> Iterator[tuple[slice, Tensor]]:
         yield block, buffer[:, :, : (block.stop - start) * cols].unflatten(2, (-1, cols))
 
 
-def load_gradient_(x: Tensor, piece: Piece, block: slice, scale: Tensor | None) -> Tensor:
-    """Steps 0 and 1: the gradient of a block, normalized if there is a `scale`, and clipped, written into x (N, r, c)."""
+def load_gradient_(x: Tensor, piece: Piece, block: slice, stack: Stack) -> Tensor:
+    """Steps 0 and 1: the gradient of a block, normalized if there is a scale, and clipped, written into x (N, r, c)."""
     x.copy_(piece.g[:, block])
-    if scale is not None:
-        x.mul_(scale[:, None, None])
+    if stack.gradient_scale is not None:
+        x.mul_(stack.gradient_scale[:, None, None])
+    if stack.gate is not None:
+        x.view(torch.int32).bitwise_and_(stack.gate.bits)
     return x.clamp_(-GRADIENT_CLIP, GRADIENT_CLIP)
+
+
+def weights_of(decays: Sequence[float], gate: Gate | None) -> list[float | Tensor]:
+    """How far accumulators move: 1 - decay of the way, and not at all in a step that `gate` refuses."""
+    return [1 - decay if gate is None else gate.taken * (1 - decay) for decay in decays]
 
 
 def accumulate_(rule: Rule, stacks: Sequence[Stack]) -> Tensor:
@@ -128,15 +135,16 @@ def accumulate_(rule: Rule, stacks: Sequence[Stack]) -> Tensor:
     sums = torch.zeros(n, rows + cols + N_LOCAL, dtype=torch.float32, device=stack.row.device)
     row_sum, col_sum, local_sum = sums.split([rows, cols, N_LOCAL], 1)
     count = None if stack.count is None else stack.count[:, None, None]
+    *momentum_weights, second_moment_weight = weights_of((*rule.momentum_decays, rule.second_moment_decay), stack.gate)
     for piece in stack.pieces:
         for block, x in tiles(piece, N_LOCAL):
-            g = load_gradient_(x[:, 0], piece, block, stack.gradient_scale)
+            g = load_gradient_(x[:, 0], piece, block, stack)
             square = g.square()
             here = slice(piece.rows.start + block.start, piece.rows.start + block.stop)
             index = None if count is None else places(here, piece.cols, cols, x.device)
-            for k, beta in enumerate(rule.momentum_decays):
-                lerp_(piece.m[:, k, block], g, 1 - beta, index, count, k)
-            lerp_(piece.v[:, block], square, 1 - rule.second_moment_decay, index, count, SECOND_MOMENT_SLOT)
+            for k, weight in enumerate(momentum_weights):
+                lerp_(piece.m[:, k, block], g, weight, index, count, k)
+            lerp_(piece.v[:, block], square, second_moment_weight, index, count, SECOND_MOMENT_SLOT)
             row_sum[:, here] += square.sum(2)
             col_sum[:, piece.cols] += square.sum(1)
             fill_local_(x, piece.w[:, block], piece.m[:, :, block], piece.v[:, block])
@@ -148,9 +156,9 @@ def move_means_(rule: Rule, stack: Stack, sums: Tensor) -> None:
     """Step 4: move the factored second moment by the complete sums (N, R + C + 12) of `accumulate_`."""
     _, rows, cols = stack.shape
     by_row, by_col = (stack.col, stack.row) if rows > cols else (stack.row, stack.col)  # (N, K, R), (N, K, C)
-    for k, gamma in enumerate(rule.factored_decays):
-        by_row[:, k].lerp_(sums[:, :rows] / cols + SQUARE_FLOOR, 1 - gamma)
-        by_col[:, k].lerp_(sums[:, rows : rows + cols] / rows + SQUARE_FLOOR, 1 - gamma)
+    for k, weight in enumerate(weights_of(rule.factored_decays, stack.gate)):
+        by_row[:, k].lerp_(sums[:, :rows] / cols + SQUARE_FLOOR, weight)
+        by_col[:, k].lerp_(sums[:, rows : rows + cols] / rows + SQUARE_FLOOR, weight)
 
 
 def factors_of(stack: Stack) -> Factors:
@@ -167,7 +175,7 @@ def factor(stacks: Sequence[Stack], factors: Factors) -> Tensor:
     for piece in stack.pieces:
         by_row, by_col = factors.by_row[:, :, piece.rows], factors.by_col[:, :, piece.cols]
         for block, x in tiles(piece, 1 + N_FACTORED):
-            g = load_gradient_(x[:, 0], piece, block, stack.gradient_scale)
+            g = load_gradient_(x[:, 0], piece, block, stack)
             fill_factored_(x[:, 1:], g, piece.m[:, :, block], by_row[:, :, block], by_col)
             sums += square_sums(x[:, 1:])
     return sums
@@ -197,7 +205,7 @@ def emit_(rule: Rule, stacks: Sequence[Stack], factors: Factors, layer: FirstLay
         by_row, by_col = factors.by_row[:, :, piece.rows], factors.by_col[:, :, piece.cols]
         row_h, col_h = layer.by_row[:, :, piece.rows], layer.by_col[:, :, None, piece.cols]
         for (block, x), (_, h) in zip(tiles(piece, N_LOCAL + N_FACTORED), tiles(piece, len(rule.weights["b0"])), strict=True):
-            g = load_gradient_(x[:, 0], piece, block, stack.gradient_scale)
+            g = load_gradient_(x[:, 0], piece, block, stack)
             fill_local_(x[:, :N_LOCAL], piece.w[:, block], piece.m[:, :, block], piece.v[:, block])
             fill_factored_(x[:, N_LOCAL:], g, piece.m[:, :, block], by_row[:, :, block], by_col)
             torch.add(row_h[:, :, block, None], col_h, out=h)

@@ -23,7 +23,7 @@ from celo2.groups import FLOATS, bad_gradient, check_capture, warn_of_unused
 from celo2.kernels import passes_for
 from celo2.rule import Rule
 from celo2.rule_files import load_rule
-from celo2.stack import local, local_gradient
+from celo2.stack import gate_of, local, local_gradient
 from celo2.state import STATE_KEYS, Stateful
 from celo2.step import Context, Work, orthogonalized_here
 
@@ -103,19 +103,26 @@ class Celo2(Stateful):
     @torch._disable_dynamo  # torch.compile would take minutes for small functions and save nothing
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of every parameter that has a gradient; returns what `closure` returns."""
+        """One update of every parameter that has a gradient; returns what `closure` returns.
+
+        As with torch's fused optimizers, an attribute `found_inf`, float32 () on the device, that is 1 refuses the step: weights
+        and state keep their values, whatever the gradients are. The host does not look at it.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             check_capture(self)
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
         work: dict[torch.device, Work] = defaultdict(Work)
         for group, entries in [(group, self._with_gradient(i, group)) for i, group in enumerate(self.param_groups)]:
             by_rule = [entry for entry in entries if entry.by_rule]
             if counts := [self.state[e.p]["count"] for e in by_rule if "count" in self.state.get(e.p, ())]:
-                torch._foreach_add_(counts, 1)
-            adamw_([entry.p for entry in entries if not entry.by_rule], self.state, group, self.replicas)
+                torch._foreach_add_(counts, 1 if found_inf is None else 1 - found_inf.to(counts[0]))
+            adamw_([entry.p for entry in entries if not entry.by_rule], self.state, group, self.replicas, found_inf)
+            if found_inf is not None:  # the update of a refused step is finite, and multiplied by 0
+                group = {**group, "lr": (1 - found_inf.to(getattr(group["lr"], "dtype", torch.float64))) * group["lr"]}
             orthogonalize = group["orthogonalize"] and self.rule.variant != "celo2-base"
             for entry in by_rule:
                 owner = 0 if self.replicas is None else self.replicas.owners[entry.p]
@@ -125,7 +132,7 @@ class Celo2(Stateful):
             whole_directions = functools.partial(orthogonalized_by_owners, replicas=self.replicas)
             self.replicas.consolidated = None
         for device, of_device in work.items():
-            context = self._context(device)
+            context = self._context(device, found_inf)
             autocast = torch.autocast(device.type, enabled=False) if is_autocast_available(device.type) else nullcontext()
             with torch.cuda.device_of(context.rule.weights["b0"]), autocast:  # kernels start on the current device
                 of_device.update_(context, whole_directions, orthogonalized_over)
@@ -149,16 +156,17 @@ class Celo2(Stateful):
                 found.append(entry)
         return found
 
-    def _context(self, device: torch.device) -> Context:
+    def _context(self, device: torch.device, found_inf: Tensor | None) -> Context:
         """What the driver needs on a device; the rule is copied there once."""
         if device not in self._rule_on:
             self._rule_on[device] = self.rule.to(device)
         ns_dtype = self.ns_dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-        return Context(self._rule_on[device], self.passes or passes_for(device), ns_dtype)
+        gate = None if found_inf is None else gate_of(found_inf, device)
+        return Context(self._rule_on[device], self.passes or passes_for(device), ns_dtype, gate)
 
 
 def adamw_(
-    params: Sequence[Tensor], state: Mapping[Tensor, dict[str, Tensor]], group: Mapping[str, Any], replicas: Replicas | None
+    params: Sequence[Tensor], state: Mapping, group: Mapping[str, Any], replicas: Replicas | None, found_inf: Tensor | None
 ) -> None:
     """torch's own fused AdamW, in place; parameters of lower precision are updated in the state's precision and rounded once."""
     mine = [p for p in params if replicas is None or replicas.keeps_state(p)]
@@ -167,7 +175,7 @@ def adamw_(
         # The fused kernel walks storage: every tensor must be contiguous, as the state is.
         weights = [local(p).to(moment.dtype).contiguous() for p, moment in zip(mine, moments, strict=True)]
         gradients = [local_gradient(p).to(w.dtype).contiguous() for p, w in zip(mine, weights, strict=True)]
-        options: dict[str, Any] = {name: group[name] for name in ("lr", "weight_decay", "eps")}
+        options: dict[str, Any] = {name: group[name] for name in ("lr", "weight_decay", "eps")} | {"found_inf": found_inf}
         options |= dict(zip(("beta1", "beta2"), group["betas"], strict=True))
         adamw(weights, gradients, moments, squares, [], steps, fused=True, amsgrad=False, maximize=False, **options)
         for p, weight in zip(mine, weights, strict=True):

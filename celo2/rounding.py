@@ -25,8 +25,8 @@ STEP_FACTOR, SLOT_FACTOR = int32(0x9E3779B9), 0x85EBCA6B
 HASH_FACTORS = int32(0x7FEB352D), int32(0x846CA68B)
 
 
-def lerp_(stored: Tensor, target: Tensor, weight: float, index: Tensor | None, count: Tensor | None, slot: int) -> None:
-    """Move an accumulator by `weight` of the way towards float32 `target`, in place.
+def lerp_(stored: Tensor, target: Tensor, weight: float | Tensor, index: Tensor | None, count: Tensor | None, slot: int) -> None:
+    """Move an accumulator by `weight`, a number or float32 (), of the way towards float32 `target`, in place.
 
     Without `count` as `Tensor.lerp_` does. With it `stored` is bfloat16, moves in float32 and is rounded stochastically, by the
     `noise` of `index`, `count` and `slot`.

@@ -8,7 +8,7 @@ Legend: N matrices of R rows and C columns, K = 3 decays; n, r and c are those o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +32,19 @@ def local_gradient(p: Any) -> Tensor:
     if is_dtensor(p.grad) and p.grad.placements != p.placements:
         return p.grad.redistribute(p.device_mesh, p.placements).to_local()
     return local(p.grad)
+
+
+class Gate(NamedTuple):
+    """Whether a step is taken, on its device alone: the host enqueues the step and never waits for the answer."""
+
+    taken: Tensor  # float32 (): 1, or 0 where the step is refused
+    bits: Tensor  # int32 (): -1, or 0 where it is refused: NaN & 0 is 0, while NaN x 0 is NaN
+
+
+def gate_of(found_inf: Tensor, device: torch.device) -> Gate:
+    """The gate of a step that is refused where `found_inf` (), float32, is 1."""
+    taken = 1 - found_inf.to(device, non_blocking=True)
+    return Gate(taken, -taken.int())
 
 
 class Region(NamedTuple):
@@ -92,6 +105,7 @@ class Stack:
     col: Tensor  # (N, K, C), or (N, K, R) where R > C, float32
     count: Tensor | None = None  # int32 (N,), the number of this step for each matrix; None where m and v are float32
     gradient_scale: Tensor | None = None  # (N,), 1 / RMS of the gradient, for a rule that normalizes it
+    gate: Gate | None = None  # of a step that may be refused: then gradients count as zero, and no accumulator moves
 
 
 def stack_of(
@@ -126,11 +140,11 @@ def gathered(stacks: Sequence[Stack], elements: bool) -> Stack:
     """One stack of copies of stacks whose matrices lie in one piece; without `elements`, of their means alone."""
     counts = [stack.count for stack in stacks if stack.count is not None]
     row, col = torch.cat([stack.row for stack in stacks]), torch.cat([stack.col for stack in stacks])
-    together = Stack((len(row), *stacks[0].shape[1:]), [], row, col, torch.cat(counts) if counts else None)
+    together = Stack((len(row), *stacks[0].shape[1:]), [], row, col, torch.cat(counts) if counts else None, gate=stacks[0].gate)
     if not elements:
         return together
     g, w, m, v = (torch.cat(tensors) for tensors in zip(*(stack.pieces[0][:4] for stack in stacks), strict=True))
-    return stack_of_whole(g, w, m, v, row, col, together.count)
+    return replace(together, pieces=stack_of_whole(g, w, m, v, row, col).pieces)
 
 
 def scatter_(together: Stack, stacks: Sequence[Stack]) -> None:

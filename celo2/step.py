@@ -27,7 +27,7 @@ from celo2.distributed.plan import Entry
 from celo2.distributed.shard import SplitMatrix
 from celo2.layout import form_of
 from celo2.rule import RMS_EPS, SQUARE_FLOOR, Rule
-from celo2.stack import Direction, Stack, gathered, is_dtensor, local, local_gradient, part_of, scatter_, stack_of
+from celo2.stack import Direction, Gate, Stack, gathered, is_dtensor, local, local_gradient, part_of, scatter_, stack_of
 from celo2.vectors import Vector, vector_of, vector_steps
 
 # Newton–Schulz takes matrices of one shape together, up to this many elements or one matrix. CPU: 64 MB in float32. Elsewhere
@@ -56,6 +56,7 @@ class Context:
     rule: Rule  # on the device of the matrices
     passes: Passes
     ns_dtype: torch.dtype
+    gate: Gate | None = None  # of a step that the device may refuse
     orthogonalized: int = 0  # matrices that this rank has orthogonalized
 
 
@@ -138,6 +139,8 @@ def carry_out(parts: Sequence[Steps], reduce: Reduce) -> None:
 def matrix_steps(stacks: Sequence[Stack], out: Direction | None, context: Context) -> Steps:
     """Write the directions of equal matrices, cut into the same pieces, into `out`; without it move their accumulators alone."""
     rule, passes = context.rule, context.passes
+    if context.gate is not None:
+        stacks = [replace(stack, gate=context.gate) for stack in stacks]
     together = gathered(stacks, passes.gathers) if len(stacks) > 1 else stacks[0]  # of small matrices, copies; else the means
     inputs = [together] if passes.gathers else stacks
     if rule.normalize_gradient:  # step 0; the passes multiply as they read
@@ -159,7 +162,7 @@ def matrix_steps(stacks: Sequence[Stack], out: Direction | None, context: Contex
 def steps_of(batch: Batch, out: Direction | None, context: Context) -> Steps:
     """Steps 0 to 7 of a batch, not begun."""
     if isinstance(batch[0].part, Vector):
-        return vector_steps(batch[0].part, out, context.rule)
+        return vector_steps(batch[0].part, out, context.rule, context.gate)
     return matrix_steps([item.part for item in batch if isinstance(item.part, Stack)], out, context)
 
 

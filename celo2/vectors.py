@@ -14,7 +14,7 @@ from torch import Tensor
 
 from celo2.layout import Form
 from celo2.rule import GRADIENT_CLIP, RMS_EPS, SQUARE_FLOOR, Rule, accumulate_, channels, mlp
-from celo2.stack import Direction, Piece
+from celo2.stack import Direction, Gate, Piece
 
 
 class Vector(NamedTuple):
@@ -38,15 +38,21 @@ def vector_of(g: Tensor, w: Tensor, state: Mapping[str, Tensor] | None, form: Fo
     return Vector(form.stack, [piece], g.view(view), w.view(view), state or {}, form.axes)
 
 
-def vector_steps(vector: Vector, out: Direction | None, rule: Rule) -> Generator[Tensor, Tensor, None]:
+def vector_steps(vector: Vector, out: Direction | None, rule: Rule, gate: Gate | None) -> Generator[Tensor, Tensor, None]:
     """Steps 0 to 7 of one `Vector`, as `celo2.step.matrix_steps` carries them out."""
     last, numel = (-1,) if vector.axes is None else (-2, -1), vector.shape[1] * vector.shape[2]
     g = vector.g.float()
     if rule.normalize_gradient:
         squares = yield g.square().sum(last, keepdim=True)
         g = g * (squares / numel + SQUARE_FLOOR).rsqrt()
+    if gate is not None:
+        g = torch.where(gate.taken > 0, g, 0.0)
     g = g.clamp(-GRADIENT_CLIP, GRADIENT_CLIP)
+    before = {} if gate is None else {name: value.clone() for name, value in vector.state.items()}
     accumulate_(vector.state, g, rule, vector.axes)
+    if gate is not None:
+        for name, value in vector.state.items():
+            value.copy_(torch.where(gate.taken > 0, value, before[name]))
     yield g.new_empty(0)  # step 4 needs no sums
     if out is None:
         return

@@ -98,6 +98,17 @@ def zero3_refresh_weights(zero: Any) -> None:
         zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
 
+def ddp_keep_buckets(ddp: Any) -> None:
+    """Keep `DistributedDataParallel` from rearranging its buckets in the order of its first backward pass; call it before each.
+
+    With three ranks or more the order in which an all-reduce adds depends on an element's place in its bucket. A run that is
+    continued begins with a first pass again, so only buckets that follow from the model alone give it the same bits. The order of
+    the pass is recorded until it is used; resetting forgets it, and with it a pass that was not finished, hence the check.
+    """
+    ddp.reducer._check_reducer_finalized()
+    ddp.reducer._reset_state()
+
+
 def forbid_deepspeed_compilation(deepspeed: Any) -> None:
     """Stop DeepSpeed from compiling C++ for CPU inference at its first start; training does not need it."""
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

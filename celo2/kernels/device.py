@@ -85,11 +85,13 @@ def clip(x, limit: tl.constexpr):
 
 
 @triton.jit
-def load_gradient(g, scale, n, a, b, mask):
+def load_gradient(g, scale, gate, n, a, b, mask):
     """`celo2.blocked.load_gradient_`: the gradient at the places a x b, normalized if there is a scale, and clipped."""
     grad = load(at(g, n, a, b), mask)
     if scale is not None:
         grad *= tl.load(scale[0] + n * scale[1])
+    if gate is not None:
+        grad = tl.where(tl.load(gate) != 0, grad, 0.0)
     return clip(grad, GRADIENT_CLIP)
 
 
@@ -125,10 +127,12 @@ def stochastic_round(x, noise):
 
 
 @triton.jit
-def moved(pointers, mask, target, weight, index, count, slot: tl.constexpr):
-    """Move an accumulator by `weight` of the way to `target`; -> what is stored now, in float32. `celo2.rounding.lerp_`."""
+def moved(pointers, mask, target, weight, gate, index, count, slot: tl.constexpr):
+    """Move an accumulator by `weight` of the way to `target`, if the gate lets it; -> it, in float32. `celo2.rounding.lerp_`."""
     old = load(pointers, mask)
     new = old + weight * (target - old)
+    if gate is not None:
+        mask &= tl.load(gate) != 0
     if count is None:
         tl.store(pointers, new, mask=mask)
         return new
@@ -151,6 +155,7 @@ def accumulate_kernel(
     v,  # view (N, A, B)
     counts,  # view (N,) of int32, or None
     scale,  # view (N,): what gradients are multiplied by, or None
+    gate,  # int32: 0 where the step is refused; or None
     by_a,  # (N, tiles along B, A): sums of g² over the columns of a tile
     by_b,  # (N, tiles along A, B)
     local,  # (N, tiles, 12): square sums of the local channels
@@ -174,20 +179,20 @@ def accumulate_kernel(
         count = None
     local += (n * tl.cdiv(A, BLOCK_A) * tl.cdiv(B, BLOCK_B) + tile) * LOCAL
 
-    grad = load_gradient(g, scale, n, a, b, mask)
+    grad = load_gradient(g, scale, gate, n, a, b, mask)
     square = grad * grad
     tl.store(by_a + (n * tl.cdiv(B, BLOCK_B) + tile_b) * A + a, tl.sum(square, 1), mask=a < A)
     tl.store(by_b + (n * tl.cdiv(A, BLOCK_A) + tile_a) * B + b, tl.sum(square, 0), mask=b < B)
     tl.store(local + GRADIENT, tl.sum(square))
     tl.store(local + CLIPPED_GRADIENT, square_sum(clip(grad, SMALL_CLIP)))
     tl.store(local + WEIGHT, square_sum(load(at(w, n, a, b), mask)))
-    second = moved(at(v, n, a, b), mask, square, second_moment_weight, index, count, SECOND_MOMENT_SLOT)
+    second = moved(at(v, n, a, b), mask, square, second_moment_weight, gate, index, count, SECOND_MOMENT_SLOT)
     s = tl.where(mask, tl.rsqrt(second + RSQRT_EPS), 0.0)
     tl.store(local + SECOND_MOMENT, square_sum(second))
     tl.store(local + SCALE, square_sum(s))
     tl.store(local + SCALED_GRADIENT, square_sum(grad * s))
     for k in tl.static_range(3):
-        momentum = moved(momentum_at(m, n, k, a, b), mask, grad, momentum_weights[k], index, count, k)
+        momentum = moved(momentum_at(m, n, k, a, b), mask, grad, momentum_weights[k], gate, index, count, k)
         tl.store(local + MOMENTUM + k, square_sum(momentum))
         tl.store(local + SCALED_MOMENTUM + k, square_sum(momentum * s))
 
@@ -197,6 +202,7 @@ def factor_kernel(
     g,  # view (N, A, B)
     m,  # view (N, K, A, B)
     scale,  # view (N,), or None
+    gate,
     factor_a,  # view (N, K, A)
     factor_b,  # view (N, K, B)
     factored,  # (N, tiles, 6): square sums of the factored channels
@@ -208,7 +214,7 @@ def factor_kernel(
     n, tile, _, _, a, b = tile_of(A, B, BLOCK_A, BLOCK_B)
     mask = (a < A)[:, None] & (b < B)[None, :]
     factored += (n * tl.cdiv(A, BLOCK_A) * tl.cdiv(B, BLOCK_B) + tile) * FACTORED
-    grad = load_gradient(g, scale, n, a, b, mask)
+    grad = load_gradient(g, scale, gate, n, a, b, mask)
     for k in tl.static_range(3):
         factor = along(factor_a, n, k, a, A)[:, None] * along(factor_b, n, k, b, B)[None, :]
         momentum = load(momentum_at(m, n, k, a, b), mask)
@@ -239,6 +245,7 @@ def emit_kernel(
     m,  # view (N, K, A, B)
     v,  # view (N, A, B)
     scale,  # view (N,), or None
+    gate,
     factor_a,  # view (N, K, A)
     factor_b,  # view (N, K, B)
     share_a,  # view (N, H, A): what the channels that depend on a alone add to the first layer
@@ -256,7 +263,7 @@ def emit_kernel(
     mask = (a < A)[:, None] & (b < B)[None, :]
     element += n * ELEMENTS * H
     # All loads before the first use, so that they are under way together.
-    grad = load_gradient(g, scale, n, a, b, mask)
+    grad = load_gradient(g, scale, gate, n, a, b, mask)
     second = load(at(v, n, a, b), mask)
     weight = load(at(w, n, a, b), mask)
     momenta = ()

@@ -28,7 +28,7 @@ from launch.distributed.gather import collect
 from launch.distributed.setup import STRATEGIES, make_accelerator, make_strategy
 from launch.distributed.strategy import Strategy
 from launch.distributed.zero import Zero
-from launch.monitoring.guard import Verdict
+from launch.monitoring.guard import Judged
 from launch.optimizers.build import optimizer_groups
 from launch.planning.cost import exchanged_bytes, setup_of, workload_of
 from launch.private import leave
@@ -90,9 +90,9 @@ def measure_row(row: str, accelerator: Accelerator, folder: Path) -> Row:
             traffic.sent.clear()
             tokens = torch.randint(0, MODEL["vocab_size"], (BATCH, MODEL["context"] + 1), generator=generator)
             mine = [(t[:, :-1], t[:, 1:]) for t in tokens[rank::world].split(micro)]
-            loss = strategy.backward(mine, BATCH * MODEL["context"])
+            loss = strategy.backward(mine, BATCH * MODEL["context"], int)
             gradients = gradient_bytes(strategy)
-            strategy.step(lambda norm: Verdict(0.0, float(norm), stop=False, save=False))
+            strategy.step(lambda norm: Judged(0, torch.zeros(8, dtype=torch.float64, device=norm.device)))
             losses.append(loss)
         sent = dict(traffic.sent)
     total = accelerator.reduce(torch.stack(losses), "sum").tolist()

@@ -111,9 +111,11 @@ class Trainer:
             micro_batches = next(self.stream)
         self.loading.append(time.perf_counter() - start)
         with record_function("2 forward and backward"):
-            loss = self.strategy.backward(micro_batches, self.tokens)
+            loss = self.strategy.backward(micro_batches, self.tokens, int)
         with record_function("3 clip, judge, update"):
-            self.strategy.step(lambda norm: self.guard.judge(loss, norm, save=False))
+            self.strategy.step(lambda norm: self.guard.judge(0, loss, norm, save=False))
+        self.guard.wait(newest=False)
+        self.guard.arrived.clear()
         self.updating.append(self.statistics.record()["optimizer_seconds"])
 
     def timed_step(self) -> float:

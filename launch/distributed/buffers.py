@@ -36,23 +36,22 @@ def copies(buffers: Tensors) -> Tensors:
 
 
 @torch.no_grad()
-def settle(buffers: Tensors, before: Tensors, healthy: bool, world: int) -> None:
+def settle(buffers: Tensors, before: Tensors, refused: Tensor, world: int) -> None:
     """Make the buffers equal on all ranks after a step, in which each rank saw its own tokens. Every rank must call it.
 
     Floating-point ones move by the mean of the ranks' changes, so that a running mean is that of the global batch; a buffer
-    that no rank changed keeps its bits. Others are those of the first rank. A step that is refused changes none.
+    that no rank changed keeps its bits. Others are those of the first rank. A step that is `refused`, a bool () on the device,
+    changes none.
     """
-    if not healthy:
-        for name, buffer in buffers.items():
-            buffer.copy_(before[name])
-    elif world > 1 and buffers:
+    if world > 1 and buffers:
         moving = {name: buffer for name, buffer in buffers.items() if buffer.is_floating_point()}
         for name in buffers.keys() - moving.keys() if len(moving) < len(buffers) else ():
             dist.broadcast(buffers[name], 0)
-        if not moving:
-            return
         changes = [torch.where(b == before[name], 0, b - before[name]).float().flatten() for name, b in moving.items()]
-        total = torch.cat(changes)  # one vector: there is one small buffer for each layer
-        dist.all_reduce(total)
-        for (name, buffer), change in zip(moving.items(), total.split([len(c) for c in changes]), strict=True):
-            buffer.copy_(before[name] + (change / world).view_as(buffer).to(buffer.dtype))
+        if changes:
+            total = torch.cat(changes)  # one vector: there is one small buffer for each layer
+            dist.all_reduce(total)
+            for (name, buffer), change in zip(moving.items(), total.split([len(c) for c in changes]), strict=True):
+                buffer.copy_(before[name] + (change / world).view_as(buffer).to(buffer.dtype))
+    for name, buffer in buffers.items():
+        buffer.copy_(torch.where(refused, before[name], buffer))

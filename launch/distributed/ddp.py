@@ -15,8 +15,9 @@ from celo2.distributed.shard import local_shard_of
 from configs.schema import Config
 from launch.distributed.birth import fill_whole
 from launch.distributed.strategy import Judge, ShardedParameter, Strategy, is_expert
-from launch.monitoring.guard import Verdict
+from launch.monitoring.guard import Judged
 from launch.optimizers.build import build_optimizer
+from launch.private import ddp_keep_buckets
 from models import CausalLMLoss, unused_parameters
 from models.initialization import Weights
 
@@ -32,11 +33,12 @@ class DDP(Strategy):
             unused = unused_parameters(loss)
             self.unused = {name for name, p in model.named_parameters() if p in unused}
         self.compile()
+        self.looks_for_unused = bool(self.unused) or any(is_expert(name) for name, _ in model.named_parameters())
         # The gradients are views of the buckets that travel, so that they are in memory once. Some architectures have weights
         # that never get one (cross-attention without an encoder), or not in every step (experts), which DDP must look for.
         accelerator.ddp_handler = DistributedDataParallelKwargs(
             gradient_as_bucket_view=True,
-            find_unused_parameters=bool(self.unused) or any(is_expert(name) for name, _ in model.named_parameters()),
+            find_unused_parameters=self.looks_for_unused,
         )
         self.loss_model = accelerator.prepare_model(loss)
         replicas = dist.group.WORLD if self.world > 1 else None
@@ -44,14 +46,18 @@ class DDP(Strategy):
         self.shards = {name: ShardedParameter(p, local_shard_of(p)) for name, p in model.named_parameters()}
 
     def micro_batch(self, last: bool) -> AbstractContextManager:
-        """Gradients travel in the last micro-batch of a step."""
-        return nullcontext() if last else self.accelerator.no_sync(self.loss_model)
+        """Gradients travel in the last micro-batch of a step, in the same buckets in every step."""
+        if not last:
+            return self.accelerator.no_sync(self.loss_model)
+        if self.world > 1 and not self.looks_for_unused:  # where it looks for unused weights it keeps its buckets
+            ddp_keep_buckets(self.loss_model)
+        return nullcontext()
 
-    def update(self, judge: Judge) -> Verdict:
+    def update(self, judge: Judge) -> Judged:
         """Clip the gradient (a limit of 0 leaves it), judge, update."""
         limit = self.config.train.grad_clip or math.inf
-        verdict = judge(nn.utils.clip_grad_norm_(self.model.parameters(), limit))
-        if verdict.healthy:
+        judged = judge(nn.utils.clip_grad_norm_(self.model.parameters(), limit))
+        if self.admit(judged):
             self.optimizer.step()
         self.optimizer.zero_grad()
-        return verdict
+        return judged

@@ -21,7 +21,7 @@ from configs.schema import Config
 from launch.distributed.birth import fill
 from launch.distributed.blocks import required_blocks
 from launch.distributed.strategy import Judge, Strategy, sharded_parameters
-from launch.monitoring.guard import Verdict
+from launch.monitoring.guard import Judged
 from launch.optimizers.build import build_optimizer
 from models import CausalLMLoss, one_line
 from models.initialization import Weights
@@ -101,11 +101,11 @@ class FSDP2(Strategy):
             name = type(self.model).__name__
             raise ConfigError(f"distributed.strategy fsdp2 cannot shard {name}: {one_line(error)}; ddp can train it") from error
 
-    def update(self, judge: Judge) -> Verdict:
+    def update(self, judge: Judge) -> Judged:
         """Clip the gradient, judge, update the local shards."""
         norm: Any = nn.utils.clip_grad_norm_(self.parameters.values(), self.config.train.grad_clip or math.inf)
-        verdict = judge(norm.full_tensor() if is_dtensor(norm) else norm)
-        if verdict.healthy:
+        judged = judge(norm.full_tensor() if is_dtensor(norm) else norm)
+        if self.admit(judged):
             for name, shard in self.shards.items():
                 if (grad := self.parameters[name].grad) is not None:
                     shard.weight.grad = local(grad).reshape(-1)
@@ -113,7 +113,7 @@ class FSDP2(Strategy):
         self.optimizer.zero_grad()
         for p in self.parameters.values():
             p.grad = None
-        return verdict
+        return judged
 
 
 def owners(part: nn.Module) -> list[nn.Module]:

@@ -21,13 +21,13 @@ from launch.distributed.birth import move_buffers, whole
 from launch.distributed.blocks import compile_blocks
 from launch.distributed.buffers import copies, frozen_to_buffers, persistent_buffers, settle
 from launch.distributed.host_group import HostGroup
-from launch.monitoring.guard import Verdict
+from launch.monitoring.guard import Judged
 from launch.optimizers.build import Groups, optimizer_groups
 from launch.optimizers.table import entry_of
 from models import ModelError, one_line
 from models.initialization import Weights
 
-Judge = Callable[[Tensor], Verdict]  # gradient norm -> what happens with the step
+Judge = Callable[[Tensor], Judged]  # gradient norm -> whether the step may reach the weights, which the device knows
 MicroBatches = list[tuple[Tensor, Tensor]]  # input tokens and targets (B, T)
 
 
@@ -109,18 +109,20 @@ class Strategy:
             name, (rows, length) = type(self.model).__name__, inputs.shape
             raise ModelError(f"{name}: its forward pass fails on {rows} x {length} tokens: {one_line(error)}") from error
 
-    def backward(self, micro_batches: MicroBatches, n_targets: int) -> Tensor:
+    def backward(self, micro_batches: MicroBatches, n_targets: int, seed_of: Callable[[int], int]) -> Tensor:
         """Accumulate the gradient of the mean loss over the `n_targets` of the global batch.
 
         Every rank sums the losses of its tokens and divides by the global count; gradients are averaged over the ranks, hence
-        the factor.
+        the factor. `seed_of` says with which seed the i-th micro-batch of the global batch draws random numbers (dropout).
 
         Returns:
             This rank's share of the loss.
         """
         self.before_step = copies(self.buffers)
         total = torch.zeros((), device=self.accelerator.device)
+        before = self.accelerator.process_index * len(micro_batches)  # those of the ranks before this one
         for i, (inputs, targets) in enumerate(micro_batches):
+            torch.manual_seed(seed_of(before + i))
             with self.micro_batch(last=i == len(micro_batches) - 1):
                 loss = self.loss(inputs, targets) / n_targets
                 self.differentiate(loss * self.world)
@@ -135,15 +137,22 @@ class Strategy:
         """Add the gradient of `loss`."""
         loss.backward()
 
-    def step(self, judge: Judge) -> Verdict:
+    def step(self, judge: Judge) -> None:
         """Clip the gradient, ask `judge`, update if it agrees, and forget the gradient. Buffers become equal on all ranks."""
-        verdict = self.update(judge)
-        settle(self.buffers, self.before_step, verdict.healthy, self.world)
-        return verdict
+        judged = self.update(judge)
+        settle(self.buffers, self.before_step, judged.found_inf > 0, self.world)
 
-    def update(self, judge: Judge) -> Verdict:
+    def update(self, judge: Judge) -> Judged:
         """What `step` does to weights and optimizer state."""
         raise NotImplementedError
+
+    def admit(self, judged: Judged) -> bool:
+        """Whether to step the optimizer. One that asks the device itself is stepped always; for another the host waits."""
+        optimizer: Any = self.optimizer
+        if entry_of(self.config.optimizer).asks_device and all(group.get("fused", True) for group in optimizer.param_groups):
+            optimizer.found_inf = judged.found_inf
+            return True
+        return not judged.refused
 
     def weights_changed(self) -> None:
         """Bring the model in line with the weights of `shards`, after something has written into them."""

@@ -33,8 +33,8 @@ class Verification:
         self.handles = []
         self.before: dict[str, Tensor] = {}
         self.problem: str | None = None
-        self.steps = 0
-        self.without_gradient: set[tuple[int, str]] = set()  # (step, parameter): experts that got no token of this rank
+        self.counted = 0  # matrices that were orthogonalized before this step
+        self.without_gradient: set[str] = set()  # experts that got no token of this rank in this step
         self.done = strategy.world == 1 or not hasattr(strategy.counter, "orthogonalized")
         if not self.done:
             self.handles.append(strategy.counter.register_step_pre_hook(self.look_at_experts))
@@ -67,8 +67,8 @@ class Verification:
 
     def look_at_experts(self, *_: object) -> None:
         """Remember which of the experts that are about to be updated have no gradient: no token of this rank was theirs."""
-        idle = [n for n, shard in self.strategy.shards.items() if is_expert(n) and shard.weight.grad is None]
-        self.without_gradient |= {(self.steps, name) for name in idle}
+        shards = self.strategy.shards.items()
+        self.without_gradient = {name for name, shard in shards if is_expert(name) and shard.weight.grad is None}
 
     def look_before(self, *_: object) -> None:
         """Remember what the step starts from."""
@@ -115,25 +115,28 @@ class Verification:
             return None
         return f"the update of {self.name} is {difference:.2g} RMS from the rule on the whole parameter, where an update has 1"
 
-    def check(self) -> None:
+    def check(self, healthy: bool) -> None:
         """After a step: raise ShardingError on all ranks if it was not what the rule says. Only one step is verified.
 
-        A step with a learning rate of 0 shows nothing, so the next one is observed as well.
+        A step that was refused, or with a learning rate of 0, shows nothing, so the next one is observed as well.
         """
         if self.done:
             return
         strategy = self.strategy
-        self.steps += 1
-        if not any(float(group["lr"]) for group in strategy.optimizer.param_groups):
+        count = strategy.counter.orthogonalized - self.counted
+        self.counted += count
+        if not healthy:
+            self.problem = None
+        if not healthy or not any(float(group["lr"]) for group in strategy.optimizer.param_groups):
             return
         for handle in self.handles:
             handle.remove()
         self.done = True
-        own = (strategy.counter.orthogonalized, self.problem, self.without_gradient)
+        own = (count, self.problem, self.without_gradient)
         counts, problems, idle = zip(*gather_objects(own, dist.group.WORLD), strict=True)  # type: ignore[arg-type]
         counted = sum(counts)
-        skipped = sum(strategy.hidden.get(name, 0) for _, name in set.intersection(*idle))  # experts without a token on any rank
-        expected = strategy.copies * (strategy.matrices * self.steps - skipped)
+        skipped = sum(strategy.hidden.get(name, 0) for name in set.intersection(*idle))  # experts without a token on any rank
+        expected = strategy.copies * (strategy.matrices - skipped)
         problem = next(filter(None, problems), None)
         if counted != expected:
             problem = f"{counted} matrices were orthogonalized over all ranks, but the model has {expected}"

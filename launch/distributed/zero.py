@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +18,7 @@ from configs.schema import Config
 from data.batches import fit_micro_batch
 from launch.distributed.birth import fill, fill_whole
 from launch.distributed.strategy import Judge, MicroBatches, Strategy, sharded_parameters
-from launch.monitoring.guard import Verdict
+from launch.monitoring.guard import Judged
 from launch.optimizers.build import build_optimizer
 from launch.private import forbid_deepspeed_compilation, zero3_partitions, zero3_refresh_weights, zero_gradient_norm
 from models import CausalLMLoss
@@ -55,10 +56,10 @@ class Zero(Strategy):
         self.optimizer = self.client.bind(self.zero, lambda groups: build_optimizer(config.optimizer, groups))
         self.shards = sharded_parameters(self.optimizer.param_groups, names)
 
-    def backward(self, micro_batches: MicroBatches, n_targets: int) -> Tensor:
+    def backward(self, micro_batches: MicroBatches, n_targets: int, seed_of: Callable[[int], int]) -> Tensor:
         """As under every strategy; the engine counts the micro-batches of a step, of which the last ends in `step`."""
         self.left = len(micro_batches)
-        return super().backward(micro_batches, n_targets)
+        return super().backward(micro_batches, n_targets, seed_of)
 
     def differentiate(self, loss: Tensor) -> None:
         """Through the engine, without its division by the number of micro-batches."""
@@ -67,23 +68,23 @@ class Zero(Strategy):
         if self.left:
             self.engine.step()
 
-    def update(self, judge: Judge) -> Verdict:
+    def update(self, judge: Judge) -> Judged:
         """DeepSpeed reduces, clips and calls the client, which asks `judge` first.
 
         A gradient that is not finite never gets that far: DeepSpeed drops it.
         """
-        verdicts: list[Verdict] = []
+        judged: list[Judged] = []
 
         def gate() -> bool:
-            if not verdicts:
-                verdicts.append(judge(zero_gradient_norm(self.zero)))
-            return verdicts[0].healthy
+            if not judged:
+                judged.append(judge(zero_gradient_norm(self.zero)))
+            return self.admit(judged[0])
 
         self.client.gate = gate
         self.engine.step()
-        if not verdicts:
-            verdicts.append(judge(torch.tensor(float("nan"), device=self.accelerator.device)))
-        return verdicts[0]
+        if not judged:
+            judged.append(judge(torch.tensor(float("nan"), device=self.accelerator.device)))
+        return judged[0]
 
     def weights_changed(self) -> None:
         """Copy what the flat vectors hold into the model."""

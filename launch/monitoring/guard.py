@@ -1,7 +1,8 @@
-"""The guard of a training run: it notices steps that are not finite and spikes of the loss, and tells all ranks of signals.
+"""The guard of a training run: it refuses steps that are not finite, and notices spikes of the loss.
 
-In every step all ranks add up five numbers and so agree on what happens next. The host waits for the device there. That is short
-beside a step of a GPU, and no step that is not finite can reach the weights, nor one whose gradient is another on some rank.
+In every step all ranks add up five numbers and so agree on what happens next. The verdict is reached on the device, where the
+update asks for it (`found_inf`). The host goes on, and reads the numbers of a step while the device works on the next one. So no
+step that is not finite can reach the weights, nor one whose gradient is another on some rank, and the device never lacks work.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from torch import Tensor
 
 from celo2.distributed.collectives import gather_objects
 from configs.schema import Train
@@ -32,15 +35,46 @@ class Diverged(RuntimeError):
 
 @dataclass
 class Verdict:
-    """What all ranks agreed on for one step."""
+    """What all ranks agreed on for one step, as the host learns it."""
 
+    step: int  # counted from 1
     loss: float  # of the global batch, nats per token
     grad_norm: float
     stop: bool  # some rank got a signal
     save: bool  # the first rank's clock asks for a checkpoint
-    healthy: bool = True  # loss and gradient norm are finite, the norm is every rank's: the step may reach the weights
+    healthy: bool = True  # loss and gradient norm are finite, the norm is every rank's: the step has reached the weights
     problem: str = ""  # what a person should know about this step
     roll_back: bool = False
+
+
+class Judged:
+    """A step whose verdict is on the device.
+
+    Attributes:
+        step: its number, counted from 1.
+        found_inf: float32 (), 1 where the step must not reach the weights; named as torch's fused optimizers name it.
+    """
+
+    def __init__(self, step: int, numbers: Tensor) -> None:
+        """`numbers` (8,), float64: loss, gradient norm, whether refused, save, stop, the loss and the norm of this rank."""
+        self.step, self.found_inf = step, numbers[2].float()
+        on_gpu = numbers.is_cuda
+        self.numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=on_gpu)
+        self.numbers.copy_(numbers, non_blocking=True)
+        self.copied = torch.cuda.Event() if on_gpu else None
+        if self.copied is not None:
+            self.copied.record()
+
+    def read(self) -> list[float]:
+        """The numbers. The host waits until the device has them, and for nothing that was enqueued later."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        return self.numbers.tolist()
+
+    @property
+    def refused(self) -> bool:
+        """Whether the step must not reach the weights, for an optimizer that cannot ask the device."""
+        return self.read()[2] > 0
 
 
 class Guard:
@@ -50,40 +84,70 @@ class Guard:
         self.accelerator, self.config, self.signals = accelerator, config, signals or StopSignals()
         self.bad_in_a_row = 0
         self.losses: deque[float] = deque(maxlen=SPIKE_WINDOW)
+        self.on_device: deque[Judged] = deque()
+        self.arrived: deque[tuple[int, list[float]]] = deque()  # step, and numbers of `Judged`
 
-    def agree(self, *values: torch.Tensor | float) -> list[float]:
-        """The sums of `values` over all ranks, and as the last number how many ranks got a signal."""
+    def agree(self, *values: Tensor | float) -> Tensor:
+        """The sums of `values` over all ranks, and as the last number how many ranks got a signal; float64, on the device."""
         device = self.accelerator.device
         mine = []
         for value in (*values, float(self.signals.received)):
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, Tensor):
                 mine.append(value.to(device, torch.float64))
-            else:  # `full` is a kernel; a number that is copied to a GPU would make the host wait once more
+            else:  # `full` is a kernel; a number that is copied to a GPU would make the host wait
                 mine.append(torch.full((), value, dtype=torch.float64, device=device))
-        return self.accelerator.reduce(torch.stack(mine), "sum").tolist()
+        return self.accelerator.reduce(torch.stack(mine), "sum")
 
     def stopping(self) -> bool:
-        """Whether some rank got a signal; every rank must ask."""
-        return self.agree()[-1] > 0
+        """Whether some rank got a signal; every rank must ask. The host waits."""
+        return self.agree()[-1].item() > 0
 
-    def judge(self, loss: torch.Tensor, grad_norm: torch.Tensor, save: bool) -> Verdict:
-        """The verdict on a step from this rank's share of the loss and the norm of the whole gradient, before the update.
+    def judge(self, step: int, loss: Tensor, grad_norm: Tensor, save: bool) -> Judged:
+        """Judge a step from this rank's share of the loss and the norm of the whole gradient, before the update.
 
         The norm counts as every rank has it: a gradient that goes wrong on one rank after the reduction is no other's.
+        """
+        norm, world = grad_norm.to(self.accelerator.device, torch.float64), self.accelerator.num_processes
+        total, norms, squares, saves, stops = self.agree(loss, norm, norm.square(), float(save)).unbind()
+        mean = norms / world  # the mean of equal numbers is exact
+        deviates = squares / world - mean.square() > (SAME_NORM * mean).square()
+        refused = deviates | ~(total.isfinite() & mean.isfinite())
+        self.on_device.append(Judged(step, torch.stack([total, mean, refused.double(), saves, stops, loss.to(total), norm])))
+        return self.on_device[-1]
+
+    def wait(self, newest: bool) -> None:
+        """Wait for the verdicts on the steps before the newest; on that, too, with `newest` or if one says stop or save.
+
+        All ranks must give the same `newest`.
+        """
+        while len(self.on_device) > (0 if newest else 1):
+            judged = self.on_device.popleft()
+            numbers = judged.read()
+            self.arrived.append((judged.step, numbers))
+            newest = newest or any(numbers[3:5])
+
+    def verdicts(self) -> Iterator[Verdict]:
+        """The verdicts that were waited for. After one that says to roll back comes no other: later steps are undone with it.
 
         Raises:
             Diverged: `max_bad_steps` steps in a row were not finite, and rolling back is not allowed.
         """
-        norm = grad_norm.to(torch.float64)
-        total, norms, squares, saves, stops = self.agree(loss, norm, norm.square(), float(save))
-        world = self.accelerator.num_processes
-        verdict = Verdict(total, norms / world, stop=stops > 0, save=saves > 0)  # the mean of equal numbers is exact
+        while self.arrived:
+            verdict = self.conclude(*self.arrived.popleft())
+            if verdict.roll_back:
+                self.arrived.clear()
+                self.on_device.clear()
+            yield verdict
+
+    def conclude(self, step: int, numbers: list[float]) -> Verdict:
+        """The verdict on `step`, after those on all steps before it. Raises Diverged as `verdicts` does."""
+        loss, norm, refused, saves, stops, *of_this_rank = numbers
+        verdict = Verdict(step, loss, norm, stop=stops > 0, save=saves > 0)
         may_roll_back = self.config.on_spike == "rollback"
-        deviates = squares / world - verdict.grad_norm**2 > (SAME_NORM * verdict.grad_norm) ** 2
-        if deviates or not (math.isfinite(verdict.loss) and math.isfinite(verdict.grad_norm)):
+        if refused:
             self.bad_in_a_row += 1
             verdict.healthy = False
-            whose = self.whose(loss, grad_norm) if world > 1 else ""
+            whose = self.whose(*of_this_rank) if self.accelerator.num_processes > 1 else ""
             verdict.problem = f"loss {verdict.loss}, gradient norm {verdict.grad_norm}{whose}: the step is skipped"
             verdict.roll_back = may_roll_back and self.bad_in_a_row >= self.config.max_bad_steps
             if self.bad_in_a_row >= self.config.max_bad_steps and not may_roll_back:
@@ -101,9 +165,9 @@ class Guard:
             self.losses.clear()
         return verdict
 
-    def whose(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> str:
+    def whose(self, loss: float, grad_norm: float) -> str:
         """The ranks alone whose loss or norm is not finite, or else the norms that differ, in words. Every rank must ask."""
-        everyone = gather_objects((loss.item(), grad_norm.item()), dist.group.WORLD)  # type: ignore[arg-type]
+        everyone = gather_objects((loss, grad_norm), dist.group.WORLD)  # type: ignore[arg-type]
         bad = [str(rank) for rank, values in enumerate(everyone) if not all(map(math.isfinite, values))]
         norms = [norm for _, norm in everyone]
         if 0 < len(bad) < len(everyone):

@@ -45,8 +45,8 @@ class StepStatistics:
         result = {"optimizer_seconds": self.seconds / self.steps} if self.steps else {}
         if self.before:
             pairs = [(before, sample(weight)) for before, weight in zip(self.before, self.weights, strict=True)]
-            moved = sum(float((after - before).double().square().sum()) for before, after in pairs)
-            size = sum(float(before.double().square().sum()) for before, _ in pairs)
+            sums = [((after - before).double().square().sum(), before.double().square().sum()) for before, after in pairs]
+            moved, size = torch.stack([x for pair in sums for x in pair]).view(-1, 2).sum(0).tolist()  # the host waits once
             count = sum(before.numel() for before, _ in pairs)
             result["update_rms"] = (moved / count) ** 0.5 if count else 0.0
             result["update_ratio"] = (moved / size) ** 0.5 if size else 0.0

@@ -28,6 +28,7 @@ class OptimizerEntry:
     takes_rule: bool = False  # runs a rule: accepts optimizer.rule and optimizer.state_dtype, and can divide work over replicas
     all_hidden: bool = False  # treats every parameter as hidden, and so has no optimizer.adamw_lr
     idle_arguments: tuple[str, ...] = ()  # of the constructor, without effect in this entry
+    asks_device: bool = False  # where its attribute `found_inf`, on the device, is 1, a step changes nothing: no host need wait
     orthogonalizes: bool = False  # the update of hidden matrices, by Newton–Schulz
     state_per_weight: int | None = None  # numbers of optimizer state for each weight that it updates; None: unknown
     # For comparisons: where a grid of learning rates begins, and what else the authors ask for.
@@ -41,6 +42,7 @@ CELO2: dict[str, Any] = {
     "sharded_path": "celo2.Celo2",
     "third_party": False,
     "takes_rule": True,
+    "asks_device": True,
     "state_per_weight": 4,
     "usual_lr": 1e-3,  # arXiv 2602.19142: 3e-4 to 1e-3; an update has RMS 1
 }
@@ -53,6 +55,7 @@ TABLE = {
         sharded_path="torch.optim.AdamW",
         third_party=False,
         route="all",
+        asks_device=True,  # where it is fused
         arguments=ADAMW,
         state_per_weight=2,
         usual_lr=1e-3,

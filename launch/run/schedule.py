@@ -40,6 +40,6 @@ def set_lr(optimizer: Optimizer, factor: float) -> None:
         group["lr"] = group["initial_lr"] * factor
 
 
-def dropout_seed(seed: int, step: int, rank: int) -> int:
-    """The seed of the random numbers of a step on a rank."""
-    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
+def dropout_seed(seed: int, step: int, micro_batch: int) -> int:
+    """The seed of the random numbers of a micro-batch, counted over all ranks: the same, whichever rank takes it."""
+    return int(np.random.SeedSequence([seed, step, micro_batch]).generate_state(1, np.uint64)[0])

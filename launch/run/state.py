@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from configs.schema import Config
@@ -26,16 +26,23 @@ class RunState:
     window_loss: float | None = None  # mean over the targets of the healthy steps since the last logged one; None: no such step
     window_tokens: int = 0  # those targets
 
-    def finish_step(self, sequences: int, tokens: int, seconds: float, loss: float | None) -> None:
-        """Count one step, with its mean loss, or None if it was skipped."""
+    def finish_step(self, sequences: int, tokens: int, seconds: float) -> None:
+        """Count one step."""
         self.step, self.sequences = self.step + 1, self.sequences + sequences
         self.tokens, self.seconds = self.tokens + tokens, self.seconds + seconds
+
+    def learn(self, tokens: int, loss: float | None) -> None:
+        """Count the mean loss over the targets of a step that is finished, or None if it was skipped."""
         if loss is None:
             self.bad_steps += 1
             return
         self.window_tokens += tokens
         mean = self.window_loss or 0.0
         self.window_loss = mean + (loss - mean) * (tokens / self.window_tokens)  # exactly `loss` where it is the only step
+
+    def back_at(self, step: int, batch_size: int, sources: dict[str, int]) -> RunState:
+        """Where the run stood in the order of the data after an earlier step, with `sources`; what is not of the order stays."""
+        return replace(self, step=step, sequences=self.sequences - (self.step - step) * batch_size, sources=sources)
 
     def begin_window(self) -> None:
         """The step is logged: the next mean begins after it."""

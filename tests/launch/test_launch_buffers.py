@@ -75,7 +75,7 @@ def test_a_refused_step_leaves_the_buffers_as_they_were():
     before = copies(persistent_buffers(norm))
     norm(torch.full((4, 3), float("nan")))
     assert norm.running_mean.isnan().all()
-    settle(persistent_buffers(norm), before, healthy=False, world=1)
+    settle(persistent_buffers(norm), before, refused=torch.tensor(True), world=1)
     assert all(torch.equal(before[name], buffer) for name, buffer in norm.named_buffers())
 
 

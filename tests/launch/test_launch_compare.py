@@ -316,7 +316,9 @@ def test_divergence_is_recognized_by_the_event_that_train_writes(tmp_path):
         metrics.event({"event": "start"})
         assert not stopped_diverged(folder)
         for _ in range(Config().train.max_bad_steps):
-            guard.judge(torch.tensor(float("nan")), torch.tensor(1.0), False)
+            guard.judge(1, torch.tensor(float("nan")), torch.tensor(1.0), False)
+            guard.wait(newest=True)
+            list(guard.verdicts())
     assert stopped_diverged(folder)
     metrics.event({"event": "start"})  # somebody runs it again
     assert not stopped_diverged(folder)

@@ -87,7 +87,11 @@ def test_a_gradient_norm_that_is_anothers_is_no_step(of_rank_1, healthy, monkeyp
     device.reduce = lambda mine, _: mine + torch.stack([value.double() for value in added])
     monkeypatch.setattr("launch.monitoring.guard.gather_objects", lambda mine, _: [mine, (0.5, of_rank_1)])
     monkeypatch.setattr("launch.monitoring.guard.dist", SimpleNamespace(group=SimpleNamespace(WORLD=None)))
-    verdict = Guard(device, Train()).judge(torch.tensor(0.5), torch.tensor(1.0), save=False)
+    guard = Guard(device, Train())
+    judged = guard.judge(1, torch.tensor(0.5), torch.tensor(1.0), save=False)
+    assert judged.found_inf.item() == float(not healthy) and judged.refused is not healthy
+    guard.wait(newest=True)
+    (verdict,) = guard.verdicts()
     assert verdict.healthy is healthy and verdict.loss == 1.0
     assert verdict.grad_norm == (1.0 + norm.double().item()) / 2
     assert ("the ranks differ: 1 on rank 0, " in verdict.problem) is not healthy

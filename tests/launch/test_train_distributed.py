@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 from bad_gradients import Poison
+from host_waits import LAST, HostWaits
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from celo2 import load_rule, save_rule
@@ -299,11 +300,12 @@ def runs_that_differ(folder, prepared):
 def test_bad_gradients_reach_no_weight_under_any_strategy(run, prepared):
     """Two gradients in a row are not finite: skipped; and with on_spike=rollback, back to the checkpoint and past the batches."""
     common = [str(run.tmp_path / "config.yaml"), f"data.dir={prepared}", *STEPS, "train.max_bad_steps=2"]
-    rollback = ["train.on_spike=rollback"]
+    rollback, seldom = ["train.on_spike=rollback"], ["log.every=12"]  # most steps are not logged, so their verdicts come late
     cases = {"ddp": rollback, "fsdp2": rollback, "zero1": rollback, "zero2": ["train.max_bad_steps=3"], "zero3": rollback}
-    assert run(*STEPS, folder="one")[0] == 0
+    for folder, options in (("rolled-back", rollback), ("skipped", ["train.max_bad_steps=3"])):
+        assert run(*STEPS, "train.max_bad_steps=2", *options, folder=folder, hooks=Fault("NaN"))[0] == 0
     runs = [
-        ["NaN in steps 6 and 7", *common, *options, f"distributed.strategy={name}", f"run.dir={run.tmp_path / name}"]
+        ["NaN in steps 6 and 7", *common, *seldom, *options, f"distributed.strategy={name}", f"run.dir={run.tmp_path / name}"]
         for name, options in cases.items()
     ]
     alone = {"celo2": "nan", "adamw": "inf", "muon": "1e9"}  # a gradient of rank 1 alone after the reduction
@@ -326,13 +328,29 @@ def test_bad_gradients_reach_no_weight_under_any_strategy(run, prepared):
     sharded, whole = (losses(read(run.tmp_path / folder)) for folder in ("fsdp2-nan", "celo2"))
     assert sharded.pop(6) is whole.pop(6) is None
     assert sharded == pytest.approx(whole, rel=1e-5)
-    results = {name: losses(read(run.tmp_path / name)) for name in cases}
-    assert [step for step, loss in results["zero2"].items() if loss is None] == [6, 7] and len(results["zero2"]) == 12
-    for name in ("fsdp2", "zero1", "zero3"):
-        assert results[name] == pytest.approx(results["ddp"], rel=1e-5)  # worst measured 6e-8
-    first = {step: loss for step, loss in losses(read(run.tmp_path / "one")).items() if step <= 4}
-    assert {step: results["zero3"][step] for step in first} == pytest.approx(first, rel=1e-5)
-    assert len(results["zero3"]) == 12 and None not in results["zero3"].values()
+    for name in cases:
+        # The same steps of the same loss, and of the same events, as where every step is logged and its verdict known at once.
+        one, folder = run.tmp_path / ("skipped" if name == "zero2" else "rolled-back"), run.tmp_path / name
+        expected, found = ({r["step"]: r["step_loss"] for r in read(f) if "loss" in r} for f in (one, folder))
+        assert list(found) == [1, 12] and len(expected) == 12, name
+        assert found == pytest.approx({step: expected[step] for step in found}, rel=1e-5), name  # worst measured 6e-8
+        assert problems(folder) == problems(one) and len(problems(one)) == (2 if name == "zero2" else 3), name
+        states = [json.loads((f / "checkpoints/step_00000012/state.json").read_text()) for f in (one, folder)]
+        assert len({(s["bad_steps"], s["sequences"], s["rollbacks"], s["tokens"]) for s in states}) == 1, name
+        # Nobody waits for the newest step; DeepSpeed looks at each gradient.
+        of_step = json.loads((folder / "waits.json").read_text())
+        quiet = [counts for step, counts in of_step if step in (2, 3, 10, 11)]
+        print(name, quiet)
+        assert len(quiet) == 4
+        assert {reader for counts in quiet for reader in counts} <= {LAST, *({"deepspeed"} if "zero" in name else ())}, quiet
+        assert all(counts.get(LAST, 0) <= 1 for counts in quiet), quiet
+
+
+def problems(folder):
+    """What the events of a run say of bad steps, but for the numbers."""
+    keys = ("event", "step", "sequences", "sequences_left_out")
+    events = [event for event in read(folder, "events.jsonl") if event["event"] in ("problem", "rollback")]
+    return [{key: event[key] for key in keys if key in event} for event in events]
 
 
 def test_a_rank_that_hangs_is_named_and_the_run_continues(run, prepared):
@@ -408,7 +426,13 @@ def main():
             optimizer.passes_for = lambda device: PLAIN._replace(newton_schulz=lambda u: u)
         if arguments[0].startswith(("signal", "hang", "NaN", "gradient")):
             hooks = Fault(arguments.pop(0).partition(" ")[0])
-        statuses.append(train.main(arguments, hooks))
+        if hooks is not None:
+            with HostWaits(hooks) as waits:
+                statuses.append(train.main(arguments, waits))
+            if os.environ["RANK"] == "0":
+                Path(arguments[-1].removeprefix("run.dir=")).joinpath("waits.json").write_text(json.dumps(waits.of_step))
+        else:
+            statuses.append(train.main(arguments))
         AcceleratorState._reset_state(reset_partial_state=True)
     os.write(1, f"\nrank {os.environ['RANK']}: {statuses}\n".encode())  # one write: the ranks share the pipe
     leave(0)
