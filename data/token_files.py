@@ -36,7 +36,7 @@ class Scan(NamedTuple):
 
 def holds_tokens(folder: Path) -> bool:
     """Whether data.adopt may take a folder: it holds token files, or a data set that `datasets` saved."""
-    return is_saved(folder) or any(folder.glob("*.bin"))
+    return is_saved(folder) or (any(folder.glob("*.bin")) and not any(folder.glob("*.docs.bin")))
 
 
 def is_saved(path: Path) -> bool:

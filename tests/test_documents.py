@@ -24,7 +24,7 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 NAMED_PATH = re.compile(rf"(?<![\w./-])(?:{'|'.join(FOLDERS)})/[\w./-]*\w/?")
 MODULE = re.compile(r"python3? -m ([\w.]+)")
 CODE = re.compile(r"```(\w*)\n(.*?)```|`([^`\n]+)`", re.DOTALL)
-FILE_SUFFIXES = ("py", "yaml", "md", "json", "jsonl", "safetensors", "gz", "npz", "png", "txt", "html", "sh")
+FILE_SUFFIXES = ("py", "yaml", "md", "json", "jsonl", "safetensors", "gz", "npz", "png", "txt", "html", "sh", "bin")
 README_LINES, LINE_LENGTH = 120, 160
 
 

@@ -83,9 +83,8 @@ def test_damage_on_the_way_is_named(bucket, tmp_path, monkeypatch):
     name = "/bucket/prepared/train_00001.bin"
     whole = bucket.cat_file(name)
     bucket.pipe_file(name, whole[:-10])
-    assert refused(tmp_path) == (
-        f"{URL}/train_00001.bin: 9,990 bytes instead of 10,000: cut short, or another file than its index describes (tried 3 times)"
-    )
+    cut = "9,990 bytes instead of 10,000: cut short, or another file than its index describes (tried 3 times)"
+    assert refused(tmp_path) == f"{URL}/train_00001.bin: {cut}"
     bucket.pipe_file(name, whole[:-1] + bytes([whole[-1] ^ 1]))
     assert f"{URL}/train_00001.bin: its sha256 is " in refused(tmp_path)
     bucket.rm_file(name)
@@ -94,7 +93,9 @@ def test_damage_on_the_way_is_named(bucket, tmp_path, monkeypatch):
     # A connection that breaks once is tried again; what was copied before is kept.
     opened: list[str] = []
 
-    def flaky(self, path, *args, original=type(bucket).open, **options):
+    original = type(bucket).open
+
+    def flaky(self, path, *args, **options):
         opened.append(path)
         if opened.count(path) == 1 and path.endswith("train_00001.bin"):
             raise TimeoutError("read timed out")
@@ -173,8 +174,9 @@ def test_threads_of_one_copy_wait_for_each_other(bucket, tmp_path, monkeypatch):
 
 
 def test_processes_share_a_copy(prepared, tmp_path):
-    code = "import sys; from pathlib import Path; from data.remote import local_folder as f; print(f(sys.argv[1], Path(sys.argv[2]), 1e9))"
-    command = [sys.executable, "-c", code, f"file://{prepared}", str(tmp_path / "cache")]
+    copy = f"local_folder('file://{prepared}', Path({str(tmp_path / 'cache')!r}), 1e9)"
+    code = f"from pathlib import Path; from data.remote import local_folder; print({copy})"
+    command = [sys.executable, "-c", code]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]) for _ in range(2)]
     outputs = [process.communicate(timeout=60)[0].splitlines() for process in processes]
     assert len({lines[-1] for lines in outputs}) == 1
