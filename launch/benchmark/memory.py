@@ -8,6 +8,7 @@ beyond what a process has when it has imported everything and has found the othe
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import statistics
@@ -23,13 +24,14 @@ from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 
 import train
-from configs.load import ConfigError, load_written
+from configs.load import load_written
 from data.prepare import prepare
-from launch.benchmark.measure import Column, Row
+from launch.benchmark.measure import Column, Row, table
 from launch.command import at_least
-from launch.distributed.heartbeat import Heartbeat, print_error
+from launch.distributed.heartbeat import Heartbeat, RankError, print_error
 from launch.distributed.setup import STRATEGIES, make_accelerator
 from launch.distributed.strategy import Strategy
 from launch.distributed.zero import import_deepspeed
@@ -75,6 +77,7 @@ def add_options(parser: ArgumentParser, device: torch.device) -> None:
     parser.add_argument("--processes", nargs="+", type=at_least(1), default=[1, 2])
     parser.add_argument("--starts", nargs="+", choices=STARTS, default=["new"], help="resume and init follow a new run")
     parser.add_argument("--until", choices=ENDS, default="save", help="how far a new run goes")
+    parser.add_argument("--no-update", action="store_true", help="skip the update of the step: start and save take seconds")
     parser.add_argument(
         "--set", nargs="+", metavar="section.key=value", default=[], help="of the run: model.layers=4, optimizer.name=adamw, ..."
     )
@@ -101,7 +104,7 @@ def measure(args: Namespace, device: torch.device) -> tuple[str, list[Row]]:
                     load_written(str(config), overrides)  # a mistake in --set is one line here
                     result = folder / "result.json"
                     result.unlink(missing_ok=True)
-                    status = launch(world, [str(result), until, str(config), *overrides])
+                    status = launch(world, [str(result), until, str(int(args.no_update)), str(config), *overrides])
                     of_run: Row = {"strategy": strategy, "processes": world, "start": start}
                     if status or not result.exists():
                         rows.append(of_run | {"phase": f"failed with status {status}"})
@@ -109,6 +112,7 @@ def measure(args: Namespace, device: torch.device) -> tuple[str, list[Row]]:
                     found = json.loads(result.read_text(encoding="utf-8"))
                     weights = found["weights"] or weights
                     rows += [of_run | row for row in found["rows"]]
+                    print(table(rows[-len(found["rows"]) :], COLUMNS), file=sys.stderr)  # the next one may take minutes
                 for path in (run, Path(f"{run}-init")):  # tens of GB
                     shutil.rmtree(path, ignore_errors=True)
     return f"{weights:,} weights; a phase's peak is beyond the imports, whose size is in the row `imports`", rows
@@ -245,14 +249,19 @@ class EnoughError(Exception):
 class Watch(Hooks):
     """Sees the first moment of writing, and ends a run."""
 
-    def __init__(self, phases: Phases, until: str) -> None:
-        self.phases, self.until, self.weights = phases, until, 0
+    def __init__(self, phases: Phases, until: str, update: bool) -> None:
+        self.phases, self.until, self.update, self.weights = phases, until, update, 0
 
     def before_step(self, step: int, strategy: Strategy) -> None:
         """End before the step."""
         self.weights = strategy.model.num_parameters()
         if self.until == "start":
             raise EnoughError
+
+    def after_backward(self, step: int, strategy: Strategy, loss: Tensor) -> None:
+        """The guard skips the update of a step whose loss is not finite."""
+        if not self.update:
+            loss.fill_(math.nan)
 
     def before_evaluation(self, step: int) -> None:
         """End after the step."""
@@ -264,7 +273,7 @@ class Watch(Hooks):
         self.phases.copied()
 
 
-def main(result: str, until: str, *arguments: str) -> int:
+def main(result: str, until: str, no_update: str, *arguments: str) -> int:
     """One run in this process of torchrun; the first rank writes the rows over all ranks to `result`."""
     with suppress(OSError):  # where the memory does not suffice, the kernel ends these processes and no others
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
@@ -275,7 +284,7 @@ def main(result: str, until: str, *arguments: str) -> int:
         if config.distributed.strategy.startswith("zero"):
             import_deepspeed(accelerator.device)
         phases = Phases(accelerator.device)
-        watch = Watch(phases, until)
+        watch = Watch(phases, until, not int(no_update))
         rank, world = accelerator.process_index, accelerator.num_processes
         heartbeat = MarkedHeartbeat(rank, world, config.distributed.timeout, print_error)
         heartbeat.phases = phases
@@ -308,7 +317,7 @@ def over_ranks(rows: tuple[Row, ...]) -> Row:
 if __name__ == "__main__":
     try:
         status = main(*sys.argv[1:])
-    except ConfigError as error:
+    except (*train.EXPECTED_ERRORS, RankError) as error:
         print_error(str(error))
         status = 2
     leave(status)
