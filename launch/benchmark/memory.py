@@ -189,8 +189,9 @@ def bytes_written() -> int:
 class Phases:
     """The phases of a run on this rank: one row for each that has begun."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.resident = device, Resident()
+    def __init__(self, device: torch.device, told: bool) -> None:
+        """`told`: a line as each phase ends, since a run may take minutes, or die."""
+        self.device, self.told, self.resident = device, told, Resident()
         self.base = self.resident.now
         self.rows: list[Row] = [{"phase": "imports", "peak": self.base / 1e6, "rss": self.base / 1e6, "seconds": 0.0}]
         self.begin("data")
@@ -213,6 +214,8 @@ class Phases:
                 row["written"] = (bytes_written() - self.written) / 1e6
             if self.device.type == "cuda":
                 row["device"] = torch.cuda.max_memory_allocated(self.device) / 1e6
+            if self.told:
+                print(f"{row['phase']}: {row['peak']:,.0f} MB on the first rank, {row['seconds']:.1f} s", file=sys.stderr)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         self.resident.reset()
@@ -283,7 +286,7 @@ def main(result: str, until: str, no_update: str, *arguments: str) -> int:
         check(config, written, accelerator.num_processes)
         if config.distributed.strategy.startswith("zero"):
             import_deepspeed(accelerator.device)
-        phases = Phases(accelerator.device)
+        phases = Phases(accelerator.device, accelerator.is_main_process)
         watch = Watch(phases, until, not int(no_update))
         rank, world = accelerator.process_index, accelerator.num_processes
         heartbeat = MarkedHeartbeat(rank, world, config.distributed.timeout, print_error)
