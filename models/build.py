@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from models.experts import fit_experts
 from models.foreign import ForeignCode, refuse_code
 from models.gpt3 import GPT3Config
 from models.sizes import SIZES
@@ -77,7 +78,8 @@ def model_of(config: PretrainedConfig, device: str | torch.device | None = None)
 
 
 def prepare_model(model: PreTrainedModel, gradient_checkpointing: bool) -> PreTrainedModel:
-    """`model` in training mode, with gradient checkpointing if asked for."""
+    """`model` in training mode, with gradient checkpointing if asked for, and with experts that run whatever their sizes."""
+    fit_experts(model)
     if gradient_checkpointing:
         _checkpoint_activations(model)
     return model.train()

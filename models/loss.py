@@ -20,6 +20,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from models.build import ModelError, one_line, without_value
+from models.misfit import misfit
 
 IGNORE_INDEX = -100  # the target of a token that does not count
 # 1,024 rows are enough to fill a GPU's matmul units; the two float32 arrays of 1,024 x 50,257 are 0.4 GB.
@@ -268,7 +269,8 @@ def choose_loss(model: PreTrainedModel) -> None:
         raise
     except Exception as error:
         raise ModelError(
-            f"{architecture}: its forward pass fails: {one_line(error)}{without_value(model.config, error)}"
+            f"{architecture}: its forward pass fails: {one_line(error)}"
+            f"{without_value(model.config, error) or misfit(model.config)}"
         ) from error
     finally:
         model.train(training)

@@ -21,6 +21,7 @@ from launch.checkpoint.writer import Progress
 from launch.distributed.buffers import persistent_buffers
 from launch.distributed.gather import REPLICATED, keeps_state
 from launch.distributed.strategy import Strategy
+from models.experts import fit_experts
 from models.foreign import ForeignCode, refuse_code, without_auto_map
 
 SECTIONS = ("run", "model", "data", "optimizer", "train")  # of the configuration in state.json that are looked at later
@@ -191,6 +192,7 @@ def load_model(path: Path, config: PretrainedConfig | None = None) -> PreTrained
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"cannot read {path}: {' '.join(str(error).split())}") from error
     model = AutoModelForCausalLM.from_config(config)
+    fit_experts(model)
     own = dict(model.named_parameters()) | persistent_buffers(model)
     for problem, names in (
         ("lacks", own.keys() - weights.keys()),

@@ -1,0 +1,20 @@
+"""Experts whose sizes torch's grouped product refuses are computed one after the other."""
+
+from torch import nn
+from transformers import PreTrainedModel
+
+ALIGNED = 8  # numbers: a row in a grouped product must be a multiple of 16 bytes, in bfloat16, too
+
+
+def fit_experts(model: PreTrainedModel) -> None:
+    """Let experts run whose weights (experts, R, C) have R or C that is no multiple of ALIGNED. Call it before sharding.
+
+    transformers computes all experts in one grouped product, which fails there with "strides should be multiple of 16 bytes".
+    Its loop over the experts gives the same to within rounding.
+    """
+    if model.config._experts_implementation != "grouped_mm":
+        return
+    modules = [module for module in model.modules() if not isinstance(module, nn.Conv1d)]
+    stacks = [p.shape for module in modules for p in module.parameters(recurse=False) if p.ndim == 3]
+    if any(size % ALIGNED for shape in stacks for size in shape[1:]):
+        model.set_experts_implementation("eager")
