@@ -378,10 +378,8 @@ def small_disks(laboratory: Laboratory) -> list[Row]:
             ("disk filled, room made while it waits", "small/relieved", ["checkpoint.patience=60"], 0),
             ("disk filled, second folder", "small/second", [f"checkpoint.fallback_dir={laboratory.folder / 'second'}"], 0),
         ):
-            pids, events = (
-                laboratory.start(name, Filled(laboratory.folder / "small"), options),
-                laboratory.folder / name / "events.jsonl",
-            )
+            pids = laboratory.start(name, Filled(laboratory.folder / "small"), options)
+            events = laboratory.folder / name / "events.jsonl"
             if name == "small/relieved":
                 while '"waiting"' not in (events.read_text(encoding="utf-8") if events.exists() else ""):
                     time.sleep(0.05)

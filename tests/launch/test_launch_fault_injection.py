@@ -38,7 +38,7 @@ def test_every_fault_is_survived(tmp_path, kills):
     assert done.returncode == 0, done.stdout + done.stderr
     injected, survived = done.stdout.splitlines()[-1].split()[-2:]
     assert injected == survived
-    assert int(injected) == kills + 20
+    assert int(injected) == kills + (25 if "room made" in done.stdout else 23)  # with a real small disk, and without
     assert not list(tmp_path.iterdir())
 
 
