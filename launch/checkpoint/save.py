@@ -176,9 +176,9 @@ class Saver:
 
 
 def unshared(folders: Sequence[Path], host: HostGroup) -> str | None:
-    """A folder of `folders` in which some rank does not find what the first rank makes there; None without. On all ranks the same.
+    """A folder of `folders` in which some rank does not find what the first rank makes there; None without one.
 
-    Each rank gives its own paths.
+    Each rank gives its own paths. The answer is the same on all of them.
     """
     if host.world == 1:
         return None
