@@ -137,7 +137,7 @@ class Checkpoint:
     fallback_dir: str | None = option(
         None, "a folder on another disk for checkpoints that run.dir does not take; null: none", NOT_EMPTY, path=True
     )
-    patience: float = option(300.0, "seconds in which a last checkpoint that cannot be written is tried again", at_least(0))
+    patience: float = option(120.0, "seconds in which a last checkpoint that cannot be written is tried again", at_least(0))
 
 
 @dataclass

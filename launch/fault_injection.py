@@ -6,7 +6,7 @@ undisturbed run's, bit for bit. The other faults have checks of their own. Every
 start takes no imports. Use it on the machine and file system that your own runs use.
 
 With `--ranks N` a run has N processes on this machine, over gloo, which write its checkpoints together. A kill hits one of them,
-or all; damage hits every file of a checkpoint; one rank alone has a full disk or no permission.
+or all; damage hits every file of a checkpoint; one rank alone has no permission.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ import resource
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,6 +54,7 @@ distributed: {{timeout: 5}}
 log: {{every: 1, sample_tokens: 0}}
 eval: {{every: 5, sequences: 16}}
 """
+DISK, ROOM = 8 << 20, 200 << 10  # bytes of a small disk, and what is left of it
 SURVIVORS = 60.0  # s in which the other ranks of a killed one must have ended
 CLOCK = ("seconds", "tokens_per_second", "optimizer_seconds")  # what differs between two equal runs
 
@@ -103,6 +106,34 @@ class BadGradients(Hooks):
             grad.fill_(float("nan"))
 
 
+@contextmanager
+def small_disk(folder: Path) -> Iterator[bool]:
+    """Make `folder` a file system of DISK bytes, where mounting is permitted; tells whether it is one."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(folder)]
+    try:
+        mounted = subprocess.run(command, capture_output=True).returncode == 0
+    except OSError:
+        mounted = False
+    try:
+        yield mounted
+    finally:
+        if mounted:
+            subprocess.run(["umount", str(folder)], check=True)
+
+
+class Filled(Hooks):
+    """In the middle of the run something else fills the disk: what is left does for metrics, not for a checkpoint."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / "filling"
+
+    def before_step(self, step: int, strategy: Strategy) -> None:
+        if step == STEPS * 2 // 3 and own_rank() == 0:
+            left = shutil.disk_usage(self.file.parent).free - ROOM
+            self.file.write_bytes(bytes(max(0, left)))
+
+
 class FullDisk(Hooks):
     """From the first step on, files of the last rank may not grow beyond a small limit, as on a full disk."""
 
@@ -151,19 +182,19 @@ class Laboratory:
             raise SystemExit(f"the undisturbed run failed: {(folder / 'undisturbed.log').read_text(encoding='utf-8')}")
         self.undisturbed = self.metrics("undisturbed")
 
-    def start(self, name: str, hooks: Hooks) -> list[int]:
-        """Fork a run into the folder `name`; returns its process ids."""
+    def start(self, name: str, hooks: Hooks, options: Sequence[str] = ()) -> list[int]:
+        """Fork a run into the folder `name`, with more `options`; returns its process ids."""
         sys.stdout.flush()
         port = free_port()
-        return [self._fork(name, hooks, rank, port) for rank in range(self.ranks)]
+        return [self._fork(name, hooks, rank, port, options) for rank in range(self.ranks)]
 
-    def _fork(self, name: str, hooks: Hooks, rank: int, port: int) -> int:
+    def _fork(self, name: str, hooks: Hooks, rank: int, port: int, options: Sequence[str]) -> int:
         pid = os.fork()
         if pid:
             return pid
         status = 1
         try:
-            log = os.open(self.folder / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            log = os.open(self.folder / f"{Path(name).name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(log, 1)
             os.dup2(log, 2)
             torch.set_num_threads(1)
@@ -171,7 +202,7 @@ class Laboratory:
                 launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.ranks, "MASTER_PORT": port}
                 os.environ |= {key: str(value) for key, value in launched.items()} | {"MASTER_ADDR": "127.0.0.1"}
             folders = [f"data.dir={self.folder / 'data'}", f"run.dir={self.folder / name}"]
-            status = train.main([str(self.folder / "config.yaml"), *folders, *self.options], hooks)
+            status = train.main([str(self.folder / "config.yaml"), *folders, *self.options, *options], hooks)
         finally:
             sys.stdout.flush()
             os._exit(status)
@@ -199,9 +230,9 @@ class Laboratory:
             time.sleep(0.01)
         return found
 
-    def run(self, name: str, hooks: Hooks | None = None) -> int:
+    def run(self, name: str, hooks: Hooks | None = None, options: Sequence[str] = ()) -> int:
         """Start a run and wait for its exit status."""
-        return self.wait(self.start(name, hooks or Hooks()))
+        return self.wait(self.start(name, hooks or Hooks(), options))
 
     def metrics(self, name: str) -> list[dict[str, Any]]:
         """What a run logged, without the clock's columns."""
@@ -217,9 +248,9 @@ class Laboratory:
         """The last step that a run logged."""
         return max((record["step"] for record in self.metrics(name)), default=0)
 
-    def recovers(self, name: str) -> bool:
+    def recovers(self, name: str, options: Sequence[str] = ()) -> bool:
         """Whether the run, started once more and not disturbed, ends with the metrics of the undisturbed one."""
-        return self.run(name) == 0 and self.metrics(name) == self.undisturbed
+        return self.run(name, options=options) == 0 and self.metrics(name) == self.undisturbed
 
     def stop_halfway(self, name: str) -> Path:
         """A run that SIGTERM stops in the middle; its newest checkpoint."""
@@ -336,6 +367,32 @@ def disk(laboratory: Laboratory, fault: str, name: str, hooks: Hooks) -> Row:
     return Row(fault, 1, int(survived), f"status {status}, last whole checkpoint kept: {kept}")
 
 
+def small_disks(laboratory: Laboratory) -> list[Row]:
+    """A real disk that something fills: the run waits for room at its end, ends without, or goes to a second folder."""
+    rows = []
+    with small_disk(laboratory.folder / "small") as mounted:
+        if not mounted:
+            return [disk(laboratory, "no space left (a limit on files)", "full", FullDisk())]
+        for fault, name, options, expected in (
+            ("disk filled, and no room made", "small/unrelieved", ["checkpoint.patience=0"], 2),
+            ("disk filled, room made while it waits", "small/relieved", ["checkpoint.patience=60"], 0),
+            ("disk filled, second folder", "small/second", [f"checkpoint.fallback_dir={laboratory.folder / 'second'}"], 0),
+        ):
+            pids = laboratory.start(name, Filled(laboratory.folder / "small"), options)
+            events = laboratory.folder / name / "events.jsonl"
+            if name == "small/relieved":
+                while '"waiting"' not in (events.read_text(encoding="utf-8") if events.exists() else ""):
+                    time.sleep(0.05)
+                (laboratory.folder / "small" / "filling").unlink()
+            status = laboratory.wait(pids)
+            (laboratory.folder / "small" / "filling").unlink(missing_ok=True)
+            kept = laboratory.saved(name) > 0
+            survived = status == expected and kept and laboratory.recovers(name, options)
+            rows.append(Row(fault, 1, int(survived), f"status {status}, last whole checkpoint kept: {kept}"))
+            shutil.rmtree(laboratory.folder / name)
+    return rows
+
+
 def bad_gradients(laboratory: Laboratory) -> list[Row]:
     """NaN in one gradient: that step alone is skipped. NaN in all of them: the run stops, the last good checkpoint stays."""
     status = laboratory.run("nan", BadGradients(range(10, 11)))
@@ -373,7 +430,7 @@ def main(argv: list[str] | None = None) -> int:
         *kills(laboratory, args.kills, random.Random(args.seed)),
         *damage(laboratory),
         *stops(laboratory),
-        disk(laboratory, "no space left", "full", FullDisk()),
+        *small_disks(laboratory),
         disk(laboratory, "no permission to write", "read-only", ReadOnlyDisk(args.ranks)),
         *bad_gradients(laboratory),
     ]

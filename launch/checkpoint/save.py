@@ -176,18 +176,21 @@ class Saver:
 
 
 def unshared(folders: Sequence[Path], host: HostGroup) -> str | None:
-    """The first of `folders` that some rank does not share with the first rank; None if there is none. On all ranks the same."""
+    """A folder of `folders` in which some rank does not find what the first rank makes there; None without one.
+
+    Each rank gives its own paths. The answer is the same on all of them.
+    """
     if host.world == 1:
         return None
-    probes: dict[str, Path] = {}
-    for folder in folders if host.rank == 0 else ():
+    probes: dict[int, Path] = {}
+    for number, folder in enumerate(folders if host.rank == 0 else ()):
         with suppress(OSError):  # a disk that takes nothing now: the first save will say so
             folder.mkdir(parents=True, exist_ok=True)
             probe = folder / f".shared-{uuid.uuid4().hex}"
             probe.touch()
-            probes[str(folder)] = probe
-    asked = host.from_first({folder: str(probe) for folder, probe in probes.items()})
-    missing = host.gather([folder for folder, probe in asked.items() if not Path(probe).exists()])
+            probes[number] = probe
+    asked = host.from_first({number: probe.name for number, probe in probes.items()})
+    missing = host.gather([str(folders[number]) for number, name in asked.items() if not (folders[number] / name).exists()])
     for probe in probes.values():
         probe.unlink(missing_ok=True)
     return next((folder for of_rank in missing for folder in of_rank), None)

@@ -30,15 +30,26 @@ def events(run, kind):
     return [record for record in map(json.loads, lines) if record["event"] == kind]
 
 
-@pytest.mark.parametrize("kills", [8, pytest.param(32, marks=pytest.mark.slow)])
-def test_every_fault_is_survived(tmp_path, kills):
+@pytest.mark.parametrize(
+    ("kills", "ranks", "strategy"),
+    [
+        (8, 1, "ddp"),
+        pytest.param(32, 1, "ddp", marks=pytest.mark.slow),
+        pytest.param(32, 2, "fsdp2", marks=pytest.mark.slow),  # each phase of a save: one rank, and all
+        pytest.param(32, 2, "zero1", marks=pytest.mark.slow),
+        pytest.param(32, 4, "zero3", marks=pytest.mark.slow),
+    ],
+)
+def test_every_fault_is_survived(tmp_path, kills, ranks, strategy):
     """Kills at random moments and as many in the phases of a save, damage, signals, a full disk, NaN."""
-    command = [sys.executable, "-m", "launch.torture", "--kills", str(kills), "--dir", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    command = [sys.executable, "-m", "launch.torture", "--kills", str(kills), "--dir", str(tmp_path), f"--ranks={ranks}"]
+    command.append(f"distributed.strategy={strategy}")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr
     injected, survived = done.stdout.splitlines()[-1].split()[-2:]
     assert injected == survived
-    assert int(injected) == kills + 20
+    others = 10 if "room made" in done.stdout else 8  # with a real small disk, and without
+    assert int(injected) == kills + others + 3 * (5 if ranks == 1 else 3 + 2 * (ranks + 1))  # damage to every file
     assert not list(tmp_path.iterdir())
 
 

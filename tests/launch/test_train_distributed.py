@@ -28,8 +28,8 @@ from celo2.training.lock import FolderLock
 from data.prepare import prepare
 from data.shards import TokenShards
 from launch.checkpoint.load import load_model
-from launch.checkpoint.tensors import TensorFiles
-from launch.checkpoint.verify import MANIFEST, sha256
+from launch.checkpoint.tensors import INDEX, TensorFiles, part_name
+from launch.checkpoint.verify import MANIFEST, MODEL, OPTIMIZER, checkpoint_files, sha256
 from launch.run import ranks
 from launch.run.agreement import rule_hash
 from launch.run.hooks import Hooks
@@ -198,6 +198,7 @@ def test_two_processes(run, prepared):
         ["tamper", *common, f"run.dir={run.tmp_path / 'wrong'}", "distributed.strategy=fsdp2"],
         ["tamper", *common, f"run.dir={run.tmp_path / 'wrong1'}", "distributed.shard_state=true"],
         [*common, f"run.dir={run.tmp_path / 'locked'}"],
+        [*common, f"run.dir={run.tmp_path / 'shards_one'}", "checkpoint.shards=one"],
         [*common, f"run.dir={run.tmp_path / 'one'}", f"checkpoint.resume={one}", "optimizer.lr=1e-3"],
     ]
     differing = runs_that_differ(run.tmp_path, prepared)
@@ -205,7 +206,7 @@ def test_two_processes(run, prepared):
         done = spawn(
             2,
             [*runs, *([first, *common, *rest] for first, rest, _ in differing)],
-            [0, 0, 75, 0, 2, 2, 2, 2, 0] + [2] * len(differing),
+            [0, 0, 75, 0, 2, 2, 2, 2, 0, 0] + [2] * len(differing),
         )
 
     # Worst measured 6e-8: matrices are orthogonalized in other batches than by one process.
@@ -217,6 +218,14 @@ def test_two_processes(run, prepared):
     two = run.tmp_path / "two" / "checkpoints" / "step_00000008"
     _, back, _ = run(*STEPS, f"checkpoint.resume={two}", folder="from_two")
     assert losses(back) == pytest.approx(losses(single), rel=1e-4)
+    # Written by both ranks, a part each, or by the first one alone: the same to the last bit.
+    whole = run.tmp_path / "shards_one" / "checkpoints" / "step_00000008"
+    parts = [part_name(name, n, 2) for name in (MODEL, OPTIMIZER) for n in (1, 2)] + [MODEL + INDEX, OPTIMIZER + INDEX]
+    assert {*checkpoint_files(whole)} == {MODEL, OPTIMIZER, "config.json", "state.json"}
+    assert {*checkpoint_files(two)} == {*parts, "config.json", "state.json"}
+    for name in (MODEL, OPTIMIZER):
+        a, b = tensors(two / name), tensors(whole / name)
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
     # A signal that only the second rank got: both saved after that step, and the continued run is the same.
     assert losses(read(run.tmp_path / "signal")) == losses(double)
     assert "train.batch_size=7 must be a multiple of the number of processes, 2" in done.stderr
