@@ -28,6 +28,7 @@ from launch.distributed.heartbeat import (
     is_communication_error,
     print_error,
 )
+from launch.distributed.rendezvous import INIT_METHOD
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 3.0  # s
@@ -133,6 +134,16 @@ def test_torchrun(scenario, world, stops, message, tmp_path):
     assert scenario == "raise" or f"exitcode: {STATUS}" in output.read_text() or "exitcode: -9" in output.read_text()
 
 
+def test_torchrun_starts_the_ranks_again(tmp_path):
+    """With one store for all attempts, in which torch finds the addresses of the dead ranks (pytorch issue 135712)."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=1", "--nproc_per_node=2", __file__]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "SCENARIO": "once", "FOLDER": str(tmp_path)}
+    environment.pop("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", None)
+    run = subprocess.run(command, cwd=ROOT, env=environment, stdout=-1, stderr=subprocess.STDOUT, text=True, timeout=120)
+    assert run.returncode == 0, run.stdout
+    assert "rank 1" in run.stdout and (tmp_path / "fault").exists()
+
+
 @pytest.fixture
 def forked(tmp_path):
     """forked(scenario, world, timeout, blocked) -> (exit statuses by rank, what each printed).
@@ -234,7 +245,10 @@ def work(scenario, folder, rank, world, timeout, store=None):
     """One rank: two steps that go well, and a third with the fault of `scenario`. Returns the exit status."""
     signal.signal(signal.SIGTERM, lambda *_: None)  # as a run does, which ends its step first
     (folder / f"pid{rank}").write_text(str(os.getpid()))
-    dist.init_process_group("gloo", store=store, rank=rank if store else -1, world_size=world if store else -1)
+    if store is None:
+        dist.init_process_group("gloo", init_method=INIT_METHOD)
+    else:
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     if (scenario, rank) == ("late", 1):
         time.sleep(1000)
     try:
@@ -268,6 +282,8 @@ def fault(scenario, folder, rank, heartbeat):
         (folder / "fault").touch()
     match scenario, rank:
         case ("kill", 1) | ("host", 0):
+            os.kill(os.getpid(), signal.SIGKILL)
+        case ("once", 1) if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
             os.kill(os.getpid(), signal.SIGKILL)
         case ("stop", 1) | ("host stops", 0):
             os.kill(os.getpid(), signal.SIGSTOP)

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,13 +13,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from celo2 import ShardingError
 from celo2.distributed.shard import local_shard_of
 from launch.distributed import verification as verification_module
-from launch.distributed.heartbeat import Beat, blame, got_further
-from launch.distributed.replicas import bit_sums, in_words, named
+from launch.distributed.heartbeat import Beat, RankError, blame, got_further
+from launch.distributed.replicas import bit_sums, in_words, named, require_equal_replicas
 from launch.distributed.strategy import ShardedParameter, is_expert
 from launch.monitoring import metrics as metrics_module
 from launch.monitoring.metrics import Lines
@@ -119,6 +121,42 @@ def test_one_changed_bit_changes_the_sum():
     assert in_words({"a": {0: 5, 1: 5, 2: 6}, "b": {0: 1, 1: 2, 2: 1}}) == ("a and 1 more", [2])
     assert in_words({"a": {0: 5, 1: 6}}) == ("a", [0, 1])  # nobody can tell who is right
     assert named([2], ["n0", "n0", "n1"]) == "rank 2 (n1)"
+
+
+def test_a_replica_that_differs_is_named_by_all(tmp_path):
+    """Three ranks under ddp: equal ones pass, then one bit flips on one of them."""
+
+    def work(rank):
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=rank, world_size=3)
+        weights = {name: nn.Parameter(torch.arange(6.0)) for name in ("first", "second")}
+        shards = {name: ShardedParameter(p, local_shard_of(p)) for name, p in weights.items()}
+        config = SimpleNamespace(distributed=SimpleNamespace(strategy="ddp"))
+        device = SimpleNamespace(device=torch.device("cpu"))
+        strategy = SimpleNamespace(world=3, copies=1, buffers={}, shards=shards, config=config, accelerator=device)
+        require_equal_replicas(strategy, 1)
+        if rank == 1:
+            weights["second"].data.view(torch.int32)[3] ^= 1
+        with pytest.raises(RankError) as error:
+            require_equal_replicas(strategy, 2)
+        (tmp_path / f"said{rank}").write_text(str(error.value))
+
+    children = [fork(lambda rank=rank: work(rank)) for rank in range(3)]
+    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children] == [0, 0, 0]
+    [line] = {(tmp_path / f"said{rank}").read_text() for rank in range(3)}
+    assert line.startswith(f"the replicas differ after step 2: second on rank 1 ({socket.gethostname()}); nothing of it is saved")
+
+
+def fork(work):
+    """The pid of a process that does `work`; status 1 after an error."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    return pid
 
 
 def moe(parameters, matrices, monkeypatch, others=()):
