@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -201,6 +202,22 @@ def test_a_rank_that_finishes_first_is_not_blamed(forked):
     assert outputs[0].endswith("rank 0 leaves last\n") and "error" not in "".join(outputs)
 
 
+def test_a_rank_that_can_start_no_thread_lives(forked):
+    statuses, outputs = forked("no threads", 2, 0.5)
+    assert statuses == {0: 0, 1: 0} and outputs == ["", ""]
+
+
+def test_who_makes_progress_is_not_taken_for_dead(forked):
+    """Rank 1 works for three timeouts while rank 0 waits in a collective."""
+    statuses, outputs = forked("works", 2, 0.5)
+    assert statuses == {0: 0, 1: 0}, outputs
+
+
+def test_who_makes_progress_no_more_is_named(forked):
+    statuses, outputs = forked("works and hangs", 2, 0.5)
+    assert statuses == {0: STATUS, 1: STATUS} and all("rank 1 (" in text and "has hung for 0.5 s" in text for text in outputs)
+
+
 def test_nobody_is_blamed_where_all_are_at_one_point(forked):
     statuses, outputs = forked("all", 2, 1.0)
     message = f'no rank has got further for 1 s and all are at "step 3: at reduce", so that none can be named; {CONTINUES}'
@@ -299,6 +316,16 @@ def fault(scenario, folder, rank, heartbeat):
         case ("all", _):
             heartbeat.mark("step 3: at reduce")
             time.sleep(1000)
+        case ("no threads", 1):
+            threading.Thread.start = no_thread
+            for _ in range(15):
+                heartbeat.progress()
+                time.sleep(0.1)
+        case ("works" | "works and hangs", 1):
+            for _ in range(15):
+                heartbeat.progress()
+                time.sleep(0.1)
+            time.sleep(1000 if scenario == "works and hangs" else 0)
         case ("early", _):
             for number in range(15 * (2 - rank) if rank else 0):  # rank 2 leaves at once, rank 1 after 1.5 timeouts
                 heartbeat.mark(f"evaluation {number}")
@@ -307,6 +334,10 @@ def fault(scenario, folder, rank, heartbeat):
                 (folder / f"left{rank}").touch()
             return True
     return False
+
+
+def no_thread(*_):
+    raise RuntimeError("can't start new thread")
 
 
 def main():

@@ -5,8 +5,10 @@ import json
 import os
 import signal
 import socket
+import statistics
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -144,6 +146,20 @@ def test_a_replica_that_differs_is_named_by_all(tmp_path):
     assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children] == [0, 0, 0]
     [line] = {(tmp_path / f"said{rank}").read_text() for rank in range(3)}
     assert line.startswith(f"the replicas differ after step 2: second on rank 1 ({socket.gethostname()}); nothing of it is saved")
+
+
+@pytest.mark.slow
+def test_what_comparing_replicas_costs():
+    """Seconds for the sums over 300 million weights in 100 tensors, on one CPU thread (-s prints them)."""
+    torch.set_num_threads(1)
+    tensors = [torch.randn(3_000_000) for _ in range(100)]
+    times = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        bit_sums(tensors)
+        times.append(time.perf_counter() - begin)
+    print(f"\n300M weights: {statistics.median(times):.2f} s (median of 5; {min(times):.2f} to {max(times):.2f})")
+    assert min(times) < 5
 
 
 def fork(work):
