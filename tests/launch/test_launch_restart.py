@@ -3,12 +3,14 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import socket
 import statistics
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -241,3 +243,38 @@ def test_a_save_that_is_longer_than_the_launchers_grace(monkeypatch):
     slow = {"bytes": 10**10, "stall_seconds": 1.0, "write_seconds": 40.0}
     assert "takes 41 s" in grace.saved(slow) and "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=164" in grace.launcher()
     assert grace.saved(slow) is None and "saving about 10 GB, the last one took 41.0 s" in grace.stopping()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder with a file system of 80 MB; checkpoints leave 64 MB free."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=80m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a file system is not permitted")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_disk_that_is_full_for_a_while_loses_no_line(run, small_disk):
+    class Fill(Hooks):
+        def before_step(self, step, strategy):
+            if step == 3:  # what a page of memory has left takes a dozen lines
+                with suppress(OSError), (small_disk / "fill").open("wb") as file:
+                    while True:
+                        file.write(bytes(4096))
+                        file.flush()
+            if step == 37:
+                (small_disk / "fill").unlink()
+
+    arguments = ["train.steps=40", "eval.every=20", "checkpoint.every=20", "log.trackers=[tensorboard]"]
+    status, records, _ = run(*arguments, folder="small/run", hooks=Fill())
+    assert status == 0 and [r["step"] for r in records if "loss" in r] == list(range(1, 41)), run.out
+    assert [r["step"] for r in records if "val_loss" in r] == [20, 40]
+    assert run.out.count("metrics.jsonl cannot be written (No space left on device)") == 1
+    assert run.out.count("metrics.jsonl can be written again; nothing is lost") == 1
+    events = [json.loads(line) for line in (small_disk / "run/events.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events if event["event"] != "start"] == ["checkpoint", "checkpoint", "finished"]
+    assert "error" in events[-3] and "error" not in events[-2]
+    assert sorted(p.name for p in (small_disk / "run/checkpoints").iterdir()) == ["step_00000040"]
