@@ -10,11 +10,11 @@ beats of the others. The first rank that misses one writes the diagnosis into th
 that all of them name the same rank. Collectives wait as good as for ever (COLLECTIVE_TIMEOUT): the heartbeat alone decides. The
 time from the fault to the last exit, with interval = min(1 s, timeout / 10):
 
-    a rank raised an exception                 GRACE + 2 intervals                     3 + 1 s at most
-    a rank is dead or stopped                  timeout + 3 intervals; where a collective failed or a signal came (torchrun sends
-                                               SIGTERM when a rank dies), min(timeout, ALERT) + 3 intervals    15 + 3 s at most
-    a rank hangs in Python, or all hang        timeout + 3 intervals; PATIENCE timeouts where it waits for a disk
-    a rank dies while the others hang          timeout + ALERT + 3 intervals
+    a rank raised an exception                 GRACE + 4 intervals                     3 + 4 s at most
+    a rank is dead or stopped                  timeout + 5 intervals; where a collective failed or a signal came (torchrun sends
+                                               SIGTERM when a rank dies), min(timeout, ALERT) + 5 intervals    15 + 5 s at most
+    a rank hangs in Python, or all hang        timeout + 5 intervals; PATIENCE timeouts where it waits for a disk
+    a rank dies while the others hang          timeout + ALERT + 5 intervals
     the store does not answer                  timeout + 1 interval; at once where its process is gone
 
 `timeout` must exceed the longest time between two signs of work. Marks are counted, so every rank sets the same ones: the ranks
@@ -324,6 +324,9 @@ class Heartbeat:
         end = time.monotonic() + GRACE
         self._end_at = end + GRACE  # store or disk may not answer any more
         self.record(diagnosis.message)
+        time.sleep(
+            2 * self.interval
+        )  # torchrun signals the others as soon as one has ended: they must know the diagnosis by then
         with suppress(RuntimeError):
             while self.rank == 0 and self._others() and time.monotonic() < end:
                 self._beats = self._read_beats()

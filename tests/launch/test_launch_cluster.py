@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 CLUSTER = Path(__file__).parents[2] / "launch" / "cluster"
-SCRIPTS = ["torchrun.sh", "deepspeed.sh", "slurm.sbatch"]
+SCRIPTS = ["torchrun.sh", "deepspeed.sh", "slurm.sbatch", "loop.sh"]
 
 # Like a torchrun that trains: after a signal it saves, for a moment, and ends with 1.
 SRUN = """#!/usr/bin/env bash
@@ -72,3 +72,26 @@ def test_a_signal_saves_and_queues_again(slurm):
 @pytest.mark.parametrize("status", [0, 2])
 def test_without_a_signal_it_is_not_queued_again(slurm, status):
     assert slurm(1, status, False)[:2] == (status, [])
+
+
+@pytest.mark.parametrize(
+    ("statuses", "ended", "starts"),
+    [("70 75 0", 0, 3), ("1 2", 2, 2), ("130", 130, 1), ("1 1 1 0", 1, 3)],  # the last: quick failures in a row
+)
+def test_the_loop_starts_again_what_another_start_mends(statuses, ended, starts, tmp_path):
+    count = tmp_path / "count"
+    script = f'set -- {statuses}; echo x >> {count}; n=$(wc -l < {count}); exit "${{!n}}"'
+    command = ["bash", CLUSTER / "loop.sh", "bash", "-c", script]
+    status = subprocess.run(command, env={**os.environ, "PAUSE": "0"}, stderr=subprocess.DEVNULL, timeout=30).returncode
+    assert (status, len(count.read_text().split())) == (ended, starts)
+
+
+def test_a_signal_to_the_loop_is_one_to_the_run(tmp_path):
+    ready = tmp_path / "ready"
+    script = f"trap 'sleep 0.3; exit 75' TERM; touch {ready}; for _ in $(seq 100); do sleep 0.1; done"
+    loop = subprocess.Popen(["bash", CLUSTER / "loop.sh", "bash", "-c", script])
+    end = time.monotonic() + 10
+    while not ready.exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    loop.terminate()
+    assert loop.wait(10) == 75

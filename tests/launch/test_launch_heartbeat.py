@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -28,6 +29,7 @@ from launch.distributed.heartbeat import (
     is_communication_error,
     print_error,
 )
+from launch.distributed.rendezvous import INIT_METHOD
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 3.0  # s
@@ -133,6 +135,16 @@ def test_torchrun(scenario, world, stops, message, tmp_path):
     assert scenario == "raise" or f"exitcode: {STATUS}" in output.read_text() or "exitcode: -9" in output.read_text()
 
 
+def test_torchrun_starts_the_ranks_again(tmp_path):
+    """With one store for all attempts, in which torch finds the addresses of the dead ranks (pytorch issue 135712)."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=1", "--nproc_per_node=2", __file__]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "SCENARIO": "once", "FOLDER": str(tmp_path)}
+    environment.pop("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", None)
+    run = subprocess.run(command, cwd=ROOT, env=environment, stdout=-1, stderr=subprocess.STDOUT, text=True, timeout=120)
+    assert run.returncode == 0, run.stdout
+    assert "rank 1" in run.stdout and (tmp_path / "fault").exists()
+
+
 @pytest.fixture
 def forked(tmp_path):
     """forked(scenario, world, timeout, blocked) -> (exit statuses by rank, what each printed).
@@ -190,6 +202,22 @@ def test_a_rank_that_finishes_first_is_not_blamed(forked):
     assert outputs[0].endswith("rank 0 leaves last\n") and "error" not in "".join(outputs)
 
 
+def test_a_rank_that_can_start_no_thread_lives(forked):
+    statuses, outputs = forked("no threads", 2, 0.5)
+    assert statuses == {0: 0, 1: 0} and outputs == ["", ""]
+
+
+def test_who_makes_progress_is_not_taken_for_dead(forked):
+    """Rank 1 works for three timeouts while rank 0 waits in a collective."""
+    statuses, outputs = forked("works", 2, 0.5)
+    assert statuses == {0: 0, 1: 0}, outputs
+
+
+def test_who_makes_progress_no_more_is_named(forked):
+    statuses, outputs = forked("works and hangs", 2, 0.5)
+    assert statuses == {0: STATUS, 1: STATUS} and all("rank 1 (" in text and "has hung for 0.5 s" in text for text in outputs)
+
+
 def test_nobody_is_blamed_where_all_are_at_one_point(forked):
     statuses, outputs = forked("all", 2, 1.0)
     message = f'no rank has got further for 1 s and all are at "step 3: at reduce", so that none can be named; {CONTINUES}'
@@ -234,7 +262,10 @@ def work(scenario, folder, rank, world, timeout, store=None):
     """One rank: two steps that go well, and a third with the fault of `scenario`. Returns the exit status."""
     signal.signal(signal.SIGTERM, lambda *_: None)  # as a run does, which ends its step first
     (folder / f"pid{rank}").write_text(str(os.getpid()))
-    dist.init_process_group("gloo", store=store, rank=rank if store else -1, world_size=world if store else -1)
+    if store is None:
+        dist.init_process_group("gloo", init_method=INIT_METHOD)
+    else:
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     if (scenario, rank) == ("late", 1):
         time.sleep(1000)
     try:
@@ -269,6 +300,8 @@ def fault(scenario, folder, rank, heartbeat):
     match scenario, rank:
         case ("kill", 1) | ("host", 0):
             os.kill(os.getpid(), signal.SIGKILL)
+        case ("once", 1) if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
         case ("stop", 1) | ("host stops", 0):
             os.kill(os.getpid(), signal.SIGSTOP)
         case ("sleep", 1):
@@ -283,6 +316,16 @@ def fault(scenario, folder, rank, heartbeat):
         case ("all", _):
             heartbeat.mark("step 3: at reduce")
             time.sleep(1000)
+        case ("no threads", 1):
+            threading.Thread.start = no_thread
+            for _ in range(15):
+                heartbeat.progress()
+                time.sleep(0.1)
+        case ("works" | "works and hangs", 1):
+            for _ in range(15):
+                heartbeat.progress()
+                time.sleep(0.1)
+            time.sleep(1000 if scenario == "works and hangs" else 0)
         case ("early", _):
             for number in range(15 * (2 - rank) if rank else 0):  # rank 2 leaves at once, rank 1 after 1.5 timeouts
                 heartbeat.mark(f"evaluation {number}")
@@ -291,6 +334,10 @@ def fault(scenario, folder, rank, heartbeat):
                 (folder / f"left{rank}").touch()
             return True
     return False
+
+
+def no_thread(*_):
+    raise RuntimeError("can't start new thread")
 
 
 def main():

@@ -3,22 +3,28 @@
 import errno
 import json
 import os
+import shutil
 import signal
+import socket
+import statistics
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from celo2 import ShardingError
 from celo2.distributed.shard import local_shard_of
 from launch.distributed import verification as verification_module
-from launch.distributed.heartbeat import Beat, blame, got_further
-from launch.distributed.replicas import bit_sums, in_words, named
+from launch.distributed.heartbeat import Beat, RankError, blame, got_further
+from launch.distributed.replicas import bit_sums, in_words, named, require_equal_replicas
 from launch.distributed.strategy import ShardedParameter, is_expert
 from launch.monitoring import metrics as metrics_module
 from launch.monitoring.metrics import Lines
@@ -121,6 +127,56 @@ def test_one_changed_bit_changes_the_sum():
     assert named([2], ["n0", "n0", "n1"]) == "rank 2 (n1)"
 
 
+def test_a_replica_that_differs_is_named_by_all(tmp_path):
+    """Three ranks under ddp: equal ones pass, then one bit flips on one of them."""
+
+    def work(rank):
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=rank, world_size=3)
+        weights = {name: nn.Parameter(torch.arange(6.0)) for name in ("first", "second")}
+        shards = {name: ShardedParameter(p, local_shard_of(p)) for name, p in weights.items()}
+        config = SimpleNamespace(distributed=SimpleNamespace(strategy="ddp"))
+        device = SimpleNamespace(device=torch.device("cpu"))
+        strategy = SimpleNamespace(world=3, copies=1, buffers={}, shards=shards, config=config, accelerator=device)
+        require_equal_replicas(strategy, 1)
+        if rank == 1:
+            weights["second"].data.view(torch.int32)[3] ^= 1
+        with pytest.raises(RankError) as error:
+            require_equal_replicas(strategy, 2)
+        (tmp_path / f"said{rank}").write_text(str(error.value))
+
+    children = [fork(lambda rank=rank: work(rank)) for rank in range(3)]
+    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children] == [0, 0, 0]
+    [line] = {(tmp_path / f"said{rank}").read_text() for rank in range(3)}
+    assert line.startswith(f"the replicas differ after step 2: second on rank 1 ({socket.gethostname()}); nothing of it is saved")
+
+
+@pytest.mark.slow
+def test_what_comparing_replicas_costs():
+    """Seconds for the sums over 300 million weights in 100 tensors, on one CPU thread (-s prints them)."""
+    torch.set_num_threads(1)
+    tensors = [torch.randn(3_000_000) for _ in range(100)]
+    times = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        bit_sums(tensors)
+        times.append(time.perf_counter() - begin)
+    print(f"\n300M weights: {statistics.median(times):.2f} s (median of 5; {min(times):.2f} to {max(times):.2f})")
+    assert min(times) < 5
+
+
+def fork(work):
+    """The pid of a process that does `work`; status 1 after an error."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    return pid
+
+
 def moe(parameters, matrices, monkeypatch, others=()):
     """A verification of `parameters`, on one of several ranks; `others` are the reports of the others."""
     counter = torch.optim.SGD(list(parameters.values()), lr=0.1)
@@ -187,3 +243,38 @@ def test_a_save_that_is_longer_than_the_launchers_grace(monkeypatch):
     slow = {"bytes": 10**10, "stall_seconds": 1.0, "write_seconds": 40.0}
     assert "takes 41 s" in grace.saved(slow) and "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=164" in grace.launcher()
     assert grace.saved(slow) is None and "saving about 10 GB, the last one took 41.0 s" in grace.stopping()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder with a file system of 80 MB; checkpoints leave 64 MB free."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=80m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a file system is not permitted")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_disk_that_is_full_for_a_while_loses_no_line(run, small_disk):
+    class Fill(Hooks):
+        def before_step(self, step, strategy):
+            if step == 3:  # what a page of memory has left takes a dozen lines
+                with suppress(OSError), (small_disk / "fill").open("wb") as file:
+                    while True:
+                        file.write(bytes(4096))
+                        file.flush()
+            if step == 37:
+                (small_disk / "fill").unlink()
+
+    arguments = ["train.steps=40", "eval.every=20", "checkpoint.every=20", "log.trackers=[tensorboard]"]
+    status, records, _ = run(*arguments, folder="small/run", hooks=Fill())
+    assert status == 0 and [r["step"] for r in records if "loss" in r] == list(range(1, 41)), run.out
+    assert [r["step"] for r in records if "val_loss" in r] == [20, 40]
+    assert run.out.count("metrics.jsonl cannot be written (No space left on device)") == 1
+    assert run.out.count("metrics.jsonl can be written again; nothing is lost") == 1
+    events = [json.loads(line) for line in (small_disk / "run/events.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events if event["event"] != "start"] == ["checkpoint", "checkpoint", "finished"]
+    assert "error" in events[-3] and "error" not in events[-2]
+    assert sorted(p.name for p in (small_disk / "run/checkpoints").iterdir()) == ["step_00000040"]
