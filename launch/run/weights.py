@@ -26,6 +26,7 @@ from celo2.distributed.collectives import gather_objects
 from configs.load import ConfigError
 from launch.checkpoint.tensors import TensorFiles
 from launch.distributed.buffers import persistent_buffers
+from launch.private import ignored_in_files
 from launch.run.ranks import Fact, require_same
 from models.gpt2 import origins
 from models.initialization import Weights
@@ -117,7 +118,7 @@ def names_in(there: Mapping[str, tuple[int, ...]], model: PreTrainedModel) -> di
         if len(held) != 1 or there[held[0]] != tuple(own.shape):
             return None
         found[names[0]] = held[0]
-    ignored = model._keys_to_ignore_on_load_unexpected or []
+    ignored = ignored_in_files(model)
     rest = there.keys() - set(found.values())
     return None if any(not any(re.search(pattern, name) for pattern in ignored) for name in rest) else found
 
