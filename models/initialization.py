@@ -153,7 +153,7 @@ class Recipe:
 
     def settle(self) -> None:
         """Keep a held value that is one number everywhere as that number."""
-        if self.held is not None and self.numel > 1 and self.held.min() == self.held.max():
+        if self.held is not None and self.held.is_floating_point() and self.numel > 1 and self.held.min() == self.held.max():
             place = Place((self.numel,), (1,), 0)
             fill = Operation("fill_", torch.Tensor.fill_, place, (self.held.reshape(-1)[0].item(),), {})
             self.held, self.operations = None, [fill, *self.operations]

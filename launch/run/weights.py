@@ -56,7 +56,7 @@ class FileWeights:
         part = self.files.get_slice(self.names[name])
         row = math.prod(part.get_shape()[1:])
         first, last = (start // row, -(-stop // row)) if row else (0, 0)
-        rows = part[first:last] if part.get_shape() else part[...]
+        rows = part[first:last] if part.get_shape() else self.files.get_tensor(self.names[name])
         self.bytes += rows.nbytes
         values = rows.reshape(-1)[start - first * row : stop - first * row]
         if not values.isfinite().all():

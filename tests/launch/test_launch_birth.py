@@ -117,10 +117,10 @@ def note_dtypes(name, dtypes, module, *_):
     dtypes.update({f"{name}.{key}": p.dtype for key, p in module.named_parameters(recurse=False)})
 
 
-# Norms of queries and keys, behind attention, of heads; a block with lists of parts; stock transposed maps; bare state-space constants.
+# Norms of queries and keys and behind attention; lists of parts in a block; stock transposed maps; bare state-space constants.
 @pytest.mark.parametrize("model_type", ["qwen3", "olmo2", "gemma3", "longcat_flash", "gpt2", "mamba"])
 def test_under_bf16_only_linear_maps_are_halved(model_type, accelerator):
-    """Forward and backward pass under fsdp2 are those of ddp, where autocast alone rounds. Measured: the same bits but for 1e-8."""
+    """Loss and gradients under fsdp2 are those of ddp, where autocast alone rounds. Measured: the same bits but for 1e-8."""
     tokens = torch.randint(0, 200, (2, 17), generator=torch.Generator().manual_seed(0))
     found = {}
     for layout in ("ddp", "fsdp2"):
