@@ -109,6 +109,11 @@ def ddp_keep_buckets(ddp: Any) -> None:
     ddp.reducer._reset_state()
 
 
+def ignored_in_files(model: Any) -> list[str]:
+    """Patterns of tensors that a folder of transformers may hold beside the weights of `model`, such as masks of old versions."""
+    return list(model._keys_to_ignore_on_load_unexpected or [])
+
+
 def forbid_deepspeed_compilation(deepspeed: Any) -> None:
     """Stop DeepSpeed from compiling C++ for CPU inference at its first start; training does not need it."""
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -153,7 +153,7 @@ class Recipe:
 
     def settle(self) -> None:
         """Keep a held value that is one number everywhere as that number."""
-        if self.held is not None and self.numel > 1 and self.held.min() == self.held.max():
+        if self.held is not None and self.held.is_floating_point() and self.numel > 1 and self.held.min() == self.held.max():
             place = Place((self.numel,), (1,), 0)
             fill = Operation("fill_", torch.Tensor.fill_, place, (self.held.reshape(-1)[0].item(),), {})
             self.held, self.operations = None, [fill, *self.operations]
@@ -281,8 +281,9 @@ class Recorder(TorchDispatchMode):
         if name == "constant_pad_nd" and self.recipe_of(args[0]) is not None and not any(args[1]):
             return args[0].detach()  # with nothing around it, as some models bring a bias to the length of its weight
         target = args[0] if args and name.endswith("_") and not name.startswith("_") else kwargs.get("out")
-        if (recipe := self.recipe_of(target)) is not None:
-            self.record(recipe, name, func, args[0] if target is None else target, args if "out" in kwargs else args[1:], kwargs)
+        if isinstance(target, Tensor) and (recipe := self.recipe_of(target)) is not None:
+            self.record(recipe, name, func, target, args if "out" in kwargs else args[1:], kwargs)
+            return target
         return func(*args, **kwargs)
 
     def found(self, model: nn.Module) -> dict[str, Recipe] | None:

@@ -20,6 +20,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from models.build import ModelError, one_line, without_value
+from models.gpt3 import GPT3LMHeadModel
 from models.misfit import misfit
 
 IGNORE_INDEX = -100  # the target of a token that does not count
@@ -313,8 +314,15 @@ def check_router_loss(model: PreTrainedModel, input_ids: Tensor) -> None:
         )
 
 
+def uses_all_parameters(model: PreTrainedModel) -> bool:
+    """Whether every parameter is known to get a gradient, so that nothing has to be computed to find out."""
+    return isinstance(model, GPT3LMHeadModel)
+
+
 def unused_parameters(loss: CausalLMLoss) -> set[Tensor]:
     """The trainable parameters of the model that get no gradient from its loss. Call it before sharding."""
+    if uses_all_parameters(loss.model):
+        return set()
     training = loss.training
     tokens = few_tokens(loss.model, torch.Generator(loss.model.device).manual_seed(0))
     trainable = [p for p in loss.eval().parameters() if p.requires_grad]

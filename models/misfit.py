@@ -22,8 +22,8 @@ def misfit(config: PretrainedConfig) -> str:
         for name, limit in given(text, names):
             if (value := number(text, key)) is not None and value > limit:
                 return f"; {key} is {value}, but must be {relation} {name}, {limit}"
-    for key, names in DIVISORS:
-        for name, whole in given(text, names):
+    for key, wholes in DIVISORS:
+        for name, whole in given(text, wholes):
             if (value := number(text, key)) and whole % value:
                 return f"; {key} is {value}, which does not divide {name}, {whole}"
     width, heads = number(text, "hidden_size"), number(text, "num_attention_heads")

@@ -52,7 +52,12 @@ CONFIG: dict[str, dict[str, Any]] = {
 STARTS = ("new", "resume", "init")  # a new run; the same again from its checkpoint; another run with its weights
 ENDS = ("start", "step", "save")
 # What a run marks -> the phase that begins there.
-BEGINS = {"ranks compared": "build", "model built": "shard", "sharded": "load", "loaded": "ready"}
+BEGINS = {
+    "building the model": "build",
+    "sharding model and optimizer": "shard",
+    "loading the checkpoint": "load",
+    "writing the run's folder": "ready",
+}
 
 ROUNDS = None
 COLUMNS = (
@@ -239,9 +244,9 @@ class MarkedHeartbeat(Heartbeat):
 
     phases: Phases
 
-    def mark(self, text: str) -> None:
+    def mark(self, text: str, disk: bool = False) -> None:
         """As every heartbeat does."""
-        super().mark(text)
+        super().mark(text, disk)
         self.phases.marked(text)
 
 
@@ -291,7 +296,7 @@ def main(result: str, until: str, no_update: str, *arguments: str) -> int:
         rank, world = accelerator.process_index, accelerator.num_processes
         heartbeat = MarkedHeartbeat(rank, world, config.distributed.timeout, print_error)
         heartbeat.phases = phases
-        with lock_run(config, accelerator), heartbeat:
+        with heartbeat, lock_run(config, accelerator, heartbeat.mark):
             with suppress(EnoughError):
                 train.pretrain(config, accelerator, heartbeat, signals, watch)
             phases.end()

@@ -18,7 +18,7 @@ from launch.distributed.blocks import blocks_of
 from models import ModelError
 from models.initialization import Held, Weights, become
 
-PIECE = 1 << 24  # elements that are on the CPU at once on their way to another device: 64 MB
+PIECE = 1 << 22  # elements that are made or read at once on their way to where they stay: 16 MB
 Result = TypeVar("Result")
 
 

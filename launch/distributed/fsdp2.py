@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -25,7 +26,7 @@ from launch.monitoring.guard import Judged
 from launch.optimizers.build import build_optimizer
 from models import CausalLMLoss, one_line
 from models.initialization import Weights
-from models.loss import few_tokens
+from models.loss import few_tokens, uses_all_parameters
 
 LINEAR = (nn.Linear, Conv1D)
 
@@ -53,7 +54,7 @@ class FSDP2(Strategy):
         bf16 = config.train.precision == "bf16"
         halved = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in required_blocks(model):
-            for part in block.children() if bf16 else ():
+            for part in parts_of(block) if bf16 else ():
                 if is_halved(part):
                     for norm in norms_in(part):
                         fully_shard(norm, mesh=mesh)
@@ -76,14 +77,25 @@ class FSDP2(Strategy):
         self.shards = sharded_parameters(self.groups, self.parameters)
 
     def find_unused(self) -> set[str]:
-        """The parameters that get no gradient from the loss of a few tokens. Every rank must call it."""
+        """The parameters that get no gradient from the loss of a few tokens. Every rank must call it.
+
+        Gradients are let go as they come.
+        """
+        if uses_all_parameters(self.model):
+            return set()
+        unused = set(self.parameters)
+
+        def came(p: Tensor, name: str) -> None:
+            unused.discard(name)
+            p.grad = None
+
+        hooks = [p.register_post_accumulate_grad_hook(partial(came, name=name)) for name, p in self.parameters.items()]
         self.loss_model.eval()
         tokens = few_tokens(self.model, torch.Generator(self.device).manual_seed(0))
         self.differentiate(self.loss(tokens[:, :-1], tokens[:, 1:]))
         self.loss_model.train()
-        unused = {name for name, p in self.parameters.items() if p.grad is None}
-        for p in self.parameters.values():
-            p.grad = None
+        for hook in hooks:
+            hook.remove()
         return unused
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -114,6 +126,15 @@ class FSDP2(Strategy):
         for p in self.parameters.values():
             p.grad = None
         return judged
+
+
+def parts_of(block: nn.Module) -> Iterator[nn.Module]:
+    """The modules that `block` calls: its children, and those of a list among them."""
+    for child in block.children():
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            yield from parts_of(child)
+        else:
+            yield child
 
 
 def owners(part: nn.Module) -> list[nn.Module]:

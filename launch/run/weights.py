@@ -26,6 +26,7 @@ from celo2.distributed.collectives import gather_objects
 from configs.load import ConfigError
 from launch.checkpoint.tensors import TensorFiles
 from launch.distributed.buffers import persistent_buffers
+from launch.private import ignored_in_files
 from launch.run.ranks import Fact, require_same
 from models.gpt2 import origins
 from models.initialization import Weights
@@ -55,7 +56,7 @@ class FileWeights:
         part = self.files.get_slice(self.names[name])
         row = math.prod(part.get_shape()[1:])
         first, last = (start // row, -(-stop // row)) if row else (0, 0)
-        rows = part[first:last] if part.get_shape() else part[...]
+        rows = part[first:last] if part.get_shape() else self.files.get_tensor(self.names[name])
         self.bytes += rows.nbytes
         values = rows.reshape(-1)[start - first * row : stop - first * row]
         if not values.isfinite().all():
@@ -117,7 +118,7 @@ def names_in(there: Mapping[str, tuple[int, ...]], model: PreTrainedModel) -> di
         if len(held) != 1 or there[held[0]] != tuple(own.shape):
             return None
         found[names[0]] = held[0]
-    ignored = model._keys_to_ignore_on_load_unexpected or []
+    ignored = ignored_in_files(model)
     rest = there.keys() - set(found.values())
     return None if any(not any(re.search(pattern, name) for pattern in ignored) for name in rest) else found
 

@@ -5,16 +5,23 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
+from celo2.stack import local
 from configs.schema import Config, Distributed, Train
 from configs.schema import Model as ModelSection
 from configs.schema import Optimizer as OptimizerConfig
 from configs.schema import Run as RunSection
+from launch.distributed.setup import make_accelerator, make_strategy
 from launch.run.setup import make_model
 
 ROOT = Path(__file__).parents[2]
@@ -97,6 +104,44 @@ def test_the_same_weights_under_every_strategy(world, layouts, types):
             assert whole > 150e6 and peak < whole / 2 + block + 60e6, value
 
 
+@pytest.fixture
+def accelerator():
+    """One process that computes in bfloat16; the process group that sharding makes goes with it."""
+    yield Accelerator(cpu=True, mixed_precision="bf16")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def note_dtypes(name, dtypes, module, *_):
+    dtypes.update({f"{name}.{key}": p.dtype for key, p in module.named_parameters(recurse=False)})
+
+
+# Norms of queries and keys and behind attention; lists of parts in a block; stock transposed maps; bare state-space constants.
+@pytest.mark.parametrize("model_type", ["qwen3", "olmo2", "gemma3", "longcat_flash", "gpt2", "mamba"])
+def test_under_bf16_only_linear_maps_are_halved(model_type, accelerator):
+    """Loss and gradients under fsdp2 are those of ddp, where autocast alone rounds. Measured: the same bits but for 1e-8."""
+    tokens = torch.randint(0, 200, (2, 17), generator=torch.Generator().manual_seed(0))
+    found = {}
+    for layout in ("ddp", "fsdp2"):
+        config = config_of(model_type, layout, "bf16", "adamw")
+        made = make(config)
+        strategy = make_strategy(config, accelerator, made.model, made.weights)
+        dtypes = {}
+        for name, module in made.model.named_modules():
+            module.register_forward_hook(partial(note_dtypes, name, dtypes))
+        loss = strategy.backward([(tokens[:, :-1], tokens[:, 1:])], 32)
+        gradients = {name: local(p.grad).flatten() for name, p in made.model.named_parameters() if p.grad is not None}
+        found[layout] = loss.item(), gradients
+    (loss, gradients), (sharded_loss, sharded) = found["ddp"], found["fsdp2"]
+    assert sharded_loss == pytest.approx(loss, rel=1e-6) and gradients.keys() == sharded.keys()
+    assert all(torch.allclose(sharded[name], g, rtol=0, atol=1e-5 * g.abs().max().item()) for name, g in gradients.items())
+    halved = {name for name, dtype in dtypes.items() if dtype == torch.bfloat16}
+    linear = {f"{name}.weight" for name, m in made.model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    assert halved <= linear | {name.replace(".weight", ".bias") for name in linear}
+    assert bool(halved) == (model_type != "mamba")
+
+
 def memory_now():
     status = dict(line.split(":\t") for line in Path("/proc/self/status").read_text().splitlines() if ":\t" in line)
     return [int(status[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM")]
@@ -105,7 +150,6 @@ def memory_now():
 def carry_out(what, model_type, layout, accelerator):
     """One job on this rank."""
     from celo2.distributed.collectives import gather_objects
-    from launch.distributed.setup import make_strategy
 
     config = config_of(model_type, layout, optimizer="adamw" if what == "memory" else "celo2")
     if what == "memory":
@@ -137,9 +181,6 @@ def carry_out(what, model_type, layout, accelerator):
 
 
 if __name__ == "__main__":
-    from accelerate.state import AcceleratorState
-
-    from launch.distributed.setup import make_accelerator
     from launch.private import leave
 
     torch.set_num_threads(1)

@@ -9,8 +9,9 @@ from configs.schema import Config, Train
 from launch.checkpoint.verify import MANIFEST
 from launch.monitoring.guard import SAME_NORM, Guard
 from launch.monitoring.metrics import flat
-from launch.run import ranks
-from launch.run.ranks import Fact, checkpoint_fact, code_hash, first_difference, in_words, weights_fact
+from launch.run import ranks, weights
+from launch.run.ranks import Fact, checkpoint_fact, code_hash, first_difference, in_words
+from launch.run.weights import hashes, weights_fact
 
 
 def facts(**values):
@@ -46,12 +47,14 @@ def test_every_option_but_the_paths_is_compared(prepared):
 
 
 def test_a_change_of_weights_or_code_is_seen(tmp_path, monkeypatch):
-    model = torch.nn.Linear(3, 2).to(torch.bfloat16)
-    before = weights_fact(model)
-    assert weights_fact(model) == before
-    with torch.no_grad():
-        model.weight[1, 2] += 1
-    assert weights_fact(model) != before
+    files = [tmp_path / "a", tmp_path / "b"]
+    for file in files:
+        file.write_bytes(bytes(range(200)))
+    monkeypatch.setattr(weights, "BLOCK", 64)
+    before = weights_fact(hashes(files))
+    assert weights_fact([block for part in range(3) for block in hashes(files, part, 3)]) == before  # three ranks of a host
+    files[1].write_bytes(bytes(range(199)) + b"?")
+    assert weights_fact(hashes(files)) != before
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "__init__.py").write_text("")
     monkeypatch.setattr(ranks, "models", SimpleNamespace(__file__=str(tmp_path / "own" / "__init__.py")))
