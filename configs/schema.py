@@ -47,8 +47,8 @@ class Data:
         "several folders, each with a weight, or with one from given steps on: "
         "[{dir: a, weight: 0.7}, {dir: b, weight: {0: 0.3, 9000: 1.5}}]",
     )
-    cache_dir: str = option(
-        "~/.cache/celo2-data", "copies of folders whose dir is a URL (s3://, gs://, hf://, ...)", NOT_EMPTY, path=True
+    cache_dir: str | None = option(
+        None, "copies of folders whose dir is a URL (s3://, gs://, hf://, ...); null: ~/.cache/celo2-data", NOT_EMPTY, path=True
     )
     cache_gb: float = option(100.0, "the most that these copies may take, in GB; unused ones go first", POSITIVE)
 

@@ -76,7 +76,7 @@ def adopt(
     say(f"end of text: {end!r}, id {token_id(tok, end)}")
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
-        index = describe(files, out, tok, token_id(tok, end), say)
+        index = describe(files, out, tok, token_id(tok, end), say) | {"arguments": {"adopted": str(source), "val": val}}
         if not sum(split["documents"] for split in index["splits"].values()):
             note = (
                 f"the end of text {end!r} (id {index['end_of_text_id']}) is not in the files: nothing tells their documents "
@@ -209,6 +209,7 @@ def describe(
         "tokenizer_sha256": tokenizer_hash(tok),
         "files": os.path.relpath(base, os.path.abspath(out)) if inside else str(base),
         "splits": content,
+        "inventory": {},
         "notes": [],
     }
 

@@ -58,7 +58,7 @@ class TokenShards:
         self.dtype = DTYPES[index["dtype"]]
         files = list(files_of(self.folder, index, split))
         self._files = ShardFiles(files[:: len(files) // len(self.shards)])  # without those of documents
-        self._offsets = [shard.get("offset", 0) for shard in self.shards]
+        self._offsets = [0 if index["format"] == FORMAT else shard["offset"] for shard in self.shards]
         small = self.n_tokens * self.dtype.itemsize <= VERIFY_BYTES
         for i, file in enumerate(files):
             written = None if index["format"] == FORMAT else self.shards[i]["mtime_ns"]

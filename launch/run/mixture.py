@@ -31,7 +31,8 @@ def open_mixture(config: Config) -> tuple[TokenShards, TokenShards]:
 
 def local(config: Config, folder: str) -> str:
     """A data folder on this machine: for a URL its copy in the cache."""
-    return local_folder(folder, Path(config.data.cache_dir).expanduser(), config.data.cache_gb * 1e9, log)
+    cache = Path(config.data.cache_dir or "~/.cache/celo2-data").expanduser()
+    return local_folder(folder, cache, config.data.cache_gb * 1e9, log)
 
 
 def fetch_data(config: Config) -> None:

@@ -76,7 +76,7 @@ def facts_of(config: Config, settled: Config, shards: TokenShards, checkpoint: P
     facts.append(Fact(f"the data set of {option}", shards.fingerprint[:12], f"let {option} hold the same data set on every node"))
     if isinstance(shards, Mixture):
         order = ", ".join(source.fingerprint[:12] for source in shards.sources)
-        weights = "; ".join(f"{' : '.join(map(str, phase.shares))} from step {phase.step} on" for phase in shards.phases)
+        weights = "; ".join(f"{' : '.join(map(str, phase.shares))} from step {phase.step}" for phase in shards.phases)
         facts.append(Fact("the order of the sources of data.mix", order, "name the sources in one order on every rank"))
         facts.append(Fact("the weights of data.mix", weights, "give every rank the same weights"))
     if entry_of(config.optimizer).takes_rule:

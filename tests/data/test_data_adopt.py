@@ -10,6 +10,7 @@ import pytest
 from data import DataError, shards, token_files
 from data.adopt import adopt, main
 from data.batches import Batches
+from data.prepare import prepare
 from data.shards import TokenShards, read_index
 from data.text_bytes import token_bytes
 from data.tokenizer import byte_tokenizer, load_tokenizer
@@ -271,6 +272,21 @@ def test_an_index_leads_to_no_file_outside(fineweb, tokenizer, tmp_path):
         (out / "index.json").write_text(json.dumps(index))
         with pytest.raises(DataError, match=r"index.json: damaged, a shard is named"):
             read_index(out)
+
+
+def test_another_preparation_does_not_overwrite_it(fineweb, tokenizer, tmp_path):
+    out = adopted(fineweb, tmp_path / "out", tokenizer=tokenizer)
+    (tmp_path / "text.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(DataError, match=r"out is already prepared with other arguments: source was None"):
+        prepare(str(tmp_path / "text.jsonl"), out, tokenizer="bytes", log=lambda line: None)
+    with pytest.raises(
+        DataError, match=r"no file that can be read; left out: 4 .bin .*; files of tokens are for python -m data.adopt"
+    ):
+        prepare(str(fineweb), tmp_path / "other", tokenizer="bytes", log=lambda line: None)
+    with pytest.raises(
+        DataError, match=r"fineweb10B: no index.json; to use its tokens: python -m data.adopt .*fineweb10B FOLDER"
+    ):
+        TokenShards(fineweb, "train")
 
 
 def test_pieces_of_a_file_are_read_alike(fineweb, tokenizer, tmp_path, monkeypatch):

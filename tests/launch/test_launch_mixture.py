@@ -7,6 +7,8 @@ import pytest
 from configs.load import ConfigError, load_config, to_yaml
 from data.prepare import prepare
 from launch.run.hooks import Hooks
+from launch.run.ranks import facts_of, first_difference
+from launch.run.setup import open_data
 
 SMALL = ["train.steps=6", "eval.every=3", "log.sample_tokens=0", "train.batch_size=8", "checkpoint.every=2", "checkpoint.keep=9"]
 
@@ -69,6 +71,21 @@ class StopAfter(Hooks):
 
         if step == self.step:
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_ranks_compare_sources_and_weights(prepared, other, tmp_path):
+    def facts(*sources):
+        (tmp_path / "c.yaml").write_text("")
+        config = load_config(tmp_path / "c.yaml", mix(*sources))
+        return [fact for fact in facts_of(config, config, open_data(config)[0], None, tmp_path) if "data" in fact.name]
+
+    one = facts((prepared, 7), (other, 3))
+    assert first_difference(["a", "b"], [one, facts((prepared, 0.7), (other, 0.3))]) is None
+    assert "the weights of data.mix is 7/10 : 3/10 from step 0 on rank 0" in first_difference(
+        ["a", "b"], [one, facts((prepared, 7), (other, 4))]
+    )
+    assert "the order of the sources of data.mix is " in first_difference(["a", "b"], [one, facts((other, 3), (prepared, 7))])
+    assert "the data set of data.mix is " in first_difference(["a", "b"], [one, facts((prepared, 7))])
 
 
 def test_plan(run, prepared, other, capsys):
