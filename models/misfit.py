@@ -4,12 +4,13 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-# (a key, what it must be to another key, the names of that key)
-LIMITS = (
-    ("num_experts_per_tok", "at most", ("num_experts", "num_local_experts", "n_routed_experts")),
-    ("topk_group", "at most", ("n_group",)),
+# (a key, the names of a key that it may not exceed), (a key, the names of a key that it must divide)
+Relations = tuple[tuple[str, tuple[str, ...]], ...]
+LIMITS: Relations = (
+    ("num_experts_per_tok", ("num_experts", "num_local_experts", "n_routed_experts")),
+    ("topk_group", ("n_group",)),
 )
-DIVISORS = (("num_key_value_heads", ("num_attention_heads",)), ("n_group", ("n_routed_experts", "num_experts")))
+DIVISORS: Relations = (("num_key_value_heads", ("num_attention_heads",)), ("n_group", ("n_routed_experts", "num_experts")))
 
 
 def misfit(config: PretrainedConfig) -> str:
@@ -18,12 +19,12 @@ def misfit(config: PretrainedConfig) -> str:
     Not every architecture has every relation, so that this is no check: it explains an error that has occurred.
     """
     text = config.get_text_config()
-    for key, relation, names in LIMITS:
+    for key, names in LIMITS:
         for name, limit in given(text, names):
             if (value := number(text, key)) is not None and value > limit:
-                return f"; {key} is {value}, but must be {relation} {name}, {limit}"
-    for key, wholes in DIVISORS:
-        for name, whole in given(text, wholes):
+                return f"; {key} is {value}, but must be at most {name}, {limit}"
+    for key, names in DIVISORS:
+        for name, whole in given(text, names):
             if (value := number(text, key)) and whole % value:
                 return f"; {key} is {value}, which does not divide {name}, {whole}"
     width, heads = number(text, "hidden_size"), number(text, "num_attention_heads")

@@ -104,6 +104,7 @@ def orthogonalize_split(
     expected = [[region for m in owned for region in m.held[rank]] for rank in range(world)]
     arrived = exchange(outgoing, expected, empty, group)
     whole = [put_together(m, arrived, empty) for m in owned]
+    del arrived  # as large as what is owned
     by_shape: dict[torch.Size, list[int]] = defaultdict(list)
     for i, u in enumerate(whole):
         by_shape[u.shape].append(i)

@@ -36,11 +36,14 @@ from launch.distributed.setup import STRATEGIES, make_accelerator
 from launch.distributed.strategy import Strategy
 from launch.distributed.zero import import_deepspeed
 from launch.monitoring.signals import StopSignals
+from launch.optimizers.build import optimizer_groups
+from launch.planning.cost import setup_of, workload_of
+from launch.planning.memory import peaks_on_cpu
+from launch.planning.plan import activation_elements, loss_elements
 from launch.private import leave
 from launch.run.check import check
 from launch.run.hooks import Hooks
-from launch.run.setup import lock_run
-from models import flops_per_token  # noqa: F401  the modules of the model are a part of the imports
+from launch.run.setup import build_from_config, lock_run
 
 CONFIG: dict[str, dict[str, Any]] = {
     "run": {"name": "memory"},
@@ -67,6 +70,7 @@ COLUMNS = (
     Column("phase", "phase"),
     Column("peak", "peak MB, largest", ",.0f"),
     Column("mean_peak", "mean", ",.0f"),
+    Column("planned", "planned", ",.0f"),
     Column("rss", "at its end", ",.0f"),
     Column("device", "device MB", ",.0f"),
     Column("seconds", "seconds", ".1f"),
@@ -116,11 +120,25 @@ def measure(args: Namespace, device: torch.device) -> tuple[str, list[Row]]:
                         break
                     found = json.loads(result.read_text(encoding="utf-8"))
                     weights = found["weights"] or weights
-                    rows += [of_run | row for row in found["rows"]]
+                    planned = plan_of(str(config), overrides, world)
+                    rows += [of_run | row | {"planned": planned.get(row["phase"].split()[0])} for row in found["rows"]]
                     print(table(rows[-len(found["rows"]) :], COLUMNS), file=sys.stderr)  # the next one may take minutes
                 for path in (run, Path(f"{run}-init")):  # tens of GB
                     shutil.rmtree(path, ignore_errors=True)
     return f"{weights:,} weights; a phase's peak is beyond the imports, whose size is in the row `imports`", rows
+
+
+def plan_of(config: str, overrides: list[str], world: int) -> dict[str, float]:
+    """Megabytes that `--plan` counts, by the first word of a phase."""
+    settings, _ = load_written(config, overrides)
+    model, context = build_from_config(settings, settings.model.vocab_size or 0, device="meta")
+    groups = optimizer_groups(settings.optimizer, model)
+    kept = activation_elements(model, 1, context, settings.model.gradient_checkpointing)
+    workload = workload_of(
+        model, groups, context, 0.0, kept, loss_elements(model, context * settings.train.micro_batch_size), False
+    )
+    found = peaks_on_cpu(workload, setup_of(settings, world))
+    return {"shard": found["start"] / 1e6, "step": found["step"] / 1e6, "save": found["save"] / 1e6}
 
 
 def prepare_random_text(folder: Path) -> None:

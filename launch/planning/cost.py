@@ -10,7 +10,7 @@ Letters: N weights, of which H in hidden matrices (which Newton–Schulz orthogo
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -24,10 +24,9 @@ from launch.distributed.blocks import blocks_of
 from launch.optimizers.build import Groups, normalizes_gradient
 from launch.optimizers.table import OptimizerEntry, entry_of
 from launch.planning.machines import Machine
-from launch.planning.units import amount, duration, size
 
 FP32, BF16 = 4, 2  # bytes
-WORLDS = tuple(1 << i for i in range(11))  # 1 .. 1024
+
 ASSUMED_STATE = 2  # numbers for each weight of an optimizer that is not known: AdamW's
 
 
@@ -189,59 +188,6 @@ def exchanged_bytes(workload: Workload, setup: Setup) -> dict[str, float]:
     return sent
 
 
-def memory_per_rank(workload: Workload, setup: Setup) -> dict[str, float]:
-    """Bytes on one rank at the peak of a step, by purpose; activations and what is gathered are estimates."""
-    n, shards = workload.parameters, setup.shards
-    block = workload.block_parameters / max(workload.blocks, 1)
-    over = {"ddp": 1, "zero1": 1, "zero2": 1, "zero3": shards, "fsdp2": shards}[setup.strategy]
-    state_over = (setup.world if setup.shard_state else 1) if setup.strategy == "ddp" else shards
-    means = sum(3 * (rows + cols) for rows, cols in workload.hidden) if setup.entry.takes_rule else 0  # three decays
-    memory = {
-        "weights": FP32 * n / over,
-        "gradients": FP32 * n / (shards if setup.strategy == "zero2" else over),
-        "optimizer state": state_bytes(workload, setup) / state_over,
-        # Every rank that holds a part of a matrix has all of these.
-        "row and column means": FP32 * means / (state_over if over == 1 else 1),
-        "flat copies": 0.0,
-        "gathered (estimate)": 0.0,
-        "bf16 copies": BF16 * n if setup.bf16 and over == 1 else 0.0,  # autocast keeps them through a pass
-        "activations (estimate)": setup.micro_batch * workload.activations * (BF16 if setup.bf16 else FP32),
-        "loss (estimate)": FP32 * workload.loss,
-        "directions": directions_held(workload, setup),
-    }
-    if setup.strategy in ("zero1", "zero2", "zero3"):
-        bucket = FP32 * min(n, 500e6)  # gradients on their way: DeepSpeed's reduce_bucket_size, elements
-        flat = FP32 * n / shards if setup.strategy != "zero3" else 0.0  # what the optimizer updates, beside the whole weights
-        memory["flat copies"] = bucket + flat
-    if setup.strategy in ("zero3", "fsdp2"):  # this block and the next, and the gradient of one; what is outside the blocks
-        each = BF16 if setup.bf16 and setup.strategy == "fsdp2" else FP32
-        memory["gathered (estimate)"] = (2 * each + FP32) * block + 2 * FP32 * workload.outside
-    return memory
-
-
-def state_bytes(workload: Workload, setup: Setup) -> float:
-    """Bytes of optimizer state beside row and column means. The other parameters have AdamW's two numbers for each weight."""
-    of_hidden = setup.state_per_weight * (setup.state_bytes if setup.entry.takes_rule else FP32)
-    of_others = FP32 * (setup.state_per_weight if setup.entry.all_hidden else 2)
-    return of_hidden * workload.hidden_parameters + of_others * (workload.parameters - workload.hidden_parameters)
-
-
-def directions_held(workload: Workload, setup: Setup) -> float:
-    """Bytes of directions in memory at once.
-
-    The largest matrix under DDP, which takes them one after the other; under sharding this rank's share as it goes and as it
-    comes back, and the matrices that it owns.
-    """
-    if not setup.entry.orthogonalizes or not workload.hidden:
-        return 0.0
-    largest = max(rows * cols for rows, cols in workload.hidden)
-    if setup.strategy == "ddp":
-        return setup.direction_bytes * largest
-    split = [rows * cols for rows, cols in split_matrices(workload, setup)]
-    owned = max(sum(split) / setup.shards, largest if split else 0)
-    return setup.direction_bytes * (2 * sum(split) / setup.shards + 2 * owned)
-
-
 def optimizer_seconds(workload: Workload, setup: Setup, machine: Machine) -> float:
     """Seconds of the update on the busiest rank: Newton–Schulz on its matrices, and passes over memory."""
     entry = setup.entry
@@ -334,51 +280,3 @@ def workload_of(
         loss=loss,
         recompute=recompute,
     )
-
-
-def on(setup: Setup, world: int, batch: int) -> Setup:
-    """`setup` on `world` ranks for a global batch of `batch` sequences; its micro-batch is a maximum."""
-    micro = fit_micro_batch(batch, world, setup.micro_batch)
-    return replace(setup, world=world, micro_batch=micro, accumulation=batch // (world * micro))
-
-
-def cost_lines(
-    workload: Workload, setup: Setup, batch: int, machine: Machine, worlds: tuple[int, ...] = WORLDS, steps: int = 1
-) -> list[str]:
-    """A table over the numbers of GPUs in `worlds` for `steps` steps with a global batch of `batch` sequences.
-
-    Numbers over which the batch does not divide, or which the replicas do not divide, are left out.
-    """
-    precision, peak = "bf16" if setup.bf16 else "fp32", machine.peak(setup.bf16)
-    lines = [
-        f"cost        {setup.strategy}, {setup.optimizer}, {precision}, {batch} x {workload.context} tokens a step "
-        f"on {machine.name} (estimate)",
-        f"{'GPUs':>6} {'micro':>9} {'a GPU':>8} {'fits':>5} {'sent':>8} {'compute':>9} {'waiting':>9} {'optimizer':>9} "
-        f"{'step':>9} {'tokens/s':>11} {'MFU':>6} {'in all':>8} {'GPU hours':>10}",
-    ]
-    for world in fitting_worlds(setup, batch, worlds):
-        here = on(setup, world, batch)
-        memory = sum(memory_per_rank(workload, here).values())
-        seconds = step_time(workload, here, machine)
-        speed = batch * workload.context / seconds.total
-        utilization = speed * workload.flops_per_token / (world * peak)
-        times = (seconds.compute, seconds.exposed, seconds.optimizer, seconds.total)
-        lines.append(
-            f"{world:>6} {f'{here.accumulation} x {here.micro_batch}':>9} {cell(size(memory), 8)} "
-            f"{'yes' if memory < machine.memory else 'no':>5} {cell(size(sum(exchanged_bytes(workload, here).values())), 8)} "
-            f"{' '.join(cell(duration(time), 9) for time in times)} {speed:>11,.0f} {utilization:>6.1%} "
-            f"{cell(duration(steps * seconds.total), 8)} {amount(world * steps * seconds.total / 3600):>10}"
-        )
-    if len(lines) == 2:
-        lines.append(f"       train.batch_size {batch} divides over none of {', '.join(map(str, worlds))} GPUs")
-    return lines
-
-
-def cell(quantity: str, width: int) -> str:
-    """A number and its unit as one word of a table."""
-    return quantity.replace(" ", "").rjust(width)
-
-
-def fitting_worlds(setup: Setup, batch: int, worlds: tuple[int, ...] = WORLDS) -> list[int]:
-    """The numbers of GPUs over which the batch divides, and which the replicas divide."""
-    return [world for world in worlds if batch % world == 0 and world % setup.replicas == 0]

@@ -28,6 +28,7 @@ class Machine:
     intra_node_bandwidth: float = 450e9  # bytes/s that a GPU sends: NVLink 4, 900 GB/s for both directions
     inter_node_bandwidth: float = 50e9  # bytes/s that a GPU sends: one 400 Gb/s adapter for each GPU
     latency: float = 10e-6  # s for one hop of a tree of ranks, launch of the kernel included
+    host_memory: float = 2e12  # bytes of a node
     fp32_flops: float = 67e12  # fp32 peak, FLOP/s; torch does not use TF32 by itself
     name: str = "h100"
 
@@ -46,10 +47,13 @@ class Machine:
         return self.flops if bf16 else self.fp32_flops
 
 
-def gpu(device: str, memory: float, bandwidth: float, fp32: float, link: float = 32, adapter: float = 12.5) -> Machine:
-    """A GPU from GB, GB/s, TFLOP/s, and GB/s that it sends to the others of its node and to other nodes.
+def gpu(
+    device: str, memory: float, bandwidth: float, fp32: float, link: float = 32, adapter: float = 12.5, host: float = 512
+) -> Machine:
+    """A GPU from GB, GB/s, TFLOP/s, GB/s that it sends to the others of its node and to other nodes, and GB of a node of eight.
 
-    Without NVLink: PCIe 4.0 with 16 lanes, and, since such nodes differ, 100 Gb/s for each GPU as an assumption.
+    The host's memory is that of the makers' own nodes, or an assumption. Without NVLink: PCIe 4.0 with 16 lanes, and, since such
+    nodes differ, 100 Gb/s for each GPU as an assumption.
     """
     flops = peak_flops(device, torch.bfloat16)
     assert flops is not None, device
@@ -59,17 +63,18 @@ def gpu(device: str, memory: float, bandwidth: float, fp32: float, link: float =
         memory_bandwidth=bandwidth * 1e9,
         intra_node_bandwidth=link * 1e9,
         inter_node_bandwidth=adapter * 1e9,
+        host_memory=host * 1e9,
         fp32_flops=fp32 * 1e12,
     )
 
 
 MACHINES = {
-    "h100": gpu("H100", 80, 3350, 67, 450, 50),
-    "h200": gpu("H200", 141, 4800, 67, 450, 50),
-    "b200": gpu("B200", 180, 8000, 75, 900, 50),
-    "a100": gpu("A100", 80, 2039, 19.5, 300, 25),
-    "a100-40gb": gpu("A100", 40, 1555, 19.5, 300, 25),
-    "mi300x": gpu("MI300X", 192, 5300, 163.4, 448, 50),
+    "h100": gpu("H100", 80, 3350, 67, 450, 50, 2000),
+    "h200": gpu("H200", 141, 4800, 67, 450, 50, 2000),
+    "b200": gpu("B200", 180, 8000, 75, 900, 50, 2000),
+    "a100": gpu("A100", 80, 2039, 19.5, 300, 25, 2000),
+    "a100-40gb": gpu("A100", 40, 1555, 19.5, 300, 25, 1000),
+    "mi300x": gpu("MI300X", 192, 5300, 163.4, 448, 50, 2000),
     "l40s": gpu("L40S", 48, 864, 91.6),
     "a40": gpu("A40", 48, 696, 37.4),
     "l4": gpu("L4", 24, 300, 30.3),

@@ -13,9 +13,11 @@ from configs.schema import Config
 from data.batches import Batches
 from launch.distributed.blocks import required_blocks
 from launch.optimizers.build import as_celo2_groups, check_matrices, optimizer_groups
-from launch.planning.cost import ASSUMED_STATE, cost_lines, memory_per_rank, setup_of, workload_of
+from launch.planning.cost import ASSUMED_STATE, setup_of, workload_of
 from launch.planning.machines import Machine
+from launch.planning.memory import phases
 from launch.planning.remedies import remedy_lines
+from launch.planning.table import cost_lines
 from launch.planning.units import size
 from launch.run.check import prompt_notes
 from launch.run.mixture import mixture_notes
@@ -58,7 +60,7 @@ def make_plan(config: Config, world: int, machine: Machine) -> str:
     )
     setup = setup_of(config, world)
     largest = replace(setup, micro_batch=config.train.micro_batch_size)
-    memory = {name: count for name, count in memory_per_rank(workload, setup).items() if count}
+    memory = phases(workload, setup)
     orthogonalized = workload.hidden if setup.entry.orthogonalizes else ()
     newton_schulz = sum(newton_schulz_flops(rows, cols) for rows, cols in orthogonalized)
     epoch_tokens = shards.n_tokens - 1 if shards is not None else None
@@ -83,8 +85,10 @@ def make_plan(config: Config, world: int, machine: Machine) -> str:
         f"FLOPs       {per_token * tokens:.3g} in all, {per_token:.3g} a token; "
         f"Newton-Schulz adds {newton_schulz / (per_token * step_tokens):.2%} a step",
         f"schedule    {config.schedule.kind}, peak after step {warmup + 1}, last at {last:g} of the peak",
-        f"memory      {size(sum(memory.values()))} a process under {config.distributed.strategy} with {world} process(es): "
-        + ", ".join(f"{name} {size(count)}" for name, count in memory.items()),
+        f"memory      a process under {config.distributed.strategy} with {world} process(es), at the peak of",
+        *(f"  {name:<10}{size(memory[name].on_device)} ({listed(memory[name].device)})" for name in ("start", "step")),
+        f"  host      {size(memory['save'].on_host)} in a save ({listed(memory['save'].host)}), beside the training; "
+        f"{size(memory['start'].on_host)} at the start. On a CPU device and host add up",
     ]
     if setup.entry.state_per_weight is None:
         lines.append(
@@ -93,7 +97,7 @@ def make_plan(config: Config, world: int, machine: Machine) -> str:
     lines += [
         f"machine     {machine.name}: {size(machine.memory)}, {machine.peak(setup.bf16) / 1e12:g} TFLOP/s in "
         f"{config.train.precision}, of which {machine.efficiency:.0%} are assumed (the MFU without waiting), "
-        f"{size(machine.memory_bandwidth)}/s; nodes of {machine.gpus_per_node}, "
+        f"{size(machine.memory_bandwidth)}/s; nodes of {machine.gpus_per_node} with {size(machine.host_memory)}, "
         f"{size(machine.intra_node_bandwidth)}/s in one, {size(machine.inter_node_bandwidth)}/s between",
     ]
     lines += ["", *cost_lines(workload, largest, config.train.batch_size, machine, steps=config.train.steps)]
@@ -106,6 +110,11 @@ def make_plan(config: Config, world: int, machine: Machine) -> str:
     return "\n".join(lines)
 
 
+def listed(memory: dict[str, float]) -> str:
+    """What there is, by purpose."""
+    return ", ".join(f"{name} {size(count)}" for name, count in memory.items() if count)
+
+
 def activation_elements(model: PreTrainedModel, micro_batch: int, context: int, checkpointing: bool) -> int:
     """Elements that the forward pass keeps for the backward pass, about: 16 widths a token and layer for a GPT with flash
     attention (two norms, q, k, v, attention's output, projection, 4 + 4 in the feed-forward part), one with checkpointing."""
@@ -114,7 +123,7 @@ def activation_elements(model: PreTrainedModel, micro_batch: int, context: int, 
     return micro_batch * context * config.hidden_size * (config.num_hidden_layers * per_layer + (16 if checkpointing else 0))
 
 
-def loss_elements(model: PreTrainedModel) -> int:
-    """Float32 elements that the chunked loss holds: three chunks of logits and the gradient of the output projection."""
+def loss_elements(model: PreTrainedModel, tokens: int = CHUNK_TOKENS) -> int:
+    """Float32 elements that the loss of `tokens` holds: three chunks of logits and the gradient of the output projection."""
     vocabulary, width = model.get_output_embeddings().weight.shape
-    return 3 * CHUNK_TOKENS * vocabulary + vocabulary * width
+    return 3 * min(tokens, CHUNK_TOKENS) * vocabulary + vocabulary * width

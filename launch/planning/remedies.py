@@ -1,12 +1,14 @@
-"""What to change where a training run does not fit into the memory of its GPUs."""
+"""What to change where a training run does not fit into the memory of its GPUs or of their hosts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
 
-from launch.planning.cost import Setup, Workload, fitting_worlds, memory_per_rank, on
+from launch.planning.cost import Setup, Workload
 from launch.planning.machines import Machine
+from launch.planning.memory import peaks
+from launch.planning.table import fitting_worlds, on, short_of
 from launch.planning.units import size
 
 SHOWN = 3  # remedies for a number of GPUs
@@ -17,17 +19,18 @@ def remedy_lines(workload: Workload, recomputed: Workload, setup: Setup, batch: 
 
     `recomputed` is `workload` with gradient checkpointing.
     """
-    by_remedy: dict[str, list[str]] = {}
+    by_remedy: dict[tuple[str, str], list[str]] = {}
     for world in fitting_worlds(setup, batch):
         here = on(setup, world, batch)
-        if used(workload, here) >= machine.memory:
-            by_remedy.setdefault(remedies(workload, recomputed, here, batch, machine), []).append(str(world))
-    return [f"too large   on {', '.join(worlds)} GPU(s): {remedy}" for remedy, worlds in by_remedy.items()]
+        if short := short_of(workload, here, machine):
+            by_remedy.setdefault((short, remedies(workload, recomputed, here, batch, machine)), []).append(str(world))
+    words = {"GPU": "", "host": " for the memory of the hosts"}
+    return [f"too large   on {', '.join(worlds)} GPU(s){words[short]}: {text}" for (short, text), worlds in by_remedy.items()]
 
 
 def used(workload: Workload, setup: Setup) -> float:
-    """Bytes on one rank."""
-    return sum(memory_per_rank(workload, setup).values())
+    """Bytes of one rank on its GPU."""
+    return peaks(workload, setup)[0]
 
 
 def remedies(workload: Workload, recomputed: Workload, setup: Setup, batch: int, machine: Machine) -> str:
@@ -35,7 +38,7 @@ def remedies(workload: Workload, recomputed: Workload, setup: Setup, batch: int,
     fitting: dict[str, str] = {}  # the first value that fits of each option
     for name, model, changed in single_changes(workload, recomputed, setup, batch):
         option, _, value = name.partition("=")
-        if option not in fitting and used(model, changed) < machine.memory:
+        if option not in fitting and not short_of(model, changed, machine):
             fitting[option] = value
     if fitting:
         return f"{' or '.join(f'{option}={value}' for option, value in list(fitting.items())[:SHOWN])} fits"
@@ -48,9 +51,11 @@ def remedies(workload: Workload, recomputed: Workload, setup: Setup, batch: int,
     )
     together = [f"distributed.strategy={strategy}", "train.micro_batch_size=1", "model.gradient_checkpointing=true"]
     together += ["optimizer.state_dtype=bf16"] if setup.entry.takes_rule else []
-    if (least := used(recomputed, smallest)) < machine.memory:
-        return f"{' '.join(together)} fits with {size(least)}"
-    return f"even {' '.join(together)} takes {size(least)}: more or larger GPUs"
+    device, host = peaks(recomputed, smallest)
+    takes = f"{size(device)} of a GPU and {size(host)} of its host"
+    if not (short := short_of(recomputed, smallest, machine)):
+        return f"{' '.join(together)} fits with {takes}"
+    return f"even {' '.join(together)} takes {takes}: more or larger {'GPUs' if short == 'GPU' else 'hosts'}"
 
 
 def single_changes(workload: Workload, recomputed: Workload, setup: Setup, batch: int) -> Iterator[tuple[str, Workload, Setup]]:

@@ -15,16 +15,15 @@ from launch.planning.cost import (
     all_reduce,
     all_to_all,
     broadcast,
-    cost_lines,
     exchanged_bytes,
-    memory_per_rank,
     optimizer_seconds,
     reduce_scatter,
     split_matrices,
-    state_bytes,
     step_time,
     workload_of,
 )
+from launch.planning.memory import directions_held, memory_per_rank, peaks, phases, state_bytes
+from launch.planning.table import cost_lines
 
 # Four matrices 10 x 20 (800 weights), 50 more in two blocks, and 150 outside them: N = 1000.
 TOY = Workload(
@@ -99,18 +98,46 @@ def test_memory_by_hand():
         2000,
         2000,
         120,
-        400,
+        2 * (200 + 3 * 200 + 2 * 100),  # the results of one matrix of four, and Newton-Schulz on it
     )
     assert memory_per_rank(TOY, Setup("ddp", 4, shard_state=True))["optimizer state"] == 3600
     zero1, zero2, zero3 = (memory_per_rank(TOY, Setup(f"zero{stage}", 4)) for stage in (1, 2, 3))
     assert [m["weights"] for m in (zero1, zero2, zero3)] == [4000, 4000, 1000]
     assert [m["gradients"] for m in (zero1, zero2, zero3)] == [4000, 1000, 1000]
     assert [m["optimizer state"] for m in (zero1, zero2, zero3)] == [3600] * 3
-    assert [m["flat copies"] for m in (zero1, zero2, zero3)] == [5000, 5000, 4000]
+    assert [m["flat copies"] for m in (zero1, zero2, zero3)] == [1000] * 3
+    assert [m["buckets"] for m in (zero1, zero2, zero3)] == [2e9] * 3 and ddp["buckets"] == 0
+    assert memory_per_rank(TOY, Setup("zero1", 4), cpu=True)["buckets"] == 4000  # pages that are never written do not count
     fsdp2 = memory_per_rank(TOY, Setup("fsdp2", 4))
     assert (fsdp2["weights"], fsdp2["optimizer state"], fsdp2["bf16 copies"]) == (1000, 3600, 0)
     assert fsdp2["gathered (estimate)"] == (2 * 2 + 4) * 425 + 8 * 150  # two blocks in bf16, a gradient, and what is outside
     assert memory_per_rank(TOY, Setup("fsdp2", 4, replicas=2))["weights"] == 2000
+
+
+def test_start_and_save_by_hand():
+    """A block is 425 weights; state is 14400 bytes, weights 4000; the momenta of the largest matrix take 3 x 800 bytes."""
+    start = {name: phases(TOY, Setup(name, 4))["start"] for name in ("ddp", "zero1", "zero3", "fsdp2")}
+    assert start["ddp"].on_device == 4000 + 14400 + 1440 + 4000  # beside the buckets of the gradients
+    assert start["fsdp2"].on_device == 1000 + 3600 + 1440 and start["zero3"].on_device == 2000 + 3600 + 1440
+    # Two copies of the weights while zero1 flattens them; on one rank the state is more.
+    assert start["zero1"].device == {"weights": 4000, "a block": 1700, "flat copies": 4000}
+    alone = phases(TOY, Setup("zero1", 1))["start"].device
+    assert alone == {"weights": 4000, "optimizer state": 14400, "row and column means": 1440, "flat copies": 4000}
+    assert start["fsdp2"].host == {"imports": 0.5e9, "a block": 1700}
+    save = phases(TOY, Setup("fsdp2", 4))["save"]
+    assert save.host == {"imports": 0.5e9, "copy of its shards": 4600, "a tensor": 2400}
+    assert save.device == phases(TOY, Setup("fsdp2", 4))["step"].device
+    device, host = peaks(TOY, Setup("fsdp2", 4))
+    assert (device, host) == (save.on_device, save.on_host)
+
+
+def test_directions_by_hand():
+    """Four matrices of 200 elements; Newton-Schulz needs 3 x 200 + 2 x 100 of each of a batch."""
+    assert directions_held(TOY, Setup("ddp", 1)) == 2 * 4 * 800
+    assert directions_held(TOY, Setup("ddp", 1), batch_elements=450) == 2 * 2 * 800  # two at once
+    # A share of 200, what arrived, the matrix of this owner; more than twice both together.
+    assert directions_held(TOY, Setup("fsdp2", 4)) == 2 * (200 + 2 * 200 + 800)
+    assert directions_held(TOY, Setup("adamw", optimizer="adamw")) == 0
 
 
 def test_seconds_by_hand():
@@ -210,8 +237,8 @@ def test_the_table():
     rows = [line.split() for line in lines[2:]]
     assert [int(row[0]) for row in rows] == [1, 2, 4, 8, 16, 32, 64, 128, 256]  # 256 sequences do not reach 512 GPUs
     assert rows[0][1:4] == ["64", "x", "4"] and rows[-1][1:4] == ["1", "x", "1"]
-    speeds = [float(row[11].replace(",", "")) for row in rows]
-    assert speeds == sorted(speeds) and all(row[5] == "yes" for row in rows[1:])
+    speeds = [float(row[12].replace(",", "")) for row in rows]
+    assert speeds == sorted(speeds) and all(row[6] == "yes" for row in rows[1:])
     assert max(map(len, lines[1:])) <= 130
     assert "divides over none" in cost_lines(gpt3(2048, 24), Setup("fsdp2", replicas=3), 7, Machine())[-1]
 

@@ -11,9 +11,11 @@ from configs.schema import Checkpoint, Config, Eval, Log, Optimizer, Schedule
 from data import DataError
 from data.batches import fit_micro_batch
 from launch.optimizers.idle import IDLE
-from launch.planning.cost import Setup, Workload, fitting_worlds, memory_per_rank, on
+from launch.planning.cost import Setup, Workload
 from launch.planning.machines import MACHINES, Machine, machine_of
+from launch.planning.memory import peaks
 from launch.planning.remedies import remedy_lines
+from launch.planning.table import fitting_worlds, on
 from launch.planning.units import duration, size
 
 LAUNCHED = {"LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
@@ -109,7 +111,7 @@ def test_what_to_change_when_it_does_not_fit():
     ]
     for world in fitting_worlds(setup, 8):
         named = any(f" {world}," in line or f" {world} GPU(s)" in line for line in lines)
-        assert named == (sum(memory_per_rank(LARGE, on(setup, world, 8)).values()) >= 50e9)
+        assert named == (peaks(LARGE, on(setup, world, 8))[0] >= 50e9)
     (least,) = remedy_lines(LARGE, RECOMPUTED, setup, 1, Machine(memory=20e9))
     assert "on 1 GPU(s): even distributed.strategy=ddp train.micro_batch_size=1 model.gradient_checkpointing=true takes" in least
     assert remedy_lines(LARGE, RECOMPUTED, setup, 8, Machine(memory=1e12)) == []

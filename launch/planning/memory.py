@@ -1,0 +1,181 @@
+"""Memory of a rank while a run starts, makes a step and saves: bytes on its device and in its host's memory, by purpose.
+
+A rank makes its own shards at the start, block by block, and copies its own shards to host memory in a save, while training goes
+on; the copy is then written tensor by tensor. On a GPU the two memories are apart. On a CPU they are one, and their sum counts.
+
+Letters: N weights, of which H in hidden matrices; W ranks.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from celo2.step import BATCH_ELEMENTS as ON_DEVICE
+from celo2.step import DEFAULT_BATCH_ELEMENTS
+from launch.planning.cost import BF16, FP32, Setup, Workload, split_matrices
+
+BUCKET = 500_000_000  # elements of DeepSpeed's buffer for gradients on their way (its reduce_bucket_size), all of it on a GPU
+BATCH_ELEMENTS, CPU_BATCH_ELEMENTS = DEFAULT_BATCH_ELEMENTS, ON_DEVICE["cpu"]  # that Newton–Schulz takes at once
+IMPORTS = 0.5e9  # bytes of host memory of a process that has imported everything: measured 0.45 to 0.48 GB on a CPU
+PHASES = ("start", "step", "save")
+Bytes = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What one rank holds at the peak of a phase."""
+
+    device: Bytes
+    host: Bytes
+
+    @property
+    def on_device(self) -> float:
+        """Bytes in all."""
+        return sum(self.device.values())
+
+    @property
+    def on_host(self) -> float:
+        """Bytes in all."""
+        return sum(self.host.values())
+
+
+def phases(workload: Workload, setup: Setup) -> dict[str, Phase]:
+    """The three phases of a run. In a save, training goes on: its device holds what a step does."""
+    step = memory_per_rank(workload, setup)
+    return {
+        "start": Phase(start_memory(workload, setup), {"imports": IMPORTS, "a block": FP32 * largest_part(workload)}),
+        "step": Phase(step, {"imports": IMPORTS}),
+        "save": Phase(step, {"imports": IMPORTS, **save_memory(workload, setup)}),
+    }
+
+
+def peaks(workload: Workload, setup: Setup) -> tuple[float, float]:
+    """The most bytes of a rank on its device, and in its host's memory, over the whole run."""
+    found = phases(workload, setup).values()
+    return max(phase.on_device for phase in found), max(phase.on_host for phase in found)
+
+
+def divided_by(setup: Setup) -> tuple[int, int]:
+    """Over how many ranks weights are divided, and optimizer state."""
+    weights = setup.shards if setup.strategy in ("zero3", "fsdp2") else 1
+    if setup.strategy == "ddp":
+        return weights, setup.world if setup.shard_state else 1
+    return weights, setup.shards
+
+
+def held(workload: Workload, setup: Setup) -> Bytes:
+    """What a rank holds on its device from the start to the end."""
+    n = workload.parameters
+    over, state_over = divided_by(setup)
+    means = sum(3 * (rows + cols) for rows, cols in workload.hidden) if setup.entry.takes_rule else 0  # three decays
+    return {
+        "weights": FP32 * n / over,
+        "optimizer state": state_bytes(workload, setup) / state_over,
+        # Every rank that holds a part of a matrix has all of these.
+        "row and column means": FP32 * means / (state_over if over == 1 else 1),
+        # DeepSpeed's vector that the optimizer updates, beside the weights that compute.
+        "flat copies": FP32 * n / setup.shards if setup.strategy.startswith("zero") else 0.0,
+    }
+
+
+def start_memory(workload: Workload, setup: Setup) -> Bytes:
+    """The peak on the device before the first step.
+
+    Over several ranks the gradients of a few tokens show which parameters get none; they are gone before the state is made. zero1
+    and zero2 copy all weights into one vector.
+    """
+    n, (over, _) = workload.parameters, divided_by(setup)
+    stays = held(workload, setup)
+    making = {"weights": FP32 * n / over, "a block": FP32 * largest_part(workload)}
+    if setup.strategy in ("zero1", "zero2"):
+        making["flat copies"] = FP32 * n
+    elif setup.world > 1 and setup.strategy != "zero3":
+        making["gradients"] = FP32 * n / over
+    if setup.strategy == "ddp" and setup.world > 1:
+        stays |= {"gradients": FP32 * n}  # the buckets that travel
+    return max(making, stays, key=lambda bytes_by_purpose: sum(bytes_by_purpose.values()))
+
+
+def save_memory(workload: Workload, setup: Setup) -> Bytes:
+    """Host memory of a save: a copy of what the rank owns, and one whole tensor that it brings together."""
+    total = FP32 * workload.parameters + state_bytes(workload, setup)
+    largest = max((FP32 * rows * cols for rows, cols in workload.hidden), default=0.0)
+    tensor = 3 * largest if setup.entry.takes_rule else largest  # the momenta of a matrix with three decays
+    return {"copy of its shards": total / setup.shards, "a tensor": max(tensor, FP32 * workload.outside / 2)}
+
+
+def peaks_on_cpu(workload: Workload, setup: Setup) -> dict[str, float]:
+    """The peak of a rank in each phase on a CPU, beyond what its imports take; a save without a step beside it.
+
+    `python -m launch.benchmark memory` measures the same.
+    """
+    kept = held(workload, setup)
+    if setup.strategy == "ddp" and setup.world > 1:
+        kept["gradients"] = FP32 * workload.parameters  # the buckets stay
+    found = {
+        "start": {**start_memory(workload, setup), "a block more": FP32 * largest_part(workload)},
+        "step": memory_per_rank(workload, setup, cpu=True),
+        "save": kept | save_memory(workload, setup),
+    }
+    return {phase: sum(bytes_by_purpose.values()) for phase, bytes_by_purpose in found.items()}
+
+
+def memory_per_rank(workload: Workload, setup: Setup, cpu: bool = False) -> Bytes:
+    """Bytes on the device of a rank at the peak of a step; activations and what is gathered are estimates.
+
+    `cpu`: pages of a buffer that are never written do not count there, and Newton–Schulz takes smaller batches.
+    """
+    n, (over, _) = workload.parameters, divided_by(setup)
+    block = workload.block_parameters / max(workload.blocks, 1)
+    memory = held(workload, setup) | {
+        "gradients": FP32 * n / (setup.shards if setup.strategy == "zero2" else over),
+        "buckets": 0.0,
+        "gathered (estimate)": 0.0,
+        "bf16 copies": BF16 * n if setup.bf16 and over == 1 else 0.0,  # autocast keeps them through a pass
+        "activations (estimate)": setup.micro_batch * workload.activations * (BF16 if setup.bf16 else FP32),
+        "loss (estimate)": FP32 * workload.loss,
+        "directions": directions_held(workload, setup, CPU_BATCH_ELEMENTS if cpu else BATCH_ELEMENTS),
+    }
+    if setup.strategy.startswith("zero"):
+        memory["buckets"] = FP32 * (min(n, BUCKET) if cpu else BUCKET)
+    if setup.strategy in ("zero3", "fsdp2"):  # this block and the next, and the gradient of one; what is outside the blocks
+        each = BF16 if setup.bf16 and setup.strategy == "fsdp2" else FP32
+        memory["gathered (estimate)"] = (2 * each + FP32) * block + 2 * FP32 * workload.outside
+    return memory
+
+
+def state_bytes(workload: Workload, setup: Setup) -> float:
+    """Bytes of optimizer state beside row and column means. The other parameters have AdamW's two numbers for each weight."""
+    of_hidden = setup.state_per_weight * (setup.state_bytes if setup.entry.takes_rule else FP32)
+    of_others = FP32 * (setup.state_per_weight if setup.entry.all_hidden else 2)
+    return of_hidden * workload.hidden_parameters + of_others * (workload.parameters - workload.hidden_parameters)
+
+
+def directions_held(workload: Workload, setup: Setup, batch_elements: int = BATCH_ELEMENTS) -> float:
+    """Bytes of directions in memory at once.
+
+    Newton–Schulz takes a batch of equal matrices (`batch_elements` or one matrix) and needs it three times, and two products of
+    the shorter side. Replicas keep the results of what they own beside that. Under sharding a rank has its share of all
+    directions, what arrived from the others, and the matrices that it owns; then these as they go back, and its share again.
+    """
+    if not setup.entry.orthogonalizes or not workload.hidden:
+        return 0.0
+    split = sum(rows * cols for rows, cols in split_matrices(workload, setup))
+    counts = Counter(workload.hidden)
+    owners = setup.shards if split or (setup.strategy == "ddp" and setup.entry.takes_rule) else 1
+    batch = max(
+        min(-(-count // owners), max(1, batch_elements // (rows * cols))) * (3 * rows * cols + 2 * min(rows, cols) ** 2)
+        for (rows, cols), count in counts.items()
+    )
+    if setup.strategy == "ddp":
+        results = workload.hidden_parameters / setup.world if setup.world > 1 and setup.entry.takes_rule else 0.0
+        return setup.direction_bytes * (results + batch)
+    largest = max(rows * cols for rows, cols in workload.hidden) if split else 0
+    share, owned = split / setup.shards, max(split / setup.shards, largest)
+    return setup.direction_bytes * max(share + 2 * owned + batch, 2 * (share + owned))
+
+
+def largest_part(workload: Workload) -> float:
+    """Weights of a block, or of the largest matrix outside of them, about: the embedding and the output layer are half each."""
+    return max(workload.block_parameters / max(workload.blocks, 1), workload.outside / 2)
