@@ -94,16 +94,19 @@ class SignalAt(Hooks):
 
 
 class BadGradients(Hooks):
-    """NaN in the gradient of one parameter, in each of `steps`."""
+    """A loss, and so gradients, of NaN in each of `steps`."""
 
     def __init__(self, steps: range) -> None:
         self.steps = steps
 
+    def before_step(self, step: int, strategy: Strategy) -> None:
+        if step in self.steps:
+            poison = lambda module, inputs, loss: loss * float("nan")  # noqa: E731
+            self.handle = strategy.loss_model.register_forward_hook(poison)
+
     def after_backward(self, step: int, strategy: Strategy, loss: Tensor) -> None:
         if step in self.steps:
-            grad = next(strategy.loss_model.parameters()).grad
-            assert grad is not None
-            grad.fill_(float("nan"))
+            self.handle.remove()
 
 
 @contextmanager
@@ -426,17 +429,20 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     folder = Path(tempfile.mkdtemp(prefix="torture-", dir=args.dir))
     laboratory = Laboratory(folder, args.overrides, args.ranks)
-    rows = [
-        *kills(laboratory, args.kills, random.Random(args.seed)),
-        *damage(laboratory),
-        *stops(laboratory),
-        *small_disks(laboratory),
-        disk(laboratory, "no permission to write", "read-only", ReadOnlyDisk(args.ranks)),
-        *bad_gradients(laboratory),
-    ]
     print(f"{'fault':52}{'injected':>9}{'survived':>9}  what was lost")
-    for row in rows:
-        print(f"{row.fault:52}{row.injected:>9}{row.survived:>9}  {row.lost}")
+    rows: list[Row] = []
+    for faults in (
+        lambda: kills(laboratory, args.kills, random.Random(args.seed)),
+        lambda: damage(laboratory),
+        lambda: stops(laboratory),
+        lambda: small_disks(laboratory),
+        lambda: [disk(laboratory, "no permission to write", "read-only", ReadOnlyDisk(args.ranks))],
+        lambda: bad_gradients(laboratory),
+    ):
+        found = faults()
+        for row in found:
+            print(f"{row.fault:52}{row.injected:>9}{row.survived:>9}  {row.lost}", flush=True)
+        rows += found
     injected, survived = sum(row.injected for row in rows), sum(row.survived for row in rows)
     print(f"{'in all':52}{injected:>9}{survived:>9}")
     if injected == survived:

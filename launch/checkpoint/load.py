@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from celo2.distributed.shard import LocalShard
-from launch.checkpoint.tensors import TensorFiles, files_of, is_there
+from launch.checkpoint.tensors import TensorFiles, files_of, is_there, read_tensors
 from launch.checkpoint.verify import MODEL, OPTIMIZER, CheckpointError, nothing
 from launch.checkpoint.writer import Progress
 from launch.distributed.buffers import persistent_buffers
@@ -187,8 +187,7 @@ def load_model(path: Path, config: PretrainedConfig | None = None) -> PreTrained
             raise CheckpointError(f"{path} has no {name}")
     config = config or read_model_config(path)
     try:
-        with TensorFiles(path / MODEL) as file:
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        weights = read_tensors(path / MODEL)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"cannot read {path}: {' '.join(str(error).split())}") from error
     model = AutoModelForCausalLM.from_config(config)

@@ -70,6 +70,12 @@ def make_index(files: Mapping[str, Collection[str]], total_bytes: int) -> str:
     return json.dumps({"metadata": {"total_size": total_bytes}, "weight_map": weight_map}, indent=1)
 
 
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of `path`, on the CPU."""
+    with TensorFiles(path) as files:
+        return {name: files.get_tensor(name) for name in files.keys()}  # noqa: SIM118
+
+
 def files_of(path: Path) -> list[Path]:
     """The files that hold the tensors of `path`: itself, or those that its index lists.
 

@@ -164,3 +164,17 @@ def test_a_failed_save_leaves_the_last_checkpoint_and_no_litter(tmp_path, monkey
 
 def test_no_checkpoint(tmp_path):
     assert find_checkpoint(tmp_path / "nowhere") == (None, [])
+
+
+def test_every_piece_of_work_is_told(tmp_path):
+    """Writing, verifying and loading call `progress` for each tensor or piece of a file, so that a slow disk is no dead rank."""
+    strategy, calls = trained("celo2"), []
+    snapshot = take_snapshot(strategy, {"step": 2})
+    path, _ = write_checkpoint(tmp_path, snapshot, Checkpoint(), progress=lambda: calls.append(0))
+    assert len(calls) >= len(snapshot.shares)
+    calls.clear()
+    verify(path, progress=lambda: calls.append(0))
+    assert len(calls) == 4  # small files
+    calls.clear()
+    load_checkpoint(path, strategy, lambda: calls.append(0))
+    assert len(calls) >= len(snapshot.shares)

@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from configs.schema import Checkpoint, Config, Distributed, Optimizer, Train
 from launch.checkpoint.load import load_checkpoint
 from launch.checkpoint.save import take_snapshot, write_checkpoint
-from launch.checkpoint.tensors import TensorFiles
+from launch.checkpoint.tensors import read_tensors
 from launch.checkpoint.verify import MODEL, OPTIMIZER, verify
 from launch.distributed.setup import make_accelerator, make_strategy
 from models import build_model
@@ -43,11 +43,7 @@ def settings(optimizer: str, layout: str) -> Config:
 
 
 def tensors(checkpoint: Path) -> dict:
-    found = {}
-    for name in (MODEL, OPTIMIZER):
-        with TensorFiles(checkpoint / name) as files:
-            found |= {key: files.get_tensor(key) for key in files.keys()}  # noqa: SIM118
-    return found
+    return read_tensors(checkpoint / MODEL) | read_tensors(checkpoint / OPTIMIZER)
 
 
 @pytest.mark.slow  # 4 starts

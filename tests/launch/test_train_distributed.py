@@ -27,7 +27,7 @@ from celo2.stack import local
 from celo2.training.lock import FolderLock
 from data.prepare import prepare
 from data.shards import TokenShards
-from launch.checkpoint.tensors import INDEX, TensorFiles, part_name
+from launch.checkpoint.tensors import INDEX, part_name, read_tensors
 from launch.checkpoint.verify import MANIFEST, MODEL, OPTIMIZER, checkpoint_files, sha256
 from launch.run import ranks
 from launch.run.agreement import rule_hash
@@ -44,12 +44,6 @@ def losses(records):
 
 def validation(records):
     return {r["step"]: r["val_loss"] for r in records if "val_loss" in r}
-
-
-def tensors(path):
-    """Those of one file or of the files in its place."""
-    with TensorFiles(path) as files:
-        return {name: files.get_tensor(name) for name in files.keys()}  # noqa: SIM118
 
 
 def read(folder, name="metrics.jsonl"):
@@ -97,10 +91,10 @@ def differences(folder, reference, first=1):
     ours, theirs = losses(read(folder)), losses(read(reference))
     loss = max(abs(ours[step] / theirs[step] - 1) for step in range(first, first + 10))
     last = "checkpoints/step_00000020"
-    a, b = (tensors(path / last / "model.safetensors") for path in (folder, reference))
+    a, b = (read_tensors(path / last / "model.safetensors") for path in (folder, reference))
     assert a.keys() == b.keys()
     weights = max((a[name] - b[name]).abs().max().item() for name in a)
-    a, b = (tensors(path / last / "optimizer.safetensors") for path in (folder, reference))
+    a, b = (read_tensors(path / last / "optimizer.safetensors") for path in (folder, reference))
     assert a.keys() == b.keys()
     means = [((a[name] - b[name]).abs().max() / b[name].max()).item() for name in a if name.endswith(("/row", "/col"))]
     return loss, weights, max(means, default=0.0)
@@ -223,7 +217,7 @@ def test_two_processes(run, prepared):
     assert {*checkpoint_files(whole)} == {MODEL, OPTIMIZER, "config.json", "state.json"}
     assert {*checkpoint_files(two)} == {*parts, "config.json", "state.json"}
     for name in (MODEL, OPTIMIZER):
-        a, b = tensors(two / name), tensors(whole / name)
+        a, b = read_tensors(two / name), read_tensors(whole / name)
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
     # A signal that only the second rank got: both saved after that step, and the continued run is the same.
     assert losses(read(run.tmp_path / "signal")) == losses(double)
