@@ -33,8 +33,8 @@ class Verification:
         self.handles = []
         self.before: dict[str, Tensor] = {}
         self.problem: str | None = None
-        self.steps = 0
-        self.without_gradient: set[tuple[int, str]] = set()  # (step, parameter): experts that got no token of this rank
+        self.counted = 0  # matrices that were orthogonalized before this step
+        self.idle: set[str] = set()  # parameters of experts that got no token of this rank in this step
         self.done = strategy.world == 1 or not hasattr(strategy.counter, "orthogonalized")
         if not self.done:
             self.handles.append(strategy.counter.register_step_pre_hook(self.look_at_experts))
@@ -67,8 +67,7 @@ class Verification:
 
     def look_at_experts(self, *_: object) -> None:
         """Remember which of the experts that are about to be updated have no gradient: no token of this rank was theirs."""
-        idle = [n for n, shard in self.strategy.shards.items() if is_expert(n) and shard.weight.grad is None]
-        self.without_gradient |= {(self.steps, name) for name in idle}
+        self.idle = {n for n, shard in self.strategy.shards.items() if is_expert(n) and shard.weight.grad is None}
 
     def matrices_of(self, name: str) -> int:
         """The matrices that the optimizer takes a parameter for, if it orthogonalizes it."""
@@ -131,17 +130,18 @@ class Verification:
         if self.done:
             return
         strategy = self.strategy
-        self.steps += 1
+        count = strategy.counter.orthogonalized - self.counted
+        self.counted += count
         if not any(float(group["lr"]) for group in strategy.optimizer.param_groups):
             return
         for handle in self.handles:
             handle.remove()
         self.done = True
-        own = (strategy.counter.orthogonalized, self.problem, self.without_gradient)
+        own = (count, self.problem, self.idle)
         counts, problems, idle = zip(*gather_objects(own, dist.group.WORLD), strict=True)  # type: ignore[arg-type]
         counted = sum(counts)
-        skipped = sum(self.matrices_of(name) for _, name in set.intersection(*idle))  # experts without a token on any rank
-        expected = strategy.copies * (strategy.matrices * self.steps - skipped)
+        skipped = sum(self.matrices_of(name) for name in set.intersection(*idle))  # experts without a token on any rank
+        expected = strategy.copies * (strategy.matrices - skipped)
         problem = next(filter(None, problems), None)
         if counted != expected:
             problem = f"{counted} matrices were orthogonalized over all ranks, but the model has {expected}"

@@ -192,7 +192,7 @@ def test_an_expert_without_a_token_is_no_fault_and_a_skipped_matrix_is(monkeypat
     assert is_expert("layers.0.mlp.experts.3.up_proj.weight") and not is_expert("layers.0.mlp.up_proj.weight")
     names = ["attention.weight", "experts.0.weight", "experts.1.weight"]
 
-    def verify(without, orthogonalized, others=((0, None, {(0, "experts.1.weight")}),)):
+    def verify(without, orthogonalized, others=((0, None, {"experts.1.weight"}),)):
         parameters = {name: nn.Parameter(torch.ones(4, 4)) for name in names}
         for name, p in parameters.items():
             p.grad = None if name in without else torch.ones_like(p)
