@@ -268,7 +268,7 @@ def test_a_disk_that_is_full_for_a_while_loses_no_line(run, small_disk):
             if step == 37:
                 (small_disk / "fill").unlink()
 
-    arguments = ["train.steps=40", "eval.every=20", "checkpoint.every=20", "log.trackers=[tensorboard]"]
+    arguments = ["train.steps=40", "eval.every=20", "checkpoint.every=20"]
     status, records, _ = run(*arguments, folder="small/run", hooks=Fill())
     assert status == 0 and [r["step"] for r in records if "loss" in r] == list(range(1, 41)), run.out
     assert [r["step"] for r in records if "val_loss" in r] == [20, 40]
