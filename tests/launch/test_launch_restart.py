@@ -192,7 +192,7 @@ def test_an_expert_without_a_token_is_no_fault_and_a_skipped_matrix_is(monkeypat
     assert is_expert("layers.0.mlp.experts.3.up_proj.weight") and not is_expert("layers.0.mlp.up_proj.weight")
     names = ["attention.weight", "experts.0.weight", "experts.1.weight"]
 
-    def verify(without, orthogonalized, others=((0, None, {(0, "experts.1.weight")}),)):
+    def verify(without, orthogonalized, others=((0, None, {"experts.1.weight"}),)):
         parameters = {name: nn.Parameter(torch.ones(4, 4)) for name in names}
         for name, p in parameters.items():
             p.grad = None if name in without else torch.ones_like(p)
@@ -268,7 +268,7 @@ def test_a_disk_that_is_full_for_a_while_loses_no_line(run, small_disk):
             if step == 37:
                 (small_disk / "fill").unlink()
 
-    arguments = ["train.steps=40", "eval.every=20", "checkpoint.every=20", "log.trackers=[tensorboard]"]
+    arguments = ["train.steps=40", "eval.every=20", "checkpoint.every=20"]
     status, records, _ = run(*arguments, folder="small/run", hooks=Fill())
     assert status == 0 and [r["step"] for r in records if "loss" in r] == list(range(1, 41)), run.out
     assert [r["step"] for r in records if "val_loss" in r] == [20, 40]
