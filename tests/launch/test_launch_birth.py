@@ -48,8 +48,8 @@ SIZES = {  # shape, vocabulary: 42 and 298 million weights
     "large": ({"layers": 12, "width": 512, "heads": 8, "context": 64}, 8192),
     "300m": ({"layers": 24, "width": 960, "heads": 15, "context": 512}, 32768),
 }
-# What a rank has for each of its weights at the start, in weights: DeepSpeed holds two copies, gradients and buckets at once. Measured
-# on one process with 42 million weights: 1.2 and 4.6.
+# What a rank has for each of its weights at the start, in weights: DeepSpeed holds copies, gradients and buckets at once.
+# Measured on one process with 42 million weights: 1.2 and 4.6.
 COPIES = {"fsdp2": 1, "zero3": 5}
 
 
