@@ -350,9 +350,9 @@ def test_bad_gradients_reach_no_weight_under_any_strategy(run, prepared):
         assert len({(s["bad_steps"], s["sequences"], s["rollbacks"], s["tokens"]) for s in states}) == 1, name
         # Nobody waits for the newest step; DeepSpeed looks at each gradient.
         of_step = json.loads((folder / "waits.json").read_text())
-        quiet = [counts for step, counts in of_step if step in (2, 3, 10, 11)]
+        quiet = [counts for step, counts in of_step if step in (2, 10, 11)]  # neither logged, evaluated nor saved
         print(name, quiet)
-        assert len(quiet) == 4
+        assert len(quiet) == 3
         assert {reader for counts in quiet for reader in counts} <= {LAST, *({"deepspeed"} if "zero" in name else ())}, quiet
         assert all(counts.get(LAST, 0) <= 1 for counts in quiet), quiet
 
