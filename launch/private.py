@@ -99,11 +99,11 @@ def zero3_refresh_weights(zero: Any) -> None:
 
 
 def ddp_keep_buckets(ddp: Any) -> None:
-    """Keep `DistributedDataParallel` from rearranging its buckets in the order of its first backward pass; call it before each.
+    """Keep `DistributedDataParallel` from rearranging its buckets after its first backward pass; call it before every forward.
 
     With three ranks or more the order in which an all-reduce adds depends on an element's place in its bucket. A run that is
-    continued begins with a first pass again, so only buckets that follow from the model alone give it the same bits. The order of
-    the pass is recorded until it is used; resetting forgets it, and with it a pass that was not finished, hence the check.
+    continued begins with a first pass again, so only buckets that follow from the model alone give it the same bits. Resetting
+    forgets the recorded order, and with it that a pass was not finished, hence the check.
     """
     ddp.reducer._check_reducer_finalized()
     ddp.reducer._reset_state()

@@ -47,11 +47,9 @@ class DDP(Strategy):
 
     def micro_batch(self, last: bool) -> AbstractContextManager:
         """Gradients travel in the last micro-batch of a step, in the same buckets in every step."""
-        if not last:
-            return self.accelerator.no_sync(self.loss_model)
-        if self.world > 1 and not self.looks_for_unused:  # where it looks for unused weights it keeps its buckets
+        if self.world > 1 and not self.looks_for_unused:  # where DDP looks for unused weights it keeps its buckets
             ddp_keep_buckets(self.loss_model)
-        return nullcontext()
+        return nullcontext() if last else self.accelerator.no_sync(self.loss_model)
 
     def update(self, judge: Judge) -> Judged:
         """Clip the gradient (a limit of 0 leaves it), judge, update."""

@@ -195,8 +195,8 @@ def last_step_equals_plain(device):
                 torch.testing.assert_close(w, plain, rtol=tolerance, atol=tolerance)
 
 
-def run_optimizer(device, functions, normalize_gradient=False, **options):
-    """Weights after two steps of Celo2 on PARAMETERS with `functions` as the passes."""
+def run_optimizer(device, functions, normalize_gradient=False, refused=False, **options):
+    """Weights after two steps of Celo2 on PARAMETERS with `functions` as the passes; with `refused`, and a bad one in between."""
     params = {name: nn.Parameter(randn(*shape, seed=len(name)).to(device)) for name, (shape, _) in PARAMETERS.items()}
     groups = [{"params": [p], **PARAMETERS[name][1]} for name, p in params.items()]
     rule = replace(random_rule(), normalize_gradient=normalize_gradient)
@@ -205,12 +205,22 @@ def run_optimizer(device, functions, normalize_gradient=False, **options):
     for step in range(2):
         for name, p in params.items():
             p.grad = (0.1 * randn(*p.shape, seed=100 * step + len(name))).to(device)
+        if refused:
+            optimizer.found_inf = torch.zeros((), device=device)
         optimizer.step()
+        if refused and step == 0:
+            before = [v.clone() for p in params.values() for v in (p.detach(), *optimizer.state[p].values())]
+            for p in params.values():
+                p.grad.view(-1)[1:3] = torch.tensor([torch.nan, torch.inf])
+            optimizer.found_inf = torch.ones((), device=device)
+            optimizer.step()
+            after = [v for p in params.values() for v in (p.detach(), *optimizer.state[p].values())]
+            assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
     return {name: p.detach().cpu() for name, p in params.items()}
 
 
 def optimizer_equals_plain(device, tolerance, **options):
-    fast = run_optimizer(device, kernels()[0].TRITON, **options)
+    fast = run_optimizer(device, kernels()[0].TRITON, refused=bool(options), **options)
     plain = run_optimizer(device, blocked.PLAIN, **options)
     for name in PARAMETERS:
         torch.testing.assert_close(fast[name], plain[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")

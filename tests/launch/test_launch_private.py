@@ -7,6 +7,7 @@ import atexit
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,26 @@ def test_the_store_of_the_group_is_found_and_shared(group):
 
     connect_to_default_store("mine").set("key", "value")
     assert connect_to_default_store("mine").get("key") == b"value"
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_ddp_keeps_its_buckets_only_if_it_is_told(keep, group):
+    """Where the gradients lie is where they are in a bucket. Two micro-batches a step; the first sends nothing."""
+    from launch.private import ddp_keep_buckets
+
+    layers = torch.nn.Sequential(*(torch.nn.Linear(40, 40) for _ in range(3)))
+    ddp = torch.nn.parallel.DistributedDataParallel(layers, gradient_as_bucket_view=True)
+    orders = []
+    for _ in range(3):
+        ddp.zero_grad()
+        for silent in (True, False):
+            if keep:
+                ddp_keep_buckets(ddp)
+            with ddp.no_sync() if silent else nullcontext():
+                ddp(torch.ones(2, 40)).sum().backward()
+        gradients = [p.grad.data_ptr() for p in ddp.parameters()]
+        orders.append(sorted(range(len(gradients)), key=gradients.__getitem__))
+    assert (orders[0] == orders[1] == orders[2]) is keep
 
 
 def test_the_timeout_reaches_every_group(group):

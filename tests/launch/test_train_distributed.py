@@ -300,6 +300,23 @@ def runs_that_differ(folder, prepared):
     ]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [3, 4])
+def test_ddp_continues_bit_for_bit_on_more_than_two_processes(world, run, prepared):
+    """And with micro-batches of one size it is the run of one process to within rounding, dropout included."""
+    options = [*STEPS, "train.steps=8", "train.batch_size=12", "train.micro_batch_size=1", "model.dropout=0.2", "model.width=96"]
+    assert run(*options, folder="one")[0] == 0
+    common = [str(run.tmp_path / "config.yaml"), f"data.dir={prepared}", *options]
+    half = run.tmp_path / "whole/checkpoints/step_00000004"
+    runs = [[*common, f"run.dir={run.tmp_path / 'whole'}"]]
+    runs.append([*common, f"checkpoint.resume={half}", f"run.dir={run.tmp_path / 'continued'}"])
+    spawn(world, runs, [0, 0])
+    for name in ("model", "optimizer"):
+        a, b = (load_file(run.tmp_path / f / f"checkpoints/step_00000008/{name}.safetensors") for f in ("whole", "continued"))
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    assert losses(read(run.tmp_path / "whole")) == pytest.approx(losses(read(run.tmp_path / "one")), rel=1e-5)
+
+
 def test_bad_gradients_reach_no_weight_under_any_strategy(run, prepared):
     """Two gradients in a row are not finite: skipped; and with on_spike=rollback, back to the checkpoint and past the batches."""
     common = [str(run.tmp_path / "config.yaml"), f"data.dir={prepared}", *STEPS, "train.max_bad_steps=2"]
@@ -342,9 +359,9 @@ def test_bad_gradients_reach_no_weight_under_any_strategy(run, prepared):
         assert len({(s["bad_steps"], s["sequences"], s["rollbacks"], s["tokens"]) for s in states}) == 1, name
         # Nobody waits for the newest step; DeepSpeed looks at each gradient.
         of_step = json.loads((folder / "waits.json").read_text())
-        quiet = [counts for step, counts in of_step if step in (2, 3, 10, 11)]
+        quiet = [counts for step, counts in of_step if step in (2, 10, 11)]  # neither logged, evaluated nor saved
         print(name, quiet)
-        assert len(quiet) == 4
+        assert len(quiet) == 3
         assert {reader for counts in quiet for reader in counts} <= {LAST, *({"deepspeed"} if "zero" in name else ())}, quiet
         assert all(counts.get(LAST, 0) <= 1 for counts in quiet), quiet
 
