@@ -311,8 +311,8 @@ def test_ddp_continues_bit_for_bit_on_more_than_two_processes(world, run, prepar
     runs = [[*common, f"run.dir={run.tmp_path / 'whole'}"]]
     runs.append([*common, f"checkpoint.resume={half}", f"run.dir={run.tmp_path / 'continued'}"])
     spawn(world, runs, [0, 0])
-    for name in ("model", "optimizer"):
-        a, b = (load_file(run.tmp_path / f / f"checkpoints/step_00000008/{name}.safetensors") for f in ("whole", "continued"))
+    for name in (MODEL, OPTIMIZER):
+        a, b = (read_tensors(run.tmp_path / folder / "checkpoints/step_00000008" / name) for folder in ("whole", "continued"))
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
     assert losses(read(run.tmp_path / "whole")) == pytest.approx(losses(read(run.tmp_path / "one")), rel=1e-5)
 
