@@ -48,9 +48,6 @@ SIZES = {  # shape, vocabulary: 42 and 298 million weights
     "large": ({"layers": 12, "width": 512, "heads": 8, "context": 64}, 8192),
     "300m": ({"layers": 24, "width": 960, "heads": 15, "context": 512}, 32768),
 }
-# What a rank has for each of its weights at the start, in weights: DeepSpeed holds copies, gradients and buckets at once.
-# Measured on one process with 42 million weights: 1.2 and 4.6.
-COPIES = {"fsdp2": 1, "zero3": 5}
 
 
 def config_of(model_type, layout="ddp", precision="fp32", optimizer="celo2"):
@@ -110,21 +107,21 @@ def test_the_same_weights_under_every_strategy(world, layouts, types):
         if job[0] == "weights":
             assert value == expected[job[1]], job
         else:
-            require_little(value, world, job[2], 60e6)
+            require_little(value, world, 60e6)
 
 
-@pytest.mark.slow  # 1.2 GB a rank at most
-@pytest.mark.parametrize("layout", COPIES)
-def test_a_rank_of_four_never_holds_a_model_of_300_million_weights(layout):
-    (value,) = spawn(4, [["memory", "300m", layout]])
-    print(f"{layout}: {value[0] / 1e6:.0f} MB at the most, of {value[1] / 1e6:.0f} MB of weights")
-    require_little(value, 4, layout, 300e6)
+@pytest.mark.slow
+def test_a_rank_of_four_never_holds_a_model_of_300_million_weights():
+    """Under fsdp2: 344 MB were measured. DeepSpeed adds copies, gradients and buckets of its own."""
+    (value,) = spawn(4, [["memory", "300m", "fsdp2"]])
+    print(f"{value[0] / 1e6:.0f} MB at the most, of {value[1] / 1e6:.0f} MB of weights")
+    require_little(value, 4, 300e6)
 
 
-def require_little(value, world, layout, more):
+def require_little(value, world, more):
     """`value`: bytes of the rank with the most, of the whole model, of a block."""
     peak, whole, block = value
-    assert whole > 150e6 and peak < COPIES[layout] * whole / world + block + more, value
+    assert whole > 150e6 and peak < whole / world + block + more, value
 
 
 @pytest.fixture
