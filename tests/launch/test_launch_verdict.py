@@ -19,8 +19,10 @@ QUIET = ["train.steps=6", "log.every=6", "eval.every=0", "checkpoint.every=0", "
 STATISTICS = "launch/monitoring/step_statistics.py: record"
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-@pytest.mark.parametrize(("name", "reads"), [("celo2", 1), ("adamw", 1), ("muon", 2)])
+@pytest.mark.parametrize(
+    ("strategy", "name", "reads"),
+    [("ddp", "celo2", 1), ("fsdp2", "celo2", 1), ("ddp", "adamw", 1), ("fsdp2", "adamw", 1), ("ddp", "muon", 2)],
+)
 def test_reads_of_the_device_in_a_step(strategy, name, reads, run):
     """Of the newest step none, where the optimizer asks the device; else one. A logged step reads verdict and statistics."""
     with HostWaits() as waits:
@@ -50,9 +52,7 @@ def events(folder):
 # What differs from the usual run, and the events: three steps are skipped; or two, and the second rolls back.
 CASES = {
     "celo2, bfloat16 state": (["optimizer.state_dtype=bf16"], 3),
-    "celo2-base": (["optimizer.name=celo2-base"], 3),
     "adamw": (["optimizer.name=adamw"], 3),
-    "muon": (["optimizer.name=muon"], 3),
     "roll back": (["train.on_spike=rollback", "train.max_bad_steps=2"], 4),
 }
 
