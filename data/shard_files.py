@@ -34,6 +34,10 @@ class ShardFiles:
     def read(self, number: int, offset: int, size: int) -> bytes:
         """`size` bytes from `offset` on of the file `number`. DataError if they may no longer be what the index describes."""
         file = self.files[number]
+        if offset + size > file.size:
+            raise DataError(
+                f"{file.path}: has {file.size:,} bytes, but its index counts on {offset + size:,}: prepare the data again"
+            )
         while True:
             try:
                 descriptor = self._open(file.path).number

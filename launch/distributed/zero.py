@@ -50,7 +50,7 @@ class Zero(Strategy):
         self.compile()
         self.engine, *_ = deepspeed.initialize(model=CausalLMLoss(model), optimizer=self.client, config=options)
         if not launched:  # the next training run of this process would take it for a launcher's
-            del os.environ["LOCAL_RANK"]
+            os.environ.pop("LOCAL_RANK", None)
         self.loss_model = self.engine
         self.zero = self.engine.optimizer
         self.optimizer = self.client.bind(self.zero, lambda groups: build_optimizer(config.optimizer, groups))

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import shutil
 
@@ -213,3 +214,12 @@ def test_an_index_that_lacks_something_is_named(folder):
         edit_index(folder, **index | {"splits": splits})
         with pytest.raises(DataError, match=r"index\.json: damaged"):
             read_index(folder)
+
+
+def test_an_index_that_counts_on_more_than_a_file_has_is_named(tmp_path):
+    path = tmp_path / "train_00000.bin"
+    path.write_bytes(bytes(10))
+    files = shard_files.ShardFiles([shard_files.ShardFile(path, 10, hashlib.sha256(bytes(10)).hexdigest())])
+    assert files.read(0, 4, 6) == bytes(6)
+    with pytest.raises(DataError, match=r"has 10 bytes, but its index counts on 12: prepare the data again"):
+        files.read(0, 4, 8)
