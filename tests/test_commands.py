@@ -64,7 +64,7 @@ def commands() -> dict[str, str]:
         for line in text.splitlines():
             line = line.strip()
             if PROGRAM.match(line):
-                line = re.split(r"\s{2,}|: | #", line)[0].rstrip(".")  # prose may follow
+                line = re.split(r"\s{2,}|: (?![^']*'$)| #", line)[0].rstrip(".")  # prose may follow
                 found.setdefault(line, where)
     return found
 

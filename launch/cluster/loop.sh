@@ -2,7 +2,6 @@
 # Starts a training run again until it is done, whatever ended it: a rank that died or hung (70), a signal (75), a lost machine.
 #
 #     launch/cluster/loop.sh launch/cluster/torchrun.sh configs/demo.yaml distributed.strategy=fsdp2
-#     launch/cluster/loop.sh .venv/bin/python train.py configs/demo.yaml
 #
 # Each start goes on from the newest checkpoint, with the GPUs that are there. The loop ends with the run: at status 0; at 2 (bad
 # input) and 130 (stopped at once by a person), which another start does not mend; after a signal to the loop itself, which it

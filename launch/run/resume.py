@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +79,18 @@ def roll_back(run_dir: Path, state: RunState, strategy: Strategy, saver: Saver, 
     accelerator = strategy.accelerator
     heartbeat.mark(f"step {state.step}: rolling back", disk=True)
     saver.wait()
-    find = partial(find_checkpoint, *saver.folders, progress=heartbeat.progress)
-    newest, _ = on_first_rank(accelerator, find, heartbeat.mark)
+
+    def find() -> tuple[int, str] | None:
+        """Which of the folders, and the name in it: the paths of other ranks may differ."""
+        found, _ = find_checkpoint(*saver.folders, progress=heartbeat.progress)
+        return None if found is None else (saver.folders.index(found.parent), found.name)
+
+    newest = on_first_rank(accelerator, find, heartbeat.mark)
     if newest is None:
         raise Diverged(f"step {state.step}: no checkpoint to roll back to")
     if state.rollbacks >= MAX_ROLLBACKS:
         raise Diverged(f"step {state.step}: {MAX_ROLLBACKS} rollbacks did not help")
-    path = run_dir / "checkpoints" / newest.name if newest.parent == saver.folders[0] else newest
+    path = saver.folders[newest[0]] / newest[1]
     require_same(accelerator, lambda: [checkpoint_fact(path, run_dir)])
     load_checkpoint(path, strategy, heartbeat.progress)
     heartbeat.mark("loaded")

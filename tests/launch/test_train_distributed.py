@@ -27,7 +27,7 @@ from celo2.stack import local
 from celo2.training.lock import FolderLock
 from data.prepare import prepare
 from data.shards import TokenShards
-from launch.checkpoint.tensors import INDEX, part_name, read_tensors
+from launch.checkpoint.tensors import INDEX, files_of, part_name, read_tensors
 from launch.checkpoint.verify import MANIFEST, MODEL, OPTIMIZER, checkpoint_files, sha256
 from launch.run import ranks
 from launch.run.agreement import rule_hash
@@ -238,8 +238,8 @@ def test_two_processes(run, prepared):
         line = f"the ranks differ: {text}".replace("MANIFEST", manifest).replace("HOST", socket.gethostname())
         for step in ("STEP4", "STEP8"):
             if step in line:
-                file = one.with_name(f"step_0000000{step[4]}") / "model.safetensors"
-                line = line.replace(step, weights_fact(hashes([file])).value)
+                files = files_of(one.with_name(f"step_0000000{step[4]}") / MODEL)
+                line = line.replace(step, weights_fact(hashes(files)).value)
         assert {f"error: {line}", f"error: rank 1: {line}"} <= set(done.stderr.splitlines()), (line, done.stderr)
     assert read(run.tmp_path / "two") == double
     assert not list(run.tmp_path.glob("refused*")) and not (run.tmp_path / "elsewhere").exists()
