@@ -102,7 +102,7 @@ HUNG = f'has hung for {TIMEOUT:g} s, while others wait, at "step 2: reduced"; {C
     ("scenario", "world", "stops", "message"),
     [
         ("kill", 3, 2, SILENT),
-        ("stop", 2, 1, SILENT),
+        pytest.param("stop", 2, 1, SILENT, marks=pytest.mark.slow),
         ("sleep", 2, 2, HUNG),  # a rank that hangs in Python hears the verdict, too
         ("raise", 2, 1, "failed: ValueError: the third batch is bad"),
     ],
