@@ -427,6 +427,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="options of the disturbed run")
     parser.add_argument("--ranks", type=int, default=1, help="processes of a run (1)")
     args = parser.parse_intermixed_args(argv)
+    if args.dir is not None:
+        Path(args.dir).mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="torture-", dir=args.dir))
     laboratory = Laboratory(folder, args.overrides, args.ranks)
     print(f"{'fault':52}{'injected':>9}{'survived':>9}  what was lost")
