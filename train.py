@@ -136,8 +136,8 @@ def pretrain(
     # and micro-batch size.
     lengths = bytes_of_tokens(validation)
     set_seed(config.run.seed)
-    model, weights, context, taken, files = make_model(config, shards, start.checkpoint)
-    require_same_files(accelerator, files)
+    model, weights, context, taken, files = make_model(config, shards, start.checkpoint, heartbeat.progress)
+    require_same_files(accelerator, files, heartbeat.progress)
     flops, parameters, hidden = flops_per_token(model, context), model.num_parameters(), hidden_names(model)
     heartbeat.mark("sharding model and optimizer")
     strategy = make_strategy(chosen, accelerator, model, weights)
@@ -164,6 +164,10 @@ def pretrain(
     guard = Guard(accelerator, config.train, signals)
     signals.wait = True  # from now on a signal waits for the end of the step and a checkpoint
 
+    def tell(event: str, note: str) -> None:
+        display.say(note)
+        metrics.event({"event": event, "step": state.step, "note": note})
+
     def report(checkpoint: dict[str, Any]) -> None:
         if "error" in checkpoint:
             display.say(f"warning: {checkpoint['error']}")
@@ -184,8 +188,7 @@ def pretrain(
         if restart:
             start.notes.append(restart_note(restart))
         for note in [*start.notes, describe_training(config, parameters, optimizer, batches, world)]:
-            display.say(note)
-            metrics.event({"event": "start", "step": state.step, "note": note})
+            tell("start", note)
         if branch := start.event() or restart:
             metrics.event(branch)
         stop = False
@@ -216,6 +219,7 @@ def pretrain(
                 heartbeat.mark(f"step {state.step}: saving", disk=True)
                 metrics.flush()
                 set_mode(optimizer, "eval")
+                state.sources = batches.taken(state.step)
                 saver.save(strategy, to_saved(config, state, identity))
             if stop or state.step == steps:
                 break
@@ -241,7 +245,6 @@ def pretrain(
             every = (config.eval.every, config.checkpoint.every, config.checkpoint.keep_every)
             guard.wait(newest=logged or not verification.done or any(due(step, n, steps) for n in every))
             state.finish_step(config.train.batch_size, n_targets, time.perf_counter() - began)
-            state.sources = batches.taken(state.step)
             display.advance(state.step)
 
             # Report what was learned, the last of it about this step or the one before.
@@ -278,8 +281,7 @@ def pretrain(
         saver.close()
         heartbeat.mark("the last checkpoint is written")
         for note in taken_notes(batches, shards, state.step):
-            display.say(note)
-            metrics.event({"event": "data", "step": state.step, "note": note})
+            tell("data", note)
         if stop:
             line = f"stopped by a signal after step {state.step}, saved; the same command continues"
             display.say(line)

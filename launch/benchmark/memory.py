@@ -8,7 +8,6 @@ beyond what a process has when it has imported everything and has found the othe
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import statistics
@@ -24,7 +23,6 @@ from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
 
 import train
 from configs.load import load_written
@@ -86,7 +84,6 @@ def add_options(parser: ArgumentParser, device: torch.device) -> None:
     parser.add_argument("--processes", nargs="+", type=at_least(1), default=[1, 2])
     parser.add_argument("--starts", nargs="+", choices=STARTS, default=["new"], help="resume and init follow a new run")
     parser.add_argument("--until", choices=ENDS, default="save", help="how far a new run goes")
-    parser.add_argument("--no-update", action="store_true", help="skip the update of the step: start and save take seconds")
     parser.add_argument(
         "--set", nargs="+", metavar="section.key=value", default=[], help="of the run: model.layers=4, optimizer.name=adamw, ..."
     )
@@ -113,7 +110,7 @@ def measure(args: Namespace, device: torch.device) -> tuple[str, list[Row]]:
                     load_written(str(config), overrides)  # a mistake in --set is one line here
                     result = folder / "result.json"
                     result.unlink(missing_ok=True)
-                    status = launch(world, [str(result), until, str(int(args.no_update)), str(config), *overrides])
+                    status = launch(world, [str(result), until, str(config), *overrides])
                     of_run: Row = {"strategy": strategy, "processes": world, "start": start}
                     if status or not result.exists():
                         rows.append(of_run | {"phase": f"failed with status {status}"})
@@ -275,19 +272,14 @@ class EnoughError(Exception):
 class Watch(Hooks):
     """Sees the first moment of writing, and ends a run."""
 
-    def __init__(self, phases: Phases, until: str, update: bool) -> None:
-        self.phases, self.until, self.update, self.weights = phases, until, update, 0
+    def __init__(self, phases: Phases, until: str) -> None:
+        self.phases, self.until, self.weights = phases, until, 0
 
     def before_step(self, step: int, strategy: Strategy) -> None:
         """End before the step."""
         self.weights = strategy.model.num_parameters()
         if self.until == "start":
             raise EnoughError
-
-    def after_backward(self, step: int, strategy: Strategy, loss: Tensor) -> None:
-        """The guard skips the update of a step whose loss is not finite."""
-        if not self.update:
-            loss.fill_(math.nan)
 
     def before_evaluation(self, step: int) -> None:
         """End after the step."""
@@ -299,7 +291,7 @@ class Watch(Hooks):
         self.phases.copied()
 
 
-def main(result: str, until: str, no_update: str, *arguments: str) -> int:
+def main(result: str, until: str, *arguments: str) -> int:
     """One run in this process of torchrun; the first rank writes the rows over all ranks to `result`."""
     with suppress(OSError):  # where the memory does not suffice, the kernel ends these processes and no others
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
@@ -310,7 +302,7 @@ def main(result: str, until: str, no_update: str, *arguments: str) -> int:
         if config.distributed.strategy.startswith("zero"):
             import_deepspeed(accelerator.device)
         phases = Phases(accelerator.device, accelerator.is_main_process)
-        watch = Watch(phases, until, not int(no_update))
+        watch = Watch(phases, until)
         rank, world = accelerator.process_index, accelerator.num_processes
         heartbeat = MarkedHeartbeat(rank, world, config.distributed.timeout, print_error)
         heartbeat.phases = phases

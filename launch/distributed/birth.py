@@ -6,7 +6,7 @@ memory. Each strategy asks for what its rank keeps and for nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -16,10 +16,27 @@ from transformers import PreTrainedModel
 
 from launch.distributed.blocks import blocks_of
 from models import ModelError
-from models.initialization import Held, Weights, become
+from models.initialization import Weights, become
 
 PIECE = 1 << 22  # elements that are made or read at once on their way to where they stay: 16 MB
 Result = TypeVar("Result")
+
+
+class Watched:
+    """`weights`, of which every read is told to `progress`: to make or read a large model takes long, and is work."""
+
+    def __init__(self, weights: Weights, progress: Callable[[], None]) -> None:
+        self.weights, self.progress = weights, progress
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """The elements [start, stop) of the flattened parameter `name`."""
+        self.progress()
+        return self.weights.read(name, start, stop)
+
+    @property
+    def not_finite(self) -> Collection[str]:
+        """The parameters in which a number was read that is not finite, of weights that come from files."""
+        return getattr(self.weights, "not_finite", ())
 
 
 def fill(target: Tensor, weights: Weights, name: str, start: int = 0) -> None:
@@ -32,7 +49,7 @@ def fill(target: Tensor, weights: Weights, name: str, start: int = 0) -> None:
 
 def whole(p: Tensor, weights: Weights, name: str, device: torch.device) -> Tensor:
     """The parameter `name`, of the shape and dtype of `p`, on `device`. It is in memory once."""
-    if device.type == "cpu" or isinstance(weights, Held):
+    if device.type == "cpu":
         return weights.read(name, 0, p.numel()).to(device, p.dtype).view(p.shape)
     value = torch.empty(p.shape, dtype=p.dtype, device=device)
     fill(value, weights, name)

@@ -5,7 +5,6 @@ The architecture comes from there, too. Optimizer, step and data begin anew. Onl
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +26,9 @@ from configs.schema import Model as ModelSection
 from data import first_line
 from data.shards import TokenShards
 from launch.checkpoint.load import load_model, read_model_config, read_state
-from launch.checkpoint.verify import MANIFEST, choose_checkpoint, list_checkpoints
+from launch.checkpoint.tensors import files_of
+from launch.checkpoint.verify import MANIFEST, MODEL, choose_checkpoint, list_checkpoints
+from launch.run.branch import checkpoint_folders, read_origin
 from launch.run.weights import FromGPT2, source_of
 from models.build import model_of, named_size, prepare_model
 from models.function import function_differences
@@ -35,7 +36,6 @@ from models.gpt2 import from_gpt2, gpt3_config
 from models.gpt3 import GPT3Config
 from models.initialization import Held, Weights, without_memory
 
-INDEX = "model.safetensors.index.json"
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 ROPE_PARTS = ("rope_theta", "partial_rotary_factor")  # old keys of their own for what lies in `rope_parameters` today
 NUMBERS = ("layers", "width", "heads", "vocab_size")  # of a GPT-3 but its context: a training sequence may be shorter
@@ -62,8 +62,10 @@ def begun(config: Config, run_dir: Path) -> Source | None:
     """A checkpoint of the training run that `config` continues; None if it begins. Whether it is whole is not looked at."""
     resume = config.checkpoint.resume
     given = [] if resume in ("auto", "never") else [Path(resume).expanduser()]
-    runs = [*given, run_dir] if resume != "never" else []  # `given` may be a checkpoint or a run
-    paths = [*given, *(path for run in runs for path in reversed(list_checkpoints(run / "checkpoints")))]
+    folders = [run / "checkpoints" for run in given]  # `given` may be a checkpoint or a run
+    if resume != "never":
+        folders += checkpoint_folders(config, run_dir, read_origin(run_dir))
+    paths = [*given, *(path for folder in folders for path in reversed(list_checkpoints(folder)))]
     return next((Source(path, str(path), step=0) for path in paths if (path / "config.json").is_file()), None)
 
 
@@ -205,7 +207,7 @@ def load_source(source: Source, config: PretrainedConfig, gradient_checkpointing
     dtypes = stored_dtypes(weight_files(source))
     convert = isinstance(config, GPT3Config) and source.step is None and source_config(source).model_type == "gpt2"
     stored, _ = without_memory(lambda: model_of(source_config(source) if convert else config))
-    found = source_of(source.path / "model.safetensors", stored)
+    found = source_of(source.path / MODEL, stored)
     if found is None:
         model = whole_model(source, config, convert)
         weights: Weights = Held(model, {name for name, p in model.named_parameters() if not p.isfinite().all()})
@@ -233,19 +235,15 @@ def whole_model(source: Source, config: PretrainedConfig, convert: bool) -> PreT
 
 def weight_files(source: Source) -> list[Path]:
     """The safetensors files of a source, all of which are there."""
-    names = {"model.safetensors"}
-    if (index := source.path / INDEX).exists() and not (source.path / "model.safetensors").exists():
-        try:
-            names = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ConfigError(f"model.init: {index} is damaged: download or export the model again") from None
-        if outside := sorted(name for name in names if Path(name).name != name):
-            raise ConfigError(f"model.init: {index} names {outside[0]!r}, which is no file beside it")
-    missing = sorted(name for name in names if not (source.path / name).is_file())
+    try:
+        files = files_of(source.path / MODEL)
+    except ValueError as error:
+        raise ConfigError(f"model.init: {error}: download or export the model again") from None
+    missing = [file.name for file in files if not file.is_file()]
     if not missing:
-        return [source.path / name for name in sorted(names)]
+        return files
     pickled = sorted(path.name for path in source.path.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-    if pickled and names == {"model.safetensors"}:
+    if pickled and missing == [MODEL]:
         raise ConfigError(
             f"model.init: {source.name} holds pickled weights alone ({pickled[0]}), which are never read: if you trust it, load "
             "it with transformers and write it again with save_pretrained(), which makes safetensors"

@@ -43,6 +43,7 @@ PATHS = (
     "data.cache_dir",
     "optimizer.rule",
     "model.init",
+    "checkpoint.fallback_dir",
 )  # options that may differ between nodes
 PACKAGES = ("torch", "numpy", "transformers", "accelerate")
 NAMED = 4  # values, ranges of ranks or hosts that a message names

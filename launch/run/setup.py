@@ -20,7 +20,8 @@ from data.batches import Batches, fit_micro_batch, prefetch
 from data.files import replace_text
 from data.shards import TokenShards
 from data.tokenizer import copy_tokenizer
-from launch.distributed.birth import with_weights
+from launch.checkpoint.verify import MODEL, nothing
+from launch.distributed.birth import Watched, with_weights
 from launch.distributed.first_rank import on_first_rank
 from launch.run.agreement import RULE_FILE
 from launch.run.branch import Start, begin_line
@@ -120,9 +121,11 @@ def checked_context(config: Config, model: PreTrainedModel) -> int:
     return context
 
 
-def make_model(config: Config, shards: TokenShards, checkpoint: Path | None = None) -> Made:
+def make_model(
+    config: Config, shards: TokenShards, checkpoint: Path | None = None, progress: Callable[[], None] = nothing
+) -> Made:
     """The model to train without memory, and where its weights come from: its architecture, `model.init`, or the checkpoint that
-    the run goes on from, if it is of this model."""
+    the run goes on from, if it is of this model. `progress` is called whenever weights are made or read."""
     vocab_size = vocabulary(config, shards.vocab_size)
     if config.model.init is None or begun(config, run_folder(config)):
         model, weights = outline(lambda: build_from_config(config, vocab_size)[0], config.run.seed)
@@ -134,9 +137,9 @@ def make_model(config: Config, shards: TokenShards, checkpoint: Path | None = No
         model, weights, taken = load_source(source, wanted, config.model.gradient_checkpointing)
         made = Made(model, weights, checked_context(config, model), f"{taken}; {tokenizer}", weight_files(source))
     if not isinstance(model.config, GPT3Config):
-        with_weights(model, weights, choose_loss)
-    saved = source_of(checkpoint / "model.safetensors", model) if checkpoint is not None else None
-    return made if saved is None else made._replace(weights=saved)
+        with_weights(model, Watched(weights, progress), choose_loss)
+    saved = source_of(checkpoint / MODEL, model) if checkpoint is not None else None
+    return made._replace(weights=Watched(saved or weights, progress))
 
 
 def run_folder(config: Config) -> Path:

@@ -25,6 +25,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from celo2.distributed.collectives import gather_objects
 from configs.load import ConfigError
 from launch.checkpoint.tensors import TensorFiles
+from launch.checkpoint.verify import nothing
+from launch.checkpoint.writer import Progress
 from launch.distributed.buffers import persistent_buffers
 from launch.private import ignored_in_files
 from launch.run.ranks import Fact, require_same
@@ -137,17 +139,17 @@ def require_finite(accelerator: Accelerator, weights: Weights, files: list[Path]
         )
 
 
-def require_same_files(accelerator: Accelerator, files: list[Path]) -> None:
+def require_same_files(accelerator: Accelerator, files: list[Path], progress: Progress = nothing) -> None:
     """Raise ConfigError, on every rank alike, unless all ranks have the same files. Every rank must call it.
 
-    Ranks of one host that read the same files divide the work.
+    Ranks of one host that read the same files divide the work. `progress` is called after each block.
     """
     if accelerator.num_processes == 1 or not files:
         return
     where = socket.gethostname(), [str(file.resolve()) for file in files]
     everyone = gather_objects(where, dist.group.WORLD)  # type: ignore[arg-type]
     beside = [rank for rank, other in enumerate(everyone) if other == where]
-    mine = hashes(files, beside.index(accelerator.process_index), len(beside))
+    mine = hashes(files, beside.index(accelerator.process_index), len(beside), progress)
     parts = gather_objects(mine, dist.group.WORLD)  # type: ignore[arg-type]
     require_same(accelerator, lambda: [weights_fact([part for rank in beside for part in parts[rank]])])
 
@@ -160,7 +162,7 @@ class Block(NamedTuple):
     sha256: str
 
 
-def hashes(files: list[Path], part: int = 0, parts: int = 1) -> list[Block]:
+def hashes(files: list[Path], part: int = 0, parts: int = 1, progress: Progress = nothing) -> list[Block]:
     """Every `parts`-th block of `files`, from number `part` on. The files are read, not mapped, so that they take no memory."""
     starts = [(i, start) for i, file in enumerate(files) for start in range(0, file.stat().st_size, BLOCK)]
     found = []
@@ -168,6 +170,7 @@ def hashes(files: list[Path], part: int = 0, parts: int = 1) -> list[Block]:
         with files[i].open("rb") as opened:
             opened.seek(start)
             found.append(Block(i, start, hashlib.sha256(opened.read(BLOCK)).hexdigest()))
+        progress()
     return found
 
 
