@@ -5,6 +5,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from whole_batches import join, same, whole
 
 from data import DataError
 from data.batches import IGNORE, Batches, prefetch, validation_batches
@@ -17,19 +18,6 @@ CONTEXT, BATCH = 64, 8
 @pytest.fixture
 def batches(train):
     return Batches(train, CONTEXT, BATCH, seed=3)
-
-
-def whole(batches, step):
-    """The global batch of a step: inputs, targets (B, T)."""
-    return batches.micro_batches(step, 0, 1, batches.batch_size)[0]
-
-
-def join(micro_batches):
-    return tuple(torch.cat(parts) for parts in zip(*micro_batches, strict=True))
-
-
-def same(a, b) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])

@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
+from whole_batches import join, same, whole
 
 from data import DataError
 from data.batches import Batches, validation_batches
@@ -39,18 +39,6 @@ def mixture(folders, split="train", weights=WEIGHTS):
 @pytest.fixture(scope="module")
 def mixed(folders):
     return mixture(folders)
-
-
-def whole(batches, step):
-    return batches.micro_batches(step, 0, 1, batches.batch_size)[0]
-
-
-def join(micro_batches):
-    return tuple(torch.cat(parts) for parts in zip(*micro_batches, strict=True))
-
-
-def same(a, b) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def test_counts_follow_the_weights_to_within_one():

@@ -26,6 +26,7 @@ from launch.distributed.setup import make_accelerator, make_strategy
 from launch.run import initialize
 from launch.run.initialize import whole_model
 from launch.run.setup import make_model
+from launch.run.weights import hashes
 from models.gpt2 import from_gpt2, gpt3_config
 
 ROOT = Path(__file__).parents[2]
@@ -191,6 +192,22 @@ def test_files_are_read_by_slice_unless_they_hold_other_tensors(tmp_path, monkey
                 assert torch.equal(value.view(p.shape), p), (folder, name)
                 assert torch.equal(weights.read(name, p.numel() // 3, p.numel()), value[p.numel() // 3 :])
             assert len(whole) == (folder == "experts"), folder
+
+
+def test_long_work_before_the_first_step_is_told(tmp_path):
+    """The weights of a large model take minutes to make, read or hash, in which no mark is set."""
+    for model_type, least in (("gpt3", 0), ("gemma3", 1)):  # the loss of a stock architecture is compared on its weights
+        told = []
+        made = make_model(config_of(model_type), SHARDS, progress=lambda told=told: told.append(0))
+        assert len(told) >= least
+        before = len(told)
+        names = [name for name, _ in made.model.named_parameters()]
+        for name in names:
+            made.weights.read(name, 0, 1)
+        assert len(told) == before + len(names)
+    (tmp_path / "file").write_bytes(bytes(10))
+    hashes([tmp_path / "file"] * 3, progress=lambda: told.append(1))
+    assert told.count(1) == 3
 
 
 def memory_now():

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from celo2.distributed.shard import LocalShard
+from configs.schema import Checkpoint, Config
 from launch.checkpoint import save as save_module
 from launch.checkpoint.export import export
 from launch.checkpoint.load import load_model, optimizer_bytes
@@ -19,7 +20,9 @@ from launch.checkpoint.tensors import INDEX, TensorFiles, part_name
 from launch.checkpoint.verify import MODEL, OPTIMIZER, CheckpointError, find_checkpoint, sha256, verify
 from launch.checkpoint.writer import Entry, TensorWriter
 from launch.distributed.gather import choose_owners, number_rounds
+from launch.run.branch import checkpoint_folders
 from launch.run.hooks import Hooks
+from launch.run.initialize import begun
 
 SHAPES = {"a": (2, 3), "empty": (0, 4), "scalar": (), "b": (5,)}
 LLAMA = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -208,6 +211,17 @@ def test_a_second_folder_takes_what_the_first_does_not(run):
     assert [r["loss"] for r in records if "loss" in r] == [r["loss"] for r in whole if "loss" in r]
     assert [path.name for path in (run.tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000006"]
     assert not list(second.glob("run-*/step_*"))
+
+
+def test_a_run_whose_checkpoints_lie_in_the_second_folder_alone_has_begun(tmp_path):
+    """So `model.init` is not looked at again."""
+    config, run_dir = Config(checkpoint=Checkpoint(fallback_dir=str(tmp_path / "second"))), tmp_path / "run"
+    assert begun(config, run_dir) is None
+    checkpoint = checkpoint_folders(config, run_dir, None)[1] / "step_00000002"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "config.json").write_text("{}")
+    assert begun(config, run_dir).path == checkpoint
+    assert begun(Config(), run_dir) is None
 
 
 def test_the_second_folder_belongs_to_one_line_of_one_run(run):
