@@ -16,7 +16,13 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
 SCHEME = "attempt"
-INIT_METHOD = f"{SCHEME}://"  # what `init_process_group` is given
+
+
+def init_method() -> str:
+    """What `init_process_group` is given, so that it uses `meet`."""
+    with suppress(RuntimeError):  # it was registered before, for another training run of this process
+        register_rendezvous_handler(SCHEME, meet)
+    return f"{SCHEME}://"
 
 
 def attempt() -> str:
@@ -31,7 +37,3 @@ def meet(url: str, **options: Any) -> Iterator[tuple[dist.Store, int, int]]:
     """The store of torch's own rendezvous by environment variables, with keys of this attempt; rank; number of processes."""
     store, rank, world = next(iter(rendezvous("env://", **options)))
     yield dist.PrefixStore(f"attempt/{attempt()}", store), rank, world
-
-
-with suppress(RuntimeError):  # this module was loaded before
-    register_rendezvous_handler(SCHEME, meet)

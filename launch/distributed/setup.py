@@ -23,7 +23,7 @@ from launch.distributed.environment import check_environment
 from launch.distributed.fsdp2 import FSDP2
 from launch.distributed.heartbeat import COLLECTIVE_TIMEOUT
 from launch.distributed.host_group import HostGroup
-from launch.distributed.rendezvous import INIT_METHOD
+from launch.distributed.rendezvous import init_method
 from launch.distributed.strategy import Strategy
 from launch.distributed.zero import Zero
 from launch.private import set_collective_timeout
@@ -80,7 +80,7 @@ def make_accelerator(config: Config) -> Accelerator:
             mixed_precision="bf16" if config.train.precision == "bf16" else "no",
             cpu=not torch.cuda.is_available(),  # without it, processes on a machine without GPUs do not find each other
             kwargs_handlers=[
-                InitProcessGroupKwargs(init_method=INIT_METHOD, timeout=timedelta(seconds=config.distributed.timeout))
+                InitProcessGroupKwargs(init_method=init_method(), timeout=timedelta(seconds=config.distributed.timeout))
             ],
         )
     except RuntimeError as error:  # DistError: the port is taken, the address unknown, or a rank does not come

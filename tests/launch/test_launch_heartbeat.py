@@ -29,7 +29,7 @@ from launch.distributed.heartbeat import (
     is_communication_error,
     print_error,
 )
-from launch.distributed.rendezvous import INIT_METHOD
+from launch.distributed.rendezvous import init_method
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 3.0  # s
@@ -263,7 +263,7 @@ def work(scenario, folder, rank, world, timeout, store=None):
     signal.signal(signal.SIGTERM, lambda *_: None)  # as a run does, which ends its step first
     (folder / f"pid{rank}").write_text(str(os.getpid()))
     if store is None:
-        dist.init_process_group("gloo", init_method=INIT_METHOD)
+        dist.init_process_group("gloo", init_method=init_method())
     else:
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     if (scenario, rank) == ("late", 1):
