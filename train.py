@@ -97,7 +97,7 @@ def train(config: Config, hooks: Hooks, signals: StopSignals) -> int:
     rank, world, summary = accelerator.process_index, accelerator.num_processes, None
     with ExitStack() as folder:
         with Heartbeat(rank, world, config.distributed.timeout, report) as heartbeat:
-            signals.listener = heartbeat.signalled
+            signals.listener, signals.patience = heartbeat.signalled, heartbeat.until_named
             try:
                 folder.enter_context(lock_run(config, accelerator, heartbeat.mark))
                 if rank == 0:
@@ -226,6 +226,7 @@ def pretrain(
 
             # One step.
             step = state.step + 1
+            heartbeat.mark(f"step {step}: begins")
             logged = step == 1 or due(step, config.log.every, steps)
             set_mode(optimizer, "train")
             statistics.begin(measure=logged)

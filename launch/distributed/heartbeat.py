@@ -234,6 +234,9 @@ class Heartbeat:
             self._alarm = "error"
             self._wake.send(b"\0")
             self._found.wait(min(self.timeout, ALERT) + GRACE)
+        if isinstance(error, KeyboardInterrupt):
+            self.signalled()
+            self._hear_others()
         if error is not None and self._diagnosis is None:
             self.fail(f"{type(error).__name__}: {error}")
         self._closing = True
@@ -243,9 +246,28 @@ class Heartbeat:
         diagnosis = self._diagnosis
         if diagnosis is None or diagnosis.message == self._failure:
             return
-        if error is None or is_communication_error(error):
+        stopped_with_them = isinstance(error, KeyboardInterrupt) and not diagnosis.failed
+        if error is None or is_communication_error(error) or stopped_with_them:
             self.record(diagnosis.message)
             raise RankError(diagnosis.message) from error
+
+    def _hear_others(self) -> None:
+        """After a signal: wait until it is known whether a dead rank is why torchrun sent it.
+
+        That is when one is named, or every other rank has answered since. Who does not read all beats waits for rank 1 to leave.
+        """
+        counts, end = {rank: beat.count for rank, beat in self._beats.items()}, time.monotonic() + self.until_named
+        while time.monotonic() < end and not self._found.wait(self.interval / 4):
+            others = {rank: beat for rank, beat in self._beats.items() if rank != self.rank}
+            if len(self.observed) < self.world:
+                others = {1: others[1]}
+            if all(b.left or (len(self.observed) == self.world and b.count > counts[r] + 1) for r, b in others.items()):
+                return
+
+    @property
+    def until_named(self) -> float:
+        """Seconds from a signal until a rank that is dead is named at the latest; 0 for one process."""
+        return min(self.timeout, ALERT) + GRACE if self.world > 1 else 0.0
 
     def _publish(self, left: bool = False) -> None:
         self._count += 1

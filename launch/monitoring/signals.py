@@ -43,11 +43,14 @@ class StopSignals:
         wait: whether the first signal is waited for; until it is set there is nothing to save, and the first acts as the next.
         received: whether a signal came.
         held: whether the process is about to end anyway, with a status and a line that a launcher's signal must not take from it.
+        patience: seconds that a first SIGTERM leaves where there is nothing to save: torchrun sends it when another rank has
+            died, which is to be named.
         listener: called with the first signal, in another thread than the main one.
     """
 
     def __init__(self) -> None:
         self.wait, self.received, self.held = False, False, False
+        self.patience = 0.0
         self.listener: Callable[[], None] = lambda: None
         self._closed = threading.Event()
 
@@ -96,12 +99,13 @@ class StopSignals:
             for number in self._woken.recv(64):
                 if number not in STOP_SIGNALS:
                     continue
-                if self._at_once(count, number):
-                    if not self._closed.wait(GRACE):
-                        end_now()
-                elif not self.received:
-                    self.received = True
+                at_once = self._at_once(count, number)
+                self.received = True
                 self.listener()
+                if at_once:
+                    from_launcher = number == signal.SIGTERM and count.total == 1
+                    if not self._closed.wait(max(GRACE, self.patience if from_launcher else 0)) and not self.held:
+                        end_now()
 
 
 class Count:

@@ -33,7 +33,7 @@ def events(run, kind):
 @pytest.mark.parametrize(
     ("kills", "ranks", "strategy"),
     [
-        (8, 1, "ddp"),
+        (4, 1, "ddp"),
         pytest.param(32, 1, "ddp", marks=pytest.mark.slow),
         pytest.param(32, 2, "fsdp2", marks=pytest.mark.slow),  # each phase of a save: one rank, and all
         pytest.param(32, 2, "zero1", marks=pytest.mark.slow),

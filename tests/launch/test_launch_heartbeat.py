@@ -103,8 +103,9 @@ HUNG = f'has hung for {TIMEOUT:g} s, while others wait, at "step 2: reduced"; {C
     [
         ("kill", 3, 2, SILENT),
         pytest.param("stop", 2, 1, SILENT, marks=pytest.mark.slow),
-        ("sleep", 2, 2, HUNG),  # a rank that hangs in Python hears the verdict, too
-        ("raise", 2, 1, "failed: ValueError: the third batch is bad"),
+        # A rank that hangs in Python hears the verdict, too.
+        pytest.param("sleep", 2, 2, HUNG, marks=pytest.mark.slow),
+        pytest.param("raise", 2, 1, "failed: ValueError: the third batch is bad", marks=pytest.mark.slow),
     ],
 )
 def test_torchrun(scenario, world, stops, message, tmp_path):
@@ -135,6 +136,7 @@ def test_torchrun(scenario, world, stops, message, tmp_path):
     assert scenario == "raise" or f"exitcode: {STATUS}" in output.read_text() or "exitcode: -9" in output.read_text()
 
 
+@pytest.mark.slow  # a training run that torchrun starts again is in test_train_distributed.py
 def test_torchrun_starts_the_ranks_again(tmp_path):
     """With one store for all attempts, in which torch finds the addresses of the dead ranks (pytorch issue 135712)."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=1", "--nproc_per_node=2", __file__]

@@ -17,6 +17,7 @@ import torch.distributed as dist
 WORLD, WORKS = 4, 50
 
 
+@pytest.mark.slow
 def test_threads_of_a_kept_group_do_not_abort_a_process_that_leaves(tmp_path):
     """With `sys.exit` 8 of 24 such processes of two ranks, and one of 12 of four, ended in SIGABRT; with `leave` none of 16."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}

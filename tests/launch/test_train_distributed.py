@@ -100,8 +100,8 @@ def differences(folder, reference, first=1):
     return loss, weights, max(means, default=0.0)
 
 
-OTHERS = [("muon", "zero3"), ("adamw", "fsdp2"), ("celo2-base", "fsdp2"), ("bf16", "fsdp2"), ("bf16-state", "zero1")]
-MORE = [("muon", "ddp"), ("muon", "zero1"), ("muon", "fsdp2"), ("adamw", "zero2"), ("adamw", "zero3")]
+OTHERS = [("muon", "zero3"), ("adamw", "fsdp2"), ("celo2-base", "fsdp2"), ("bf16-state", "zero1")]
+MORE = [("bf16", "fsdp2"), ("muon", "ddp"), ("muon", "zero1"), ("muon", "fsdp2"), ("adamw", "zero2"), ("adamw", "zero3")]
 MORE += [("celo2-base", name) for name in ("shard_state", "zero1", "zero3")]
 MORE += [("bf16", "zero1"), ("bf16", "zero3"), ("bf16-state", "fsdp2")]
 
@@ -373,25 +373,22 @@ def problems(folder):
     return [{key: event[key] for key in keys if key in event} for event in events]
 
 
-def test_a_rank_that_hangs_is_named_and_the_run_continues(run, prepared):
+def test_a_rank_that_hangs_is_named_and_the_run_continues_by_itself(run, prepared):
     _, single, _ = run(*STEPS, "distributed.strategy=zero2", folder="one")
     arguments = [str(run.tmp_path / "config.yaml"), f"data.dir={prepared}", *STEPS, f"run.dir={run.tmp_path / 'two'}"]
     arguments += ["distributed.strategy=zero2", "distributed.timeout=15"]  # DeepSpeed takes 4 s to start on a busy machine
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=1", "--nproc_per_node=2", __file__]
     runs = json.dumps([["hang in step 6 of rank 1", *arguments]])
     environment = {**os.environ, "RUNS": runs, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1, done.stdout + done.stderr
+    environment.pop("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", None)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stdout + done.stderr
     assert "error: rank 1 (" in done.stderr, done.stdout + done.stderr
     (error,) = {line for line in done.stderr.splitlines() if line.startswith("error: rank 1 (")}
-    assert 'has hung for 15 s, while others wait, at "step 5' in error
+    assert 'has hung for 15 s, while others wait, at "step 6: begins"' in error
     assert "the same command continues from its newest checkpoint" in error
-    assert [path.name for path in (run.tmp_path / "two" / "checkpoints").iterdir()] == ["step_00000004"]
-
-    # The same command, as a user gives it: with a real end of the processes.
-    command[-1:] = [str(ROOT / "train.py"), *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
+    [event] = [event for event in read(run.tmp_path / "two", "events.jsonl") if event["event"] == "restart"]
+    assert (event["attempt"], event["step"]) == (1, 4) and f"error: {event['reason']}" == error
     assert losses(read(run.tmp_path / "two")) == pytest.approx(losses(single), rel=1e-5)  # worst measured 1e-7
 
 
@@ -405,7 +402,8 @@ class Fault(Hooks):
     def before_step(self, step, strategy):
         if self.kind == "NaN" and next(self.calls) in (6, 7):
             self.handle = strategy.loss_model.register_forward_hook(lambda module, inputs, loss: loss * math.nan)
-        if self.kind in ("signal", "hang") and (step, strategy.accelerator.process_index) == (6, 1):
+        again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun has started the ranks anew
+        if self.kind in ("signal", "hang") and not again and (step, strategy.accelerator.process_index) == (6, 1):
             os.kill(os.getpid(), signal.SIGTERM) if self.kind == "signal" else time.sleep(600)
 
     def after_backward(self, step, strategy, loss):
