@@ -34,7 +34,7 @@ def restart_event(run_dir: Path, step: int) -> dict[str, Any] | None:
     if not events:
         return None
     earlier = [event for event in events if event.get("event") == "restart"]
-    last = events[-1]
+    last = last_word(events)
     reasons = {
         "finished": "it was finished",
         "stopped": "stopped by a signal" if last.get("reason") == "signal" else str(last.get("error", last.get("reason"))),
@@ -44,6 +44,13 @@ def restart_event(run_dir: Path, step: int) -> dict[str, Any] | None:
     event |= {"reached": reached, "steps_lost": max(0, reached - step)}
     event["processes"] = int(os.environ.get("WORLD_SIZE", "1"))
     return event
+
+
+def last_word(events: list[dict[str, Any]]) -> dict[str, Any]:
+    """The event that says why the last start ended. A rank that was lost counts more than the errors that others met for it."""
+    begins = max((i for i, event in enumerate(events) if event.get("event") in ("start", "restart")), default=0)
+    named = [event for event in events[begins:] if event.get("reason") == "rank"]
+    return named[-1] if named else events[-1]
 
 
 def restart_note(event: dict[str, Any]) -> str:

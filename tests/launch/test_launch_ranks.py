@@ -41,7 +41,8 @@ def test_every_option_but_the_paths_is_compared(prepared):
     shards = SimpleNamespace(fingerprint="0123456789abcdef")
     found = {fact.name for fact in ranks.facts_of(config, config, shards, None, prepared)}
     options = set(flat({section: vars(options) for section, options in vars(config).items()}))
-    assert options - found == {"run.dir", "data.dir", "data.mix", "data.cache_dir", "optimizer.rule"}  # model.init: given or not
+    paths = {"run.dir", "data.dir", "data.mix", "data.cache_dir", "optimizer.rule", "checkpoint.fallback_dir"}
+    assert options - found == paths  # of model.init it is compared whether one is given
     assert {"the rule of the optimizer", "the data set of data.dir", "Python", "torch", "transformers"} <= found
     assert "the code of this project" in found
 

@@ -113,8 +113,12 @@ def test_events_say_why_a_run_was_started_again(tmp_path):
         ({"event": "finished"}, "it was finished"),
         ({"event": "stopped", "reason": "error", "error": "no space"}, "no space"),
     ):
+        events.write(lost)
         events.write(last)
         assert restart_event(tmp_path, 7)["reason"] == reason
+    record_lost_rank(tmp_path, "rank 1 is gone")
+    events.write({"event": "stopped", "reason": "error", "error": "Connection closed by peer"})  # what rank 0 met for it
+    assert restart_event(tmp_path, 7)["reason"] == "rank 1 is gone"
 
 
 def test_one_changed_bit_changes_the_sum():

@@ -448,7 +448,8 @@ def main():
             with HostWaits(hooks) as waits:
                 statuses.append(train.main(arguments, waits))
             if os.environ["RANK"] == "0":
-                Path(arguments[-1].removeprefix("run.dir=")).joinpath("waits.json").write_text(json.dumps(waits.of_step))
+                (folder,) = (given.removeprefix("run.dir=") for given in arguments if given.startswith("run.dir="))
+                Path(folder).joinpath("waits.json").write_text(json.dumps(waits.of_step))
         else:
             statuses.append(train.main(arguments))
         AcceleratorState._reset_state(reset_partial_state=True)
