@@ -10,8 +10,6 @@ From the configuration to the last checkpoint on one page, read from top to bott
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 import time
 from contextlib import ExitStack
@@ -22,36 +20,28 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from celo2 import RuleError, ShardingError
-from celo2.training.configuration import help_text, parse_arguments
-from configs.load import ConfigError, load_written
 from configs.schema import Config
-from data import DataError
 from launch.checkpoint.save import Saver
-from launch.checkpoint.verify import CheckpointError
-from launch.distributed.environment import check_environment
 from launch.distributed.first_rank import on_first_rank
-from launch.distributed.heartbeat import STATUS, Heartbeat, RankError, print_error
+from launch.distributed.heartbeat import Heartbeat, print_error
 from launch.distributed.replicas import require_equal_replicas
 from launch.distributed.setup import make_accelerator, make_strategy, memory, peak
 from launch.distributed.verification import Verification
-from launch.monitoring.display import Display, show_any_text
-from launch.monitoring.guard import Diverged, Guard, Verdict
+from launch.monitoring.display import Display
+from launch.monitoring.guard import Guard, Verdict
 from launch.monitoring.launcher import say_after_launcher, tell_launcher
 from launch.monitoring.metrics import Metrics
-from launch.monitoring.signals import AT_ONCE, INTERRUPTED, STOPPED, StopSignals
+from launch.monitoring.signals import STOPPED, StopSignals
 from launch.monitoring.step_statistics import StepStatistics, hidden_names
 from launch.optimizers.build import set_mode
-from launch.planning.machines import machine_of
-from launch.planning.plan import make_plan
 from launch.private import leave
 from launch.run.agreement import identity_of
 from launch.run.branch import checkpoint_folders
-from launch.run.check import check, prompt_notes
+from launch.run.check import prompt_notes
 from launch.run.evaluation import bytes_of_tokens, evaluate
 from launch.run.grace import Grace
 from launch.run.hooks import Hooks
-from launch.run.mixture import epochs_record, fetch_data, mixture_notes, taken_notes
+from launch.run.mixture import epochs_record, mixture_notes, taken_notes
 from launch.run.own_rule import settled
 from launch.run.ranks import facts_of, require_same
 from launch.run.restart import record_lost_rank, restart_event, restart_note
@@ -66,27 +56,14 @@ from launch.run.setup import (
     open_data,
     run_folder,
 )
-from launch.run.state import RunState, to_saved
+from launch.run.state import to_saved, training_record
 from launch.run.summary import Summary
 from launch.run.weights import require_finite, require_same_files
-from models import LossMismatch, ModelError, flops_per_token
-
-# Errors that the user can fix: bad input, a full disk, a run that diverged. Each is printed in one line.
-EXPECTED_ERRORS = (
-    ConfigError,
-    DataError,
-    ModelError,
-    LossMismatch,
-    RuleError,
-    CheckpointError,
-    Diverged,
-    ShardingError,
-    OSError,
-    UnicodeError,  # a path that the file system's encoding lacks
-)
+from launch.train_command import command
+from models import flops_per_token
 
 
-def train(config: Config, hooks: Hooks, signals: StopSignals) -> int:
+def train(config: Config, signals: StopSignals, hooks: Hooks) -> int:
     """One training run, from the beginning or its newest checkpoint to its last step or a signal; returns the exit status."""
 
     def report(message: str) -> None:
@@ -295,67 +272,9 @@ def pretrain(
     return None if stop else summary
 
 
-def training_record(
-    state: RunState, since: RunState, verdict: Verdict, config: Config, factor: float, peak_speed: float | None
-) -> dict[str, Any]:
-    """The line of metrics.jsonl for the step that is done; `since` is the state at the line before it.
-
-    `loss` is the mean over the targets of the steps since then, `step_loss` that of the step alone.
-    """
-    optimizer = config.optimizer
-    speed = (state.tokens - since.tokens) / (state.seconds - since.seconds)
-    record = {"step": state.step, "tokens": state.tokens, "loss": state.window_loss, "step_loss": verdict.loss}
-    record |= {"lr": optimizer.lr * factor, "grad_norm": verdict.grad_norm}
-    record["adamw_lr"] = (optimizer.lr if optimizer.adamw_lr is None else optimizer.adamw_lr) * factor
-    record |= {"tokens_per_second": speed, "seconds": state.seconds}
-    if peak_speed:
-        record["mfu"] = speed / peak_speed
-    return record
-
-
 def main(argv: list[str] | None = None, hooks: Hooks | None = None) -> int:
-    """Exit status 0: done; 2: bad input or a run that cannot go on, said in one line; 70: another rank is gone;
-    75: saved and stopped by a signal; 130: stopped at once by a signal."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", help="a YAML file, such as configs/demo.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the file")
-    parser.add_argument("--plan", action="store_true", help="print parameters, routing, tokens, FLOPs, memory and time, and stop")
-    parser.add_argument(
-        "--gpu", metavar="NAME", help="with --plan: h100 (default), h200, b200, a100, ... (launch/planning/machines.py)"
-    )
-    parser.epilog = help_text(Config)
-    show_any_text()
-    rank = os.environ.get("RANK", "0")
-    with StopSignals() as signals:  # until the last line is printed
-        try:
-            args = parse_arguments(parser, argv)
-            config, written = load_written(args.config, args.overrides)
-            world = check_environment(config)
-            if args.plan and "RANK" not in os.environ:
-                world = config.distributed.replicas  # nothing was started: the fewest processes that will do
-            notes = check(config, written, world)
-            if rank == "0":
-                print("".join(f"note: {note}\n" for note in notes), end="", file=sys.stderr)
-            if args.plan:
-                plan = make_plan(settled(config), world, machine_of(args.gpu or "h100"))
-                if rank == "0":
-                    print(plan)
-                return 0
-            if args.gpu:
-                raise ConfigError("--gpu is for --plan; training takes the GPUs that are here")
-            fetch_data(config)
-            return train(config, hooks or Hooks(), signals)
-        except EXPECTED_ERRORS as error:
-            print_error(str(error) if rank == "0" else f"rank {rank}: {error}")
-            return 2
-        except RankError as error:
-            print_error(str(error))
-            return STATUS
-        except KeyboardInterrupt:
-            if rank == "0":
-                print_error(AT_ONCE)
-                say_after_launcher(AT_ONCE)
-            return INTERRUPTED
+    """The command line, and the exit status of `launch.train_command`."""
+    return command(argv, __doc__, partial(train, hooks=hooks or Hooks()))
 
 
 if __name__ == "__main__":

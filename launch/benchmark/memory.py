@@ -42,6 +42,7 @@ from launch.private import leave
 from launch.run.check import check
 from launch.run.hooks import Hooks
 from launch.run.setup import build_from_config, lock_run
+from launch.train_command import EXPECTED_ERRORS
 
 CONFIG: dict[str, dict[str, Any]] = {
     "run": {"name": "memory"},
@@ -335,7 +336,7 @@ def over_ranks(rows: tuple[Row, ...]) -> Row:
 if __name__ == "__main__":
     try:
         status = main(*sys.argv[1:])
-    except (*train.EXPECTED_ERRORS, RankError) as error:
+    except (*EXPECTED_ERRORS, RankError) as error:
         print_error(str(error))
         status = 2
     leave(status)
