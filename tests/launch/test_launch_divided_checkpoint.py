@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ from launch.checkpoint.tensors import INDEX, TensorFiles, part_name
 from launch.checkpoint.verify import MODEL, OPTIMIZER, CheckpointError, find_checkpoint, sha256, verify
 from launch.checkpoint.writer import Entry, TensorWriter
 from launch.distributed.gather import choose_owners, number_rounds
-from launch.run.branch import checkpoint_folders
+from launch.run.branch import checkpoint_folders, fallback_name
 from launch.run.hooks import Hooks
 from launch.run.initialize import begun
 
@@ -99,6 +100,15 @@ def test_a_divided_checkpoint_is_read_like_a_whole_one(divided, run):
     status, _, error = run("model.layers=null", "model.width=null", "model.heads=null", f"model.init={checkpoint}", folder="init")
     assert status == 0, error
     assert f"began with the weights of step 4 of {checkpoint}" in run.out
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path):
+    """Each file would be right by its hash: which one counts, nobody can say."""
+    parts = [write(tmp_path / part_name(MODEL, n, 2), {"a": torch.ones(2) * n, f"b{n}": torch.ones(1)}) for n in (1, 2)]
+    for name, content in indexes(parts).items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=r"model-00002-of-00002.safetensors holds a, which another file beside it holds, too"):
+        TensorFiles(tmp_path / MODEL)
 
 
 PARTS = [part_name(MODEL, 2, 3), part_name(OPTIMIZER, 3, 3), MODEL + INDEX, OPTIMIZER + INDEX]
@@ -201,15 +211,21 @@ def test_a_second_folder_takes_what_the_first_does_not(run):
             if phase == "weights" and temporary.exists():
                 raise OSError(28, "No space left on device")
 
-    assert run(*options, "train.steps=4", hooks=FullFrom4())[0] == 0
+    assert run(*options, "train.steps=4", "log.sample_tokens=2", hooks=FullFrom4())[0] == 0
+    assert "a sample of 2 tokens" in run.out and "no sample.txt" not in run.out  # of the checkpoint in the second folder
     saved = sorted(path.name for path in second.glob("run-*/step_*"))
     assert saved == ["step_00000004"]
     first, last = events(run.tmp_path / "run")
     assert last["folder"].startswith(str(second)) and "No space left" in last["instead"] and "folder" not in first
-    status, records, _ = run(*options)
+    # Where the run's folder is mounted or moved to does not matter; a name that leads elsewhere is not followed.
+    moved = (run.tmp_path / "run").rename(run.tmp_path / "moved")
+    status, records, _ = run(*options, folder="moved")
     assert status == 0 and f"resumed from {second}" in run.out
     assert [r["loss"] for r in records if "loss" in r] == [r["loss"] for r in whole if "loss" in r]
-    assert [path.name for path in (run.tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000006"]
+    assert [path.name for path in (moved / "checkpoints").iterdir()] == ["step_00000006"]
+    for name in ("../run-0123456789ab", "run", ""):
+        (moved / "fallback_folder").write_text(name)
+        assert re.fullmatch(r"moved-[0-9a-f]{12}", fallback_name(moved, None))
     assert not list(second.glob("run-*/step_*"))
 
 
