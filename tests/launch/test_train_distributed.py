@@ -123,6 +123,34 @@ def test_every_strategy_equals_one_process(world, names, others, run, prepared):
         assert weights < WEIGHTS["celo2"], (before, after)
 
 
+# One run each: its layout on 1, 4, 3, 2 and again 1 process.
+LINES = {
+    "ddp": ("ddp", "ddp", "ddp", "ddp", "ddp"),
+    "zero1": ("ddp", "zero1", "zero2", "zero1", "fsdp2"),
+    "zero3": ("fsdp2", "zero3", "zero3", "zero3", "ddp"),
+    "fsdp2": ("fsdp2", "fsdp2", "fsdp2", "fsdp2", "fsdp2"),
+    "replicas": ("ddp", "hsdp", "fsdp2", "hsdp", "ddp"),
+    "mixed": ("ddp", "zero2", "shard_state", "zero2", "ddp"),
+}
+
+
+@pytest.mark.slow  # 3 minutes on 2 cores
+def test_one_line_of_runs_on_other_numbers_of_processes(run, prepared):
+    """1 -> 4 -> 3 -> 2 -> 1 processes, 4 steps each: the losses of one process, and its weights."""
+    options = [*ODD, "train.batch_size=12", "train.micro_batch_size=3", "schedule.kind=constant", "checkpoint.every=4"]
+    assert run(*options, "train.steps=20", folder="one")[0] == 0
+    for part, world in enumerate((1, 4, 3, 2, 1)):
+        common = [str(run.tmp_path / "config.yaml"), f"data.dir={prepared}", *options, f"train.steps={4 * (part + 1)}"]
+        commands = [[*common, *LAYOUTS[names[part]], f"run.dir={run.tmp_path / line}"] for line, names in LINES.items()]
+        spawn(world, run.tmp_path, commands, [0] * len(commands))
+    for line in LINES:
+        assert losses(read(run.tmp_path / line)).keys() == set(range(1, 21)), line
+        loss = max(differences(run.tmp_path / line, run.tmp_path / "one", first)[0] for first in (1, 11))
+        _, weights, means = differences(run.tmp_path / line, run.tmp_path / "one")
+        print(f"1, 4, 3, 2, 1 processes, {' -> '.join(LINES[line])}: loss {loss:.1e}, weights {weights:.1e}, means {means:.1e}")
+        assert loss < 1e-4 and weights < WEIGHTS["celo2"] and means <= MEANS["celo2"], line
+
+
 @pytest.mark.slow  # 60 s
 def test_weights_to_begin_with_and_another_batch_size_under_every_strategy(run, prepared):
     """Begun from a GPT-2 of transformers with batches of 8, continued with batches of 16: as with one process."""
