@@ -87,6 +87,7 @@ class Launched:
 
 def begin(folder, environment, target, *arguments):
     """What a process does first."""
+    os.setsid()
     os.environ.update(environment)
     for number, kind in ((1, "out"), (2, "err")):
         os.dup2(os.open(folder / f"rank{environment['RANK']}.{kind}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)

@@ -102,20 +102,11 @@ def test_a_divided_checkpoint_is_read_like_a_whole_one(divided, run):
     assert f"began with the weights of step 4 of {checkpoint}" in run.out
 
 
-def test_a_tensor_in_two_files_is_refused(tmp_path):
-    """Each file would be right by its hash: which one counts, nobody can say."""
-    parts = [write(tmp_path / part_name(MODEL, n, 2), {"a": torch.ones(2) * n, f"b{n}": torch.ones(1)}) for n in (1, 2)]
-    for name, content in indexes(parts).items():
-        (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=r"model-00002-of-00002.safetensors holds a, which another file beside it holds, too"):
-        TensorFiles(tmp_path / MODEL)
-
-
 PARTS = [part_name(MODEL, 2, 3), part_name(OPTIMIZER, 3, 3), MODEL + INDEX, OPTIMIZER + INDEX]
 
 
-def test_a_divided_checkpoint_that_lacks_anything_is_refused(divided):
-    checkpoint, *_ = divided
+def test_a_divided_checkpoint_that_lacks_anything_is_refused(divided, run):
+    checkpoint, tensors, options = divided
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     before = checkpoint.with_name("step_00000002")
     for name in PARTS:
@@ -144,6 +135,18 @@ def test_a_divided_checkpoint_that_lacks_anything_is_refused(divided):
         with pytest.raises(CheckpointError, match=r"in two forms|lacks"):
             verify(checkpoint)
         (checkpoint / name).unlink()
+    # A tensor in two files, each right by its hash: which one counts, nobody can say.
+    twice = next(name for name in load_file(checkpoint / part_name(MODEL, 1, 3)))
+    second = checkpoint / part_name(MODEL, 2, 3)
+    content = load_file(second) | {twice: tensors[twice] + 1}
+    second.unlink()
+    write(second, content)
+    (checkpoint / "manifest.json").unlink()
+    write_manifest(checkpoint)
+    with pytest.raises(ValueError, match=f"{second} holds {re.escape(twice)}, which another file beside it holds, too"):
+        TensorFiles(checkpoint / MODEL)
+    status, _, error = run(*options, "train.steps=6")
+    assert status == 2 and error.startswith(f"error: cannot read {checkpoint}: ") and len(error.splitlines()) == 1
 
 
 def test_owners_are_balanced_and_hold_a_part():
