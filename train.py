@@ -137,7 +137,7 @@ def pretrain(
     display = Display(steps, state.step, first)
     metrics = Metrics(accelerator, config, run_dir, display.say)
     metrics.rewind(state.step, state.evaluated)
-    summary = Summary(config, run_dir, shards.eot_id, context, display.say, lambda: signals.received, heartbeat.progress)
+    summary = Summary(config, run_dir, folders, shards.eot_id, context, display.say, lambda: signals.received, heartbeat.progress)
     guard = Guard(accelerator, config.train, signals)
     signals.wait = True  # from now on a signal waits for the end of the step and a checkpoint
 

@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,6 +54,7 @@ distributed: {{timeout: 5}}
 log: {{every: 1, sample_tokens: 0}}
 eval: {{every: 5, sequences: 16}}
 """
+FAULTS = ("kills", "damage", "signals", "disks", "gradients")
 DISK, ROOM = 8 << 20, 200 << 10  # bytes of a small disk, and what is left of it
 SURVIVORS = 60.0  # s in which the other ranks of a killed one must have ended
 CLOCK = ("seconds", "tokens_per_second", "optimizer_seconds")  # what differs between two equal runs
@@ -147,8 +148,8 @@ class FullDisk(Hooks):
         resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
 
 
-class ReadOnlyDisk(Hooks):
-    """The last rank cannot write a checkpoint. The folder stays writable, since root would write into a read-only one."""
+class NoPermission(Hooks):
+    """The last rank alone cannot write a checkpoint."""
 
     def __init__(self, ranks: int) -> None:
         self.ranks = ranks
@@ -156,6 +157,24 @@ class ReadOnlyDisk(Hooks):
     def before_save_phase(self, phase: str) -> None:
         if phase == "weights" and own_rank() == self.ranks - 1:
             raise PermissionError(13, "Permission denied")
+
+
+@contextmanager
+def read_only(folder: Path) -> Iterator[bool]:
+    """Make `folder` immutable, for root, too, where that is permitted; tells whether it is."""
+
+    def change(flag: str) -> bool:
+        try:
+            return subprocess.run(["chattr", flag, str(folder)], capture_output=True).returncode == 0
+        except OSError:
+            return False
+
+    done = change("+i")
+    try:
+        yield done
+    finally:
+        if done:
+            change("-i")
 
 
 def own_rank() -> int:
@@ -175,6 +194,8 @@ class Laboratory:
 
     def __init__(self, folder: Path, options: list[str], ranks: int = 1) -> None:
         self.folder, self.options, self.ranks = folder, options, ranks
+        if any("strategy=zero" in option for option in options):
+            import deepspeed  # noqa: F401  once, before runs are forked
         words = f"{train.__doc__} {__doc__}".split()
         texts = [" ".join(words[i % len(words)] for i in range(n, n * 7 + 80)) for n in range(1, 21)]
         (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
@@ -285,16 +306,16 @@ def planned_kills(ranks: int, generator: random.Random) -> Iterator[Kill]:
             yield Kill(phase, generator.randrange(ranks) if phase in RANK_PHASES else 0, everybody)
 
 
-def kills(laboratory: Laboratory, count: int, generator: random.Random) -> list[Row]:
-    """`count` kills of one run after another: at random moments, and inside each phase of a save."""
+def kills(laboratory: Laboratory, planned: Iterable[Kill], generator: random.Random) -> list[Row]:
+    """Kills of one run after another: at random moments, and inside each phase of a save."""
     lost: dict[str, list[int]] = defaultdict(list)
     wrong, runs, name = 0, 0, "killed-0"
     start = time.perf_counter()
     laboratory.run("timed")
     typical = time.perf_counter() - start  # seconds of a whole run
-    planned = planned_kills(laboratory.ranks, generator)
-    while sum(map(len, lost.values())) < count:
-        kill = next(planned)
+
+    def strike(kill: Kill) -> bool:
+        """Start the run with a kill to come; whether it came before the run was done."""
         rest = signal.SIGKILL if kill.all else signal.SIGTERM
         if kill.phase is None:
             pids = laboratory.start(name, Hooks())
@@ -302,10 +323,12 @@ def kills(laboratory: Laboratory, count: int, generator: random.Random) -> list[
             os.kill(pids[kill.rank], signal.SIGKILL)
         else:
             pids = laboratory.start(name, SignalAt(signal.SIGKILL, kill.phase, generator.randint(1, 3), kill.rank))
-        if laboratory.wait(pids, rest) == 0:  # the run was done before it met its fault: it must be right, and a new one begins
+        return laboratory.wait(pids, rest) != 0
+
+    for kill in planned:
+        while not strike(kill):  # the run is done: it must be right, and a new one begins
             wrong += laboratory.metrics(name) != laboratory.undisturbed
             runs, name = runs + 1, f"killed-{runs + 1}"
-            continue
         lost[kill.text(laboratory.ranks)].append(max(0, laboratory.reached(name) - laboratory.saved(name)))
     wrong += not laboratory.recovers(name)
     verdict = "losses as undisturbed, bit for bit" if not wrong else f"{wrong} of {runs + 1} runs WRONG"
@@ -323,7 +346,7 @@ def flip_byte(path: Path) -> None:
 
 
 def damage(laboratory: Laboratory) -> list[Row]:
-    """A damaged newest checkpoint: the run must go on from the one before it."""
+    """A damaged newest checkpoint: the run must name the file, and go on from the one before it."""
     faults: dict[str, Callable[[Path], None]] = {
         "file cut short": lambda path: os.truncate(path, path.stat().st_size // 2),
         "byte flipped": flip_byte,
@@ -337,8 +360,8 @@ def damage(laboratory: Laboratory) -> list[Row]:
             name = f"damaged-{fault.replace(' ', '-')}-{number}"
             shutil.copytree(halfway, laboratory.folder / name)
             harm(list_checkpoints(laboratory.folder / name / "checkpoints")[-1] / file)
-            survived += laboratory.recovers(name)
-        rows.append(Row(fault, len(files), survived, "went back to the checkpoint before"))
+            survived += laboratory.recovers(name) and file in (laboratory.folder / f"{name}.log").read_text(encoding="utf-8")
+        rows.append(Row(fault, len(files), survived, "named it, and went back to the checkpoint before"))
     return rows
 
 
@@ -360,14 +383,25 @@ def stops(laboratory: Laboratory) -> list[Row]:
     return rows
 
 
-def disk(laboratory: Laboratory, fault: str, name: str, hooks: Hooks) -> Row:
-    """A disk that takes no checkpoint: the run goes on to its end, and the last whole checkpoint stays."""
-    laboratory.stop_halfway(name)
+def disk(laboratory: Laboratory, fault: str, name: str, hooks: Hooks, options: Sequence[str] = (), expected: int = 2) -> Row:
+    """A disk that takes no checkpoint: the run goes on to its end with the status `expected`, the last whole checkpoint stays."""
     before = laboratory.saved(name)
-    status = laboratory.run(name, hooks)
+    status = laboratory.run(name, hooks, options)
     kept = laboratory.saved(name) == before
-    survived = status == 2 and kept and laboratory.recovers(name)
-    return Row(fault, 1, int(survived), f"status {status}, last whole checkpoint kept: {kept}")
+    return Row(fault, 1, int(status == expected and kept), f"status {status}, last whole checkpoint kept: {kept}")
+
+
+def without_permission(laboratory: Laboratory) -> list[Row]:
+    """One rank that may not write; and a folder of checkpoints that is read-only, for all: a second one takes them."""
+    laboratory.stop_halfway("refused")
+    rows = [disk(laboratory, "no permission to write, one rank", "refused", NoPermission(laboratory.ranks))]
+    with read_only(laboratory.folder / "refused" / "checkpoints") as permitted:
+        if permitted:
+            second = [f"checkpoint.fallback_dir={laboratory.folder / 'second'}"]
+            rows.append(disk(laboratory, "read-only folder", "refused", Hooks()))
+            rows.append(disk(laboratory, "read-only folder, second folder", "refused", Hooks(), second, expected=0))
+    recovers = laboratory.recovers("refused")
+    return [row._replace(survived=row.survived * recovers) for row in rows]
 
 
 def small_disks(laboratory: Laboratory) -> list[Row]:
@@ -375,7 +409,9 @@ def small_disks(laboratory: Laboratory) -> list[Row]:
     rows = []
     with small_disk(laboratory.folder / "small") as mounted:
         if not mounted:
-            return [disk(laboratory, "no space left (a limit on files)", "full", FullDisk())]
+            laboratory.stop_halfway("full")
+            row = disk(laboratory, "no space left (a limit on files)", "full", FullDisk())
+            return [row._replace(survived=row.survived * laboratory.recovers("full"))]
         for fault, name, options, expected in (
             ("disk filled, and no room made", "small/unrelieved", ["checkpoint.patience=0"], 2),
             ("disk filled, room made while it waits", "small/relieved", ["checkpoint.patience=60"], 0),
@@ -426,6 +462,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dir", help="where to work: a folder on the file system to be tested (a temporary one)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="options of the disturbed run")
     parser.add_argument("--ranks", type=int, default=1, help="processes of a run (1)")
+    parser.add_argument("--faults", nargs="+", choices=FAULTS, default=FAULTS, help="only these kinds (all)")
     args = parser.parse_intermixed_args(argv)
     if args.dir is not None:
         Path(args.dir).mkdir(parents=True, exist_ok=True)
@@ -433,15 +470,16 @@ def main(argv: list[str] | None = None) -> int:
     laboratory = Laboratory(folder, args.overrides, args.ranks)
     print(f"{'fault':52}{'injected':>9}{'survived':>9}  what was lost")
     rows: list[Row] = []
-    for faults in (
-        lambda: kills(laboratory, args.kills, random.Random(args.seed)),
-        lambda: damage(laboratory),
-        lambda: stops(laboratory),
-        lambda: small_disks(laboratory),
-        lambda: [disk(laboratory, "no permission to write", "read-only", ReadOnlyDisk(args.ranks))],
-        lambda: bad_gradients(laboratory),
-    ):
-        found = faults()
+    generator = random.Random(args.seed)
+    kinds: dict[str, Callable[[], list[Row]]] = {
+        "kills": lambda: kills(laboratory, itertools.islice(planned_kills(args.ranks, generator), args.kills), generator),
+        "damage": lambda: damage(laboratory),
+        "signals": lambda: stops(laboratory),
+        "disks": lambda: [*small_disks(laboratory), *without_permission(laboratory)],
+        "gradients": lambda: bad_gradients(laboratory),
+    }
+    for kind in args.faults:
+        found = kinds[kind]()
         for row in found:
             print(f"{row.fault:52}{row.injected:>9}{row.survived:>9}  {row.lost}", flush=True)
         rows += found

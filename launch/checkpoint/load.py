@@ -74,11 +74,17 @@ def load_checkpoint(path: Path, strategy: Strategy, progress: Progress = nothing
     `progress` is called after each tensor.
 
     Raises:
-        CheckpointError: a checkpoint of another model or optimizer, naming the difference.
+        CheckpointError: a checkpoint of another model or optimizer, naming the difference; or files whose hashes are right and
+            whose content is not.
     """
-    with torch.no_grad():
-        load_weights(path, strategy, progress)
-        load_optimizer_state(path, strategy, progress)
+    try:
+        with torch.no_grad():
+            load_weights(path, strategy, progress)
+            load_optimizer_state(path, strategy, progress)
+    except CheckpointError:
+        raise
+    except (ValueError, KeyError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read {path}: {' '.join(str(error).split())}") from error
     strategy.weights_changed()
 
 

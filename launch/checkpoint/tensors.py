@@ -19,7 +19,7 @@ class TensorFiles:
 
     Raises:
         FileNotFoundError: neither the file nor an index.
-        SafetensorError, ValueError: a file that is damaged, or an index that is.
+        SafetensorError, ValueError: a file that is damaged, an index that is, or a tensor that is in two files.
     """
 
     def __init__(self, path: Path) -> None:
@@ -29,6 +29,8 @@ class TensorFiles:
         try:
             for file in files_of(path):
                 opened = self._stack.enter_context(safe_open(file, "pt"))
+                if twice := sorted(self.files.keys() & opened.keys()):
+                    raise ValueError(f"{file} holds {twice[0]}, which another file beside it holds, too")
                 self.files |= dict.fromkeys(opened.keys(), opened)
         except BaseException:
             self._stack.close()

@@ -51,6 +51,7 @@ class FSDP2(Strategy):
         else:
             shape = (self.copies, self.world // self.copies)
             mesh = init_device_mesh(accelerator.device.type, shape, mesh_dim_names=("replicate", "shard"))
+            self.copies_group = mesh.get_group("replicate")
         bf16 = config.train.precision == "bf16"
         halved = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in required_blocks(model):

@@ -35,10 +35,7 @@ def replicated(strategy: Strategy) -> list[tuple[dict[str, Tensor], Any]]:
     if name in ("zero1", "zero2"):
         found.append((dict(strategy.model.named_parameters()), world))
     elif name == "ddp" or strategy.copies > 1:
-        group = world
-        if name == "fsdp2":
-            parameter: Any = next(strategy.model.parameters())
-            group = parameter.device_mesh.get_group("replicate")
+        group = strategy.copies_group or world
         found.append(({name: shard.weight for name, shard in strategy.shards.items()}, group))
     return [(tensors, group) for tensors, group in found if tensors]
 

@@ -49,6 +49,7 @@ class Strategy:
         shards: every parameter by name, a tied weight once.
         unused: names of parameters that get no gradient from the loss; looked for over several processes.
         copies: how many ranks hold the same shard and orthogonalize it each for itself.
+        copies_group: these ranks; None where there are no copies of shards.
         whole: whether one rank alone can call its `model`.
         host: all ranks, through CPU memory.
     """
@@ -57,6 +58,7 @@ class Strategy:
     optimizer: torch.optim.Optimizer
     shards: dict[str, ShardedParameter]
     copies = 1
+    copies_group: dist.ProcessGroup | None = None
     whole = True
     fills_gradients = False  # with zeros, where a parameter gets none
     before_step: dict[str, Tensor]  # the buffers

@@ -103,6 +103,7 @@ class Metrics:
         self.lines, self.events = Lines(self.path, say), Lines(run_dir / "events.jsonl", say)
         self.first = accelerator.is_main_process
         self.trackers: dict[str, Tracker] = open_trackers(config, run_dir) if self.first else {}
+        self.refused: set[str] = set()  # trackers whose disk does not take numbers now
 
     def __enter__(self) -> Metrics:
         return self
@@ -139,6 +140,11 @@ class Metrics:
         for name, tracker in list(self.trackers.items()):
             try:
                 act(tracker)
+                self.refused.discard(name)
+            except OSError as error:
+                if name not in self.refused:
+                    self.say(f"warning: {name} cannot be written ({error.strerror}); it tries again with the next numbers")
+                self.refused.add(name)
             except Exception as error:
                 del self.trackers[name]
                 self.say(f"warning: {name} gets no more numbers: {' '.join(str(error).split())}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import uuid
 from dataclasses import asdict
 from pathlib import Path
@@ -12,9 +13,14 @@ from configs.load import ConfigError, to_yaml
 from configs.schema import Config
 from data.files import replace_text
 
+ROOM = 64 << 10  # bytes; more than the numbers of a step take
+
 
 class Tracker(Protocol):
-    """One tracker of one start of a training run. Only the first rank has any."""
+    """One tracker of one start of a training run. Only the first rank has any.
+
+    OSError says that a disk does not take numbers now: the tracker stays, and gets the next ones.
+    """
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Numbers of a step."""
@@ -27,29 +33,56 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Writes into `<run.dir>/tensorboard`. What is done again replaces what an earlier start has written of those steps."""
+    """Writes into `<run.dir>/tensorboard`. What is done again replaces what an earlier start has written of those steps.
+
+    A writer of TensorBoard that finds no space dies with a traceback. So whether there is some is tried before, and numbers wait
+    here; after an error all the same, a new writer with a file of its own takes them.
+    """
 
     def __init__(self, config: Config, run_dir: Path) -> None:
         self.folder, self.text = run_dir / "tensorboard", to_yaml(config)
         self.writer: Any = None
+        self.waiting: list[tuple[int, dict[str, float]]] = []
+        self.begins = False  # the next file begins the run
+        self.purge: int | None = None  # with the next file TensorBoard leaves out what it has read of the steps from here on
 
     def rewind(self, step: int, written: int) -> None:
-        """TensorBoard leaves out what it has read of the steps from `purge_step` on."""
-        from torch.utils.tensorboard import SummaryWriter
-
         self.close()
-        self.writer = SummaryWriter(str(self.folder), purge_step=step + 1 if written > step else None)
-        if step == 0:
-            self.writer.add_text("config", f"```\n{self.text}```", 0)
+        self.waiting = [record for record in self.waiting if record[0] <= step]
+        self.begins, self.purge = step == 0, step + 1 if written > step else None
+        self._send()
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        for key, value in values.items():
-            self.writer.add_scalar(key, value, step)
-        self.writer.flush()
+        self.waiting.append((step, values))
+        self._send()
 
     def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
+        writer, self.writer = self.writer, None
+        if writer is not None:
+            writer.close()
+
+    def _send(self) -> None:
+        """Write what waits. Raises OSError where the disk does not take it."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=self.folder) as trial:
+            trial.write(bytes(ROOM))
+            trial.flush()
+        try:
+            if self.writer is None:
+                self.writer = SummaryWriter(str(self.folder), purge_step=self.purge)
+                if self.begins:
+                    self.writer.add_text("config", f"```\n{self.text}```", 0)
+                self.begins, self.purge = False, None
+            for step, values in self.waiting:
+                for key, value in values.items():
+                    self.writer.add_scalar(key, value, step)
+            self.writer.flush()
+        except OSError:
+            self.writer = None
+            raise
+        self.waiting.clear()
 
 
 class WandB:

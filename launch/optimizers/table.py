@@ -5,7 +5,7 @@ Code that depends on what an optimizer can do reads the optimizer's entry here, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from configs.schema import Optimizer as OptimizerConfig
@@ -94,8 +94,10 @@ TABLE = {
 
 
 def entry_of(config: OptimizerConfig) -> OptimizerEntry:
-    """The entry of the optimizer that `config` names, by a short name or a dotted path."""
-    return TABLE.get(config.name) or OptimizerEntry(config.name, route=config.route)
+    """The entry of the optimizer that `config` names, by a short name or a dotted path; without what its arguments turn off."""
+    entry = TABLE.get(config.name) or OptimizerEntry(config.name, route=config.route)
+    off = (config.arguments or {}).get("orthogonalize") is False
+    return replace(entry, orthogonalizes=False) if entry.orthogonalizes and off else entry
 
 
 def names_that_take_a_rule() -> str:

@@ -44,6 +44,7 @@ INCIDENTAL = (
     "model.gradient_checkpointing", "train.steps", "train.micro_batch_size", "train.compile", "train.on_batch_change",
     "train.max_bad_steps", "train.spike", "train.on_spike",
 )  # fmt: skip
+FALLBACK = "fallback_folder"  # a file in a run's folder: the name of its line's folder below `checkpoint.fallback_dir`
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,21 @@ def checkpoint_folders(config: Config, run_dir: Path, origin: Origin | None) -> 
     """Where the checkpoints of a line are: in the run's folder, and in a folder of its own below `checkpoint.fallback_dir`."""
     folders = [run_dir / "checkpoints"]
     if config.checkpoint.fallback_dir is not None:
-        line = f"{run_dir.resolve()}\n{origin.id}{origin.manifest}" if origin else str(run_dir.resolve())
-        name = f"{run_dir.resolve().name}-{hashlib.sha256(line.encode()).hexdigest()[:12]}"
-        folders.append(Path(config.checkpoint.fallback_dir) / name)
+        folders.append(Path(config.checkpoint.fallback_dir) / fallback_name(run_dir, origin))
     return folders
+
+
+def fallback_name(run_dir: Path, origin: Origin | None) -> str:
+    """The name of a line's folder below `checkpoint.fallback_dir`: what the run's folder says, or else one that nobody has.
+
+    So the line keeps its folder where the run's own is moved, or other nodes know it by another path.
+    """
+    kept = run_dir / FALLBACK
+    name = kept.read_text(encoding="utf-8", errors="replace").strip() if kept.is_file() else ""
+    if re.fullmatch(r"[^/\\\0]+-[0-9a-f]{12}", name):
+        return name
+    line = f"{run_dir.resolve()}\n{origin.id}{origin.manifest}" if origin else str(run_dir.resolve())
+    return f"{run_dir.resolve().name}-{hashlib.sha256(line.encode()).hexdigest()[:12]}"
 
 
 def choose_start(config: Config, run_dir: Path, progress: Progress = nothing) -> Start:
@@ -195,6 +207,7 @@ def put_in_place(run_dir: Path) -> None:
     target = checkpoints / checkpoint_name(origin.step)
     if not is_copy(target, origin):
         link_checkpoint(source, target)
+    (run_dir / FALLBACK).unlink(missing_ok=True)
     if not origin.own:
         metrics = source.parent.parent / "metrics.jsonl"
         known = source.parent.name == "checkpoints" and metrics.exists()

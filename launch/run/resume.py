@@ -19,7 +19,7 @@ from launch.distributed.strategy import Strategy
 from launch.monitoring.guard import Diverged
 from launch.monitoring.metrics import flat
 from launch.run.agreement import require_agreement
-from launch.run.branch import Start, choose_start
+from launch.run.branch import Start, checkpoint_folders, choose_start
 from launch.run.ranks import checkpoint_fact, require_same
 from launch.run.state import RunState, from_saved
 
@@ -29,23 +29,26 @@ MAX_ROLLBACKS = 10
 def find_start(config: Config, run_dir: Path, accelerator: Accelerator, heartbeat: Heartbeat) -> Start:
     """Where the run takes up, which the first rank chooses as `checkpoint.resume` says. Every rank must call it.
 
-    Each rank gets a checkpoint of the run's folder by its own path to that. The first rank alone reads and hashes checkpoints;
+    Each rank gets a checkpoint of the run by its own path to the folder. The first rank alone reads and hashes checkpoints;
     `progress` is called after each piece of that.
 
     Raises:
         ConfigError, CheckpointError: as `choose_start`.
     """
 
-    def choose() -> tuple[Start, bool]:
+    def choose() -> tuple[Start, int | None, str]:
+        """The start, which of the run's folders holds its checkpoint, and the name of the second one."""
         start = choose_start(config, run_dir, heartbeat.progress)
-        folder = (run_dir / "checkpoints").resolve()
-        return start, start.checkpoint is not None and start.checkpoint.parent.resolve() == folder
+        folders = checkpoint_folders(config, run_dir, start.origin)
+        own = [n for n, f in enumerate(folders) if start.checkpoint and start.checkpoint.parent.resolve() == f.resolve()]
+        return start, own[0] if own else None, folders[-1].name
 
     heartbeat.mark("looking for a checkpoint", disk=True)
-    start, own = on_first_rank(accelerator, choose, heartbeat.mark)
-    if start.checkpoint is None or not own or accelerator.is_main_process:
+    start, own, second = on_first_rank(accelerator, choose, heartbeat.mark)
+    if start.checkpoint is None or own is None or accelerator.is_main_process:
         return start
-    return start._replace(checkpoint=run_dir / "checkpoints" / start.checkpoint.name)
+    folder = run_dir / "checkpoints" if own == 0 else Path(str(config.checkpoint.fallback_dir)) / second
+    return start._replace(checkpoint=folder / start.checkpoint.name)
 
 
 def resume(config: Config, start: Start, strategy: Strategy, identity: dict[str, Any], progress: Progress = nothing) -> RunState:

@@ -24,7 +24,7 @@ from launch.checkpoint.verify import MODEL, nothing
 from launch.distributed.birth import Watched, with_weights
 from launch.distributed.first_rank import on_first_rank
 from launch.run.agreement import RULE_FILE
-from launch.run.branch import Start, begin_line
+from launch.run.branch import FALLBACK, Start, begin_line, fallback_name
 from launch.run.initialize import (
     architecture,
     architecture_source,
@@ -165,6 +165,8 @@ def describe_run(config: Config, run_dir: Path, shards: TokenShards, optimizer: 
         begin_line(run_dir, start.origin)
     (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
     replace_text(run_dir / "config.yaml", to_yaml(config))
+    if config.checkpoint.fallback_dir is not None:
+        replace_text(run_dir / FALLBACK, fallback_name(run_dir, start.origin))
     copy_tokenizer(shards.folder, run_dir, shards.eot_id)
     if isinstance(optimizer, Celo2):  # a rule file may change or go
         save_rule(optimizer.rule, run_dir / RULE_FILE)

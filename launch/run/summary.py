@@ -8,7 +8,7 @@ Nothing here may stop a training run, whose checkpoints are what counts: whateve
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from configs.schema import Config
 from data.files import replacing
 from data.tokenizer import load_tokenizer
 from launch.checkpoint.load import load_model
-from launch.checkpoint.verify import list_checkpoints
+from launch.checkpoint.verify import list_checkpoints, step_of
 from launch.run.sampling import after, sample_text
 
 SAMPLE_SECONDS = 60.0  # a sample of a slow model is cut off then, as the other ranks wait for the first one
@@ -42,6 +42,7 @@ class Summary:
     """Writes `loss.png` and `sample.txt` into a run's folder, and says what ends a run. Only the first rank uses it.
 
     Args:
+        folders: with the checkpoints of the run.
         end: the token that ends a document.
         context: tokens of a sequence, T.
         say: shows a line to a person.
@@ -53,13 +54,14 @@ class Summary:
         self,
         config: Config,
         run_dir: Path,
+        folders: Sequence[Path],
         end: int,
         context: int,
         say: Say,
         stopping: Callable[[], bool],
         progress: Callable[[], None] = lambda: None,
     ) -> None:
-        self.config, self.run_dir, self.end, self.context = config, run_dir, end, context
+        self.config, self.run_dir, self.folders, self.end, self.context = config, run_dir, folders, end, context
         self.say, self.stopping, self.progress = say, stopping, progress
         self.due = 0.0  # when the next summary on the way may begin, on the clock of time.monotonic
 
@@ -109,7 +111,8 @@ class Summary:
         model = None
         if self.config.log.sample_tokens:
             with warning("no sample.txt", self.say):
-                model = load_model(list_checkpoints(self.run_dir / "checkpoints")[-1]).to(device)
+                found = [path for folder in self.folders for path in list_checkpoints(folder)]
+                model = load_model(max(found, key=step_of)).to(device)
         text = self.write(model)
         if text is not None:
             name = self.run_dir / "sample.txt"

@@ -1,4 +1,4 @@
-"""train.py with one fault on one rank, in any phase of a training run: what the tests of faults start under torchrun.
+"""train.py with one fault on one rank, in any phase of a training run: what the tests of faults start.
 
 FAULT={"rank": 1, "at": PHASE, "do": WHAT, "n": 2} strikes when the rank gets to the phase for the n-th time, in the first start
 of the processes alone ("every": true: in all). FOLDER gets pid<rank>, and `fault` at the moment of the fault.
@@ -71,9 +71,14 @@ def inject() -> None:
     setattr(owner, name, faulty)
 
 
-if __name__ == "__main__":
+def main(arguments: list[str]) -> int:
+    """The exit status of train.py with the fault."""
     (FOLDER / f"pid{RANK}").write_text(str(os.getpid()))
     again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and not (FAULT or {}).get("every")
     if FAULT and FAULT["rank"] == RANK and not again:
         inject()
-    leave(train.main(sys.argv[1:]))
+    return train.main(arguments)
+
+
+if __name__ == "__main__":
+    leave(main(sys.argv[1:]))

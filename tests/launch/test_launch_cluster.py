@@ -1,7 +1,12 @@
 """The cluster files: they parse, and the Slurm script, with stand-ins for Slurm's commands, queues a stopped run again."""
 
+import json
 import os
+import random
+import signal
+import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -67,6 +72,59 @@ def test_a_signal_saves_and_queues_again(slurm):
     assert arguments[-3:] == ["train.py", "my.yaml", "run.name=x"]
     assert arguments[arguments.index("--nnodes") + 1] == "2" and arguments[arguments.index("--nproc-per-node") + 1] == "8"
     assert arguments[arguments.index("--rdzv-endpoint") + 1] == "a1:21234"
+
+
+@pytest.mark.slow  # 30 s of CPU: two starts of torchrun
+def test_slurm_stops_queues_again_and_goes_on(run, prepared, tmp_path):
+    """The script with torchrun and a training run; only Slurm's own commands are stand-ins: what they are asked for happens."""
+    assert run("train.steps=8", "schedule.kind=constant", folder="whole")[0] == 0
+    with socket.socket() as probe:  # the script's port follows from the number of the job
+        while True:
+            try:
+                job = random.randrange(20000)
+                probe.bind(("127.0.0.1", 20000 + job))
+                break
+            except OSError:
+                continue
+    stand_ins = {
+        "srun": 'shift; echo $$ > "$LOG.pid"; exec "$@"',
+        "scancel": 'kill -USR1 "$(cat "$LOG.pid")"',
+        "scontrol": 'if [[ $1 == show ]]; then echo 127.0.0.1; else echo "$*" >> "$LOG"; fi',
+    }
+    for name, text in stand_ins.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    root, log = CLUSTER.parents[1], tmp_path / "log"
+    environment = {
+        **os.environ,
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "LOG": str(log),
+        "PYTHON": sys.executable,
+        "GPUS": "2",
+    }
+    environment |= {"SLURM_SUBMIT_DIR": str(root), "SLURM_JOB_ID": str(job), "SLURM_JOB_NUM_NODES": "1"}
+    environment |= {"SLURM_JOB_NODELIST": "here", "OMP_NUM_THREADS": "1"}
+    command = ["bash", str(CLUSTER / "slurm.sbatch"), str(tmp_path / "config.yaml"), f"data.dir={prepared}"]
+    command += [f"run.dir={tmp_path / 'run'}", "train.steps=8", "schedule.kind=constant", "train.micro_batch_size=4"]
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    with open(tmp_path / "output", "w") as output:
+        first = subprocess.Popen([*command, "train.steps=1000000"], env=environment, stdout=output, stderr=output)
+        while not (metrics.exists() and '"step": 3,' in metrics.read_text()):
+            assert first.poll() is None, (tmp_path / "output").read_text()
+            time.sleep(0.05)
+        first.send_signal(signal.SIGUSR1)
+        assert first.wait(120) == 75, (tmp_path / "output").read_text()
+        assert log.read_text() == f"requeue {job}\n"
+        stopped = int(list((tmp_path / "run" / "checkpoints").glob("step_*"))[-1].name[5:])
+        steps = f"train.steps={max(8, stopped + 2)}"
+        environment["SLURM_RESTART_COUNT"] = "1"
+        again = subprocess.run([*command, steps], env=environment, stdout=output, stderr=output, timeout=170)
+    assert again.returncode == 0, (tmp_path / "output").read_text()
+    losses, whole = (
+        {r["step"]: r["loss"] for r in map(json.loads, path.read_text().splitlines()) if "loss" in r}
+        for path in (metrics, tmp_path / "whole" / "metrics.jsonl")
+    )
+    assert all(losses[step] == pytest.approx(whole[step], rel=1e-5) for step in whole)
 
 
 @pytest.mark.parametrize("status", [0, 2])

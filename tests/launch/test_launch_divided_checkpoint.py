@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ from launch.checkpoint.tensors import INDEX, TensorFiles, part_name
 from launch.checkpoint.verify import MODEL, OPTIMIZER, CheckpointError, find_checkpoint, sha256, verify
 from launch.checkpoint.writer import Entry, TensorWriter
 from launch.distributed.gather import choose_owners, number_rounds
-from launch.run.branch import checkpoint_folders
+from launch.run.branch import checkpoint_folders, fallback_name
 from launch.run.hooks import Hooks
 from launch.run.initialize import begun
 
@@ -104,8 +105,8 @@ def test_a_divided_checkpoint_is_read_like_a_whole_one(divided, run):
 PARTS = [part_name(MODEL, 2, 3), part_name(OPTIMIZER, 3, 3), MODEL + INDEX, OPTIMIZER + INDEX]
 
 
-def test_a_divided_checkpoint_that_lacks_anything_is_refused(divided):
-    checkpoint, *_ = divided
+def test_a_divided_checkpoint_that_lacks_anything_is_refused(divided, run):
+    checkpoint, tensors, options = divided
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     before = checkpoint.with_name("step_00000002")
     for name in PARTS:
@@ -134,6 +135,18 @@ def test_a_divided_checkpoint_that_lacks_anything_is_refused(divided):
         with pytest.raises(CheckpointError, match=r"in two forms|lacks"):
             verify(checkpoint)
         (checkpoint / name).unlink()
+    # A tensor in two files, each right by its hash: which one counts, nobody can say.
+    twice = next(name for name in load_file(checkpoint / part_name(MODEL, 1, 3)))
+    second = checkpoint / part_name(MODEL, 2, 3)
+    content = load_file(second) | {twice: tensors[twice] + 1}
+    second.unlink()
+    write(second, content)
+    (checkpoint / "manifest.json").unlink()
+    write_manifest(checkpoint)
+    with pytest.raises(ValueError, match=f"{second} holds {re.escape(twice)}, which another file beside it holds, too"):
+        TensorFiles(checkpoint / MODEL)
+    status, _, error = run(*options, "train.steps=6")
+    assert status == 2 and error.startswith(f"error: cannot read {checkpoint}: ") and len(error.splitlines()) == 1
 
 
 def test_owners_are_balanced_and_hold_a_part():
@@ -201,15 +214,21 @@ def test_a_second_folder_takes_what_the_first_does_not(run):
             if phase == "weights" and temporary.exists():
                 raise OSError(28, "No space left on device")
 
-    assert run(*options, "train.steps=4", hooks=FullFrom4())[0] == 0
+    assert run(*options, "train.steps=4", "log.sample_tokens=2", hooks=FullFrom4())[0] == 0
+    assert "a sample of 2 tokens" in run.out and "no sample.txt" not in run.out  # of the checkpoint in the second folder
     saved = sorted(path.name for path in second.glob("run-*/step_*"))
     assert saved == ["step_00000004"]
     first, last = events(run.tmp_path / "run")
     assert last["folder"].startswith(str(second)) and "No space left" in last["instead"] and "folder" not in first
-    status, records, _ = run(*options)
+    # Where the run's folder is mounted or moved to does not matter; a name that leads elsewhere is not followed.
+    moved = (run.tmp_path / "run").rename(run.tmp_path / "moved")
+    status, records, _ = run(*options, folder="moved")
     assert status == 0 and f"resumed from {second}" in run.out
     assert [r["loss"] for r in records if "loss" in r] == [r["loss"] for r in whole if "loss" in r]
-    assert [path.name for path in (run.tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000006"]
+    assert [path.name for path in (moved / "checkpoints").iterdir()] == ["step_00000006"]
+    for name in ("../run-0123456789ab", "run", ""):
+        (moved / "fallback_folder").write_text(name)
+        assert re.fullmatch(r"moved-[0-9a-f]{12}", fallback_name(moved, None))
     assert not list(second.glob("run-*/step_*"))
 
 

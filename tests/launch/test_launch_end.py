@@ -52,7 +52,7 @@ def test_whatever_fails_in_the_summary_is_a_warning(run, monkeypatch):
         said: list[str] = []
         with monkeypatch.context() as patch:
             patch.setattr(summary_module, name, raising(error))
-            Summary(config, folder, 256, 32, said.append, lambda: False).finish(torch.device("cpu"))
+            Summary(config, folder, [folder / "checkpoints"], 256, 32, said.append, lambda: False).finish(torch.device("cpu"))
         assert any(line.startswith("warning: ") and str(error) in line for line in said), name
 
 

@@ -1,12 +1,14 @@
-"""One fault in each phase of a training run under torchrun: who is named, after how long, with which status, and what follows.
+"""One fault in each phase of a training run: who is named, after how long, with which status, and what follows.
 
-`pytest -m slow tests/launch/test_launch_faults.py -s` prints the table. Each row is two or three starts of processes.
+`pytest -m slow tests/launch/test_launch_faults.py -s` prints the table. Each row is two or three starts of processes: forked ones
+(forked_runs.py), or those of torchrun where it is the point.
 """
 
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,12 +16,14 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from forked_runs import Launched, train_with_fault
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
-TIMEOUT = 4.0  # s
+TIMEOUT = 10.0  # s; DeepSpeed takes 5 s to start on a busy machine
 SLACK = 8.0  # s that a loaded machine may add
 DISK = 5 * TIMEOUT
+SLOW = f"slow{2 * TIMEOUT:g}"
 ARGUMENTS = ["train.steps=6", "train.micro_batch_size=4", "log.sample_tokens=0", f"distributed.timeout={TIMEOUT:g}"]
 ARGUMENTS += ["checkpoint.every=2", "checkpoint.keep=9", "eval.every=4", "eval.sequences=8"]
 
@@ -30,25 +34,31 @@ class Ranks:
     def __init__(self, config: Path, data: Path, folder: Path) -> None:
         self.config, self.data, self.folder, self.output = config, data, folder, ""
 
-    def start(self, fault=None, launcher=(), arguments=(), name="run", ranks=2):
-        """A torchrun whose ranks are processes of its own session."""
-        for file in self.folder.glob("pid*"):
-            file.unlink()
-        (self.folder / "fault").unlink(missing_ok=True)
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *launcher, f"--nproc_per_node={ranks}"]
-        command += [str(Path(__file__).with_name("faulty_train.py")), str(self.config), f"data.dir={self.data}"]
-        command += [f"run.dir={self.folder / name}", *ARGUMENTS, *arguments]
-        environment = {**os.environ, "FOLDER": str(self.folder), "FAULT": json.dumps(fault), "OMP_NUM_THREADS": "1"}
-        with open(self.folder / "output", "w") as file:
+    def start(self, fault=None, launcher=None, arguments=(), name="run", ranks=2, agent=0):
+        """Start the ranks; those of one node, `agent`, with the options `launcher` under torchrun."""
+        for file in (*self.folder.glob("pid*"), *self.folder.glob("rank[0-9]*"), self.folder / "fault") if agent == 0 else ():
+            file.unlink(missing_ok=True)
+        command = [str(self.config), f"data.dir={self.data}", f"run.dir={self.folder / name}", *ARGUMENTS, *arguments]
+        environment = {"FOLDER": str(self.folder), "FAULT": json.dumps(fault)}
+        if launcher is None:
+            return Launched(ranks, self.folder, train_with_fault, command, environment=environment)
+        torchrun = [sys.executable, "-m", "torch.distributed.run", *launcher, f"--nproc_per_node={ranks}"]
+        command = [*torchrun, str(Path(__file__).with_name("faulty_train.py")), *command]
+        with open(self.folder / f"rank{agent}.out", "w") as file:
+            environment = {**os.environ, **environment}
             return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True)
 
-    def end(self, process, limit=150):
+    def read(self):
+        """What all processes wrote so far."""
+        return "".join(file.read_text() for file in sorted(self.folder.glob("rank[0-9]*.*")))
+
+    def end(self, process, limit=300):
         """Wait for the end; returns (status, seconds since the fault until the first line that names a rank, or None)."""
         named, begin = None, time.monotonic()
         try:
             while process.poll() is None and time.monotonic() - begin < limit:
                 fault = self.folder / "fault"
-                if named is None and fault.exists() and re.search("^error: rank", (self.folder / "output").read_text(), re.M):
+                if named is None and fault.exists() and re.search("^error: rank", self.read(), re.M):
                     named = time.time() - float(fault.read_text())
                     for pid in self.folder.glob("pid*"):  # torchrun waits 30 s for one that is stopped
                         with suppress(ProcessLookupError):
@@ -56,10 +66,9 @@ class Ranks:
                 time.sleep(0.1)
         finally:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        self.output = (self.folder / "output").read_text()
-        return process.returncode, named
+                process.kill() if isinstance(process, Launched) else os.killpg(process.pid, signal.SIGKILL)
+        status, self.output = process.wait(), self.read()
+        return status, named
 
     def losses(self, name="run"):
         """The training losses by step."""
@@ -86,21 +95,21 @@ CASES = [
     (1, "model", "SIGSTOP", "fsdp2", TIMEOUT),
     (1, "model", "hang", "ddp", TIMEOUT),
     (1, "shard", "SIGKILL", "zero2", TIMEOUT),
-    (0, "resume", "slow9", "ddp", None),
+    (0, "resume", SLOW, "ddp", None),
     (1, "step", "hang", "fsdp2", TIMEOUT),
     (0, "update", "SIGSTOP", "ddp", TIMEOUT),
     (1, "update", "raise", "zero3", 4.0),
     (1, "evaluate", "hang", "ddp", TIMEOUT),
     (0, "evaluate", "SIGKILL", "fsdp2", TIMEOUT),
-    (0, "summary", "slow9", "ddp", None),
+    (0, "summary", SLOW, "ddp", None),
     (1, "save", "SIGKILL", "fsdp2", TIMEOUT),
     (1, "save", "hang", "zero1", DISK),
-    (0, "write", "slow9", "ddp", None),
+    (0, "write", SLOW, "ddp", None),
     (0, "write", "hang", "ddp", DISK),
-    (0, "end", "slow9", "fsdp2", None),
+    (0, "end", SLOW, "fsdp2", None),
     (0, "end", "SIGKILL", "ddp", TIMEOUT),
     (1, "end", "hang", "ddp", DISK),
-    (0, "finish", "slow9", "ddp", None),
+    (0, "finish", SLOW, "ddp", None),
 ]
 
 
@@ -129,7 +138,7 @@ def test_torchrun_goes_on_by_itself(strategy, do, phase, ranks):
     """The same losses, bit for bit, as without the fault; events.jsonl says why, and from where."""
     arguments = [f"distributed.strategy={strategy}"]
     fault = {"rank": 1, "at": phase, "do": do, "n": 4 if phase != "save" else 2}
-    status, _ = ranks.end(ranks.start(fault, ["--max-restarts=2"], arguments))
+    status, _ = ranks.end(ranks.start(fault, ["--standalone", "--max-restarts=2"], arguments))
     assert status == 0, ranks.output
     [event] = ranks.events("restart")
     assert event["attempt"] == 1 and event["step"] == 2 and event["steps_lost"] <= 2 and "rank 1 (" in event["reason"]
@@ -151,12 +160,42 @@ def test_fewer_ranks_go_on(ranks):
     assert ranks.end(ranks.start(ranks=3, name="odd"))[0] != 0 and "train.batch_size" in ranks.output  # 8 sequences
 
 
-def test_a_signal_to_torchrun_alone_saves(ranks):
-    process = ranks.start(arguments=["train.steps=100000", "checkpoint.every=0", "eval.every=0"])
-    while "step      3/" not in (ranks.folder / "output").read_text():
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+def test_a_signal_to_torchrun_alone_saves(number, ranks):
+    process = ranks.start(launcher=["--standalone"], arguments=["train.steps=100000", "checkpoint.every=0", "eval.every=0"])
+    while "step      3/" not in ranks.read():
         assert process.poll() is None
         time.sleep(0.1)
-    process.send_signal(signal.SIGHUP)
+    process.send_signal(number)
     ranks.end(process)
     assert "a signal: saving about" in ranks.output and "torchrun kills the ranks within 30 s" in ranks.output
     assert len(list((ranks.folder / "run" / "checkpoints").glob("step_*"))) == 1
+
+
+def test_a_lost_node_leaves_the_others_training(ranks):
+    """`torchrun --nnodes 1:2`, two agents on one machine. The second is lost with its rank: the first goes on alone by itself."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    launcher = ["--nnodes=1:2", "--max-restarts=3", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", "--rdzv-id=nodes"]
+    launcher.append("--rdzv-conf=last_call_timeout=5")
+    fault = {"rank": 1, "at": "step", "do": "hang", "n": 4}
+    agents = [ranks.start(fault, launcher, ["distributed.strategy=fsdp2"], ranks=1, agent=agent) for agent in (0, 1)]
+    try:
+        while not (ranks.folder / "fault").exists():
+            assert all(agent.poll() is None for agent in agents), ranks.read()
+            time.sleep(0.1)
+        lost = int((ranks.folder / "pid1").read_text())
+        lost = agents[os.getpgid(lost) == os.getpgid(agents[1].pid)]  # whichever of both got the rank
+        os.killpg(lost.pid, signal.SIGKILL)
+        left = agents[lost is agents[0]]
+        assert ranks.end(left)[0] == 0, ranks.output
+    finally:
+        for agent in agents:
+            with suppress(ProcessLookupError):
+                os.killpg(agent.pid, signal.SIGKILL)
+    [event] = ranks.events("restart")
+    assert event["processes"] == 1 and event["step"] == 2 and "rank 1 (" in event["reason"], event
+    assert sorted(ranks.losses()) == list(range(1, 7))
+    print(f"\n| fsdp2 | a node of two is lost | step {event['step']}, {event['steps_lost']} done again | on one node |")

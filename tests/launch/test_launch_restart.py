@@ -140,7 +140,8 @@ def test_a_replica_that_differs_is_named_by_all(tmp_path):
         shards = {name: ShardedParameter(p, local_shard_of(p)) for name, p in weights.items()}
         config = SimpleNamespace(distributed=SimpleNamespace(strategy="ddp"))
         device = SimpleNamespace(device=torch.device("cpu"))
-        strategy = SimpleNamespace(world=3, copies=1, buffers={}, shards=shards, config=config, accelerator=device)
+        strategy = SimpleNamespace(world=3, copies=1, copies_group=None, buffers={}, shards=shards)
+        strategy.config, strategy.accelerator = config, device
         require_equal_replicas(strategy, 1)
         if rank == 1:
             weights["second"].data.view(torch.int32)[3] ^= 1
@@ -262,7 +263,10 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_disk_that_is_full_for_a_while_loses_no_line(run, small_disk):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     class Fill(Hooks):
         def before_step(self, step, strategy):
             if step == 3:  # what a page of memory has left takes a dozen lines
@@ -273,12 +277,15 @@ def test_a_disk_that_is_full_for_a_while_loses_no_line(run, small_disk):
             if step == 37:
                 (small_disk / "fill").unlink()
 
-    arguments = ["train.steps=40", "eval.every=20", "checkpoint.every=20"]
+    arguments = ["train.steps=40", "eval.every=20", "checkpoint.every=20", "log.trackers=[tensorboard]"]
     status, records, _ = run(*arguments, folder="small/run", hooks=Fill())
     assert status == 0 and [r["step"] for r in records if "loss" in r] == list(range(1, 41)), run.out
     assert [r["step"] for r in records if "val_loss" in r] == [20, 40]
     assert run.out.count("metrics.jsonl cannot be written (No space left on device)") == 1
     assert run.out.count("metrics.jsonl can be written again; nothing is lost") == 1
+    assert run.out.count("tensorboard cannot be written (No space left on device)") == 1
+    found = EventAccumulator(str(small_disk / "run" / "tensorboard")).Reload()
+    assert {event.step for event in found.Scalars("step_loss")} == set(range(1, 41))
     events = [json.loads(line) for line in (small_disk / "run/events.jsonl").read_text().splitlines()]
     assert [event["event"] for event in events if event["event"] != "start"] == ["checkpoint", "checkpoint", "finished"]
     assert "error" in events[-3] and "error" not in events[-2]

@@ -1,40 +1,28 @@
-"""Several processes over gloo, started by torchrun: under every strategy the same run as with one, checkpoints from each to each,
-signals agreed on, a rank that dies named.
-
-Starting processes is what costs, so one start takes several runs (`RUNS`, carried out by this file as a script).
+"""Several processes over gloo: under every strategy the same run as with one, checkpoints from each to each, signals agreed on, a
+rank that hangs named. One start takes several runs (forked_runs.py).
 """
 
-import itertools
 import json
-import math
-import os
-import signal
 import socket
-import subprocess
-import sys
-import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from bad_gradients import Poison
-from host_waits import LAST, HostWaits
+from forked_runs import Fault, run_on_ranks, spawn
+from host_waits import LAST
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from celo2 import load_rule, save_rule
-from celo2.stack import local
 from celo2.training.lock import FolderLock
 from data.prepare import prepare
 from data.shards import TokenShards
 from launch.checkpoint.tensors import INDEX, files_of, part_name, read_tensors
-from launch.checkpoint.verify import MANIFEST, MODEL, OPTIMIZER, checkpoint_files, sha256
-from launch.run import ranks
+from launch.checkpoint.verify import MANIFEST, MODEL, OPTIMIZER, checkpoint_files, checkpoint_name, sha256
+from launch.distributed.heartbeat import STATUS
 from launch.run.agreement import rule_hash
-from launch.run.hooks import Hooks
 from launch.run.weights import hashes, weights_fact
 
-ROOT = Path(__file__).parents[2]
 STEPS = ["train.steps=12", "train.micro_batch_size=4", "checkpoint.every=4", "checkpoint.keep=10"]
 
 
@@ -50,20 +38,9 @@ def read(folder, name="metrics.jsonl"):
     return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 
-def spawn(world, runs, statuses):
-    """Carry out `runs`, lists of arguments of train.py, in `world` processes, and check their exit statuses on every rank."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", __file__]
-    environment = {**os.environ, "RUNS": json.dumps(runs), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stdout + done.stderr
-    lines = sorted(line for line in done.stdout.splitlines() if line.startswith("rank "))
-    assert lines == [f"rank {rank}: {statuses}" for rank in range(world)], done.stdout + done.stderr
-    return done
-
-
 # An odd width, a vocabulary that no number of processes divides, gradient accumulation, clipping; ZeRO cuts within rows.
-ODD = ["model.layers=3", "model.width=30", "model.heads=3", "model.vocab_size=261", "train.steps=20", "train.grad_clip=0.5"]
-ODD += ["train.micro_batch_size=2", "eval.every=0", "checkpoint.every=10", "checkpoint.keep=10", "log.sample_tokens=0"]
+ODD = ["model.layers=3", "model.width=30", "model.heads=3", "model.vocab_size=261", "train.grad_clip=0.5"]
+ODD += ["train.micro_batch_size=2", "eval.every=0", "checkpoint.keep=10", "log.sample_tokens=0"]
 LAYOUTS = {
     "ddp": [],
     "shard_state": ["distributed.shard_state=true"],
@@ -76,21 +53,22 @@ LAYOUTS = {
 LABELS = {name: [f"optimizer.name={name}"] for name in ("celo2", "celo2-base", "adamw", "muon")} | {
     "bf16": ["train.precision=bf16"],
     "bf16-state": ["optimizer.state_dtype=bf16"],
+    "plain": ["optimizer.arguments={orthogonalize: false}"],
 }
 # Weights after 20 steps against one process, largest difference. Measured on 2 and 4 processes: celo2 2.0e-5, celo2-base 1.9e-4,
 # adamw 4.8e-6, muon 1.6e-3 (torch's Muon orthogonalizes in bfloat16), bf16 0.042 (losses 8e-5), bf16-state
 # 0.011 (losses 7e-6).
-WEIGHTS = {"celo2": 2e-4, "celo2-base": 1e-3, "adamw": 1e-4, "muon": 1e-2, "bf16": 0.2, "bf16-state": 0.1}
+WEIGHTS = {"celo2": 2e-4, "celo2-base": 1e-3, "adamw": 1e-4, "muon": 1e-2, "bf16": 0.2, "bf16-state": 0.1, "plain": 1e-3}
 # Row and column means likewise: celo2 2.6e-5, celo2-base 9e-6, bf16 0.22, bf16-state 0.041; means that were not moved are 1 off.
-MEANS = {"celo2": 1e-3, "celo2-base": 1e-3, "adamw": 0, "muon": 0, "bf16": 0.5, "bf16-state": 0.3}
+MEANS = {"celo2": 1e-3, "celo2-base": 1e-3, "adamw": 0, "muon": 0, "bf16": 0.5, "bf16-state": 0.3, "plain": 1e-3}
 
 
 def differences(folder, reference, first=1):
-    """Largest relative difference of the losses of ten steps from `first` on, largest difference of the last weights, and of the
-    last row and column means, each relative to the largest of its parameter."""
+    """Largest relative difference of the losses from step `first` on, largest difference of the last weights, and of the last row
+    and column means, each relative to the largest of its parameter."""
     ours, theirs = losses(read(folder)), losses(read(reference))
-    loss = max(abs(ours[step] / theirs[step] - 1) for step in range(first, first + 10))
-    last = "checkpoints/step_00000020"
+    loss = max(abs(ours[step] / theirs[step] - 1) for step in range(first, max(theirs) + 1))
+    last = f"checkpoints/{checkpoint_name(max(theirs))}"
     a, b = (read_tensors(path / last / "model.safetensors") for path in (folder, reference))
     assert a.keys() == b.keys()
     weights = max((a[name] - b[name]).abs().max().item() for name in a)
@@ -103,34 +81,37 @@ def differences(folder, reference, first=1):
 OTHERS = [("muon", "zero3"), ("adamw", "fsdp2"), ("celo2-base", "fsdp2"), ("bf16-state", "zero1")]
 MORE = [("bf16", "fsdp2"), ("muon", "ddp"), ("muon", "zero1"), ("muon", "fsdp2"), ("adamw", "zero2"), ("adamw", "zero3")]
 MORE += [("celo2-base", name) for name in ("shard_state", "zero1", "zero3")]
-MORE += [("bf16", "zero1"), ("bf16", "zero3"), ("bf16-state", "fsdp2")]
+MORE += [("bf16", "zero1"), ("bf16", "zero3"), ("bf16-state", "fsdp2"), ("plain", "zero3"), ("plain", "fsdp2")]
 
 
-# Celo2 under the layouts `names`, a continuation from each to the next; other optimizers and precisions. 4 processes: 80 s.
+# Celo2 under the layouts `names`, a continuation from each to the next; other optimizers and precisions.
 @pytest.mark.parametrize(
-    ("world", "names", "others"),
+    ("world", "steps", "names", "others"),
     [
-        pytest.param(2, ("shard_state", "zero1", "zero3", "fsdp2"), OTHERS, id="2"),
-        pytest.param(2, ("ddp", "zero2", "zero3", "shard_state", "fsdp2", "zero1"), MORE, id="2-more", marks=pytest.mark.slow),
-        pytest.param(4, ("shard_state", "zero1", "zero3", "fsdp2", "hsdp"), [], id="4", marks=pytest.mark.slow),
+        pytest.param(2, 10, ("shard_state", "zero1", "zero3", "fsdp2"), OTHERS, id="2"),
+        pytest.param(
+            2, 20, ("ddp", "zero2", "zero3", "shard_state", "fsdp2", "zero1"), MORE, id="2-more", marks=pytest.mark.slow
+        ),
+        pytest.param(4, 20, ("shard_state", "zero1", "zero3", "fsdp2", "hsdp"), [], id="4", marks=pytest.mark.slow),
     ],
 )
-def test_every_strategy_equals_one_process(world, names, others, run, prepared):
-    folder = run.tmp_path
-    common = [str(folder / "config.yaml"), f"data.dir={prepared}", *ODD]
+def test_every_strategy_equals_one_process(world, steps, names, others, run, prepared):
+    folder, half = run.tmp_path, steps // 2
+    options = [*ODD, f"train.steps={steps}", f"checkpoint.every={half}"]
+    common = [str(folder / "config.yaml"), f"data.dir={prepared}", *options]
     micro = [f"train.micro_batch_size={4 // world}"]
     pairs = [*(("celo2", name) for name in names), *others]
     runs = {(label, name): [*LAYOUTS[name], *micro, *LABELS[label]] for label, name in pairs}
     commands = [[*common, *options, f"run.dir={folder / '-'.join(key)}"] for key, options in runs.items()]
     # From each layout to the next, around.
     for before, after in zip(names, names[1:] + names[:1], strict=True):
-        checkpoint = folder / f"celo2-{before}" / "checkpoints" / "step_00000010"
+        checkpoint = folder / f"celo2-{before}" / "checkpoints" / checkpoint_name(half)
         commands.append(
             [*common, *LAYOUTS[after], *micro, f"checkpoint.resume={checkpoint}", f"run.dir={folder / f'{before}-{after}'}"]
         )
     for label in {label for label, _ in runs}:
-        assert run(*ODD, *LABELS[label], folder=label)[0] == 0
-    spawn(world, commands, [0] * len(commands))
+        assert run(*options, *LABELS[label], folder=label)[0] == 0
+    spawn(world, folder, commands, [0] * len(commands))
     for label, name in runs:
         loss, weights, means = differences(folder / f"{label}-{name}", folder / label)
         print(f"{world} processes {label} {name}: loss {loss:.1e}, weights {weights:.1e}, means {means:.1e}")
@@ -138,11 +119,38 @@ def test_every_strategy_equals_one_process(world, names, others, run, prepared):
         assert loss < (1e-3 if label.startswith("bf16") else 1e-4), (label, name)
         assert weights < WEIGHTS[label], (label, name)
     for before, after in zip(names, names[1:] + names[:1], strict=True):
-        loss, weights, means = differences(folder / f"{before}-{after}", folder / "celo2", first=11)
+        loss, weights, means = differences(folder / f"{before}-{after}", folder / "celo2", first=half + 1)
         print(f"{world} processes {before} -> {after}: loss {loss:.1e}, weights {weights:.1e}, means {means:.1e}")
         assert means <= MEANS["celo2"], (before, after)
         assert loss < 1e-4, (before, after)
         assert weights < WEIGHTS["celo2"], (before, after)
+
+
+# One run each: its layout on 1, 4, 3, 2 and again 1 process.
+LINES = {
+    "ddp": ("ddp", "ddp", "ddp", "ddp", "ddp"),
+    "zero1": ("ddp", "zero1", "zero2", "zero1", "fsdp2"),
+    "zero3": ("fsdp2", "zero3", "zero3", "zero3", "ddp"),
+    "fsdp2": ("fsdp2", "fsdp2", "fsdp2", "fsdp2", "fsdp2"),
+    "replicas": ("ddp", "hsdp", "fsdp2", "hsdp", "ddp"),
+    "mixed": ("ddp", "zero2", "shard_state", "zero2", "ddp"),
+}
+
+
+@pytest.mark.slow  # 3 minutes on 2 cores
+def test_one_line_of_runs_on_other_numbers_of_processes(run, prepared):
+    """1 -> 4 -> 3 -> 2 -> 1 processes, 4 steps each: the losses of one process, and its weights."""
+    options = [*ODD, "train.batch_size=12", "train.micro_batch_size=3", "schedule.kind=constant", "checkpoint.every=4"]
+    assert run(*options, "train.steps=20", folder="one")[0] == 0
+    for part, world in enumerate((1, 4, 3, 2, 1)):
+        common = [str(run.tmp_path / "config.yaml"), f"data.dir={prepared}", *options, f"train.steps={4 * (part + 1)}"]
+        commands = [[*common, *LAYOUTS[names[part]], f"run.dir={run.tmp_path / line}"] for line, names in LINES.items()]
+        spawn(world, run.tmp_path, commands, [0] * len(commands))
+    for line in LINES:
+        assert losses(read(run.tmp_path / line)).keys() == set(range(1, 21)), line
+        loss, weights, means = differences(run.tmp_path / line, run.tmp_path / "one")
+        print(f"1, 4, 3, 2, 1 processes, {' -> '.join(LINES[line])}: loss {loss:.1e}, weights {weights:.1e}, means {means:.1e}")
+        assert loss < 1e-4 and weights < WEIGHTS["celo2"] and means <= MEANS["celo2"], line
 
 
 @pytest.mark.slow  # 60 s
@@ -157,6 +165,7 @@ def test_weights_to_begin_with_and_another_batch_size_under_every_strategy(run, 
     names = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
     spawn(
         2,
+        run.tmp_path,
         [
             [
                 str(run.tmp_path / "config.yaml"),
@@ -180,6 +189,8 @@ def test_weights_to_begin_with_and_another_batch_size_under_every_strategy(run, 
 
 def test_two_processes(run, prepared):
     _, single, _ = run(*STEPS, folder="one")
+    plain = ["optimizer.arguments={orthogonalize: false}", "train.steps=2", "schedule.kind=constant"]
+    _, unorthogonalized, _ = run(*STEPS, *plain, folder="plain-one")
     common = [str(run.tmp_path / "config.yaml"), f"data.dir={prepared}", *STEPS]
     one = run.tmp_path / "one" / "checkpoints" / "step_00000004"
     runs = [
@@ -193,19 +204,22 @@ def test_two_processes(run, prepared):
         [*common, f"run.dir={run.tmp_path / 'locked'}"],
         [*common, f"run.dir={run.tmp_path / 'shards_one'}", "checkpoint.shards=one"],
         [*common, f"run.dir={run.tmp_path / 'one'}", f"checkpoint.resume={one}", "optimizer.lr=1e-3"],
+        [*common, *plain, f"run.dir={run.tmp_path / 'plain'}"],
     ]
     differing = runs_that_differ(run.tmp_path, prepared)
     with FolderLock(run.tmp_path / "locked"):
         done = spawn(
             2,
+            run.tmp_path,
             [*runs, *([first, *common, *rest] for first, rest, _ in differing)],
-            [0, 0, 75, 0, 2, 2, 2, 2, 0, 0] + [2] * len(differing),
+            [0, 0, 75, 0, 2, 2, 2, 2, 0, 0, 0] + [2] * len(differing),
         )
 
     # Worst measured 6e-8: matrices are orthogonalized in other batches than by one process.
     double = read(run.tmp_path / "two")
     assert losses(double) == pytest.approx(losses(single), rel=1e-5)
     assert validation(double) == pytest.approx(validation(single), rel=1e-5)
+    assert losses(read(run.tmp_path / "plain")) == pytest.approx(losses(unorthogonalized), rel=1e-5)
     # Saved by one, resumed by two; saved by two, resumed by one.
     assert losses(read(run.tmp_path / "from_one")) == pytest.approx(losses(single), rel=1e-4)
     two = run.tmp_path / "two" / "checkpoints" / "step_00000008"
@@ -310,7 +324,7 @@ def test_ddp_continues_bit_for_bit_on_more_than_two_processes(world, run, prepar
     half = run.tmp_path / "whole/checkpoints/step_00000004"
     runs = [[*common, f"run.dir={run.tmp_path / 'whole'}"]]
     runs.append([*common, f"checkpoint.resume={half}", f"run.dir={run.tmp_path / 'continued'}"])
-    spawn(world, runs, [0, 0])
+    spawn(world, run.tmp_path, runs, [0, 0])
     for name in (MODEL, OPTIMIZER):
         a, b = (read_tensors(run.tmp_path / folder / "checkpoints/step_00000008" / name) for folder in ("whole", "continued"))
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
@@ -335,7 +349,7 @@ def test_bad_gradients_reach_no_weight_under_any_strategy(run, prepared):
     runs.append(["gradient=nan", *common, "distributed.strategy=fsdp2", f"run.dir={run.tmp_path / 'fsdp2-nan'}"])
     # A roll-back where the second rank's folder is another one.
     runs.append(["rank 1: run.dir=elsewhere", *runs[0][:-1], f"run.dir={run.tmp_path / 'unshared'}"])
-    done = spawn(2, runs, [0] * (len(runs) - 1) + [2])
+    done = spawn(2, run.tmp_path, runs, [0] * (len(runs) - 1) + [2])
     missing = "unusable (elsewhere/checkpoints/step_00000004 is no whole checkpoint: manifest.json is missing) on rank 1"
     assert done.stderr.count(missing) == 2, done.stderr
     for name, value in alone.items():
@@ -373,89 +387,17 @@ def problems(folder):
     return [{key: event[key] for key in keys if key in event} for event in events]
 
 
-def test_a_rank_that_hangs_is_named_and_the_run_continues_by_itself(run, prepared):
+def test_a_rank_that_hangs_is_named_and_the_same_command_continues(run, prepared):
+    """Under torchrun, which starts it by itself: test_launch_faults.py."""
     _, single, _ = run(*STEPS, "distributed.strategy=zero2", folder="one")
     arguments = [str(run.tmp_path / "config.yaml"), f"data.dir={prepared}", *STEPS, f"run.dir={run.tmp_path / 'two'}"]
     arguments += ["distributed.strategy=zero2", "distributed.timeout=15"]  # DeepSpeed takes 4 s to start on a busy machine
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=1", "--nproc_per_node=2", __file__]
-    runs = json.dumps([["hang in step 6 of rank 1", *arguments]])
-    environment = {**os.environ, "RUNS": runs, "PYTHONPATH": str(ROOT)}
-    environment.pop("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", None)
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "error: rank 1 (" in done.stderr, done.stdout + done.stderr
+    done = run_on_ranks(2, run.tmp_path, [["hang in step 6 of rank 1", *arguments]])
+    assert done.statuses == [STATUS, STATUS], done.stdout + done.stderr
     (error,) = {line for line in done.stderr.splitlines() if line.startswith("error: rank 1 (")}
     assert 'has hung for 15 s, while others wait, at "step 6: begins"' in error
     assert "the same command continues from its newest checkpoint" in error
+    spawn(2, run.tmp_path, [arguments], [0])
     [event] = [event for event in read(run.tmp_path / "two", "events.jsonl") if event["event"] == "restart"]
     assert (event["attempt"], event["step"]) == (1, 4) and f"error: {event['reason']}" == error
     assert losses(read(run.tmp_path / "two")) == pytest.approx(losses(single), rel=1e-5)  # worst measured 1e-7
-
-
-class Fault(Hooks):
-    """What goes wrong in a run: "signal" or "hang" in step 6 of rank 1, "NaN" losses in two steps, once each; or
-    "gradient=VALUE" after the reduction in step 6, of rank 1 alone."""
-
-    def __init__(self, kind):
-        self.kind, self.calls, self.handle = kind, itertools.count(1), None
-
-    def before_step(self, step, strategy):
-        if self.kind == "NaN" and next(self.calls) in (6, 7):
-            self.handle = strategy.loss_model.register_forward_hook(lambda module, inputs, loss: loss * math.nan)
-        again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun has started the ranks anew
-        if self.kind in ("signal", "hang") and not again and (step, strategy.accelerator.process_index) == (6, 1):
-            os.kill(os.getpid(), signal.SIGTERM) if self.kind == "signal" else time.sleep(600)
-
-    def after_backward(self, step, strategy, loss):
-        if self.handle is not None:
-            self.handle.remove()
-            self.handle = None
-        if self.kind.startswith("gradient") and step == 6 and strategy.accelerator.process_index == 1:
-            value = float(self.kind.removeprefix("gradient="))
-            local(next(p.grad for p in strategy.loss_model.parameters() if p.grad is not None)).view(-1)[0] = value
-
-
-def main():
-    """Carry out RUNS in this process of torchrun and print the exit statuses."""
-    import torch.distributed as dist
-    from accelerate.state import AcceleratorState
-
-    import train
-    from celo2 import optimizer
-    from celo2.blocked import PLAIN
-    from launch.private import leave
-
-    dist.destroy_process_group = lambda *_: None  # the runs of one start share the group: a new one would meet stale addresses
-    statuses = []
-    passes_for, version = optimizer.passes_for, ranks.version
-    for arguments in json.loads(os.environ["RUNS"]):
-        optimizer.passes_for, ranks.version = passes_for, version
-        hooks = None
-        if arguments[0].startswith("rank 1: "):
-            given = arguments.pop(0).removeprefix("rank 1: ")
-            if os.environ["RANK"] == "0":
-                pass
-            elif given == "another torch":
-                ranks.version = lambda name: "9.9" if name == "torch" else version(name)
-            else:
-                arguments.append(given)
-        if arguments[0] == "tamper":
-            arguments.pop(0)
-            optimizer.passes_for = lambda device: PLAIN._replace(newton_schulz=lambda u: u)
-        if arguments[0].startswith(("signal", "hang", "NaN", "gradient")):
-            hooks = Fault(arguments.pop(0).partition(" ")[0])
-        if hooks is not None:
-            with HostWaits(hooks) as waits:
-                statuses.append(train.main(arguments, waits))
-            if os.environ["RANK"] == "0":
-                (folder,) = (given.removeprefix("run.dir=") for given in arguments if given.startswith("run.dir="))
-                Path(folder).joinpath("waits.json").write_text(json.dumps(waits.of_step))
-        else:
-            statuses.append(train.main(arguments))
-        AcceleratorState._reset_state(reset_partial_state=True)
-    os.write(1, f"\nrank {os.environ['RANK']}: {statuses}\n".encode())  # one write: the ranks share the pipe
-    leave(0)
-
-
-if __name__ == "__main__":
-    main()
