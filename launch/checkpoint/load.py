@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from celo2.distributed.shard import LocalShard
 from launch.checkpoint.tensors import TensorFiles, files_of, is_there, read_tensors
-from launch.checkpoint.verify import MODEL, OPTIMIZER, CheckpointError, nothing
+from launch.checkpoint.verify import AVERAGE, MODEL, OPTIMIZER, CheckpointError, nothing
 from launch.checkpoint.writer import Progress
 from launch.distributed.buffers import persistent_buffers
 from launch.distributed.gather import REPLICATED, keeps_state
@@ -79,6 +79,7 @@ def load_checkpoint(path: Path, strategy: Strategy, progress: Progress = nothing
     with torch.no_grad():
         load_weights(path, strategy, progress)
         load_optimizer_state(path, strategy, progress)
+        load_average(path, strategy, progress)
     strategy.weights_changed()
 
 
@@ -123,6 +124,24 @@ def load_optimizer_state(path: Path, strategy: Strategy, progress: Progress = no
                     require_same_shape(path, entry, state[key].shape, value.shape)
                     state[key].copy_(value)
                 progress()
+
+
+def load_average(path: Path, strategy: Strategy, progress: Progress = nothing) -> None:
+    """Fill the average of the weights, if the training run keeps one. It begins anew if the checkpoint has none of its kind."""
+    average = strategy.average
+    if average is None:
+        return
+    average.begin_anew()
+    saved = read_state(path).get("average", {})
+    if saved.get("kind") != average.options.kind:
+        return
+    with TensorFiles(path / AVERAGE) as file:
+        require_same_names(path, "average", [*strategy.shards, *strategy.buffers], file.keys())
+        for name, shard in strategy.shards.items():
+            require_same_shape(path, name, shard.local_shard.shape, file.get_slice(name).get_shape())
+            average.means[name].copy_(read_shard(file, name, shard.local_shard))
+            progress()
+    average.go_on(saved["members"])
 
 
 def read_shard(file: TensorFiles, entry: str, local_shard: LocalShard) -> Tensor:
