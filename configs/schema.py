@@ -32,7 +32,9 @@ class Model:
     dropout: float = option(0.0, "dropout probability everywhere", DECAY)
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, a third more time")
     init: str | None = option(
-        None, "take the weights of a run, checkpoint, transformers folder or hub:NAME[@REVISION]", path=True
+        None,
+        "take the weights of a run, checkpoint, transformers folder or hub:NAME[@REVISION]; average:RUN its average",
+        path=True,
     )
     hf: dict[str, Any] | None = option(None, "instead of a GPT-3: the config of any causal LM of transformers {model_type: ...}")
 

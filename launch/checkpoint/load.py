@@ -193,20 +193,31 @@ def read_model_config(path: Path) -> PretrainedConfig:
         raise CheckpointError(f"cannot read {file}: {' '.join(str(error).split())}") from error
 
 
-def load_model(path: Path, config: PretrainedConfig | None = None) -> PreTrainedModel:
+def weights_file(path: Path, average: bool) -> str:
+    """The name of the weights in a checkpoint: those that trained, or their average. CheckpointError if there is none."""
+    if average and not is_there(path / AVERAGE):
+        raise CheckpointError(
+            f"{path} holds no average of the weights: train with train.average, and take a checkpoint from after its beginning"
+        )
+    return AVERAGE if average else MODEL
+
+
+def load_model(path: Path, config: PretrainedConfig | None = None, average: bool = False) -> PreTrainedModel:
     """The model of a checkpoint on the CPU, in the checkpoint's dtype and in evaluation mode.
 
-    `config` replaces the checkpoint's own configuration: the same function, perhaps with another dropout.
+    `config` replaces the checkpoint's own configuration: the same function, perhaps with another dropout. `average`: with the
+    average of the weights.
 
     Raises:
         CheckpointError: a file that is missing or cannot be read, or weights that do not fit the configuration.
     """
-    for name in ("config.json", MODEL):
+    weights_name = weights_file(path, average)
+    for name in ("config.json", weights_name):
         if not is_there(path / name):
             raise CheckpointError(f"{path} has no {name}")
     config = config or read_model_config(path)
     try:
-        weights = read_tensors(path / MODEL)
+        weights = read_tensors(path / weights_name)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"cannot read {path}: {' '.join(str(error).split())}") from error
     model = AutoModelForCausalLM.from_config(config)
@@ -218,7 +229,7 @@ def load_model(path: Path, config: PretrainedConfig | None = None) -> PreTrained
         ("has misshapen", {n for n in own.keys() & weights.keys() if own[n].shape != weights[n].shape}),
     ):
         if names:
-            raise CheckpointError(f"{path / MODEL} {problem} weights: {', '.join(sorted(names)[:3])}")
+            raise CheckpointError(f"{path / weights_name} {problem} weights: {', '.join(sorted(names)[:3])}")
     for name, tensor in own.items():
         tensor.data = weights[name]  # takes the checkpoint's dtype
     return model.eval()
