@@ -102,8 +102,8 @@ def parse(line: str, tokenizer: Tokenizer, end: int, context: int) -> Question:
         space = "" if not question or question[-1].isspace() or choice[0].isspace() else " "
         try:
             rows.append(row(*encoded(question, space + choice, tokenizer, end), context))
-        except ValueError as error:
-            raise ValueError(f"choice {number} ({choice[:40]!r}): {error}") from None
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise ValueError(f"choice {number} ({choice[:40]!r}): {first_line(error)}") from None
     return Question(rows, [len(choice) for choice in choices], answer)
 
 
