@@ -38,7 +38,7 @@ from launch.private import leave
 from launch.run.agreement import identity_of
 from launch.run.branch import checkpoint_folders
 from launch.run.check import prompt_notes
-from launch.run.evaluation import bytes_of_tokens, evaluate
+from launch.run.evaluation import Evaluator
 from launch.run.grace import Grace
 from launch.run.hooks import Hooks
 from launch.run.mixture import epochs_record, mixture_notes, taken_notes
@@ -111,10 +111,10 @@ def pretrain(
     # The model without memory, and where its weights come from; then model and optimizer as the strategy spreads them over the
     # processes, each of which makes or reads what it keeps. The global batch of a step is the same for every number of processes
     # and micro-batch size.
-    lengths = bytes_of_tokens(validation)
     set_seed(config.run.seed)
     model, weights, context, taken, files = make_model(config, shards, start.checkpoint, heartbeat.progress)
     require_same_files(accelerator, files, heartbeat.progress)
+    evaluator = Evaluator(config, accelerator, validation, context, heartbeat.mark)
     flops, parameters, hidden = flops_per_token(model, context), model.num_parameters(), hidden_names(model)
     heartbeat.mark("sharding model and optimizer")
     strategy = make_strategy(chosen, accelerator, model, weights)
@@ -173,16 +173,16 @@ def pretrain(
 
         while True:
             # Between two steps: evaluate, save, end.
-            if not stop and state.evaluated < state.step and due(state.step, config.eval.every, steps):
+            if not stop and evaluator.due(state):
                 hooks.before_evaluation(state.step)
                 set_mode(optimizer, "eval")
-                found = evaluate(strategy, validation, lengths, context, config, guard.stopping, heartbeat.mark)
+                found = evaluator.evaluate(strategy, state.step, guard.stopping)
                 stop = found is None
                 if found is not None:
                     if state.finish_evaluation(found.loss) and config.checkpoint.keep_best:
                         saver.ask(state.step)
-                    metrics.write({"step": state.step, "tokens": state.tokens, **found.record()})
-                    display.say(f"step {state.step:>6}/{steps}  validation {found.text()}")
+                    metrics.write({"step": state.step, "tokens": state.tokens, **found.record})
+                    display.evaluation(state.step, found.lines)
                     heartbeat.mark(f"step {state.step}: summary", disk=True)
                     if first and state.step < steps:  # the end has a summary of its own
                         summary.update(strategy.model if strategy.whole else None)

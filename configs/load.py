@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from celo2.training import configuration
 from celo2.training.configuration import ConfigError, Written, to_yaml
+from configs.average import average_of
+from configs.evaluation import with_checked_evaluation
 from configs.mixture import with_checked_mix
 from configs.schema import OPTIMIZERS, Config
 
@@ -22,12 +24,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def load_written(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, Written]:
     """As `configuration.load_written`."""
     config, written = configuration.load_written(Config, path, overrides)
-    return with_checked_mix(with_known_optimizer(config)), written
+    return checked(config), written
 
 
 def build(tree: Mapping[str, Any]) -> Config:
     """As `configuration.build`."""
-    return with_checked_mix(with_known_optimizer(configuration.build(Config, tree)))
+    return checked(configuration.build(Config, tree))
+
+
+def checked(config: Config) -> Config:
+    """The configuration with what the types of its options do not say checked."""
+    average_of(config)
+    return with_checked_evaluation(with_checked_mix(with_known_optimizer(config)))
 
 
 def with_known_optimizer(config: Config) -> Config:

@@ -32,7 +32,9 @@ class Model:
     dropout: float = option(0.0, "dropout probability everywhere", DECAY)
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, a third more time")
     init: str | None = option(
-        None, "take the weights of a run, checkpoint, transformers folder or hub:NAME[@REVISION]", path=True
+        None,
+        "take the weights of a run, checkpoint, transformers folder or hub:NAME[@REVISION]; average:RUN its average",
+        path=True,
     )
     hf: dict[str, Any] | None = option(None, "instead of a GPT-3: the config of any causal LM of transformers {model_type: ...}")
 
@@ -96,6 +98,9 @@ class Train:
     grad_clip: float = option(1.0, "largest norm of the whole gradient; 0: no clipping", at_least(0))
     precision: Literal["fp32", "bf16"] = option("fp32", "fp32 or bf16 (autocast with float32 weights; see optimizer.state_dtype)")
     compile: bool = option(False, "torch.compile of the model")
+    average: dict[str, Any] | None = option(
+        None, "also keep an average of the weights: {kind: ema, decay: 0.999} or {kind: tail, fraction: 0.2} (of train.steps)"
+    )
     max_bad_steps: int = option(10, "stop after so many steps in a row whose loss or gradient norm is not finite", at_least(1))
     spike: float = option(
         1.0, "a loss this many nats above the median of the last 50 steps is a spike; 0: no monitor", at_least(0)
@@ -154,6 +159,16 @@ class Log:
 class Eval:
     every: int = option(100, "steps between evaluations, and always at the end; 0: only at the end", at_least(0))
     sequences: int = option(256, "validation sequences, evenly spread over the validation split, always the same", at_least(1))
+    sets: dict[str, Any] | None = option(
+        None, "further validation sets by name {code: FOLDER, old: {dir: FOLDER, split: train}}, each with eval.sequences"
+    )
+    tasks: dict[str, Any] | None = option(
+        None, 'multiple choice by name {arc: FILE}; a line is {"question": TEXT, "choices": [TEXT, ...], "answer": NUMBER}'
+    )
+    lm_eval: list[str] = option([], "tasks and groups of lm-eval, whose data is on this machine already [hellaswag, arc_easy]")
+    lm_eval_include: str | None = option(None, "a folder with further tasks for eval.lm_eval", NOT_EMPTY, path=True)
+    tasks_every: int = option(0, "steps between evaluations with tasks, a multiple of every; 0: all evaluations", at_least(0))
+    task_examples: int | None = option(None, "questions of each task to take, the first ones; null: all", at_least(1))
 
 
 @dataclass

@@ -31,7 +31,7 @@ def evaluate(options: argparse.Namespace) -> None:
         LossMismatch: an architecture whose loss is not known.
     """
     shards = TokenShards(options.data, options.split)
-    trained = open_trained(options.model)
+    trained = open_trained(options.model, options.average)
     for text in trained.notes:
         print(f"evaluate: note: {text}; taking {trained.path.name} instead", file=sys.stderr)
     require_same_tokenizer(trained, shards)
@@ -76,6 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--sequences", type=at_least(1), help="so many, evenly spread over the split; without it, all")
     parser.add_argument("--batch-size", type=at_least(1), default=8, help="sequences in one forward pass (8)")
     parser.add_argument("--context", type=at_least(1), help="tokens of a sequence; without it, as in training")
+    parser.add_argument("--average", action="store_true", help="with the average of the weights, of a run with train.average")
     parser.add_argument("--device", default=default_device(), help="cpu, cuda, cuda:1, ... (cuda where there is one)")
     options = parser.parse_args(arguments)
     return carry_out("evaluate", lambda: evaluate(options))

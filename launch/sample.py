@@ -24,7 +24,7 @@ def sample(options: argparse.Namespace) -> None:
     def note(text: str) -> None:
         print(f"sample: {text}", file=sys.stderr)
 
-    trained = open_trained(options.model)
+    trained = open_trained(options.model, options.average)
     for text in trained.notes:
         note(f"note: {text}; taking {trained.path.name} instead")
     context = options.context or trained.context
@@ -66,6 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--top-p", type=number(0, 1), default=usual.top_p, help=f"of so much probability together ({usual.top_p})"
     )
     parser.add_argument("--context", type=at_least(2), help="tokens that the model may see; without it, as many as in training")
+    parser.add_argument("--average", action="store_true", help="with the average of the weights, of a run with train.average")
     parser.add_argument("--device", default=default_device(), help="cpu, cuda, cuda:1, ... (cuda where there is one)")
     options = parser.parse_args(arguments)
     return carry_out("sample", lambda: sample(options))

@@ -192,7 +192,10 @@ class CausalLMLoss(nn.Module):
         self.balance_experts = getattr(model.config, "output_router_logits", False)
         self.chunked = getattr(model, "chunked_loss", True)
 
-    def forward(self, input_ids: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, targets: Tensor, by_row: bool = False) -> Tensor:
+        """`by_row`: the scores (B, 2) of `scores_by_row` instead."""
+        if by_row:
+            return self.scores_by_row(input_ids, targets)
         balance = self.balance_experts and self.training
         options = {"use_cache": False} | ({"output_router_logits": True} if balance else {})
         loss, outputs = (self.in_chunks if self.chunked else self.from_logits)(input_ids, targets, options)
@@ -221,6 +224,30 @@ class CausalLMLoss(nn.Module):
         z = outputs.logits.flatten(0, 1)  # (B, T, V) -> (BT, V)
         z = z.to(torch.promote_types(z.dtype, torch.float32))
         return F.cross_entropy(z, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"), outputs
+
+    def scores_by_row(self, input_ids: Tensor, targets: Tensor) -> Tensor:
+        """Of each row (T,) the log-probability of its targets that are not -100, in nats, and whether each of them is the
+        likeliest token: (B, 2), float32. Without gradients; a row's numbers depend on no other rank and on no number of rows."""
+        if self.chunked:
+            states = base_of(self.model)(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, D)
+        else:
+            states = self.model(input_ids=input_ids, use_cache=False).logits  # (B, T, V)
+        scores = states.new_zeros((len(states), 2), dtype=torch.float32)
+        for row, (of_row, wanted) in enumerate(zip(states, targets, strict=True)):
+            counted = wanted != IGNORE_INDEX
+            likeliest = True
+            for part, tokens in zip(of_row[counted].split(CHUNK_TOKENS), wanted[counted].split(CHUNK_TOKENS), strict=True):
+                log_p = F.log_softmax(self.logits(part) if self.chunked else part.float(), dim=1, dtype=torch.float32)  # (C, V)
+                scores[row, 0] += log_p.gather(1, tokens[:, None]).sum()
+                likeliest = likeliest & (log_p.argmax(1) == tokens).all()
+            scores[row, 1] = likeliest
+        return scores
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(C, D) -> (C, V), with factor and softcap, float32."""
+        head = self.model.get_output_embeddings()
+        z = F.linear(hidden, head.weight, getattr(head, "bias", None)).float() * self.scale
+        return z if self.softcap is None else torch.tanh(z / self.softcap) * self.softcap
 
     def router_loss(self, outputs: ModelOutput) -> Tensor:
         """The router's load-balancing loss, with its coefficient."""

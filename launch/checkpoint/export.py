@@ -30,7 +30,13 @@ from models.gpt3 import GPT3LMHeadModel
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def export(run: str | Path, out: str | Path, note: Callable[[str], None] = lambda text: None, dtype: str | None = None) -> Path:
+def export(
+    run: str | Path,
+    out: str | Path,
+    note: Callable[[str], None] = lambda text: None,
+    dtype: str | None = None,
+    average: bool = False,
+) -> Path:
     """Write the model and the tokenizer of `run` to the new folder `out`; returns the checkpoint that was taken.
 
     AutoModelForCausalLM, AutoTokenizer and pipeline("text-generation") load `out`, which appears only when it is complete.
@@ -40,6 +46,7 @@ def export(run: str | Path, out: str | Path, note: Callable[[str], None] = lambd
         out: a folder that does not exist, or is empty.
         note: is told of damaged checkpoints that are newer than the one that was taken, and of rows that cannot be dropped.
         dtype: one of DTYPES for the weights; by default the checkpoint's own.
+        average: take the average of the weights (train.average).
 
     Raises:
         CheckpointError: no whole checkpoint, a model or tokenizer that cannot be read, or a folder that cannot be written.
@@ -50,7 +57,7 @@ def export(run: str | Path, out: str | Path, note: Callable[[str], None] = lambd
     checkpoint, problems = choose_checkpoint(Path(run).absolute())
     for problem in problems:
         note(f"{problem}; taking {checkpoint.name} instead")
-    trained = load_model(checkpoint)
+    trained = load_model(checkpoint, average=average)
     context = trained_context(checkpoint, trained.config)
     tokenizer = export_tokenizer(checkpoint.parent.parent, context)
     model = one_row_a_token(trained, vocabulary_size(tokenizer.backend_tokenizer), note)
@@ -67,7 +74,7 @@ def export(run: str | Path, out: str | Path, note: Callable[[str], None] = lambd
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         add_names_of_transformers_4(partial)
-        write_card(partial, checkpoint, model, rows)
+        write_card(partial, checkpoint, model, rows, average)
         usual_permissions(partial)
         os.replace(partial, out)
     except OSError as error:
@@ -91,14 +98,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("run", help="a run's folder, or one checkpoint in it")
     parser.add_argument("out", help="the folder to write; it must not exist, or be empty")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as they were saved)")
+    parser.add_argument("--average", action="store_true", help="the average of the weights, of a run with train.average")
     options = parser.parse_args(arguments)
     disable_progress_bar()
     try:
-        checkpoint = export(options.run, options.out, lambda text: print(f"export: note: {text}", file=sys.stderr), options.dtype)
+        checkpoint = export(
+            options.run,
+            options.out,
+            lambda text: print(f"export: note: {text}", file=sys.stderr),
+            options.dtype,
+            options.average,
+        )
     except CheckpointError as error:
         print(f"export: {error}", file=sys.stderr)
         return 2
-    print(f"exported {checkpoint} to {options.out}")
+    print(f"exported {'the average of ' if options.average else ''}{checkpoint} to {options.out}")
     return 0
 
 

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from celo2.distributed.shard import LocalShard
 from launch.checkpoint.tensors import TensorFiles, files_of, is_there, read_tensors
-from launch.checkpoint.verify import MODEL, OPTIMIZER, CheckpointError, nothing
+from launch.checkpoint.verify import AVERAGE, MODEL, OPTIMIZER, CheckpointError, nothing
 from launch.checkpoint.writer import Progress
 from launch.distributed.buffers import persistent_buffers
 from launch.distributed.gather import REPLICATED, keeps_state
@@ -81,6 +81,7 @@ def load_checkpoint(path: Path, strategy: Strategy, progress: Progress = nothing
         with torch.no_grad():
             load_weights(path, strategy, progress)
             load_optimizer_state(path, strategy, progress)
+            load_average(path, strategy, progress)
     except CheckpointError:
         raise
     except (ValueError, KeyError, SafetensorError) as error:
@@ -129,6 +130,24 @@ def load_optimizer_state(path: Path, strategy: Strategy, progress: Progress = no
                     require_same_shape(path, entry, state[key].shape, value.shape)
                     state[key].copy_(value)
                 progress()
+
+
+def load_average(path: Path, strategy: Strategy, progress: Progress = nothing) -> None:
+    """Fill the average of the weights, if the training run keeps one. It begins anew if the checkpoint has none of its kind."""
+    average = strategy.average
+    if average is None:
+        return
+    average.begin_anew()
+    saved = read_state(path).get("average", {})
+    if saved.get("kind") != average.options.kind:
+        return
+    with TensorFiles(path / AVERAGE) as file:
+        require_same_names(path, "average", [*strategy.shards, *strategy.buffers], file.keys())
+        for name, shard in strategy.shards.items():
+            require_same_shape(path, name, shard.local_shard.shape, file.get_slice(name).get_shape())
+            average.means[name].copy_(read_shard(file, name, shard.local_shard))
+            progress()
+    average.go_on(saved["members"])
 
 
 def read_shard(file: TensorFiles, entry: str, local_shard: LocalShard) -> Tensor:
@@ -180,20 +199,31 @@ def read_model_config(path: Path) -> PretrainedConfig:
         raise CheckpointError(f"cannot read {file}: {' '.join(str(error).split())}") from error
 
 
-def load_model(path: Path, config: PretrainedConfig | None = None) -> PreTrainedModel:
+def weights_file(path: Path, average: bool) -> str:
+    """The name of the weights in a checkpoint: those that trained, or their average. CheckpointError if there is none."""
+    if average and not is_there(path / AVERAGE):
+        raise CheckpointError(
+            f"{path} holds no average of the weights: train with train.average, and take a checkpoint from after its beginning"
+        )
+    return AVERAGE if average else MODEL
+
+
+def load_model(path: Path, config: PretrainedConfig | None = None, average: bool = False) -> PreTrainedModel:
     """The model of a checkpoint on the CPU, in the checkpoint's dtype and in evaluation mode.
 
-    `config` replaces the checkpoint's own configuration: the same function, perhaps with another dropout.
+    `config` replaces the checkpoint's own configuration: the same function, perhaps with another dropout. `average`: with the
+    average of the weights.
 
     Raises:
         CheckpointError: a file that is missing or cannot be read, or weights that do not fit the configuration.
     """
-    for name in ("config.json", MODEL):
+    weights_name = weights_file(path, average)
+    for name in ("config.json", weights_name):
         if not is_there(path / name):
             raise CheckpointError(f"{path} has no {name}")
     config = config or read_model_config(path)
     try:
-        weights = read_tensors(path / MODEL)
+        weights = read_tensors(path / weights_name)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"cannot read {path}: {' '.join(str(error).split())}") from error
     model = AutoModelForCausalLM.from_config(config)
@@ -205,7 +235,7 @@ def load_model(path: Path, config: PretrainedConfig | None = None) -> PreTrained
         ("has misshapen", {n for n in own.keys() & weights.keys() if own[n].shape != weights[n].shape}),
     ):
         if names:
-            raise CheckpointError(f"{path / MODEL} {problem} weights: {', '.join(sorted(names)[:3])}")
+            raise CheckpointError(f"{path / weights_name} {problem} weights: {', '.join(sorted(names)[:3])}")
     for name, tensor in own.items():
         tensor.data = weights[name]  # takes the checkpoint's dtype
     return model.eval()

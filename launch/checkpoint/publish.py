@@ -13,7 +13,7 @@ from configs.schema import Checkpoint as CheckpointConfig
 from launch.checkpoint.retention import surplus
 from launch.checkpoint.snapshot import Snapshot
 from launch.checkpoint.tensors import INDEX, make_index
-from launch.checkpoint.verify import MANIFEST, MODEL, OPTIMIZER, PART, checkpoint_name, sha256
+from launch.checkpoint.verify import MANIFEST, PART, checkpoint_name, sha256
 from launch.checkpoint.writer import Written, write_small
 
 SPARE_BYTES = 64 << 20  # left free on the disk beside a checkpoint; on a small disk a twentieth of it
@@ -79,7 +79,7 @@ def indexes(written: Sequence[Written]) -> dict[str, str]:
     divided: dict[str, list[Written]] = defaultdict(list)
     for file in written:
         if match := PART.fullmatch(file.name):
-            divided[MODEL if match[1] == "model" else OPTIMIZER].append(file)
+            divided[f"{match[1]}.safetensors"].append(file)
     return {
         whole + INDEX: make_index({file.name: file.tensors for file in sorted(files)}, sum(file.tensor_bytes for file in files))
         for whole, files in divided.items()

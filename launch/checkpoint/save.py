@@ -24,9 +24,9 @@ from configs.schema import Checkpoint as CheckpointConfig
 from launch.checkpoint.publish import Announce, begin, publish, remove, temporary_folder
 from launch.checkpoint.snapshot import Snapshot, take_snapshot
 from launch.checkpoint.tensors import part_name
-from launch.checkpoint.verify import MODEL, OPTIMIZER, CheckpointError, checkpoint_name, nothing
+from launch.checkpoint.verify import AVERAGE, MODEL, OPTIMIZER, CheckpointError, checkpoint_name, nothing
 from launch.checkpoint.writer import Entry, Progress, TensorWriter, Written
-from launch.distributed.gather import STATE, WEIGHTS, Share, gather_in_turn, in_order
+from launch.distributed.gather import AVERAGES, STATE, WEIGHTS, Share, gather_in_turn, in_order
 from launch.distributed.host_group import HostGroup
 from launch.distributed.strategy import Strategy
 
@@ -36,7 +36,7 @@ PHASES = (
     "deletion of old checkpoints",
 )  # fmt: skip
 RANK_PHASES = PHASES[1:5]
-FILE_OF = {WEIGHTS: MODEL, STATE: OPTIMIZER}
+FILE_OF = {WEIGHTS: MODEL, STATE: OPTIMIZER, AVERAGES: AVERAGE}
 PAUSE = 5.0  # s between two attempts at the last checkpoint of a run
 
 
@@ -262,7 +262,8 @@ def plan_files(shares: list[Share], host: HostGroup) -> tuple[list[Share], dict[
     offered = [share for _, of_rank in everyone for share in of_rank if share.owner == host.rank]
     files = {}
     for kind, whole in FILE_OF.items():
-        owners = sorted({owner for sizes, _ in everyone for owner, of_kind in sizes if of_kind == kind}) or [0]
+        owners = sorted({owner for sizes, _ in everyone for owner, of_kind in sizes if of_kind == kind})
+        owners = owners or [0] * (kind != AVERAGES)  # a file of weights and one of state is always there
         if host.rank in owners:
             number = owners.index(host.rank) + 1
             files[kind] = whole if len(owners) == 1 else part_name(whole, number, len(owners))
@@ -326,9 +327,12 @@ def write_files(
     """
     where = "" if host.world == 1 else f"rank {host.rank} ({socket.gethostname()}): "
     files = OwnFiles(where, announce, progress)
-    for kind, phase in ((WEIGHTS, "weights"), (STATE, "optimizer state")):
+    for kind, phase in ((WEIGHTS, "weights"), (STATE, "optimizer state"), (AVERAGES, "")):
         of_kind = [share for share in shares if share.turn[0] == kind]
-        files.phase(phase)
+        if kind == AVERAGES and not of_kind:
+            continue
+        if phase:
+            files.phase(phase)
         if kind in paths:
             files.begin(paths[kind], [share for share in of_kind if share.owner == host.rank])
         for whole in gather_in_turn(of_kind, host):

@@ -29,6 +29,8 @@ def take_snapshot(strategy: Strategy, state: dict[str, Any], by_all: bool = True
     shares = list_shares(strategy, by_all)
     values = copy_to_host([share.value for share in shares if share.value is not None])
     shares = [share._replace(value=value) for share, value in zip(shares, values, strict=True)]
+    if (average := strategy.average) is not None and average.begun:
+        state = state | {"average": {"kind": average.options.kind, "members": int(average.members)}}
     return Snapshot(shares, strategy.model.config.to_json_string(use_diff=False), state, strategy.host)
 
 

@@ -31,10 +31,11 @@ class TrainedModel(NamedTuple):
     notes: list[str]  # what is wrong with newer checkpoints
 
 
-def open_trained(path: str | Path) -> TrainedModel:
+def open_trained(path: str | Path, average: bool = False) -> TrainedModel:
     """The model of a run (its newest whole checkpoint), of a checkpoint, or of a folder that `models.export` wrote.
 
-    Any other folder that transformers loads is taken, too, if it has safetensors and a tokenizer.json.
+    Any other folder that transformers loads is taken, too, if it has safetensors and a tokenizer.json. `average`: the average of
+    the weights of a run or checkpoint.
 
     Raises:
         CheckpointError: none of these, or one that is damaged or has no tokenizer.
@@ -44,18 +45,20 @@ def open_trained(path: str | Path) -> TrainedModel:
         raise CheckpointError(f"there is no folder {path}")
     known = (MANIFEST, "state.json", "checkpoints")
     if not any((path / name).exists() for name in known) and (path / "config.json").is_file():
+        if average:
+            raise CheckpointError(f"{path} is an exported folder, with one kind of weights: leave --average out")
         return open_export(path)
     if not any((path / name).exists() for name in known) and not is_there(path / MODEL):
         raise CheckpointError(f"{path} is no training run, no checkpoint and no exported folder")
-    return open_checkpoint(*choose_checkpoint(path))
+    return open_checkpoint(*choose_checkpoint(path), average)
 
 
-def open_checkpoint(path: Path, notes: list[str]) -> TrainedModel:
+def open_checkpoint(path: Path, notes: list[str], average: bool = False) -> TrainedModel:
     """The model of a whole checkpoint, and the tokenizer of its run."""
     tokenizer = read_tokenizer(path.absolute().parent.parent)
     saved = read_state(path)
     require_state(path, saved)
-    config, model = saved["config"], load_model(path)
+    config, model = saved["config"], load_model(path, average=average)
     try:  # the data may be gone, or elsewhere
         end = read_index(Path(config["data"]["dir"]))["end_of_text_id"]
     except (DataError, OSError):

@@ -15,9 +15,10 @@ from launch.checkpoint.tensors import INDEX, is_there, part_name
 from launch.checkpoint.writer import Progress
 
 MANIFEST = "manifest.json"
-MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
+MODEL, OPTIMIZER, AVERAGE = "model.safetensors", "optimizer.safetensors", "average.safetensors"  # AVERAGE: of the weights, if any
 FILES = ("config.json", MODEL, OPTIMIZER, "state.json")  # of a checkpoint; tensors may be divided over several files
-PART = re.compile(r"(model|optimizer)-([0-9]{5})-of-([0-9]{5})\.safetensors")  # in the form of Hugging Face
+WHOLES = (MODEL, OPTIMIZER, AVERAGE)
+PART = re.compile(r"(model|optimizer|average)-([0-9]{5})-of-([0-9]{5})\.safetensors")  # in the form of Hugging Face
 READERS, READ = 8, 8 << 20  # files that are hashed at once, and bytes of each
 
 
@@ -103,7 +104,7 @@ def verify(path: Path, hashes: bool = True, progress: Progress = nothing) -> Non
 
 def is_checkpoint_file(name: str) -> bool:
     """Whether a file of this name may belong to a checkpoint."""
-    return name in FILES or name in (MODEL + INDEX, OPTIMIZER + INDEX) or PART.fullmatch(name) is not None
+    return name in FILES or name in (AVERAGE, *(whole + INDEX for whole in WHOLES)) or PART.fullmatch(name) is not None
 
 
 def checkpoint_files(path: Path) -> list[str]:
@@ -116,7 +117,7 @@ def wrong_names(manifest: Iterable[str], present: Iterable[str]) -> list[str]:
     listed = set(manifest)
     wrong = [f"names {name!r}, which is no file of a checkpoint" for name in listed if not is_checkpoint_file(name)]
     wrong += [f"lacks {name}" for name in present if name not in listed]
-    for whole in (MODEL, OPTIMIZER):
+    for whole in WHOLES:
         parts = [match for name in listed if (match := PART.fullmatch(name)) and whole.startswith(f"{match[1]}.")]
         totals = {int(match[3]) for match in parts}
         needed = {part_name(whole, n, max(totals)) for n in range(1, max(totals) + 1)} | {whole + INDEX} if totals else set()

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -99,10 +99,10 @@ class FSDP2(Strategy):
             hook.remove()
         return unused
 
-    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, inputs: Tensor, targets: Tensor, **options: bool) -> Tensor:
         """As under DDP, where Accelerate adds the autocast."""
         with self.autocast():
-            return super().loss(inputs, targets)
+            return super().loss(inputs, targets, **options)
 
     def differentiate(self, loss: Tensor) -> None:
         """ConfigError for an architecture whose backward pass reads weights that are not gathered (Reformer)."""
@@ -113,6 +113,12 @@ class FSDP2(Strategy):
                 raise
             name = type(self.model).__name__
             raise ConfigError(f"distributed.strategy fsdp2 cannot shard {name}: {one_line(error)}; ddp can train it") from error
+
+    def weights_changed(self) -> None:
+        """Give up what is gathered: the outermost weights stay so after a forward pass that no backward pass follows."""
+        for module in self.loss_model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def update(self, judge: Judge) -> Judged:
         """Clip the gradient, judge, update the local shards."""

@@ -21,7 +21,7 @@ from launch.distributed.strategy import ShardedParameter, Strategy
 
 MEANS = ("row", "col")  # means over a matrix: every rank moves them where the matrix is split, else the rank that has it whole
 REPLICATED = (*MEANS, "step", "count")  # optimizer state that is not divided like the weights
-WEIGHTS, STATE = 0, 1  # kinds of shares
+WEIGHTS, STATE, AVERAGES = 0, 1, 2  # kinds of shares; an average of the weights comes with the buffers, as the weights do
 CHECKPOINT_TAG, VERIFICATION_TAG = 0, 1  # who sends: both may be at work at once
 Tensors = dict[str, Tensor]
 
@@ -55,7 +55,8 @@ class Share(NamedTuple):
 
 
 def list_shares(strategy: Strategy, by_all: bool) -> list[Share]:
-    """This rank's shares of weights, buffers and optimizer state (`<parameter>/<key>`) in the order of the turns.
+    """This rank's shares of weights, buffers, optimizer state (`<parameter>/<key>`) and, once there is one, the average of the
+    weights, in the order of the turns.
 
     `by_all`: owners are balanced by bytes over all ranks that hold a part; or else the first rank owns everything.
     """
@@ -67,7 +68,8 @@ def list_shares(strategy: Strategy, by_all: bool) -> list[Share]:
     of_state = {name: owners[name] for name in strategy.shards} | (kept if by_all else {})
     sizes = {name: math.prod(shard.local_shard.shape) for name, shard in strategy.shards.items()}
     sizes |= {name: buffer.numel() for name, buffer in strategy.buffers.items()}
-    rounds = number_rounds(owners, sizes), number_rounds(of_state, sizes)
+    rounds = {WEIGHTS: number_rounds(owners, sizes), STATE: number_rounds(of_state, sizes)}
+    rounds[AVERAGES] = rounds[WEIGHTS]
 
     def share(kind: int, name: str, key: str, number: int, value: Tensor, owner: int) -> Share | None:
         turn = (kind, -value.element_size(), rounds[kind][name], number)
@@ -78,9 +80,13 @@ def list_shares(strategy: Strategy, by_all: bool) -> list[Share]:
             entry, turn, key, value, shard, layouts.get(shard.weight), owner, host.rank, keepers[name] if key else None
         )
 
-    found = [share(WEIGHTS, name, "", 0, buffer, owners[name]) for name, buffer in strategy.buffers.items()]
+    wholes = {WEIGHTS: {name: shard.weight.detach() for name, shard in strategy.shards.items()}}
+    if strategy.average is not None and strategy.average.begun:
+        wholes[AVERAGES] = strategy.average.means
+    found = []
+    for kind, values in wholes.items():
+        found += [share(kind, name, "", 0, value, owners[name]) for name, value in (strategy.buffers | values).items()]
     for name, shard in strategy.shards.items():
-        found.append(share(WEIGHTS, name, "", 0, shard.weight.detach(), owners[name]))
         state = optimizer.state.get(shard.weight, {})
         found += [share(STATE, name, key, n, state[key], of_state[name]) for n, key in enumerate(sorted(state))]
     return in_order([one for one in found if one is not None])

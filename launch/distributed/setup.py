@@ -15,9 +15,11 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, is_tensorboard_available, is_wandb_available
 from transformers import PreTrainedModel
 
+from configs.average import average_of
 from configs.load import ConfigError
 from configs.schema import Config
 from data import first_line
+from launch.distributed.average import Average
 from launch.distributed.ddp import DDP
 from launch.distributed.environment import check_environment
 from launch.distributed.fsdp2 import FSDP2
@@ -51,6 +53,9 @@ def make_strategy(
     strategy = strategies[config.distributed.strategy](config, accelerator, model, weights or Held(model))
     set_collective_timeout(COLLECTIVE_TIMEOUT)  # of the strategy's own groups, too
     strategy.check()
+    if (options := average_of(config)) is not None:
+        weights_here = {name: shard.weight for name, shard in strategy.shards.items()}
+        strategy.average = Average(options, weights_here, accelerator.device)
     divided = next((s.local_shard.group for s in strategy.shards.values() if s.local_shard.group is not None), None)
     strategy.host = HostGroup(accelerator.process_index, accelerator.num_processes, divided)
     return strategy

@@ -17,6 +17,7 @@ from celo2.distributed.collectives import gather_objects
 from celo2.distributed.shard import LocalShard, check_cover, local_shard_of
 from celo2.layout import matrix_count, stacked_shape
 from configs.schema import Config
+from launch.distributed.average import Average
 from launch.distributed.birth import move_buffers, whole
 from launch.distributed.blocks import compile_blocks
 from launch.distributed.buffers import copies, frozen_to_buffers, persistent_buffers, settle
@@ -52,6 +53,7 @@ class Strategy:
         copies_group: these ranks; None where there are no copies of shards.
         whole: whether one rank alone can call its `model`.
         host: all ranks, through CPU memory.
+        average: of the weights in `shards`, where `train.average` asks for one.
     """
 
     loss_model: nn.Module
@@ -63,6 +65,7 @@ class Strategy:
     fills_gradients = False  # with zeros, where a parameter gets none
     before_step: dict[str, Tensor]  # the buffers
     host: HostGroup
+    average: Average | None = None
 
     def __init__(self, config: Config, accelerator: Accelerator, model: PreTrainedModel, weights: Weights) -> None:
         """`model` has no memory for its parameters yet: a subclass gives it what this rank keeps, from `weights`.
@@ -102,11 +105,12 @@ class Strategy:
         """The optimizer of the hidden matrices, which may count those that it has orthogonalized as `orthogonalized`."""
         return getattr(self.optimizer, "optimizers", [self.optimizer])[0]
 
-    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Sum of the cross-entropy (nats) over the targets of a micro-batch (B, T), both on any device."""
+    def loss(self, inputs: Tensor, targets: Tensor, **options: bool) -> Tensor:
+        """Sum of the cross-entropy (nats) over the targets of a micro-batch (B, T), both on any device. `options`: of
+        `models.CausalLMLoss`."""
         device = self.accelerator.device
         try:
-            return self.loss_model(inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True))
+            return self.loss_model(inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True), **options)
         except (ValueError, TypeError, IndexError) as error:  # some architectures accept only some lengths
             name, (rows, length) = type(self.model).__name__, inputs.shape
             raise ModelError(f"{name}: its forward pass fails on {rows} x {length} tokens: {one_line(error)}") from error
@@ -143,6 +147,8 @@ class Strategy:
         """Clip the gradient, ask `judge`, update if it agrees, and forget the gradient. Buffers become equal on all ranks."""
         judged = self.update(judge)
         settle(self.buffers, self.before_step, judged.found_inf > 0, self.world)
+        if self.average is not None:
+            self.average.update(judged.step, judged.found_inf)
 
     def update(self, judge: Judge) -> Judged:
         """What `step` does to weights and optimizer state."""

@@ -70,6 +70,11 @@ class Display:
         else:
             self.bar.update(self.task, text=text)
 
+    def evaluation(self, step: int, lines: list[str]) -> None:
+        """Show what an evaluation found."""
+        for line in lines:
+            self.say(f"step {step:>6}/{self.steps}  {line}")
+
     def say(self, text: str) -> None:
         """Print a line above the bar."""
         if self.first:

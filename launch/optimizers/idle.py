@@ -5,11 +5,18 @@ from __future__ import annotations
 from celo2.training.idle import Idle
 from configs.schema import Config
 from launch.optimizers.table import entry_of, names_that_take_a_rule
+from launch.optimizers.third_party import find_class
 
 
 def takes_rule(config: Config) -> bool:
     """Whether the optimizer runs a rule."""
     return entry_of(config.optimizer).takes_rule
+
+
+def averages(config: Config) -> bool:
+    """Whether the optimizer tells weights to train on from those to evaluate, which are an average."""
+    entry = entry_of(config.optimizer)
+    return hasattr(find_class(entry.path, entry.package), "eval")
 
 
 WITH_RULE = names_that_take_a_rule()
@@ -72,6 +79,25 @@ IDLE = (
         lambda c: "wandb" in c.log.trackers,
         "{value} is for wandb, which is not among log.trackers {choice}",
         detail=True,
+    ),
+    Idle(
+        "eval.tasks_every",
+        "eval.tasks",
+        lambda c: bool(c.eval.tasks or c.eval.lm_eval),
+        "{value} is for eval.tasks and eval.lm_eval, and there are none",
+    ),
+    Idle(
+        "eval.task_examples",
+        "eval.tasks",
+        lambda c: bool(c.eval.tasks or c.eval.lm_eval),
+        "{value} is for eval.tasks and eval.lm_eval, and there are none",
+    ),
+    Idle("eval.lm_eval_include", "eval.lm_eval", lambda c: bool(c.eval.lm_eval), "{value} is for eval.lm_eval, which is empty"),
+    Idle(
+        "train.average",
+        "optimizer.name",
+        lambda c: not averages(c),
+        "is not for {choice}, whose weights are an average already",
     ),
     Idle(
         "checkpoint.keep_best",

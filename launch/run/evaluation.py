@@ -1,4 +1,7 @@
-"""Validation loss on a fixed set of sequences, the same whatever the training did and however many ranks there are."""
+"""What is evaluated while a training run goes: losses on fixed sets of sequences, and the scores of tasks.
+
+All are the same whatever the training did and however many ranks there are; losses to within rounding.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,25 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
+from configs.evaluation import sets_of
 from configs.schema import Config
 from data import DataError
 from data.batches import IGNORE, MicroBatch, validation_batches
 from data.shards import TokenShards
 from data.text_bytes import token_bytes
 from data.tokenizer import load_tokenizer
+from launch.distributed.first_rank import on_first_rank
 from launch.distributed.strategy import Strategy
+from launch.run.lm_eval_tasks import LMEvalTasks
+from launch.run.mixture import local
+from launch.run.multiple_choice import MultipleChoice
+from launch.run.ranks import Fact, require_same
+from launch.run.schedule import due
+from launch.run.scoring import Exam, Scorer, Stopped
+from launch.run.state import RunState
 
 
 class Evaluation(NamedTuple):
@@ -35,10 +48,11 @@ class Evaluation(NamedTuple):
         """Bits that the text takes when the model predicts it, over its bytes in UTF-8; NaN where these are unknown."""
         return self.loss * self.tokens / math.log(2) / self.bytes if self.bytes else math.nan
 
-    def record(self) -> dict[str, float]:
-        """For metrics.jsonl."""
-        record = {"val_loss": self.loss, "val_perplexity": self.perplexity}
-        return record | ({"val_bits_per_byte": self.bits_per_byte} if self.bytes else {})
+    def record(self, name: str = "") -> dict[str, float]:
+        """For metrics.jsonl; `name` of the set, empty for the main one."""
+        found = {"val_loss": self.loss, "val_perplexity": self.perplexity}
+        found |= {"val_bits_per_byte": self.bits_per_byte} if self.bytes else {}
+        return {f"{key}/{name}" if name else key: value for key, value in found.items()}
 
     def text(self) -> str:
         """For a person."""
@@ -67,45 +81,137 @@ def add_up(
     return sums.tolist()
 
 
-@torch.no_grad()
-def evaluate(
-    strategy: Strategy,
-    shards: TokenShards,
-    lengths: Tensor,
-    context: int,
-    config: Config,
-    stopping: Callable[[], bool],
-    mark: Callable[[str], None],
-) -> Evaluation | None:
-    """The model on `eval.sequences` sequences; None if it was stopped.
+class Found(NamedTuple):
+    """What an evaluation found."""
 
-    Args:
-        strategy: the model to evaluate.
-        shards: the validation split.
-        lengths: `bytes_of_tokens` of its tokenizer.
-        context: tokens of a sequence, T.
-        config: of the training run.
-        stopping: asked before every batch whether to stop, on every rank alike.
-        mark: the heartbeat's, called before every batch.
+    loss: float  # of the weights that train, on the main validation set
+    record: dict[str, float]  # for metrics.jsonl
+    lines: list[str]  # for a person
+
+
+class Evaluator:
+    """What of a training run is evaluated: its weights, and their average where there is one, on validation sets and tasks.
+
+    Every rank must make it at the same place, once `context`, the tokens of a sequence, is known.
+
+    Raises:
+        ConfigError, DataError: a set or a task that cannot be used, on every rank.
     """
-    accelerator = strategy.accelerator
-    rank, world = accelerator.process_index, accelerator.num_processes
 
-    def proceed() -> bool:
-        mark("evaluation")
-        return not stopping()
+    def __init__(
+        self, config: Config, accelerator: Accelerator, validation: TokenShards, context: int, mark: Callable[[str], None]
+    ) -> None:
+        """`validation`: the main set; `mark`: the heartbeat's, called before every batch."""
+        self.config, self.accelerator, self.context, self.mark = config, accelerator, context, mark
+        self.end = validation.eot_id
+        self.sets = {"": validation, **open_sets(config, validation)}
+        self.lengths = bytes_of_tokens(validation)  # all sets have its tokenizer
+        if len(self.sets) > 1:
+            require_same(accelerator, self.facts)
+        self.exams: list[Exam] = []  # on the first rank alone
+        if config.eval.tasks or config.eval.lm_eval:
+            on_first_rank(accelerator, lambda: self.exams.extend(open_exams(config, validation, context)), mark)
 
-    batches = validation_batches(
-        shards, context, config.eval.sequences, 1, rank, world, micro_batch_size=config.train.micro_batch_size
-    )
-    strategy.loss_model.eval()
-    try:
-        sums = add_up(strategy.loss, batches, lengths, proceed)
-    finally:
-        strategy.loss_model.train()
-    if sums is None:
-        return None
-    return evaluation(*accelerator.reduce(torch.tensor(sums, dtype=torch.float64, device=accelerator.device), "sum").tolist())
+    def facts(self) -> list[Fact]:
+        """What must be the same on all ranks."""
+        return [
+            Fact(f"the data set of eval.sets.{name}", shards.fingerprint[:12], "let it hold the same data set on every node")
+            for name, shards in self.sets.items()
+            if name
+        ]
+
+    def due(self, state: RunState) -> bool:
+        """Whether to evaluate after the step of `state`."""
+        return state.evaluated < state.step and due(state.step, self.config.eval.every, self.config.train.steps)
+
+    def evaluate(self, strategy: Strategy, step: int, stopping: Callable[[], bool]) -> Found | None:
+        """Evaluate the weights after `step`, and their average; None if it was stopped.
+
+        `stopping`: asked before every batch whether to stop, on every rank alike.
+        """
+        average, every = strategy.average, self.config.eval.tasks_every
+        exams = bool(self.config.eval.tasks or self.config.eval.lm_eval) and (
+            not every or due(step, every, self.config.train.steps)
+        )
+        try:
+            found = self._weights(strategy, exams, stopping)
+            if average is not None and average.begun:
+                with average.in_place(strategy.weights_changed):
+                    of_average = self._weights(strategy, exams, stopping)
+                found.record.update({f"average/{key}": value for key, value in of_average.record.items()})
+                found.lines.extend(f"average: {line}" for line in of_average.lines)
+            return found
+        except Stopped:
+            return None
+
+    @torch.no_grad()
+    def _weights(self, strategy: Strategy, exams: bool, stopping: Callable[[], bool]) -> Found:
+        """What the weights that are in place make of every set, and with `exams` of the tasks."""
+        found = Found(math.nan, {}, [])
+        strategy.loss_model.eval()
+        try:
+            for name, shards in self.sets.items():
+                of_set = self._set(strategy, shards, stopping)
+                found.record.update(of_set.record(name))
+                found.lines.append(f"validation {of_set.text()}" if not name else f"{name}: {of_set.text()}")
+                found = found if name else found._replace(loss=of_set.loss)
+            if exams:
+                with torch.compiler.set_stance("force_eager"):  # every length would be compiled anew
+                    scores = Scorer(
+                        strategy, self.context, self.config.train.micro_batch_size, self.end, stopping, self.mark
+                    ).examine(self.exams)
+                found.record.update(scores)
+                found.lines.extend(f"{name} {score:.4f}" for name, score in scores.items())
+        finally:
+            strategy.loss_model.train()
+        return found
+
+    def _set(self, strategy: Strategy, shards: TokenShards, stopping: Callable[[], bool]) -> Evaluation:
+        """The weights on `eval.sequences` sequences of a set. Raises Stopped."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        rows = self.config.train.micro_batch_size
+
+        def proceed() -> bool:
+            self.mark("evaluation")
+            return not stopping()
+
+        batches = validation_batches(shards, self.context, self.config.eval.sequences, 1, rank, world, micro_batch_size=rows)
+        sums = add_up(strategy.loss, batches, self.lengths, proceed)
+        if sums is None:
+            raise Stopped
+        total = torch.tensor(sums, dtype=torch.float64, device=self.accelerator.device)
+        return evaluation(*self.accelerator.reduce(total, "sum").tolist())
+
+
+def open_sets(config: Config, validation: TokenShards) -> dict[str, TokenShards]:
+    """The sets of `eval.sets` by name.
+
+    Raises:
+        DataError: a set that cannot be read, or that was prepared with another tokenizer than the data that is trained on.
+    """
+    sets = {}
+    for name, folder, split in sets_of(config):
+        try:
+            sets[name] = shards = TokenShards(local(config, folder), split)
+        except DataError as error:
+            raise DataError(f"eval.sets.{name}: {error}") from None
+        if shards.tokenizer_hash != validation.tokenizer_hash or shards.eot_id != validation.eot_id:
+            raise DataError(
+                f"eval.sets.{name}: {folder} has another tokenizer than {validation.folder}: prepare it with "
+                f"--tokenizer {validation.folder}"
+            )
+    return sets
+
+
+def open_exams(config: Config, validation: TokenShards, context: int) -> list[Exam]:
+    """The tasks of `eval.tasks` and `eval.lm_eval`. Raises ConfigError for one that cannot be used."""
+    tokenizer, end, most = load_tokenizer(validation.folder), validation.eot_id, config.eval.task_examples
+    exams: list[Exam] = [
+        MultipleChoice(name, file, tokenizer, end, context, most) for name, file in (config.eval.tasks or {}).items()
+    ]
+    if config.eval.lm_eval:
+        exams.append(LMEvalTasks(config.eval.lm_eval, config.eval.lm_eval_include, tokenizer, end, context, most))
+    return exams
 
 
 def evaluation(loss: float, targets: float, length: float) -> Evaluation:

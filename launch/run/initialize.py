@@ -25,9 +25,9 @@ from configs.schema import Config
 from configs.schema import Model as ModelSection
 from data import first_line
 from data.shards import TokenShards
-from launch.checkpoint.load import load_model, read_model_config, read_state
+from launch.checkpoint.load import load_model, read_model_config, read_state, weights_file
 from launch.checkpoint.tensors import files_of
-from launch.checkpoint.verify import MANIFEST, MODEL, choose_checkpoint, list_checkpoints
+from launch.checkpoint.verify import AVERAGE, MANIFEST, MODEL, choose_checkpoint, list_checkpoints
 from launch.run.branch import checkpoint_folders, read_origin
 from launch.run.weights import FromGPT2, source_of
 from models.build import model_of, named_size, prepare_model
@@ -36,6 +36,7 @@ from models.gpt2 import from_gpt2, gpt3_config
 from models.gpt3 import GPT3Config
 from models.initialization import Held, Weights, without_memory
 
+OF_AVERAGE = "average:"  # before a run or checkpoint: the average of its weights
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 ROPE_PARTS = ("rope_theta", "partial_rotary_factor")  # old keys of their own for what lies in `rope_parameters` today
 NUMBERS = ("layers", "width", "heads", "vocab_size")  # of a GPT-3 but its context: a training sequence may be shorter
@@ -50,6 +51,7 @@ class Source:
     name: str  # as the user wrote it, or the checkpoint that was taken
     step: int | None = None  # of a checkpoint; None: a folder of transformers
     note: str = ""  # its commit on the hub, or what is wrong with newer checkpoints
+    file: str = MODEL  # of the weights in it; of a checkpoint also AVERAGE
 
     @property
     def tokenizer_file(self) -> Path:
@@ -89,14 +91,18 @@ def find_source(init: str, weights: bool = True) -> Source:
     if init.startswith(HUB):
         path = download(init, weights)
         return Source(path, init, note=f" (commit {path.name})")
-    path = Path(init).expanduser()
+    average = init.startswith(OF_AVERAGE)
+    path = Path(init.removeprefix(OF_AVERAGE)).expanduser()
     if not path.is_dir():
         hint = "name its folder" if path.exists() else f"for a model of the Hugging Face hub write model.init={HUB}{init}"
         raise ConfigError(f"model.init: {init} is {'a file' if path.exists() else 'not there'}; {hint}")
     if (path / MANIFEST).exists() or (path / "state.json").exists() or (path / "checkpoints").is_dir():
         checkpoint, problems = choose_checkpoint(path)
         note = f" (not a newer one: {'; '.join(problems)})" if problems else ""
-        return Source(checkpoint, str(checkpoint), read_state(checkpoint)["step"], note)
+        name = f"the average in {checkpoint}" if average else str(checkpoint)
+        return Source(checkpoint, name, read_state(checkpoint)["step"], note, weights_file(checkpoint, average))
+    if average:
+        raise ConfigError(f"model.init: {path} is no run and no checkpoint: only these hold an average; leave {OF_AVERAGE} out")
     return Source(path, init)
 
 
@@ -207,7 +213,7 @@ def load_source(source: Source, config: PretrainedConfig, gradient_checkpointing
     dtypes = stored_dtypes(weight_files(source))
     convert = isinstance(config, GPT3Config) and source.step is None and source_config(source).model_type == "gpt2"
     stored, _ = without_memory(lambda: model_of(source_config(source) if convert else config))
-    found = source_of(source.path / MODEL, stored)
+    found = source_of(source.path / source.file, stored)
     if found is None:
         model = whole_model(source, config, convert)
         weights: Weights = Held(model, {name for name, p in model.named_parameters() if not p.isfinite().all()})
@@ -225,7 +231,7 @@ def whole_model(source: Source, config: PretrainedConfig, convert: bool) -> PreT
     """The model with the weights of the source, in float32, on the CPU; `convert`: from a GPT-2."""
     model: PreTrainedModel
     if source.step is not None:
-        model = load_model(source.path, config).float()
+        model = load_model(source.path, config, source.file == AVERAGE).float()
     else:
         model = from_pretrained(source, source_config(source) if convert else config)
         if convert:
@@ -236,7 +242,7 @@ def whole_model(source: Source, config: PretrainedConfig, convert: bool) -> PreT
 def weight_files(source: Source) -> list[Path]:
     """The safetensors files of a source, all of which are there."""
     try:
-        files = files_of(source.path / MODEL)
+        files = files_of(source.path / source.file)
     except ValueError as error:
         raise ConfigError(f"model.init: {error}: download or export the model again") from None
     missing = [file.name for file in files if not file.is_file()]

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from configs.evaluation import sets_of
 from configs.mixture import sources_of
 from configs.schema import Config
 from data.batches import Batches
@@ -41,7 +42,8 @@ def fetch_data(config: Config) -> None:
     Raises:
         DataError: as `local_folder`.
     """
-    for source in [config.data.dir] if config.data.mix is None else [source.dir for source in sources_of(config)]:
+    sources = [config.data.dir] if config.data.mix is None else [source.dir for source in sources_of(config)]
+    for source in [*sources, *(further.dir for further in sets_of(config))]:
         if source is not None:
             local(config, source)
 

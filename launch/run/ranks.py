@@ -44,9 +44,15 @@ PATHS = (
     "optimizer.rule",
     "model.init",
     "checkpoint.fallback_dir",
+    "eval.lm_eval_include",  # as the files of eval.tasks: only the first rank reads it
 )  # options that may differ between nodes
 PACKAGES = ("torch", "numpy", "transformers", "accelerate")
 NAMED = 4  # values, ranges of ranks or hosts that a message names
+
+
+def is_path(option: str) -> bool:
+    """Whether the values of a dotted option may differ between nodes."""
+    return option in PATHS or option.startswith("eval.tasks.") or (option.startswith("eval.sets.") and option.endswith(".dir"))
 
 
 class Fact(NamedTuple):
@@ -67,7 +73,7 @@ def facts_of(config: Config, settled: Config, shards: TokenShards, checkpoint: P
         checkpoint: the one to go on from, by this rank's path.
         run_dir: the run's folder, by this rank's path.
     """
-    options = {key: value for key, value in flat(asdict(config)).items() if key not in PATHS}
+    options = {key: value for key, value in flat(asdict(config)).items() if not is_path(key)}
     facts = [
         Fact(key, "null" if value == "None" else str(value), f"give every rank the same {key}") for key, value in options.items()
     ]

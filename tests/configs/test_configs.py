@@ -92,7 +92,11 @@ def test_resolved_configuration_reads_back(file, tmp_path):
         ("log.trackers=wandb,tensorboard", "expected a list: log.trackers='[wandb, tensorboard]'"),
         ("model.hf=llama", "expected a mapping, such as {key: value}"),
         ("model.hf={tie_word_embeddings: no}", "model.hf.tie_word_embeddings is no: write true or false"),
-        ("eval=false", "'eval' is a section: set its keys (eval.every, sequences), found False"),
+        (
+            "eval=false",
+            "'eval' is a section: set its keys (eval.every, sequences, sets, tasks, lm_eval, lm_eval_include, tasks_every, "
+            "task_examples), found False",
+        ),
         ("eval=null", "'eval' is a section"),
         ("optimizer.colour=1", "unknown key 'optimizer.colour'; known here: optimizer.name, "),
         ("train.batch=1", "did you mean 'train.batch_size'?"),

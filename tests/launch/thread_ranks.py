@@ -109,4 +109,5 @@ def strategy_of(host, weights, states, ranges, keepers=None):
     optimizer = SimpleNamespace(param_groups=[{"params": [s.weight for s in shards.values()]}], state=state, replicas=replicas)
     config = SimpleNamespace(to_json_string=lambda use_diff: "{}")
     buffers = {"buffer": torch.arange(5)}
-    return SimpleNamespace(host=host, shards=shards, buffers=buffers, optimizer=optimizer, model=SimpleNamespace(config=config))
+    model = SimpleNamespace(config=config)
+    return SimpleNamespace(host=host, shards=shards, buffers=buffers, optimizer=optimizer, model=model, average=None)

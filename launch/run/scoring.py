@@ -1,0 +1,179 @@
+"""Log-probabilities of continuations under the model that trains, and exams that are built on them.
+
+An exam runs on the first rank alone, and asks for the scores of rows of tokens. The other ranks get the rows, and compute their
+part. The rows of a forward pass depend on the rows alone: any number of ranks makes the same passes, each on one of them, so
+that every number is the same, bit for bit.
+
+Letters: N rows, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from configs.load import ConfigError
+from data import first_line
+from data.batches import IGNORE
+from launch.distributed.strategy import Strategy
+
+LENGTH_MULTIPLE = 64  # rows of a pass are padded to a multiple of it: matrix units want it, and some architectures
+
+
+class Row(NamedTuple):
+    """Tokens, the last `scored` of which are scored, each given all before it."""
+
+    tokens: np.ndarray  # (T,) int32
+    scored: int
+
+
+Ask = Callable[[Sequence[Row]], Tensor]  # rows -> (N, 2) float64: log-probability in nats; 1 if every token is the likeliest
+
+
+class Exam(Protocol):
+    """Something that a model is asked."""
+
+    name: str  # as in the configuration
+
+    def __call__(self, ask: Ask) -> Mapping[str, float]:
+        """The numbers to report, by their keys in metrics.jsonl."""
+
+
+class Stopped(Exception):
+    """A signal came. All ranks know."""
+
+
+def row(before: Sequence[int], after: Sequence[int], context: int) -> Row:
+    """`after` given `before`, of which the end is taken where both are longer than the context.
+
+    Raises:
+        ValueError: nothing before, nothing after, or too much after it.
+    """
+    if not before or not after:
+        raise ValueError("no token to score, or none before it")
+    if len(after) > context:
+        raise ValueError(f"{len(after)} tokens to score, the context has {context}")
+    return Row(np.array([*before, *after][-(context + 1) :], np.int32), len(after))
+
+
+def passes_of(rows: Sequence[Row], tokens: int) -> list[tuple[list[int], int]]:
+    """Which rows go through the model together, the longest first, and the length (T) that they are padded to.
+
+    `tokens`: the most in one pass, but for a single row.
+    """
+    order = sorted(range(len(rows)), key=lambda i: (-len(rows[i].tokens), i))
+    passes, at = [], 0
+    while at < len(order):
+        length = -(-(len(rows[order[at]].tokens) - 1) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+        together = max(1, tokens // length)
+        passes.append((order[at : at + together], length))
+        at += together
+    return passes
+
+
+class Scorer:
+    """Scores rows with the model of a strategy.
+
+    Args:
+        strategy: the model.
+        context: tokens of a sequence that it was trained on.
+        sequences: the most sequences of that length in a pass.
+        padding: the token behind a row that is too short; no number depends on it.
+        stopping: asked before every pass whether to stop, on every rank alike.
+        mark: the heartbeat's.
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        context: int,
+        sequences: int,
+        padding: int,
+        stopping: Callable[[], bool],
+        mark: Callable[[str], None],
+    ) -> None:
+        self.strategy, self.context, self.tokens, self.padding = strategy, context, sequences * context, padding
+        self.stopping, self.mark = stopping, mark
+        self.rank, self.world = strategy.accelerator.process_index, strategy.accelerator.num_processes
+        self.scoring = False
+
+    @torch.no_grad()
+    def score(self, rows: Sequence[Row]) -> Tensor:
+        """The scores (N, 2) of `rows`, on the CPU. Every rank must call it with the same rows.
+
+        Raises:
+            Stopped: on every rank.
+        """
+        self.scoring = True
+        device = self.strategy.accelerator.device
+        scores = torch.zeros((len(rows), 2), dtype=torch.float64, device=device)
+        passes = passes_of(rows, self.tokens)
+        for first in range(0, len(passes), self.world):
+            self.mark("evaluation of a task")
+            if self.stopping():
+                raise Stopped
+            own = first + self.rank
+            numbers, length = passes[min(own, len(passes) - 1)]  # every rank makes a pass, as sharded models must
+            found = self.strategy.loss(*self.batch([rows[i] for i in numbers], length), by_row=True)
+            if own < len(passes):
+                scores[torch.tensor(numbers, device=device)] = found.double()
+        found = self.strategy.accelerator.reduce(scores, "sum").cpu()  # each is one rank's number, and zeros
+        self.scoring = False
+        return found
+
+    def batch(self, rows: Sequence[Row], length: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets (N, `length`)."""
+        length = min(length, self.context)
+        inputs = torch.full((len(rows), length), self.padding, dtype=torch.int64)
+        targets = torch.full((len(rows), length), IGNORE, dtype=torch.int64)
+        for i, (tokens, scored) in enumerate(rows):
+            end = len(tokens) - 1
+            inputs[i, :end] = torch.from_numpy(tokens[:-1])
+            targets[i, end - scored : end] = torch.from_numpy(tokens[-scored:])
+        return inputs, targets
+
+    def examine(self, exams: Sequence[Exam]) -> dict[str, float]:
+        """The numbers of all exams, on every rank. Every rank must call it; only the first one's exams count.
+
+        Raises:
+            Stopped: on every rank.
+            ConfigError: on every rank, for an exam that fails.
+        """
+        if self.rank == 0:
+            kind, value = self._examine(exams)
+            self._from_first((kind, value))
+        else:
+            while (heard := self._from_first(None))[0] == "rows":
+                self.score(heard[1])
+            kind, value = heard
+        if kind == "error":
+            raise ConfigError(value)
+        return value
+
+    def _examine(self, exams: Sequence[Exam]) -> tuple[str, Any]:
+        def ask(rows: Sequence[Row]) -> Tensor:
+            self._from_first(("rows", list(rows)))
+            return self.score(rows)
+
+        numbers: dict[str, float] = {}
+        for exam in exams:
+            try:
+                numbers |= exam(ask)
+            except Exception as error:  # whatever a library raises: the other ranks wait for rows
+                if self.scoring:  # they know, or raise the same
+                    raise
+                return "error", f"{exam.name}: {first_line(error)}"
+        return "numbers", numbers
+
+    def _from_first(self, value: Any) -> Any:
+        self.mark("the first rank's part of a task is done")  # it may take long: then that rank is the one behind
+        if self.world == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
