@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from celo2.training import configuration
 from celo2.training.configuration import ConfigError, Written, to_yaml
+from configs.length import with_steps
 from configs.mixture import with_checked_mix
 from configs.schema import OPTIMIZERS, Config
 
@@ -22,12 +23,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def load_written(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, Written]:
     """As `configuration.load_written`."""
     config, written = configuration.load_written(Config, path, overrides)
-    return with_checked_mix(with_known_optimizer(config)), written
+    return with_steps(with_checked_mix(with_known_optimizer(config)), written), written
 
 
 def build(tree: Mapping[str, Any]) -> Config:
     """As `configuration.build`."""
-    return with_checked_mix(with_known_optimizer(configuration.build(Config, tree)))
+    config = with_checked_mix(with_known_optimizer(configuration.build(Config, tree)))
+    return with_steps(config, Written(set(), set()))
 
 
 def with_known_optimizer(config: Config) -> Config:

@@ -83,12 +83,22 @@ class Schedule:
     warmup: float = option(0.05, "fraction of train.steps with linear warm-up from 0", FRACTION)
     final: float = option(0.1, "learning rate at the last step, as a fraction of the peak (constant: unused)", FRACTION)
     decay: float = option(0.2, "wsd: fraction of train.steps that decays, at the end", FRACTION)
+    start: int = option(
+        0, "step from which on this is the schedule, as of an extension: the fractions are of the steps after it", at_least(0)
+    )
+    cooldown: int = option(
+        0, "steps of a linear decay to `final` from the checkpoint that checkpoint.resume names on, which then ends; 0: none", at_least(0)
+    )
 
 
 @dataclass
 class Train:
     steps: int = option(1000, "optimizer steps", at_least(1))
+    tokens: int | None = option(None, "instead of steps: as many as take so many tokens, batch_size x context each", at_least(1))
     batch_size: int = option(32, "sequences in one optimizer step, over all ranks", at_least(1))
+    ramp: dict[str, Any] | None = option(
+        None, "other batch sizes from given steps on, counted from 0: {1000: 64, 4000: 128}; null: none"
+    )
     micro_batch_size: int = option(
         32, "largest number of sequences in one forward pass of one rank; the rest is gradient accumulation", at_least(1)
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from configs.load import ConfigError
 from configs.schema import Config
 from launch.checkpoint.load import load_checkpoint, read_state, require_state
 from launch.checkpoint.save import Saver
@@ -20,6 +21,7 @@ from launch.monitoring.guard import Diverged
 from launch.monitoring.metrics import flat
 from launch.run.agreement import require_agreement
 from launch.run.branch import Start, choose_start
+from launch.run.schedule import rate_after
 from launch.run.ranks import checkpoint_fact, require_same
 from launch.run.state import RunState, from_saved
 
@@ -56,14 +58,18 @@ def resume(config: Config, start: Start, strategy: Strategy, identity: dict[str,
     """
     path = start.checkpoint
     if path is None:
+        if config.schedule.start:
+            raise ConfigError(f"schedule.start is {config.schedule.start}, but the run begins at step 0")
         return RunState()
     saved = read_state(path)
     require_state(path, saved)
     require_agreement(path, saved, config, strategy.model.config, identity)
+    rate = rate_after(saved, config)
     load_checkpoint(path, strategy, progress)
     before, now = flat(saved["config"]), flat(asdict(config))
     changes = [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
     start.notes.append(f"resumed from {path}" + (f" with {', '.join(changes)}" if changes else ""))
+    start.notes.extend([rate] if rate else [])
     return from_saved(saved)
 
 
