@@ -40,7 +40,7 @@ def with_steps(config: Config, written: Written) -> Config:
     train = config.train
     sizes = batch_sizes(vars(train))
     if train.ramp is not None:
-        train.ramp = {int(step): size for step, size in train.ramp.items()}
+        train.ramp = dict(sorted((int(step), size) for step, size in train.ramp.items()))  # type: ignore[misc]
     if train.tokens is None:
         return config
     if "train.steps" in written.overrides and "train.tokens" not in written.overrides:
@@ -49,7 +49,7 @@ def with_steps(config: Config, written: Written) -> Config:
     from models.sizes import SIZES  # with transformers, which takes a second
 
     size = SIZES.get(str(config.model.size))
-    context = config.model.context or (size and size.context)
+    context = config.model.context or (size.context if size else None)
     if context is None:
         raise ConfigError("train.tokens needs model.context: say how many tokens a training sequence has")
     steps = sizes.steps_for(-(-train.tokens // context))

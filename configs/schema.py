@@ -87,7 +87,9 @@ class Schedule:
         0, "step from which on this is the schedule, as of an extension: the fractions are of the steps after it", at_least(0)
     )
     cooldown: int = option(
-        0, "steps of a linear decay to `final` from the checkpoint that checkpoint.resume names on, which then ends; 0: none", at_least(0)
+        0,
+        "steps of a linear decay to `final` from the checkpoint that checkpoint.resume names on, which then ends; 0: none",
+        at_least(0),
     )
 
 
@@ -153,9 +155,11 @@ class Checkpoint:
 @dataclass
 class Log:
     every: int = option(10, "steps between lines of metrics.jsonl; the first and the last step are always there", at_least(1))
-    trackers: list[Literal["tensorboard", "wandb"]] = option([], "any of tensorboard, wandb")
-    project: str = option("celo2", "wandb: the project, which holds many runs; run.name names this one")
-    group: str | None = option(None, "wandb: the group of runs that this one belongs to, such as a sweep; null: none")
+    trackers: list[Literal["tensorboard", "wandb", "mlflow", "comet_ml", "trackio", "aim"]] = option(
+        [], "any of tensorboard, wandb, mlflow, comet_ml, trackio, aim"
+    )
+    project: str = option("celo2", "trackers: the project (experiment), which holds many runs; run.name names this one")
+    group: str | None = option(None, "trackers: the group of runs that this one belongs to, such as a sweep; null: none")
     sample_tokens: int = option(200, "tokens of the text sample at evaluations and at the end; 0: none", at_least(0))
     sample_prompt: str = option("", "text that the sample continues; empty: the start of a document")
 

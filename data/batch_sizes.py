@@ -5,20 +5,18 @@ from collections.abc import Mapping
 
 
 class BatchSizes:
-    """`first` sequences in a step, and from each step of `ramp` on as many as it says. Steps count from 0.
+    """`first` sequences in a step, and from each step of `ramp` on as many as it says. Steps count from 0; `ramp` has none.
 
     >>> BatchSizes(8, {100: 16}).between(99, 102)
     40
     """
 
     def __init__(self, first: int, ramp: Mapping[int, int] | None = None):
-        if 0 in (ramp := dict(ramp or {})):
-            first = ramp.pop(0)
         self.steps, self.sizes = [0], [first]  # from each of these steps on, so many
-        for step in sorted(ramp):
-            if ramp[step] != self.sizes[-1]:
+        for step, size in sorted((ramp or {}).items()):
+            if size != self.sizes[-1]:
                 self.steps.append(step)
-                self.sizes.append(ramp[step])
+                self.sizes.append(size)
 
     def at(self, step: int) -> int:
         """Sequences of a step."""

@@ -173,9 +173,7 @@ def fit_micro_batch(batch_size: int, world_size: int, largest: int, name: str = 
     if batch_size % world_size:
         below = batch_size // world_size * world_size
         near = " and ".join(str(size) for size in (below, below + world_size) if size)
-        raise DataError(
-            f"{name}={batch_size} must be a multiple of the number of processes, {world_size}; nearest: {near}"
-        )
+        raise DataError(f"{name}={batch_size} must be a multiple of the number of processes, {world_size}; nearest: {near}")
     share = batch_size // world_size
     return next(size for size in range(min(largest, share), 0, -1) if share % size == 0)
 

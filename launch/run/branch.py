@@ -37,6 +37,7 @@ from launch.checkpoint.verify import (
 )
 from launch.checkpoint.writer import Progress
 from launch.monitoring.metrics import flat
+from launch.monitoring.trackers import ID_FILES
 from launch.run.schedule import with_cooldown
 
 # What changes the steps of a line: with another value there, the same checkpoint is another line's beginning.
@@ -151,7 +152,9 @@ def branch_from(given: Path, config: Config, run_dir: Path, progress: Progress =
     checkpoint = checkpoint.resolve()
     own = checkpoint.parent == (run_dir / "checkpoints").resolve()
     step, manifest = read_state(checkpoint)["step"], sha256(checkpoint / MANIFEST)
-    origin = Origin(os.path.abspath(given), str(checkpoint), manifest, step, own, decisive(with_cooldown(config, step)), uuid.uuid4().hex)
+    origin = Origin(
+        os.path.abspath(given), str(checkpoint), manifest, step, own, decisive(with_cooldown(config, step)), uuid.uuid4().hex
+    )
     if beyond(run_dir, origin) or (not own and (run_dir / "metrics.jsonl").exists()):
         used = [int(path.name) for path in run_dir.glob("set_aside/*") if path.name.isdigit()]
         origin = replace(origin, set_aside=f"set_aside/{max(used, default=0) + 1}")
@@ -173,8 +176,8 @@ def config_of_line(config: Config, origin: Origin | None) -> Config:
         return config
     if origin is None or origin.settings.get("schedule.cooldown") != wanted:
         raise ConfigError(
-            f"schedule.cooldown={wanted} begins at a checkpoint: name one, checkpoint.resume=RUN/checkpoints/step_..., with a run.dir "
-            "of its own"
+            f"schedule.cooldown={wanted} begins at a checkpoint: name one, checkpoint.resume=RUN/checkpoints/step_..., and "
+            "another run.dir"
         )
     return with_cooldown(config, origin.step)
 
@@ -219,7 +222,8 @@ def put_in_place(run_dir: Path) -> None:
             copy_files(run_dir, aside, origin.before)
         for path in beyond(run_dir, origin):
             path.rename(aside / "checkpoints" / path.name)
-        (run_dir / "wandb.json").unlink(missing_ok=True)  # the new line is a run of its own there
+        for name in ID_FILES:
+            (run_dir / name).unlink(missing_ok=True)  # the new line is a run of its own there
     target = checkpoints / checkpoint_name(origin.step)
     if not is_copy(target, origin):
         link_checkpoint(source, target)

@@ -21,8 +21,8 @@ from launch.monitoring.guard import Diverged
 from launch.monitoring.metrics import flat
 from launch.run.agreement import require_agreement
 from launch.run.branch import Start, choose_start
-from launch.run.schedule import rate_after
 from launch.run.ranks import checkpoint_fact, require_same
+from launch.run.schedule import rate_after
 from launch.run.state import RunState, from_saved
 
 MAX_ROLLBACKS = 10

@@ -49,7 +49,7 @@ def set_lr(optimizer: Optimizer, factor: float) -> None:
 
 
 def with_cooldown(config: Config, step: int) -> Config:
-    """`config` for a line of steps that begins after step `step`: with `schedule.cooldown` the run decays from there, and ends."""
+    """`config` for a line of steps that begins after `step`: with `schedule.cooldown` the run decays from there, and ends."""
     if not config.schedule.cooldown:
         return config
     schedule = replace(config.schedule, kind="linear", warmup=0.0, start=step)
@@ -72,7 +72,7 @@ def rate_after(saved: Mapping[str, Any], config: Config) -> str:
         if now.cooldown and now.start == step and before != 1:
             raise ConfigError(
                 f"schedule.cooldown: the learning rate of the checkpoint of step {step} is {before:.3g} of its peak, by "
-                f"schedule.kind={was.kind} over {total} steps; a cooldown needs one before the decay, of a constant or wsd schedule"
+                f"schedule.kind={was.kind} over {total} steps; a cooldown begins at the peak of a constant or wsd schedule"
             )
     if step >= config.train.steps or now.cooldown or (was, total) == (now, config.train.steps):
         return ""

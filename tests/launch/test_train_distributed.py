@@ -64,6 +64,7 @@ def spawn(world, runs, statuses):
 # An odd width, a vocabulary that no number of processes divides, gradient accumulation, clipping; ZeRO cuts within rows.
 ODD = ["model.layers=3", "model.width=30", "model.heads=3", "model.vocab_size=261", "train.steps=20", "train.grad_clip=0.5"]
 ODD += ["train.micro_batch_size=2", "eval.every=0", "checkpoint.every=10", "checkpoint.keep=10", "log.sample_tokens=0"]
+ODD += ["train.ramp={14: 12}"]  # three micro-batches where there were two
 LAYOUTS = {
     "ddp": [],
     "shard_state": ["distributed.shard_state=true"],
