@@ -36,7 +36,7 @@ from launch.monitoring.step_statistics import StepStatistics, hidden_names
 from launch.optimizers.build import set_mode
 from launch.private import leave
 from launch.run.agreement import identity_of
-from launch.run.branch import checkpoint_folders
+from launch.run.branch import checkpoint_folders, config_of_line
 from launch.run.check import prompt_notes
 from launch.run.evaluation import Evaluator
 from launch.run.grace import Grace
@@ -97,13 +97,15 @@ def pretrain(
 
     `heartbeat` learns how far this rank is, so that a rank that dies or hangs is named.
     """
-    steps, world, first = config.train.steps, accelerator.num_processes, accelerator.is_main_process
+    world, first = accelerator.num_processes, accelerator.is_main_process
 
     # Data, and where the run stands: on all ranks the same, like everything else that they are about to do.
     heartbeat.mark("opening the data", disk=True)
     shards, validation = open_data(config)
-    chosen, run_dir = settled(config), run_folder(config)
+    run_dir = run_folder(config)
     start = find_start(config, run_dir, accelerator, heartbeat)
+    config = config_of_line(config, start.origin)
+    chosen, steps = settled(config), config.train.steps
     heartbeat.mark("comparing the ranks")
     require_same(accelerator, lambda: facts_of(config, chosen, shards, start.checkpoint, run_dir))
     heartbeat.mark("building the model")
@@ -222,7 +224,7 @@ def pretrain(
             # The host learns it a step later, but at once where this step is logged, verified, evaluated or saved.
             every = (config.eval.every, config.checkpoint.every, config.checkpoint.keep_every)
             guard.wait(newest=logged or not verification.done or any(due(step, n, steps) for n in every))
-            state.finish_step(config.train.batch_size, n_targets, time.perf_counter() - began)
+            state.finish_step(batches.sizes.at(step - 1), n_targets, time.perf_counter() - began)
             display.advance(state.step)
 
             # Report what was learned, the last of it about this step or the one before.
@@ -239,7 +241,7 @@ def pretrain(
             if stop:
                 display.say(grace.stopping())
             if verdict is not None and verdict.roll_back:
-                state = state.back_at(verdict.step, config.train.batch_size, batches.taken(verdict.step))
+                state = state.back_at(verdict.step, batches)
                 state, left_out = roll_back(run_dir, state, strategy, saver, heartbeat)
                 saver.save(strategy, to_saved(config, state, identity))
                 metrics.rewind(state.step, state.evaluated)

@@ -10,6 +10,7 @@ from celo2.training import configuration
 from celo2.training.configuration import ConfigError, Written, to_yaml
 from configs.average import average_of
 from configs.evaluation import with_checked_evaluation
+from configs.length import with_steps
 from configs.mixture import with_checked_mix
 from configs.schema import OPTIMIZERS, Config
 
@@ -24,18 +25,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def load_written(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, Written]:
     """As `configuration.load_written`."""
     config, written = configuration.load_written(Config, path, overrides)
-    return checked(config), written
+    return checked(config, written), written
 
 
 def build(tree: Mapping[str, Any]) -> Config:
     """As `configuration.build`."""
-    return checked(configuration.build(Config, tree))
+    return checked(configuration.build(Config, tree), Written(set(), set()))
 
 
-def checked(config: Config) -> Config:
-    """The configuration with what the types of its options do not say checked."""
+def checked(config: Config, written: Written) -> Config:
+    """The configuration with what the types of its options do not say checked, and `train.steps` worked out."""
     average_of(config)
-    return with_checked_evaluation(with_checked_mix(with_known_optimizer(config)))
+    return with_steps(with_checked_evaluation(with_checked_mix(with_known_optimizer(config))), written)
 
 
 def with_known_optimizer(config: Config) -> Config:

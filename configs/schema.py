@@ -85,12 +85,24 @@ class Schedule:
     warmup: float = option(0.05, "fraction of train.steps with linear warm-up from 0", FRACTION)
     final: float = option(0.1, "learning rate at the last step, as a fraction of the peak (constant: unused)", FRACTION)
     decay: float = option(0.2, "wsd: fraction of train.steps that decays, at the end", FRACTION)
+    start: int = option(
+        0, "step from which on this is the schedule, as of an extension: the fractions are of the steps after it", at_least(0)
+    )
+    cooldown: int = option(
+        0,
+        "steps of a linear decay to `final` from the checkpoint that checkpoint.resume names on, which then ends; 0: none",
+        at_least(0),
+    )
 
 
 @dataclass
 class Train:
     steps: int = option(1000, "optimizer steps", at_least(1))
+    tokens: int | None = option(None, "instead of steps: as many as take so many tokens, batch_size x context each", at_least(1))
     batch_size: int = option(32, "sequences in one optimizer step, over all ranks", at_least(1))
+    ramp: dict[str, Any] | None = option(
+        None, "other batch sizes from given steps on, counted from 0: {1000: 64, 4000: 128}; null: none"
+    )
     micro_batch_size: int = option(
         32, "largest number of sequences in one forward pass of one rank; the rest is gradient accumulation", at_least(1)
     )
@@ -148,9 +160,11 @@ class Checkpoint:
 @dataclass
 class Log:
     every: int = option(10, "steps between lines of metrics.jsonl; the first and the last step are always there", at_least(1))
-    trackers: list[Literal["tensorboard", "wandb"]] = option([], "any of tensorboard, wandb")
-    project: str = option("celo2", "wandb: the project, which holds many runs; run.name names this one")
-    group: str | None = option(None, "wandb: the group of runs that this one belongs to, such as a sweep; null: none")
+    trackers: list[Literal["tensorboard", "wandb", "mlflow", "comet_ml", "trackio", "aim"]] = option(
+        [], "any of tensorboard, wandb, mlflow, comet_ml, trackio, aim"
+    )
+    project: str = option("celo2", "trackers: the project (experiment), which holds many runs; run.name names this one")
+    group: str | None = option(None, "trackers: the group of runs that this one belongs to, such as a sweep; null: none")
     sample_tokens: int = option(200, "tokens of the text sample at evaluations and at the end; 0: none", at_least(0))
     sample_prompt: str = option("", "text that the sample continues; empty: the start of a document")
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from data import DataError
+from data.batch_sizes import BatchSizes
 from data.mixture import phase_at, sources_of
 from data.order import sequence_ids
 from data.shards import TokenShards
@@ -25,8 +26,9 @@ MicroBatch = tuple[torch.Tensor, torch.Tensor]  # inputs, targets: (M, T) int64 
 class Batches:
     """The training batches of a split from one point of a training run on. Each is a pure function of its step.
 
-    batch_size is B; it must be a multiple of world_size * micro_batch_size. The batch of step `step`, counted from 0, begins
-    with sequence number `sequence` of `data.order`, and each later step takes the B sequences after those of the step before.
+    batch_size is B, or says B of every step; it must be a multiple of world_size * micro_batch_size. The batch of step `step`,
+    counted from 0, begins with sequence number `sequence` of `data.order`, and each later step takes the B sequences after
+    those of the step before.
     Rank r has the r-th of world_size contiguous parts of a batch, cut into micro-batches in order.
     A mixture says which source gives which sequence number; each source has the order that it would have alone. `taken`: how many
     of the `sequence` sequences each source gave, by its fingerprint; at the beginning none.
@@ -36,15 +38,16 @@ class Batches:
         self,
         shards: TokenShards,
         context: int,
-        batch_size: int,
+        batch_size: int | BatchSizes,
         seed: int,
         step: int = 0,
         sequence: int = 0,
         taken: Mapping[str, int] | None = None,
     ):
-        if context < 1 or batch_size < 1:
-            raise DataError(f"context {context} and batch_size {batch_size} must be positive")
-        self.context, self.batch_size, self.seed = context, batch_size, seed
+        self.sizes = batch_size if isinstance(batch_size, BatchSizes) else BatchSizes(batch_size)
+        if min(context, *self.sizes.sizes) < 1:
+            raise DataError(f"context {context} and batch_size {self.sizes.text()} must be positive")
+        self.context, self.seed = context, seed
         self.step, self.sequence = step, sequence
         self.sources, self.phases = sources_of(shards)
         if len(self.sources) > 1:
@@ -67,7 +70,7 @@ class Batches:
 
     def micro_batches(self, step: int, rank: int, world_size: int, micro_batch_size: int) -> list[MicroBatch]:
         """This rank's micro-batches of a step. DataError if the sizes do not divide, or a token is not in the vocabulary."""
-        check_batch_size(self.batch_size, world_size, micro_batch_size)
+        check_batch_size(self.sizes.at(step), world_size, micro_batch_size)
         ids = self.sequences(step)
         mine = ids.reshape(world_size, -1, micro_batch_size)[rank]
         return [self.numbers.read(part) for part in mine]
@@ -75,15 +78,15 @@ class Batches:
     def n_targets(self, step: int) -> int:
         """Targets in the whole batch of a step: B T, minus those that the last sequences lack. Reads no tokens."""
         ids = self.sequences(step)
-        return self.batch_size * self.context - sum(
+        return len(ids) * self.context - sum(
             lacking * int((ids == last).sum()) for last, lacking in self.numbers.last_sequences if lacking
         )
 
     def sequences(self, step: int) -> np.ndarray:
         """The numbers (B,) of the step's sequences."""
-        order = phase_at(self.phases, step).order
-        which = order[(self._first(step) + np.arange(self.batch_size)) % len(order)]
-        ids = np.empty(self.batch_size, np.int64)
+        order, size = phase_at(self.phases, step).order, self.sizes.at(step)
+        which = order[(self.first(step) + np.arange(size)) % len(order)]
+        ids = np.empty(size, np.int64)
         before = self._before(step)
         for i in np.unique(which).tolist():
             own, count = which == i, int(self.numbers.counts[i])
@@ -99,9 +102,9 @@ class Batches:
         """How often each source was gone through before `step`."""
         return (self._before(step) / self.numbers.counts).tolist()
 
-    def _first(self, step: int) -> int:
+    def first(self, step: int) -> int:
         """The sequence number with which the batch of `step` begins."""
-        return self.sequence + (step - self.step) * self.batch_size
+        return self.sequence + self.sizes.between(self.step, step)
 
     def _before(self, step: int) -> np.ndarray:
         """What each source gave before `step`, (K,) int64."""
@@ -109,7 +112,7 @@ class Batches:
         for phase, following in zip(self.phases, [*self.phases[1:], None], strict=True):
             begin, end = max(self.step, phase.step), step if following is None else min(step, following.step)
             if begin < end:
-                counts = counts + phase.count(self._first(end)) - phase.count(self._first(begin))
+                counts = counts + phase.count(self.first(end)) - phase.count(self.first(begin))
         return counts
 
 
@@ -162,17 +165,15 @@ def check_batch_size(batch_size: int, world_size: int, micro_batch_size: int) ->
         )
 
 
-def fit_micro_batch(batch_size: int, world_size: int, largest: int) -> int:
+def fit_micro_batch(batch_size: int, world_size: int, largest: int, name: str = "train.batch_size") -> int:
     """The largest micro-batch of at most `largest` sequences that divides the part of the batch that every rank gets.
 
-    DataError if the ranks cannot have equal parts.
+    DataError if the ranks cannot have equal parts; it calls the batch size `name`.
     """
     if batch_size % world_size:
         below = batch_size // world_size * world_size
         near = " and ".join(str(size) for size in (below, below + world_size) if size)
-        raise DataError(
-            f"train.batch_size={batch_size} must be a multiple of the number of processes, {world_size}; nearest: {near}"
-        )
+        raise DataError(f"{name}={batch_size} must be a multiple of the number of processes, {world_size}; nearest: {near}")
     share = batch_size // world_size
     return next(size for size in range(min(largest, share), 0, -1) if share % size == 0)
 
@@ -231,11 +232,13 @@ def prefetch(
 ) -> Generator[list[MicroBatch]]:
     """The micro-batches of steps [start, stop), up to `depth` steps prepared ahead by one background thread.
 
+    A micro-batch has at most micro_batch_size rows: as many as divide this rank's part of the step (`fit_micro_batch`).
     An error in the thread is raised by next(). close(), an error or the end of the loop end the thread.
     """
 
     def load(step: int) -> list[MicroBatch]:
-        found = batches.micro_batches(step, rank, world_size, micro_batch_size)
+        rows = fit_micro_batch(batches.sizes.at(step), world_size, micro_batch_size)
+        found = batches.micro_batches(step, rank, world_size, rows)
         return [(inputs.pin_memory(), targets.pin_memory()) for inputs, targets in found] if pin_memory else found
 
     thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")

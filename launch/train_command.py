@@ -21,9 +21,11 @@ from launch.monitoring.launcher import say_after_launcher
 from launch.monitoring.signals import AT_ONCE, INTERRUPTED, StopSignals
 from launch.planning.machines import machine_of
 from launch.planning.plan import make_plan
+from launch.run.branch import config_to_plan
 from launch.run.check import check
 from launch.run.mixture import fetch_data
 from launch.run.own_rule import settled
+from launch.run.setup import run_folder
 from models import LossMismatch, ModelError
 
 # Errors that the user can fix: bad input, a full disk, a run that diverged. Each is printed in one line.
@@ -73,6 +75,7 @@ def command(argv: list[str] | None, description: str | None, train: Callable[[Co
             if rank == "0":
                 print("".join(f"note: {note}\n" for note in notes), end="", file=sys.stderr)
             if args.plan:
+                config = config_to_plan(config, run_folder(config))
                 plan = make_plan(settled(config), world, machine_of(args.gpu or "h100"))
                 if rank == "0":
                     print(plan)

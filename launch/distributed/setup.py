@@ -12,7 +12,7 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, is_tensorboard_available, is_wandb_available
+from accelerate.utils import InitProcessGroupKwargs
 from transformers import PreTrainedModel
 
 from configs.average import average_of
@@ -28,6 +28,7 @@ from launch.distributed.host_group import HostGroup
 from launch.distributed.rendezvous import init_method
 from launch.distributed.strategy import Strategy
 from launch.distributed.zero import Zero
+from launch.monitoring.trackers import require_installed
 from launch.private import set_collective_timeout
 from models import peak_flops
 from models.initialization import Held, Weights
@@ -77,9 +78,7 @@ def make_accelerator(config: Config) -> Accelerator:
         raise ConfigError(
             f"process {local_rank} of this machine has no GPU: {torch.cuda.device_count()} are here; start one process for each"
         )
-    for name, available in (("tensorboard", is_tensorboard_available), ("wandb", is_wandb_available)):
-        if name in config.log.trackers and not available():
-            raise ConfigError(f"log.trackers asks for {name}, which is not installed (pip install {name})")
+    require_installed(config)
     try:
         accelerator = Accelerator(
             mixed_precision="bf16" if config.train.precision == "bf16" else "no",

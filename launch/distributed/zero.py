@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +17,7 @@ from configs.load import ConfigError
 from configs.schema import Config
 from data.batches import fit_micro_batch
 from launch.distributed.birth import fill, fill_whole
-from launch.distributed.strategy import Judge, MicroBatches, Strategy, sharded_parameters
+from launch.distributed.strategy import Judge, Strategy, sharded_parameters
 from launch.monitoring.guard import Judged
 from launch.optimizers.build import build_optimizer
 from launch.private import forbid_deepspeed_compilation, zero3_partitions, zero3_refresh_weights, zero_gradient_norm
@@ -56,17 +56,14 @@ class Zero(Strategy):
         self.optimizer = self.client.bind(self.zero, lambda groups: build_optimizer(config.optimizer, groups))
         self.shards = sharded_parameters(self.optimizer.param_groups, names)
 
-    def backward(self, micro_batches: MicroBatches, n_targets: int, seed_of: Callable[[int], int]) -> Tensor:
-        """As under every strategy; the engine counts the micro-batches of a step, of which the last ends in `step`."""
-        self.left = len(micro_batches)
-        return super().backward(micro_batches, n_targets, seed_of)
+    def micro_batch(self, last: bool) -> AbstractContextManager:
+        """DeepSpeed learns here in which micro-batch a step ends: their number may change from step to step."""
+        self.engine.set_gradient_accumulation_boundary(last)
+        return nullcontext()
 
     def differentiate(self, loss: Tensor) -> None:
         """Through the engine, without its division by the number of micro-batches."""
         self.engine.backward(loss, scale_wrt_gas=False)
-        self.left -= 1
-        if self.left:
-            self.engine.step()
 
     def update(self, judge: Judge) -> Judged:
         """DeepSpeed reduces, clips and calls the client, which asks `judge` first.

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +14,9 @@ from accelerate import Accelerator
 
 from celo2.training.metrics import read_metrics, rewind
 from configs.schema import Config
-from data.files import no_link
+from launch.monitoring.growing import GrowingFile
 from launch.monitoring.guard import Diverged
-from launch.monitoring.trackers import Tracker, open_trackers
+from launch.monitoring.trackers import Tracker, flat, open_trackers
 
 __all__ = ["Metrics", "flat", "read_metrics"]
 
@@ -28,56 +26,19 @@ def stamped(record: dict[str, Any]) -> dict[str, Any]:
     return {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **record}
 
 
-class Lines:
-    """A file of JSON lines that only grows. A line that does not fit on the disk waits in memory, and goes with the next one.
-
-    Any thread may call it. One warning names the file, until there is space again.
-    """
+class Lines(GrowingFile):
+    """A file of JSON lines."""
 
     def __init__(self, path: Path, say: Callable[[str], None]) -> None:
-        self.path, self.say = path, say
-        self.waiting: list[str] = []
-        self.lock = threading.Lock()
+        super().__init__(path, say, "lines")
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one record, after those that wait."""
-        with self.lock:
-            failed = bool(self.waiting)
-            self.waiting.append(json.dumps(record) + "\n")
-            error = self._append()
-        if error and not failed:
-            self.say(f"warning: {self.path} cannot be written ({error.strerror}); its lines wait until it can, the run goes on")
-        elif failed and not error:
-            self.say(f"{self.path} can be written again; nothing is lost")
+        """Append one record."""
+        self.append((json.dumps(record) + "\n").encode())
 
-    def flush(self) -> None:
-        """Make the operating system write the file to the disk, with the lines that wait, as far as it can."""
-        with self.lock, suppress(OSError):
-            if not self._append() and self.path.exists():
-                with open(self.path, "ab", opener=no_link) as file:
-                    os.fsync(file.fileno())
-
-    def _append(self) -> OSError | None:
-        """Append what waits. Where it does not fit, the file ends as before, at the end of a line."""
-        if not self.waiting:
-            return None
-        try:
-            with open(self.path, "ab", buffering=0, opener=no_link) as file:
-                size = file.seek(0, os.SEEK_END)
-                data = "".join(self.waiting).encode()
-                if size and not ends_a_line(self.path):  # a kill cut the last one short
-                    data = b"\n" + data
-                try:
-                    while data:
-                        data = data[file.write(data) :]
-                except OSError:
-                    with suppress(OSError):
-                        file.truncate(size)
-                    raise
-        except OSError as error:
-            return error
-        self.waiting.clear()
-        return None
+    def before(self, size: int) -> bytes:
+        """The end of a line that a kill cut short."""
+        return b"\n" if size and not ends_a_line(self.path) else b""
 
 
 def ends_a_line(path: Path) -> bool:
@@ -102,8 +63,7 @@ class Metrics:
         self.path, self.say = run_dir / "metrics.jsonl", say
         self.lines, self.events = Lines(self.path, say), Lines(run_dir / "events.jsonl", say)
         self.first = accelerator.is_main_process
-        self.trackers: dict[str, Tracker] = open_trackers(config, run_dir) if self.first else {}
-        self.refused: set[str] = set()  # trackers whose disk does not take numbers now
+        self.trackers: dict[str, Tracker] = open_trackers(config, run_dir, say) if self.first else {}
 
     def __enter__(self) -> Metrics:
         return self
@@ -140,11 +100,6 @@ class Metrics:
         for name, tracker in list(self.trackers.items()):
             try:
                 act(tracker)
-                self.refused.discard(name)
-            except OSError as error:
-                if name not in self.refused:
-                    self.say(f"warning: {name} cannot be written ({error.strerror}); it tries again with the next numbers")
-                self.refused.add(name)
             except Exception as error:
                 del self.trackers[name]
                 self.say(f"warning: {name} gets no more numbers: {' '.join(str(error).split())}")
@@ -159,14 +114,3 @@ class Metrics:
         """Append one record to events.jsonl, with the time. Any thread may call it."""
         if self.first:
             self.events.write(stamped(record))
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys, with values that every tracker accepts."""
-    result: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            result |= flat(value, f"{prefix}{key}.")
-        else:
-            result[f"{prefix}{key}"] = value if isinstance(value, int | float | str | bool) else str(value)
-    return result

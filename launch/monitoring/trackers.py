@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import io
 import json
-import tempfile
+import os
+import socket
+import time
 import uuid
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
+
+import accelerate.utils
 
 from configs.load import ConfigError, to_yaml
 from configs.schema import Config
 from data.files import replace_text
+from launch.monitoring.growing import GrowingFile
 
-ROOM = 64 << 10  # bytes; more than the numbers of a step take
+Say = Callable[[str], None]  # shows a warning to a person
 
 
 class Tracker(Protocol):
-    """One tracker of one start of a training run. Only the first rank has any.
-
-    OSError says that a disk does not take numbers now: the tracker stays, and gets the next ones.
-    """
+    """One tracker of one start of a training run. Only the first rank has any."""
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Numbers of a step."""
@@ -35,54 +40,50 @@ class Tracker(Protocol):
 class TensorBoard:
     """Writes into `<run.dir>/tensorboard`. What is done again replaces what an earlier start has written of those steps.
 
-    A writer of TensorBoard that finds no space dies with a traceback. So whether there is some is tried before, and numbers wait
-    here; after an error all the same, a new writer with a file of its own takes them.
+    torch's SummaryWriter writes in a thread, which a full disk ends for good. Here records wait until there is space.
     """
 
-    def __init__(self, config: Config, run_dir: Path) -> None:
-        self.folder, self.text = run_dir / "tensorboard", to_yaml(config)
-        self.writer: Any = None
-        self.waiting: list[tuple[int, dict[str, float]]] = []
-        self.begins = False  # the next file begins the run
-        self.purge: int | None = None  # with the next file TensorBoard leaves out what it has read of the steps from here on
+    def __init__(self, config: Config, run_dir: Path, say: Say) -> None:
+        self.folder, self.text, self.say = run_dir / "tensorboard", to_yaml(config), say
+        self.file: GrowingFile | None = None
 
     def rewind(self, step: int, written: int) -> None:
+        """TensorBoard leaves out what it has read of the steps from that of a `SessionLog` on."""
+        from tensorboard.compat.proto.event_pb2 import SessionLog
+        from torch.utils.tensorboard.summary import text
+
         self.close()
-        self.waiting = [record for record in self.waiting if record[0] <= step]
-        self.begins, self.purge = step == 0, step + 1 if written > step else None
-        self._send()
+        waiting = self.file.waiting if self.file is not None else []
+        self.folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{time.time_ns()}"
+        self.file = GrowingFile(self.folder / name, self.say, "numbers")
+        self.event(file_version="brain.Event:2")
+        for record in waiting:  # of the file before, which a full disk did not take
+            self.file.append(record)
+        if written > step:
+            self.event(step=step + 1, session_log=SessionLog(status=SessionLog.START))
+        if step == 0:
+            self.event(step=0, summary=text("config", f"```\n{self.text}```"))
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        self.waiting.append((step, values))
-        self._send()
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        found = [Summary.Value(tag=key, simple_value=value) for key, value in values.items()]
+        self.event(step=step, summary=Summary(value=found))
+
+    def event(self, **content: Any) -> None:
+        """Append an event in TensorBoard's format of records."""
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        record = io.BytesIO()
+        RecordWriter(record).write(Event(wall_time=time.time(), **content).SerializeToString())
+        if self.file is not None:
+            self.file.append(record.getvalue())
 
     def close(self) -> None:
-        writer, self.writer = self.writer, None
-        if writer is not None:
-            writer.close()
-
-    def _send(self) -> None:
-        """Write what waits. Raises OSError where the disk does not take it."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=self.folder) as trial:
-            trial.write(bytes(ROOM))
-            trial.flush()
-        try:
-            if self.writer is None:
-                self.writer = SummaryWriter(str(self.folder), purge_step=self.purge)
-                if self.begins:
-                    self.writer.add_text("config", f"```\n{self.text}```", 0)
-                self.begins, self.purge = False, None
-            for step, values in self.waiting:
-                for key, value in values.items():
-                    self.writer.add_scalar(key, value, step)
-            self.writer.flush()
-        except OSError:
-            self.writer = None
-            raise
-        self.waiting.clear()
+        if self.file is not None:
+            self.file.flush()
 
 
 class WandB:
@@ -92,7 +93,7 @@ class WandB:
     steps that are done again are not sent.
     """
 
-    def __init__(self, config: Config, run_dir: Path) -> None:
+    def __init__(self, config: Config, run_dir: Path, say: Say) -> None:
         import wandb
 
         path = run_dir / "wandb.json"
@@ -116,10 +117,69 @@ class WandB:
         self.run.finish()
 
 
-TRACKERS: dict[str, type[TensorBoard] | type[WandB]] = {"tensorboard": TensorBoard, "wandb": WandB}
+class ThroughAccelerate:
+    """A tracker of Accelerate's: a run named `run.name` in the project (experiment) `log.project`, with `log.group` as its tag.
+
+    NAME.json in the run's folder holds its id, so that every start continues the same run. Steps that are done again are not
+    sent, since these services keep both.
+    """
+
+    def __init__(self, name: str, config: Config, run_dir: Path, say: Say) -> None:
+        from accelerate import tracking
+
+        log, run = config.log, config.run.name
+        group = [log.group] if log.group else []
+        path = run_dir / f"{name}.json"
+        known = json.loads(path.read_text(encoding="utf-8"))["id"] if path.exists() else None
+        self.tracker: Any
+        if name == "mlflow":
+            tags = {"group": log.group} if log.group else None
+            self.tracker = tracking.MLflowTracker(log.project, run_id=known, run_name=run, tags=tags)
+        elif name == "comet_ml":
+            known = known or uuid.uuid4().hex
+            self.tracker = tracking.CometMLTracker(log.project, experiment_key=known)
+        elif name == "trackio":
+            known = known or f"{run}-{uuid.uuid4().hex[:8]}"  # runs are told apart by their names
+            self.tracker = tracking.TrackioTracker(log.project, name=known, group=log.group, resume="allow")
+        else:
+            options = {"experiment": log.project, "system_tracking_interval": None, "capture_terminal_logs": False}
+            self.tracker = tracking.AimTracker(run, run_hash=known, **options)
+        self.tracker.start()
+        inner = self.tracker.tracker
+        if not path.exists():
+            if name == "comet_ml":
+                inner.set_name(run)
+            for tag in group if name in ("comet_ml", "aim") else ():
+                inner.add_tag(tag)
+            self.tracker.store_init_configuration(flat(asdict(config)))
+            identity = inner.info.run_id if name == "mlflow" else inner.hash if name == "aim" else known
+            replace_text(path, json.dumps({"id": identity}))
+        self.written = 0
+
+    def rewind(self, step: int, written: int) -> None:
+        self.written = max(self.written, written)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        if step > self.written:
+            self.tracker.log(values, step=step)
+
+    def close(self) -> None:
+        self.tracker.finish()
 
 
-def open_trackers(config: Config, run_dir: Path) -> dict[str, Tracker]:
+TRACKERS: dict[str, Callable[[Config, Path, Say], Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB}
+TRACKERS |= {name: partial(ThroughAccelerate, name) for name in ("mlflow", "comet_ml", "trackio", "aim")}
+ID_FILES = tuple(f"{name}.json" for name in TRACKERS if name != "tensorboard")  # in a run's folder
+
+
+def require_installed(config: Config) -> None:
+    """Raise ConfigError for one of `log.trackers` whose package is missing."""
+    for name in config.log.trackers:
+        if not getattr(accelerate.utils, f"is_{name}_available")():
+            raise ConfigError(f"log.trackers asks for {name}, which is not installed (pip install {name})")
+
+
+def open_trackers(config: Config, run_dir: Path, say: Say = lambda text: None) -> dict[str, Tracker]:
     """The trackers of `log.trackers`, by name.
 
     Raises:
@@ -128,7 +188,18 @@ def open_trackers(config: Config, run_dir: Path) -> dict[str, Tracker]:
     trackers: dict[str, Tracker] = {}
     for name in dict.fromkeys(config.log.trackers):
         try:
-            trackers[name] = TRACKERS[name](config, run_dir)
+            trackers[name] = TRACKERS[name](config, run_dir, say)
         except Exception as error:
             raise ConfigError(f"log.trackers: {name} does not start: {' '.join(str(error).split())}") from error
     return trackers
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys, with values that every tracker accepts."""
+    result: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            result |= flat(value, f"{prefix}{key}.")
+        else:
+            result[f"{prefix}{key}"] = value if isinstance(value, int | float | str | bool) else str(value)
+    return result

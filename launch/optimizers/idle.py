@@ -53,7 +53,7 @@ IDLE = (
     Idle(
         "schedule.final",
         "schedule.kind",
-        lambda c: c.schedule.kind != "constant",
+        lambda c: c.schedule.kind != "constant" or c.schedule.cooldown > 0,
         "{value} is not for schedule.kind {choice}, which never decays",
         detail=True,
         wish=True,
@@ -69,15 +69,15 @@ IDLE = (
     Idle(
         "log.project",
         "log.trackers",
-        lambda c: "wandb" in c.log.trackers,
-        "{value} is for wandb, which is not among log.trackers {choice}",
+        lambda c: bool(set(c.log.trackers) - {"tensorboard"}),
+        "{value} is for trackers other than tensorboard, and log.trackers is {choice}",
         detail=True,
     ),
     Idle(
         "log.group",
         "log.trackers",
-        lambda c: "wandb" in c.log.trackers,
-        "{value} is for wandb, which is not among log.trackers {choice}",
+        lambda c: bool(set(c.log.trackers) - {"tensorboard"}),
+        "{value} is for trackers other than tensorboard, and log.trackers is {choice}",
         detail=True,
     ),
     Idle(

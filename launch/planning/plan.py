@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from celo2 import routing_table
 from celo2.orthogonalize import newton_schulz_flops
+from configs.length import batch_sizes
 from configs.schema import Config
 from data.batches import Batches
 from launch.distributed.blocks import required_blocks
@@ -51,35 +52,41 @@ def make_plan(config: Config, world: int, machine: Machine) -> str:
     groups = optimizer_groups(optimizer, model)
     check_matrices(optimizer, groups)
     parameters = sum(p.numel() for p in model.parameters())
-    step_tokens = config.train.batch_size * context
-    tokens = step_tokens * config.train.steps
+    sizes = batch_sizes(vars(config.train))
+    batch = sizes.at(config.train.steps - 1)  # of the last step
+    step_tokens = batch * context
+    tokens = sizes.between(0, config.train.steps) * context
     per_token = flops_per_token(model, context)
     workload, recomputed = (
         workload_of(model, groups, context, per_token, activation_elements(model, 1, context, again), loss_elements(model), again)
         for again in (config.model.gradient_checkpointing, True)
     )
-    setup = setup_of(config, world)
+    setup = setup_of(replace(config, train=replace(config.train, batch_size=batch)), world)
     largest = replace(setup, micro_batch=config.train.micro_batch_size)
     memory = phases(workload, setup)
     orthogonalized = workload.hidden if setup.entry.orthogonalizes else ()
     newton_schulz = sum(newton_schulz_flops(rows, cols) for rows, cols in orthogonalized)
     epoch_tokens = shards.n_tokens - 1 if shards is not None else None
     epochs = f", {tokens / epoch_tokens:.2f} epochs of {epoch_tokens:,}" if epoch_tokens else ""
-    warmup = next((s for s in range(config.train.steps) if lr_factor(config.schedule, s, config.train.steps) == 1), 0)
+    begin = config.schedule.start
+    warmup = next((s for s in range(begin, config.train.steps) if lr_factor(config.schedule, s, config.train.steps) == 1), begin)
     last = lr_factor(config.schedule, config.train.steps - 1, config.train.steps)
+    mean = f"{step_tokens:,}"
+    if sizes.at(0) != batch:  # memory and the seconds of a step are those of the last size
+        mean = f"{tokens / config.train.steps:,.0f} on average (train.batch_size {sizes.text()})"
     lines = [
         f"run         {config.run.name}",
         f"model       {parameters:,} parameters, context {context}, vocabulary {model.get_input_embeddings().weight.shape[0]:,}",
         f"data        {data}",
-        f"batch       {config.train.batch_size} x {context} = {step_tokens:,} tokens a step = {world} process(es) x "
+        f"batch       {batch} x {context} = {step_tokens:,} tokens a step = {world} process(es) x "
         f"{setup.accumulation} micro-batch(es) x {setup.micro_batch} sequences (at most {config.train.micro_batch_size})",
-        f"tokens      {config.train.steps:,} steps x {step_tokens:,} = {tokens:,}{epochs}; "
+        f"tokens      {config.train.steps:,} steps x {mean} = {tokens:,}{epochs}; "
         f"{tokens / parameters:.1f} a parameter (about 20 are compute-optimal)",
     ]
     if epoch_tokens and tokens > MANY_EPOCHS * epoch_tokens:
         lines.append(
             f"warning     more than {MANY_EPOCHS} epochs: tokens teach less when seen again (arXiv 2305.16264); take more data, "
-            f"or train.steps={max(1, MANY_EPOCHS * epoch_tokens // step_tokens)}"
+            f"or train.steps={sizes.steps_for(MANY_EPOCHS * epoch_tokens // context + 1) - 1 or 1}"
         )
     lines += [
         f"FLOPs       {per_token * tokens:.3g} in all, {per_token:.3g} a token; "
@@ -100,10 +107,10 @@ def make_plan(config: Config, world: int, machine: Machine) -> str:
         f"{size(machine.memory_bandwidth)}/s; nodes of {machine.gpus_per_node} with {size(machine.host_memory)}, "
         f"{size(machine.intra_node_bandwidth)}/s in one, {size(machine.inter_node_bandwidth)}/s between",
     ]
-    lines += ["", *cost_lines(workload, largest, config.train.batch_size, machine, steps=config.train.steps)]
-    lines += remedy_lines(workload, recomputed, largest, config.train.batch_size, machine)
+    lines += ["", *cost_lines(workload, largest, batch, machine, steps=-(-tokens // step_tokens))]
+    lines += remedy_lines(workload, recomputed, largest, batch, machine)
     if shards is not None:
-        batches = Batches(shards, context, config.train.batch_size, config.run.seed)
+        batches = Batches(shards, context, sizes, config.run.seed)
         notes = [*prompt_notes(config, shards, context), *mixture_notes(batches, shards, config.train.steps)]
         lines += [f"note: {note}" for note in notes]
     lines += ["", routing_table(as_celo2_groups(groups))]

@@ -18,6 +18,7 @@ import torch
 from transformers import PretrainedConfig
 
 from celo2 import Celo2, Rule, RuleError, load_rule
+from configs.length import batch_sizes
 from configs.schema import Config
 from configs.schema import Optimizer as OptimizerConfig
 from data.shards import TokenShards
@@ -111,10 +112,12 @@ def data_differences(saved: Mapping[str, Any], config: Config, identity: Mapping
         )
     if there["run.seed"] != config.run.seed:
         yield Difference("run.seed", there["run.seed"], config.run.seed)
-    size = there["train.batch_size"]
-    if size != config.train.batch_size and config.train.on_batch_change == "refuse":
-        remedy = f"train.batch_size={size} or train.on_batch_change=allow"
-        yield Difference("train.batch_size", size, config.train.batch_size, remedy)
+    size, ramp = there["train.batch_size"], saved["config"].get("train", {}).get("ramp")
+    sizes, sizes_now = batch_sizes({"batch_size": size, "ramp": ramp}), batch_sizes(vars(config.train))
+    if sizes.after(saved["step"]) != sizes_now.after(saved["step"]) and config.train.on_batch_change == "refuse":
+        key = "train.batch_size" if size != config.train.batch_size else "train.ramp"
+        restore = f"train.batch_size={size}" + (f" train.ramp={as_yaml(ramp)}" if ramp or config.train.ramp else "")
+        yield Difference(key, sizes.text(), sizes_now.text(), f"{restore} or train.on_batch_change=allow")
     if saved["step"] > config.train.steps:
         remedy = f"train.steps={saved['step']} or more"
         yield Difference("train.steps", f"already at step {saved['step']}", config.train.steps, remedy)

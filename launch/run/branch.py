@@ -37,12 +37,14 @@ from launch.checkpoint.verify import (
 )
 from launch.checkpoint.writer import Progress
 from launch.monitoring.metrics import flat
+from launch.monitoring.trackers import ID_FILES
+from launch.run.schedule import with_cooldown
 
 # What changes the steps of a line: with another value there, the same checkpoint is another line's beginning.
 DECISIVE = ("run.seed", "model.", "optimizer.", "schedule.", "train.")
 INCIDENTAL = (
     "model.gradient_checkpointing", "train.steps", "train.micro_batch_size", "train.compile", "train.on_batch_change",
-    "train.max_bad_steps", "train.spike", "train.on_spike",
+    "train.tokens", "train.deterministic", "train.max_bad_steps", "train.spike", "train.on_spike",
 )  # fmt: skip
 FALLBACK = "fallback_folder"  # a file in a run's folder: the name of its line's folder below `checkpoint.fallback_dir`
 
@@ -145,7 +147,7 @@ def is_line_of(origin: Origin | None, given: Path, config: Config) -> bool:
     """Whether the line in the run's folder began at the checkpoint or run `given`, with the same settings."""
     if origin is None:
         return False
-    now = decisive(config)
+    now = decisive(with_cooldown(config, origin.step))
     if any(now[key] != value for key, value in origin.settings.items() if key in now):
         return False
     path = Path(origin.checkpoint) if origin.own else Path(origin.resume).resolve()
@@ -162,7 +164,9 @@ def branch_from(given: Path, config: Config, run_dir: Path, progress: Progress =
     checkpoint = checkpoint.resolve()
     own = checkpoint.parent == (run_dir / "checkpoints").resolve()
     step, manifest = read_state(checkpoint)["step"], sha256(checkpoint / MANIFEST)
-    origin = Origin(os.path.abspath(given), str(checkpoint), manifest, step, own, decisive(config), uuid.uuid4().hex)
+    origin = Origin(
+        os.path.abspath(given), str(checkpoint), manifest, step, own, decisive(with_cooldown(config, step)), uuid.uuid4().hex
+    )
     if beyond(run_dir, origin) or (not own and (run_dir / "metrics.jsonl").exists()):
         used = [int(path.name) for path in run_dir.glob("set_aside/*") if path.name.isdigit()]
         origin = replace(origin, set_aside=f"set_aside/{max(used, default=0) + 1}")
@@ -171,6 +175,33 @@ def branch_from(given: Path, config: Config, run_dir: Path, progress: Progress =
     elif own:
         origin = replace(origin, id="")
     return Start(checkpoint, notes, origin, True)
+
+
+def config_of_line(config: Config, origin: Origin | None) -> Config:
+    """`config`, with the schedule that `schedule.cooldown` makes of it for the line that began at `origin`.
+
+    Raises:
+        ConfigError: a cooldown, and no checkpoint from which on it holds.
+    """
+    wanted = config.schedule.cooldown
+    if not wanted:
+        return config
+    if origin is None or origin.settings.get("schedule.cooldown") != wanted:
+        raise ConfigError(
+            f"schedule.cooldown={wanted} begins at a checkpoint: name one, checkpoint.resume=RUN/checkpoints/step_..., and "
+            "another run.dir"
+        )
+    return with_cooldown(config, origin.step)
+
+
+def config_to_plan(config: Config, run_dir: Path) -> Config:
+    """As `config_of_line` for the line that training would begin or continue, without touching the folder."""
+    origin, given = read_origin(run_dir), Path(config.checkpoint.resume).expanduser()
+    if not config.schedule.cooldown or config.checkpoint.resume in ("auto", "never") or is_line_of(origin, given, config):
+        return config_of_line(config, origin)
+    if not given.is_dir():
+        raise CheckpointError(f"checkpoint.resume: {given} is no whole checkpoint: there is no such folder")
+    return with_cooldown(config, read_state(choose_checkpoint(given.resolve())[0])["step"])
 
 
 def decisive(config: Config) -> dict[str, Any]:
@@ -203,7 +234,8 @@ def put_in_place(run_dir: Path) -> None:
             copy_files(run_dir, aside, origin.before)
         for path in beyond(run_dir, origin):
             path.rename(aside / "checkpoints" / path.name)
-        (run_dir / "wandb.json").unlink(missing_ok=True)  # the new line is a run of its own there
+        for name in ID_FILES:
+            (run_dir / name).unlink(missing_ok=True)  # the new line is a run of its own there
     target = checkpoints / checkpoint_name(origin.step)
     if not is_copy(target, origin):
         link_checkpoint(source, target)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from celo2.training.configuration import Written
 from celo2.training.idle import refuse_idle
+from configs.length import batch_sizes
 from configs.load import ConfigError
 from configs.schema import Config
 from data.batches import fit_micro_batch
@@ -32,8 +33,12 @@ def check(config: Config, written: Written, world: int) -> list[str]:
         raise ConfigError(f"distributed.replicas is {copies}, which does not divide {world} processes")
     if config.schedule.kind == "wsd" and config.schedule.warmup + config.schedule.decay > 1:
         raise ConfigError("schedule.warmup and schedule.decay are more than 1 together: the decay would begin in the warm-up")
+    if config.schedule.start >= config.train.steps and not config.schedule.cooldown:
+        raise ConfigError(f"schedule.start is {config.schedule.start}, but the run ends after train.steps={config.train.steps}")
     check_model_keys(config)
-    fit_micro_batch(config.train.batch_size, world, config.train.micro_batch_size)
+    for size in batch_sizes(vars(config.train)).sizes:
+        name = "train.batch_size" if size == config.train.batch_size else "a size of train.ramp"
+        fit_micro_batch(size, world, config.train.micro_batch_size, name)
     return notes
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from configs.load import ConfigError
 from configs.schema import Config
 from launch.checkpoint.load import load_checkpoint, read_state, require_state
 from launch.checkpoint.save import Saver
@@ -21,6 +22,7 @@ from launch.monitoring.metrics import flat
 from launch.run.agreement import require_agreement
 from launch.run.branch import Start, checkpoint_folders, choose_start
 from launch.run.ranks import checkpoint_fact, require_same
+from launch.run.schedule import rate_after
 from launch.run.state import RunState, from_saved
 
 MAX_ROLLBACKS = 10
@@ -59,14 +61,18 @@ def resume(config: Config, start: Start, strategy: Strategy, identity: dict[str,
     """
     path = start.checkpoint
     if path is None:
+        if config.schedule.start:
+            raise ConfigError(f"schedule.start is {config.schedule.start}, but the run begins at step 0")
         return RunState()
     saved = read_state(path)
     require_state(path, saved)
     require_agreement(path, saved, config, strategy.model.config, identity)
+    rate = rate_after(saved, config)
     load_checkpoint(path, strategy, progress)
     before, now = flat(saved["config"]), flat(asdict(config))
     changes = [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
     start.notes.append(f"resumed from {path}" + (f" with {', '.join(changes)}" if changes else ""))
+    start.notes.extend([rate] if rate else [])
     return from_saved(saved)
 
 

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
+from typing import Any
+
 import numpy as np
 from torch.optim import Optimizer
 
 from celo2.training.schedule import cosine
-from configs.schema import Schedule
+from configs.load import ConfigError
+from configs.schema import Config, Schedule
+
+JUMP = 0.05  # a change of the learning rate, relative, that a person is told of
 
 
 def due(step: int, every: int, steps: int) -> bool:
@@ -18,8 +25,9 @@ def lr_factor(schedule: Schedule, step: int, steps: int) -> float:
     """The factor on the peak learning rate in optimizer step `step` (from 0) of `steps`; the last step has `schedule.final`.
 
     Linear warm-up over `schedule.warmup * steps` steps, then constant, linear or cosine decay to `final`; or "wsd": constant, and
-    linear decay to `final` over the last `schedule.decay * steps` steps.
+    linear decay to `final` over the last `schedule.decay * steps` steps. All of this begins at step `schedule.start`.
     """
+    step, steps = step - schedule.start, steps - schedule.start
     warmup = round(schedule.warmup * steps)
     if step < warmup:
         return (step + 1) / warmup
@@ -38,6 +46,51 @@ def set_lr(optimizer: Optimizer, factor: float) -> None:
     """Set the learning rate of every group to its peak (`initial_lr`) times `factor`."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
+
+
+def with_cooldown(config: Config, step: int) -> Config:
+    """`config` for a line of steps that begins after `step`: with `schedule.cooldown` the run decays from there, and ends."""
+    if not config.schedule.cooldown:
+        return config
+    schedule = replace(config.schedule, kind="linear", warmup=0.0, start=step)
+    return replace(config, schedule=schedule, train=replace(config.train, steps=step + config.schedule.cooldown, tokens=None))
+
+
+def rate_after(saved: Mapping[str, Any], config: Config) -> str:
+    """What a person should know about the learning rate after a checkpoint, of which `saved` is the state.json; "" for nothing.
+
+    Raises:
+        ConfigError: a schedule that begins later, or a cooldown of a rate that was not at its peak.
+    """
+    step, now, there = saved["step"], config.schedule, saved["config"]
+    if now.start > step:
+        raise ConfigError(f"schedule.start is {now.start}, but the run goes on after step {step}: take {step} or less")
+    was = Schedule(**{f.name: there["schedule"][f.name] for f in fields(Schedule) if f.name in there["schedule"]})
+    total, peak, before = there["train"]["steps"], there["optimizer"]["lr"], 0.0
+    if step:
+        before = lr_factor(was, step - 1, total)
+        if now.cooldown and now.start == step and before != 1:
+            raise ConfigError(
+                f"schedule.cooldown: the learning rate of the checkpoint of step {step} is {before:.3g} of its peak, by "
+                f"schedule.kind={was.kind} over {total} steps; a cooldown begins at the peak of a constant or wsd schedule"
+            )
+    if step >= config.train.steps or now.cooldown or (was, total) == (now, config.train.steps):
+        return ""
+    expected = peak * (lr_factor(was, step, total) if step < total else before)
+    rate = config.optimizer.lr * lr_factor(now, step, config.train.steps)
+    if abs(rate - expected) <= JUMP * max(rate, expected):
+        return ""
+    ended = f"which ended at step {total}" if step >= total else f"over {total} steps"
+    return (
+        f"the learning rate goes on at {rate:.3g}: {described(asdict(now))} over {config.train.steps} steps. The schedule of the "
+        f"checkpoint, {described(asdict(was))} {ended}, has {expected:.3g} there (schedule.start={step} begins one anew)"
+    )
+
+
+def described(schedule: Mapping[str, Any]) -> str:
+    """A schedule in a few words."""
+    start = f" from step {schedule['start']} on" if schedule["start"] else ""
+    return f"{schedule['kind']}{start}"
 
 
 def dropout_seed(seed: int, step: int, micro_batch: int) -> int:

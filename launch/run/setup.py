@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from celo2 import Celo2, save_rule
 from celo2.training.lock import FolderLock
+from configs.length import batch_sizes
 from configs.load import ConfigError, to_yaml
 from configs.schema import Config
 from data.batches import Batches, fit_micro_batch, prefetch
@@ -59,14 +60,15 @@ def open_batches(
     config: Config, shards: TokenShards, context: int, state: RunState, accelerator: Accelerator
 ) -> tuple[Batches, Iterator]:
     """The order of the batches, and a stream of this rank's micro-batches from the step of `state` on."""
-    batches = Batches(shards, context, config.train.batch_size, config.run.seed, state.step, state.sequences, state.sources)
+    sizes = batch_sizes(vars(config.train))
+    batches = Batches(shards, context, sizes, config.run.seed, state.step, state.sequences, state.sources)
     stream = prefetch(
         batches,
         state.step,
         config.train.steps,
         accelerator.process_index,
         accelerator.num_processes,
-        fit_micro_batch(config.train.batch_size, accelerator.num_processes, config.train.micro_batch_size),
+        config.train.micro_batch_size,
         pin_memory=accelerator.device.type == "cuda",
     )
     return batches, stream
@@ -177,11 +179,12 @@ def describe_training(config: Config, parameters: int, optimizer: torch.optim.Op
     rule = ""
     if isinstance(optimizer, Celo2):
         rule = f" ({'; '.join(filter(None, (optimizer.rule.description, optimizer.rule.source)))})"
-    largest = config.train.micro_batch_size
-    micro = fit_micro_batch(config.train.batch_size, world, largest)
+    largest, sizes = config.train.micro_batch_size, batches.sizes
+    micro = fit_micro_batch(sizes.sizes[-1], world, largest)
     lowered = f" (train.micro_batch_size is at most {largest}; this divides the batch)" if micro < largest else ""
+    at_last = " at last" if len(sizes.sizes) > 1 else ""
     return (
         f"{config.run.name}: {parameters:,} parameters, {config.optimizer.name}{rule}; "
-        f"{batches.tokens_per_epoch:,} tokens an epoch, {config.train.batch_size} x {batches.context} tokens a step = "
-        f"{world} process(es) x {config.train.batch_size // (world * micro)} micro-batch(es) of {micro}{lowered}"
+        f"{batches.tokens_per_epoch:,} tokens an epoch, {sizes.text()} x {batches.context} tokens a step{at_last} = "
+        f"{world} process(es) x {sizes.sizes[-1] // (world * micro)} micro-batch(es) of {micro}{lowered}"
     )

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from configs.schema import Config
+from data.batches import Batches
 from launch.monitoring.guard import Verdict
 
 
@@ -41,9 +42,9 @@ class RunState:
         mean = self.window_loss or 0.0
         self.window_loss = mean + (loss - mean) * (tokens / self.window_tokens)  # exactly `loss` where it is the only step
 
-    def back_at(self, step: int, batch_size: int, sources: dict[str, int]) -> RunState:
-        """Where the run stood in the order of the data after an earlier step, with `sources`; what is not of the order stays."""
-        return replace(self, step=step, sequences=self.sequences - (self.step - step) * batch_size, sources=sources)
+    def back_at(self, step: int, batches: Batches) -> RunState:
+        """Where the run stood in the order of the data after an earlier step; what is not of the order stays."""
+        return replace(self, step=step, sequences=batches.first(step), sources=batches.taken(step))
 
     def begin_window(self) -> None:
         """The step is logged: the next mean begins after it."""

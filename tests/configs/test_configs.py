@@ -60,7 +60,10 @@ def test_resolved_configuration_reads_back(file, tmp_path):
         ("train.compile=1", "train.compile is 1, expected bool"),
         ("train.steps=true", "train.steps is True, expected int"),
         ("log.trackers=wandb", "log.trackers is 'wandb', expected a list"),
-        ("log.trackers=[mlflow]", "log.trackers[0] is 'mlflow', expected one of tensorboard, wandb"),
+        (
+            "log.trackers=[comet]",
+            "log.trackers[0] is 'comet', expected one of tensorboard, wandb, mlflow, comet_ml, trackio",
+        ),
         ("train=3", "'train' is a section"),
         ("train.steps.x=3", "'train.steps.x=3': 'steps' is a value"),
         ("schedule.warmup=2", "schedule.warmup is 2.0, expected a fraction"),

@@ -232,5 +232,5 @@ def test_prefetch_raises_the_thread_s_error(too_small_vocabulary):
     with pytest.raises(DataError, match="outside the vocabulary of 256"):
         list(steps)
     assert prefetch_threads() == 0
-    with pytest.raises(DataError, match="must be a multiple of 3"):
+    with pytest.raises(DataError, match="must be a multiple of the number of processes, 3"):
         list(prefetch(Batches(too_small_vocabulary, CONTEXT, BATCH, 0), 0, 100, 0, 3, 1))

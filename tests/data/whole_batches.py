@@ -5,7 +5,7 @@ import torch
 
 def whole(batches, step):
     """The global batch of a step: inputs, targets (B, T)."""
-    return batches.micro_batches(step, 0, 1, batches.batch_size)[0]
+    return batches.micro_batches(step, 0, 1, batches.sizes.at(step))[0]
 
 
 def join(micro_batches):

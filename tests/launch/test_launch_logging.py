@@ -135,7 +135,7 @@ def wandb(monkeypatch):
 
     module.init = init
     monkeypatch.setitem(sys.modules, "wandb", module)
-    monkeypatch.setattr("launch.distributed.setup.is_wandb_available", lambda: True)
+    monkeypatch.setattr("accelerate.utils.is_wandb_available", lambda: True)
     return module
 
 

@@ -26,7 +26,7 @@ from models import build_model
 # What a training run writes into its folder.
 WRITTEN = (
     *("config.yaml", "tokenizer.json", "tokenizer_config.json", "metrics.jsonl", "metrics.tmp", "events.jsonl", "loss.png"),
-    *("sample.txt", "rule.safetensors", "origin.json", "wandb.json", "lock", "tensorboard", "wandb", "set_aside"),
+    *("sample.txt", "rule.safetensors", "origin.json", "wandb.json", "aim.json", "lock", "tensorboard", "wandb", "set_aside"),
 )
 
 

@@ -97,7 +97,8 @@ MORE += [("bf16", "zero1"), ("bf16", "zero3"), ("bf16-state", "fsdp2"), ("plain"
 )
 def test_every_strategy_equals_one_process(world, steps, names, others, run, prepared):
     folder, half = run.tmp_path, steps // 2
-    options = [*ODD, f"train.steps={steps}", f"checkpoint.every={half}"]
+    # The ramp makes it three micro-batches where there were two.
+    options = [*ODD, f"train.steps={steps}", f"checkpoint.every={half}", f"train.ramp={{{steps * 7 // 10}: 12}}"]
     common = [str(folder / "config.yaml"), f"data.dir={prepared}", *options]
     micro = [f"train.micro_batch_size={4 // world}"]
     pairs = [*(("celo2", name) for name in names), *others]

@@ -1,0 +1,60 @@
+"""How long a training run is, and how many sequences its steps take: `train.steps`, `train.tokens`, `train.ramp`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from celo2.training.configuration import ConfigError, Written
+from configs.schema import Config
+from data.batch_sizes import BatchSizes
+
+
+def batch_sizes(train: Mapping[str, Any]) -> BatchSizes:
+    """The sequences of every step, from the section `train` as a mapping, which may come from a state.json.
+
+    Raises:
+        ConfigError: a step or a size in `train.ramp` that is none.
+    """
+    ramp = {}
+    for step, size in (train.get("ramp") or {}).items():
+        if not (type(step) is int or (isinstance(step, str) and step.isdecimal())) or int(step) < 1:
+            raise ConfigError(
+                f"train.ramp has the key {step!r}, expected a step from which on a batch size holds, 1 or above; "
+                "before the first one train.batch_size holds"
+            )
+        if type(size) is not int or size < 1:
+            raise ConfigError(f"train.ramp.{step} is {size!r}, expected a number of sequences, 1 or above")
+        ramp[int(step)] = size
+    return BatchSizes(train["batch_size"], ramp)
+
+
+def with_steps(config: Config, written: Written) -> Config:
+    """The configuration, with the fewest steps that take `train.tokens` where that is given; and a checked `train.ramp`.
+
+    What the command line says counts more than the file. The config.yaml of a run has both, and `train.tokens` decides.
+
+    Raises:
+        ConfigError: steps and tokens are both written in one place and differ; tokens without a known context; a bad ramp.
+    """
+    train = config.train
+    sizes = batch_sizes(vars(train))
+    if train.ramp is not None:
+        train.ramp = dict(sorted((int(step), size) for step, size in train.ramp.items()))  # type: ignore[misc]
+    if train.tokens is None:
+        return config
+    if "train.steps" in written.overrides and "train.tokens" not in written.overrides:
+        train.tokens = None
+        return config
+    from models.sizes import SIZES  # with transformers, which takes a second
+
+    size = SIZES.get(str(config.model.size))
+    context = config.model.context or (size.context if size else None)
+    if context is None:
+        raise ConfigError("train.tokens needs model.context: say how many tokens a training sequence has")
+    steps = sizes.steps_for(-(-train.tokens // context))
+    keys = {"train.steps", "train.tokens"}
+    if keys <= written.overrides and steps != train.steps:
+        raise ConfigError(f"train.steps is {train.steps}, but train.tokens={train.tokens} are {steps} steps: give one of them")
+    train.steps = steps
+    return config
