@@ -1,4 +1,4 @@
-"""The published GPT-3 sizes, and three small ones for CPUs."""
+"""The published GPT-3 sizes, and small ones for CPUs."""
 
 from dataclasses import dataclass
 
@@ -25,7 +25,10 @@ SIZES = {
     "gpt3-6.7b": Size(layers=32, width=4096, heads=32, context=2048),
     "gpt3-13b": Size(layers=40, width=5120, heads=40, context=2048),
     "gpt3-175b": Size(layers=96, width=12288, heads=96, context=2048),
-    # Not in the paper: for tests, a laptop's demonstration, and a CPU overnight.
+    # Not in the paper: for tests, a laptop's demonstration, and a CPU overnight. Nano to midi are a ladder.
+    "gpt3-nano": Size(layers=2, width=32, heads=2, context=256),
+    "gpt3-micro": Size(layers=3, width=64, heads=4, context=256),
+    "gpt3-milli": Size(layers=4, width=96, heads=6, context=256),
     "gpt3-tiny": Size(layers=2, width=64, heads=4, context=128),
     "gpt3-mini": Size(layers=4, width=128, heads=4, context=256),
     "gpt3-midi": Size(layers=6, width=256, heads=8, context=256),

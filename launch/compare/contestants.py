@@ -26,6 +26,7 @@ class Contestant:
     lr: float  # where its grid begins
     special: tuple[str, ...]  # what a reader must know that is not the same for all
     takes_adamw_lr: bool  # whether the common optimizer.adamw_lr changes anything
+    section: Optimizer  # of the configuration, with its own options
 
 
 def parse(spec: str, config: Config) -> Contestant:
@@ -72,7 +73,7 @@ def parse(spec: str, config: Config) -> Contestant:
         special += [f"weight decay of matrices times {entry.decay:g}"] if entry.decay != 1 else []
     label = spec.strip()
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", label).strip("-.")
-    return Contestant(label, slug, overrides, lr, tuple(special), not entry.all_hidden and "adamw_lr" not in own)
+    return Contestant(label, slug, overrides, lr, tuple(special), not entry.all_hidden and "adamw_lr" not in own, section)
 
 
 def parse_all(specs: list[str], config: Config) -> list[Contestant]:

@@ -15,6 +15,7 @@ from markupsafe import Markup, escape
 
 from data.files import replace_text
 from launch.compare.picture import draw, draw_details
+from launch.compare.sections import sections
 
 HERE = Path(__file__).parent
 VENDOR = HERE / "vendor"
@@ -63,6 +64,7 @@ def render(results: Results) -> str:
     return page.get_template("page.html").render(
         results | {"versions": [f"{library} {version}" for library, version in results["versions"].items()]},
         search_commands=results.get("search_commands"),
+        sections=sections(results, lambda label: f"var(--c{labels.index(label) % 8})"),
         shown=shown,
         folded=folded,
         low=low,

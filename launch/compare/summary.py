@@ -10,10 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from celo2.training.search import Search
+from celo2.training.statistics import CONFIDENCE, Difference, difference, estimate, holm
 from configs.load import to_yaml
 from launch.compare.curves import Run, at, other_differences, reaches, thinned, upto
-from launch.compare.search import Search
-from launch.compare.statistics import CONFIDENCE, Difference, difference, estimate, holm
+from launch.compare.planning import seeds_for
+from launch.compare.sensitivity import search_record, worth_sentence
+from launch.compare.target import target_record
 
 LEVEL = 1 - CONFIDENCE
 SAME_LENGTH = 1e-3  # runs of as many steps differ by a few tokens, since the last sequence of an epoch is shorter
@@ -23,8 +26,10 @@ MOST_POINTS = 1000  # of a curve
 Groups = Mapping[str, Sequence[Run]]  # the final runs of each optimizer, by label
 
 
-def summarize(groups: Groups, searches: Mapping[str, Search], about: dict[str, Any]) -> dict[str, Any]:
-    """The report's contents. `about`: title, command, machine, versions, method (sentences)."""
+def summarize(
+    groups: Groups, searches: Mapping[str, Search], about: dict[str, Any], target_loss: float | None = None
+) -> dict[str, Any]:
+    """The report's contents. `about`: title, command, machine, versions, method (sentences); `target_loss`: see `target`."""
     sound = {label: [run for run in runs if run.status != "diverged" and run.validation] for label, runs in groups.items()}
     diverged = {label: [run.seed for run in runs if run.status == "diverged"] for label, runs in groups.items()}
     everything = [run for runs in sound.values() for run in runs]
@@ -37,14 +42,18 @@ def summarize(groups: Groups, searches: Mapping[str, Search], about: dict[str, A
     missing = [label for label in groups if label not in whole]
     sentences = [sentence(pair, len(pairs)) for pair in pairs]
     sentences += [divergence(label, len(diverged[label]), len(groups[label])) for label in missing]
+    rows = [row(label, runs, finals[label], tokens, target, searches.get(label)) for label, runs in groups.items()]
+    worth = [worth_sentence(r["label"], r["search"]) for r in rows if r["search"]]
     return about | {
         "confidence": CONFIDENCE,
         "compared_at_tokens": tokens,
         "target_loss": target,
         "sentences": sentences,
         "caveats": caveats(everything, tokens),
-        "optimizers": [row(label, runs, finals[label], tokens, target, searches.get(label)) for label, runs in groups.items()],
+        "optimizers": rows,
         "pairs": pairs,
+        "tuning": [text for text in worth if text],
+        "target": target_record(groups, target_loss) if target_loss is not None else None,
         "runs": [curves(run) for runs in groups.values() for run in runs],
     }
 
@@ -57,7 +66,8 @@ def pairwise(groups: Groups, finals: Mapping[str, Mapping[int, float]], labels: 
         if gap.mean > 0:  # over the seeds that both have, the order may be the other one
             low, high, gap = high, low, difference(finals[high], finals[low])
         shares = reach(groups[low], groups[high], gap.paired, tokens)
-        pairs.append({"a": low, "b": high, **asdict(gap), "reach": shares})
+        needed = seeds_for(gap.mean, gap.half, gap.n, gap.paired)
+        pairs.append({"a": low, "b": high, **asdict(gap), "seeds_needed": needed, "reach": shares})
     for pair, corrected in zip(pairs, holm([pair["p"] for pair in pairs]), strict=True):
         pair["p_corrected"] = corrected
         pair["claim"] = corrected is not None and corrected < LEVEL
@@ -174,18 +184,8 @@ def row(
             "seconds": mean(run.seconds_at(x) for run, x in hits),
         }
     if search is not None:
-        result["search"] = {
-            "lr": losses_of(search.losses),
-            "adamw_lr": losses_of(search.adamw),
-            "trials": search.trials,
-            "notes": search.notes,
-        }
+        result["search"] = search_record(search)
     return result
-
-
-def losses_of(losses: Mapping[float, float]) -> list[dict[str, float | None]]:
-    """A search's losses by learning rate as JSON; null: diverged."""
-    return [{"value": lr, "loss": loss if loss < float("inf") else None} for lr, loss in sorted(losses.items())]
 
 
 def curves(run: Run) -> dict[str, Any]:

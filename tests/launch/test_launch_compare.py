@@ -101,7 +101,7 @@ def test_search_seeds_and_report(start, tmp_path):
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     adamw, muon = results["optimizers"]
     # muon's best is at the edge of the grid: both get one more trial.
-    assert "muon: its best, 0.001, is at the edge of its grid: tries 0.0005 below it" in out
+    assert "muon: its best lr, 0.001, is at the edge of its grid: tries 0.0005 below it" in out
     assert adamw["search"]["trials"] == muon["search"]["trials"] == 4
     assert (adamw["lr"], muon["lr"], adamw["adamw_lr"]) == (2e-3, 1e-3, 1e-2)
     assert adamw["seeds"] == muon["seeds"] == [1, 2, 3]  # the search had seed 0
@@ -391,7 +391,7 @@ def test_the_same_name_twice_is_told_apart():
         (["--runs", "nowhere"], "nowhere holds no run: config.yaml is missing"),
         (
             ["c.yaml", "--runs", "nowhere"],
-            "--runs takes what is there already: nothing else but --out goes with it, not a config",
+            "--runs takes what is there already: nothing else but --out and --target-loss go with it, not a config",
         ),
         (["--runs", "nowhere", "--seeds", "2"], "not --seeds"),
         (["--results", "nowhere.json"], "cannot read results 'nowhere.json' (No such file or directory)"),

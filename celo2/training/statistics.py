@@ -1,4 +1,4 @@
-"""Intervals and tests on a handful of seeds: Student's t, paired and Welch's, and Holm's correction for many pairs."""
+"""Intervals and tests on a handful of seeds: Student's t, paired and Welch's, Holm's correction for many pairs, and power."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 
-from scipy.special import stdtr, stdtrit  # Student's t: distribution function and quantile
+from scipy.special import nctdtr, stdtr, stdtrit  # Student's t: distribution functions (the first noncentral), quantile
 
 CONFIDENCE = 0.95
 
@@ -82,3 +82,48 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
         largest = max(largest, min(1.0, p * (len(known) - rank)))
         corrected[index] = largest
     return corrected
+
+
+LEVEL, POWER = 1 - CONFIDENCE, 0.8  # of a test: the chance of a false claim, and of a true one
+MOST_SEEDS = 10_000
+
+
+def power(gap: float, sd: float, n: int, level: float = LEVEL, sides: int = 2) -> float:
+    """The chance that a t-test of n values with this true mean and standard deviation finds that the mean is not 0.
+
+    For n pairs, the values are the differences. `sides` is 1 where only a positive mean counts. Uses the noncentral t.
+    """
+    if n < 2:
+        return 0.0
+    if sd == 0:
+        return 1.0 if gap else level
+    dof, centre = n - 1, abs(gap) / sd * math.sqrt(n)
+    critical = float(stdtrit(dof, 1 - level / sides))
+    found = 1 - float(nctdtr(dof, centre, critical))
+    return found + (float(nctdtr(dof, centre, -critical)) if sides == 2 else 0.0)
+
+
+def seeds_needed(gap: float, sd: float, level: float = LEVEL, wanted: float = POWER) -> int | None:
+    """The smallest number of pairs of seeds with which a difference is found with the chance `wanted`; None beyond MOST_SEEDS."""
+    low, high = 1, 2
+    while power(gap, sd, high, level) < wanted:
+        low, high = high, 2 * high
+        if high > MOST_SEEDS:
+            return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if power(gap, sd, middle, level) >= wanted else (middle, high)
+    return high
+
+
+def detectable(n: int, level: float = LEVEL, wanted: float = POWER, sides: int = 2) -> float | None:
+    """The smallest true mean, in standard deviations, that n values show with the chance `wanted`; None for fewer than two."""
+    if n < 2:
+        return None
+    low, high = 0.0, 1.0
+    while power(high, 1.0, n, level, sides) < wanted:
+        high *= 2
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (low, middle) if power(middle, 1.0, n, level, sides) >= wanted else (middle, high)
+    return high

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from launch.compare.statistics import CONFIDENCE, difference, estimate, half_width, holm, p_value
+from celo2.training.statistics import CONFIDENCE, difference, estimate, half_width, holm, p_value
 
 
 # Two-sided quantiles as every table prints them; 1 degree of freedom is the Cauchy distribution, tan(pi confidence / 2).

@@ -1,0 +1,48 @@
+"""The one rule by which rates of a small model become those of a wider one, where no search was made.
+
+An update that is orthogonalized and has RMS 1 has the spectral norm √max(R, C), so that its learning rate falls with the square
+root of the width and its decay with the width. An update of Adam's kind has a learning rate that falls with the width (arXiv
+2203.03466) and a decay that stays. The rate of embeddings, output layer and vectors stays. These exponents are assumptions: none
+was measured here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class WidthExponents:
+    """A value at width D is its value at width D0 times (D / D0)^exponent; keys without one stay."""
+
+    lr: float
+    weight_decay: float
+    adamw_lr: float = 0.0
+
+
+ORTHOGONALIZED = WidthExponents(lr=-0.5, weight_decay=-1.0)
+ADAM = WidthExponents(lr=-1.0, weight_decay=0.0)
+
+
+def at_width(values: Mapping[str, float], found_at: int, width: int, exponents: WidthExponents) -> dict[str, float]:
+    """The values of a model of `width` from those that were found at the width `found_at`, by key."""
+    return {key: value * (width / found_at) ** getattr(exponents, key, 0.0) for key, value in values.items()}
+
+
+def exponents_of(orthogonalizes: bool) -> WidthExponents:
+    """The exponents of an optimizer."""
+    return ORTHOGONALIZED if orthogonalizes else ADAM
+
+
+def stated(found_at: str) -> str:
+    """The rule as a sentence of the report."""
+
+    def power(value: float) -> str:
+        return f"width^{value:g}".replace("-", "−") if value else "unchanged"
+
+    kinds = (("orthogonalized updates", ORTHOGONALIZED), ("all others", ADAM))
+    said = "; ".join(
+        f"{name}: lr {power(e.lr)}, weight decay {power(e.weight_decay)}, adamw_lr {power(e.adamw_lr)}" for name, e in kinds
+    )
+    return f"The settings found at {found_at} follow to other widths by a rule, without a search ({said}); all else is the same."
