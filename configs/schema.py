@@ -64,6 +64,11 @@ class Optimizer:
         None, "peak learning rate of embeddings, output layer, biases and norms; null: lr", at_least(0)
     )
     weight_decay: float = option(0.1, "decoupled decay of matrices and embeddings; biases and norms have none", at_least(0))
+    cautious_weight_decay: bool = option(False, "decay only where the update moves a weight towards 0, too (arXiv 2510.12402)")
+    ema_nesterov: float = option(
+        0.0, "EMA-Nesterov (arXiv 2605.25395): how far ahead the gradient is taken, 0.6 with muon; 0: not", at_least(0)
+    )
+    ema_nesterov_decay: float = option(0.99, "decay of the average of changes that ema_nesterov looks along", DECAY)
     rule: str | None = option(
         None,
         "for celo2 and celo2-base: a shipped rule, a path, or hub:OWNER/NAME[@REVISION][:FILE]; null: the name's own",

@@ -22,6 +22,7 @@ from launch.distributed.blocks import compile_blocks
 from launch.distributed.buffers import copies, frozen_to_buffers, persistent_buffers, settle
 from launch.distributed.host_group import HostGroup
 from launch.monitoring.guard import Judged
+from launch.optimizers.additions import EmaNesterov
 from launch.optimizers.build import Groups, optimizer_groups
 from launch.optimizers.table import entry_of
 from models import ModelError, one_line
@@ -100,6 +101,16 @@ class Strategy:
         """The optimizer of the hidden matrices, which may count those that it has orthogonalized as `orthogonalized`."""
         return getattr(self.optimizer, "optimizers", [self.optimizer])[0]
 
+    @property
+    def lookahead(self) -> EmaNesterov | None:
+        """What moves the weights ahead for the gradient, with `optimizer.ema_nesterov`."""
+        return getattr(self.optimizer, "lookahead", None)
+
+    def look_ahead(self, progress: float) -> None:
+        """Move the weights to where the gradient is to be taken, after a fraction `progress` of all steps; `step` ends it."""
+        if self.lookahead is not None and self.lookahead.enter(progress):
+            self.weights_changed()
+
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Sum of the cross-entropy (nats) over the targets of a micro-batch (B, T), both on any device."""
         device = self.accelerator.device
@@ -140,6 +151,8 @@ class Strategy:
     def step(self, judge: Judge) -> None:
         """Clip the gradient, ask `judge`, update if it agrees, and forget the gradient. Buffers become equal on all ranks."""
         judged = self.update(judge)
+        if self.lookahead is not None and self.lookahead.leave():
+            self.weights_changed()
         settle(self.buffers, self.before_step, judged.found_inf > 0, self.world)
 
     def update(self, judge: Judge) -> Judged:

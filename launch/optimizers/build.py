@@ -20,6 +20,7 @@ from celo2.training.idle import refuse_idle
 from configs.load import ConfigError
 from configs.schema import Config, Distributed
 from configs.schema import Optimizer as OptimizerConfig
+from launch.optimizers.additions import CAUTIOUS, add_options, without_decay
 from launch.optimizers.idle import IDLE
 from launch.optimizers.table import ADAMW, OptimizerEntry, entry_of
 from launch.optimizers.third_party import ThirdParty, accepted, construct, find_class
@@ -103,6 +104,8 @@ def build_optimizer(
         ConfigError: the optimizer cannot be imported, refuses its arguments, or cannot do what is asked for.
     """
     entry = entry_of(config)
+    if config.cautious_weight_decay:
+        groups = without_decay(groups)
     refuse_idle(Config(optimizer=config, distributed=Distributed(shard_state=shard_state)), IDLE)
     if entry.takes_rule:
         options: dict[str, Any] = {"rule": rule_of(config), "state_dtype": STATE_DTYPES[config.state_dtype]}
@@ -120,6 +123,7 @@ def build_optimizer(
         optimizer = build_by_class(config, entry, groups)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
+    add_options(optimizer, config)
     return optimizer
 
 
@@ -135,7 +139,10 @@ def build_by_class(config: OptimizerConfig, entry: OptimizerEntry, groups: Group
         cls = find_class(entry.sharded_path)
         arguments = {key: value for key, value in arguments.items() if key in accepted(cls)}
     rest = [without(group, *OF_CELO2) for group in rest]
-    own = [{**without(group, *OF_CELO2), "weight_decay": group["weight_decay"] * entry.decay} for group in own]
+    own = [
+        {**without(group, *OF_CELO2), **{key: group[key] * entry.decay for key in ("weight_decay", CAUTIOUS) if key in group}}
+        for group in own
+    ]
     optimizer = construct(cls, own, arguments | (config.arguments or {}))
     if entry.third_party:
         optimizer = ThirdParty(optimizer)

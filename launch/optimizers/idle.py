@@ -30,6 +30,25 @@ IDLE = (
         lambda c: "." in c.optimizer.name,
         "{value} is for a dotted path, and {choice} has a route of its own",
     ),
+    Idle(
+        "optimizer.ema_nesterov_decay",
+        "optimizer.ema_nesterov",
+        lambda c: c.optimizer.ema_nesterov > 0,
+        "{value} is for optimizer.ema_nesterov, which is {choice}",
+        detail=True,
+    ),
+    Idle(
+        "distributed.shard_state",
+        "optimizer.ema_nesterov",
+        lambda c: c.optimizer.ema_nesterov == 0,
+        "divides the optimizer state, all of which every rank needs with optimizer.ema_nesterov {choice}",
+    ),
+    Idle(
+        "optimizer.cautious_weight_decay",
+        "optimizer.weight_decay",
+        lambda c: c.optimizer.weight_decay > 0,
+        "says where to decay, and optimizer.weight_decay is {choice}",
+    ),
     Idle("distributed.shard_state", "optimizer.name", takes_rule, f"divides the state of {WITH_RULE}, not of {{choice}}"),
     Idle(
         "distributed.shard_state",

@@ -151,6 +151,8 @@ def optimizer_differences(
         return
     if "." in now.name and was.route != now.route:
         yield Difference("optimizer.route", was.route, now.route)
+    if bool(was.ema_nesterov) != bool(now.ema_nesterov):
+        yield Difference("optimizer.ema_nesterov", was.ema_nesterov, now.ema_nesterov)
     old, new = effective_arguments(was), effective_arguments(now)
     for key in sorted(old.keys() | new.keys()):
         pair = old.get(key, NOT_SET), new.get(key, NOT_SET)
