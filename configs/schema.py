@@ -54,11 +54,12 @@ class Data:
 
 
 OPTIMIZERS = ("celo2", "celo2-base", "adamw", "muon", "lion", "soap", "adafactor", "schedule-free")
+OPTIMIZERS += ("normuon", "ademamix", "mars", "kron", "scion")
 
 
 @dataclass
 class Optimizer:
-    name: str = option("celo2", f"optimizer of hidden matrices: {', '.join(OPTIMIZERS)}, or a dotted path (torch.optim.NAdam)")
+    name: str = option("celo2", f"optimizer: {', '.join(OPTIMIZERS)}, or a dotted path (torch.optim.NAdam)")
     lr: float = option(1e-3, "peak learning rate of hidden matrices (celo2: the RMS change of a weight in one step)", at_least(0))
     adamw_lr: float | None = option(
         None, "peak learning rate of embeddings, output layer, biases and norms; null: lr", at_least(0)
@@ -76,8 +77,12 @@ class Optimizer:
         path=True,
     )
     state_dtype: Literal["fp32", "bf16"] = option("fp32", "celo2, celo2-base: state of matrices, 16 or 8 bytes a weight")
-    arguments: dict[str, Any] | None = option(None, "further arguments of the optimizer's constructor {betas: [0.9, 0.99]}")
-    route: Literal["hidden", "all"] = option("hidden", "for a dotted path: hidden (AdamW updates the rest) or all")
+    arguments: dict[str, Any] | None = option(
+        None, "further arguments of the optimizer's constructor {betas: [0.9, 0.99], num_steps: train.steps}"
+    )
+    route: Literal["hidden", "matrices", "all"] | None = option(
+        None, "what an optimizer of a library updates, AdamW the rest; null: as its authors do, for a dotted path hidden"
+    )
 
 
 @dataclass

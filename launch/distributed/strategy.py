@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -25,11 +27,15 @@ from launch.monitoring.guard import Judged
 from launch.optimizers.additions import EmaNesterov
 from launch.optimizers.build import Groups, optimizer_groups
 from launch.optimizers.table import entry_of
+from launch.optimizers.third_party import ThirdParty
 from models import ModelError, one_line
 from models.initialization import Weights
 
 Judge = Callable[[Tensor], Judged]  # gradient norm -> whether the step may reach the weights, which the device knows
 MicroBatches = list[tuple[Tensor, Tensor]]  # input tokens and targets (B, T)
+
+
+OF_STEP = (1 << 32) - 1  # the random numbers of the optimizer's step, in place of those of a micro-batch
 
 
 class ShardedParameter(NamedTuple):
@@ -138,6 +144,7 @@ class Strategy:
                 loss = self.loss(inputs, targets) / n_targets
                 self.differentiate(loss * self.world)
             total += loss.detach()
+        seed_everything(seed_of(OF_STEP))
         return total
 
     def micro_batch(self, last: bool) -> AbstractContextManager:
@@ -165,6 +172,8 @@ class Strategy:
         if entry_of(self.config.optimizer).asks_device and all(group.get("fused", True) for group in optimizer.param_groups):
             optimizer.found_inf = judged.found_inf
             return True
+        if isinstance(self.counter, ThirdParty):
+            self.counter.loss = judged.loss
         return not judged.refused
 
     def weights_changed(self) -> None:
@@ -186,6 +195,13 @@ class Strategy:
                 ranges = [other[name] for other in everyone]
                 check_cover(self.shards[name].local_shard.shape, ranges, name)
                 self.shards[name] = self.shards[name]._replace(ranges=ranges)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed whatever an optimizer of a library may draw random numbers from, so that every rank and every start draws the same."""
+    random.seed(seed)
+    np.random.seed(seed % (1 << 32))
+    torch.manual_seed(seed)
 
 
 def is_expert(name: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from celo2.training.idle import Idle
 from configs.schema import Config
-from launch.optimizers.table import entry_of, names_that_take_a_rule
+from launch.optimizers.table import chooses_route, entry_of, names_that_take_a_rule, uses_adamw_lr
 
 
 def takes_rule(config: Config) -> bool:
@@ -20,15 +20,15 @@ IDLE = (
     Idle(
         "optimizer.adamw_lr",
         "optimizer.name",
-        lambda c: not entry_of(c.optimizer).all_hidden,
+        lambda c: uses_adamw_lr(c.optimizer),
         "{value} is for what AdamW trains, and {choice} trains everything itself",
         detail=True,
     ),
     Idle(
         "optimizer.route",
         "optimizer.name",
-        lambda c: "." in c.optimizer.name,
-        "{value} is for a dotted path, and {choice} has a route of its own",
+        lambda c: c.optimizer.route == "hidden" or chooses_route(c.optimizer),  # what earlier versions noted for every optimizer
+        "{value} is for optimizers of libraries, and {choice} has a route of its own",
     ),
     Idle(
         "optimizer.ema_nesterov_decay",
