@@ -212,6 +212,7 @@ def pretrain(
             began = time.perf_counter()
             factor = lr_factor(config.schedule, state.step, steps)
             set_lr(optimizer, factor)
+            strategy.look_ahead(state.step / steps)
             hooks.before_step(step, strategy)
             n_targets = batches.n_targets(state.step)
             micro_batches = next(stream)

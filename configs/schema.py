@@ -56,16 +56,22 @@ class Data:
 
 
 OPTIMIZERS = ("celo2", "celo2-base", "adamw", "muon", "lion", "soap", "adafactor", "schedule-free")
+OPTIMIZERS += ("normuon", "ademamix", "mars", "kron", "scion")
 
 
 @dataclass
 class Optimizer:
-    name: str = option("celo2", f"optimizer of hidden matrices: {', '.join(OPTIMIZERS)}, or a dotted path (torch.optim.NAdam)")
+    name: str = option("celo2", f"optimizer: {', '.join(OPTIMIZERS)}, or a dotted path (torch.optim.NAdam)")
     lr: float = option(1e-3, "peak learning rate of hidden matrices (celo2: the RMS change of a weight in one step)", at_least(0))
     adamw_lr: float | None = option(
         None, "peak learning rate of embeddings, output layer, biases and norms; null: lr", at_least(0)
     )
     weight_decay: float = option(0.1, "decoupled decay of matrices and embeddings; biases and norms have none", at_least(0))
+    cautious_weight_decay: bool = option(False, "decay only where the update moves a weight towards 0, too (arXiv 2510.12402)")
+    ema_nesterov: float = option(
+        0.0, "EMA-Nesterov (arXiv 2605.25395): how far ahead the gradient is taken, 0.6 with muon; 0: not", at_least(0)
+    )
+    ema_nesterov_decay: float = option(0.99, "decay of the average of changes that ema_nesterov looks along", DECAY)
     rule: str | None = option(
         None,
         "for celo2 and celo2-base: a shipped rule, a path, or hub:OWNER/NAME[@REVISION][:FILE]; null: the name's own",
@@ -73,8 +79,12 @@ class Optimizer:
         path=True,
     )
     state_dtype: Literal["fp32", "bf16"] = option("fp32", "celo2, celo2-base: state of matrices, 16 or 8 bytes a weight")
-    arguments: dict[str, Any] | None = option(None, "further arguments of the optimizer's constructor {betas: [0.9, 0.99]}")
-    route: Literal["hidden", "all"] = option("hidden", "for a dotted path: hidden (AdamW updates the rest) or all")
+    arguments: dict[str, Any] | None = option(
+        None, "further arguments of the optimizer's constructor {betas: [0.9, 0.99], num_steps: train.steps}"
+    )
+    route: Literal["hidden", "matrices", "all"] | None = option(
+        None, "what an optimizer of a library updates, AdamW the rest; null: as its authors do, for a dotted path hidden"
+    )
 
 
 @dataclass

@@ -274,7 +274,7 @@ def shown(value: Any) -> str:
 def checked(kind: Any, value: Any, name: str, allowed: Range | None = None) -> Any:
     """`value` as one of type `kind` and in its range. What was written without quotes is read as the type wants it."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin is types.UnionType:  # X | None
+    if origin in (types.UnionType, typing.Union):  # X | None; of a Literal, typing's
         return None if is_null(value) else checked(arguments[0], value, name, allowed)
     if origin is Literal:
         if value not in arguments:

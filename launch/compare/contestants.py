@@ -12,7 +12,7 @@ from celo2.training.yaml_values import dump_yaml, read_yaml, untyped
 from configs.load import ConfigError, build
 from configs.schema import Config, Optimizer
 from launch.optimizers.build import check_optimizer
-from launch.optimizers.table import TABLE, entry_of
+from launch.optimizers.table import TABLE, entry_of, uses_adamw_lr
 from launch.optimizers.third_party import accepted, find_class
 
 
@@ -50,7 +50,7 @@ def parse(spec: str, config: Config) -> Contestant:
     own = untyped(own, spec)
     if not same:
         own = {"rule": None, "arguments": None, "route": Optimizer().route} | own
-        if entry_of(Optimizer(name=name)).all_hidden:
+        if not uses_adamw_lr(Optimizer(name=name, route=own["route"])):
             own = {"adamw_lr": None} | own
         if not entry_of(Optimizer(name=name)).takes_rule and config.optimizer.state_dtype != Optimizer().state_dtype:
             own = {"state_dtype": Optimizer().state_dtype} | own  # the others have no other state
@@ -66,14 +66,16 @@ def parse(spec: str, config: Config) -> Contestant:
     given = [f"optimizer.{key}={flow(value)}" for key, value in own.items() if key != "lr"]
     overrides = (f"optimizer.name={name}", *given, *entry.needs)
     special = [option for option in overrides[1:] if not option.endswith("=null") and option != "optimizer.route=hidden"]
-    if entry.all_hidden:
+    if not uses_adamw_lr(section):
         special.append("trains every parameter with its own learning rate, without adamw_lr")
     if name in TABLE and entry.third_party:
         special += [f"{key} {value}" for key, value in entry.arguments.items()]
         special += [f"weight decay of matrices times {entry.decay:g}"] if entry.decay != 1 else []
     label = spec.strip()
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", label).strip("-.")
-    return Contestant(label, slug, overrides, lr, tuple(special), not entry.all_hidden and "adamw_lr" not in own, section)
+    return Contestant(
+        label, slug, overrides, lr, tuple(special), uses_adamw_lr(section) and "adamw_lr" not in own, section
+    )
 
 
 def parse_all(specs: list[str], config: Config) -> list[Contestant]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -23,13 +25,18 @@ from launch.distributed.blocks import compile_blocks
 from launch.distributed.buffers import copies, frozen_to_buffers, persistent_buffers, settle
 from launch.distributed.host_group import HostGroup
 from launch.monitoring.guard import Judged
+from launch.optimizers.additions import EmaNesterov
 from launch.optimizers.build import Groups, optimizer_groups
 from launch.optimizers.table import entry_of
+from launch.optimizers.third_party import ThirdParty
 from models import ModelError, one_line
 from models.initialization import Weights
 
 Judge = Callable[[Tensor], Judged]  # gradient norm -> whether the step may reach the weights, which the device knows
 MicroBatches = list[tuple[Tensor, Tensor]]  # input tokens and targets (B, T)
+
+
+OF_STEP = (1 << 32) - 1  # the random numbers of the optimizer's step, in place of those of a micro-batch
 
 
 class ShardedParameter(NamedTuple):
@@ -105,6 +112,16 @@ class Strategy:
         """The optimizer of the hidden matrices, which may count those that it has orthogonalized as `orthogonalized`."""
         return getattr(self.optimizer, "optimizers", [self.optimizer])[0]
 
+    @property
+    def lookahead(self) -> EmaNesterov | None:
+        """What moves the weights ahead for the gradient, with `optimizer.ema_nesterov`."""
+        return getattr(self.optimizer, "lookahead", None)
+
+    def look_ahead(self, progress: float) -> None:
+        """Move the weights to where the gradient is to be taken, after a fraction `progress` of all steps; `step` ends it."""
+        if self.lookahead is not None and self.lookahead.enter(progress):
+            self.weights_changed()
+
     def loss(self, inputs: Tensor, targets: Tensor, **options: bool) -> Tensor:
         """Sum of the cross-entropy (nats) over the targets of a micro-batch (B, T), both on any device. `options`: of
         `models.CausalLMLoss`."""
@@ -133,6 +150,7 @@ class Strategy:
                 loss = self.loss(inputs, targets) / n_targets
                 self.differentiate(loss * self.world)
             total += loss.detach()
+        seed_everything(seed_of(OF_STEP))
         return total
 
     def micro_batch(self, last: bool) -> AbstractContextManager:
@@ -146,6 +164,8 @@ class Strategy:
     def step(self, judge: Judge) -> None:
         """Clip the gradient, ask `judge`, update if it agrees, and forget the gradient. Buffers become equal on all ranks."""
         judged = self.update(judge)
+        if self.lookahead is not None and self.lookahead.leave():
+            self.weights_changed()
         settle(self.buffers, self.before_step, judged.found_inf > 0, self.world)
         if self.average is not None:
             self.average.update(judged.step, judged.found_inf)
@@ -160,6 +180,8 @@ class Strategy:
         if entry_of(self.config.optimizer).asks_device and all(group.get("fused", True) for group in optimizer.param_groups):
             optimizer.found_inf = judged.found_inf
             return True
+        if isinstance(self.counter, ThirdParty):
+            self.counter.loss = judged.loss
         return not judged.refused
 
     def weights_changed(self) -> None:
@@ -181,6 +203,13 @@ class Strategy:
                 ranges = [other[name] for other in everyone]
                 check_cover(self.shards[name].local_shard.shape, ranges, name)
                 self.shards[name] = self.shards[name]._replace(ranges=ranges)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed whatever an optimizer of a library may draw random numbers from, so that every rank and every start draws the same."""
+    random.seed(seed)
+    np.random.seed(seed % (1 << 32))
+    torch.manual_seed(seed)
 
 
 def is_expert(name: str) -> bool:

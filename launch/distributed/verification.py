@@ -18,6 +18,7 @@ from celo2.layout import stacked_axes, stacked_shape, to_stack
 from celo2.rule import accumulator_shapes, update
 from launch.distributed.gather import MEANS, gather_whole, keeps_state
 from launch.distributed.strategy import Strategy, is_expert
+from launch.optimizers.additions import CAUTIOUS
 from launch.optimizers.table import entry_of
 
 # RMS of the difference of two directions of RMS 1. Measured over all strategies on 2 and 4 processes: 1.3e-6 in float32 (1.8e-5
@@ -106,7 +107,8 @@ class Verification:
         rule = optimizer.rule.to(w.device)
         u = update(rule, state, g, w, orthogonalize=orthogonalize, ns_dtype=dtype, axes=axes)
         new = to_stack(after["weight"].float(), shape, layout)
-        taken = (w * (1 - lr * options["weight_decay"]) - new) / lr
+        decay = options["weight_decay"] + options.get(CAUTIOUS, 0.0) * (u * w >= 0)
+        taken = (w * (1 - lr * decay) - new) / lr
         difference = (taken - u).square().mean().sqrt().item()
         tolerance = TOLERANCE[dtype] if orthogonalize else TOLERANCE[torch.float32]
         # The weight's own rounding, seen through a division by lr.

@@ -52,12 +52,13 @@ class Judged:
 
     Attributes:
         step: its number, counted from 1.
+        loss: float32 (), of the global batch.
         found_inf: float32 (), 1 where the step must not reach the weights; named as torch's fused optimizers name it.
     """
 
     def __init__(self, step: int, numbers: Tensor) -> None:
         """`numbers` (8,), float64: loss, gradient norm, whether refused, save, stop, the loss and the norm of this rank."""
-        self.step, self.found_inf = step, numbers[2].float()
+        self.step, self.loss, self.found_inf = step, numbers[0].float(), numbers[2].float()
         on_gpu = numbers.is_cuda
         self.numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=on_gpu)
         self.numbers.copy_(numbers, non_blocking=True)

@@ -2,12 +2,12 @@
 
 All get the same groups: `celo2.param_groups` finds the hidden matrices by module, and each group says by its `role`, "hidden"
 or "other", which parameters the optimizer treats as hidden matrices. So a comparison changes the update of the hidden matrices
-and nothing else, except for optimizers that must have every parameter.
+and nothing else, except for optimizers whose authors give them more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -20,8 +20,9 @@ from celo2.training.idle import refuse_idle
 from configs.load import ConfigError
 from configs.schema import Config, Distributed
 from configs.schema import Optimizer as OptimizerConfig
+from launch.optimizers.additions import CAUTIOUS, add_options, without_decay
 from launch.optimizers.idle import IDLE
-from launch.optimizers.table import ADAMW, OptimizerEntry, entry_of
+from launch.optimizers.table import ADAMW, ROUTES, STEPS, OptimizerEntry, entry_of
 from launch.optimizers.third_party import ThirdParty, accepted, construct, find_class
 
 Groups = list[dict[str, Any]]
@@ -89,7 +90,11 @@ def as_celo2_groups(groups: Groups) -> Groups:
 
 
 def build_optimizer(
-    config: OptimizerConfig, groups: Groups, replicas: dist.ProcessGroup | None = None, shard_state: bool = False
+    config: OptimizerConfig,
+    groups: Groups,
+    replicas: dist.ProcessGroup | None = None,
+    shard_state: bool = False,
+    steps: int = 1,
 ) -> torch.optim.Optimizer:
     """The optimizer of `config` over the groups of `optimizer_groups`, with `initial_lr` in every group.
 
@@ -98,11 +103,14 @@ def build_optimizer(
         groups: their parameters may have been replaced by local shards.
         replicas: the ranks that hold the same parameters. Optimizers without a rule do the same work on each of them.
         shard_state: each replica keeps a part of the optimizer state.
+        steps: of the training run, for optimizers that ask (`STEPS`).
 
     Raises:
         ConfigError: the optimizer cannot be imported, refuses its arguments, or cannot do what is asked for.
     """
     entry = entry_of(config)
+    if config.cautious_weight_decay:
+        groups = without_decay(groups)
     refuse_idle(Config(optimizer=config, distributed=Distributed(shard_state=shard_state)), IDLE)
     if entry.takes_rule:
         options: dict[str, Any] = {"rule": rule_of(config), "state_dtype": STATE_DTYPES[config.state_dtype]}
@@ -117,16 +125,22 @@ def build_optimizer(
         celo2.allocate_state()  # checkpoints hold that of every parameter, and too little memory is an error at the start
         optimizer = celo2
     else:
-        optimizer = build_by_class(config, entry, groups)
+        optimizer = build_by_class(config, entry, groups, steps)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
+    add_options(optimizer, config)
     return optimizer
 
 
-def build_by_class(config: OptimizerConfig, entry: OptimizerEntry, groups: Groups) -> torch.optim.Optimizer:
-    """The class of `entry` over everything, or over the hidden matrices beside torch's AdamW for the rest."""
-    own = [group for group in groups if entry.route == "all" or group["role"] == "hidden"]
-    rest = [group for group in groups if entry.route == "hidden" and group["role"] == "other"]
+def build_by_class(config: OptimizerConfig, entry: OptimizerEntry, groups: Groups, steps: int) -> torch.optim.Optimizer:
+    """The class of `entry` over the kinds of parameters of its route, beside torch's AdamW for the rest."""
+    own, rest = [], []
+    for kind, group in by_kind(groups):
+        if kind in ROUTES[entry.route]:
+            lr = config.lr if entry.one_lr else group["lr"]
+            own.append({**group, "lr": lr, **entry.options.get(kind, {})})
+        else:
+            rest.append(group)
     check_matrices(config, own)
     cls, arguments = find_class(entry.path, entry.package), entry.arguments
     if not all(local_shard_of(p).whole for group in groups for p in group["params"]):
@@ -135,11 +149,32 @@ def build_by_class(config: OptimizerConfig, entry: OptimizerEntry, groups: Group
         cls = find_class(entry.sharded_path)
         arguments = {key: value for key, value in arguments.items() if key in accepted(cls)}
     rest = [without(group, *OF_CELO2) for group in rest]
-    own = [{**without(group, *OF_CELO2), "weight_decay": group["weight_decay"] * entry.decay} for group in own]
-    optimizer = construct(cls, own, arguments | (config.arguments or {}))
+    own = [
+        {**without(group, *OF_CELO2), **{key: group[key] * entry.decay for key in ("weight_decay", CAUTIOUS) if key in group}}
+        for group in own
+    ]
+    arguments = {
+        key: steps if isinstance(value, str) and value == STEPS else value
+        for key, value in (arguments | (config.arguments or {})).items()
+    }
+    optimizer = construct(cls, own, arguments)
     if entry.third_party:
         optimizer = ThirdParty(optimizer)
     return Combined(optimizer, torch.optim.AdamW(rest, **ADAMW)) if rest else optimizer
+
+
+def by_kind(groups: Groups) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The groups with the kind of their parameters (`ROUTES`); one with several kinds is divided."""
+    for group in groups:
+        pairs = list(zip(group["param_names"], group["params"], strict=True))
+        for kind in ROUTES["all"]:
+            if mine := [pair for pair in pairs if kind_of(group["role"], pair[1]) == kind]:
+                yield kind, {**group, "param_names": [name for name, _ in mine], "params": [p for _, p in mine]}
+
+
+def kind_of(role: str, p: torch.Tensor) -> str:
+    """What a parameter with this role is: a hidden matrix, an embedding or output layer, or a vector."""
+    return role if role == "hidden" else "embeddings" if len(local_shard_of(p).shape) > 1 else "vectors"
 
 
 def check_matrices(config: OptimizerConfig, groups: Groups) -> None:

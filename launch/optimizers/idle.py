@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from celo2.training.idle import Idle
 from configs.schema import Config
-from launch.optimizers.table import entry_of, names_that_take_a_rule
+from launch.optimizers.table import chooses_route, entry_of, names_that_take_a_rule, uses_adamw_lr
 from launch.optimizers.third_party import find_class
 
 
@@ -27,15 +27,34 @@ IDLE = (
     Idle(
         "optimizer.adamw_lr",
         "optimizer.name",
-        lambda c: not entry_of(c.optimizer).all_hidden,
+        lambda c: uses_adamw_lr(c.optimizer),
         "{value} is for what AdamW trains, and {choice} trains everything itself",
         detail=True,
     ),
     Idle(
         "optimizer.route",
         "optimizer.name",
-        lambda c: "." in c.optimizer.name,
-        "{value} is for a dotted path, and {choice} has a route of its own",
+        lambda c: c.optimizer.route == "hidden" or chooses_route(c.optimizer),  # what earlier versions noted for every optimizer
+        "{value} is for optimizers of libraries, and {choice} has a route of its own",
+    ),
+    Idle(
+        "optimizer.ema_nesterov_decay",
+        "optimizer.ema_nesterov",
+        lambda c: c.optimizer.ema_nesterov > 0,
+        "{value} is for optimizer.ema_nesterov, which is {choice}",
+        detail=True,
+    ),
+    Idle(
+        "distributed.shard_state",
+        "optimizer.ema_nesterov",
+        lambda c: c.optimizer.ema_nesterov == 0,
+        "divides the optimizer state, all of which every rank needs with optimizer.ema_nesterov {choice}",
+    ),
+    Idle(
+        "optimizer.cautious_weight_decay",
+        "optimizer.weight_decay",
+        lambda c: c.optimizer.weight_decay > 0,
+        "says where to decay, and optimizer.weight_decay is {choice}",
     ),
     Idle("distributed.shard_state", "optimizer.name", takes_rule, f"divides the state of {WITH_RULE}, not of {{choice}}"),
     Idle(

@@ -18,10 +18,11 @@ class OptimizerEntry:
     path: str  # dotted path of the class
     package: str | None = None  # what pip calls the library, for the error message if it is missing
     arguments: dict[str, Any] = field(default_factory=dict)  # of the constructor, as the authors advise for language models
-    route: Literal["hidden", "all"] = (
-        "hidden"  # hidden: it updates the hidden matrices, AdamW the rest; all: it updates everything
-    )
+    route: Literal["hidden", "matrices", "all"] = "hidden"  # what it updates (`ROUTES`); AdamW updates the rest
+    one_lr: bool = False  # all that it updates has optimizer.lr, and not embeddings and vectors optimizer.adamw_lr
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)  # more keys of a group, by the kind of its parameters
     decay: float = 1.0  # factor on optimizer.weight_decay for the parameters that it updates
+    averages: bool = False  # averages the weights itself, all of them: no other route, cautious decay or lookahead
     third_party: bool = True  # its state becomes tensors through the adapter in `launch.optimizers.third_party`
     sharded_path: str | None = None  # the class that updates local shards; None: it needs whole parameters
     plain_matrices: bool = False  # refuses fused and stacked matrices
@@ -36,6 +37,9 @@ class OptimizerEntry:
     needs: tuple[str, ...] = ()  # section.key=value
 
 
+# Kinds of parameters by route: hidden matrices; embeddings, position tables and the output layer; biases and norms.
+ROUTES = {"hidden": ("hidden",), "matrices": ("hidden", "embeddings"), "all": ("hidden", "embeddings", "vectors")}
+STEPS = "train.steps"  # as an argument of a constructor: that number
 ADAMW: dict[str, Any] = {"betas": (0.9, 0.95), "eps": 1e-8, "fused": True}
 CELO2: dict[str, Any] = {
     "path": "celo2.Celo2",
@@ -72,32 +76,100 @@ TABLE = {
         usual_lr=1e-3,
     ),
     # arXiv 2302.06675, section 5: these betas for language models, a weight decay 3 to 10 times AdamW's, a learning rate 3 to 10
-    # times below.
+    # times below, for all parameters.
     "lion": OptimizerEntry(
-        "pytorch_optimizer.Lion", "pytorch_optimizer", {"betas": (0.95, 0.98)}, decay=3.0, state_per_weight=1, usual_lr=2e-4
+        "pytorch_optimizer.Lion",
+        "pytorch_optimizer",
+        {"betas": (0.95, 0.98)},
+        route="all",
+        one_lr=True,
+        decay=3.0,
+        state_per_weight=1,
+        usual_lr=2e-4,
     ),
     # arXiv 2409.11321: betas (0.95, 0.95), eigenbases every 10 steps, on the matrices of the layers alone.
     "soap": OptimizerEntry("pytorch_optimizer.SOAP", "pytorch_optimizer", {"precondition_frequency": 10}, usual_lr=3e-3),
-    # arXiv 1804.04235. Its learning rate is relative to the RMS of the weight.
-    "adafactor": OptimizerEntry("torch.optim.Adafactor", state_per_weight=0, usual_lr=1e-2),
+    # arXiv 1804.04235, for all parameters. Its learning rate is relative to the RMS of the weight.
+    "adafactor": OptimizerEntry("torch.optim.Adafactor", route="all", one_lr=True, state_per_weight=0, usual_lr=1e-2),
     # arXiv 2405.15682: it averages the weights instead of lowering the learning rate, so it must have them all. The warm-up
     # stays. A learning rate 1 to 10 times AdamW's.
     "schedule-free": OptimizerEntry(
         "schedulefree.AdamWScheduleFree",
         "schedulefree",
         route="all",
+        averages=True,
         state_per_weight=2,
         usual_lr=3e-3,
         needs=("schedule.kind=constant",),
+    ),
+    # arXiv 2510.05491: Muon whose orthogonal update has equal rows; RMS 0.2 (algorithm 1), so that AdamW's learning rates fit.
+    "normuon": OptimizerEntry(
+        "pytorch_optimizer.NorMuon",
+        "pytorch_optimizer",
+        {"momentum": 0.95, "beta2": 0.95, "update_scale": "match_rms"},
+        options={"hidden": {"use_muon": True}},
+        plain_matrices=True,
+        state_per_weight=1,
+        usual_lr=1e-3,
+    ),
+    # arXiv 2409.03137: AdamW with a second, slow momentum, which comes in over the whole run. AdamW's learning rates.
+    "ademamix": OptimizerEntry(
+        "pytorch_optimizer.AdEMAMix",
+        "pytorch_optimizer",
+        {"betas": (0.9, 0.999, 0.9999), "alpha": 5.0, "t_alpha_beta3": STEPS, "weight_decouple": True},
+        route="all",
+        state_per_weight=3,
+        usual_lr=1e-3,
+    ),
+    # arXiv 2411.10438, MARS-AdamW with gradients computed once: everything but vectors; at 125M a learning rate of 6e-3 and a
+    # decay of 0.01 where AdamW has 0.1.
+    "mars": OptimizerEntry(
+        "pytorch_optimizer.MARS",
+        "pytorch_optimizer",
+        {"betas": (0.95, 0.99), "gamma": 0.025},
+        route="matrices",
+        one_lr=True,
+        decay=0.1,
+        state_per_weight=3,
+        usual_lr=6e-3,
+    ),
+    # arXiv 1512.04202 as kron_torch: everything, with a learning rate about a third of Adam's.
+    "kron": OptimizerEntry("pytorch_optimizer.Kron", "pytorch_optimizer", route="all", one_lr=True, usual_lr=3e-4),
+    # arXiv 2502.07529: spectral norm of radius 50 for layers, sign of radius 3,000 for embeddings and output, with the constraint
+    # in place of decay. Its models have no vectors; AdamW trains them here.
+    "scion": OptimizerEntry(
+        "pytorch_optimizer.SCION",
+        "pytorch_optimizer",
+        {"momentum": 0.1, "constraint": True},
+        route="matrices",
+        one_lr=True,
+        options={"hidden": {"norm_type": 2, "scale": 50.0}, "embeddings": {"norm_type": 4, "scale": 3000.0}},  # LMONorm
+        decay=0.0,
+        plain_matrices=True,
+        state_per_weight=1,
+        usual_lr=2.0**-12,
     ),
 }
 
 
 def entry_of(config: OptimizerConfig) -> OptimizerEntry:
     """The entry of the optimizer that `config` names, by a short name or a dotted path; without what its arguments turn off."""
-    entry = TABLE.get(config.name) or OptimizerEntry(config.name, route=config.route)
+    entry = TABLE.get(config.name) or OptimizerEntry(config.name)
     off = (config.arguments or {}).get("orthogonalize") is False
-    return replace(entry, orthogonalizes=False) if entry.orthogonalizes and off else entry
+    entry = replace(entry, orthogonalizes=False) if entry.orthogonalizes and off else entry
+    return replace(entry, route=config.route) if config.route and chooses_route(config) else entry
+
+
+def chooses_route(config: OptimizerConfig) -> bool:
+    """Whether `optimizer.route` says what the optimizer updates."""
+    entry = TABLE.get(config.name)
+    return entry is None or (entry.third_party and not entry.averages)
+
+
+def uses_adamw_lr(config: OptimizerConfig) -> bool:
+    """Whether some parameters have the learning rate `optimizer.adamw_lr`."""
+    entry = entry_of(config)
+    return not entry.all_hidden and not (entry.one_lr and entry.route == "all")
 
 
 def names_that_take_a_rule() -> str:

@@ -1,8 +1,9 @@
 """Optimizers of other libraries: found by dotted path, checked, and with a state that a checkpoint can hold.
 
-A checkpoint holds tensors by parameter and nothing else (no pickle), but libraries keep numbers and lists in their state and
-counters in their groups. `ThirdParty` turns those into tensors between steps. `construct` checks what the configuration asks for
-against the constructor, so that a wrong name or value is one clear line before anything is trained.
+A checkpoint holds tensors by parameter and nothing else (no pickle), but libraries keep numbers, texts and lists in their state,
+counters in their groups, and tensors in attributes. `ThirdParty` turns those into tensors between steps. `construct` checks what
+the configuration asks for against the constructor, and what a step asks for against what there is, so that what cannot work is
+one clear line before anything is trained.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -19,22 +20,33 @@ from torch import Tensor
 from celo2.training.configuration import close
 from configs.load import ConfigError
 
+KEPT = (bool, int, float, Tensor, list, tuple, dict)  # what of an optimizer's attributes may be its memory
 NUMBERS = {bool: torch.bool, int: torch.int64, float: torch.float64}
 SCHEDULED = ("lr", "initial_lr")  # follow from the configuration and the step
 COUNTER = "group:"  # prefix of a group's counter in the state of the group's first parameter
+ATTRIBUTE = "own:"  # prefix of an optimizer's attribute in the state of its first parameter
 
 
 class ThirdParty(torch.optim.Optimizer):
     """A library's optimizer whose whole memory is, between steps, tensors in `state[p]`.
 
     A number `step` becomes the tensor `step.int`, a list `GG` the tensors `GG.list` (its length), `GG.0`, `GG.1`, ...; a counter
-    `k` of a group becomes `group:k.int` of the group's first parameter. `train()` and `eval()` are passed on to libraries that
-    average weights and have them (Schedule-free), and do nothing for the others.
+    `k` of a group becomes `group:k.int` of the group's first parameter, an attribute `a` of the optimizer (VeLO's LSTM)
+    `own:a...` of the first parameter of all. `train()` and `eval()` are passed on to libraries that average weights and have them
+    (Schedule-free), and do nothing for the others.
+
+    Attributes:
+        loss: float32 (), of the global batch, to be set before a step. Learned optimizers ask for it.
     """
+
+    loss: Tensor | None = None
 
     def __init__(self, inner: torch.optim.Optimizer) -> None:
         self.inner = inner
+        self.takes_loss = "loss" in inspect.signature(inner.step).parameters
         self.constants = [dict(group) for group in inner.param_groups]
+        self.initial = {p: pack(state) for p, state in inner.state.items()}  # made by the constructor; a checkpoint replaces it
+        self.numbers = {key: value for key, value in attributes(inner).items() if type(value) in NUMBERS}
         self.counters: set[str] = set()  # keys of groups that have changed since construction
         super().__init__(inner.param_groups, {})
 
@@ -45,13 +57,19 @@ class ThirdParty(torch.optim.Optimizer):
         self.inner.state.clear()
         for group in self.param_groups:
             for p in group["params"]:
-                if p in self.state:
-                    state = unpack(self.state[p])
+                packed = self.state[p] if p in self.state else self.initial.get(p)
+                if packed:
+                    state = unpack(packed)
                     for key in [key for key in state if key.startswith(COUNTER)]:
                         group[key.removeprefix(COUNTER)] = state.pop(key)
+                    for key in [key for key in state if key.startswith(ATTRIBUTE)]:
+                        setattr(self.inner, key.removeprefix(ATTRIBUTE), state.pop(key))
                     if state:
                         self.inner.state[p] = state
         yield self.inner
+        self.initial = {}
+        moving = {key: value for key, value in attributes(self.inner).items() if self.numbers.get(key) is not value}
+        first = self.param_groups[0]["params"][0]
         for group, constants in zip(self.param_groups, self.constants, strict=True):
             numbers = {key: value for key, value in group.items() if type(value) in NUMBERS and key not in SCHEDULED}
             self.counters |= {key for key, value in numbers.items() if value != constants.get(key)}
@@ -59,6 +77,8 @@ class ThirdParty(torch.optim.Optimizer):
                 state = dict(self.inner.state.get(p, {}))
                 if index == 0:
                     state |= {COUNTER + key: numbers[key] for key in sorted(self.counters & set(numbers))}
+                if p is first:
+                    state |= {ATTRIBUTE + key: moving[key] for key in sorted(moving)}
                 if state:
                     self.state[p] = pack(state)
 
@@ -66,6 +86,8 @@ class ThirdParty(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step of the library's optimizer."""
         with self._unpacked() as inner:
+            if self.takes_loss:
+                return inner.step(loss=self.loss)  # type: ignore[call-arg]
             return inner.step() if closure is None else inner.step(closure)
 
     def train(self) -> None:
@@ -82,11 +104,22 @@ class ThirdParty(torch.optim.Optimizer):
                 getattr(inner, method)()
 
 
+def attributes(inner: torch.optim.Optimizer) -> dict[str, Any]:
+    """What a library's optimizer keeps beside state and groups and a checkpoint can hold: numbers, tensors, and lists of them."""
+    found = {}
+    for key, value in vars(inner).items():
+        if not key.startswith("_") and key not in ("defaults", "state", "param_groups") and type(value) in KEPT:
+            with suppress(ConfigError):
+                pack({key: value})
+                found[key] = value
+    return found
+
+
 def pack(state: dict[str, Any]) -> dict[str, Tensor]:
     """The state of a parameter as tensors alone; `unpack` is the inverse.
 
     Raises:
-        ConfigError: something that is not a tensor, number, None, or list or tuple of these.
+        ConfigError: something that is not a tensor, number, text, None, or list, tuple or mapping of these.
     """
     packed: dict[str, Tensor] = {}
 
@@ -95,11 +128,13 @@ def pack(state: dict[str, Any]) -> dict[str, Tensor]:
             packed[key] = value
         elif type(value) in NUMBERS:
             packed[f"{key}.{type(value).__name__}"] = torch.tensor(value, dtype=NUMBERS[type(value)])
+        elif type(value) is str:
+            packed[f"{key}.str"] = torch.tensor(list(value.encode()), dtype=torch.uint8)
         elif value is None:
             packed[f"{key}.none"] = torch.zeros(())
-        elif type(value) in (list, tuple):
+        elif type(value) in (list, tuple, dict):
             packed[f"{key}.{type(value).__name__}"] = torch.tensor(len(value))
-            for index, item in enumerate(value):
+            for index, item in enumerate(value.items() if type(value) is dict else value):
                 put(f"{key}.{index}", item)
         else:
             raise ConfigError(f"this optimizer keeps a {type(value).__name__} ('{key}') in its state: no checkpoint can hold it")
@@ -115,11 +150,13 @@ def unpack(packed: dict[str, Tensor]) -> dict[str, Any]:
     def get(key: str) -> Any:
         if key in packed:
             return packed[key]
-        kind = next(k for k in ("bool", "int", "float", "none", "list", "tuple") if f"{key}.{k}" in packed)
+        kind = next(k for k in ("bool", "int", "float", "str", "none", "list", "tuple", "dict") if f"{key}.{k}" in packed)
         value = packed[f"{key}.{kind}"]
-        if kind in ("list", "tuple"):
+        if kind in ("list", "tuple", "dict"):
             items = [get(f"{key}.{index}") for index in range(int(value))]
-            return items if kind == "list" else tuple(items)
+            return items if kind == "list" else tuple(items) if kind == "tuple" else dict(items)
+        if kind == "str":
+            return bytes(value.tolist()).decode()
         return None if kind == "none" else value.item()
 
     return {key: get(key) for key in dict.fromkeys(name.partition(".")[0] for name in packed)}
@@ -163,6 +200,11 @@ def construct(cls: type[torch.optim.Optimizer], groups: list[dict[str, Any]], ar
         ConfigError: an argument that the constructor does not name or does not take, or weight decay that it does not know.
     """
     name, known = f"{cls.__module__}.{cls.__qualname__}", accepted(cls)
+    asked = list(inspect.signature(cls.step).parameters.values())[1:]
+    given = ("loss",) if any(p.name == "loss" for p in asked) else ()
+    needed = [p.name for p in asked if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if missing := [key for key in needed if key not in given]:
+        raise ConfigError(f"{name}: its step asks for '{missing[0]}', and train.py can give it the loss alone: not supported")
     for key in arguments:
         if key in ("lr", "weight_decay"):
             raise ConfigError(f"optimizer.arguments holds '{key}': give it as optimizer.{key}")

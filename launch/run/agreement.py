@@ -152,8 +152,10 @@ def optimizer_differences(
     if was.name != now.name:
         yield Difference("optimizer.name", was.name, now.name)
         return
-    if "." in now.name and was.route != now.route:
-        yield Difference("optimizer.route", was.route, now.route)
+    if entry_of(was).route != entry_of(now).route:
+        yield Difference("optimizer.route", entry_of(was).route, entry_of(now).route)
+    if bool(was.ema_nesterov) != bool(now.ema_nesterov):
+        yield Difference("optimizer.ema_nesterov", was.ema_nesterov, now.ema_nesterov)
     old, new = effective_arguments(was), effective_arguments(now)
     for key in sorted(old.keys() | new.keys()):
         pair = old.get(key, NOT_SET), new.get(key, NOT_SET)
