@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from celo2 import rule as rules
 from celo2.rule import FIRST_LAYER, weight_shapes
+from celo2.rule_files import load_rule
 from celo2.training import configuration
-from celo2.training.configuration import DECAY, NOT_EMPTY, POSITIVE, ConfigError, at_least, option, renamed, section
+from celo2.training.configuration import DECAY, FRACTION, NOT_EMPTY, POSITIVE, ConfigError, at_least, option, renamed, section
 
 HIDDEN = 8  # hidden units H of the rule's two layers
 GROUP_OF = {weight: group for group, weight in FIRST_LAYER.items()}
@@ -48,7 +52,14 @@ class Images:
 
 @dataclass
 class Text:
-    layers: int = option(1, "blocks of the transformer, of width 32, on 8 sequences of 32 bytes", at_least(1), was="text_layers")
+    layers: int = option(1, "blocks of the transformer", at_least(1), was="text_layers")
+    width: int = option(32, "of the transformer; its MLP is four times as wide", at_least(1))
+    heads: int = option(1, "of its attention", at_least(1))
+    context: int = option(32, "bytes of a sequence", at_least(1))
+    sequences: int = option(8, "of a batch", at_least(1))
+    also: list[str] = option(
+        [], "further sizes, each trained on all texts: what differs, as 'layers=2 width=64'; any option of `text` above 0"
+    )
     lr: float = option(2e-3, "learning rate of hidden matrices (celo2-base: of everything)", at_least(0), was="text_lr")
     adam_lr: float = option(3e-3, "learning rate of embeddings and head under Adam (celo2)", at_least(0), was="text_adam_lr")
     min_scale: float = option(0.5, "smallest s; s multiplies the learning rate, too", POSITIVE, was="text_min_scale")
@@ -68,6 +79,12 @@ class Inner:
     schedule: Literal["constant", "cosine"] = option(
         "constant", "cosine: warm-up over 5 % of an episode, then down to a tenth; constant: published", was="inner_schedule"
     )
+    final: float = option(0.1, "what a cosine ends at, as a share of the peak learning rate", FRACTION)
+    grad_clip: float | None = option(None, "largest norm of an inner gradient over all weights; null: any", POSITIVE)
+    restart: float = option(
+        1.0, "probability that an ended problem starts anew; else it goes on from a late state that was saved", FRACTION
+    )
+    saved: int = option(2, "late states kept of each problem, if inner.restart is below 1", at_least(1))
     reparametrization: Literal["none", "global", "tensor", "parameter"] = option(
         "global", "what shares one scale s: all weights of a problem, a tensor, or nothing", was="reparametrization"
     )
@@ -80,8 +97,8 @@ class Rule:
     )
     init: str = option("random", "first θ: random, or a rule by name or path", NOT_EMPTY, was="init", path=True)
     init_noise: float = option(0.0, "standard deviation of normal noise on the first θ", at_least(0), was="init_noise")
-    normalize_gradient: bool = option(
-        False, "the rule divides a gradient by its RMS before all else; its file says so", was="normalize_gradient"
+    normalize_gradient: bool | None = option(
+        None, "divide a gradient by its RMS before all else; null: as `init`; random: false", was="normalize_gradient"
     )
     odd: bool = option(False, "keep the rule odd: -g and -W give -u, as in optimizers set by hand; halves the free θ", was="odd")
     frozen: list[str] = option([], f"weights that keep their value in `init`: any of {', '.join(FREEZABLE)}", was="frozen")
@@ -107,7 +124,24 @@ class Outer:
     lr: float = option(5e-5, "learning rate of AdamW (published: 5e-5 celo2, 1e-4 celo2-base)", at_least(0), was="outer_lr")
     betas: list[float] = option([0.9, 0.999], "decays of AdamW", DECAY, was="outer_betas")
     weight_decay: float = option(0.0, "decoupled weight decay of AdamW", at_least(0), was="outer_weight_decay")
+    grad_clip: float | None = option(None, "largest norm of the estimated gradient; null: any", POSITIVE)
+    warm_up: int = option(0, "iterations in which AdamW's learning rate rises linearly", at_least(0))
+    schedule: Literal["constant", "cosine"] = option("constant", "of AdamW's learning rate after the warm-up")
+    final: float = option(0.1, "what a cosine ends at, as a share of outer.lr", FRACTION)
     average: float = option(0.0, "decay of the running mean of θ that becomes the rule; 0: the last θ", DECAY, was="average")
+
+
+@dataclass
+class Expert:
+    rule: str | None = option(
+        None, "a rule by name or path, with the same accumulators, which helps in the first iterations (ELO); null: none", path=True
+    )
+    lr: float = option(2e-3, "its learning rate, on the schedule of the rule's", at_least(0))
+    forcing: float = option(1.0, "share of its step in every step at first; the rule's has the rest", FRACTION)
+    direction: float = option(0.7, "weight of 1 - cosine of both steps in the meta-loss at first", FRACTION)
+    size: float = option(0.3, "weight of the mean difference of their absolute values at first; the loss has the rest", FRACTION)
+    begin: int = option(5_000, "outer iteration at which forcing and both weights begin to fall, linearly", at_least(0))
+    end: int = option(50_000, "outer iteration from which on they are 0", at_least(1))
 
 
 @dataclass
@@ -142,6 +176,7 @@ class Config:
     rule: Rule = section(Rule)
     estimator: Estimator = section(Estimator)
     outer: Outer = section(Outer)
+    expert: Expert = section(Expert)
     engine: Engine = section(Engine)
     checkpoint: Checkpoint = section(Checkpoint)
     log: Log = section(Log)
@@ -163,7 +198,55 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             print(f"note: '{name}' in rule.frozen is now '{GROUP_OF[name]}'", file=sys.stderr)
     config.rule.frozen = [GROUP_OF.get(name, name) for name in config.rule.frozen]
     check(config)
+    config.rule.normalize_gradient = normalizes(config)
     return config
+
+
+@functools.cache
+def loaded(name: str) -> rules.Rule:
+    """The rule that `name` stands for when it is first asked for."""
+    return load_rule(name)
+
+
+def start_rule(config: Config) -> rules.Rule:
+    """The rule in `rule.init`, for its decays and settings; of `random`, one without weights."""
+    return rules.Rule({}) if config.rule.init == "random" else loaded(config.rule.init)
+
+
+def theta_size(config: Config) -> int:
+    """The numbers D that are searched for: the weights of a rule."""
+    return sum(math.prod(shape) for shape in weight_shapes(HIDDEN).values())
+
+
+def normalizes(config: Config) -> bool:
+    """Whether the rule divides a gradient by its RMS."""
+    asked = config.rule.normalize_gradient
+    return start_rule(config).normalize_gradient if asked is None else asked
+
+
+def text_sizes(config: Config) -> list[Text]:
+    """The sizes of the transformers: that of the section `text`, and those of `text.also`."""
+    kinds = {field.name: type(getattr(config.text, field.name)) for field in fields(Text) if field.name != "also"}
+    sizes = [config.text]
+    for entry in config.text.also:
+        changes: dict[str, Any] = {}
+        for word in entry.split():
+            name, _, value = word.partition("=")
+            if name not in kinds:
+                raise ConfigError(f"text.also: '{word}' in '{entry}', expected NAME=NUMBER, NAME one of {', '.join(kinds)}")
+            try:
+                changes[name] = kinds[name](value)
+            except ValueError:
+                raise ConfigError(f"text.also: '{word}' in '{entry}', expected {name}={kinds[name].__name__}") from None
+            if not changes[name] > 0:
+                raise ConfigError(f"text.also: '{word}' in '{entry}', expected {name} above 0")
+        sizes.append(replace(config.text, **changes))
+    for size in sizes:
+        if size.width % size.heads:
+            raise ConfigError(f"text.heads is {size.heads}, expected a divisor of text.width ({size.width})")
+        if size.min_scale > size.max_scale:
+            raise ConfigError(f"text.min_scale is {size.min_scale}, expected at most text.max_scale ({size.max_scale})")
+    return sizes
 
 
 def check(config: Config) -> None:
@@ -180,11 +263,8 @@ def check(config: Config) -> None:
             f"inner.min_length is {config.inner.min_length}, expected at least inner.truncation ({config.inner.truncation}): "
             "one reset a truncation"
         )
-    for part, low, high in (
-        ("inner", "min_length", "max_length"),
-        ("images", "min_scale", "max_scale"),
-        ("text", "min_scale", "max_scale"),
-    ):
+    text_sizes(config)
+    for part, low, high in (("inner", "min_length", "max_length"), ("images", "min_scale", "max_scale")):
         options = vars(getattr(config, part))
         if options[low] > options[high]:
             raise ConfigError(f"{part}.{low} is {options[low]}, expected at most {part}.{high} ({options[high]})")

@@ -3,8 +3,8 @@
 It is the reference of `numba_engine`, and it serves GPUs. The update is made of the functions of `celo2.rule`; only the MLP is
 written again, because here every unroll has its own θ.
 
-Legend: N problems, U = 2N unrolls (signs +, - of each problem in turn), T steps, B examples, K decays, F channels, H hidden
-units.
+Legend: N problems, U unrolls, those of each problem in turn (of PES the signs + and -), T steps, B examples, K decays,
+F channels, H hidden units.
 """
 
 from __future__ import annotations
@@ -17,17 +17,34 @@ import torch
 from torch import Tensor
 
 from celo2 import rule as rules
-from celo2.metatrain.config import Config, ConfigError
-from celo2.metatrain.families import ADAM_BETAS, ADAM_EPS, Arrays, Family
+from celo2.metatrain.config import Config, ConfigError, normalizes, start_rule, text_sizes
+from celo2.metatrain.families import ADAM_BETAS, ADAM_EPS, TINY, Arrays, Family
 from celo2.metatrain.problems import Truncation
+from celo2.metatrain.tasks import TEXT, VOCABULARY
 from celo2.metatrain.theta import parts
 from celo2.orthogonalize import newton_schulz
-from celo2.rule import FIRST_LAYER, Rule
+from celo2.rule import FIRST_LAYER
 
-PUBLISHED = Rule({})  # for its decays; its weights would be those of one rule
 WARM_UP = 3  # steps before a CUDA graph is captured: libraries allocate in their first ones
 
-Unroll = Callable[[Config, Family, Arrays, np.ndarray, Truncation], np.ndarray]
+
+@dataclass(frozen=True)
+class Expert:
+    """A rule that shares the accumulators of the one that is trained, and helps it (ELO, arXiv 2607.06772).
+
+    Attributes:
+        theta: (D,), its weights.
+        forcing: its share of every step.
+        terms: (U, T, 2), which the engine writes: 1 - cosine of its step and the rule's over all weights that take the rule, and
+            the mean difference of their absolute values.
+    """
+
+    theta: np.ndarray
+    forcing: float
+    terms: np.ndarray
+
+
+Unroll = Callable[[Config, Family, Arrays, np.ndarray, Truncation, Expert | None], np.ndarray]
 
 
 def choose_unroll(config: Config) -> Unroll:
@@ -41,6 +58,13 @@ def choose_unroll(config: Config) -> Unroll:
         from celo2.metatrain.numba_engine.unroll import unroll as compiled_unroll
     except ImportError:
         raise ConfigError("engine.name=fast needs numba: pip install numba, or engine.name=plain (ten times as slow)") from None
+    if any(source.startswith(TEXT) for source in config.tasks.sources):
+        for size in text_sizes(config):
+            if size.width % (16 * size.heads) or size.context % 16 or size.width >= VOCABULARY:
+                raise ConfigError(
+                    f"engine.name=fast needs a text.width of 16 to {VOCABULARY - 16}, and 16 to divide text.width / text.heads and "
+                    f"text.context, not width {size.width}, {size.heads} heads, context {size.context}; plain takes any"
+                )
     return compiled_unroll
 
 
@@ -56,7 +80,10 @@ class Unrolls:
     rows: Tensor  # (N, T, B), examples by number
     rate: Tensor  # (T, U), on the learning rates
     networks: dict[str, Tensor]
+    factors: dict[str, Tensor]  # (U,) of each weight, on its learning rate under the rule
+    expert: dict[str, Tensor]  # its networks, the same for all; and `forcing` (); nothing without an expert
     losses: Tensor  # (T, U)
+    terms: Tensor  # (T, U, 2), of the expert
     t: Tensor  # (1,), the next step
 
     def parameter(self, name: str) -> dict[str, Tensor]:
@@ -69,25 +96,42 @@ class Unrolls:
         return [tensor for group in groups for tensor in group.values()]
 
 
-def on_device(state: Arrays, theta: np.ndarray, truncation: Truncation, device: torch.device) -> Unrolls:
+def on_device(
+    config: Config,
+    family: Family,
+    state: Arrays,
+    theta: np.ndarray,
+    truncation: Truncation,
+    expert: Expert | None,
+    device: torch.device,
+) -> Unrolls:
     """The unrolls of a truncation before their first step."""
 
     def put(x: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(x)).to(device, copy=True)
 
-    def twice(weights: Arrays) -> dict[str, Tensor]:
-        return {name: put(np.repeat(x, 2, axis=0)) for name, x in weights.items()}
+    copies = len(theta) // len(truncation.rows)
 
+    def of_each(x: np.ndarray) -> np.ndarray:
+        return np.repeat(x, copies, axis=0)
+
+    of_expert = {}
+    if expert is not None:
+        of_expert = {name: put(x) for name, x in batched_mlp(np.repeat(expert.theta[None], len(theta), 0)).items()}
+        of_expert["forcing"] = put(np.full((), expert.forcing, np.float32))
     return Unrolls(
         live={key: put(x) for key, x in state.items()},
-        scale=twice(truncation.scale_before),
-        after=twice(truncation.scale_after),
-        fresh=twice(truncation.fresh),
-        reset_at=put(np.repeat(truncation.reset_at, 2)),
+        scale={name: put(of_each(x)) for name, x in truncation.scale_before.items()},
+        after={name: put(of_each(x)) for name, x in truncation.scale_after.items()},
+        fresh={key: put(x) for key, x in truncation.fresh.items()},
+        reset_at=put(of_each(truncation.reset_at)),
         rows=put(truncation.rows),
-        rate=put(np.repeat(truncation.rate, 2, axis=0).T),
+        rate=put(of_each(truncation.rate).T),
         networks={name: put(x) for name, x in batched_mlp(theta).items()},
+        factors={name: put(x) for name, x in factors(config, family, theta).items()},
+        expert=of_expert,
         losses=torch.empty(truncation.rows.shape[1], len(theta), device=device),
+        terms=torch.zeros(truncation.rows.shape[1], len(theta), 2, device=device),
         t=torch.zeros(1, dtype=torch.int64, device=device),
     )
 
@@ -102,20 +146,48 @@ def advance_(config: Config, family: Family, arrays: tuple[Tensor, ...], unrolls
     for name in family.shapes:
         replace_(unrolls.scale[name], unrolls.after[name], starts)
         for key, x in unrolls.parameter(name).items():
-            replace_(x, unrolls.fresh[name] if key == "weight" else torch.zeros_like(x), starts)
-    batch = unrolls.rows.index_select(1, unrolls.t)[:, 0].repeat_interleave(2, 0)  # (U, B)
+            replace_(x, unrolls.fresh[f"{name}.{key}"], starts)
+    copies = len(starts) // len(unrolls.rows)
+    batch = unrolls.rows.index_select(1, unrolls.t)[:, 0].repeat_interleave(copies, 0)  # (U, B)
     rate = unrolls.rate.index_select(0, unrolls.t)[0]  # (U,)
     weights = {name: unrolls.scale[name] * unrolls.live[f"{name}.weight"] for name in family.shapes}
     losses, gradients = loss_and_gradients(family, weights, arrays, batch)
     unrolls.losses.index_copy_(0, unrolls.t, losses[None])
-    for name in family.shapes:
+    gradients = {name: unrolls.scale[name] * g for name, g in gradients.items()}
+    if config.inner.grad_clip is not None:
+        clip_(gradients, config.inner.grad_clip)
+    pairs = []  # the steps that rule and expert would take
+    for name, g in gradients.items():
         parameter = unrolls.parameter(name)
-        g = unrolls.scale[name] * gradients[name]
         if name in family.by_adam:
             adam_(parameter, g, family.options.adam_lr * rate)
-        else:
-            step_(config, unrolls.networks, parameter, g, family.options.lr * rate)
+            continue
+        w = parameter["weight"]
+        given = accumulated(config, parameter, g)
+        step = across(family.options.lr * rate * unrolls.factors[name], g) * directed(config, unrolls.networks, given)
+        if unrolls.expert:
+            expert_step = across(config.expert.lr * rate, g) * directed(config, unrolls.expert, given)
+            pairs.append((step.flatten(1), expert_step.flatten(1)))
+            step = (1 - unrolls.expert["forcing"]) * step + unrolls.expert["forcing"] * expert_step
+        w -= step
+    if pairs:
+        of_rule, of_expert = (torch.cat(steps, 1) for steps in zip(*pairs, strict=True))  # (U, n)
+        unrolls.terms.index_copy_(0, unrolls.t, imitation(of_rule, of_expert)[None])
     unrolls.t += 1
+
+
+def clip_(gradients: dict[str, Tensor], most: float) -> None:
+    """Scale the gradients (U, *shape) of every unroll so that their norm over all weights is at most `most`, in place."""
+    norm = torch.stack([g.flatten(1).square().sum(1) for g in gradients.values()]).sum(0).sqrt()  # (U,)
+    factor = torch.where(norm > most, most / norm, 1.0)
+    for g in gradients.values():
+        g *= across(factor, g)
+
+
+def imitation(step: Tensor, expert_step: Tensor) -> Tensor:
+    """1 - cosine of two steps (U, n), and the mean difference of their absolute values: (U, 2)."""
+    norms = step.square().sum(1).sqrt() * expert_step.square().sum(1).sqrt()
+    return torch.stack([1 - (step * expert_step).sum(1) / (norms + TINY), (step.abs() - expert_step.abs()).abs().mean(1)], 1)
 
 
 def replace_(x: Tensor, new: Tensor, where: Tensor) -> None:
@@ -123,20 +195,24 @@ def replace_(x: Tensor, new: Tensor, where: Tensor) -> None:
     x.copy_(torch.where(where.view(-1, *[1] * (x.ndim - 1)), new, x))
 
 
-def unroll(config: Config, family: Family, state: Arrays, theta: np.ndarray, truncation: Truncation) -> np.ndarray:
-    """T steps of every unroll under its own θ (U, 347): inner losses (U, T). Moves `state` in place."""
+def unroll(
+    config: Config, family: Family, state: Arrays, theta: np.ndarray, truncation: Truncation, expert: Expert | None = None
+) -> np.ndarray:
+    """T steps of every unroll under its own θ (U, D): inner losses (U, T). Moves `state` in place."""
     device = torch.device(config.engine.device)
-    unrolls = on_device(state, theta, truncation, device)
+    unrolls = on_device(config, family, state, theta, truncation, expert, device)
     arrays = tuple(torch.from_numpy(x).to(device) for x in family.data.arrays)
     for _ in range(len(unrolls.losses)):
         advance_(config, family, arrays, unrolls)
-    return results(unrolls, state)
+    return results(unrolls, state, expert)
 
 
-def results(unrolls: Unrolls, state: Arrays) -> np.ndarray:
-    """The inner losses (U, T), once `state` holds what the unrolls have come to."""
+def results(unrolls: Unrolls, state: Arrays, expert: Expert | None) -> np.ndarray:
+    """The inner losses (U, T), once `state` and `expert` hold what the unrolls have come to."""
     for key, x in unrolls.live.items():
         state[key][:] = x.cpu().numpy()
+    if expert is not None:
+        expert.terms[:] = unrolls.terms.transpose(0, 1).cpu().numpy()
     return unrolls.losses.T.cpu().numpy()
 
 
@@ -148,22 +224,27 @@ class GraphUnroll:
 
     def __init__(self) -> None:
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.form: list[torch.Size] = []  # of the tensors that it was captured for
         self.unrolls: Unrolls
         self.arrays: tuple[Tensor, ...]
 
-    def __call__(self, config: Config, family: Family, state: Arrays, theta: np.ndarray, truncation: Truncation) -> np.ndarray:
-        """As `unroll`, with the same configuration and family in every call."""
+    def __call__(
+        self, config: Config, family: Family, state: Arrays, theta: np.ndarray, truncation: Truncation, expert: Expert | None = None
+    ) -> np.ndarray:
+        """As `unroll`, with the same configuration and family in every call. Other sizes, or no expert any more: a new graph."""
         device = torch.device(config.engine.device)
-        unrolls = on_device(state, theta, truncation, device)
-        if self.graph is None:
+        unrolls = on_device(config, family, state, theta, truncation, expert, device)
+        form = [tensor.shape for tensor in unrolls.tensors()]
+        if self.graph is None or form != self.form:
+            self.graph, self.form = None, form
             self.arrays = tuple(torch.from_numpy(x).to(device) for x in family.data.arrays)
-            self.unrolls = on_device(state, theta, truncation, device)
+            self.unrolls = on_device(config, family, state, theta, truncation, expert, device)
             step = lambda: advance_(config, family, self.arrays, self.unrolls)  # noqa: E731
             self.graph = captured(step, min(WARM_UP, len(unrolls.losses)))
         torch._foreach_copy_(self.unrolls.tensors(), unrolls.tensors())
         for _ in range(len(unrolls.losses)):
             self.graph.replay()
-        return results(self.unrolls, state)
+        return results(self.unrolls, state, expert)
 
 
 def captured(step: Callable[[], object], warm_up: int) -> torch.cuda.CUDAGraph:
@@ -218,27 +299,37 @@ def across(lr: Tensor, g: Tensor) -> Tensor:
     return lr.view(-1, *[1] * (g.ndim - 1))
 
 
-def step_(config: Config, networks: Mapping[str, Tensor], parameter: dict[str, Tensor], g: Tensor, lr: Tensor) -> None:
-    """One step of one weight of every unroll by the rule, in place.
+def accumulated(config: Config, parameter: dict[str, Tensor], g: Tensor) -> Tensor:
+    """Steps 0 to 6 of the rule for one weight of every unroll, with gradient g (U, *shape): its channels (F, U, *shape).
 
-    Args:
-        networks: what `batched_mlp` made of θ.
-        parameter: the weight (U, *shape) and its accumulators.
-        g: gradient (U, *shape).
-        lr: learning rates (U,).
+    Moves the accumulators in `parameter` in place.
     """
-    w = parameter.pop("weight")
-    is_vector = g.ndim < 3  # leading axis U
-    d1, d0 = (0, 0) if is_vector else rules.factored_axes(g.shape[1:])
-    axes = None if is_vector else (1 + d1, 1 + d0)
-    last = (-1,) if is_vector else (-2, -1)
-    accumulators = {key: x if key == "second_moment" else x.transpose(0, 1) for key, x in parameter.items()}  # K leads
-    if config.rule.normalize_gradient:
+    last = last_axes(g)
+    d1, d0 = (0, 0) if len(last) == 1 else rules.factored_axes(g.shape[1:])
+    axes = None if len(last) == 1 else (1 + d1, 1 + d0)
+    # K leads
+    accumulators = {key: x if key == "second_moment" else x.transpose(0, 1) for key, x in parameter.items() if key != "weight"}
+    if normalizes(config):
         g = rules.normalized_gradient(g, last)
     g = g.clamp(-rules.GRADIENT_CLIP, rules.GRADIENT_CLIP)
-    rules.accumulate_(accumulators, g, PUBLISHED, axes)
-    groups = [group.expand(-1, *g.shape) for group in rules.channels(accumulators, g, w, axes)]
-    u = directions(networks, torch.cat([rules.rms_normalized(group, last) for group in groups]))
+    rules.accumulate_(accumulators, g, start_rule(config), axes)
+    groups = [group.expand(-1, *g.shape) for group in rules.channels(accumulators, g, parameter["weight"], axes)]
+    return torch.cat([rules.rms_normalized(group, last) for group in groups])
+
+
+def directed(config: Config, networks: Mapping[str, Tensor], channels: Tensor) -> Tensor:
+    """Steps 7 to 9: updates (U, *shape) of RMS 1 from channels (F, U, *shape) and what `batched_mlp` made of θ."""
+    u = directions(networks, channels)
     if config.rule.variant == "celo2":
         u = newton_schulz(u)
-    w -= across(lr, g) * rules.rms_normalized(u, last)
+    return rules.rms_normalized(u, last_axes(u))
+
+
+def last_axes(x: Tensor) -> tuple[int, ...]:
+    """The axes of the matrix or vector of each unroll in x (U, *shape)."""
+    return (-1,) if x.ndim < 3 else (-2, -1)
+
+
+def factors(config: Config, family: Family, theta: np.ndarray) -> dict[str, np.ndarray]:
+    """What multiplies the learning rate of each weight under the rules θ (U, D), float32 (U,)."""
+    return {name: np.ones(len(theta), np.float32) for name in family.shapes}

@@ -4,11 +4,12 @@ A family names the weights of its network, and says how they start and how they 
 torch serves all unrolls at once. The transformer's weights are (out, in), as `nn.Linear` holds them, because the rule treats
 the two axes of a square matrix differently: it must meet them as in large models.
 
-Legend: U unrolls, B images or sequences, T positions of a sequence, D width, V vocabulary.
+Legend: U unrolls, B images or sequences, T positions of a sequence, D width, A heads, V vocabulary.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,14 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from celo2 import rule as rules
-from celo2.metatrain.config import Config, Images, Text
-from celo2.metatrain.tasks import CLASSES, CONTEXT, SIDE, VOCABULARY, Data
+from celo2.metatrain.config import Config, Images, Text, text_sizes
+from celo2.metatrain.tasks import CLASSES, SIDE, VOCABULARY, Data
 
 HIDDEN = 32  # of the image network
-WIDTH, SEQUENCES = 32, 8  # of the transformer, and of a batch
 EMBEDDING_STD = 0.02  # and of every matrix that does not write into the residual stream
 NORM_EPS = 1e-6
 ADAM_BETAS, ADAM_EPS = (0.9, 0.95), 1e-8
+TINY = 1e-30  # added to the product of the norms of two steps before their cosine is taken
 
 Arrays = dict[str, np.ndarray]
 Shape = tuple[int, ...]
@@ -38,8 +39,10 @@ class Family:
     """A kind of inner problem: its network, its data, and how it is trained.
 
     Attributes:
+        name: which no other family has.
+        label: what tells its tasks from those of another size, or nothing.
         data: the tasks.
-        options: inner learning rates, and the smallest and largest s of the reparametrization.
+        options: inner learning rates, the smallest and largest s of the reparametrization, and the sizes of a text network.
         shapes: of each weight, by name.
         by_adam: names of the weights that take Adam: in Celo2 biases, embeddings and a head, in Celo2-base none.
         batch: examples per step.
@@ -48,6 +51,8 @@ class Family:
         losses: mean cross-entropies (U,) of weights (U, *shape) on examples (U, B) of the data's arrays, differentiable.
     """
 
+    name: str
+    label: str
     data: Data
     options: Images | Text
     shapes: Mapping[str, Shape]
@@ -64,24 +69,33 @@ class Family:
             return {"m": shape, "v": shape}
         return rules.accumulator_shapes(shape, rules.factored_axes(shape) if len(shape) > 1 else None)
 
-    def initial_state(self, weights: Arrays) -> Arrays:
-        """Both unrolls of every problem at its weights (N, *shape): `NAME.weight` (U, *shape), accumulators (U, ...) zero."""
+    def initial_state(self, weights: Arrays, copies: int = 2) -> Arrays:
+        """So many unrolls of every problem at its weights (N, *shape): `NAME.weight` (U, *shape), accumulators (U, ...) zero."""
         state = {}
         for name, w in weights.items():
-            state[f"{name}.weight"] = np.repeat(w, 2, axis=0)
+            state[f"{name}.weight"] = np.repeat(w, copies, axis=0)
             for key, shape in self.accumulator_shapes(name).items():
-                state[f"{name}.{key}"] = np.zeros((2 * len(w), *shape), np.float32)
+                state[f"{name}.{key}"] = np.zeros((copies * len(w), *shape), np.float32)
         return state
 
 
+def families_of(config: Config, data: Data) -> list[Family]:
+    """The families that learn from `data`: one of images, of texts one for each size."""
+    if data.kind == "images":
+        return [image_family(config, data)]
+    return [text_family(config, data, n) for n in range(len(text_sizes(config)))]
+
+
 def family_of(config: Config, data: Data) -> Family:
-    """The family that learns from `data`."""
-    return image_family(config, data) if data.kind == "images" else text_family(config, data)
+    """The first of them."""
+    return families_of(config, data)[0]
 
 
 def image_family(config: Config, data: Data) -> Family:
     """64-32-10 with ReLU and biases."""
     return Family(
+        "images",
+        "",
         data,
         config.images,
         shapes={"w1": (SIDE * SIDE, HIDDEN), "b1": (HIDDEN,), "w2": (HIDDEN, CLASSES), "b2": (CLASSES,)},
@@ -93,13 +107,14 @@ def image_family(config: Config, data: Data) -> Family:
     )
 
 
-def text_family(config: Config, data: Data) -> Family:
-    """A pre-norm transformer on bytes: one head, ReLU² MLP four times as wide, RMS norms without weights, no biases."""
-    block = {"q": (WIDTH, WIDTH), "k": (WIDTH, WIDTH), "v": (WIDTH, WIDTH), "o": (WIDTH, WIDTH)}
-    block |= {"up": (4 * WIDTH, WIDTH), "down": (WIDTH, 4 * WIDTH)}
-    boundary = {"embedding": (VOCABULARY, WIDTH), "position": (CONTEXT, WIDTH), "head": (VOCABULARY, WIDTH)}
-    blocks = {f"{name}{i}": shape for i in range(config.text.layers) for name, shape in block.items()}
-    residual = 1 / math.sqrt(2 * config.text.layers)
+def text_family(config: Config, data: Data, n: int = 0) -> Family:
+    """A pre-norm transformer of size `n` on bytes: ReLU² MLP four times as wide, RMS norms without weights, no biases."""
+    size = text_sizes(config)[n]
+    width = size.width
+    block = dict.fromkeys("qkvo", (width, width)) | {"up": (4 * width, width), "down": (width, 4 * width)}
+    boundary = {"embedding": (VOCABULARY, width), "position": (size.context, width), "head": (VOCABULARY, width)}
+    blocks = {f"{name}{i}": shape for i in range(size.layers) for name, shape in block.items()}
+    residual = 1 / math.sqrt(2 * size.layers)
 
     def draw(rng: np.random.Generator, name: str, shape: Shape) -> np.ndarray:
         """As GPT-2: small, and what is added to the residual stream the smaller the deeper the network."""
@@ -107,14 +122,16 @@ def text_family(config: Config, data: Data) -> Family:
         return std * rng.standard_normal(shape)
 
     return Family(
+        f"text{n or ''}",
+        f" {config.text.also[n - 1]}" if n else "",
         data,
-        config.text,
+        size,
         shapes=boundary | blocks,
         by_adam=frozenset(boundary if config.rule.variant == "celo2" else ()),
-        batch=SEQUENCES,
+        batch=size.sequences,
         uniform_loss=math.log(VOCABULARY),
         draw=draw,
-        losses=text_losses,
+        losses=functools.partial(text_losses, heads=size.heads),
     )
 
 
@@ -139,10 +156,11 @@ def image_losses(weights: Mapping[str, Tensor], arrays: Batch, rows: Tensor) -> 
     return F.cross_entropy(logits.mT, labels[rows], reduction="none").mean(1)
 
 
-def text_losses(weights: Mapping[str, Tensor], arrays: Batch, rows: Tensor) -> Tensor:
+def text_losses(weights: Mapping[str, Tensor], arrays: Batch, rows: Tensor, heads: int) -> Tensor:
     """Mean cross-entropies (U,) of the transformers on the sequences that start at bytes `rows` (U, B)."""
-    positions = torch.arange(CONTEXT, device=rows.device)
-    window = arrays[0][rows[..., None] + torch.arange(CONTEXT + 1, device=rows.device)].long()  # (U, B, T + 1)
+    context, width = weights["position"].shape[1:]
+    positions = torch.arange(context, device=rows.device)
+    window = arrays[0][rows[..., None] + torch.arange(context + 1, device=rows.device)].long()  # (U, B, T + 1)
     tokens, targets = window[..., :-1], window[..., 1:]
     future = positions > positions[:, None]  # (T, T)
     w = {name: x[:, None] for name, x in weights.items()}  # (U, 1, out, in), against (U, B, T, in)
@@ -151,11 +169,11 @@ def text_losses(weights: Mapping[str, Tensor], arrays: Batch, rows: Tensor) -> T
     one_hot = (tokens[..., None] == torch.arange(VOCABULARY, device=rows.device)).float()
     x = one_hot @ w["embedding"] + w["position"]  # (U, B, T, D)
     for i in range(sum(name.startswith("q") for name in weights)):
-        h = F.rms_norm(x, (WIDTH,), eps=NORM_EPS)
-        q, k, v = (h @ w[f"{name}{i}"].mT for name in "qkv")
-        scores = (q @ k.mT / math.sqrt(WIDTH)).masked_fill(future, -math.inf)
-        x = x + scores.softmax(-1) @ v @ w[f"o{i}"].mT
-        h = F.rms_norm(x, (WIDTH,), eps=NORM_EPS)
+        h = F.rms_norm(x, (width,), eps=NORM_EPS)
+        q, k, v = ((h @ w[f"{name}{i}"].mT).unflatten(-1, (heads, -1)).transpose(-2, -3) for name in "qkv")  # (U, B, A, T, D / A)
+        scores = (q @ k.mT / math.sqrt(width / heads)).masked_fill(future, -math.inf)
+        x = x + (scores.softmax(-1) @ v).transpose(-2, -3).flatten(-2) @ w[f"o{i}"].mT
+        h = F.rms_norm(x, (width,), eps=NORM_EPS)
         x = x + torch.relu(h @ w[f"up{i}"].mT).square() @ w[f"down{i}"].mT
-    logits = F.rms_norm(x, (WIDTH,), eps=NORM_EPS) @ w["head"].mT  # (U, B, T, V)
+    logits = F.rms_norm(x, (width,), eps=NORM_EPS) @ w["head"].mT  # (U, B, T, V)
     return F.cross_entropy(logits.flatten(0, 2), targets.flatten(), reduction="none").view(len(rows), -1).mean(1)

@@ -18,7 +18,7 @@ import numpy as np
 from celo2.training.configuration import ConfigError
 
 SIDE, CLASSES = 8, 10
-CONTEXT, VOCABULARY = 32, 128  # positions of a sequence; bytes that are told apart
+VOCABULARY = 128  # bytes that are told apart
 TEXT = "text:"
 HUB_IDS = {
     "mnist": ("ylecun/mnist", None),
@@ -36,8 +36,8 @@ class Data:
         kind: "images" or "text".
         arrays: pixels float32 (N, 64), each data set with mean 0 and standard deviation 1 over all of its pixels, and labels
             int64 (N,), 0 to 9; or tokens uint8 (n,), below VOCABULARY.
-        starts, counts: first example and number of examples of each task. An example of a text is a window of CONTEXT inputs
-            and their targets, named by its first byte.
+        starts, counts: first example and number of examples of each task. An example of a text is a window of inputs and
+            their targets, named by its first byte.
         names: one per task.
     """
 
@@ -48,15 +48,15 @@ class Data:
     names: tuple[str, ...]
 
 
-def load_data(sources: Sequence[str]) -> list[Data]:
-    """The images of `sources`, if any, then the texts, if any.
+def load_data(sources: Sequence[str], context: int = 32) -> list[Data]:
+    """The images of `sources`, if any, then the texts, if any; `context`: the longest sequence that is taken of them.
 
     Raises:
         ConfigError: as `load_images` and `load_texts`.
     """
     texts = [source for source in sources if source.startswith(TEXT)]
     images = [source for source in sources if not source.startswith(TEXT)]
-    return [load(found) for load, found in ((load_images, images), (load_texts, texts)) if found]
+    return ([load_images(images)] if images else []) + ([load_texts(texts, context)] if texts else [])
 
 
 def load_images(sources: Sequence[str]) -> Data:
@@ -82,24 +82,24 @@ def load_images(sources: Sequence[str]) -> Data:
     return Data("images", arrays, np.cumsum(counts) - counts, counts, names)
 
 
-def load_texts(sources: Sequence[str]) -> Data:
-    """The texts of the sources `text:FILE`, in their order.
+def load_texts(sources: Sequence[str], context: int = 32) -> Data:
+    """The texts of the sources `text:FILE`, in their order, for windows of at most `context` inputs.
 
     Raises:
         ConfigError: a file of another kind, that cannot be read, or that is shorter than a window.
     """
-    texts = [read_tokens(source) for source in sources]
+    texts = [read_tokens(source, context + 1) for source in sources]
     sizes = np.array([len(tokens) for tokens in texts])
     names = tuple(Path(source.removeprefix(TEXT)).name.partition(".")[0] for source in sources)
-    return Data("text", (np.concatenate(texts),), np.cumsum(sizes) - sizes, sizes - CONTEXT, names)
+    return Data("text", (np.concatenate(texts),), np.cumsum(sizes) - sizes, sizes - context, names)
 
 
-def read_tokens(source: str) -> np.ndarray:
-    """The tokens (n,) of a source `text:FILE`."""
+def read_tokens(source: str, least: int) -> np.ndarray:
+    """The tokens (n,) of a source `text:FILE`, at least so many."""
     path = Path(source.removeprefix(TEXT))
     if not (path.suffix == ".txt" or path.name.removesuffix(".gz").endswith(".jsonl")):
         raise ConfigError(f"task '{source}': expected text:FILE with FILE a .txt, .jsonl or .jsonl.gz")
-    tokens = np.frombuffer(read_text(path, CONTEXT + 1), np.uint8)
+    tokens = np.frombuffer(read_text(path, least), np.uint8)
     return np.where(tokens < VOCABULARY, tokens, 0).astype(np.uint8)
 
 

@@ -10,6 +10,8 @@ one vector per row and one per column; and a channel's 1 / RMS multiplies its ro
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numba import njit
 
@@ -58,14 +60,38 @@ B0, W1, B1, W2, B2 = (STARTS[name] for name in ("b0", "w1", "b1", "w2", "b2"))
 CLIP, SMALL_CLIP = np.float32(rule.GRADIENT_CLIP), np.float32(rule.SMALL_CLIP)
 SQUARE_FLOOR, FACTOR_EPS = np.float32(rule.SQUARE_FLOOR), np.float32(rule.FACTOR_EPS)
 RSQRT_EPS, RMS_EPS = np.float32(rule.RSQRT_EPS), np.float32(rule.RMS_EPS)
-MOMENTUM_RATES = tuple(np.float32(1 - beta) for beta in rule.Rule.momentum_decays)
-SECOND_RATE = np.float32(1 - rule.Rule.second_moment_decay)
-FACTORED_RATES = tuple(np.float32(1 - gamma) for gamma in rule.Rule.factored_decays)
 EXP_COEFFICIENTS = tuple(
     np.float32(c) for c in (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
 )
 MATRIX, VECTOR, ADAM = range(3)  # what a weight takes: the rule, the rule on a vector, Adam
 ADAM_BETA1, ADAM_BETA2, ADAM_EPS = (np.float32(x) for x in (*families.ADAM_BETAS, families.ADAM_EPS))
+TINY = np.float32(families.TINY)
+
+
+class Update(NamedTuple):
+    """How every weight of an unroll is trained; numbers are float32.
+
+    Attributes:
+        theta: (D,), the rule. expert: (D,) of the rule that it may imitate, or empty.
+        orthogonalized, normalized: of both rules: Newton–Schulz; a gradient is divided by its RMS first.
+        momentum, second_moment, factored: 1 - decay, of the three momenta, v, and the three factored second moments.
+        lr, adam_lr, expert_lr: peak learning rates.
+        clip: largest norm of an inner gradient; inf: any.
+        forcing: the share of the expert in a step.
+    """
+
+    theta: np.ndarray
+    expert: np.ndarray
+    orthogonalized: bool
+    normalized: bool
+    momentum: tuple[np.float32, np.float32, np.float32]
+    second_moment: np.float32
+    factored: tuple[np.float32, np.float32, np.float32]
+    lr: np.float32
+    adam_lr: np.float32
+    expert_lr: np.float32
+    clip: np.float32
+    forcing: np.float32
 
 
 @njit(**OPTIONS)
@@ -107,14 +133,14 @@ def lane_mask(mask, width, n):
 
 
 @njit(**OPTIONS)
-def accumulate_elementwise(state, at, size, p, g, q, mask, s, sums):
+def accumulate_elementwise(state, at, size, p, g, q, mask, s, sums, update):
     """Steps 1 to 3 on sixteen elements: element p of the segment at `at`, gradient element q. Returns the clipped gradient.
 
     Stores s = rsqrt(v + eps) at s[q], and adds the squares of the channels that depend on the element alone to sums.
     """
     x = clipped(load(g, q), CLIP)
     store(g, q, x)
-    v = moved(load(state, at + 4 * size + p), mul(x, x), SECOND_RATE)
+    v = moved(load(state, at + 4 * size + p), mul(x, x), update.second_moment)
     store(state, at + 4 * size + p, v)
     r = mul(reciprocal_root(add(v, splat(RSQRT_EPS))), mask)
     store(s, q, r)
@@ -123,7 +149,7 @@ def accumulate_elementwise(state, at, size, p, g, q, mask, s, sums):
     add_square(sums, WEIGHT, load(state, at + p))
     for k in range(3):
         place = at + (1 + k) * size + p
-        m = moved(load(state, place), x, MOMENTUM_RATES[k])
+        m = moved(load(state, place), x, update.momentum[k])
         store(state, place, m)
         add_square(sums, MOMENTUM + k, m)
         add_square(sums, SCALED_MOMENTUM + k, mul(m, r))
@@ -205,31 +231,45 @@ def matrix_factors(theta, state, row_at, col_at, rows, cols, width, mask, row_fa
 
 
 @njit(**OPTIONS)
-def matrix_direction(theta, state, at, g, u, rows, cols, width):
-    """Steps 1 to 7 for one matrix: moves its accumulators at `at` of `state` and writes the direction into u (rows, width)."""
-    size, n = rows * width, np.float32(rows * cols)
+def accumulate_matrix(state, at, g, rows, cols, width, s, sums, update):
+    """Steps 1 to 4 for one matrix: moves its accumulators at `at` of `state`; s (rows, width) and sums as `matrix_direction`."""
+    size = rows * width
     row_at, col_at = at + 5 * size, at + 5 * size + 3 * width
-    mask, s = np.empty(width, np.float32), np.empty(size, np.float32)
-    row_sum, sums = np.zeros(width, np.float32), np.zeros(CHANNELS * LANES, np.float32)
-    row_factor, col_factor = np.zeros(3 * width, np.float32), np.empty(3 * rows, np.float32)
-    row_term, col_term = np.empty(H * width, np.float32), np.empty(H * rows, np.float32)
-    scaled = np.empty(CHANNELS * H, np.float32)
+    mask, row_sum = np.empty(width, np.float32), np.zeros(width, np.float32)
     lane_mask(mask, width, cols)
-
+    sums[:] = ZERO
     for i in range(rows):
         col_sum = splat(ZERO)
         for j in range(0, width, LANES):
             p = i * width + j
-            x = accumulate_elementwise(state, at, size, p, g, p, load(mask, j), s, sums)
+            x = accumulate_elementwise(state, at, size, p, g, p, load(mask, j), s, sums, update)
             square = mul(fma(x, x, splat(SQUARE_FLOOR)), load(mask, j))
             store(row_sum, j, add(load(row_sum, j), square))
             col_sum = add(col_sum, square)
         mean = lane_sum(col_sum) / np.float32(cols)
         for k in range(3):
-            state[col_at + k * rows + i] += FACTORED_RATES[k] * (mean - state[col_at + k * rows + i])
+            state[col_at + k * rows + i] += update.factored[k] * (mean - state[col_at + k * rows + i])
     for k in range(3):
         for j in range(width):
-            state[row_at + k * width + j] += FACTORED_RATES[k] * (row_sum[j] / np.float32(rows) - state[row_at + k * width + j])
+            state[row_at + k * width + j] += update.factored[k] * (row_sum[j] / np.float32(rows) - state[row_at + k * width + j])
+
+
+@njit(**OPTIONS)
+def matrix_direction(theta, state, at, g, u, rows, cols, width, s, sums):
+    """Steps 5 to 7 for one matrix with moved accumulators at `at` of `state`: the direction goes into u (rows, width).
+
+    s: rsqrt(v + eps). sums: the squares of the elementwise channels; those of the factored ones are added.
+    """
+    size, n = rows * width, np.float32(rows * cols)
+    row_at, col_at = at + 5 * size, at + 5 * size + 3 * width
+    mask = np.empty(width, np.float32)
+    row_factor, col_factor = np.zeros(3 * width, np.float32), np.empty(3 * rows, np.float32)
+    row_term, col_term = np.empty(H * width, np.float32), np.empty(H * rows, np.float32)
+    scaled = np.empty(CHANNELS * H, np.float32)
+    lane_mask(mask, width, cols)
+    for k in range(3):
+        store(sums, (FACTORED_GRADIENT + k) * LANES, splat(ZERO))
+        store(sums, (FACTORED_MOMENTUM + k) * LANES, splat(ZERO))
 
     matrix_factors(theta, state, row_at, col_at, rows, cols, width, mask, row_factor, col_factor, row_term, col_term, scaled)
     for i in range(rows):
@@ -257,38 +297,72 @@ def matrix_direction(theta, state, at, g, u, rows, cols, width):
 
 
 @njit(**OPTIONS)
-def step_matrix(theta, state, at, g, u, rows, cols, width, orthogonalized, lr):
-    """One step of the rule on a matrix: W <- W - lr u, u of RMS 1. `u` is scratch."""
-    matrix_direction(theta, state, at, g, u, rows, cols, width)
-    if orthogonalized:
+def step_matrix(state, at, g, u, rows, cols, width, lr, expert_lr, update, sums):
+    """One step of the rule on a matrix: W <- W - lr u, u of RMS 1. `u` is scratch; sums as `step_towards`."""
+    size = rows * width
+    s, squares = np.empty(size, np.float32), np.empty(CHANNELS * LANES, np.float32)
+    accumulate_matrix(state, at, g, rows, cols, width, s, squares, update)
+    matrix_direction(update.theta, state, at, g, u, rows, cols, width, s, squares)
+    if update.orthogonalized:
         newton_schulz_(u, rows, width)
-    subtract_normalized(state, at, u, rows * width, rows * cols, lr)
+    if len(update.expert) == 0:
+        subtract_normalized(state, at, u, size, rows * cols, lr)
+        return
+    e = np.empty(size, np.float32)
+    matrix_direction(update.expert, state, at, g, e, rows, cols, width, s, squares)
+    if update.orthogonalized:
+        newton_schulz_(e, rows, width)
+    step_towards(state, at, u, e, size, rows * cols, lr, expert_lr, update.forcing, sums)
+
+
+@njit(**OPTIONS)
+def rate_of(u, size, n, lr):
+    """lr / RMS of u over its n elements: step 9."""
+    return lr / np.sqrt(sum_of_squares(u, size) / np.float32(n) + RMS_EPS)
 
 
 @njit(**OPTIONS)
 def subtract_normalized(state, at, u, size, n, lr):
     """Step 9 and the step itself: the weight loses lr times u divided by its RMS over n elements."""
-    rate = splat(-lr / np.sqrt(sum_of_squares(u, size) / np.float32(n) + RMS_EPS))
+    rate = splat(-rate_of(u, size, n, lr))
     for i in range(0, size, LANES):
         store(state, at + i, fma(rate, load(u, i), load(state, at + i)))
 
 
 @njit(**OPTIONS)
-def step_vector(theta, state, at, g, n, width, lr):
-    """One step of the rule on a vector of n elements (Celo2-base): the channels of vectors, full accumulators."""
-    mask, s, u = np.empty(width, np.float32), np.empty(width, np.float32), np.empty(width, np.float32)
-    sums, scaled = np.zeros(VECTOR_CHANNELS * LANES, np.float32), np.empty(VECTOR_CHANNELS * H, np.float32)
+def step_towards(state, at, u, e, size, n, lr, expert_lr, forcing, sums):
+    """As `subtract_normalized`, `forcing` of the step being the expert's, with direction e.
+
+    Adds to sums (5, 16) of the steps that both would take: products, squares of the rule's and of the expert's, differences of
+    absolute values; and n.
+    """
+    rate, expert_rate = splat(rate_of(u, size, n, lr)), splat(rate_of(e, size, n, expert_lr))
+    own, share = splat(forcing - ONE), splat(-forcing)
+    for i in range(0, size, LANES):
+        x, y = mul(rate, load(u, i)), mul(expert_rate, load(e, i))
+        store(state, at + i, fma(own, x, fma(share, y, load(state, at + i))))
+        difference = sub(larger(x, sub(splat(ZERO), x)), larger(y, sub(splat(ZERO), y)))
+        store(sums, 0, fma(x, y, load(sums, 0)))
+        store(sums, LANES, fma(x, x, load(sums, LANES)))
+        store(sums, 2 * LANES, fma(y, y, load(sums, 2 * LANES)))
+        store(sums, 3 * LANES, add(larger(difference, sub(splat(ZERO), difference)), load(sums, 3 * LANES)))
+    sums[4 * LANES] += n
+
+
+@njit(**OPTIONS)
+def vector_direction(theta, state, at, g, u, n, width, s, sums):
+    """As `matrix_direction` for a vector of n elements (Celo2-base): the channels of vectors, full accumulators."""
+    mask, scaled = np.empty(width, np.float32), np.empty(VECTOR_CHANNELS * H, np.float32)
     factor = np.empty(3 * width, np.float32)
     lane_mask(mask, width, n)
+    for k in range(3):
+        store(sums, (FACTORED_GRADIENT + k) * LANES, splat(ZERO))
     for j in range(0, width, LANES):
-        x = accumulate_elementwise(state, at, width, j, g, j, load(mask, j), s, sums)
         for k in range(3):
-            place = at + (5 + k) * width + j
-            d = moved(load(state, place), fma(x, x, splat(SQUARE_FLOOR)), FACTORED_RATES[k])
-            store(state, place, d)
+            d = load(state, at + (5 + k) * width + j)
             f = reciprocal_root(larger(add(d, splat(FACTOR_EPS)), splat(FACTOR_EPS)))
             store(factor, k * width + j, f)
-            add_square(sums, FACTORED_GRADIENT + k, mul(x, f))
+            add_square(sums, FACTORED_GRADIENT + k, mul(load(g, j), f))
     for c in range(VECTOR_CHANNELS):
         scale_first_layer(theta, scaled, c, lane_sum(load(sums, c * LANES)) / np.float32(n))
     for j in range(0, width, LANES):
@@ -297,7 +371,26 @@ def step_vector(theta, state, at, g, n, width, lr):
         for k in range(3):
             h = accumulate(h, scaled, (FACTORED_GRADIENT + k) * H, 1, mul(x, load(factor, k * width + j)))
         store(u, j, mul(output_layer(hidden_layer(h, theta, W1, B1), theta, W2, OUTPUTS, B2), load(mask, j)))
-    subtract_normalized(state, at, u, width, n, lr)
+
+
+@njit(**OPTIONS)
+def step_vector(state, at, g, n, width, lr, expert_lr, update, sums):
+    """One step of the rule on a vector of n elements, as `step_matrix`."""
+    mask, s, u = np.empty(width, np.float32), np.empty(width, np.float32), np.empty(width, np.float32)
+    squares = np.zeros(VECTOR_CHANNELS * LANES, np.float32)
+    lane_mask(mask, width, n)
+    for j in range(0, width, LANES):
+        x = accumulate_elementwise(state, at, width, j, g, j, load(mask, j), s, squares, update)
+        for k in range(3):
+            place = at + (5 + k) * width + j
+            store(state, place, moved(load(state, place), fma(x, x, splat(SQUARE_FLOOR)), update.factored[k]))
+    vector_direction(update.theta, state, at, g, u, n, width, s, squares)
+    if len(update.expert) == 0:
+        subtract_normalized(state, at, u, width, n, lr)
+        return
+    e = np.empty(width, np.float32)
+    vector_direction(update.expert, state, at, g, e, n, width, s, squares)
+    step_towards(state, at, u, e, width, n, lr, expert_lr, update.forcing, sums)
 
 
 @njit(**OPTIONS)
@@ -326,23 +419,33 @@ def scaled_weights(table, scale, state, w):
 
 
 @njit(**OPTIONS)
-def step_all(table, theta, scale, state, g, u, orthogonalized, normalized, lr, adam_lr):
+def step_all(table, factor, scale, state, g, u, rate, update, terms):
     """One step of every weight with packed gradient g in the scaled weights. `u` is scratch as large as the largest weight.
 
     A row of `table` (P, 6), int64, is one weight: what it takes (MATRIX, VECTOR or ADAM), offset of its segment in the state,
-    offset in g, rows, columns, width. `normalized`: the rule divides a gradient by its RMS first.
+    offset in g, rows, columns, width. `factor` (P,) multiplies its learning rate under the rule, `rate` all of them. With an
+    expert, terms (2,) becomes 1 - cosine of its step and the rule's, and the mean difference of their absolute values.
     """
     multiply(scale, 0, g, 0, g, 0, len(g))
+    norm = np.sqrt(sum_of_squares(g, len(g)))
+    if norm > update.clip:
+        scale_(g, len(g), update.clip / norm)
+    sums = np.zeros(5 * LANES, np.float32)
     for p in range(len(table)):
         kind, at, g_at, rows, cols, width = table[p]
         size = rows * width
         own = g[g_at : g_at + size]
         if kind == ADAM:
-            step_adam(state, at, own, size, adam_lr)
+            step_adam(state, at, own, size, rate * update.adam_lr)
             continue
-        if normalized:
+        if update.normalized:
             scale_(own, size, ONE / np.sqrt(sum_of_squares(own, size) / np.float32(rows * cols) + SQUARE_FLOOR))
+        lr, expert_lr = rate * update.lr * factor[p], rate * update.expert_lr
         if kind == MATRIX:
-            step_matrix(theta, state, at, own, u, rows, cols, width, orthogonalized, lr)
+            step_matrix(state, at, own, u, rows, cols, width, lr, expert_lr, update, sums)
         else:
-            step_vector(theta, state, at, own, cols, width, lr)
+            step_vector(state, at, own, cols, width, lr, expert_lr, update, sums)
+    if len(update.expert):
+        product, squares, of_expert = lane_sum(load(sums, 0)), lane_sum(load(sums, LANES)), lane_sum(load(sums, 2 * LANES))
+        terms[0] = ONE - product / (np.sqrt(squares) * np.sqrt(of_expert) + TINY)
+        terms[1] = lane_sum(load(sums, 3 * LANES)) / sums[4 * LANES]

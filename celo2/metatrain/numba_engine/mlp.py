@@ -93,10 +93,11 @@ def compiled(source: str):
     """
 
     @njit(cache=True, **OPTIONS)
-    def unroll_one(
-        arrays, rows, rate, reset_at, before, after, fresh, table, theta, state, losses, orthogonalized, normalized, lr, adam_lr
-    ):
-        """All steps of one unroll: rows (T, B), rate (T,), packed scales, fresh and state one packed row, losses (T,)."""
+    def unroll_one(arrays, sizes, rows, rate, reset_at, before, after, fresh, table, factor, state, losses, terms, update):
+        """All steps of one unroll: rows (T, B), rate (T,), packed scales, fresh and state one packed row, losses (T,).
+
+        sizes: of the network; this one has only one size. table, factor, update: see `kernels.step_all`. terms: (T, 2).
+        """
         pixels, labels = arrays
         steps, batch = rows.shape
         x, y = np.empty(batch * INPUTS, np.float32), np.empty(batch, np.int64)
@@ -112,7 +113,7 @@ def compiled(source: str):
                     store(x, b * INPUTS + i, load(pixels, rows[t, b] * INPUTS + i))
             scaled_weights(table, scale, state, w)
             losses[t] = mlp_gradient(x, y, w, g)
-            step_all(table, theta, scale, state, g, u, orthogonalized, normalized, rate[t] * lr, rate[t] * adam_lr)
+            step_all(table, factor, scale, state, g, u, rate[t], update, terms[t])
         return source
 
     return unroll_one

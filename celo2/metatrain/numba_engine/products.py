@@ -40,20 +40,26 @@ def padded(n: int) -> int:
 @njit(**OPTIONS)
 def matmul(a, a_at, a_row, a_col, b, b_at, c, c_at, m, k, n):
     """c (m, n) = A (m, k) @ b (k, n); A's element (i, j) is a[a_at + i * a_row + j * a_col]. m % 8 == 0, n % 16 == 0."""
+    matmul_of_columns(a, a_at, a_row, a_col, b, b_at, n, c, c_at, n, m, k, n)
+
+
+@njit(**OPTIONS)
+def matmul_of_columns(a, a_at, a_row, a_col, b, b_at, b_row, c, c_at, c_row, m, k, n):
+    """As `matmul`, where b and c are columns of matrices whose rows have `b_row` and `c_row` elements."""
     for j in range(0, n // 32 * 32, 32):
         for i in range(0, m, 4):
             tile = zeros()
             for t in range(k):
-                q = b_at + t * n + j
+                q = b_at + t * b_row + j
                 tile = accumulate_pair(tile, a, a_at + i * a_row + t * a_col, a_row, load(b, q), load(b, q + 16))
-            store_pairs(c, c_at + i * n + j, n, tile)
+            store_pairs(c, c_at + i * c_row + j, c_row, tile)
     if n % 32:
         j = n - 16
         for i in range(0, m, 8):
             tile = zeros()
             for t in range(k):
-                tile = accumulate(tile, a, a_at + i * a_row + t * a_col, a_row, load(b, b_at + t * n + j))
-            store_column(c, c_at + i * n + j, n, tile)
+                tile = accumulate(tile, a, a_at + i * a_row + t * a_col, a_row, load(b, b_at + t * b_row + j))
+            store_column(c, c_at + i * c_row + j, c_row, tile)
 
 
 @njit(**OPTIONS)

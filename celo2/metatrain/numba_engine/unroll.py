@@ -18,10 +18,11 @@ import numpy as np
 
 from celo2 import orthogonalize
 from celo2 import rule as rules
-from celo2.metatrain.config import Config
+from celo2.metatrain.config import Config, Images, normalizes, start_rule
+from celo2.metatrain.engine import Expert, factors
 from celo2.metatrain.families import Arrays, Family
 from celo2.metatrain.numba_engine import mlp, transformer
-from celo2.metatrain.numba_engine.kernels import ADAM, MATRIX, VECTOR
+from celo2.metatrain.numba_engine.kernels import ADAM, MATRIX, VECTOR, Update
 from celo2.metatrain.numba_engine.products import padded
 from celo2.metatrain.problems import Truncation
 
@@ -90,22 +91,26 @@ def views(layout: dict[str, Segment], packed: np.ndarray, state: Arrays) -> dict
     return result
 
 
-def unroll(config: Config, family: Family, state: Arrays, theta: np.ndarray, truncation: Truncation) -> np.ndarray:
+def unroll(
+    config: Config, family: Family, state: Arrays, theta: np.ndarray, truncation: Truncation, expert: Expert | None = None
+) -> np.ndarray:
     """As `celo2.metatrain.engine.unroll`."""
     layout, of_weights, table = segments(family, whole=True), segments(family, whole=False), table_of(family)
-    packed, fresh = pack(layout, state), pack(layout, by_key(truncation.fresh))
+    packed, steps = pack(layout, state), truncation.rows.shape[1]
+    fresh = pack(layout, truncation.fresh) if (truncation.reset_at < steps).any() else packed
     before, after = (pack(of_weights, by_key(s)) for s in (truncation.scale_before, truncation.scale_after))
-    losses = np.empty((len(theta), config.inner.truncation), np.float32)
-    theta = np.ascontiguousarray(theta, np.float32)
+    losses = np.full((len(theta), steps), np.nan, np.float32)
+    terms = np.zeros((len(theta), steps, 2), np.float32) if expert is None else expert.terms
+    factor = np.stack(list(factors(config, family, theta).values()), 1)
     unroll_one, arrays = kernel(family.data.kind), tuple(x.ravel() for x in family.data.arrays)
-    flags = config.rule.variant == "celo2", config.rule.normalize_gradient
-    rates = np.float32(family.options.lr), np.float32(family.options.adam_lr)
+    sizes, copies = sizes_of(family), len(theta) // len(truncation.rows)
 
     def run(u: int) -> None:
-        n = u // 2
+        n = u // copies
+        count = steps if truncation.steps is None else truncation.steps[n]
         unroll_one(
-            arrays, truncation.rows[n], truncation.rate[n], truncation.reset_at[n], before[n], after[n], fresh[n], table,
-            theta[u], packed[u], losses[u], *flags, *rates,
+            arrays, sizes, truncation.rows[n, :count], truncation.rate[n], truncation.reset_at[n], before[n], after[n], fresh[u],
+            table, factor[u], packed[u], losses[u], terms[u], update_of(config, family, theta[u], expert),
         )  # fmt: skip
 
     with ThreadPoolExecutor(config.engine.threads or os.cpu_count()) as pool:
@@ -113,6 +118,37 @@ def unroll(config: Config, family: Family, state: Arrays, theta: np.ndarray, tru
     for key, view in views(layout, packed, state).items():
         state[key][...] = view
     return losses
+
+
+def sizes_of(family: Family) -> transformer.Sizes:
+    """The sizes of a text family; of images, where nothing reads them, those of a small text."""
+    options = family.options
+    if isinstance(options, Images):
+        return transformer.sizes_of(1, 16, 16, 1)
+    return transformer.sizes_of(options.sequences, options.context, options.width, options.heads)
+
+
+def update_of(config: Config, family: Family, theta: np.ndarray, expert: Expert | None) -> Update:
+    """How the weights of an unroll with the rule θ (D,) are trained."""
+    start, options, clip = start_rule(config), family.options, config.inner.grad_clip
+
+    def rates(decays: tuple[float, ...]) -> tuple[np.float32, ...]:
+        return tuple(np.float32(1 - decay) for decay in decays)
+
+    return Update(
+        np.ascontiguousarray(theta, np.float32),
+        np.empty(0, np.float32) if expert is None else np.ascontiguousarray(expert.theta, np.float32),
+        config.rule.variant == "celo2",
+        normalizes(config),
+        rates(start.momentum_decays),
+        np.float32(1 - start.second_moment_decay),
+        rates(start.factored_decays),
+        np.float32(options.lr),
+        np.float32(options.adam_lr),
+        np.float32(config.expert.lr),
+        np.float32(math.inf if clip is None else clip),
+        np.float32(0 if expert is None else expert.forcing),
+    )
 
 
 def by_key(weights: Arrays) -> Arrays:
