@@ -13,12 +13,13 @@ from dataclasses import dataclass
 
 from celo2.step import BATCH_ELEMENTS as ON_DEVICE
 from celo2.step import DEFAULT_BATCH_ELEMENTS
+from launch.distributed.zero import BUCKET
 from launch.planning.cost import BF16, FP32, Setup, Workload, split_matrices
 
-BUCKET = 500_000_000  # elements of DeepSpeed's buffer for gradients on their way (its reduce_bucket_size), all of it on a GPU
 BATCH_ELEMENTS, CPU_BATCH_ELEMENTS = DEFAULT_BATCH_ELEMENTS, ON_DEVICE["cpu"]  # that Newton–Schulz takes at once
 IMPORTS = 0.5e9  # bytes of host memory of a process that has imported everything: measured 0.45 to 0.48 GB on a CPU
 PHASES = ("start", "step", "save")
+OFFLOADED = ("weights", "gradients", "optimizer state")  # what waits in the memory of the host with `distributed.offload`
 Bytes = dict[str, float]
 
 
@@ -43,11 +44,18 @@ class Phase:
 def phases(workload: Workload, setup: Setup) -> dict[str, Phase]:
     """The three phases of a run. In a save, training goes on: its device holds what a step does."""
     step = memory_per_rank(workload, setup)
-    return {
+    found = {
         "start": Phase(start_memory(workload, setup), {"imports": IMPORTS, "a block": FP32 * largest_part(workload)}),
         "step": Phase(step, {"imports": IMPORTS}),
         "save": Phase(step, {"imports": IMPORTS, **save_memory(workload, setup)}),
     }
+    return {name: offloaded(phase) for name, phase in found.items()} if setup.offload else found
+
+
+def offloaded(phase: Phase) -> Phase:
+    """`phase`, where weights, gradients and state are in the memory of the host."""
+    moved = {name: count for name, count in phase.device.items() if name in OFFLOADED}
+    return Phase({name: count for name, count in phase.device.items() if name not in moved}, phase.host | moved)
 
 
 def peaks(workload: Workload, setup: Setup) -> tuple[float, float]:
