@@ -9,7 +9,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from celo2.training.configuration import DECAY, FRACTION, NAME, NOT_EMPTY, POSITIVE, SEED, TIMEOUT, at_least, option, section
+from celo2.training.configuration import (
+    DECAY,
+    FRACTION,
+    NAME,
+    NOT_EMPTY,
+    POSITIVE,
+    SEED,
+    TIMEOUT,
+    Range,
+    at_least,
+    option,
+    section,
+)
+
+RECOMPUTED = Range(
+    "false, true, operations, or a number of blocks",
+    lambda x: x.lower() in ("false", "true", "no", "yes", "off", "on", "operations") or x.isdecimal(),
+)
 
 
 @dataclass
@@ -30,7 +47,12 @@ class Model:
         None, "rows of the embedding; null: the tokenizer's, rounded up to a multiple of 64", at_least(1)
     )
     dropout: float = option(0.0, "dropout probability everywhere", DECAY)
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, a third more time")
+    gradient_checkpointing: str = option(
+        "false",
+        "recompute activations in the backward pass: false, true (least memory, a third more time), a number N (in every N-th "
+        "block), or operations (all but matrix products and attention)",
+        RECOMPUTED,
+    )
     init: str | None = option(
         None,
         "take the weights of a run, checkpoint, transformers folder or hub:NAME[@REVISION]; average:RUN its average",
@@ -137,6 +159,9 @@ class Distributed:
     strategy: Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"] = option("ddp", "ddp, zero1, zero2, zero3 or fsdp2")
     shard_state: bool = option(False, "ddp with celo2: keep the optimizer state of a parameter on one rank")
     replicas: int = option(1, "fsdp2: copies of the model, each sharded over processes / replicas ranks", at_least(1))
+    offload: bool = option(
+        False, "fsdp2 with adamw: weights, gradients and state wait in the host's memory, and the optimizer runs there"
+    )
     check_replicas: int = option(
         100,
         "steps between comparisons of the weights that ranks hold in common, and before each checkpoint; 0: never",

@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, NoReturn
 
@@ -71,22 +71,54 @@ def zero_gradient_norm(zero: Any) -> torch.Tensor:
     return torch.as_tensor(zero._global_grad_norm)
 
 
-def zero3_partitions(deepspeed: Any, model: torch.nn.Module, options: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor, int]]:
-    """Divide the parameters of `model`, which is on the meta device, as stage 3 does, one after the other.
+def zero_outline(deepspeed: Any, model: torch.nn.Module, options: dict[str, Any]) -> None:
+    """Give the parameters of `model`, which is on the meta device, what DeepSpeed needs to divide them, and no values.
 
-    -> the name of each, this rank's part of it to be filled, and where that begins. DeepSpeed's own way makes every parameter
-    whole on every rank, and sends it from the first one to all.
+    Its own start takes them whole, sends them from the first rank to all, and copies them into flat vectors. Here the vectors
+    exist first, and each rank then writes its part into them.
     """
+    if options["zero_optimization"]["stage"] < 3:
+        device = deepspeed.accelerator.get_accelerator().current_device_name()
+        for p in model.parameters():
+            become(p, torch.empty(p.shape, dtype=p.dtype, device=device))  # on a CPU, pages that nothing writes take no memory
+            p.ds_optim_param = True  # type: ignore[attr-defined]  # of a kind that is not sent
+        return
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(deepspeed.accelerator.get_accelerator().communication_backend_name())
     zero = deepspeed.zero.Init(config_dict_or_path=options)
-    for name, p in model.named_parameters():
-        become(p, torch.empty(p.shape, dtype=p.dtype, device=zero.local_device))  # nothing writes into it
+    number = torch.zeros(
+        (), device=zero.local_device
+    )  # one for all, so that no small one lies between large pieces that are freed
+    for p in model.parameters():
+        become(p, torch.empty(p.shape, dtype=p.dtype, device=zero.local_device))
         zero._convert_to_deepspeed_param(p)
         p.partition()  # type: ignore[attr-defined]
-        part = p.ds_tensor.zero_()  # type: ignore[attr-defined]
-        start = min(p.ds_zero_partition_rank * part.numel(), p.ds_numel)  # type: ignore[attr-defined]
-        yield name, part[: min(part.numel(), p.ds_numel - start)], start  # type: ignore[attr-defined]
+        p.ds_tensor.data = number.to(p.dtype).expand(p.ds_tensor.shape)  # type: ignore[attr-defined]
+        p.data = number.to(p.dtype).expand(p.ds_shape)  # type: ignore[attr-defined]
+        p.ds_status = type(p.ds_status).AVAILABLE  # type: ignore[attr-defined]  # whole: it is not gathered to get its hooks
+
+
+@contextmanager
+def zero_in_float32(deepspeed: Any, model: torch.nn.Module) -> Iterator[None]:
+    """`deepspeed.initialize` in this context does not keep a copy of float32 weights in float32.
+
+    Stage 3 means to (its comments say so), but compares a `torch.device` with a string, which are never equal.
+    """
+    stage3 = deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3
+    create = stage3._create_fp32_partitions
+
+    def create_without_copies(self: Any) -> None:
+        device, self.device = self.device, torch.device(self.device)
+        create(self)
+        self.device = device
+
+    stage3._create_fp32_partitions = create_without_copies
+    try:
+        yield
+    finally:
+        stage3._create_fp32_partitions = create
+        for p in model.parameters():
+            p.__dict__.pop("ds_optim_param", None)
 
 
 def zero3_refresh_weights(zero: Any) -> None:

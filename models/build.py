@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from models.experts import fit_experts
 from models.foreign import ForeignCode, refuse_code
 from models.gpt3 import GPT3Config
+from models.recompute import recompute
 from models.sizes import SIZES
 
 # transformers accepts these of any configuration without listing them: the old spelling of `rope_parameters`.
@@ -43,7 +44,7 @@ def build_model(
     context: int | None = None,
     vocab_size: int,
     dropout: float = 0.0,
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: bool | int | str = False,
     hf: dict | None = None,
     device: str | torch.device | None = None,
 ) -> PreTrainedModel:
@@ -77,11 +78,13 @@ def model_of(config: PretrainedConfig, device: str | torch.device | None = None)
         return AutoModelForCausalLM.from_config(config)
 
 
-def prepare_model(model: PreTrainedModel, gradient_checkpointing: bool) -> PreTrainedModel:
-    """`model` in training mode, with gradient checkpointing if asked for, and with experts that run whatever their sizes."""
+def prepare_model(model: PreTrainedModel, gradient_checkpointing: bool | int | str) -> PreTrainedModel:
+    """`model` in training mode, with gradient checkpointing (`models.recompute`); its experts run whatever their sizes."""
     fit_experts(model)
-    if gradient_checkpointing:
-        _checkpoint_activations(model)
+    try:
+        recompute(model, gradient_checkpointing)
+    except ValueError as error:
+        raise ModelError(str(error)) from None
     return model.train()
 
 
@@ -215,14 +218,6 @@ def one_line(error: Exception) -> str:
     """The message of an error in one line, with its kind where the message is a word or nothing."""
     text = textwrap.shorten(str(error), 240, placeholder=" ...")
     return text if " " in text else f"{type(error).__name__} {text}".strip()
-
-
-def _checkpoint_activations(model: PreTrainedModel) -> None:
-    if not model.supports_gradient_checkpointing:
-        raise ModelError(f"{type(model).__name__} does not support gradient_checkpointing")
-    # transformers 5.23 renamed the method.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
 
 
 def _require_count(name: str, value: Any) -> None:

@@ -35,9 +35,9 @@ from launch.distributed.strategy import Strategy
 from launch.distributed.zero import import_deepspeed
 from launch.monitoring.signals import StopSignals
 from launch.optimizers.build import optimizer_groups
+from launch.planning.activations import activation_elements, loss_elements
 from launch.planning.cost import setup_of, workload_of
 from launch.planning.memory import peaks_on_cpu
-from launch.planning.plan import activation_elements, loss_elements
 from launch.private import leave
 from launch.run.check import check
 from launch.run.hooks import Hooks
@@ -133,7 +133,7 @@ def plan_of(config: str, overrides: list[str], world: int) -> dict[str, float]:
     groups = optimizer_groups(settings.optimizer, model)
     kept = activation_elements(model, 1, context, settings.model.gradient_checkpointing)
     workload = workload_of(
-        model, groups, context, 0.0, kept, loss_elements(model, context * settings.train.micro_batch_size), False
+        model, groups, context, 0.0, kept, loss_elements(model, context * settings.train.micro_batch_size), 0.0
     )
     found = peaks_on_cpu(workload, setup_of(settings, world))
     return {"shard": found["start"] / 1e6, "step": found["step"] / 1e6, "save": found["save"] / 1e6}

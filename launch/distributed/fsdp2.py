@@ -8,10 +8,11 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -53,17 +54,21 @@ class FSDP2(Strategy):
             mesh = init_device_mesh(accelerator.device.type, shape, mesh_dim_names=("replicate", "shard"))
             self.copies_group = mesh.get_group("replicate")
         bf16 = config.train.precision == "bf16"
+        self.offloaded = config.distributed.offload
+        # Pinned, so that copies to and from a GPU run beside its computing.
+        offload = CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if self.offloaded else OffloadPolicy()
+        shard = partial(fully_shard, mesh=mesh, offload_policy=offload)
         halved = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in required_blocks(model):
             for part in parts_of(block) if bf16 else ():
                 if is_halved(part):
                     for norm in norms_in(part):
-                        fully_shard(norm, mesh=mesh)
-                    fully_shard(part, mesh=mesh, mp_policy=halved)
-            fully_shard(block, mesh=mesh)
+                        shard(norm)
+                    shard(part, mp_policy=halved)
+            shard(block)
         self.loss_model = CausalLMLoss(model)
-        fully_shard(self.loss_model, mesh=mesh)
-        allocate(self.loss_model, self.device)
+        shard(self.loss_model)
+        allocate(self.loss_model, torch.device("cpu") if self.offloaded else self.device)
         for name, p in model.named_parameters():
             fill(local(p), weights, name, local_shard_of(p).start)
         self.autocast = partial(torch.autocast, accelerator.device.type, torch.bfloat16, enabled=bf16)
@@ -122,8 +127,13 @@ class FSDP2(Strategy):
 
     def update(self, judge: Judge) -> Judged:
         """Clip the gradient, judge, update the local shards."""
-        norm: Any = nn.utils.clip_grad_norm_(self.parameters.values(), self.config.train.grad_clip or math.inf)
-        judged = judge(norm.full_tensor() if is_dtensor(norm) else norm)
+        limit = self.config.train.grad_clip or math.inf
+        if self.offloaded:
+            norm = self.clip_on_cpu(limit)
+        else:
+            found: Any = nn.utils.clip_grad_norm_(self.parameters.values(), limit)
+            norm = found.full_tensor() if is_dtensor(found) else found
+        judged = judge(norm)
         if self.admit(judged):
             for name, shard in self.shards.items():
                 if (grad := self.parameters[name].grad) is not None:
@@ -133,6 +143,26 @@ class FSDP2(Strategy):
         for p in self.parameters.values():
             p.grad = None
         return judged
+
+    def clip_on_cpu(self, limit: float) -> Tensor:
+        """Clip the gradients, which are in the memory of the host. -> the norm of the whole gradient, on this rank's device.
+
+        Only their sum of squares travels, over the device: NCCL sends nothing from the host.
+        """
+        grads = [local(p.grad) for p in self.parameters.values() if p.grad is not None]
+        norm = nn.utils.get_total_norm(grads).to(self.device)
+        if self.world > 1:
+            dist.all_reduce(norm.square_())
+            norm = norm.div_(self.copies).sqrt_()
+        scale = limit / (norm.item() + 1e-6)  # as torch's clip_grad_norm_
+        if scale < 1:
+            for grad in grads:
+                grad.mul_(scale)
+        return norm
+
+    def admit(self, judged: Judged) -> bool:
+        """As under every strategy; but where the optimizer works on the host, the host waits for the device's verdict."""
+        return not judged.refused if self.offloaded else super().admit(judged)
 
 
 def parts_of(block: nn.Module) -> Iterator[nn.Module]:

@@ -55,7 +55,7 @@ def require_equal_replicas(strategy: Strategy, step: int) -> None:
     """
     different: dict[str, dict[int, int]] = {}  # the sum of each rank of this group, by tensor
     for tensors, group in replicated(strategy):
-        sums = bit_sums(list(tensors.values()))
+        sums = bit_sums(list(tensors.values())).to(strategy.device)  # offloaded weights are in the memory of the host
         extremes = torch.cat([sums, -sums])
         dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
         highest, lowest = extremes[: len(sums)], -extremes[len(sums) :]

@@ -16,13 +16,23 @@ from celo2.distributed.deepspeed import ZeroClient
 from configs.load import ConfigError
 from configs.schema import Config
 from data.batches import fit_micro_batch
-from launch.distributed.birth import fill, fill_whole
+from launch.distributed.birth import fill
 from launch.distributed.strategy import Judge, Strategy, sharded_parameters
 from launch.monitoring.guard import Judged
 from launch.optimizers.build import build_optimizer
-from launch.private import forbid_deepspeed_compilation, zero3_partitions, zero3_refresh_weights, zero_gradient_norm
+from launch.private import (
+    forbid_deepspeed_compilation,
+    zero3_refresh_weights,
+    zero_gradient_norm,
+    zero_in_float32,
+    zero_outline,
+)
 from models import CausalLMLoss
 from models.initialization import Weights
+
+# Elements of a buffer for gradients or weights on their way, 200 MB; DeepSpeed's own default is ten times that. Stage 3 takes it
+# at the start, whatever the size of the model.
+BUCKET = 50_000_000
 
 
 class Zero(Strategy):
@@ -42,19 +52,24 @@ class Zero(Strategy):
         names = dict(model.named_parameters())
         self.client = ZeroClient(self.groups)
         options = engine_config(config, self.world, self.zero_options)
-        if self.whole:
-            fill_whole(model, weights, self.device)
-        else:
-            for name, shard, start in zero3_partitions(deepspeed, model, options):
-                fill(shard, weights, name, start)
+        zero_outline(deepspeed, model, options)
         self.compile()
-        self.engine, *_ = deepspeed.initialize(model=CausalLMLoss(model), optimizer=self.client, config=options)
+        with zero_in_float32(deepspeed, model):
+            self.engine, *_ = deepspeed.initialize(model=CausalLMLoss(model), optimizer=self.client, config=options)
         if not launched:  # the next training run of this process would take it for a launcher's
             os.environ.pop("LOCAL_RANK", None)
         self.loss_model = self.engine
         self.zero = self.engine.optimizer
         self.optimizer = self.client.bind(self.zero, lambda groups: build_optimizer(config.optimizer, groups))
         self.shards = sharded_parameters(self.optimizer.param_groups, names)
+        if self.whole:
+            for name in self.shards:
+                fill(names[name], weights, name)
+            self.zero.refresh_fp32_params()
+        else:
+            for name, shard in self.shards.items():
+                fill(shard.weight, weights, name, shard.local_shard.start)
+            self.weights_changed()
 
     def micro_batch(self, last: bool) -> AbstractContextManager:
         """DeepSpeed learns here in which micro-batch a step ends: their number may change from step to step."""
@@ -114,7 +129,12 @@ def engine_config(config: Config, world: int, zero_options: dict[str, Any]) -> d
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": config.train.batch_size // (micro * world),
         "gradient_clipping": config.train.grad_clip,
-        "zero_optimization": {"stage": int(config.distributed.strategy[-1]), **zero_options},
+        "zero_optimization": {
+            "stage": int(config.distributed.strategy[-1]),
+            "reduce_bucket_size": BUCKET,
+            "allgather_bucket_size": BUCKET,
+            **zero_options,
+        },
         "zero_allow_untested_optimizer": True,
         "torch_autocast": {"enabled": config.train.precision == "bf16", "dtype": "bfloat16", "lower_precision_safe_modules": []},
         "steps_per_print": 1 << 62,

@@ -70,6 +70,12 @@ IDLE = (
         "{value} is for fsdp2, not for {choice}",
     ),
     Idle(
+        "distributed.offload",
+        "distributed.strategy",
+        lambda c: c.distributed.strategy == "fsdp2",
+        "is for fsdp2, not for {choice}",
+    ),
+    Idle(
         "schedule.final",
         "schedule.kind",
         lambda c: c.schedule.kind != "constant" or c.schedule.cooldown > 0,

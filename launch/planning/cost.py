@@ -42,7 +42,7 @@ class Workload:
     flops_per_token: float  # forward and backward
     activations: float  # elements that the forward pass of one sequence keeps
     loss: float  # float32 elements that the loss holds
-    recompute: bool = False  # gradient checkpointing: one more forward pass
+    recompute: float = 0.0  # gradient checkpointing: the part of the forward pass that is done twice
 
     @property
     def hidden_parameters(self) -> int:
@@ -69,6 +69,7 @@ class Setup:
     replicas: int = 1  # fsdp2
     state_bf16: bool = False  # for optimizers that take a rule
     normalize_gradient: bool = False  # as the rule says
+    offload: bool = False  # fsdp2
 
     @property
     def entry(self) -> OptimizerEntry:
@@ -110,6 +111,7 @@ def setup_of(config: Config, world: int) -> Setup:
         config.distributed.replicas,
         config.optimizer.state_dtype == "bf16",
         normalizes_gradient(config.optimizer),
+        config.distributed.offload,
     )
 
 
@@ -213,7 +215,10 @@ def optimizer_seconds(workload: Workload, setup: Setup, machine: Machine) -> flo
         moved = hidden * (kept * accumulate + own * direct + held * apply)
     else:
         moved = hidden * kept * (muon if entry.orthogonalizes else adamw)
-    return seconds + (moved + others * kept * adamw) / machine.memory_bandwidth
+    moved += others * kept * adamw
+    if setup.offload:  # the ranks of a node share its memory
+        return seconds + moved * min(setup.world, machine.gpus_per_node) / machine.host_bandwidth
+    return seconds + moved / machine.memory_bandwidth
 
 
 @dataclass(frozen=True)
@@ -238,7 +243,7 @@ def step_time(workload: Workload, setup: Setup, machine: Machine) -> StepTime:
     weights of zero3 and fsdp2 during all of computing. What takes longer than that, and everything else, is waited for.
     """
     tokens = setup.accumulation * setup.micro_batch * workload.context
-    flops = tokens * workload.flops_per_token * (4 / 3 if workload.recompute else 1)
+    flops = tokens * workload.flops_per_token * (1 + workload.recompute / 3)
     compute = flops / (machine.peak(setup.bf16) * machine.efficiency)
     sent, ring = exchanged_bytes(workload, setup), machine.ring(setup.world)
     hop = machine.latency * math.log2(setup.world) if setup.world > 1 else 0.0
@@ -254,12 +259,14 @@ def step_time(workload: Workload, setup: Setup, machine: Machine) -> StepTime:
     else:
         waited += sent["weights"] / ring
     window = compute if streamed else compute * 2 / 3 / (setup.accumulation if once else 1)
+    if setup.offload:  # weights to the GPU for both passes, gradients back
+        overlappable += setup.accumulation * 3 * FP32 * workload.parameters / setup.shards / machine.host_link
     exposed = max(0.0, overlappable - window)
     return StepTime(compute, overlappable - exposed, exposed + waited, optimizer_seconds(workload, setup, machine))
 
 
 def workload_of(
-    model: nn.Module, groups: Groups, context: int, flops_per_token: float, activations: float, loss: float, recompute: bool
+    model: nn.Module, groups: Groups, context: int, flops_per_token: float, activations: float, loss: float, recompute: float
 ) -> Workload:
     """The workload of `model`, which may be on the meta device, with the groups of `optimizer_groups`."""
     hidden: list[tuple[int, int]] = []

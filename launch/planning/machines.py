@@ -29,6 +29,8 @@ class Machine:
     inter_node_bandwidth: float = 50e9  # bytes/s that a GPU sends: one 400 Gb/s adapter for each GPU
     latency: float = 10e-6  # s for one hop of a tree of ranks, launch of the kernel included
     host_memory: float = 2e12  # bytes of a node
+    host_bandwidth: float = 300e9  # bytes/s of a node's memory, an assumption
+    host_link: float = 25e9  # bytes/s between a GPU and the memory of its host: PCIe 4.0 with 16 lanes, an assumption
     fp32_flops: float = 67e12  # fp32 peak, FLOP/s; torch does not use TF32 by itself
     name: str = "h100"
 

@@ -13,12 +13,15 @@ from dataclasses import dataclass
 
 from celo2.step import BATCH_ELEMENTS as ON_DEVICE
 from celo2.step import DEFAULT_BATCH_ELEMENTS
+from launch.distributed.zero import BUCKET
 from launch.planning.cost import BF16, FP32, Setup, Workload, split_matrices
 
-BUCKET = 500_000_000  # elements of DeepSpeed's buffer for gradients on their way (its reduce_bucket_size), all of it on a GPU
 BATCH_ELEMENTS, CPU_BATCH_ELEMENTS = DEFAULT_BATCH_ELEMENTS, ON_DEVICE["cpu"]  # that Newton–Schulz takes at once
 IMPORTS = 0.5e9  # bytes of host memory of a process that has imported everything: measured 0.45 to 0.48 GB on a CPU
+LATE_IMPORTS = 0.05e9  # what DeepSpeed loads only when it divides a model: measured 0.04 to 0.05 GB
+MAX_LIVE = 1_000_000_000  # weights that zero3 keeps gathered if they are used again soon (stage3_max_live_parameters)
 PHASES = ("start", "step", "save")
+OFFLOADED = ("weights", "gradients", "optimizer state")  # what waits in the memory of the host with `distributed.offload`
 Bytes = dict[str, float]
 
 
@@ -43,11 +46,21 @@ class Phase:
 def phases(workload: Workload, setup: Setup) -> dict[str, Phase]:
     """The three phases of a run. In a save, training goes on: its device holds what a step does."""
     step = memory_per_rank(workload, setup)
-    return {
-        "start": Phase(start_memory(workload, setup), {"imports": IMPORTS, "a block": FP32 * largest_part(workload)}),
+    making = {"imports": IMPORTS, "a block": FP32 * largest_part(workload)}
+    if setup.strategy == "zero3":  # DeepSpeed makes its vector on the host
+        making["flat copies"] = FP32 * workload.parameters / setup.shards
+    found = {
+        "start": Phase(start_memory(workload, setup), making),
         "step": Phase(step, {"imports": IMPORTS}),
         "save": Phase(step, {"imports": IMPORTS, **save_memory(workload, setup)}),
     }
+    return {name: offloaded(phase) for name, phase in found.items()} if setup.offload else found
+
+
+def offloaded(phase: Phase) -> Phase:
+    """`phase`, where weights, gradients and state are in the memory of the host."""
+    moved = {name: count for name, count in phase.device.items() if name in OFFLOADED}
+    return Phase({name: count for name, count in phase.device.items() if name not in moved}, phase.host | moved)
 
 
 def peaks(workload: Workload, setup: Setup) -> tuple[float, float]:
@@ -74,26 +87,33 @@ def held(workload: Workload, setup: Setup) -> Bytes:
         "optimizer state": state_bytes(workload, setup) / state_over,
         # Every rank that holds a part of a matrix has all of these.
         "row and column means": FP32 * means / (state_over if over == 1 else 1),
-        # DeepSpeed's vector that the optimizer updates, beside the weights that compute.
-        "flat copies": FP32 * n / setup.shards if setup.strategy.startswith("zero") else 0.0,
+        # DeepSpeed's vector that the optimizer updates, beside the weights that compute. Under zero3 they are one.
+        "flat copies": FP32 * n / setup.shards if setup.strategy in ("zero1", "zero2") else 0.0,
     }
 
 
-def start_memory(workload: Workload, setup: Setup) -> Bytes:
+def gradients_kept(workload: Workload, setup: Setup) -> float:
+    """Bytes of gradients that stay between steps: the buckets of ddp, the vector of zero3."""
+    if setup.strategy == "zero3":
+        return FP32 * workload.parameters / setup.shards
+    return FP32 * workload.parameters if setup.strategy == "ddp" and setup.world > 1 else 0.0
+
+
+def start_memory(workload: Workload, setup: Setup, cpu: bool = False) -> Bytes:
     """The peak on the device before the first step.
 
     Over several ranks the gradients of a few tokens show which parameters get none; they are gone before the state is made. zero1
-    and zero2 copy all weights into one vector.
+    and zero2 take memory for all weights twice, and fill one of them; on a CPU (`cpu`) the other takes none.
     """
     n, (over, _) = workload.parameters, divided_by(setup)
-    stays = held(workload, setup)
+    stays = held(workload, setup) | {"gradients": gradients_kept(workload, setup)}
     making = {"weights": FP32 * n / over, "a block": FP32 * largest_part(workload)}
     if setup.strategy in ("zero1", "zero2"):
-        making["flat copies"] = FP32 * n
+        making["flat copies"] = FP32 * n / setup.shards + (0.0 if cpu else FP32 * n)
     elif setup.world > 1 and setup.strategy != "zero3":
         making["gradients"] = FP32 * n / over
-    if setup.strategy == "ddp" and setup.world > 1:
-        stays |= {"gradients": FP32 * n}  # the buckets that travel
+    if setup.strategy == "zero3" and not cpu:
+        stays["buckets"] = FP32 * BUCKET
     return max(making, stays, key=lambda bytes_by_purpose: sum(bytes_by_purpose.values()))
 
 
@@ -110,22 +130,27 @@ def peaks_on_cpu(workload: Workload, setup: Setup) -> dict[str, float]:
 
     `python -m launch.benchmark memory` measures the same.
     """
-    kept = held(workload, setup)
-    if setup.strategy == "ddp" and setup.world > 1:
-        kept["gradients"] = FP32 * workload.parameters  # the buckets stay
+    late = {"late imports": LATE_IMPORTS if setup.strategy.startswith("zero") else 0.0}
+    kept = held(workload, setup) | {"gradients": gradients_kept(workload, setup)}
     found = {
-        "start": {**start_memory(workload, setup), "a block more": FP32 * largest_part(workload)},
+        "start": {**start_memory(workload, setup, cpu=True), "a block more": FP32 * largest_part(workload)},
         "step": memory_per_rank(workload, setup, cpu=True),
         "save": kept | save_memory(workload, setup),
     }
-    return {phase: sum(bytes_by_purpose.values()) for phase, bytes_by_purpose in found.items()}
+    return {phase: sum((bytes_by_purpose | late).values()) for phase, bytes_by_purpose in found.items()}
 
 
 def memory_per_rank(workload: Workload, setup: Setup, cpu: bool = False) -> Bytes:
-    """Bytes on the device of a rank at the peak of a step; activations and what is gathered are estimates.
+    """Bytes on the device of a rank at the peak of a step: of its passes, or of its update, whichever holds more.
 
     `cpu`: pages of a buffer that are never written do not count there, and Newton–Schulz takes smaller batches.
     """
+    moments = passes_memory(workload, setup, cpu), update_memory(workload, setup, cpu)
+    return max(moments, key=lambda bytes_by_purpose: sum(bytes_by_purpose.values()))
+
+
+def passes_memory(workload: Workload, setup: Setup, cpu: bool = False) -> Bytes:
+    """Forward and backward pass; activations and what is gathered are estimates."""
     n, (over, _) = workload.parameters, divided_by(setup)
     block = workload.block_parameters / max(workload.blocks, 1)
     memory = held(workload, setup) | {
@@ -135,14 +160,25 @@ def memory_per_rank(workload: Workload, setup: Setup, cpu: bool = False) -> Byte
         "bf16 copies": BF16 * n if setup.bf16 and over == 1 else 0.0,  # autocast keeps them through a pass
         "activations (estimate)": setup.micro_batch * workload.activations * (BF16 if setup.bf16 else FP32),
         "loss (estimate)": FP32 * workload.loss,
-        "directions": directions_held(workload, setup, CPU_BATCH_ELEMENTS if cpu else BATCH_ELEMENTS),
     }
     if setup.strategy.startswith("zero"):
         memory["buckets"] = FP32 * (min(n, BUCKET) if cpu else BUCKET)
-    if setup.strategy in ("zero3", "fsdp2"):  # this block and the next, and the gradient of one; what is outside the blocks
-        each = BF16 if setup.bf16 and setup.strategy == "fsdp2" else FP32
-        memory["gathered (estimate)"] = (2 * each + FP32) * block + 2 * FP32 * workload.outside
+    if setup.strategy == "zero3":  # from the second step on DeepSpeed keeps so many weights from the forward to the backward pass
+        memory["gathered (estimate)"] = FP32 * min(n, MAX_LIVE)
+    elif setup.strategy == "fsdp2":  # this block and the next, and the gradient of one; what is outside the blocks
+        memory["gathered (estimate)"] = (2 * (BF16 if setup.bf16 else FP32) + FP32) * block + 2 * FP32 * workload.outside
     return memory
+
+
+def update_memory(workload: Workload, setup: Setup, cpu: bool = False) -> Bytes:
+    """The update. DeepSpeed copies the gradients of its vectors once more, and under zero1 and zero2 gathers the new weights."""
+    n, (over, _) = workload.parameters, divided_by(setup)
+    zero = setup.strategy.startswith("zero")
+    return held(workload, setup) | {
+        "gradients": FP32 * n * (2 if zero else 1) / (setup.shards if zero else over),
+        "buckets": FP32 * BUCKET if zero and not cpu else 0.0,
+        "directions": directions_held(workload, setup, CPU_BATCH_ELEMENTS if cpu else BATCH_ELEMENTS),
+    }
 
 
 def state_bytes(workload: Workload, setup: Setup) -> float:

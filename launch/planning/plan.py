@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 
-from transformers import PreTrainedModel
-
 from celo2 import routing_table
 from celo2.orthogonalize import newton_schulz_flops
 from configs.length import batch_sizes
@@ -14,6 +12,7 @@ from configs.schema import Config
 from data.batches import Batches
 from launch.distributed.blocks import required_blocks
 from launch.optimizers.build import as_celo2_groups, check_matrices, optimizer_groups
+from launch.planning.activations import activation_elements, loss_elements, recomputed_share
 from launch.planning.cost import ASSUMED_STATE, setup_of, workload_of
 from launch.planning.machines import Machine
 from launch.planning.memory import phases
@@ -25,7 +24,6 @@ from launch.run.mixture import mixture_notes
 from launch.run.schedule import lr_factor
 from launch.run.setup import build_from_config, open_data, vocabulary
 from models import flops_per_token
-from models.loss import CHUNK_TOKENS
 
 MANY_EPOCHS = 4  # up to here repeated tokens are nearly as good as new ones (arXiv 2305.16264)
 GPT2_VOCABULARY = 50257  # assumed where neither model.vocab_size nor data.dir says
@@ -58,8 +56,16 @@ def make_plan(config: Config, world: int, machine: Machine) -> str:
     tokens = sizes.between(0, config.train.steps) * context
     per_token = flops_per_token(model, context)
     workload, recomputed = (
-        workload_of(model, groups, context, per_token, activation_elements(model, 1, context, again), loss_elements(model), again)
-        for again in (config.model.gradient_checkpointing, True)
+        workload_of(
+            model,
+            groups,
+            context,
+            per_token,
+            activation_elements(model, 1, context, again),
+            loss_elements(model),
+            recomputed_share(again),
+        )
+        for again in (config.model.gradient_checkpointing, "true")
     )
     setup = setup_of(replace(config, train=replace(config.train, batch_size=batch)), world)
     largest = replace(setup, micro_batch=config.train.micro_batch_size)
@@ -120,17 +126,3 @@ def make_plan(config: Config, world: int, machine: Machine) -> str:
 def listed(memory: dict[str, float]) -> str:
     """What there is, by purpose."""
     return ", ".join(f"{name} {size(count)}" for name, count in memory.items() if count)
-
-
-def activation_elements(model: PreTrainedModel, micro_batch: int, context: int, checkpointing: bool) -> int:
-    """Elements that the forward pass keeps for the backward pass, about: 16 widths a token and layer for a GPT with flash
-    attention (two norms, q, k, v, attention's output, projection, 4 + 4 in the feed-forward part), one with checkpointing."""
-    config = model.config.get_text_config()
-    per_layer = 1 if checkpointing else 16
-    return micro_batch * context * config.hidden_size * (config.num_hidden_layers * per_layer + (16 if checkpointing else 0))
-
-
-def loss_elements(model: PreTrainedModel, tokens: int = CHUNK_TOKENS) -> int:
-    """Float32 elements that the loss of `tokens` holds: three chunks of logits and the gradient of the output projection."""
-    vocabulary, width = model.get_output_embeddings().weight.shape
-    return 3 * min(tokens, CHUNK_TOKENS) * vocabulary + vocabulary * width

@@ -76,7 +76,9 @@ def single_changes(workload: Workload, recomputed: Workload, setup: Setup, batch
                 yield (
                     f"distributed.strategy={strategy}",
                     workload,
-                    replace(setup, strategy=strategy, shard_state=False, replicas=1),
+                    replace(setup, strategy=strategy, shard_state=False, replicas=1, offload=False),
                 )
-    if not workload.recompute:
+    if setup.strategy == "fsdp2" and not (setup.offload or setup.entry.takes_rule or setup.entry.orthogonalizes):
+        yield "distributed.offload=true", workload, replace(setup, offload=True)
+    if workload.recompute < 1:
         yield "model.gradient_checkpointing=true", recomputed, setup

@@ -29,6 +29,11 @@ def check(config: Config, written: Written, world: int) -> list[str]:
     strategy, copies = config.distributed.strategy, config.distributed.replicas
     if strategy != "ddp" and entry_of(config.optimizer).sharded_path is None:
         raise ConfigError(f"optimizer.name {config.optimizer.name} knows whole parameters only: use distributed.strategy=ddp")
+    if config.distributed.offload and (entry_of(config.optimizer).takes_rule or entry_of(config.optimizer).orthogonalizes):
+        raise ConfigError(
+            f"distributed.offload: optimizer.name {config.optimizer.name} works on the GPU, only adamw can work on the host; "
+            "more ranks, or optimizer.state_dtype=bf16 for a rule, take less of a GPU"
+        )
     if world % copies:
         raise ConfigError(f"distributed.replicas is {copies}, which does not divide {world} processes")
     if config.schedule.kind == "wsd" and config.schedule.warmup + config.schedule.decay > 1:

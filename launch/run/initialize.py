@@ -201,7 +201,9 @@ def with_keys(config: PretrainedConfig, keys: dict[str, Any]) -> tuple[Pretraine
     return changed, function_differences(before, changed) | {key: ("not a key", keys[key]) for key in unknown}
 
 
-def load_source(source: Source, config: PretrainedConfig, gradient_checkpointing: bool) -> tuple[PreTrainedModel, Weights, str]:
+def load_source(
+    source: Source, config: PretrainedConfig, gradient_checkpointing: bool | str
+) -> tuple[PreTrainedModel, Weights, str]:
     """The model of `architecture` without memory, the weights of the source, and what was taken, in one line.
 
     They are read by slice where the files hold them as the model has them, else whole.

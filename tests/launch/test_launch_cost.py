@@ -22,7 +22,16 @@ from launch.planning.cost import (
     step_time,
     workload_of,
 )
-from launch.planning.memory import directions_held, memory_per_rank, peaks, phases, state_bytes
+from launch.planning.memory import (
+    directions_held,
+    memory_per_rank,
+    passes_memory,
+    peaks,
+    peaks_on_cpu,
+    phases,
+    state_bytes,
+    update_memory,
+)
 from launch.planning.table import cost_lines
 
 # Four matrices 10 x 20 (800 weights), 50 more in two blocks, and 150 outside them: N = 1000.
@@ -87,28 +96,31 @@ def test_which_matrices_are_split():
 
 
 def test_memory_by_hand():
-    ddp = memory_per_rank(TOY, Setup("ddp", 4, micro_batch=2))
+    ddp = passes_memory(TOY, Setup("ddp", 4, micro_batch=2))
     # Four accumulators for 800, two for 200; three decays of 10 + 20 means of 4 matrices.
     held = {name: state_bytes(TOY, Setup(optimizer=name)) for name in ("celo2", "celo2-base", "adamw", "muon")}
     assert held == {"celo2": 14400, "celo2-base": 16000, "adamw": 8000, "muon": 4800}
     in_bfloat16 = [state_bytes(TOY, Setup(optimizer=name, state_bf16=True)) for name in ("celo2", "celo2-base")]
     assert in_bfloat16 == [8 * 800 + 8 * 200, 8 * 800 + 16 * 200]
     assert (ddp["weights"], ddp["gradients"], ddp["optimizer state"], ddp["row and column means"]) == (4000, 4000, 14400, 1440)
-    assert (ddp["bf16 copies"], ddp["activations (estimate)"], ddp["loss (estimate)"], ddp["directions"]) == (
-        2000,
-        2000,
-        120,
-        2 * (200 + 3 * 200 + 2 * 100),  # the results of one matrix of four, and Newton-Schulz on it
-    )
+    assert (ddp["bf16 copies"], ddp["activations (estimate)"], ddp["loss (estimate)"]) == (2000, 2000, 120)
+    # The results of one matrix of four, and Newton-Schulz on it, when activations are gone.
+    update = update_memory(TOY, Setup("ddp", 4))
+    assert (update["directions"], update["gradients"]) == (2 * (200 + 3 * 200 + 2 * 100), 4000)
+    assert memory_per_rank(TOY, Setup("ddp", 4, micro_batch=2)) == ddp
+    many = replace(TOY, activations=0.0, loss=0.0)
+    assert memory_per_rank(many, Setup("ddp", 4, bf16=False)) == update_memory(many, Setup("ddp", 4, bf16=False))
     assert memory_per_rank(TOY, Setup("ddp", 4, shard_state=True))["optimizer state"] == 3600
-    zero1, zero2, zero3 = (memory_per_rank(TOY, Setup(f"zero{stage}", 4)) for stage in (1, 2, 3))
+    zero1, zero2, zero3 = (passes_memory(TOY, Setup(f"zero{stage}", 4)) for stage in (1, 2, 3))
     assert [m["weights"] for m in (zero1, zero2, zero3)] == [4000, 4000, 1000]
     assert [m["gradients"] for m in (zero1, zero2, zero3)] == [4000, 1000, 1000]
     assert [m["optimizer state"] for m in (zero1, zero2, zero3)] == [3600] * 3
-    assert [m["flat copies"] for m in (zero1, zero2, zero3)] == [1000] * 3
-    assert [m["buckets"] for m in (zero1, zero2, zero3)] == [2e9] * 3 and ddp["buckets"] == 0
-    assert memory_per_rank(TOY, Setup("zero1", 4), cpu=True)["buckets"] == 4000  # pages that are never written do not count
-    fsdp2 = memory_per_rank(TOY, Setup("fsdp2", 4))
+    assert [m["flat copies"] for m in (zero1, zero2, zero3)] == [1000, 1000, 0]
+    assert [m["buckets"] for m in (zero1, zero2, zero3)] == [2e8] * 3 and ddp["buckets"] == 0
+    assert passes_memory(TOY, Setup("zero1", 4), cpu=True)["buckets"] == 4000  # pages that are never written do not count
+    assert zero3["gathered (estimate)"] == 4000  # all of a small model
+    assert [update_memory(TOY, Setup(f"zero{stage}", 4))["gradients"] for stage in (1, 2, 3)] == [2000] * 3
+    fsdp2 = passes_memory(TOY, Setup("fsdp2", 4))
     assert (fsdp2["weights"], fsdp2["optimizer state"], fsdp2["bf16 copies"]) == (1000, 3600, 0)
     assert fsdp2["gathered (estimate)"] == (2 * 2 + 4) * 425 + 8 * 150  # two blocks in bf16, a gradient, and what is outside
     assert memory_per_rank(TOY, Setup("fsdp2", 4, replicas=2))["weights"] == 2000
@@ -118,17 +130,24 @@ def test_start_and_save_by_hand():
     """A block is 425 weights; state is 14400 bytes, weights 4000; the momenta of the largest matrix take 3 x 800 bytes."""
     start = {name: phases(TOY, Setup(name, 4))["start"] for name in ("ddp", "zero1", "zero3", "fsdp2")}
     assert start["ddp"].on_device == 4000 + 14400 + 1440 + 4000  # beside the buckets of the gradients
-    assert start["fsdp2"].on_device == 1000 + 3600 + 1440 and start["zero3"].on_device == 2000 + 3600 + 1440
+    assert start["fsdp2"].on_device == 1000 + 3600 + 1440 and start["zero3"].on_device == 2000 + 3600 + 1440 + 2e8
     # Two copies of the weights while zero1 flattens them; on one rank the state is more.
-    assert start["zero1"].device == {"weights": 4000, "a block": 1700, "flat copies": 4000}
+    assert start["zero1"].device == {"weights": 4000, "a block": 1700, "flat copies": 5000}
+    assert peaks_on_cpu(TOY, Setup("zero1", 4))["start"] == 4000 + 3600 + 360 + 1000 + 1700 + 0.05e9
     alone = phases(TOY, Setup("zero1", 1))["start"].device
-    assert alone == {"weights": 4000, "optimizer state": 14400, "row and column means": 1440, "flat copies": 4000}
+    assert alone == {"weights": 4000, "optimizer state": 14400, "row and column means": 1440, "flat copies": 4000, "gradients": 0}
+    assert start["zero3"].host == {"imports": 0.5e9, "a block": 1700, "flat copies": 1000}
     assert start["fsdp2"].host == {"imports": 0.5e9, "a block": 1700}
     save = phases(TOY, Setup("fsdp2", 4))["save"]
     assert save.host == {"imports": 0.5e9, "copy of its shards": 4600, "a tensor": 2400}
     assert save.device == phases(TOY, Setup("fsdp2", 4))["step"].device
     device, host = peaks(TOY, Setup("fsdp2", 4))
     assert (device, host) == (save.on_device, save.on_host)
+    # Offloaded, weights (1000), gradients (1000) and AdamW's state (2000, not yet at the peak of the start) are on the host.
+    on_gpu, on_host = (phases(TOY, Setup("fsdp2", 4, optimizer="adamw", offload=offload)) for offload in (False, True))
+    for name, more in (("start", 2000), ("step", 4000), ("save", 4000)):
+        moved = on_gpu[name].on_device - on_host[name].on_device
+        assert moved == on_host[name].on_host - on_gpu[name].on_host == more, name
 
 
 def test_directions_by_hand():

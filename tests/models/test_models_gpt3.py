@@ -152,7 +152,9 @@ def test_right_padding_changes_no_real_logit():
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_gradient_checkpointing_gives_equal_gradients(dropout):
-    def gradients(checkpointing):
+    """The same operations twice: equal bits. Every n-th block begins with the first; operations go through every block."""
+
+    def gradients(checkpointing, expected):
         torch.manual_seed(3)
         model = build_model(
             layers=3,
@@ -163,13 +165,20 @@ def test_gradient_checkpointing_gives_equal_gradients(dropout):
             dropout=dropout,
             gradient_checkpointing=checkpointing,
         )
-        assert model.training and model.model.layers[0].gradient_checkpointing == checkpointing
+        assert model.training and [block.gradient_checkpointing for block in model.model.layers] == expected
         model(tokens(2, 20), labels=tokens(2, 20)).loss.backward()
         return {name: p.grad for name, p in model.named_parameters()}
 
-    plain, checkpointed = gradients(False), gradients(True)
-    for name, grad in plain.items():
-        assert torch.equal(grad, checkpointed[name]), name  # the same operations twice: equal bits
+    plain = gradients(False, [False] * 3)
+    for choice, expected in (
+        (True, [True] * 3),
+        ("2", [True, False, True]),
+        (5, [True, False, False]),
+        ("operations", [True] * 3),
+    ):
+        checkpointed = gradients(choice, expected)
+        assert all(torch.equal(grad, checkpointed[name]) for name, grad in plain.items()), choice
+    assert all(torch.equal(plain[name], grad) for name, grad in gradients("false", [False] * 3).items())
 
 
 def test_checkpointing_recomputes_every_block():
