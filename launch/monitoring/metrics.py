@@ -143,7 +143,9 @@ class Metrics:
                 self.refused.discard(name)
             except OSError as error:
                 if name not in self.refused:
-                    self.say(f"warning: {name} cannot be written ({error.strerror}); it tries again with the next numbers")
+                    self.say(
+                        f"warning: {name} cannot be written ({error.strerror or error}); it tries again with the next numbers"
+                    )
                 self.refused.add(name)
             except Exception as error:
                 del self.trackers[name]

@@ -47,9 +47,9 @@ class TensorBoard:
         self.purge: int | None = None  # with the next file TensorBoard leaves out what it has read of the steps from here on
 
     def rewind(self, step: int, written: int) -> None:
-        self.close()
         self.waiting = [record for record in self.waiting if record[0] <= step]
         self.begins, self.purge = step == 0, step + 1 if written > step else None
+        self.close()
         self._send()
 
     def write(self, step: int, values: dict[str, float]) -> None:
