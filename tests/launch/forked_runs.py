@@ -48,7 +48,7 @@ class Launched:
             file.unlink()
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         launched = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.store.port)}
-        launched |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "test", **(environment or {})}
+        launched |= {"TORCHELASTIC_USE_AGENT_STORE": "True", **(environment or {})}
         self.folder, self.ranks, self.kill_at = folder, [], None
         for rank in range(world):
             own = launched | {"RANK": str(rank), "LOCAL_RANK": str(rank)}

@@ -179,22 +179,22 @@ def test_a_lost_node_leaves_the_others_training(ranks):
         endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     launcher = ["--nnodes=1:2", "--max-restarts=3", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", "--rdzv-id=nodes"]
-    launcher.append("--rdzv-conf=last_call_timeout=5")
     fault = {"rank": 1, "at": "step", "do": "hang", "n": 4}
     agents = [ranks.start(fault, launcher, ["distributed.strategy=fsdp2"], ranks=1, agent=agent) for agent in (0, 1)]
     try:
         while not (ranks.folder / "fault").exists():
             assert all(agent.poll() is None for agent in agents), ranks.read()
             time.sleep(0.1)
-        lost = int((ranks.folder / "pid1").read_text())
-        lost = agents[os.getpgid(lost) == os.getpgid(agents[1].pid)]  # whichever of both got the rank
-        os.killpg(lost.pid, signal.SIGKILL)
-        left = agents[lost is agents[0]]
+        worker = int((ranks.folder / "pid1").read_text())
+        parent = int(subprocess.run(["ps", "-o", "ppid=", "-p", str(worker)], capture_output=True, text=True).stdout)
+        [left] = [agent for agent in agents if agent.pid != parent]
+        for pid in (parent, worker):
+            os.kill(pid, signal.SIGKILL)
         assert ranks.end(left)[0] == 0, ranks.output
     finally:
         for agent in agents:
-            with suppress(ProcessLookupError):
-                os.killpg(agent.pid, signal.SIGKILL)
+            agent.terminate()  # it ends its rank
+            agent.wait()
     [event] = ranks.events("restart")
     assert event["processes"] == 1 and event["step"] == 2 and "rank 1 (" in event["reason"], event
     assert sorted(ranks.losses()) == list(range(1, 7))

@@ -48,7 +48,7 @@ LAYOUTS = {
     "zero2": ["distributed.strategy=zero2"],
     "zero3": ["distributed.strategy=zero3"],
     "fsdp2": ["distributed.strategy=fsdp2"],
-    "hsdp": ["distributed.strategy=fsdp2", "distributed.replicas=2"],  # on 4 processes
+    "hsdp": ["distributed.strategy=fsdp2", "distributed.replicas=2"],  # on an even number of processes
 }
 LABELS = {name: [f"optimizer.name={name}"] for name in ("celo2", "celo2-base", "adamw", "muon")} | {
     "bf16": ["train.precision=bf16"],
@@ -206,6 +206,7 @@ def test_two_processes(run, prepared):
         [*common, f"run.dir={run.tmp_path / 'shards_one'}", "checkpoint.shards=one"],
         [*common, f"run.dir={run.tmp_path / 'one'}", f"checkpoint.resume={one}", "optimizer.lr=1e-3"],
         [*common, *plain, f"run.dir={run.tmp_path / 'plain'}"],
+        [*common, *plain, *LAYOUTS["hsdp"], f"run.dir={run.tmp_path / 'copies'}"],
     ]
     differing = runs_that_differ(run.tmp_path, prepared)
     with FolderLock(run.tmp_path / "locked"):
@@ -213,14 +214,16 @@ def test_two_processes(run, prepared):
             2,
             run.tmp_path,
             [*runs, *([first, *common, *rest] for first, rest, _ in differing)],
-            [0, 0, 75, 0, 2, 2, 2, 2, 0, 0, 0] + [2] * len(differing),
+            [0, 0, 75, 0, 2, 2, 2, 2, 0, 0, 0, 0] + [2] * len(differing),
         )
 
     # Worst measured 6e-8: matrices are orthogonalized in other batches than by one process.
     double = read(run.tmp_path / "two")
     assert losses(double) == pytest.approx(losses(single), rel=1e-5)
     assert validation(double) == pytest.approx(validation(single), rel=1e-5)
-    assert losses(read(run.tmp_path / "plain")) == pytest.approx(losses(unorthogonalized), rel=1e-5)
+    # Without Newton-Schulz; and copies of shards, which are compared before they are saved, also after an evaluation.
+    for name in ("plain", "copies"):
+        assert losses(read(run.tmp_path / name)) == pytest.approx(losses(unorthogonalized), rel=1e-5), name
     # Saved by one, resumed by two; saved by two, resumed by one.
     assert losses(read(run.tmp_path / "from_one")) == pytest.approx(losses(single), rel=1e-4)
     two = run.tmp_path / "two" / "checkpoints" / "step_00000008"
