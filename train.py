@@ -33,7 +33,7 @@ from launch.distributed.environment import check_environment
 from launch.distributed.first_rank import on_first_rank
 from launch.distributed.heartbeat import STATUS, Heartbeat, RankError, print_error
 from launch.distributed.replicas import require_equal_replicas
-from launch.distributed.setup import make_accelerator, make_strategy, memory, peak
+from launch.distributed.setup import deterministic, make_accelerator, make_strategy, memory, peak
 from launch.distributed.verification import Verification
 from launch.monitoring.display import Display, show_any_text
 from launch.monitoring.guard import Diverged, Guard, Verdict
@@ -51,9 +51,11 @@ from launch.run.check import check, prompt_notes
 from launch.run.evaluation import bytes_of_tokens, evaluate
 from launch.run.grace import Grace
 from launch.run.hooks import Hooks
+from launch.run.inside import Inside, check_inside
 from launch.run.mixture import epochs_record, fetch_data, mixture_notes, taken_notes
 from launch.run.own_rule import settled
 from launch.run.ranks import facts_of, require_same
+from launch.run.record import training_record
 from launch.run.restart import record_lost_rank, restart_event, restart_note
 from launch.run.resume import find_start, resume, roll_back
 from launch.run.schedule import dropout_seed, due, lr_factor, set_lr
@@ -66,7 +68,7 @@ from launch.run.setup import (
     open_data,
     run_folder,
 )
-from launch.run.state import RunState, to_saved
+from launch.run.state import to_saved
 from launch.run.summary import Summary
 from launch.run.weights import require_finite, require_same_files
 from models import LossMismatch, ModelError, flops_per_token
@@ -94,8 +96,9 @@ def train(config: Config, hooks: Hooks, signals: StopSignals) -> int:
         print_error(message)
 
     accelerator = make_accelerator(config)
+    check_inside(config, accelerator.device.type == "cuda")
     rank, world, summary = accelerator.process_index, accelerator.num_processes, None
-    with ExitStack() as folder:
+    with deterministic(config.train.deterministic), ExitStack() as folder:
         with Heartbeat(rank, world, config.distributed.timeout, report) as heartbeat:
             signals.listener, signals.patience = heartbeat.signalled, heartbeat.until_named
             try:
@@ -147,6 +150,7 @@ def pretrain(
     del weights
     optimizer = strategy.optimizer
     verification = Verification(strategy)
+    inside = Inside(config, strategy, run_dir)
     statistics = StepStatistics(optimizer, [strategy.shards[name].weight for name in hidden], accelerator.device)
     peak_flops = peak(accelerator)
     peak_speed = peak_flops * world / flops if peak_flops else None  # tokens/s
@@ -180,6 +184,7 @@ def pretrain(
     with (
         metrics,
         display,
+        inside,
         Saver(
             folders, config.checkpoint, report, strategy.host, state.step, hooks.before_save_phase, origin, heartbeat.progress
         ) as saver,
@@ -229,7 +234,7 @@ def pretrain(
             # One step.
             step = state.step + 1
             heartbeat.mark(f"step {step}: begins")
-            logged = step == 1 or due(step, config.log.every, steps)
+            logged = step == 1 or any(due(step, every, steps) for every in (config.log.every, config.log.layers))
             set_mode(optimizer, "train")
             statistics.begin(measure=logged)
             began = time.perf_counter()
@@ -239,6 +244,7 @@ def pretrain(
             n_targets = batches.n_targets(state.step)
             micro_batches = next(stream)
             heartbeat.mark(f"step {step}: batch loaded")
+            inside.begin(step, micro_batches)
             loss = strategy.backward(micro_batches, n_targets, partial(dropout_seed, config.run.seed, state.step))
             hooks.after_backward(step, strategy, loss)
             heartbeat.mark(f"step {step}: gradient computed")
@@ -274,7 +280,7 @@ def pretrain(
                 since = replace(state)
             elif verdict is not None and logged:
                 record = training_record(state, since, verdict, config, factor, peak_speed) | memory(accelerator)
-                record |= statistics.record() | epochs_record(batches, shards, state.step)
+                record |= statistics.record() | inside.record(verdict.grad_norm) | epochs_record(batches, shards, state.step)
                 metrics.write(record)
                 display.training(record)
                 state.begin_window()
@@ -295,24 +301,6 @@ def pretrain(
         else:
             metrics.event({"event": "finished", "step": state.step})
     return None if stop else summary
-
-
-def training_record(
-    state: RunState, since: RunState, verdict: Verdict, config: Config, factor: float, peak_speed: float | None
-) -> dict[str, Any]:
-    """The line of metrics.jsonl for the step that is done; `since` is the state at the line before it.
-
-    `loss` is the mean over the targets of the steps since then, `step_loss` that of the step alone.
-    """
-    optimizer = config.optimizer
-    speed = (state.tokens - since.tokens) / (state.seconds - since.seconds)
-    record = {"step": state.step, "tokens": state.tokens, "loss": state.window_loss, "step_loss": verdict.loss}
-    record |= {"lr": optimizer.lr * factor, "grad_norm": verdict.grad_norm}
-    record["adamw_lr"] = (optimizer.lr if optimizer.adamw_lr is None else optimizer.adamw_lr) * factor
-    record |= {"tokens_per_second": speed, "seconds": state.seconds}
-    if peak_speed:
-        record["mfu"] = speed / peak_speed
-    return record
 
 
 def main(argv: list[str] | None = None, hooks: Hooks | None = None) -> int:

@@ -64,7 +64,7 @@ def spawn(world, runs, statuses):
 # An odd width, a vocabulary that no number of processes divides, gradient accumulation, clipping; ZeRO cuts within rows.
 ODD = ["model.layers=3", "model.width=30", "model.heads=3", "model.vocab_size=261", "train.steps=20", "train.grad_clip=0.5"]
 ODD += ["train.micro_batch_size=2", "eval.every=0", "checkpoint.every=10", "checkpoint.keep=10", "log.sample_tokens=0"]
-ODD += ["train.ramp={14: 12}"]  # three micro-batches where there were two
+ODD += ["train.ramp={14: 12}", "log.layers=20"]  # three micro-batches where there were two; statistics at steps 1 and 20
 LAYOUTS = {
     "ddp": [],
     "shard_state": ["distributed.shard_state=true"],
@@ -101,6 +101,15 @@ def differences(folder, reference, first=1):
     return loss, weights, max(means, default=0.0)
 
 
+def layers_differ(folder, reference):
+    """The largest relative difference of the statistics of layers at the first step, where the weights are equal."""
+    ours, theirs = (next(r for r in read(path) if r["step"] == 1 and "loss" in r) for path in (folder, reference))
+    ours, theirs = ({key: value for key, value in r.items() if "/" in key} for r in (ours, theirs))
+    assert ours.keys() == theirs.keys() and any(key.startswith("attention_logit/") for key in ours)
+    differences = {key: abs(ours[key] - theirs[key]) / max(abs(theirs[key]), 1e-3) for key in ours if theirs[key] is not None}
+    return max(differences.items(), key=lambda item: item[1])
+
+
 OTHERS = [("muon", "zero3"), ("adamw", "fsdp2"), ("celo2-base", "fsdp2"), ("bf16-state", "zero1")]
 MORE = [("bf16", "fsdp2"), ("muon", "ddp"), ("muon", "zero1"), ("muon", "fsdp2"), ("adamw", "zero2"), ("adamw", "zero3")]
 MORE += [("celo2-base", name) for name in ("shard_state", "zero1", "zero3")]
@@ -135,6 +144,9 @@ def test_every_strategy_equals_one_process(world, names, others, run, prepared):
     for label, name in runs:
         loss, weights, means = differences(folder / f"{label}-{name}", folder / label)
         print(f"{world} processes {label} {name}: loss {loss:.1e}, weights {weights:.1e}, means {means:.1e}")
+        inside = layers_differ(folder / f"{label}-{name}", folder / label)
+        print(f"    statistics of layers: {inside}")
+        assert inside[1] < (0.05 if label.startswith("bf16") or label == "muon" else 1e-3), (label, name, inside)
         assert means <= MEANS[label], (label, name)
         assert loss < (1e-3 if label.startswith("bf16") else 1e-4), (label, name)
         assert weights < WEIGHTS[label], (label, name)
