@@ -114,7 +114,7 @@ class Inside:
                 self.whole[name] = {key: value.clone() for key, value in found.items()}
 
     def _chosen(self) -> list[str]:
-        """The hidden matrices whose directions are looked at; none of an optimizer that is not Celo2, or does not orthogonalize."""
+        """The hidden matrices whose directions are looked at; none where the optimizer is not Celo2 or does not orthogonalize."""
         names = list(self.strategy.hidden) if isinstance(self.strategy.optimizer, Celo2) else []
         return sorted({names[i * (len(names) - 1) // (DIRECTIONS - 1)] for i in range(DIRECTIONS)}) if names else []
 
