@@ -201,7 +201,7 @@ def test_a_full_disk_delays_tensorboard(run, tmp_path, monkeypatch):
             return self.file.write(data)
 
     def opening(path, *args, **kwargs):
-        file = open(path, *args, **kwargs)
+        file = open(path, *args, **kwargs)  # noqa: SIM115
         return Full(file) if "tfevents" in str(path) and kwargs.get("buffering") == 0 else file
 
     monkeypatch.setattr(growing, "open", opening, raising=False)
