@@ -51,7 +51,7 @@ from launch.run.check import check, prompt_notes
 from launch.run.evaluation import bytes_of_tokens, evaluate
 from launch.run.grace import Grace
 from launch.run.hooks import Hooks
-from launch.run.inside import Inside, check_inside
+from launch.run.inside import Inside, check_device
 from launch.run.mixture import epochs_record, fetch_data, mixture_notes, taken_notes
 from launch.run.own_rule import settled
 from launch.run.ranks import facts_of, require_same
@@ -96,7 +96,7 @@ def train(config: Config, hooks: Hooks, signals: StopSignals) -> int:
         print_error(message)
 
     accelerator = make_accelerator(config)
-    check_inside(config, accelerator.device.type == "cuda")
+    check_device(config, accelerator.device.type == "cuda")
     rank, world, summary = accelerator.process_index, accelerator.num_processes, None
     with deterministic(config.train.deterministic), ExitStack() as folder:
         with Heartbeat(rank, world, config.distributed.timeout, report) as heartbeat:
@@ -150,7 +150,6 @@ def pretrain(
     del weights
     optimizer = strategy.optimizer
     verification = Verification(strategy)
-    inside = Inside(config, strategy, run_dir)
     statistics = StepStatistics(optimizer, [strategy.shards[name].weight for name in hidden], accelerator.device)
     peak_flops = peak(accelerator)
     peak_speed = peak_flops * world / flops if peak_flops else None  # tokens/s
@@ -164,6 +163,7 @@ def pretrain(
     folders, origin = checkpoint_folders(config, run_dir, start.origin), start.origin.step if start.origin else None
     grace, restart = Grace(strategy), restart_event(run_dir, state.step) if first and not start.event() else None
     display = Display(steps, state.step, first)
+    inside = Inside(config, strategy, run_dir, display.say)
     metrics = Metrics(accelerator, config, run_dir, display.say)
     metrics.rewind(state.step, state.evaluated)
     summary = Summary(config, run_dir, shards.eot_id, context, display.say, lambda: signals.received, heartbeat.progress)

@@ -29,6 +29,7 @@ from jinja2 import TemplateError
 
 from celo2 import RuleError
 from celo2.training.configuration import parse_arguments
+from configs.length import batch_sizes
 from configs.load import ConfigError, load_config
 from data import DataError
 from data.files import replace_text
@@ -146,7 +147,7 @@ class Comparison:
             adamw += f", and then searched over {', '.join(f'{v:g}' for v in a.adamw_lrs)} at the chosen learning rate"
         said = [
             f"Every optimizer trains the same model on the same batches for the same budget: {c.train.steps:,} steps of "
-            f"{c.train.batch_size} sequences. Initial weights and data order follow from the seed alone. Each run is evaluated "
+            f"{batch_sizes(vars(c.train)).text()} sequences. Initial weights and data order follow from the seed alone. Each run is evaluated "
             f"every {self.eval_every} steps.",
             f"AdamW trains the parameters that are no hidden matrices. Its learning rate (adamw_lr) was {adamw}, by the same "
             "rule for all.",

@@ -5,6 +5,7 @@ GPU's memory held when it did not suffice (`log.memory_snapshot`). Without these
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from launch.distributed.verification import whole_direction
 from launch.private import dump_memory_history, record_memory_history
 from launch.run.attention import AttentionLogits
 from launch.run.schedule import due
+from launch.run.summary import warning
 
 DIRECTIONS = 3  # of which singular values are taken: the first hidden matrix, one in the middle, the last
 MEMORY_SNAPSHOT = "memory_rank_{rank}.pickle"  # https://pytorch.org/memory_viz shows it
@@ -38,8 +40,9 @@ class Inside:
     a rank copies the weights that it updates, and all ranks carry out one more forward pass of its batch, without dropout.
     """
 
-    def __init__(self, config: Config, strategy: Strategy, run_dir: Path) -> None:
-        self.config, self.strategy, self.run_dir = config, strategy, run_dir
+    def __init__(self, config: Config, strategy: Strategy, run_dir: Path, say: Callable[[str], None]) -> None:
+        """`say` shows a warning to a person."""
+        self.config, self.strategy, self.run_dir, self.say = config, strategy, run_dir, say
         self.rank = strategy.accelerator.process_index
         self.profile: Any = None
         self.before: dict[str, Tensor] = {}  # weights, here
@@ -171,14 +174,15 @@ class Inside:
         return found
 
     def _end_profile(self) -> None:
-        self.profile.stop()
+        ended, self.profile = self.profile, None
+        ended.stop()
         folder = self.run_dir / "profile"
-        folder.mkdir(parents=True, exist_ok=True)
-        self.profile.export_chrome_trace(str(folder / f"rank_{self.rank}.json.gz"))
-        by = "self_cuda_time_total" if self.strategy.device.type == "cuda" else "self_cpu_time_total"
-        table = self.profile.key_averages().table(sort_by=by, row_limit=40)
-        (folder / f"rank_{self.rank}.txt").write_text(table, encoding="utf-8")
-        self.profile = None
+        with warning("no profile", self.say):
+            folder.mkdir(parents=True, exist_ok=True)
+            ended.export_chrome_trace(str(folder / f"rank_{self.rank}.json.gz"))
+            by = "self_device_time_total" if self.strategy.device.type == "cuda" else "self_cpu_time_total"
+            table = ended.key_averages().table(sort_by=by, row_limit=40)
+            (folder / f"rank_{self.rank}.txt").write_text(table, encoding="utf-8")
 
     def __enter__(self) -> Inside:
         return self
@@ -187,15 +191,11 @@ class Inside:
         if self.profile is not None:
             self._end_profile()
         if self.config.log.memory_snapshot and isinstance(error, torch.OutOfMemoryError):
-            dump_memory_history(self.run_dir / MEMORY_SNAPSHOT.format(rank=self.rank))
+            with warning("no snapshot of the memory", self.say):
+                dump_memory_history(self.run_dir / MEMORY_SNAPSHOT.format(rank=self.rank))
 
 
-def check_inside(config: Config, on_gpu: bool) -> None:
-    """Raise ConfigError for options of this module that cannot be had."""
-    steps = config.log.profile
-    if steps is not None and not (len(steps) == 2 and 1 <= steps[0] <= steps[1] <= config.train.steps):
-        raise ConfigError(
-            f"log.profile is {steps}, expected the first and the last step, such as [10, 12], between 1 and {config.train.steps}"
-        )
+def check_device(config: Config, on_gpu: bool) -> None:
+    """Raise ConfigError for options of this module that the device does not have."""
     if config.log.memory_snapshot and not on_gpu:
         raise ConfigError("log.memory_snapshot looks at the memory of a GPU, and there is none")

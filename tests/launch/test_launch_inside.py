@@ -126,8 +126,8 @@ def test_a_profile_and_deterministic_algorithms(run):
     status, _, err = run(*OPTIONS, "train.deterministic=true", folder="error", hooks=Observe(error))
     assert status == 2 and err.startswith("error: train.deterministic: some_cuda does not have")
     for option, message in (
-        ("log.profile=[3, 2]", "log.profile is [3, 2], expected the first and the last step"),
-        ("log.profile=[2]", "log.profile is [2], expected the first"),
+        ("log.profile=[3, 2]", "log.profile is [3, 2], expected a first and a last step"),
+        ("log.profile=[2]", "log.profile is [2], expected a first"),
         ("log.profile=[2, 5]", "between 1 and 4"),
         ("log.memory_snapshot=true", "log.memory_snapshot looks at the memory of a GPU, and there is none"),
         ("log.layers=-1", "log.layers is -1, expected at least 0"),
@@ -147,9 +147,9 @@ def test_a_snapshot_is_written_when_memory_does_not_suffice(tmp_path, monkeypatc
 
     config = Config()
     config.log.memory_snapshot = True
-    with pytest.raises(torch.OutOfMemoryError), Inside(config, OneRank, tmp_path):
+    with pytest.raises(torch.OutOfMemoryError), Inside(config, OneRank, tmp_path, print):
         raise torch.OutOfMemoryError("CUDA out of memory")
     assert calls == ["record", tmp_path / "memory_rank_3.pickle"]
-    with pytest.raises(ValueError), Inside(config, OneRank, tmp_path):
+    with pytest.raises(ValueError), Inside(config, OneRank, tmp_path, print):
         raise ValueError
     assert calls[2:] == ["record"]
