@@ -25,7 +25,7 @@ from launch.checkpoint.save import Saver
 from launch.distributed.first_rank import on_first_rank
 from launch.distributed.heartbeat import Heartbeat, print_error
 from launch.distributed.replicas import require_equal_replicas
-from launch.distributed.setup import make_accelerator, make_strategy, memory, peak
+from launch.distributed.setup import deterministic, make_accelerator, make_strategy, memory, peak
 from launch.distributed.verification import Verification
 from launch.monitoring.display import Display
 from launch.monitoring.guard import Guard, Verdict
@@ -41,9 +41,11 @@ from launch.run.check import prompt_notes
 from launch.run.evaluation import Evaluator
 from launch.run.grace import Grace
 from launch.run.hooks import Hooks
+from launch.run.inside import Inside, check_device
 from launch.run.mixture import epochs_record, mixture_notes, taken_notes
 from launch.run.own_rule import settled
 from launch.run.ranks import facts_of, require_same
+from launch.run.record import training_record
 from launch.run.restart import record_lost_rank, restart_event, restart_note
 from launch.run.resume import find_start, resume, roll_back
 from launch.run.schedule import dropout_seed, due, lr_factor, set_lr
@@ -56,7 +58,7 @@ from launch.run.setup import (
     open_data,
     run_folder,
 )
-from launch.run.state import to_saved, training_record
+from launch.run.state import to_saved
 from launch.run.summary import Summary
 from launch.run.weights import require_finite, require_same_files
 from launch.train_command import command
@@ -71,8 +73,9 @@ def train(config: Config, signals: StopSignals, hooks: Hooks) -> int:
         print_error(message)
 
     accelerator = make_accelerator(config)
+    check_device(config, accelerator.device.type == "cuda")
     rank, world, summary = accelerator.process_index, accelerator.num_processes, None
-    with ExitStack() as folder:
+    with deterministic(config.train.deterministic), ExitStack() as folder:
         with Heartbeat(rank, world, config.distributed.timeout, report) as heartbeat:
             signals.listener, signals.patience = heartbeat.signalled, heartbeat.until_named
             try:
@@ -137,6 +140,7 @@ def pretrain(
     folders, origin = checkpoint_folders(config, run_dir, start.origin), start.origin.step if start.origin else None
     grace, restart = Grace(strategy), restart_event(run_dir, state.step) if first and not start.event() else None
     display = Display(steps, state.step, first)
+    inside = Inside(config, strategy, run_dir, display.say)
     metrics = Metrics(accelerator, config, run_dir, display.say)
     metrics.rewind(state.step, state.evaluated)
     summary = Summary(config, run_dir, folders, shards.eot_id, context, display.say, lambda: signals.received, heartbeat.progress)
@@ -157,6 +161,7 @@ def pretrain(
     with (
         metrics,
         display,
+        inside,
         Saver(
             folders, config.checkpoint, report, strategy.host, state.step, hooks.before_save_phase, origin, heartbeat.progress
         ) as saver,
@@ -206,7 +211,7 @@ def pretrain(
             # One step.
             step = state.step + 1
             heartbeat.mark(f"step {step}: begins")
-            logged = step == 1 or due(step, config.log.every, steps)
+            logged = step == 1 or any(due(step, every, steps) for every in (config.log.every, config.log.layers))
             set_mode(optimizer, "train")
             statistics.begin(measure=logged)
             began = time.perf_counter()
@@ -217,6 +222,7 @@ def pretrain(
             n_targets = batches.n_targets(state.step)
             micro_batches = next(stream)
             heartbeat.mark(f"step {step}: batch loaded")
+            inside.begin(step, micro_batches)
             loss = strategy.backward(micro_batches, n_targets, partial(dropout_seed, config.run.seed, state.step))
             hooks.after_backward(step, strategy, loss)
             heartbeat.mark(f"step {step}: gradient computed")
@@ -252,7 +258,7 @@ def pretrain(
                 since = replace(state)
             elif verdict is not None and logged:
                 record = training_record(state, since, verdict, config, factor, peak_speed) | memory(accelerator)
-                record |= statistics.record() | epochs_record(batches, shards, state.step)
+                record |= statistics.record() | inside.record(verdict.grad_norm) | epochs_record(batches, shards, state.step)
                 metrics.write(record)
                 display.training(record)
                 state.begin_window()

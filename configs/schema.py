@@ -145,6 +145,7 @@ class Train:
     average: dict[str, Any] | None = option(
         None, "also keep an average of the weights: {kind: ema, decay: 0.999} or {kind: tail, fraction: 0.2} (of train.steps)"
     )
+    deterministic: bool = option(False, "deterministic algorithms alone, on GPUs too: the same bits from the same start, slower")
     max_bad_steps: int = option(10, "stop after so many steps in a row whose loss or gradient norm is not finite", at_least(1))
     spike: float = option(
         1.0, "a loss this many nats above the median of the last 50 steps is a spike; 0: no monitor", at_least(0)
@@ -200,6 +201,13 @@ class Log:
     )
     project: str = option("celo2", "trackers: the project (experiment), which holds many runs; run.name names this one")
     group: str | None = option(None, "trackers: the group of runs that this one belongs to, such as a sweep; null: none")
+    layers: int = option(
+        0,
+        "steps between statistics of every layer, and at the first and last, in metrics.jsonl and layers.png; 0: none",
+        at_least(0),
+    )
+    profile: list[int] | None = option(None, "first and last step of a torch.profiler trace in <run.dir>/profile: [10, 12]")
+    memory_snapshot: bool = option(False, "on a GPU: note every allocation, and write a snapshot when memory does not suffice")
     sample_tokens: int = option(200, "tokens of the text sample at evaluations and at the end; 0: none", at_least(0))
     sample_prompt: str = option("", "text that the sample continues; empty: the start of a document")
 

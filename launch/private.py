@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -149,6 +150,16 @@ def ignored_in_files(model: Any) -> list[str]:
 def forbid_deepspeed_compilation(deepspeed: Any) -> None:
     """Stop DeepSpeed from compiling C++ for CPU inference at its first start; training does not need it."""
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def record_memory_history() -> None:
+    """Note every allocation on the GPU with its stack from now on, the newest 100,000."""
+    torch.cuda.memory._record_memory_history(max_entries=100_000)
+
+
+def dump_memory_history(path: Path) -> None:
+    """Write what was noted, and what the GPU's memory holds, to `path`; https://pytorch.org/memory_viz shows it."""
+    torch.cuda.memory._dump_snapshot(str(path))
 
 
 def muon_orthogonalize(matrix: torch.Tensor) -> torch.Tensor:

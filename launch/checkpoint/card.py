@@ -8,7 +8,11 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from celo2.training.configuration import options
 from celo2.training.metrics import read_metrics
+from celo2.training.yaml_values import dump_yaml
+from configs.length import batch_sizes
+from configs.schema import Config
 from launch.checkpoint.load import read_state
 from launch.checkpoint.verify import CheckpointError
 from models import longest_context
@@ -25,9 +29,27 @@ A causal language model. It continues text, and was not tuned to follow instruct
 | | |
 |---|---|
 {table}
-
+{commands}
 License: not stated. Whoever publishes this model chooses one, and names the data's.
 """
+
+COMMANDS = """
+## Use
+
+```python
+from transformers import pipeline
+
+print(pipeline("text-generation", model="FOLDER OR OWNER/NAME")("The", max_new_tokens=50)[0]["generated_text"])
+```
+
+## Training
+
+`python train.py config.yaml`, and `python -m models.export RUN FOLDER`, with these settings; all others were the defaults.
+
+```yaml
+{settings}```
+"""
+PLACES = ("run.dir", "data.cache_dir", "checkpoint.resume", "checkpoint.fallback_dir")  # of the machine, which nobody needs
 
 
 def write_card(folder: Path, checkpoint: Path, model: PreTrainedModel, rows: int, average: bool = False) -> None:
@@ -43,7 +65,7 @@ def write_card(folder: Path, checkpoint: Path, model: PreTrainedModel, rows: int
         "vocabulary": f"{kept:,} rows" + (f"; {rows - kept:,} that no token has were dropped" if rows > kept else ""),
         "context": longest_context(config) and f"{longest_context(config):,} tokens",
     }
-    name = checkpoint.parent.parent.name
+    name, commands = checkpoint.parent.parent.name, ""
     if (checkpoint / "state.json").is_file():
         saved = read_state(checkpoint)
         try:
@@ -51,23 +73,25 @@ def write_card(folder: Path, checkpoint: Path, model: PreTrainedModel, rows: int
             if average:
                 of_average = saved["average"]
                 told["weights"] = f"an average ({of_average['kind']}) over {of_average['members']:,} steps"
+            commands = COMMANDS.format(settings=fenced(dump_yaml(own_settings(saved["config"]))))
         except (LookupError, TypeError, ValueError, AttributeError):
             raise CheckpointError(f"{checkpoint / 'state.json'} is damaged: it is not what a training run writes") from None
         facts |= told
     table = "\n".join(f"| {what} | {plain(fact)} |" for what, fact in facts.items() if fact is not None)
-    (folder / "README.md").write_text(CARD.format(name=plain(name), table=table), encoding="utf-8")
+    (folder / "README.md").write_text(CARD.format(name=plain(name), table=table, commands=commands), encoding="utf-8")
 
 
 def training_facts(checkpoint: Path, saved: dict[str, Any], loss: str) -> tuple[str, dict[str, Any]]:
     """The run's name, and what the state of a checkpoint says of the training. `loss`: its key in metrics.jsonl."""
     trained = saved["config"]
-    optimizer = trained["optimizer"]
+    optimizer, sizes = trained["optimizer"], batch_sizes(trained["train"]).text()
     rule = optimizer.get("rule") and f", rule {optimizer['rule']}"
     return trained["run"]["name"], {
-        "data": f"{Path(str(trained['data']['dir'])).name}, hash {saved['identity']['data set'][:12]}",
-        "training": f"{saved['step']:,} steps of {trained['train']['batch_size']} sequences, {saved['tokens']:,} tokens",
+        "data": f"{data_of(trained['data'])}, hash {saved['identity']['data set'][:12]}",
+        "training": f"{saved['step']:,} steps of {sizes} sequences, {saved['tokens']:,} tokens",
         "optimizer": f"{optimizer['name']}{rule or ''}, peak learning rate {optimizer['lr']:g}",
-        "validation loss": validation_loss(checkpoint.parent.parent / "metrics.jsonl", saved["step"], loss),
+        "training loss": last_loss(checkpoint.parent.parent / "metrics.jsonl", saved["step"], "loss"),
+        "validation loss": last_loss(checkpoint.parent.parent / "metrics.jsonl", saved["step"], loss),
         "seed": trained["run"]["seed"],
     }
 
@@ -77,8 +101,44 @@ def plain(fact: Any) -> str:
     return re.sub(r"([\\`*\[\]<>|])", r"\\\1", " ".join(str(fact).split()))
 
 
-def validation_loss(metrics: Path, step: int, key: str) -> str | None:
+def data_of(data: dict[str, Any]) -> str:
+    """The names of the prepared folders."""
+    if not data.get("mix"):
+        return Path(str(data["dir"])).name
+    return ", ".join(f"{Path(str(source['dir'])).name} (weight {source['weight']})" for source in data["mix"])
+
+
+def own_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings that are not the defaults, without folders of the machine; of others' paths the names."""
+    found: dict[str, Any] = {}
+    for name, default, _ in options(Config):
+        section, _, key = name.partition(".")
+        value = config.get(section, {}).get(key, default)
+        if value != default and name not in PLACES:
+            found.setdefault(section, {})[key] = without_folders(value)
+    return found
+
+
+def without_folders(value: Any) -> Any:
+    """`value`, with the last part alone of every absolute path in it."""
+    if isinstance(value, dict):
+        return {key: without_folders(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_folders(item) for item in value]
+    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value
+
+
+def fenced(text: str) -> str:
+    """A text for a block of code, which it cannot end."""
+    return text.replace("```", "'''")
+
+
+def last_loss(metrics: Path, step: int, key: str) -> str | None:
     """The last one up to `step`, for a person to read; None without one."""
     records = read_metrics(metrics) if metrics.is_file() else []
     known = [r for r in records if r.get(key) is not None and r["step"] <= step]
-    return f"{known[-1][key]:.4f} nats a token, after step {known[-1]['step']:,}" if known else None
+    if not known:
+        return None
+    bits = known[-1].get(key.replace("val_loss", "val_bits_per_byte")) if key != "loss" else None
+    more = f", {bits:.4f} bits per byte" if bits is not None else ""
+    return f"{known[-1][key]:.4f} nats a token{more}, after step {known[-1]['step']:,}"

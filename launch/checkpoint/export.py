@@ -21,6 +21,7 @@ from launch.checkpoint.card import write_card
 from launch.checkpoint.compatibility import add_names_of_transformers_4
 from launch.checkpoint.load import load_model
 from launch.checkpoint.permissions import usual_permissions
+from launch.checkpoint.push import check_name, push
 from launch.checkpoint.tokenizer import configure, export_tokenizer, trained_context
 from launch.checkpoint.verify import CheckpointError, choose_checkpoint
 from launch.checkpoint.vocabulary import one_row_a_token
@@ -97,22 +98,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m models.export", description=__doc__.splitlines()[0])
     parser.add_argument("run", help="a run's folder, or one checkpoint in it")
     parser.add_argument("out", help="the folder to write; it must not exist, or be empty")
+    parser.add_argument("--push", metavar="OWNER/NAME", help="upload the folder to this repository of the Hugging Face Hub")
+    parser.add_argument("--private", action="store_true", help="with --push: a repository that is made is private")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as they were saved)")
     parser.add_argument("--average", action="store_true", help="the average of the weights, of a run with train.average")
     options = parser.parse_args(arguments)
     disable_progress_bar()
     try:
-        checkpoint = export(
-            options.run,
-            options.out,
-            lambda text: print(f"export: note: {text}", file=sys.stderr),
-            options.dtype,
-            options.average,
-        )
+        if options.push:
+            check_name(options.push)
+        elif options.private:
+            raise CheckpointError("--private is for --push OWNER/NAME")
+        note = lambda text: print(f"export: note: {text}", file=sys.stderr)  # noqa: E731
+        checkpoint = export(options.run, options.out, note, options.dtype, options.average)
+        print(f"exported {'the average of ' if options.average else ''}{checkpoint} to {options.out}")
+        if options.push:
+            print(f"pushed {options.out}: {push(Path(options.out), options.push, options.private)}")
     except CheckpointError as error:
         print(f"export: {error}", file=sys.stderr)
         return 2
-    print(f"exported {'the average of ' if options.average else ''}{checkpoint} to {options.out}")
     return 0
 
 

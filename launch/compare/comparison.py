@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from celo2.training.search import FACTOR, MOST_ROUNDS, Key, Search, Setting, at_the_start, begin, grid, search
+from configs.length import batch_sizes
 from configs.load import ConfigError, load_config
 from data.files import replace_text
 from launch.compare.contestants import Contestant, parse_all
@@ -211,7 +212,7 @@ class Comparison:
         joint = a.search or ["lr"]
         if "adamw_lr" in joint:
             adamw += ", where the search began,"
-        whole = f"the same budget: {c.train.steps:,} steps of {c.train.batch_size} sequences"
+        whole = f"the same budget: {c.train.steps:,} steps of {batch_sizes(vars(c.train)).text()} sequences"
         budget = "the budget of each rung" if self.rungs else whole
         every = "twenty times or more" if self.rungs else f"every {self.eval_every(c.train.steps)} steps"
         said = [

@@ -7,7 +7,8 @@ and in what the ranks send each other.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -98,6 +99,31 @@ def make_accelerator(config: Config) -> Accelerator:
         raise ConfigError(f"{expected} processes were started, but Accelerate sees {accelerator.num_processes}")
     set_collective_timeout(COLLECTIVE_TIMEOUT)
     return accelerator
+
+
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Let torch choose deterministic algorithms alone in the block, if `wanted`. cuBLAS learns it before its first call.
+
+    Raises:
+        ConfigError: an operation that has none.
+    """
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before, benchmark = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        raise ConfigError(f"train.deterministic: {first_line(error)}") from error
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.backends.cudnn.benchmark = benchmark
 
 
 def peak(accelerator: Accelerator) -> float | None:

@@ -93,19 +93,10 @@ class Verification:
         lr, layout = float(options["lr"]), options["matrices"]
         if lr == 0:
             return None
-        stack = stacked_shape(shape, layout)
-        axes = stacked_axes(stack, layout)
-        state = {}
-        for key in accumulator_shapes(stack, axes).keys() & before.keys():
-            state[key] = before[key].clone() if key in MEANS else to_stack(before[key], shape, layout)
-        if "count" in after:  # bfloat16 accumulators: this step's number
-            state["count"] = after["count"]
         w = to_stack(before["weight"].float(), shape, layout)
-        g = to_stack(before["gradient"].float(), shape, layout)
-        dtype = optimizer.ns_dtype or (torch.float32 if w.device.type == "cpu" else torch.bfloat16)
+        dtype = newton_schulz_dtype(optimizer, w.device)
         orthogonalize = options["orthogonalize"] and entry_of(strategy.config.optimizer).orthogonalizes
-        rule = optimizer.rule.to(w.device)
-        u = update(rule, state, g, w, orthogonalize=orthogonalize, ns_dtype=dtype, axes=axes)
+        u = whole_direction(optimizer, options, shape, before, after.get("count"), orthogonalize)
         new = to_stack(after["weight"].float(), shape, layout)
         decay = options["weight_decay"] + options.get(CAUTIOUS, 0.0) * (u * w >= 0)
         taken = (w * (1 - lr * decay) - new) / lr
@@ -144,3 +135,42 @@ class Verification:
             problem = f"{counted} matrices were orthogonalized over all ranks, but the model has {expected}"
         if problem:
             raise ShardingError(f"distributed.strategy {strategy.config.distributed.strategy}: {problem}")
+
+
+def newton_schulz_dtype(optimizer: Any, device: torch.device) -> torch.dtype:
+    """In which Celo2 orthogonalizes on `device`."""
+    return optimizer.ns_dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+
+
+def whole_direction(
+    optimizer: Any,
+    options: dict[str, Any],
+    shape: tuple[int, ...],
+    before: dict[str, Tensor],
+    count: Tensor | None,
+    orthogonalize: bool,
+) -> Tensor:
+    """The direction of RMS 1 that the rule gives a whole parameter, as a stack of its matrices.
+
+    Args:
+        optimizer: Celo2.
+        options: the parameter's group.
+        shape: of the parameter.
+        before: its weight, gradient and accumulators before the step; accumulators that are not there yet are 0.
+        count: of bfloat16 accumulators, this step's number.
+        orthogonalize: step 8.
+    """
+    layout = options["matrices"]
+    stack = stacked_shape(shape, layout)
+    axes = stacked_axes(stack, layout)
+    w, g = (to_stack(before[key].float(), shape, layout) for key in ("weight", "gradient"))
+    state = {}
+    for key, of_key in accumulator_shapes(stack, axes).items():
+        if key not in before:
+            state[key] = torch.zeros(of_key, device=w.device)
+        else:
+            state[key] = before[key].clone() if key in MEANS else to_stack(before[key], shape, layout)
+    if count is not None:
+        state["count"] = count
+    rule = optimizer.rule.to(w.device)
+    return update(rule, state, g, w, orthogonalize=orthogonalize, ns_dtype=newton_schulz_dtype(optimizer, w.device), axes=axes)

@@ -40,6 +40,10 @@ def check(config: Config, written: Written, world: int) -> list[str]:
         raise ConfigError("schedule.warmup and schedule.decay are more than 1 together: the decay would begin in the warm-up")
     if config.schedule.start >= config.train.steps and not config.schedule.cooldown:
         raise ConfigError(f"schedule.start is {config.schedule.start}, but the run ends after train.steps={config.train.steps}")
+    window, last = config.log.profile, config.train.steps
+    in_order = window is None or (len(window) == 2 and 1 <= window[0] <= window[1])
+    if not in_order or (window is not None and window[1] > last and not config.schedule.cooldown):
+        raise ConfigError(f"log.profile is {window}, expected a first and a last step, such as [10, 12], between 1 and {last}")
     check_model_keys(config)
     for size in batch_sizes(vars(config.train)).sizes:
         name = "train.batch_size" if size == config.train.batch_size else "a size of train.ramp"

@@ -76,7 +76,7 @@ def taken_notes(batches: Batches, shards: TokenShards, step: int) -> list[str]:
     """What the run took of each source of a mixture."""
     if not isinstance(shards, Mixture):
         return []
-    counts = batches.taken(step).values()
+    counts = batches.taken(step).values() or [batches.first(step)]  # of a single source
     parts = [
         f"{name} {count:,} ({epochs:.3g} epochs)"
         for name, count, epochs in zip(shards.names, counts, batches.epochs(step), strict=True)

@@ -8,7 +8,6 @@ from typing import Any
 
 from configs.schema import Config
 from data.batches import Batches
-from launch.monitoring.guard import Verdict
 
 
 @dataclass
@@ -56,24 +55,6 @@ class RunState:
         best = self.val_loss is not None and (self.best_loss is None or self.val_loss < self.best_loss)
         self.best_loss = self.val_loss if best else self.best_loss
         return best
-
-
-def training_record(
-    state: RunState, since: RunState, verdict: Verdict, config: Config, factor: float, peak_speed: float | None
-) -> dict[str, Any]:
-    """The line of metrics.jsonl for the step that is done; `since` is the state at the line before it.
-
-    `loss` is the mean over the targets of the steps since then, `step_loss` that of the step alone.
-    """
-    optimizer = config.optimizer
-    speed = (state.tokens - since.tokens) / (state.seconds - since.seconds)
-    record = {"step": state.step, "tokens": state.tokens, "loss": state.window_loss, "step_loss": verdict.loss}
-    record |= {"lr": optimizer.lr * factor, "grad_norm": verdict.grad_norm}
-    record["adamw_lr"] = (optimizer.lr if optimizer.adamw_lr is None else optimizer.adamw_lr) * factor
-    record |= {"tokens_per_second": speed, "seconds": state.seconds}
-    if peak_speed:
-        record["mfu"] = speed / peak_speed
-    return record
 
 
 def to_saved(config: Config, state: RunState, identity: dict[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from data.files import replacing
 from data.tokenizer import load_tokenizer
 from launch.checkpoint.load import load_model
 from launch.checkpoint.verify import list_checkpoints, step_of
+from launch.run.layers_picture import draw_layers
 from launch.run.sampling import after, sample_text
 
 SAMPLE_SECONDS = 60.0  # a sample of a slow model is cut off then, as the other ranks wait for the first one
@@ -78,6 +79,9 @@ class Summary:
         with warning("no loss.png", self.say):
             records = read_metrics(self.run_dir / "metrics.jsonl")
             draw_losses(records, self.run_dir / "loss.png", self.config.run.name)
+        if self.config.log.layers:
+            with warning("no layers.png", self.say):
+                draw_layers(records, self.run_dir / "layers.png", self.config.run.name)
         self.progress()
         if model is None or not self.config.log.sample_tokens:
             return None

@@ -1,5 +1,6 @@
 """What a run logs: the mean of the window, exact across a resume; evaluations; trackers without phantom runs or repeats."""
 
+import errno
 import importlib.machinery
 import itertools
 import json
@@ -10,9 +11,12 @@ import sys
 import types
 
 import pytest
+from accelerate import Accelerator
 
+from configs.load import ConfigError, build
 from launch.monitoring.metrics import Metrics
 from launch.monitoring.signals import STOPPED
+from launch.monitoring.trackers import require_installed
 from launch.run.hooks import Hooks
 from launch.run.state import RunState, from_saved
 
@@ -163,6 +167,124 @@ def test_a_tracker_that_does_not_start_is_one_line(run, wandb):
     wandb.init = init
     status, _, err = run("log.trackers=[wandb]")
     assert status == 2 and err == "error: log.trackers: wandb does not start: api_key not configured run wandb login\n"
+
+
+def test_a_full_disk_delays_tensorboard(run, tmp_path, monkeypatch):
+    """What does not fit waits, and nothing is lost or doubled; the run is told once."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from launch.monitoring import growing
+
+    state = {"writes": 0}
+
+    class Full:
+        """The file of events, whose disk takes half a record in the third to fifth write, and nothing more."""
+
+        def __init__(self, file):
+            self.file = file
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def write(self, data):
+            state["writes"] += 1
+            if 3 <= state["writes"] <= 8:
+                if state["writes"] % 2 == 0:
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                return self.file.write(data[: len(data) // 2])
+            return self.file.write(data)
+
+    def opening(path, *args, **kwargs):
+        file = open(path, *args, **kwargs)  # noqa: SIM115
+        return Full(file) if "tfevents" in str(path) and kwargs.get("buffering") == 0 else file
+
+    monkeypatch.setattr(growing, "open", opening, raising=False)
+    assert run("log.trackers=[tensorboard]", "log.sample_tokens=0")[0] == 0
+    assert run.out.count("cannot be written (No space left on device); its numbers wait") == 1
+    assert run.out.count("can be written again; nothing is lost") == 1
+    found = EventAccumulator(str(run.tmp_path / "run" / "tensorboard")).Reload()
+    assert [event.step for event in found.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+
+
+class FakeService:
+    """A stand-in for the packages mlflow, comet_ml, trackio and aim, as far as Accelerate calls them."""
+
+    def __init__(self, name):
+        self.name, self.started, self.logged, self.tags, self.parameters, self.ended = name, [], [], [], [], 0
+        self.error = None
+
+    def take(self, values, step):
+        if self.error:
+            raise self.error
+        self.logged.append((step, dict(values)))
+
+    def end(self, *_):
+        self.ended += 1
+
+    def module(self):
+        module = types.ModuleType(self.name)
+        module.__spec__, module.__version__ = importlib.machinery.ModuleSpec(self.name, None), "3.50.0"
+        service = self
+
+        def start(**options):
+            service.started.append(options)
+            info = types.SimpleNamespace(run_id=options.get("run_id") or "known")
+            run = types.SimpleNamespace(info=info, hash=options.get("run_hash") or "known", end=service.end, close=service.end)
+            run.finish, run.add_tag, run.set_name, run.set_step = service.end, service.tags.append, lambda _: None, lambda _: None
+            run.log = run.log_metrics = service.take
+            run.log_metric = run.track = lambda *a, step, **k: service.take({k.get("name", a[0]): a[-1]}, step)
+            run.log_parameters = service.parameters.append
+            return run
+
+        class Aim:
+            def __new__(cls, **options):
+                run = start(**options)
+                return type("Run", (types.SimpleNamespace,), {"__setitem__": lambda s, _, v: service.parameters.append(v)})(
+                    **vars(run)
+                )
+
+        module.search_experiments, module.create_experiment = lambda filter_string: [], lambda **_: "1"
+        module.start_run = module.start = module.init = start
+        module.log_metrics, module.log_params, module.end_run = service.take, service.parameters.append, service.end
+        limits = types.SimpleNamespace(MAX_PARAM_VAL_LENGTH=500, MAX_PARAMS_TAGS_PER_BATCH=100)
+        module.utils = types.SimpleNamespace(validation=limits)
+        module.config = types.SimpleNamespace(update=lambda values, **_: service.parameters.append(values))
+        module.Run = Aim
+        return module
+
+
+@pytest.mark.parametrize("name", ["mlflow", "comet_ml", "trackio", "aim"])
+def test_trackers_of_accelerate_get_one_run_for_all_starts(name, tmp_path, monkeypatch):
+    """Without the loop: it gives every tracker the same calls as W&B."""
+    service, said = FakeService(name), []
+    monkeypatch.setitem(sys.modules, name, service.module())
+    monkeypatch.setattr(f"accelerate.utils.is_{name}_available", lambda: True)
+    config = build({"run": {"name": "test"}, "log": {"trackers": [name], "project": "mine", "group": "sweep"}})
+    accelerator = Accelerator(cpu=True)
+    for steps in ((1, 2, 3), (3, 4)):  # the second start does step 3 again
+        with Metrics(accelerator, config, tmp_path, said.append) as metrics:
+            metrics.rewind(steps[0] - 1, 0)
+            for step in steps:
+                metrics.write({"step": step, "tokens": 10 * step, "loss": 1.5})
+    assert [step for step, values in service.logged if "loss" in values] == [1, 2, 3, 4] and not said
+    assert service.ended == 2 and len(service.started) == 2 and len(service.parameters) >= 1
+    identity = {"mlflow": "run_id", "comet_ml": "experiment_key", "trackio": "name", "aim": "run_hash"}[name]
+    assert service.started[1][identity] == json.loads((tmp_path / f"{name}.json").read_text())["id"]
+    assert "sweep" in str(service.started) + str(service.tags)
+    service.error = ConnectionError("the network is gone")
+    with Metrics(accelerator, config, tmp_path, said.append) as metrics:
+        metrics.rewind(4, 0)
+        metrics.write({"step": 5, "loss": 1.5})
+    assert said == [f"warning: {name} gets no more numbers: the network is gone"]
+    monkeypatch.setattr(f"accelerate.utils.is_{name}_available", lambda: False)
+    with pytest.raises(ConfigError, match=f"log.trackers asks for {name}, which is not installed"):
+        require_installed(config)
 
 
 def test_an_error_is_the_last_event(tmp_path):

@@ -78,6 +78,15 @@ def differences(folder, reference, first=1):
     return loss, weights, max(means, default=0.0)
 
 
+def layers_differ(folder, reference):
+    """The largest relative difference of the statistics of layers at the first step, where the weights are equal."""
+    ours, theirs = (next(r for r in read(path) if r["step"] == 1 and "loss" in r) for path in (folder, reference))
+    ours, theirs = ({key: value for key, value in r.items() if "/" in key} for r in (ours, theirs))
+    assert ours.keys() == theirs.keys() and any(key.startswith("attention_logit/") for key in ours)
+    differences = {key: abs(ours[key] - theirs[key]) / max(abs(theirs[key]), 1e-3) for key in ours if theirs[key] is not None}
+    return max(differences.items(), key=lambda item: item[1])
+
+
 OTHERS = [("muon", "zero3"), ("adamw", "fsdp2"), ("celo2-base", "fsdp2"), ("bf16-state", "zero1")]
 MORE = [("bf16", "fsdp2"), ("muon", "ddp"), ("muon", "zero1"), ("muon", "fsdp2"), ("adamw", "zero2"), ("adamw", "zero3")]
 MORE += [("celo2-base", name) for name in ("shard_state", "zero1", "zero3")]
@@ -97,8 +106,8 @@ MORE += [("bf16", "zero1"), ("bf16", "zero3"), ("bf16-state", "fsdp2"), ("plain"
 )
 def test_every_strategy_equals_one_process(world, steps, names, others, run, prepared):
     folder, half = run.tmp_path, steps // 2
-    # The ramp makes it three micro-batches where there were two.
-    options = [*ODD, f"train.steps={steps}", f"checkpoint.every={half}", f"train.ramp={{{steps * 7 // 10}: 12}}"]
+    # The ramp makes it three micro-batches where there were two. Statistics of layers are at the first and the last step.
+    options = [*ODD, f"train.steps={steps}", f"checkpoint.every={half}", f"train.ramp={{{steps * 7 // 10}: 12}}", f"log.layers={steps}"]
     common = [str(folder / "config.yaml"), f"data.dir={prepared}", *options]
     micro = [f"train.micro_batch_size={4 // world}"]
     pairs = [*(("celo2", name) for name in names), *others]
@@ -116,6 +125,9 @@ def test_every_strategy_equals_one_process(world, steps, names, others, run, pre
     for label, name in runs:
         loss, weights, means = differences(folder / f"{label}-{name}", folder / label)
         print(f"{world} processes {label} {name}: loss {loss:.1e}, weights {weights:.1e}, means {means:.1e}")
+        inside = layers_differ(folder / f"{label}-{name}", folder / label)
+        print(f"    statistics of layers: {inside}")
+        assert inside[1] < (0.05 if label.startswith("bf16") or label == "muon" else 1e-3), (label, name, inside)
         assert means <= MEANS[label], (label, name)
         assert loss < (1e-3 if label.startswith("bf16") else 1e-4), (label, name)
         assert weights < WEIGHTS[label], (label, name)

@@ -1,0 +1,201 @@
+"""Looking inside a training run: statistics of every layer (`log.layers`), a profile of some steps (`log.profile`), and what the
+GPU's memory held when it did not suffice (`log.memory_snapshot`). Without these options nothing here does anything.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from celo2 import Celo2
+from celo2.distributed.collectives import gather_objects
+from celo2.orthogonalize import newton_schulz
+from celo2.stack import local
+from configs.load import ConfigError
+from configs.schema import Config
+from launch.distributed.gather import gather_whole, keeper_of, keeps_state
+from launch.distributed.strategy import MicroBatches, Strategy
+from launch.distributed.verification import whole_direction
+from launch.private import dump_memory_history, record_memory_history
+from launch.run.attention import AttentionLogits
+from launch.run.schedule import due
+from launch.run.summary import warning
+
+DIRECTIONS = 3  # of which singular values are taken: the first hidden matrix, one in the middle, the last
+MEMORY_SNAPSHOT = "memory_rank_{rank}.pickle"  # https://pytorch.org/memory_viz shows it
+
+
+class Inside:
+    """Observes the steps of a strategy. As a context manager around the loop it ends a profile, and notes what filled the memory.
+
+    The numbers of a layer are exact under every strategy: sums over what the ranks hold are added up. At a step with statistics
+    a rank copies the weights that it updates, and all ranks carry out one more forward pass of its batch, without dropout.
+    """
+
+    def __init__(self, config: Config, strategy: Strategy, run_dir: Path, say: Callable[[str], None]) -> None:
+        """`say` shows a warning to a person."""
+        self.config, self.strategy, self.run_dir, self.say = config, strategy, run_dir, say
+        self.rank = strategy.accelerator.process_index
+        self.profile: Any = None
+        self.before: dict[str, Tensor] = {}  # weights, here
+        self.gradients: dict[str, Tensor] = {}  # sums of squares, here
+        self.whole: dict[str, dict[str, Tensor]] = {}  # what the chosen directions are computed from
+        self.attention: dict[str, float] = {}
+        if config.log.layers:
+            strategy.optimizer.register_step_pre_hook(self._look)
+        if config.log.memory_snapshot:
+            record_memory_history()
+
+    def begin(self, step: int, micro_batches: MicroBatches) -> None:
+        """Step `step`, counted from 1, is about to compute its gradient on this rank's `micro_batches`."""
+        first, last = self.config.log.profile or (0, 0)
+        if self.profile is not None and step > last:
+            self._end_profile()
+        if step == first:
+            on_gpu = [ProfilerActivity.CUDA] if self.strategy.device.type == "cuda" else []
+            self.profile = profile(activities=[ProfilerActivity.CPU, *on_gpu])
+            self.profile.start()
+        self.before = {}
+        if self.config.log.layers and (step == 1 or due(step, self.config.log.layers, self.config.train.steps)):
+            self.before = {name: local(shard.weight).detach().clone() for name, shard in self.strategy.shards.items()}
+            self.gradients, self.whole = {}, {}
+            self.attention = self._attention(micro_batches)
+
+    def record(self, grad_norm: float) -> dict[str, float]:
+        """Of the last step, if it was observed; `grad_norm` is the norm of its whole gradient before clipping. For every rank.
+
+        For each parameter weight_norm, grad_norm (before clipping), update_norm and update_ratio, Frobenius norms; for each block
+        attention_logit, the largest of the batch; for some matrices singular_before and singular_after: the largest, the median
+        and the smallest singular value of what Newton–Schulz gets, with Frobenius norm 1, and of what it gives.
+        """
+        if not self.before:
+            return {}
+        squares = {}
+        for name, shard in self.strategy.shards.items():
+            before, after = self.before[name].double(), local(shard.weight).detach().double()
+            gradient = self.gradients.get(name, math.nan if not self.gradients else 0.0)
+            moved = (after - before).square().sum()
+            squares[name] = torch.stack([before.square().sum(), torch.as_tensor(gradient).to(moved), moved])
+        self._add_up(squares)
+        norms = {name: of_one.sqrt().tolist() for name, of_one in squares.items()}
+        clipped = math.sqrt(sum(gradient**2 for _, gradient, _ in norms.values()))
+        record = {}
+        for name, (weight, gradient, update) in norms.items():
+            record[f"weight_norm/{name}"] = weight
+            record[f"grad_norm/{name}"] = gradient * grad_norm / clipped if clipped else gradient
+            record[f"update_norm/{name}"] = update
+            record[f"update_ratio/{name}"] = update / weight if weight else math.nan
+        record |= {f"attention_logit/{name}": value for name, value in self.attention.items()}
+        record |= self._singular_values()
+        self.before = {}
+        return record
+
+    @torch.no_grad()
+    def _look(self, *_: object) -> None:
+        """Before the optimizer's step, or each of several: the gradients are there, averaged and clipped."""
+        if not self.before:
+            return
+        for name, shard in self.strategy.shards.items():
+            if shard.weight.grad is not None:
+                self.gradients[name] = local(shard.weight.grad).double().square().sum()
+        for name in self._chosen():
+            shard, optimizer = self.strategy.shards[name], self.strategy.optimizer
+            here = self.rank == 0 or not shard.local_shard.whole or keeper_of(self.strategy, shard) is not None
+            if shard.weight.grad is None or not keeps_state(self.strategy, shard) or not here:
+                continue
+            values = {"weight": shard.weight.detach(), "gradient": shard.weight.grad, **optimizer.state.get(shard.weight, {})}
+            found = gather_whole(self.strategy, shard, values, self._group(name)["matrices"])
+            if found:
+                self.whole[name] = {key: value.clone() for key, value in found.items()}
+
+    def _chosen(self) -> list[str]:
+        """The hidden matrices whose directions are looked at; none where the optimizer is not Celo2 or does not orthogonalize."""
+        names = list(self.strategy.hidden) if isinstance(self.strategy.optimizer, Celo2) else []
+        return sorted({names[i * (len(names) - 1) // (DIRECTIONS - 1)] for i in range(DIRECTIONS)}) if names else []
+
+    def _group(self, name: str) -> dict[str, Any]:
+        weight = self.strategy.shards[name].weight
+        return next(group for group in self.strategy.optimizer.param_groups if any(p is weight for p in group["params"]))
+
+    def _singular_values(self) -> dict[str, float]:
+        """Of the first matrix of each chosen parameter, on every rank."""
+        found: dict[str, float] = {}
+        for name, values in self.whole.items():
+            shape = self.strategy.shards[name].local_shard.shape
+            count = values["count"] + 1 if "count" in values else None
+            u = whole_direction(self.strategy.optimizer, self._group(name), shape, values, count, orthogonalize=False)
+            matrix = u.reshape(-1, *u.shape[-2:])[0]
+            matrix = matrix / torch.linalg.matrix_norm(matrix)
+            for when, tensor in (("before", matrix), ("after", newton_schulz(matrix))):
+                singular = torch.linalg.svdvals(tensor)  # in descending order
+                for word, value in (("max", singular[0]), ("median", singular[len(singular) // 2]), ("min", singular[-1])):
+                    found[f"singular_{when}/{name}/{word}"] = value.item()
+        if self.strategy.world > 1:
+            for others in gather_objects(found, dist.group.WORLD):  # type: ignore[arg-type]
+                found |= others
+        return dict(sorted(found.items()))
+
+    def _add_up(self, squares: dict[str, Tensor]) -> None:
+        """Add the sums of divided parameters up over the ranks that hold them."""
+        groups = {s.local_shard.group for s in self.strategy.shards.values() if s.local_shard.group is not None}
+        for group in sorted(groups, key=dist.get_process_group_ranks):
+            names = [name for name, shard in self.strategy.shards.items() if shard.local_shard.group is group]
+            total = torch.stack([squares[name] for name in names])
+            dist.all_reduce(total, group=group)
+            squares |= dict(zip(names, total.unbind(), strict=True))
+
+    @torch.no_grad()
+    def _attention(self, micro_batches: MicroBatches) -> dict[str, float]:
+        """The largest attention logit of every block over the whole batch of the step."""
+        strategy = self.strategy
+        strategy.loss_model.eval()
+        logits = AttentionLogits(strategy.model, strategy.device)
+        with ExitStack() as stack, torch.compiler.set_stance("force_eager"):
+            stack.callback(strategy.loss_model.train)
+            stack.enter_context(logits)
+            for inputs, targets in micro_batches:
+                strategy.loss(inputs, targets)
+        if strategy.world > 1:
+            dist.all_reduce(logits.largest, dist.ReduceOp.MAX)
+        found = {name: value for name, value in zip(logits.names, logits.largest.tolist(), strict=True) if value > -math.inf}
+        if not found:
+            raise ConfigError(
+                f"log.layers: the attention of {type(strategy.model).__name__} cannot be seen; it takes one that calls "
+                "scaled_dot_product_attention or softmax (model.hf.attn_implementation=sdpa)"
+            )
+        return found
+
+    def _end_profile(self) -> None:
+        ended, self.profile = self.profile, None
+        ended.stop()
+        folder = self.run_dir / "profile"
+        with warning("no profile", self.say):
+            folder.mkdir(parents=True, exist_ok=True)
+            ended.export_chrome_trace(str(folder / f"rank_{self.rank}.json.gz"))
+            by = "self_device_time_total" if self.strategy.device.type == "cuda" else "self_cpu_time_total"
+            table = ended.key_averages().table(sort_by=by, row_limit=40)
+            (folder / f"rank_{self.rank}.txt").write_text(table, encoding="utf-8")
+
+    def __enter__(self) -> Inside:
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if self.profile is not None:
+            self._end_profile()
+        if self.config.log.memory_snapshot and isinstance(error, torch.OutOfMemoryError):
+            with warning("no snapshot of the memory", self.say):
+                dump_memory_history(self.run_dir / MEMORY_SNAPSHOT.format(rank=self.rank))
+
+
+def check_device(config: Config, on_gpu: bool) -> None:
+    """Raise ConfigError for options of this module that the device does not have."""
+    if config.log.memory_snapshot and not on_gpu:
+        raise ConfigError("log.memory_snapshot looks at the memory of a GPU, and there is none")
