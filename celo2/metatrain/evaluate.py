@@ -180,7 +180,7 @@ class Runs:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
         self.bar.advance(bar)
-        return float(record["loss"])
+        return float(str(record["loss"]))
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -222,9 +222,9 @@ def pairs(rows: Sequence[Row]) -> str:
     for task in dict.fromkeys(row.task for row in rows):
         compared = list(combinations([row for row in rows if row.task == task], 2))
         found = [tested(a.losses, b.losses) for a, b in compared]
-        for (a, b), gap, corrected in zip(compared, found, holm([g and g.p for g in found]), strict=True):
+        for (a, b), gap, corrected in zip(compared, found, holm([None if gap is None else gap.p for gap in found]), strict=True):
             half = "" if gap is None or gap.half is None else f"± {gap.half:.4f}"
-            p, p_holm = ("" if value is None else f"{value:.2g}" for value in (gap and gap.p, corrected))
+            p, p_holm = ("" if value is None else f"{value:.2g}" for value in (None if gap is None else gap.p, corrected))
             pair = f"{a.optimizer} minus {b.optimizer}"
             values = gaps(a.losses, b.losses)
             lines.append(f"| {task} | {pair} | {spread(values, sign='+')} | {half} | {p} | {p_holm} | {len(values)} |")

@@ -49,8 +49,8 @@ def coordinate_descent(loss: Loss, trials: int, seed: int) -> list[Setting]:
     s = Search(KEYS)
     for setting in begin(KEYS, grid(1.0, 3)):
         s.losses[setting] = (loss(setting),)
-    while s.trials < trials and (setting := next_setting(KEYS, s.tried)) is not None:
-        s.losses[setting] = (loss(setting),)
+    while s.trials < trials and (following := next_setting(KEYS, s.tried)) is not None:
+        s.losses[following] = (loss(following),)
     return list(s.losses)
 
 
@@ -135,12 +135,15 @@ def measure(args: Namespace, device: torch.device) -> tuple[str, list[Row]]:
     """A row for each method, and for each on the real model."""
     text = text_of(args.real) if args.real else None
     methods: dict[str, Method] = {"coordinate descent": coordinate_descent}
-    methods |= {f"Optuna's {name}": found for name in ("TPE", "random") if (found := sampler_of(name)) is not None}
+    for name in ("TPE", "random"):
+        sampler = sampler_of(name)
+        if sampler is not None:
+            methods[f"Optuna's {name}"] = sampler
     names = [f"after {count}" for count in TRIALS]
     rows: list[Row] = []
     for name, method in methods.items():
-        found = np.array([excesses(method, seed) for seed in range(args.rounds)])
-        rows.append({"where": "drawn", "search": name} | dict(zip(names, (1e3 * found.mean(0)).tolist(), strict=True)))
+        excess = np.array([excesses(method, seed) for seed in range(args.rounds)])
+        rows.append({"where": "drawn", "search": name} | dict(zip(names, (1e3 * excess.mean(0)).tolist(), strict=True)))
     if text is not None:
         losses = {name: real_losses(method, text) for name, method in methods.items()}
         least = min(map(min, losses.values()))
