@@ -1,8 +1,9 @@
 """`python -m celo2.metatrain.evaluate RULE ... --text FILE`: rules against AdamW, Muon and hand-set rules on unseen tasks.
 
-Every optimizer gets the same search: as many learning rates, with the first seeds (`next_lr`). The best one is trained with other
-seeds, and the tables tell of those alone. Each training run is a line of `--out`; a second command with the same file adds what
-is missing.
+Every optimizer gets the same search, with the first seeds: as many learning rates, or settings of several keys (`--search`), by
+the coordinate descent of `launch.compare`. The best one is trained with other seeds, and the tables tell of those alone. Each
+training run is a line of `--out`; a second command with the same file adds what is missing. A rule and data are known there by
+what they hold, not by their names.
 """
 
 from __future__ import annotations
@@ -10,22 +11,37 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import NamedTuple
+from statistics import mean, stdev
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from scipy.stats import ttest_1samp
 
-from celo2.metatrain.evaluation.suite import ADAMW_LR, BASELINES, FIRST_LR, TASKS, USUAL_FIRST_LR, images_of, text_of, train
-from celo2.rule_files import RuleError, load_rule
+from celo2.metatrain.evaluation.suite import (
+    ADAMW_LR,
+    BASELINES,
+    FIRST_LR,
+    TASKS,
+    USUAL_FIRST_LR,
+    WEIGHT_DECAY,
+    content_of,
+    digest_of,
+    images_of,
+    text_of,
+    train,
+)
+from celo2.rule_files import RuleError
 from celo2.training.configuration import ConfigError
+from celo2.training.search import Key, Search, Setting, begin, grid, next_setting, open_sides
+from celo2.training.statistics import Difference, difference, holm
 
+KEYS = {"lr": 2.0, "adamw_lr": 4.0, "weight_decay": 4.0}  # what can be searched for, and the first factor of the search
+FIRST_LRS = 3  # that a search begins with
 REFERENCE = "hand-momentum"  # what a learned rule must be held against
 
 
@@ -37,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--text", help="text for the language models: a text file, .jsonl or .jsonl.gz with `text`")
     parser.add_argument("--images", default="digits", help="images for the others, as in meta-training (default: digits)")
     parser.add_argument("--steps", type=int, default=400, help="training steps (default: 400)")
-    parser.add_argument("--trials", type=int, default=6, help="learning rates that are tried for every optimizer (default: 6)")
+    parser.add_argument("--trials", type=int, default=6, help="settings that are tried for every optimizer (default: 6)")
+    parser.add_argument("--search", default="lr", help=f"comma-separated, searched together: {', '.join(KEYS)} (default: lr)")
     parser.add_argument("--search-steps", type=int, help="training steps of the search (default: as --steps)")
     parser.add_argument("--search-seeds", type=int, default=1, help="seeds of the search; their mean decides (default: 1)")
     parser.add_argument("--seeds", type=int, default=3, help="further seeds, which give the results (default: 3)")
@@ -50,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", default="evaluation.jsonl", help="file: a line per training run (default: evaluation.jsonl)")
     options = parser.parse_args(arguments)
     options.tasks = [name for name in options.tasks.split(",") if name]
+    options.search = [name for name in options.search.split(",") if name]
     options.optimizers = [name for name in options.baselines.split(",") if name] + options.rules
     options.search_steps = options.steps if options.search_steps is None else options.search_steps
     try:
@@ -66,27 +84,31 @@ def check(options: argparse.Namespace) -> None:
     for name in options.tasks:
         if name not in TASKS:
             raise ConfigError(f"task '{name}': expected one of {', '.join(TASKS)}")
+    for name in options.search or [""]:
+        if name not in KEYS or options.search.count(name) > 1:
+            raise ConfigError(f"--search {','.join(options.search)}: expected different ones of {', '.join(KEYS)}")
     for name in options.optimizers:
-        if name not in BASELINES:
-            load_rule(name)
+        content_of(name)
     if options.device not in ("cpu", "cuda") or (options.device == "cuda" and not torch.cuda.is_available()):
         raise ConfigError(f"--device {options.device}: expected cpu or a cuda that is there")
     if min(options.seeds, options.steps, options.trials, options.search_seeds, options.search_steps) < 1:
         raise ConfigError("--seeds, --steps, --trials, --search-seeds and --search-steps must be at least 1")
     if not (math.isfinite(options.adamw_lr) and options.adamw_lr >= 0):
         raise ConfigError(f"--adamw-lr {options.adamw_lr}: expected at least 0")
+    if options.adamw_lr == 0 and "adamw_lr" in options.search:
+        raise ConfigError("--adamw-lr 0: a search of adamw_lr by factors cannot begin there")
     if not options.text and any(TASKS[name].data == "text" for name in options.tasks):
         raise ConfigError("language models need --text FILE")
 
 
 class Row(NamedTuple):
-    """What became of one optimizer on one task: its best learning rate, at the edge of those tried or not, a loss per seed."""
+    """What became of one optimizer on one task: its best setting, the keys at the edge of those tried, a loss per seed."""
 
     task: str
     optimizer: str
-    lr: float
-    edge: bool
-    losses: list[float]
+    setting: dict[str, float]
+    edges: tuple[str, ...]
+    losses: dict[int, float]
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -103,39 +125,30 @@ def evaluate(options: argparse.Namespace) -> None:
 
 
 def best_of(runs: Runs, task: str, optimizer: str) -> Row:
-    """The search for a learning rate, then the best one with other seeds."""
+    """The search, then its best setting with other seeds."""
     options = runs.options
-    found: dict[float, float] = {}
-    while len(found) < options.trials:
-        lr = next_lr(found, FIRST_LR.get(optimizer, USUAL_FIRST_LR))
-        found[lr] = statistics.fmean(
-            runs.loss(task, optimizer, lr, seed, options.search_steps) for seed in range(options.search_seeds)
-        )
-    best = min(sorted(found), key=found.__getitem__)
-    seeds = range(options.search_seeds, options.search_seeds + options.seeds)
-    losses = [runs.loss(task, optimizer, best, seed, options.steps) for seed in seeds]
-    return Row(task, optimizer, best, best in (min(found), max(found)), losses)
+    firsts = {"lr": FIRST_LR.get(optimizer, USUAL_FIRST_LR), "adamw_lr": options.adamw_lr, "weight_decay": WEIGHT_DECAY}
+    keys = tuple(Key(name, firsts[name], factor) for name, factor in KEYS.items() if name in options.search)
+
+    def losses(setting: Setting, seeds: range, steps: int) -> dict[int, float]:
+        values = firsts | dict(zip((key.name for key in keys), setting, strict=True))
+        return {seed: runs.loss(task, optimizer, values, seed, steps) for seed in seeds}
+
+    s = searched(keys, options.trials, lambda setting: losses(setting, range(options.search_seeds), options.search_steps))
+    chosen = s.chosen or min(s.losses)  # if everything diverged
+    final = losses(chosen, range(options.search_seeds, options.search_seeds + options.seeds), options.steps)
+    values = dict(zip((key.name for key in keys), chosen, strict=True))
+    return Row(task, optimizer, values, tuple(open_sides(keys, s.tried)), final)
 
 
-def next_lr(found: dict[float, float], first: float) -> float:
-    """The learning rate to try next: first, its double and its half, then beyond the best while that is the largest or the
-    smallest, else between the best and its neighbours.
-
-    Args:
-        found: the loss of every learning rate tried so far.
-        first: where to begin.
-    """
-    for lr in (first, 2 * first, first / 2):
-        if lr not in found:
-            return lr
-    lrs = sorted(found)
-    best = lrs.index(min(lrs, key=found.__getitem__))
-    if best == 0:
-        return lrs[0] / 2
-    if best == len(lrs) - 1:
-        return lrs[-1] * 2
-    wider = best if lrs[best + 1] / lrs[best] >= lrs[best] / lrs[best - 1] else best - 1
-    return math.sqrt(lrs[wider] * lrs[wider + 1])
+def searched(keys: tuple[Key, ...], trials: int, losses: Callable[[Setting], Mapping[int, float]]) -> Search:
+    """A search of so many trials: the first key at three values around where it begins, then one setting after the other."""
+    s = Search(keys)
+    for setting in begin(keys, grid(keys[0].first, min(FIRST_LRS, trials), keys[0].factor)):
+        s.losses[setting] = tuple(losses(setting).values())
+    while s.trials < trials and (following := next_setting(keys, s.tried)) is not None:
+        s.losses[following] = tuple(losses(following).values())
+    return s
 
 
 class Runs:
@@ -145,70 +158,95 @@ class Runs:
         self.options, self.bar, self.path = options, bar, Path(options.out)
         kinds = {TASKS[name].data for name in options.tasks}
         self.data = {kind: text_of(options.text) if kind == "text" else images_of(options.images) for kind in sorted(kinds)}
-        try:
-            lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-            self.records = [json.loads(line) for line in lines]
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{self.path}: not a file of training runs ({error})") from None
+        self.digests = {kind: digest_of(data) for kind, data in self.data.items()}
+        self.rules = {name: content_of(name) for name in options.optimizers}
+        self.records = read_records(self.path)
 
-    def loss(self, task: str, optimizer: str, lr: float, seed: int, steps: int) -> float:
-        """The validation loss at the end of a training run."""
+    def loss(self, task: str, optimizer: str, values: Mapping[str, float], seed: int, steps: int) -> float:
+        """The validation loss at the end of a training run with these values of KEYS."""
         options, kind = self.options, TASKS[task].data
-        source = options.text if kind == "text" else options.images
-        key = {"task": task, "data": source, "steps": steps, "optimizer": optimizer, "lr": lr, "seed": seed}
-        key |= {"adamw_lr": options.adamw_lr, "device": options.device, "precision": options.precision}
-        self.bar.update(self.bar.task_ids[0], description=f"{task} {optimizer} lr {lr:g} seed {seed}")
-        record = next((record for record in self.records if key.items() <= record.items()), None)
+        identity = {"task": task, "data_sha256": self.digests[kind], "steps": steps, "seed": seed} | dict(values)
+        identity |= {"device": options.device, "precision": options.precision}
+        rule = self.rules[optimizer]
+        identity |= {"optimizer": optimizer} if rule is None else {"rule_sha256": rule}
+        bar = self.bar.task_ids[0]
+        self.bar.update(bar, description=f"{task} {optimizer} lr {values['lr']:g} seed {seed}")
+        record = next((record for record in self.records if identity.items() <= record.items()), None)
         if record is None:
-            how = options.device, options.precision, options.adamw_lr
-            record = key | train(TASKS[task], self.data[kind], optimizer, lr, seed, steps, *how)
+            how = options.device, options.precision, values["adamw_lr"], values["weight_decay"]
+            named = {"optimizer": optimizer, "data": options.text if kind == "text" else options.images}
+            record = identity | named | train(TASKS[task], self.data[kind], optimizer, values["lr"], seed, steps, *how)
             self.records.append(record)
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
-        self.bar.advance(self.bar.task_ids[0])
-        return float(record["loss"])
+        self.bar.advance(bar)
+        return float(str(record["loss"]))
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The training runs in a file of JSON lines. A last line that a kill cut short is taken out of the file."""
+    try:
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        whole, newline, torn = text.rpartition("\n")
+        records = [json.loads(line) for line in whole.splitlines()]
+        if not all(isinstance(record, dict) for record in records) or (torn and not torn.startswith("{")):
+            raise ValueError("expected an object on every line")
+        if torn:
+            path.write_text(whole + newline, encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: not a file of training runs ({error})") from None
+    return records
 
 
 def table(rows: Sequence[Row], steps: int) -> str:
     """A Markdown table: validation loss, and its difference to `REFERENCE` seed by seed."""
     reference = {row.task: row.losses for row in rows if row.optimizer == REFERENCE}
-    lines = [f"| task ({steps} steps) | optimizer | lr | validation loss | minus {REFERENCE} | n |", "|---|---|---|---|---|---|"]
+    keys = list(rows[0].setting) if rows else ["lr"]
+    lines = [f"| task ({steps} steps) | optimizer | {' | '.join(keys)} | validation loss | minus {REFERENCE} | n |"]
+    lines.append("|---" * (5 + len(keys)) + "|")
     for row in rows:
-        lr = f"{row.lr:.3g}{' (edge)' if row.edge else ''}"
-        difference = ""
+        values = " | ".join(f"{value:.3g}{' (edge)' if key in row.edges else ''}" for key, value in row.setting.items())
+        gap = ""
         if row.task in reference and row.optimizer != REFERENCE:
-            difference = spread(differences(row.losses, reference[row.task]), sign="+")
-        lines.append(f"| {row.task} | {row.optimizer} | {lr} | {spread(row.losses)} | {difference} | {len(row.losses)} |")
+            gap = spread(gaps(row.losses, reference[row.task]), sign="+")
+        lines.append(
+            f"| {row.task} | {row.optimizer} | {values} | {spread(list(row.losses.values()))} | {gap} | {len(row.losses)} |"
+        )
     return "\n".join(lines)
 
 
 def pairs(rows: Sequence[Row]) -> str:
-    """A Markdown table of every pair of optimizers on a task: the difference of their losses seed by seed, and its p."""
-    lines = ["| task | pair of optimizers | difference | p | n |", "|---|---|---|---|---|"]
-    for a, b in combinations(rows, 2):
-        if a.task == b.task:
-            found = differences(a.losses, b.losses)
+    """A Markdown table of every pair of optimizers on a task: the difference of their losses seed by seed, with its interval, its
+    p, and its p corrected for the number of pairs on the task."""
+    lines = ["| task | pair of optimizers | difference | 95 % interval | p | p (Holm) | n |", "|---|---|---|---|---|---|---|"]
+    for task in dict.fromkeys(row.task for row in rows):
+        compared = list(combinations([row for row in rows if row.task == task], 2))
+        found = [tested(a.losses, b.losses) for a, b in compared]
+        for (a, b), gap, corrected in zip(compared, found, holm([None if gap is None else gap.p for gap in found]), strict=True):
+            half = "" if gap is None or gap.half is None else f"± {gap.half:.4f}"
+            p, p_holm = ("" if value is None else f"{value:.2g}" for value in (None if gap is None else gap.p, corrected))
             pair = f"{a.optimizer} minus {b.optimizer}"
-            lines.append(f"| {a.task} | {pair} | {spread(found, sign='+')} | {p_value(found)} | {len(found)} |")
-    return "\n".join([*lines, "", "mean (standard deviation) over n seeds; p: two-sided t-test of the paired differences"])
+            values = gaps(a.losses, b.losses)
+            lines.append(f"| {task} | {pair} | {spread(values, sign='+')} | {half} | {p} | {p_holm} | {len(values)} |")
+    said = "mean (standard deviation) over n seeds; p: two-sided t-test of the paired differences; Holm: corrected for the pairs"
+    return "\n".join([*lines, "", said])
 
 
-def differences(a: Sequence[float], b: Sequence[float]) -> list[float]:
+def tested(a: Mapping[int, float], b: Mapping[int, float]) -> Difference | None:
+    """a − b by seed with its interval and p; None where a loss is infinite or all differences are the same."""
+    values = gaps(a, b)
+    return difference(a, b) if all(map(math.isfinite, values)) and len(set(values)) > 1 else None
+
+
+def gaps(a: Mapping[int, float], b: Mapping[int, float]) -> list[float]:
     """a - b, seed by seed."""
-    return [x - y for x, y in zip(a, b, strict=True)]
+    return [a[seed] - b[seed] for seed in a]
 
 
 def spread(values: Sequence[float], sign: str = "") -> str:
     """Mean (standard deviation)."""
-    deviation = statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else math.nan
-    return f"{statistics.mean(values):{sign}.4f} ({deviation:.4f})"
-
-
-def p_value(values: Sequence[float]) -> str:
-    """How likely a mean so far from 0 is by chance; empty where the spread is not known or 0."""
-    if not all(map(math.isfinite, values)) or len(set(values)) < 2:
-        return ""
-    return f"{ttest_1samp(values, 0.0).pvalue:.2g}"
+    deviation = stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else math.nan
+    return f"{mean(values):{sign}.4f} ({deviation:.4f})"
 
 
 if __name__ == "__main__":

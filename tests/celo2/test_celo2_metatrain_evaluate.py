@@ -5,37 +5,65 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from celo2.metatrain import evaluate
-from celo2.metatrain.evaluate import Row, next_lr
-from celo2.metatrain.evaluation.suite import TASKS, build_optimizers
+from celo2.metatrain.evaluate import Row
+from celo2.metatrain.evaluation.suite import TASKS, build_optimizers, content_of, digest_of
+from celo2.rule_files import load_rule, save_rule
+from celo2.training.search import Key, open_sides
 
 
 @pytest.mark.parametrize("best", [1e-4, 5e-4, 1.3e-3, 2e-3, 3e-3, 1e-2])
 def test_search_brackets_the_best_learning_rate(best):
     """With a loss that is lowest at `best`: six trials, and the best of them within a factor of sqrt 2, or at an edge."""
-    found: dict[float, float] = {}
-    for _ in range(6):
-        lr = next_lr(found, 2e-3)
-        assert lr not in found
-        found[lr] = abs(math.log(lr / best))
-    chosen = min(found, key=found.__getitem__)
-    edge = chosen in (min(found), max(found))
-    assert edge == (best in (1e-4,))
-    assert edge or found[chosen] <= math.log(2) / 2 + 1e-9
+    s = evaluate.searched((Key("lr", 2e-3),), 6, lambda setting: {0: abs(math.log(setting[0] / best))})
+    assert s.trials == 6
+    edges = open_sides(s.keys, s.tried)
+    assert bool(edges) == (best in (1e-4,))
+    assert edges or s.tried[s.chosen] <= math.log(2) / 2 + 1e-9
+
+
+def next_lr(found, first):
+    """The search that made the published tables, as it was written then."""
+    for lr in (first, 2 * first, first / 2):
+        if lr not in found:
+            return lr
+    lrs = sorted(found)
+    place = lrs.index(min(lrs, key=found.__getitem__))
+    if place == 0:
+        return lrs[0] / 2
+    if place == len(lrs) - 1:
+        return lrs[-1] * 2
+    wider = place if lrs[place + 1] / lrs[place] >= lrs[place] / lrs[place - 1] else place - 1
+    return math.sqrt(lrs[wider] * lrs[wider + 1])
+
+
+@pytest.mark.parametrize("first", [2e-3, 0.02])
+def test_search_of_learning_rates_is_the_one_of_the_published_tables(first):
+    """To the last bit, so that the commands beside the tables print them."""
+    for best in first * np.exp(np.linspace(-5, 5, 60)):
+        loss = lambda lr, best=best: abs(math.log(lr / best)) + (lr > 2 * best)  # noqa: E731
+        found: dict[float, float] = {}
+        while len(found) < 9:
+            lr = next_lr(found, first)
+            found[lr] = loss(lr)
+        s = evaluate.searched((Key("lr", first),), 9, lambda setting, loss=loss: {0: loss(setting[0])})
+        assert {lr for (lr,) in s.tried} == set(found)
 
 
 def test_search_survives_divergence():
     """Everything above the smallest learning rate diverges: the search goes down."""
-    found: dict[float, float] = {}
-    for _ in range(6):
-        lr = next_lr(found, 2e-3)
-        found[lr] = 1.0 if lr < 6e-4 else math.inf
-    assert min(found) == 2e-3 / 16
+    s = evaluate.searched((Key("lr", 2e-3),), 6, lambda setting: {0: 1.0 if setting[0] < 6e-4 else math.inf})
+    assert min(s.tried)[0] == 2e-3 / 16
+
+
+def row(task, optimizer, losses, lr=1e-3, edges=()):
+    return Row(task, optimizer, {"lr": lr}, edges, dict(enumerate(losses)))
 
 
 def test_table_pairs_by_seed():
-    rows = [Row("gpt", "hand-momentum", 2e-3, False, [2.0, 3.0]), Row("gpt", "celo2", 1e-3, True, [1.9, 2.9])]
+    rows = [row("gpt", "hand-momentum", [2.0, 3.0], 2e-3), row("gpt", "celo2", [1.9, 2.9], edges=("lr",))]
     lines = evaluate.table(rows, 400).splitlines()
     assert lines[2] == "| gpt | hand-momentum | 0.002 | 2.5000 (0.7071) |  | 2 |"
     assert lines[3] == "| gpt | celo2 | 0.001 (edge) | 2.4000 (0.7071) | -0.1000 (0.0000) | 2 |"
@@ -43,11 +71,11 @@ def test_table_pairs_by_seed():
 
 def test_every_pair_on_a_task_is_tested():
     """Differences of 0.1, 0.2 and 0.3: mean 0.2, SD 0.1, t = 2 sqrt 3 with two degrees of freedom, so p = 0.074."""
-    rows = [Row(task, "a", 1e-3, False, [2.1, 3.2, 4.3]) for task in ("gpt", "vit")]
-    rows += [Row("gpt", "b", 1e-3, False, [2.0, 3.0, 4.0]), Row("vit", "c", 1e-3, False, [2.0, 3.0, math.inf])]
-    _, _, gpt, vit, *_ = evaluate.pairs(rows).splitlines()
-    assert gpt == "| gpt | a minus b | +0.2000 (0.1000) | 0.074 | 3 |"
-    assert vit == "| vit | a minus c | -inf (nan) |  | 3 |"
+    rows = [row(task, "a", [2.1, 3.2, 4.3]) for task in ("gpt", "vit")]
+    rows += [row("gpt", "b", [2.0, 3.0, 4.0]), row("vit", "c", [2.0, 3.0, math.inf]), row("gpt", "d", [1.0, 2.0, 3.1])]
+    _, _, gpt, _, _, vit, *_ = evaluate.pairs(rows).splitlines()
+    assert gpt == "| gpt | a minus b | +0.2000 (0.1000) | ± 0.2484 | 0.074 | 0.074 | 3 |"  # the worst of three: uncorrected
+    assert vit == "| vit | a minus c | -inf (nan) |  |  |  | 3 |"
 
 
 def test_evaluation_table_and_continuation(tmp_path, capsys):
@@ -106,9 +134,39 @@ def test_search_with_several_seeds(tmp_path, capsys):
     assert evaluate.main(arguments) == 0
     capsys.readouterr()
     *search, last = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
-    assert [(r["lr"], r["seed"]) for r in search] == [(lr, seed) for lr in (2e-3, 4e-3, 1e-3) for seed in (0, 1)]
+    assert [(r["lr"], r["seed"]) for r in search] == [(lr, seed) for lr in (1e-3, 2e-3, 4e-3) for seed in (0, 1)]
     means = {a["lr"]: a["loss"] + b["loss"] for a, b in zip(search[::2], search[1::2], strict=True)}
     assert (last["lr"], last["seed"]) == (min(means, key=means.__getitem__), 2)
+
+
+def test_runs_are_known_by_what_rule_and_text_hold(tmp_path, capsys):
+    """A joint search; then the same rule and text under other names run nothing, another rule under the old name all of it."""
+    text = bytes(np.random.default_rng(0).integers(97, 105, 12_000, np.uint8))
+    (tmp_path / "a.txt").write_bytes(text)
+    (tmp_path / "b.txt").write_bytes(text)
+    save_rule(load_rule("celo2"), tmp_path / "mine.safetensors")
+    save_rule(load_rule("celo2"), tmp_path / "copy.safetensors")
+    out = tmp_path / "runs.jsonl"
+
+    def start(rule, name):
+        words = [str(tmp_path / rule), "--tasks", "gpt-tiny", "--text", str(tmp_path / name), "--steps", "2", "--trials", "5"]
+        words += ["--search", "weight_decay,lr", "--seeds", "1", "--baselines", "", "--out", str(out)]
+        assert evaluate.main(words) == 0
+        capsys.readouterr()
+        return out.read_text().splitlines()
+
+    lines = start("mine.safetensors", "a.txt")
+    records = [json.loads(line) for line in lines]
+    assert len(records) == 5 + 1 and len({r["lr"] for r in records}) >= 3 and len({r["weight_decay"] for r in records}) >= 2
+    out.write_text("\n".join(lines) + '\n{"task": "gp')  # as a kill leaves it
+    assert start("copy.safetensors", "b.txt") == lines
+    save_rule(load_rule("hand-nesterov"), tmp_path / "mine.safetensors")
+    assert len(start("mine.safetensors", "a.txt")) == 12
+    out.write_text("these are notes")
+    assert evaluate.main(["--tasks", "gpt-tiny", "--text", str(tmp_path / "a.txt"), "--out", str(out)]) == 2
+    assert "not a file of training runs" in capsys.readouterr().err and out.read_text() == "these are notes"
+    assert content_of("adamw") is None and content_of("celo2") != content_of("celo2-lm")
+    assert digest_of(torch.zeros(3)) != digest_of(torch.ones(3))
 
 
 @pytest.mark.parametrize(
@@ -121,6 +179,9 @@ def test_search_with_several_seeds(tmp_path, capsys):
         (["--seeds", "0"], "must be at least 1"),
         (["--search-steps", "0"], "must be at least 1"),
         (["--search-seeds", "0"], "must be at least 1"),
+        (["--search", "lr,beta"], "--search lr,beta: expected different ones of lr, adamw_lr, weight_decay"),
+        (["--search", "lr,lr"], "expected different ones"),
+        (["--search", "lr,adamw_lr", "--adamw-lr", "0"], "a search of adamw_lr by factors cannot begin there"),
         (["--adamw-lr", "nan"], "--adamw-lr nan: expected at least 0"),
         (["--device", "tpu"], "--device tpu: expected cpu or a cuda that is there"),
     ],

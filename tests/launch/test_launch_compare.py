@@ -108,7 +108,7 @@ def test_search_seeds_and_report(start, tmp_path):
     assert "muon is lower than adamw by 0.201 ± 0.001 (3 seeds, p < 0.001)" in results["sentences"][0]
     assert len(starts(tmp_path)) == 2 * 4 + 2 * 3
     trial = tmp_path / "out" / "trials" / "adamw"
-    searched = ["lr_0.001_seed_0", "lr_0.002_seed_0", "lr_0.004_seed_0", "lr_0.00141_seed_0"]
+    searched = ["lr_0.001_seed_0", "lr_0.002_seed_0", "lr_0.004_seed_0", "lr_0.00283_seed_0"]
     final = ["lr_0.002_seed_1", "lr_0.002_seed_2", "lr_0.002_seed_3"]
     assert {p.name for p in trial.iterdir()} == {*searched, *final}
     assert (trial / "lr_0.002_seed_1" / "checkpoints").exists()

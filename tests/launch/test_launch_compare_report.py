@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from celo2.training.search import Key, Search
 from configs.load import ConfigError
 from configs.schema import Config
 from launch.compare import __main__ as compare
@@ -17,7 +18,6 @@ from launch.compare import report
 from launch.compare.curves import Run, label_runs, other_differences, reaches, thinned, upto
 from launch.compare.picture import COLORS, style
 from launch.compare.report import render, write_report
-from launch.compare.search import Search
 from launch.compare.summary import summarize
 
 ABOUT = {
@@ -39,6 +39,11 @@ def make_run(label, seed, final, seconds=1.0, steps=100, status="finished", star
     ]
     validation = [{"step": s, "tokens": 10 * s, "val_loss": loss(s)} for s in range(20, steps + 1, 20)]
     return Run(label, Path(f"runs/{label}_{seed}"), config, "python train.py", training, validation, status, 6.0, 1_500_000)
+
+
+def search_of(losses, notes=()):
+    """A search of learning rates with one seed."""
+    return Search((Key("lr", min(losses, default=1.0)),), {(lr,): (loss,) for lr, loss in losses.items()}, list(notes))
 
 
 def results_of(groups, searches=None):
@@ -87,7 +92,7 @@ def test_one_seed_claims_nothing():
 
 def test_divergence_is_counted_and_not_compared():
     bad = [*seeds("b", [4.0, 4.1]), make_run("b", 3, 9.0, status="diverged")]
-    search = Search(losses={1e-3: float("inf"), 2e-3: float("inf")}, notes=["every learning rate that was tried diverged"])
+    search = search_of({1e-3: float("inf"), 2e-3: float("inf")}, ["every learning rate that was tried diverged"])
     results = results_of({"a": seeds("a", [3.0, 3.1, 3.2]), "b": bad, "c": []}, {"c": search})
     assert results["pairs"] == []
     assert results["sentences"] == [
@@ -101,7 +106,7 @@ def test_divergence_is_counted_and_not_compared():
 
 
 def test_nothing_finished_at_all():
-    results = results_of({"a": [make_run("a", 1, 9.0, status="diverged")], "b": []}, {"b": Search()})
+    results = results_of({"a": [make_run("a", 1, 9.0, status="diverged")], "b": []}, {"b": search_of({})})
     assert results["target_loss"] is None and len(results["sentences"]) == 2
     render(results)
 
@@ -182,7 +187,7 @@ EVIL = "</script><script>alert(1)</script>&\"'{{data}}"
 
 def test_the_page_is_one_file_and_holds_no_foreign_markup(tmp_path):
     groups = {EVIL: seeds(EVIL, [4.0, 4.1, 4.2]), "b": seeds("b", [3.0, 3.1, 3.2])}
-    searches = {label: Search(losses={1e-3: 4.0, 2e-3: 3.9, 4e-3: float("inf")}, notes=[EVIL]) for label in groups}
+    searches = {label: search_of({1e-3: 4.0, 2e-3: 3.9, 4e-3: float("inf")}, [EVIL]) for label in groups}
     results = summarize(groups, searches, ABOUT | {"title": EVIL, "command": EVIL, "method": [EVIL]})
     page = write_report(tmp_path, results).read_text()
     assert page.count("<script") == page.count("</script>") == 2 and "alert(1)</script" not in page
@@ -201,7 +206,7 @@ def test_the_page_is_one_file_and_holds_no_foreign_markup(tmp_path):
 
 def test_the_script_needs_nothing_that_the_page_lacks():
     """Every element that the script asks for by id is on the page."""
-    page = render(results_of({"a": seeds("a", [4.0])}, {"a": Search(losses={1e-3: 4.0})}))
+    page = render(results_of({"a": seeds("a", [4.0])}, {"a": search_of({1e-3: 4.0})}))
     for name in set(re.findall(r'(?:getElementById|control)\("([\w-]+)"', page)):
         assert f'id="{name}"' in page, name
 
@@ -242,7 +247,7 @@ def test_a_pair_and_a_table_say_the_same():
 
 def test_what_older_versions_wrote_is_drawn(tmp_path):
     """results.json without `at_most`, commands of the search and configurations, and with every curve that was logged."""
-    results = results_of({"a": seeds("a", [4.0, 4.2]), "b": seeds("b", [3.0, 3.2])}, {"a": Search(losses={1e-3: 4.0})})
+    results = results_of({"a": seeds("a", [4.0, 4.2]), "b": seeds("b", [3.0, 3.2])}, {"a": search_of({1e-3: 4.0})})
     for row in results["optimizers"]:
         del row["to_target"]["at_most"]
     for run in results["runs"]:
@@ -308,7 +313,7 @@ def leaves(tree, path=()):
 def test_no_value_of_a_results_file_becomes_markup():
     """A results.json from somebody else may hold text wherever a number or a word should be."""
     groups = {"a": seeds("a", [4.0, 4.2], steps=20), "b": seeds("b", [3.0, 3.1], steps=20)}
-    searches = {label: Search(losses={1e-3: 4.0}, adamw={1e-3: 3.9}, notes=["one"]) for label in groups}
+    searches = {label: search_of({1e-3: 4.0}, ["one"]) for label in groups}
     text = report.to_json(summarize(groups, searches, ABOUT))
     drawn = []
     for path in leaves(json.loads(text)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from celo2 import Celo2, load_rule
+from celo2 import Celo2, Rule, load_rule
 from celo2.baselines import HAND_SET, hand_set
 from celo2.metatrain.evaluation.networks import Autoencoder, Convolutional, Network, Recurrent, Transformer
 from celo2.metatrain.problems import warm_up_and_cosine
@@ -62,7 +63,12 @@ USUAL_FIRST_LR = 2e-3
 
 
 def build_optimizers(
-    name: str, network: Network, lr: float, adamw_lr: float = ADAMW_LR, ns_dtype: torch.dtype | None = None
+    name: str,
+    network: Network,
+    lr: float,
+    adamw_lr: float = ADAMW_LR,
+    ns_dtype: torch.dtype | None = None,
+    weight_decay: float = WEIGHT_DECAY,
 ) -> list[torch.optim.Optimizer]:
     """The optimizers of a network: the hidden matrices by `name`, a baseline or a rule, everything else by AdamW at `adamw_lr`.
 
@@ -72,12 +78,37 @@ def build_optimizers(
     hidden = [p for p in network.parameters() if p.ndim == 2 and id(p) not in boundary]
     rest = [p for p in network.parameters() if p.ndim != 2 or id(p) in boundary]
     if name in OF_TORCH:
-        return [OF_TORCH[name](hidden, lr=lr), adamw(rest, lr=adamw_lr)]
-    rule = BY_HAND[name]() if name in BY_HAND else load_rule(name)
+        return [OF_TORCH[name](hidden, lr=lr, weight_decay=weight_decay), adamw(rest, lr=adamw_lr, weight_decay=weight_decay)]
+    rule = rule_of(name)
     if rule.variant == "celo2-base":
         groups = [{"params": hidden + rest, "update": "celo2"}]
-        return [Celo2(groups, lr=lr, rule=rule, orthogonalize=False, weight_decay=WEIGHT_DECAY)]
-    return [Celo2(hidden, lr=lr, rule=rule, weight_decay=WEIGHT_DECAY, ns_dtype=ns_dtype), adamw(rest, lr=adamw_lr)]
+        return [Celo2(groups, lr=lr, rule=rule, orthogonalize=False, weight_decay=weight_decay)]
+    celo2 = Celo2(hidden, lr=lr, rule=rule, weight_decay=weight_decay, ns_dtype=ns_dtype)
+    return [celo2, adamw(rest, lr=adamw_lr, weight_decay=weight_decay)]
+
+
+def rule_of(name: str) -> Rule:
+    """The rule of a baseline that is set by hand, or of a name or file."""
+    return BY_HAND[name]() if name in BY_HAND else load_rule(name)
+
+
+def content_of(name: str) -> str | None:
+    """A digest of what a rule computes, whatever it is called and wherever it lies; None for an optimizer without a rule."""
+    if name in OF_TORCH:
+        return None
+    rule = rule_of(name)
+    digest = hashlib.sha256(repr(sorted(rule.settings().items())).encode())
+    for key in sorted(rule.weights):
+        digest.update(key.encode() + rule.weights[key].contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def digest_of(data: Batch | Tensor) -> str:
+    """The same of a text or of images."""
+    digest = hashlib.sha256()
+    for part in [data] if isinstance(data, Tensor) else data:
+        digest.update(part.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def train(
@@ -90,6 +121,7 @@ def train(
     device: str = "cpu",
     precision: str = "fp32",
     adamw_lr: float = ADAMW_LR,
+    weight_decay: float = WEIGHT_DECAY,
 ) -> dict[str, object]:
     """One training run: its validation loss at the end and the means of twenty parts of its training losses. Inf: it diverged.
 
@@ -98,7 +130,7 @@ def train(
     torch.manual_seed(seed)
     network = task.build().to(device)  # drawn on the CPU: the same weights on every device
     bf16 = precision == "bf16"
-    optimizers = build_optimizers(optimizer, network, lr, adamw_lr, torch.bfloat16 if bf16 else None)
+    optimizers = build_optimizers(optimizer, network, lr, adamw_lr, torch.bfloat16 if bf16 else None, weight_decay)
     autocast = partial(torch.autocast, device, torch.bfloat16, enabled=bf16)
     schedules = [LambdaLR(part, lambda step: warm_up_and_cosine(step, steps)) for part in optimizers]
     curve: list[float] = []
