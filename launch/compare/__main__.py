@@ -3,6 +3,7 @@
     python -m launch.compare CONFIG.yaml --optimizers celo2 adamw muon --out runs/compare [section.key=value ...]
     python -m launch.compare --runs DIR DIR ... --out DIR        runs that are there already
     python -m launch.compare --results FILE --out DIR            the page and the pictures of a results.json, drawn again
+    ... --reference FILE --publish DIR                           with curves of other people; as a folder for a static host
 
 Every optimizer trains the same model on the same batches for the same tokens. First each searches its learning rate with the
 same number of trials; then its best setting runs with several other seeds. The same command continues after any interruption.
@@ -35,6 +36,8 @@ from data.files import replace_text
 from launch.command import at_least
 from launch.compare.contestants import Contestant, parse_all
 from launch.compare.curves import Run, label_runs, read_run
+from launch.compare.publish import publish
+from launch.compare.references import read_references
 from launch.compare.report import statements, write_report
 from launch.compare.search import FACTOR, MOST_ROUNDS, Search, grid, search
 from launch.compare.summary import summarize
@@ -184,13 +187,13 @@ def compare(args: argparse.Namespace, command: str) -> None:
         groups = comparison.finals(searches)
     title = f"{comparison.config.run.name}: {', '.join(groups)}"
     said = about(title, command, comparison.method(searches)) | {"search_commands": [t.command for t in comparison.searched]}
-    finish(comparison.out, summarize(groups, searches, said), pool.say)
+    finish(comparison.out, summarize(groups, searches, said), pool.say, args)
 
 
-def compare_runs(folders: Sequence[str], out: Path, command: str) -> None:
+def compare_runs(args: argparse.Namespace, out: Path, command: str) -> None:
     """A report on runs that are there already."""
     runs = []
-    for folder in map(Path, folders):
+    for folder in map(Path, args.runs):
         run = read_run(folder)
         if run.status != "diverged" and not run.validation:
             raise ConfigError(f"{folder} has no evaluation (val_loss in metrics.jsonl): nothing to compare")
@@ -206,7 +209,7 @@ def compare_runs(folders: Sequence[str], out: Path, command: str) -> None:
         INTERVALS.format(pairing="paired by seed where two seeds or more are common, else Welch's"),
         FLOPS,
     ]
-    finish(make_folder(out), summarize(groups, {}, about(", ".join(groups), command, method)), print)
+    finish(make_folder(out), summarize(groups, {}, about(", ".join(groups), command, method)), print, args)
 
 
 def about(title: str, command: str, method: list[str]) -> dict[str, object]:
@@ -221,20 +224,21 @@ def about(title: str, command: str, method: list[str]) -> dict[str, object]:
     return {"title": title, "command": command, "device": device, "versions": versions, "method": method}
 
 
-def make_folder(out: Path) -> Path:
+def make_folder(out: Path, option: str = "--out") -> Path:
     """The folder of the report, which a file cannot be."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise ConfigError(f"--out {out}: a file is in the way") from None
+        raise ConfigError(f"{option} {out}: a file is in the way") from None
     return out
 
 
-def draw_again(path: str, out: Path | None) -> None:
-    """The report of a results.json that is there, beside it or in `out`."""
+def draw_again(args: argparse.Namespace) -> None:
+    """The report of a results.json that is there, beside it or in --out."""
+    path = args.results
     try:
         results = json.loads(Path(path).read_text(encoding="utf-8"))
-        page = write_report(make_folder(out or Path(path).parent), results)
+        page = write(make_folder(Path(args.out) if args.out else Path(path).parent), results, args)
     except OSError as error:
         raise ConfigError(f"cannot read results '{path}' ({error.strerror})") from None
     except (ValueError, LookupError, TypeError, AttributeError, TemplateError):
@@ -242,9 +246,19 @@ def draw_again(path: str, out: Path | None) -> None:
     print(f"report: {page}")
 
 
-def finish(out: Path, results: dict, say: Any) -> None:
-    """Write the report and say what it says."""
+def write(out: Path, results: dict, args: argparse.Namespace) -> Path:
+    """Write the report with --reference, and for --publish; returns the page's path."""
+    if args.references:
+        results["references"] = args.references
     page = write_report(out, results)
+    if args.publish:
+        publish(results, make_folder(Path(args.publish), "--publish"))
+    return page
+
+
+def finish(out: Path, results: dict, say: Any, args: argparse.Namespace) -> None:
+    """Write the report and say what it says."""
+    page = write(out, results, args)
     shown, folded = statements(results)
     for _, line in shown:
         say(line)
@@ -279,22 +293,32 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--parallel", type=at_least(1), help="trials at a time (one for each visible GPU, else 1)")
     parser.add_argument("--runs", nargs="+", metavar="DIR", help="compare these runs instead of starting any")
     parser.add_argument("--results", metavar="FILE", help="draw the report of this results.json again")
+    references = "lay over the losses of other people's runs: a CSV, an export of W&B, JSON, marin's result.json"
+    parser.add_argument("--reference", nargs="+", default=[], metavar="FILE", help=references)
+    parser.add_argument(
+        "--publish", metavar="DIR", help="write the report there, too, for any static host, without paths of here"
+    )
     parser.add_argument("--out", help="folder of trials and report (runs/compare-<name of the file>)")
     args = parse_arguments(parser, argv)
     words = [args.config, *args.overrides] if args.config else []
-    for key in ("optimizers", "lrs", "adamw_lrs"):  # overrides may stand behind a list
+    for key in ("optimizers", "lrs", "adamw_lrs", "reference"):  # overrides may stand behind a list
         listed = getattr(args, key) or []
         words += [word for word in listed if is_override(word)]
         setattr(args, key, [word for word in listed if not is_override(word)])
     args.config, *args.overrides = words or [None]
     args.lrs = learning_rates("--lrs", [] if args.lrs == ["auto"] else args.lrs)
     args.adamw_lrs = learning_rates("--adamw-lrs", args.adamw_lrs)
+    args.references = [reference for path in args.reference for reference in read_references(path)]  # now, not after the trials
     if args.runs or args.results:
         kind = "--runs" if args.runs else "--results"
-        others = sorted({word.partition("=")[0] for word in argv if word.startswith("--")} - {kind, "--out"})
+        others = sorted(
+            {word.partition("=")[0] for word in argv if word.startswith("--")} - {kind, "--out", "--reference", "--publish"}
+        )
         if args.config or others:
             others = ["a configuration", *others] if args.config else others
-            raise ConfigError(f"{kind} takes what is there already: nothing else but --out goes with it, not {', '.join(others)}")
+            raise ConfigError(
+                f"{kind} takes what is there already: only --out, --reference and --publish go with it, not {', '.join(others)}"
+            )
     elif not args.config or is_override(args.config):
         raise ConfigError("a configuration is missing: python -m launch.compare CONFIG.yaml --optimizers celo2 adamw")
     elif not args.optimizers:
@@ -321,9 +345,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = arguments(argv)
         if args.results:
-            draw_again(args.results, Path(args.out) if args.out else None)
+            draw_again(args)
         elif args.runs:
-            compare_runs(args.runs, Path(args.out or "runs/compare"), command)
+            compare_runs(args, Path(args.out or "runs/compare"), command)
         else:
             compare(args, command)
     except Stopped:
