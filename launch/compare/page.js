@@ -14,7 +14,8 @@ const look = (label) => LOOKS.get(label) ?? REFERENCE;
 const paint = (label) => (look(label).color === null ? "--soft" : `--c${look(label).color}`);
 const variable = (name) => getComputedStyle(document.documentElement).getPropertyValue(name); // a canvas knows no var()
 const color = (label) => variable(paint(label));
-const dash = (label) => (LOOKS.has(label) ? DASHES[look(label).dash] : [2, 4]);
+const other = (label) => results.references.findIndex((reference) => reference.label === label);
+const dash = (label) => (LOOKS.has(label) ? DASHES[look(label).dash] : [[2, 4], [8, 3], [1, 6], [5, 2, 1, 2]][other(label) % 4]);
 const mark = (label) => MARKS[look(label).mark];
 
 // Exponential moving average whose start is not pulled towards 0; weight 0 leaves the points alone.

@@ -9,7 +9,7 @@ from typing import Any
 from launch.compare.report import write_report
 from launch.compare.setting import configurations
 
-ABSOLUTE = re.compile(r"(?<![\w.:/~])(?:~|/)(?:[^\s/'\"\],;:]+/)*[^\s/'\"\],;:]*[^\s/'\"\],;:.]")
+ABSOLUTE = re.compile(r"(?<![\w./~])(?!//)~?/(?:[^\s/'\"\],;:]+/)*[^\s/'\"\],;:]*[^\s/'\"\],;:.]")
 
 
 def publish(results: dict[str, Any], folder: Path) -> Path:
