@@ -77,8 +77,10 @@ class Data:
     cache_gb: float = option(100.0, "the most that these copies may take, in GB; unused ones go first", POSITIVE)
 
 
-OPTIMIZERS = ("celo2", "celo2-base", "adamw", "muon", "lion", "soap", "adafactor", "schedule-free")
-OPTIMIZERS += ("normuon", "ademamix", "mars", "kron", "scion")
+OPTIMIZERS = (
+    *("celo2", "celo2-base", "adamw", "muon", "lion", "soap", "adafactor", "schedule-free"),
+    *("normuon", "ademamix", "mars", "kron", "scion"),
+)
 
 
 @dataclass

@@ -3,6 +3,7 @@
     python -m launch.compare CONFIG.yaml --optimizers celo2 adamw muon --out runs/compare [section.key=value ...]
     python -m launch.compare --runs DIR DIR ... --out DIR        runs that are there already
     python -m launch.compare --results FILE --out DIR            the page and the pictures of a results.json, drawn again
+    ... --reference FILE --publish DIR                           with curves of other people; as a folder for a static host
 
 Every optimizer trains the same model on the same batches for the same tokens. First each searches its learning rate, or several
 keys together (--search), with the same number of trials; then its best setting runs with several other seeds. With --sizes that
@@ -36,6 +37,8 @@ from launch.compare.comparison import FLOPS, INTERVALS, TRIALS_PER_KEY, Comparis
 from launch.compare.curves import Run, label_runs, read_run
 from launch.compare.keys import SEARCHABLE
 from launch.compare.ladder import ladder_record, weights_beyond
+from launch.compare.publish import publish
+from launch.compare.references import read_references
 from launch.compare.report import statements, write_report
 from launch.compare.summary import summarize
 from launch.compare.trials import Stopped, TrialError
@@ -59,13 +62,13 @@ def compare(args: argparse.Namespace, command: str) -> None:
         extra["ladder"] = ladder_record(comparison.rungs, groups, weights_beyond(comparison.config), comparison.rule())
     said = about(f"{name}: {title}", command, comparison.method(searches)) | extra
     last = groups[list(groups)[-1]]  # of a ladder the largest and longest rung
-    finish(comparison.out, summarize(last, searches, said, args.target_loss), pool.say)
+    finish(comparison.out, summarize(last, searches, said, args.target_loss), pool.say, args)
 
 
-def compare_runs(folders: Sequence[str], out: Path, command: str, target_loss: float | None = None) -> None:
+def compare_runs(args: argparse.Namespace, out: Path, command: str) -> None:
     """A report on runs that are there already."""
     runs = []
-    for folder in map(Path, folders):
+    for folder in map(Path, args.runs):
         run = read_run(folder)
         if run.status != "diverged" and not run.validation:
             raise ConfigError(f"{folder} has no evaluation (val_loss in metrics.jsonl): nothing to compare")
@@ -81,7 +84,8 @@ def compare_runs(folders: Sequence[str], out: Path, command: str, target_loss: f
         INTERVALS.format(pairing="paired by seed where two seeds or more are common, else Welch's"),
         FLOPS,
     ]
-    finish(make_folder(out), summarize(groups, {}, about(", ".join(groups), command, method), target_loss), print)
+    results = summarize(groups, {}, about(", ".join(groups), command, method), args.target_loss)
+    finish(make_folder(out), results, print, args)
 
 
 def about(title: str, command: str, method: list[str]) -> dict[str, object]:
@@ -96,11 +100,12 @@ def about(title: str, command: str, method: list[str]) -> dict[str, object]:
     return {"title": title, "command": command, "device": device, "versions": versions, "method": method}
 
 
-def draw_again(path: str, out: Path | None) -> None:
-    """The report of a results.json that is there, beside it or in `out`."""
+def draw_again(args: argparse.Namespace) -> None:
+    """The report of a results.json that is there, beside it or in --out."""
+    path = args.results
     try:
         results = json.loads(Path(path).read_text(encoding="utf-8"))
-        page = write_report(make_folder(out or Path(path).parent), results)
+        page = write(make_folder(Path(args.out) if args.out else Path(path).parent), results, args)
     except OSError as error:
         raise ConfigError(f"cannot read results '{path}' ({error.strerror})") from None
     except (ValueError, LookupError, TypeError, AttributeError, TemplateError):
@@ -108,9 +113,19 @@ def draw_again(path: str, out: Path | None) -> None:
     print(f"report: {page}")
 
 
-def finish(out: Path, results: dict, say: Any) -> None:
-    """Write the report and say what it says."""
+def write(out: Path, results: dict, args: argparse.Namespace) -> Path:
+    """Write the report with --reference, and for --publish; returns the page's path."""
+    if args.references:
+        results["references"] = args.references
     page = write_report(out, results)
+    if args.publish:
+        publish(results, make_folder(Path(args.publish), "--publish"))
+    return page
+
+
+def finish(out: Path, results: dict, say: Any, args: argparse.Namespace) -> None:
+    """Write the report and say what it says."""
+    page = write(out, results, args)
     shown, folded = statements(results)
     for _, line in shown:
         say(line)
@@ -159,10 +174,16 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--parallel", type=at_least(1), help="trials at a time (one for each visible GPU, else 1)")
     parser.add_argument("--runs", nargs="+", metavar="DIR", help="compare these runs instead of starting any")
     parser.add_argument("--results", metavar="FILE", help="draw the report of this results.json again")
+    references = "lay over the losses of other people's runs: a CSV, an export of W&B, JSON, marin's result.json"
+    parser.add_argument("--reference", nargs="+", default=[], metavar="FILE", help=references)
+    parser.add_argument(
+        "--publish", metavar="DIR", help="write the report there, too, for any static host, without paths of here"
+    )
     parser.add_argument("--out", help="folder of trials and report (runs/compare-<name of the file>)")
     args = parse_arguments(parser, argv)
     words = [args.config, *args.overrides] if args.config else []
-    for key in ("optimizers", "lrs", "adamw_lrs", "search", "sizes", "tokens_per_parameter"):  # overrides may stand behind a list
+    lists = ("optimizers", "lrs", "adamw_lrs", "search", "sizes", "tokens_per_parameter", "reference")
+    for key in lists:  # overrides may stand behind a list
         listed = getattr(args, key) or []
         words += [word for word in listed if is_override(word)]
         setattr(args, key, [word for word in listed if not is_override(word)])
@@ -177,18 +198,16 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         raise ConfigError("--search and --adamw-lrs exclude each other: name adamw_lr in --search")
     if args.search and args.lrs and "lr" not in args.search:
         raise ConfigError("--lrs is where the search of lr begins: name lr in --search, or leave --lrs out")
+    args.references = [reference for path in args.reference for reference in read_references(path)]  # now, not after the trials
     if args.runs or args.results:
         kind = "--runs" if args.runs else "--results"
-        others = sorted(
-            {word.partition("=")[0] for word in argv if word.startswith("--")}
-            - {kind, "--out", *(["--target-loss"] if args.runs else [])}
-        )
+        allowed = ["--out", "--reference", "--publish", *(["--target-loss"] if args.runs else [])]
+        others = sorted({word.partition("=")[0] for word in argv if word.startswith("--")} - {kind, *allowed})
         if args.config or others:
             others = ["a configuration", *others] if args.config else others
-            allowed = "--out" if args.results else "--out and --target-loss"
-            verb = "goes" if args.results else "go"
             raise ConfigError(
-                f"{kind} takes what is there already: nothing else but {allowed} {verb} with it, not {', '.join(others)}"
+                f"{kind} takes what is there already: only {', '.join(allowed[:-1])} and {allowed[-1]} go with it, "
+                f"not {', '.join(others)}"
             )
     elif not args.config or is_override(args.config):
         raise ConfigError("a configuration is missing: python -m launch.compare CONFIG.yaml --optimizers celo2 adamw")
@@ -221,9 +240,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = arguments(argv)
         if args.results:
-            draw_again(args.results, Path(args.out) if args.out else None)
+            draw_again(args)
         elif args.runs:
-            compare_runs(args.runs, Path(args.out or "runs/compare"), command, args.target_loss)
+            compare_runs(args, Path(args.out or "runs/compare"), command)
         else:
             compare(args, command)
     except Stopped:

@@ -265,10 +265,10 @@ class Comparison:
         ]
 
 
-def make_folder(out: Path) -> Path:
+def make_folder(out: Path, option: str = "--out") -> Path:
     """The folder of the report, which a file cannot be."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise ConfigError(f"--out {out}: a file is in the way") from None
+        raise ConfigError(f"{option} {out}: a file is in the way") from None
     return out

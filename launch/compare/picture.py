@@ -15,10 +15,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from data.files import replacing
+from launch.compare.looks import looks_of
 
 COLORS = ("#126fb8", "#d65b1d", "#5a9f84", "#b20360", "#a770fb", "#150090", "#4e4a00", "#580934")  # as in page.css
-DASHES = ("-", (0, (4, 2)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2)), (0, (3, 1)), (0, (1, 2.4)), (0, (8, 2)), (0, (2.5, 2.5)))
-MARKERS = "os^DvPX"  # 7, so that with 8 colours and dashes 56 optimizers differ in something
+DASHES = ("-", (0, (4, 2)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2)), (0, (3, 1)), (0, (1, 2.4)), (0, (8, 2)))
+MARKERS = "os^DvPX"
 SMOOTHING = 0.6  # of what is logged while training, as on the page
 X_NAMES = {"tokens": "tokens", "step": "optimizer steps", "seconds": "seconds in training steps", "flops": "model FLOPs"}
 NAME = 28  # letters of an optimizer's name
@@ -51,7 +52,8 @@ def draw_details(results: dict[str, Any], path: Path) -> None:
 
 def sheet(path: Path, results: dict[str, Any], panels: Sequence[Panel]) -> None:
     """Panels two by two under one legend."""
-    labels = [row["label"] for row in results["optimizers"]]
+    ranked = sorted(results["optimizers"], key=lambda row: row["loss"]["mean"] if row["loss"] else float("inf"))
+    labels = [row["label"] for row in ranked]
     rows = -(-len(panels) // 2)
     figure = Figure(figsize=(11, 3.9 * rows + 0.4), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
@@ -69,8 +71,8 @@ def sheet(path: Path, results: dict[str, Any], panels: Sequence[Panel]) -> None:
 
 def style(label: str, labels: Labels) -> dict[str, Any]:
     """Colour, dashes and marks of an optimizer."""
-    i = labels.index(label)
-    return {"color": COLORS[i % len(COLORS)], "linestyle": DASHES[i % len(DASHES)], "marker": MARKERS[i % len(MARKERS)]}
+    color, dash, mark = looks_of(labels)[label]
+    return {"color": COLORS[color], "linestyle": DASHES[dash], "marker": MARKERS[mark]}
 
 
 def short(label: str) -> str:

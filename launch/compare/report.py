@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,15 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from data.files import replace_text
+from launch.compare.looks import looks_of
 from launch.compare.picture import draw, draw_details
 from launch.compare.sections import sections
+from launch.compare.setting import differing, setting_of
 
 HERE = Path(__file__).parent
 VENDOR = HERE / "vendor"
 Results = dict[str, Any]
+BEHIND = 6  # an optimizer that would make the strip so many times as wide is not drawn on it
 
 
 def write_report(out: Path, results: Results) -> Path:
@@ -46,21 +50,25 @@ def to_json(results: Results) -> str:
 
 def render(results: Results) -> str:
     """The page. Every text from outside is escaped, and no text can end the script that holds the data."""
-    labels = [row["label"] for row in results["optimizers"]]
-    drawn = {key: results[key] for key in ("title", "compared_at_tokens", "optimizers")}
+    by_loss = sorted(results["optimizers"], key=lambda row: row["loss"]["mean"] if row["loss"] else float("inf"))
+    looks = looks_of(row["label"] for row in by_loss)
+    drawn = {"title": results["title"], "compared_at_tokens": results["compared_at_tokens"], "optimizers": by_loss}
+    drawn["looks"] = {label: look._asdict() for label, look in looks.items()}
+    drawn["references"] = results.get("references", [])
     drawn["runs"] = [{k: v for k, v in run.items() if k not in ("config", "command", "folder")} for run in results["runs"]]
     shown, folded = statements(results)
-    low, high = span(results)
+    low, high, crops = span(by_loss)
 
     def place(loss: float) -> float:
-        """Per cent of the way from the lowest to the highest final loss."""
-        return round(100 * (loss - low) / (high - low), 2) if high > low else 50.0
+        """Per cent of the way along the strip."""
+        return round(min(100.0, 100 * (loss - low) / (high - low)), 2) if high > low else 50.0
 
     script = f"/*\n{(VENDOR / 'uPlot.LICENSE').read_text(encoding='utf-8')}*/\n"
-    script += (VENDOR / "uPlot.iife.min.js").read_text(encoding="utf-8") + (HERE / "page.js").read_text(encoding="utf-8")
+    script += (VENDOR / "uPlot.iife.min.js").read_text(encoding="utf-8")
+    script += "".join((HERE / name).read_text(encoding="utf-8") for name in ("chart.js", "page.js"))
     page = environment()
     page.filters |= {"f": number, "milliseconds": milliseconds, "breakable": breakable, "place": place}
-    page.filters["colour"] = lambda label: labels.index(label) % 8
+    page.filters["color"] = lambda label: looks[label].color
     return page.get_template("page.html").render(
         results | {"versions": [f"{library} {version}" for library, version in results["versions"].items()]},
         search_commands=results.get("search_commands"),
@@ -69,8 +77,13 @@ def render(results: Results) -> str:
         folded=folded,
         low=low,
         high=high,
-        by_loss=sorted(results["optimizers"], key=lambda row: row["loss"]["mean"] if row["loss"] else float("inf")),
-        searched=[row for row in results["optimizers"] if row["search"] and row["search"]["lr"]],
+        crops=crops,
+        setting=setting_of(results),
+        differing=differing(results),
+        references=drawn["references"],
+        by_loss=by_loss,
+        by_cost=sorted(by_loss, key=lambda row: row["to_target"]["tokens"] if row["to_target"] else float("inf")),
+        searched=[row for row in by_loss if row["search"] and row["search"]["lr"]],
         style=(VENDOR / "uPlot.min.css").read_text(encoding="utf-8") + (HERE / "page.css").read_text(encoding="utf-8"),
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -96,14 +109,19 @@ def statements(results: Results) -> tuple[list[tuple[str, str]], list[tuple[str,
     return [*shown, *(("caveat", text) for text in [*sentences[len(pairs) :], *results["caveats"]])], folded
 
 
-def span(results: Results) -> tuple[float, float]:
-    """What the picture of the final losses must have room for: seeds, and intervals of means."""
+def span(by_loss: Sequence[Results]) -> tuple[float, float, bool]:
+    """From where to where the strip of the final losses goes, and whether it leaves some out: what is so far behind the better
+    ones, which come first, that they could not be told apart beside it."""
     ends: list[float] = []
-    for row in results["optimizers"]:
+    for row in by_loss:
         if row["loss"]:
             mean, half = row["loss"]["mean"], row["loss"]["half"] or 0.0
-            ends += [*row["final"].values(), mean - half, mean + half]
-    return min(ends, default=0.0), max(ends, default=0.0)
+            new = [*row["final"].values(), mean - half, mean + half]
+            wide = max(ends, default=0.0) - min(ends, default=0.0)
+            if wide > 0 and max(new) - min(ends) > BEHIND * wide:
+                return min(ends), max(ends), True
+            ends += new
+    return min(ends, default=0.0), max(ends, default=0.0), False
 
 
 def breakable(label: str) -> Markup:

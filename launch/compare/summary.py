@@ -110,13 +110,25 @@ def sentence(pair: dict[str, Any], pairs: int = 1) -> str:
     if not pair["claim"]:
         p += f" when corrected for {pairs} pairs" if pair["p"] < LEVEL else ""  # the interval alone would make it a claim
         return f"{a} and {b}: no difference beyond the noise ({number(pair['mean'])} ± {spread}, {seeds}, {p})."
-    said = f"{a} is lower than {b} by {number(-pair['mean'])} ± {spread} ({seeds}, {p})"
+    said = f"{a} has a lower loss than {b}, by {number(-pair['mean'])} ± {spread} ({seeds}, {p})"
     r = pair["reach"]
     if not r["reached"]:
         return f"{said}; it never reaches {b}'s final loss in a single run."
     where = "" if r["reached"] == r["asked"] else f" in {r['reached']} of {r['asked']} runs"
-    shares = f"{r['tokens']:.2f} of its tokens and {r['seconds']:.2f} of its time"
-    return f"{said}; it reaches {b}'s final loss with {'at most ' if r['at_most'] else ''}{shares}{where}."
+    shares = f"{saving(r['tokens'], 'fewer', 'tokens', r['at_most'])} and {saving(r['seconds'], 'less', 'time', r['at_most'])}"
+    return f"{said}; it reaches {b}'s final loss with {shares}{where}."
+
+
+def saving(share: float, word: str, what: str, at_most: bool) -> str:
+    """What a share of another's tokens or time means: 0.97 is "3 % fewer tokens", or at least that if the share is a bound."""
+    percent = round(100 * (1 - share))
+    if share >= 2:
+        return f"{'at most ' if at_most else ''}{share:.1f} times the {what}"
+    if percent == 0:
+        return f"{'at most ' if at_most else ''}as {'many' if word == 'fewer' else 'much'} {what}"
+    if percent < 0:
+        return f"{'at most ' if at_most else ''}{-percent} % more {what}"
+    return f"{'at least ' if at_most else ''}{percent} % {word} {what}"
 
 
 def number(value: float) -> str:
@@ -168,6 +180,7 @@ def row(
         "diverged_seeds": [run.seed for run in runs if run.status == "diverged"],
         "final": {str(seed): loss for seed, loss in finals.items()},
         "loss": asdict(estimate(list(finals.values()))) if finals else None,
+        "interpolated": any(all(x != tokens for x, _ in run.losses()) for run in sound),
         "step_seconds": median(run.seconds_at(run.tokens) / run.validation[-1]["step"] for run in sound) if sound else None,
         "optimizer_seconds": median(timed) if timed else None,
         "state_bytes": max(sizes, default=None),

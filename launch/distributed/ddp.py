@@ -42,7 +42,8 @@ class DDP(Strategy):
         )
         self.loss_model = accelerator.prepare_model(loss)
         replicas = dist.group.WORLD if self.world > 1 else None
-        self.optimizer = build_optimizer(config.optimizer, self.groups, replicas, config.distributed.shard_state, config.train.steps)
+        divided = config.distributed.shard_state
+        self.optimizer = build_optimizer(config.optimizer, self.groups, replicas, divided, config.train.steps)
         self.shards = {name: ShardedParameter(p, local_shard_of(p)) for name, p in model.named_parameters()}
 
     def micro_batch(self, last: bool) -> AbstractContextManager:

@@ -1,7 +1,7 @@
 """Options that every optimizer can get, as hooks around its step: cautious weight decay and EMA-Nesterov.
 
-Hooks and no wrapper, so that the optimizer stays of its own class for all that asks what it is. A refused step (`found_inf` on the
-device, or no step at all) changes neither weights nor state.
+Hooks and no wrapper, so that the optimizer stays of its own class for all that asks what it is. A refused step (`found_inf` on
+the device, or no step at all) changes neither weights nor state.
 """
 
 from __future__ import annotations

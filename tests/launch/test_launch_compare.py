@@ -105,7 +105,7 @@ def test_search_seeds_and_report(start, tmp_path):
     assert adamw["search"]["trials"] == muon["search"]["trials"] == 4
     assert (adamw["lr"], muon["lr"], adamw["adamw_lr"]) == (2e-3, 1e-3, 1e-2)
     assert adamw["seeds"] == muon["seeds"] == [1, 2, 3]  # the search had seed 0
-    assert "muon is lower than adamw by 0.201 ± 0.001 (3 seeds, p < 0.001)" in results["sentences"][0]
+    assert "muon has a lower loss than adamw, by 0.201 ± 0.001 (3 seeds, p < 0.001)" in results["sentences"][0]
     assert len(starts(tmp_path)) == 2 * 4 + 2 * 3
     trial = tmp_path / "out" / "trials" / "adamw"
     searched = ["lr_0.001_seed_0", "lr_0.002_seed_0", "lr_0.004_seed_0", "lr_0.00283_seed_0"]
@@ -128,7 +128,8 @@ def test_search_seeds_and_report(start, tmp_path):
     folders = [str(path) for label in ("adamw", "muon") for path in (tmp_path / "out" / "trials" / label).glob("*seed_[12]")]
     assert compare.main(["--runs", *folders, "--out", str(tmp_path / "runs")]) == 0
     found = json.loads((tmp_path / "runs" / "results.json").read_text())
-    assert found["sentences"][0].startswith("muon is lower than adamw by 0.20") and found["optimizers"][0]["search"] is None
+    assert found["sentences"][0].startswith("muon has a lower loss than adamw, by 0.20")
+    assert found["optimizers"][0]["search"] is None
     assert "not known here" in (tmp_path / "runs" / "report.html").read_text()
 
     for name in ("report.html", "report.png", "details.png"):  # drawn again from the numbers alone
@@ -391,7 +392,7 @@ def test_the_same_name_twice_is_told_apart():
         (["--runs", "nowhere"], "nowhere holds no run: config.yaml is missing"),
         (
             ["c.yaml", "--runs", "nowhere"],
-            "--runs takes what is there already: nothing else but --out and --target-loss go with it, not a config",
+            "--runs takes what is there already: only --out, --reference, --publish and --target-loss go with it, not a config",
         ),
         (["--runs", "nowhere", "--seeds", "2"], "not --seeds"),
         (["--results", "nowhere.json"], "cannot read results 'nowhere.json' (No such file or directory)"),

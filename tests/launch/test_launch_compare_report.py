@@ -58,11 +58,11 @@ def test_a_difference_outside_the_noise_is_a_claim():
     results = results_of({"adamw": seeds("adamw", [4.0, 4.2, 4.4]), "celo2": seeds("celo2", [3.9, 4.1, 4.301], seconds=2.0)})
     (said,) = results["sentences"]
     pattern = (
-        r"celo2 is lower than adamw by 0\.100 ± 0\.001 \(3 seeds, p < 0\.001\); it reaches adamw's final loss with (.*) of its"
+        r"celo2 has a lower loss than adamw, by 0\.100 ± 0\.001 \(3 seeds, p < 0\.001\); it reaches adamw's final loss with (.*)"
     )
     assert re.match(pattern, said)
     # From 8, 4.0 is reached at 4/4.1 of the way to 3.9, and so on seed by seed; a step takes twice the time.
-    assert "with 0.97 of its tokens and 1.95 of its time." in said
+    assert "with 3 % fewer tokens and 95 % more time." in said
     pair = results["pairs"][0]
     assert pair["claim"] and pair["paired"] and pair["reach"]["reached"] == 3
     assert pair["reach"]["tokens"] == pytest.approx((4 / 4.1 + 3.8 / 3.9 + 3.6 / 3.699) / 3)
@@ -125,7 +125,8 @@ def test_different_lengths_are_compared_where_the_shortest_ends():
     results = results_of({"long": long, "short": short})
     assert results["compared_at_tokens"] == 1000
     assert results["optimizers"][0]["final"] == pytest.approx({"1": 5.5, "2": 5.55})  # half of its way from 8
-    assert results["sentences"][0].startswith("short is lower than long by 1.475")
+    assert results["sentences"][0].startswith("short has a lower loss than long, by 1.475")
+    assert [row["interpolated"] for row in results["optimizers"]] == [False, False]
     assert "different lengths: they are compared at 1,000 tokens" in results["caveats"][0]
     assert any("neither the time of an optimizer step" in text for text in results["caveats"])
 
@@ -146,7 +147,8 @@ def test_what_is_reached_before_the_first_evaluation_is_a_bound():
     groups = {"a": seeds("a", [1.0, 1.1], start=2.0), "b": seeds("b", [4.0, 4.2])}
     results = results_of(groups)
     assert results["pairs"][0]["reach"] | {"at_most": True, "tokens": 0.2} == results["pairs"][0]["reach"]
-    assert "it reaches b's final loss with at most 0.20 of its tokens and 0.20 of its time." in results["sentences"][0]
+    said = "it reaches b's final loss with at least 80 % fewer tokens and at least 80 % less time."
+    assert said in results["sentences"][0]
     assert [row["to_target"]["at_most"] for row in results["optimizers"]] == [True, False]
     assert ">≤ 200</td>" in render(results)
 
@@ -201,13 +203,13 @@ def test_the_page_is_one_file_and_holds_no_foreign_markup(tmp_path):
     assert json.loads((tmp_path / "results.json").read_text())["runs"][0]["config"].startswith("run:")
     for name in ("report.png", "details.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-    assert "b is lower than" in page and "Its optimizer" not in page
+    assert "b has a lower loss than" in page and "Its optimizer" not in page
 
 
 def test_the_script_needs_nothing_that_the_page_lacks():
     """Every element that the script asks for by id is on the page."""
     page = render(results_of({"a": seeds("a", [4.0])}, {"a": search_of({1e-3: 4.0})}))
-    for name in set(re.findall(r'(?:getElementById|control)\("([\w-]+)"', page)):
+    for name in set(re.findall(r'(?:getElementById|control)\("([\w-]+)"(?!\)\?)', page)):
         assert f'id="{name}"' in page, name
 
 
@@ -263,8 +265,8 @@ def test_what_older_versions_wrote_is_drawn(tmp_path):
 @pytest.mark.skipif(shutil.which("node") is None, reason="node runs the page's script here")
 def test_the_script_counts_as_python_does(tmp_path):
     """`crossing` is `reaches`; ticks are named with one unit and as many decimals as they need; a flat curve has a range."""
-    source = (Path(report.__file__).parent / "page.js").read_text()
-    names = ("unitOf", "short", "tickNames", "logTicks", "padded", "crossing")
+    source = "".join((Path(report.__file__).parent / name).read_text() for name in ("chart.js", "page.js"))
+    names = ("unitOf", "short", "tickNames", "logTicks", "padded", "crossing", "cell")
     functions = [re.search(rf"^function {name}\(.*?^}}$", source, re.M | re.S)[0] for name in names]
     curve = [(10, 5.0), (20, 4.0), (30, 4.5), (40, 3.0)]
     xs, ys = map(list, zip(*curve, strict=True))
@@ -273,10 +275,12 @@ def test_the_script_counts_as_python_does(tmp_path):
     ticks = ["0, 2e5, 4e5, 6e5, 8e5, 1e6", "4.5, 5, 5.5, 6", "...logTicks(1e-4, 0.1, 6)", "4, 5, 6"]
     ticks += ["0, 0.5e-4, 1e-4, 1.5e-4, 2e-4", "...logTicks(0.9e4, 2.3e4, 6)", "...logTicks(4.1, 4.3, 6)"]
     asked += [f"tickNames([{values}])" for values in ticks]
+    asked += ["""['=1+1', '-0.5', 'a,b', 'say "x"', 3].map(cell)"""]
     asked += ["padded([1e-3 - 1e-19, 1e-3], 0.05, false)", "padded([2, 2], 0.05, true)", "padded([1, 2], 0.5, false)"]
     (tmp_path / "script.js").write_text("\n".join([*functions, f"console.log(JSON.stringify([{', '.join(asked)}]))"]))
     said = subprocess.run(["node", str(tmp_path / "script.js")], capture_output=True, text=True, check=True).stdout
-    crossings, *names, flat, flat_log, usual = json.loads(said)
+    crossings, *names, cells, flat, flat_log, usual = json.loads(said)
+    assert cells == ["'=1+1", "-0.5", '"a,b"', '"say ""x"""', "3"]
     assert crossings == [reaches(curve, target) for target in targets]
     assert names[0] == ["0", "0.2M", "0.4M", "0.6M", "0.8M", "1.0M"]
     assert names[1] == ["4.5", "5.0", "5.5", "6.0"]
@@ -294,7 +298,7 @@ def test_the_committed_comparison_is_what_the_documents_say():
     paths = (root / "README.md", *sorted((root / "docs").glob("*.md")))
     documents = " ".join(" ".join(path.read_text() for path in paths).split())  # wherever their lines end
     for text in results["sentences"]:
-        if text.startswith(("celo2 is lower than muon", "celo2 is lower than adamw")):
+        if text.startswith(("celo2 has a lower loss than muon", "celo2 has a lower loss than adamw")):
             assert text in documents
     for row in results["optimizers"]:
         loss = row["loss"]

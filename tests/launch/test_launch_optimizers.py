@@ -12,10 +12,11 @@ from torch import nn
 from celo2 import Celo2
 from celo2.distributed.shard import LocalShard
 from configs.load import ConfigError
-from configs.schema import OPTIMIZERS, Checkpoint, Config, Optimizer
+from configs.schema import OPTIMIZERS, Checkpoint, Config, Optimizer, Train
 from launch.checkpoint.load import load_checkpoint
 from launch.checkpoint.save import take_snapshot, write_checkpoint
 from launch.distributed.setup import make_strategy
+from launch.distributed.strategy import seed_everything
 from launch.monitoring.step_statistics import StepStatistics, hidden_names
 from launch.optimizers.build import Combined, build_optimizer, check_optimizer, optimizer_groups, set_mode
 from launch.optimizers.table import TABLE
@@ -38,6 +39,7 @@ def step(model, optimizer, seed):
     generator = torch.Generator().manual_seed(seed)
     for p in model.parameters():
         p.grad = torch.randn(p.shape, generator=generator)
+    seed_everything(seed)  # as `backward` does, for optimizers that draw random numbers
     optimizer.step()
 
 
@@ -47,10 +49,10 @@ def config_of(name):
     return Optimizer(name=name, lr=1e-3)
 
 
-def strategy_of(config, seed):
+def strategy_of(config, seed, steps=1000):
     """A model and its optimizer as a run of one process has them."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    return make_strategy(Config(optimizer=config), Accelerator(cpu=True), tiny(seed))
+    return make_strategy(Config(optimizer=config, train=Train(steps=steps)), Accelerator(cpu=True), tiny(seed))
 
 
 class Listing(torch.optim.Optimizer):
@@ -89,7 +91,7 @@ def test_what_the_table_says_of_an_optimizer_is_so():
         optimizer = build_optimizer(config, groups)
         assert all(group["initial_lr"] == group["lr"] for group in optimizer.param_groups)
         assert isinstance(optimizer, Celo2) == entry.takes_rule
-        assert isinstance(optimizer, Combined) == (entry.route == "hidden" and not entry.takes_rule)
+        assert isinstance(optimizer, Combined) == (entry.route != "all" and not entry.takes_rule)
         set_mode(optimizer, "train")
         step(model, optimizer, seed=0)
         weight = model.model.layers[0].mlp.up_proj.weight
@@ -143,6 +145,7 @@ def test_a_library_behaves_as_without_the_adapter(name, monkeypatch):
         generator = torch.Generator().manual_seed(seed)
         for p in theirs.parameters():
             p.grad = torch.randn(p.shape, generator=generator)
+        seed_everything(seed)
         for part in bare:
             part.step()
     for (key, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
@@ -195,10 +198,100 @@ def test_routes():
 
 
 def test_lion_decays_three_times_as_much():
-    optimizer = optimizer_of(config_of("lion"), tiny())
-    lion, adamw = optimizer.optimizers
-    assert [group["weight_decay"] for group in lion.param_groups] == pytest.approx([0.3])
-    assert max(group["weight_decay"] for group in adamw.param_groups) == 0.1
+    lion = optimizer_of(config_of("lion"), tiny())
+    assert [group["weight_decay"] for group in lion.param_groups] == pytest.approx([0.3, 0.3, 0.0])
+
+
+# What each of the named ones updates itself, and what has optimizer.lr (1.0) where adamw_lr is 0.5: as its authors use it.
+ROUTED = {
+    "normuon": ("hidden", "hidden"), "soap": ("hidden", "hidden"), "mars": ("matrices", "matrices"),
+    "scion": ("matrices", "matrices"),
+    "lion": ("all", "all"), "kron": ("all", "all"), "adafactor": ("all", "all"), "ademamix": ("all", "hidden"),
+    "schedule-free": ("all", "hidden"),
+}  # fmt: skip
+KINDS = {"layers.0.mlp.up_proj.weight": "hidden", "embed_tokens.weight": "matrices", "norm.bias": "all"}
+
+
+@pytest.mark.parametrize("name", ROUTED)
+def test_who_updates_what_with_which_learning_rate(name):
+    config = config_of(name)
+    config.lr, config.adamw_lr = 1.0, 0.5
+    model = tiny()
+    optimizer = build_optimizer(config, optimizer_groups(config, model), steps=77)
+    own = getattr(optimizer, "optimizers", [optimizer])[0]
+    rank = ("hidden", "matrices", "all").index
+    for key, kind in KINDS.items():
+        p = model.model.get_parameter(key)
+        mine = [group for group in own.param_groups if any(q is p for q in group["params"])]
+        assert bool(mine) == (rank(kind) <= rank(ROUTED[name][0])), key
+        (group,) = [group for group in optimizer.param_groups if any(q is p for q in group["params"])]
+        assert group["lr"] == (1.0 if rank(kind) <= rank(ROUTED[name][1]) else 0.5), key
+    if name == "scion":
+        assert [(group["norm_type"], group["scale"], group["constraint"]) for group in own.param_groups] == [
+            (2, 50.0, True), (4, 3000.0, True)
+        ]  # fmt: skip
+    if name == "ademamix":
+        assert {group["t_alpha_beta3"] for group in own.param_groups} == {77}
+
+
+class Learned(torch.optim.Optimizer):
+    """Of the same signatures and habits as PyLO's VeLO: `step(loss)`, the number of steps, state from the constructor, and memory
+    in attributes, which its own state_dict alone would hold."""
+
+    def __init__(self, params, lr=1e-3, num_steps=10000, weight_decay=0.0):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        self.num_steps, self.static = num_steps, torch.ones(2)
+        self.loss_buffer = {"means": torch.zeros(3), "iteration": torch.tensor(0)}
+        self.lstm_hidden_state = (torch.zeros(2), torch.zeros(2))
+        for group in self.param_groups:
+            group["step"] = 0
+            for place, p in enumerate(group["params"]):
+                self.state[p] |= {"layer_idx": place, "mom": torch.zeros((*p.shape, 3))}
+
+    @torch.no_grad()
+    def step(self, loss):
+        iteration = self.loss_buffer["iteration"] + 1
+        self.loss_buffer = {"means": self.loss_buffer["means"] * 0.9 + loss, "iteration": iteration}
+        self.lstm_hidden_state = (self.lstm_hidden_state[0] + iteration, self.lstm_hidden_state[1] - loss)
+        for group in self.param_groups:
+            group["step"] += 1
+            rate = group["lr"] * (1 - group["step"] / self.num_steps) * self.loss_buffer["means"].mean()
+            for p in group["params"]:
+                self.state[p]["mom"].lerp_(p.grad[..., None], 0.1)
+                p -= rate * self.state[p]["mom"].mean(-1) + 1e-3 * self.lstm_hidden_state[0].mean()
+
+
+class Closing(torch.optim.SGD):
+    def step(self, closure):
+        return super().step(closure)
+
+
+def test_a_learned_optimizer_gets_loss_and_steps_and_keeps_its_memory(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, __name__, types.SimpleNamespace(Learned=Learned, Closing=Closing))
+    config = Optimizer(name=f"{__name__}.Learned", route="all", weight_decay=0.0, arguments={"num_steps": "train.steps"})
+    going, resumed = strategy_of(config, 0, steps=50), strategy_of(config, 1, steps=50)
+    twin = tiny(0)
+    alone = Learned([{"params": list(twin.parameters())}], num_steps=50, lr=1e-3)
+
+    def train(strategy, t):
+        strategy.counter.loss = torch.tensor(1.0 + t)
+        step(strategy.model, strategy.optimizer, t)
+
+    for t in range(4):
+        train(going, t)
+        for p, q in zip(twin.parameters(), going.model.parameters(), strict=True):
+            p.grad = q.grad
+        alone.step(torch.tensor(1.0 + t))
+    assert all(torch.equal(p, q) for p, q in zip(twin.parameters(), going.model.parameters(), strict=True))
+    path = write_checkpoint(tmp_path, take_snapshot(going, {"step": 4}), Checkpoint(keep=1))[0]
+    load_checkpoint(path, resumed)
+    for strategy in (going, resumed):
+        train(strategy, 4)
+    for (key, a), b in zip(going.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b), key
+    assert resumed.counter.inner.num_steps == 50 and int(resumed.counter.inner.loss_buffer["iteration"]) == 5
+    with pytest.raises(ConfigError, match=r"its step asks for 'closure', and train.py can give it the loss alone"):
+        check_optimizer(Optimizer(name=f"{__name__}.Closing"))
 
 
 @pytest.mark.parametrize(

@@ -54,13 +54,17 @@ LABELS = {name: [f"optimizer.name={name}"] for name in ("celo2", "celo2-base", "
     "bf16": ["train.precision=bf16"],
     "bf16-state": ["optimizer.state_dtype=bf16"],
     "plain": ["optimizer.arguments={orthogonalize: false}"],
+    "both": ["optimizer.cautious_weight_decay=true", "optimizer.ema_nesterov=0.6"],
+    "muon-both": ["optimizer.name=muon", "optimizer.cautious_weight_decay=true", "optimizer.ema_nesterov=0.6"],
 }
 # Weights after 20 steps against one process, largest difference. Measured on 2 and 4 processes: celo2 2.0e-5, celo2-base 1.9e-4,
 # adamw 4.8e-6, muon 1.6e-3 (torch's Muon orthogonalizes in bfloat16), bf16 0.042 (losses 8e-5), bf16-state
 # 0.011 (losses 7e-6).
 WEIGHTS = {"celo2": 2e-4, "celo2-base": 1e-3, "adamw": 1e-4, "muon": 1e-2, "bf16": 0.2, "bf16-state": 0.1, "plain": 1e-3}
+WEIGHTS |= {"both": 2e-3, "muon-both": 1e-2}
 # Row and column means likewise: celo2 2.6e-5, celo2-base 9e-6, bf16 0.22, bf16-state 0.041; means that were not moved are 1 off.
 MEANS = {"celo2": 1e-3, "celo2-base": 1e-3, "adamw": 0, "muon": 0, "bf16": 0.5, "bf16-state": 0.3, "plain": 1e-3}
+MEANS |= {"both": 1e-3, "muon-both": 0}
 
 
 def differences(folder, reference, first=1):
@@ -91,6 +95,7 @@ OTHERS = [("muon", "zero3"), ("adamw", "fsdp2"), ("celo2-base", "fsdp2"), ("bf16
 MORE = [("bf16", "fsdp2"), ("muon", "ddp"), ("muon", "zero1"), ("muon", "fsdp2"), ("adamw", "zero2"), ("adamw", "zero3")]
 MORE += [("celo2-base", name) for name in ("shard_state", "zero1", "zero3")]
 MORE += [("bf16", "zero1"), ("bf16", "zero3"), ("bf16-state", "fsdp2"), ("plain", "zero3"), ("plain", "fsdp2")]
+BOTH = [("both", name) for name in ("ddp", "zero1", "zero2", "zero3", "fsdp2")] + [("muon-both", "zero1"), ("muon-both", "fsdp2")]
 
 
 # Celo2 under the layouts `names`, a continuation from each to the next; other optimizers and precisions.
@@ -101,6 +106,7 @@ MORE += [("bf16", "zero1"), ("bf16", "zero3"), ("bf16-state", "fsdp2"), ("plain"
         pytest.param(
             2, 20, ("ddp", "zero2", "zero3", "shard_state", "fsdp2", "zero1"), MORE, id="2-more", marks=pytest.mark.slow
         ),
+        pytest.param(2, 20, (), BOTH, id="2-both", marks=pytest.mark.slow),
         pytest.param(4, 20, ("shard_state", "zero1", "zero3", "fsdp2", "hsdp"), [], id="4", marks=pytest.mark.slow),
     ],
 )
