@@ -62,8 +62,8 @@ def choose_unroll(config: Config) -> Unroll:
         for size in text_sizes(config):
             if size.width % (16 * size.heads) or size.context % 16 or size.width >= VOCABULARY:
                 raise ConfigError(
-                    f"engine.name=fast needs a text.width of 16 to {VOCABULARY - 16}, and 16 to divide text.width / text.heads and "
-                    f"text.context, not width {size.width}, {size.heads} heads, context {size.context}; plain takes any"
+                    f"engine.name=fast needs a text.width of 16 to {VOCABULARY - 16}, and 16 to divide text.width / text.heads "
+                    f"and text.context, not width {size.width}, {size.heads} heads, context {size.context}; plain takes any"
                 )
     return compiled_unroll
 
@@ -229,7 +229,13 @@ class GraphUnroll:
         self.arrays: tuple[Tensor, ...]
 
     def __call__(
-        self, config: Config, family: Family, state: Arrays, theta: np.ndarray, truncation: Truncation, expert: Expert | None = None
+        self,
+        config: Config,
+        family: Family,
+        state: Arrays,
+        theta: np.ndarray,
+        truncation: Truncation,
+        expert: Expert | None = None,
     ) -> np.ndarray:
         """As `unroll`, with the same configuration and family in every call. Other sizes, or no expert any more: a new graph."""
         device = torch.device(config.engine.device)

@@ -132,8 +132,8 @@ def update_of(config: Config, family: Family, theta: np.ndarray, expert: Expert 
     """How the weights of an unroll with the rule θ (D,) are trained."""
     start, options, clip = start_rule(config), family.options, config.inner.grad_clip
 
-    def rates(decays: tuple[float, ...]) -> tuple[np.float32, ...]:
-        return tuple(np.float32(1 - decay) for decay in decays)
+    def rates(decays: tuple[float, float, float]) -> tuple[np.float32, np.float32, np.float32]:
+        return np.float32(1 - decays[0]), np.float32(1 - decays[1]), np.float32(1 - decays[2])
 
     return Update(
         np.ascontiguousarray(theta, np.float32),
