@@ -423,7 +423,8 @@ def step_all(table, scale, state, g, u, rate, update, terms):
     """One step of every weight with packed gradient g in the scaled weights. `u` is scratch as large as the largest weight.
 
     A row of `table` (P, 6), int64, is one weight: what it takes (MATRIX, VECTOR or ADAM), offset of its segment in the state,
-    offset in g, rows, columns, width. `rate` multiplies all learning rates. With an expert, terms (2,) becomes 1 - cosine of its step and the rule's, and the mean difference of their absolute values.
+    offset in g, rows, columns, width. `rate` multiplies all learning rates. With an expert, terms (2,) becomes 1 - cosine of its
+    step and the rule's, and the mean difference of their absolute values.
     """
     multiply(scale, 0, g, 0, g, 0, len(g))
     norm = np.sqrt(sum_of_squares(g, len(g)))
