@@ -50,7 +50,10 @@ def meta_train(config: Config) -> Path:
         task = bar.add_task("", total=config.outer.iterations, text="")
 
         def show(iteration: int, record: dict[str, float]) -> None:
-            text = f"loss {record['loss']:.4f}  |g| {record['gradient_norm']:.3g}  {record['seconds']:.0f} s"
+            if "gain" in record:
+                text = f"final loss {record['final']:.4f}  gain {record['gain']:+.4f}  {record['seconds']:.0f} s"
+            else:
+                text = f"loss {record['loss']:.4f}  |g| {record['gradient_norm']:.3g}  {record['seconds']:.0f} s"
             bar.update(task, completed=iteration, text=text)
             if not console.is_terminal:
                 print(f"iteration {iteration:>7}/{config.outer.iterations}  {text}", flush=True)

@@ -14,8 +14,21 @@ from celo2 import rule as rules
 from celo2.rule import FIRST_LAYER, weight_shapes
 from celo2.rule_files import load_rule
 from celo2.training import configuration
-from celo2.training.configuration import DECAY, FRACTION, NOT_EMPTY, POSITIVE, ConfigError, at_least, option, renamed, section
+from celo2.training.configuration import (
+    DECAY,
+    FRACTION,
+    NOT_EMPTY,
+    POSITIVE,
+    ConfigError,
+    Range,
+    at_least,
+    option,
+    renamed,
+    section,
+)
+from celo2.training.idle import Idle, refuse_idle
 
+PART = Range("above 0 and at most 1", lambda x: 0 < x <= 1)
 HIDDEN = 8  # hidden units H of the rule's two layers
 GROUP_OF = {weight: group for group, weight in FIRST_LAYER.items()}
 FREEZABLE = [GROUP_OF.get(weight, weight) for weight in weight_shapes(HIDDEN)]
@@ -106,7 +119,8 @@ class Rule:
 
 @dataclass
 class Estimator:
-    sigma: float = option(0.01, "standard deviation σ of the perturbation ε", POSITIVE, was="sigma")
+    sigma: float = option(0.01, "standard deviation σ of the perturbation ε; cma: at first", POSITIVE, was="sigma")
+    last: float = option(0.1, "cma: share of an episode's steps, at its end, whose mean loss counts", PART)
     loss_clip: float | None = option(
         None, "inner losses count at most this many times the loss of a uniform guess; null: raw", POSITIVE, was="loss_clip"
     )
@@ -120,7 +134,11 @@ class Estimator:
 
 @dataclass
 class Outer:
-    iterations: int = option(100_000, "outer iterations", at_least(1), was="iterations")
+    method: Literal["pes", "cma"] = option(
+        "pes", "pes: AdamW on PES gradients; cma: CMA-ES on the loss at the end of whole episodes, where few numbers are free"
+    )
+    iterations: int = option(100_000, "outer iterations; of cma, generations", at_least(1), was="iterations")
+    population: int | None = option(None, "cma: candidates of a generation; null: 4 + 3 ln n of n free numbers", at_least(4))
     lr: float = option(5e-5, "learning rate of AdamW (published: 5e-5 celo2, 1e-4 celo2-base)", at_least(0), was="outer_lr")
     betas: list[float] = option([0.9, 0.999], "decays of AdamW", DECAY, was="outer_betas")
     weight_decay: float = option(0.0, "decoupled weight decay of AdamW", at_least(0), was="outer_weight_decay")
@@ -134,7 +152,9 @@ class Outer:
 @dataclass
 class Expert:
     rule: str | None = option(
-        None, "a rule by name or path, with the same accumulators, which helps in the first iterations (ELO); null: none", path=True
+        None,
+        "a rule by name or path, with the same accumulators, which helps in the first iterations (ELO); null: none",
+        path=True,
     )
     lr: float = option(2e-3, "its learning rate, on the schedule of the rule's", at_least(0))
     forcing: float = option(1.0, "share of its step in every step at first; the rule's has the rest", FRACTION)
@@ -186,18 +206,42 @@ class Config:
 FREE = {"run.dir", "outer.iterations", "engine.threads", "checkpoint.every", "checkpoint.snapshot_every", "log.every"}
 
 
+def of_method(method: str, *names: str) -> list[Idle]:
+    """Options that act with one outer method alone."""
+    message = "is {value}, which outer.method={choice} does not use"
+    return [Idle(name, "outer.method", lambda config: config.outer.method == method, message, detail=True) for name in names]
+
+
+IDLE = (
+    *of_method("cma", "outer.population", "estimator.last"),
+    *of_method(
+        "pes", "inner.truncation", "inner.staggered", "inner.restart", "estimator.scale_buckets", "outer.lr",
+        "outer.weight_decay", "outer.grad_clip", "outer.warm_up", "outer.schedule", "expert.rule",
+    ),
+    Idle("inner.final", "inner.schedule", lambda config: config.inner.schedule == "cosine", "needs inner.schedule=cosine"),
+    Idle("inner.saved", "inner.restart", lambda config: config.inner.restart < 1, "needs inner.restart below 1"),
+    Idle("outer.final", "outer.schedule", lambda config: config.outer.schedule == "cosine", "needs outer.schedule=cosine"),
+    *(
+        Idle(f"expert.{name}", "expert.rule", lambda config: config.expert.rule is not None, "needs expert.rule")
+        for name in ("lr", "forcing", "direction", "size", "begin", "end")
+    ),
+)  # fmt: skip
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration of the YAML file `path` with `section.key=value` overrides; also the flat keys of earlier versions.
 
     Raises:
-        ConfigError: as `configuration.load`, or options that contradict each other.
+        ConfigError: as `configuration.load`, options that contradict each other, or one that does nothing.
     """
-    config = configuration.load(Config, path, overrides)
+    config, written = configuration.load_written(Config, path, overrides)
     for name in config.rule.frozen:
         if name in GROUP_OF:
             print(f"note: '{name}' in rule.frozen is now '{GROUP_OF[name]}'", file=sys.stderr)
     config.rule.frozen = [GROUP_OF.get(name, name) for name in config.rule.frozen]
     check(config)
+    for note in refuse_idle(config, IDLE, written):
+        print(f"note: {note}", file=sys.stderr)
     config.rule.normalize_gradient = normalizes(config)
     return config
 
@@ -258,10 +302,22 @@ def check(config: Config) -> None:
             raise ConfigError(f"rule.frozen: the rule has no weights '{name}', expected some of {', '.join(FREEZABLE)}")
     if config.rule.frozen and config.outer.weight_decay:
         raise ConfigError(f"outer.weight_decay is {config.outer.weight_decay}, expected 0 with frozen weights")
-    if config.inner.min_length < config.inner.truncation:
+    pes = config.outer.method == "pes"
+    if pes and config.inner.min_length < config.inner.truncation:
         raise ConfigError(
             f"inner.min_length is {config.inner.min_length}, expected at least inner.truncation ({config.inner.truncation}): "
             "one reset a truncation"
+        )
+    if pes and config.inner.restart < 1 and config.inner.max_length <= config.inner.truncation:
+        raise ConfigError(
+            f"inner.restart is {config.inner.restart}, expected 1 where an episode is one truncation (inner.max_length "
+            f"{config.inner.max_length}, inner.truncation {config.inner.truncation}): states are saved between truncations"
+        )
+    if config.expert.begin >= config.expert.end:
+        raise ConfigError(f"expert.begin is {config.expert.begin}, expected below expert.end ({config.expert.end})")
+    if config.expert.direction + config.expert.size > 1:
+        raise ConfigError(
+            f"expert.direction is {config.expert.direction} and expert.size {config.expert.size}, expected a sum of at most 1"
         )
     text_sizes(config)
     for part, low, high in (("inner", "min_length", "max_length"), ("images", "min_scale", "max_scale")):

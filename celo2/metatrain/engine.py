@@ -62,8 +62,8 @@ def choose_unroll(config: Config) -> Unroll:
         for size in text_sizes(config):
             if size.width % (16 * size.heads) or size.context % 16 or size.width >= VOCABULARY:
                 raise ConfigError(
-                    f"engine.name=fast needs a text.width of 16 to {VOCABULARY - 16}, and 16 to divide text.width / text.heads and "
-                    f"text.context, not width {size.width}, {size.heads} heads, context {size.context}; plain takes any"
+                    f"engine.name=fast needs a text.width of 16 to {VOCABULARY - 16}, and 16 to divide text.width / text.heads "
+                    f"and text.context, not width {size.width}, {size.heads} heads, context {size.context}; plain takes any"
                 )
     return compiled_unroll
 
@@ -80,7 +80,6 @@ class Unrolls:
     rows: Tensor  # (N, T, B), examples by number
     rate: Tensor  # (T, U), on the learning rates
     networks: dict[str, Tensor]
-    factors: dict[str, Tensor]  # (U,) of each weight, on its learning rate under the rule
     expert: dict[str, Tensor]  # its networks, the same for all; and `forcing` (); nothing without an expert
     losses: Tensor  # (T, U)
     terms: Tensor  # (T, U, 2), of the expert
@@ -96,15 +95,7 @@ class Unrolls:
         return [tensor for group in groups for tensor in group.values()]
 
 
-def on_device(
-    config: Config,
-    family: Family,
-    state: Arrays,
-    theta: np.ndarray,
-    truncation: Truncation,
-    expert: Expert | None,
-    device: torch.device,
-) -> Unrolls:
+def on_device(state: Arrays, theta: np.ndarray, truncation: Truncation, expert: Expert | None, device: torch.device) -> Unrolls:
     """The unrolls of a truncation before their first step."""
 
     def put(x: np.ndarray) -> Tensor:
@@ -128,7 +119,6 @@ def on_device(
         rows=put(truncation.rows),
         rate=put(of_each(truncation.rate).T),
         networks={name: put(x) for name, x in batched_mlp(theta).items()},
-        factors={name: put(x) for name, x in factors(config, family, theta).items()},
         expert=of_expert,
         losses=torch.empty(truncation.rows.shape[1], len(theta), device=device),
         terms=torch.zeros(truncation.rows.shape[1], len(theta), 2, device=device),
@@ -164,7 +154,7 @@ def advance_(config: Config, family: Family, arrays: tuple[Tensor, ...], unrolls
             continue
         w = parameter["weight"]
         given = accumulated(config, parameter, g)
-        step = across(family.options.lr * rate * unrolls.factors[name], g) * directed(config, unrolls.networks, given)
+        step = across(family.options.lr * rate, g) * directed(config, unrolls.networks, given)
         if unrolls.expert:
             expert_step = across(config.expert.lr * rate, g) * directed(config, unrolls.expert, given)
             pairs.append((step.flatten(1), expert_step.flatten(1)))
@@ -200,7 +190,7 @@ def unroll(
 ) -> np.ndarray:
     """T steps of every unroll under its own θ (U, D): inner losses (U, T). Moves `state` in place."""
     device = torch.device(config.engine.device)
-    unrolls = on_device(config, family, state, theta, truncation, expert, device)
+    unrolls = on_device(state, theta, truncation, expert, device)
     arrays = tuple(torch.from_numpy(x).to(device) for x in family.data.arrays)
     for _ in range(len(unrolls.losses)):
         advance_(config, family, arrays, unrolls)
@@ -229,16 +219,22 @@ class GraphUnroll:
         self.arrays: tuple[Tensor, ...]
 
     def __call__(
-        self, config: Config, family: Family, state: Arrays, theta: np.ndarray, truncation: Truncation, expert: Expert | None = None
+        self,
+        config: Config,
+        family: Family,
+        state: Arrays,
+        theta: np.ndarray,
+        truncation: Truncation,
+        expert: Expert | None = None,
     ) -> np.ndarray:
         """As `unroll`, with the same configuration and family in every call. Other sizes, or no expert any more: a new graph."""
         device = torch.device(config.engine.device)
-        unrolls = on_device(config, family, state, theta, truncation, expert, device)
+        unrolls = on_device(state, theta, truncation, expert, device)
         form = [tensor.shape for tensor in unrolls.tensors()]
         if self.graph is None or form != self.form:
             self.graph, self.form = None, form
             self.arrays = tuple(torch.from_numpy(x).to(device) for x in family.data.arrays)
-            self.unrolls = on_device(config, family, state, theta, truncation, expert, device)
+            self.unrolls = on_device(state, theta, truncation, expert, device)
             step = lambda: advance_(config, family, self.arrays, self.unrolls)  # noqa: E731
             self.graph = captured(step, min(WARM_UP, len(unrolls.losses)))
         torch._foreach_copy_(self.unrolls.tensors(), unrolls.tensors())
@@ -328,8 +324,3 @@ def directed(config: Config, networks: Mapping[str, Tensor], channels: Tensor) -
 def last_axes(x: Tensor) -> tuple[int, ...]:
     """The axes of the matrix or vector of each unroll in x (U, *shape)."""
     return (-1,) if x.ndim < 3 else (-2, -1)
-
-
-def factors(config: Config, family: Family, theta: np.ndarray) -> dict[str, np.ndarray]:
-    """What multiplies the learning rate of each weight under the rules θ (U, D), float32 (U,)."""
-    return {name: np.ones(len(theta), np.float32) for name in family.shapes}

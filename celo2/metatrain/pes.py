@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from celo2.metatrain.families import TINY
+
+IMITATION = 0.01  # RMS of the difference of an imitation term, as in ELO (arXiv 2607.06772)
+
 
 def antithetic(theta: np.ndarray, epsilon: np.ndarray) -> np.ndarray:
     """θ (D,) with ε (N, D) added and subtracted, in turn: (2N, D)."""
@@ -23,23 +27,45 @@ def differences(losses: np.ndarray, reset_at: np.ndarray) -> tuple[np.ndarray, n
 
 
 def estimate(
-    before: np.ndarray, after: np.ndarray, xi: np.ndarray, epsilon: np.ndarray, sigma: float, weight: np.ndarray
+    before: np.ndarray, after: np.ndarray, xi: np.ndarray, xi_after: np.ndarray, sigma: float, weights: np.ndarray
 ) -> np.ndarray:
     """The gradient (D,): the mean over problems of weight · (L⁺ - L⁻) / (2σ²) · ξ.
 
     Args:
         before, after: what `differences` returned.
         xi: (N, D), the sum of ε since each problem started, this truncation's included.
-        epsilon: (N, D) of this truncation: the steps after a reset know no other perturbation.
-        weight: (N,), 1 in the published recipe.
+        xi_after: (N, D), the same after a reset: this truncation's ε alone, or added to that of the late state that went on.
+        weights: (2, N), of `before` and `after`; or (N,), of both. 1 in the published recipe.
     """
-    total = (weight * before)[:, None] * xi + (weight * after)[:, None] * epsilon
+    weight, weight_after = np.broadcast_to(weights, (2, len(before)))
+    total = (weight * before)[:, None] * xi + (weight_after * after)[:, None] * xi_after
     return total.mean(0) / (2 * sigma**2)
 
 
-def persisted(xi: np.ndarray, epsilon: np.ndarray, reset_at: np.ndarray, steps: int) -> np.ndarray:
-    """ξ for the next truncation: it restarts from this truncation's ε where a problem started again."""
-    return np.where((reset_at < steps)[:, None], epsilon, xi)
+def persisted(xi: np.ndarray, xi_after: np.ndarray, reset_at: np.ndarray, steps: int) -> np.ndarray:
+    """ξ for the next truncation: that after the reset where a problem started again."""
+    return np.where((reset_at < steps)[:, None], xi_after, xi)
+
+
+def with_imitation(losses: np.ndarray, terms: np.ndarray, weights: tuple[float, float]) -> np.ndarray:
+    """Losses (2N, T) in part replaced by what the rule's steps differ from an expert's: terms (2N, T, 2), as in ELO.
+
+    The difference of a term between both signs gets the RMS `IMITATION` over all steps; the losses keep what the weights leave.
+    Of a pair with a term that is not finite, both count as 0.
+    """
+    total = (1 - sum(weights)) * losses.astype(np.float64)
+    for n, weight in enumerate(weights):
+        term = terms[..., n].astype(np.float64)
+        finite = np.isfinite(term[0::2]) & np.isfinite(term[1::2])
+        term = np.where(np.repeat(finite, 2, axis=0), term, 0.0)
+        rms = np.sqrt(np.square(term[0::2] - term[1::2]).mean())
+        total += weight * IMITATION / (rms + TINY) * term
+    return total
+
+
+def fallen(start: float, iteration: int, begin: int, end: int) -> float:
+    """A weight that is `start` until iteration `begin` and falls to 0 at `end`, linearly."""
+    return start * min(1.0, max(0.0, (end - iteration) / (end - begin)))
 
 
 class BucketScale:
@@ -54,10 +80,11 @@ class BucketScale:
     def __init__(self, buckets: int) -> None:
         self.mean_square, self.count = np.zeros(buckets), np.zeros(buckets, np.int64)
 
-    def weights(self, bucket: np.ndarray, difference: np.ndarray) -> np.ndarray:
-        """The weight (N,) of each problem, after its difference (N,) has entered the mean of its bucket (N,)."""
-        for b in np.unique(bucket):
+    def weights(self, bucket: np.ndarray, difference: np.ndarray, counts: np.ndarray | None = None) -> np.ndarray:
+        """The weight of each difference, after those that count (all, without `counts`) have entered the mean of their bucket."""
+        counts = np.ones(bucket.shape, bool) if counts is None else counts
+        for b in np.unique(bucket[counts]):
             self.count[b] += 1
             rate = max(1 - self.DECAY, 1 / self.count[b])
-            self.mean_square[b] += rate * (np.square(difference[bucket == b]).mean() - self.mean_square[b])
+            self.mean_square[b] += rate * (np.square(difference[counts & (bucket == b)]).mean() - self.mean_square[b])
         return 1 / np.sqrt(self.mean_square[bucket] + 1e-12)

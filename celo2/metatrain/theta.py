@@ -12,10 +12,9 @@ import math
 import numpy as np
 import torch
 
-from celo2.metatrain.config import HIDDEN, Config, ConfigError
+from celo2.metatrain.config import HIDDEN, Config, ConfigError, loaded, normalizes, start_rule
 from celo2.metatrain.problems import START, random
 from celo2.rule import CHANNEL_GROUPS, FIRST_LAYER, Rule, weight_shapes
-from celo2.rule_files import load_rule
 
 SHAPES = weight_shapes(HIDDEN)
 STARTS, SIZE = {}, 0  # where each weight begins in θ
@@ -42,8 +41,8 @@ def theta_of(rule: Rule) -> np.ndarray:
 def rule_of(theta: np.ndarray, config: Config, description: str) -> Rule:
     """The rule with the weights θ, as the configuration uses it."""
     weights = {name: torch.from_numpy(part.copy()) for name, part in parts(theta.astype(np.float32)).items()}
-    options = config.rule
-    return Rule(weights, options.variant, normalize_gradient=options.normalize_gradient, description=description)
+    settings = start_rule(config).settings() | {"variant": config.rule.variant, "normalize_gradient": normalizes(config)}
+    return Rule(weights, **settings | {"description": description, "source": ""})
 
 
 def first_theta(config: Config) -> np.ndarray:
@@ -54,11 +53,31 @@ def first_theta(config: Config) -> np.ndarray:
         for name, part in parts(theta).items():
             part *= 0.0 if name[0] == "b" else 1 / math.sqrt(CHANNELS if name in FIRST_LAYER.values() else HIDDEN)
     else:
-        theta = theta_of(load_rule(init)).astype(np.float64)
+        theta = theta_of(start_rule(config)).astype(np.float64)
         if theta.shape != (SIZE,):
             raise ConfigError(f"rule.init is '{init}', a rule of {theta.size} weights, expected {SIZE}")
     theta = theta + config.rule.init_noise * free(config) * rng.standard_normal(SIZE)
     return (odd_part(theta) if config.rule.odd else theta).astype(np.float32)
+
+
+def expert_theta(config: Config) -> np.ndarray | None:
+    """The weights (347,) of the expert, or None.
+
+    Raises:
+        ConfigError: a rule of another size, or with other accumulators or another gradient than the rule that it is to help.
+    """
+    if config.expert.rule is None:
+        return None
+    expert, own = loaded(config.expert.rule), start_rule(config)
+    theta = theta_of(expert)
+    if theta.shape != (SIZE,):
+        raise ConfigError(f"expert.rule is '{config.expert.rule}', a rule of {theta.size} weights, expected {SIZE}")
+    for name in ("momentum_decays", "second_moment_decay", "factored_decays"):
+        if getattr(expert, name) != getattr(own, name):
+            raise ConfigError(
+                f"expert.rule has {name} {getattr(expert, name)}, expected {getattr(own, name)}, those of rule.init"
+            )
+    return theta
 
 
 def free(config: Config) -> np.ndarray:
@@ -67,6 +86,40 @@ def free(config: Config) -> np.ndarray:
     for name in config.rule.frozen:
         parts(mask)[FIRST_LAYER.get(name, name)][...] = 0
     return mask
+
+
+def useful(config: Config, theta: np.ndarray) -> np.ndarray:
+    """(347,): 1 for the free weights that can change an update of the rule θ or of one that differs from it in free weights.
+
+    Outputs 1 and 2 never can; nor can a unit whose weights to the next layer, or from the one before, are frozen zeros.
+    """
+    trained = parts(free(config))
+    on = {name: (part != 0) | (trained[name] != 0) for name, part in parts(theta).items()}
+    fed_1 = on["b0"] | np.concatenate([on[name] for name in FIRST_LAYER.values()]).any(0)
+    fed_2 = on["b1"] | (on["w1"] & fed_1[:, None]).any(0)
+    heard_2 = on["w2"][:, 0]
+    heard_1 = (on["w1"] & heard_2).any(1)
+    mask = np.zeros(SIZE)
+    at = parts(mask)
+    for name in (*FIRST_LAYER.values(), "b0"):
+        at[name][...] = heard_1
+    at["w1"][...] = fed_1[:, None] & heard_2
+    at["b1"][...], at["w2"][:, 0], at["b2"][0] = heard_2, fed_2, 1
+    return mask * free(config)
+
+
+def directions_of(config: Config, theta: np.ndarray) -> np.ndarray:
+    """The directions (n, 347) of a search: orthogonal, with entries 0, 1 and -1. In an odd rule weights go in pairs."""
+    unit, found = np.eye(SIZE), []
+    place, sign = mirror()
+    for i in np.flatnonzero(useful(config, theta)):
+        if not config.rule.odd:
+            found.append(unit[i])
+        elif i < place[i] or (i == place[i] and sign[i] > 0):
+            found.append(unit[i] if i == place[i] else unit[i] + sign[i] * unit[place[i]])
+    if not found:
+        raise ConfigError("rule.frozen leaves nothing to search for")
+    return np.array(found)
 
 
 @functools.cache

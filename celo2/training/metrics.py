@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from celo2.training.atomic import write_atomically
+
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of the file; none if there is no file. A last line that a kill cut short is left out."""
@@ -23,6 +25,4 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def rewind(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
     """Rewrite the file with the records for which `keep` is true. A kill leaves the old file or the new one, whole."""
     kept = [json.dumps(record) + "\n" for record in read_metrics(path) if keep(record)]
-    rewritten = path.with_suffix(".tmp")
-    rewritten.write_text("".join(kept), encoding="utf-8")
-    rewritten.replace(path)
+    write_atomically(path, "".join(kept).encode())

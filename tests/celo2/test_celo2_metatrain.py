@@ -69,53 +69,67 @@ def image_loss(data, weights, rows):
     return F.cross_entropy(torch.relu(x @ weights["w1"] + weights["b1"]) @ weights["w2"] + weights["b2"], y)
 
 
-def text_loss(data, weights, rows):
+def text_loss(data, weights, rows, heads=1):
     """Of one transformer, sequence by sequence, out of torch's own pieces."""
-    losses = []
+    losses, (context, width) = [], weights["position"].shape
     for row in rows:
-        tokens = torch.from_numpy(data.arrays[0][row : row + 33].astype(np.int64))
+        tokens = torch.from_numpy(data.arrays[0][row : row + context + 1].astype(np.int64))
         x = F.embedding(tokens[:-1], weights["embedding"]) + weights["position"]
         for i in range(sum(name.startswith("q") for name in weights)):
-            h = F.rms_norm(x, (32,), eps=1e-6)
-            q, k, v = (F.linear(h, weights[f"{name}{i}"])[None] for name in "qkv")
-            x = x + F.linear(F.scaled_dot_product_attention(q, k, v, is_causal=True)[0], weights[f"o{i}"])
-            h = F.relu(F.linear(F.rms_norm(x, (32,), eps=1e-6), weights[f"up{i}"])) ** 2
+            h = F.rms_norm(x, (width,), eps=1e-6)
+            q, k, v = (F.linear(h, weights[f"{name}{i}"]).view(1, context, heads, -1).transpose(1, 2) for name in "qkv")
+            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)[0].transpose(0, 1).reshape(context, width)
+            x = x + F.linear(mixed, weights[f"o{i}"])
+            h = F.relu(F.linear(F.rms_norm(x, (width,), eps=1e-6), weights[f"up{i}"])) ** 2
             x = x + F.linear(h, weights[f"down{i}"])
-        losses.append(F.cross_entropy(F.linear(F.rms_norm(x, (32,), eps=1e-6), weights["head"]), tokens[1:]))
+        losses.append(F.cross_entropy(F.linear(F.rms_norm(x, (width,), eps=1e-6), weights["head"]), tokens[1:]))
     return torch.stack(losses).mean()
 
 
-def loop_of_one_unroll(config, family, state, theta, truncation, u):
+def loop_of_one_unroll(config, family, state, theta, truncation, u, expert=None):
     """One unroll by `celo2.rule.update` and autograd, with nothing batched: its losses and last weights."""
-    n, rule = u // 2, rule_of(theta[u], config, "")
-    weights = {name: torch.from_numpy(state[f"{name}.weight"][u].copy()) for name in family.shapes}
-    scale, losses = truncation.scale_before, []
+    n, rule, options = u // 2, rule_of(theta[u], config, ""), family.options
+    teacher = None if expert is None else rule_of(expert.theta, config, "")
+    orthogonalize, losses, terms = config.rule.variant == "celo2", [], []
+
+    def started(source):
+        keys = {name: [key for key in source if key.startswith(f"{name}.")] for name in family.shapes}
+        return {name: {key.partition(".")[2]: torch.from_numpy(source[key][u].copy()) for key in keys[name]} for name in keys}
+
+    arrays, scale = started(state), truncation.scale_before
     for t in range(config.inner.truncation):
-        if t in (0, truncation.reset_at[n]):
-            if t == truncation.reset_at[n]:
-                scale = truncation.scale_after
-                weights = {name: torch.from_numpy(truncation.fresh[name][n].copy()) for name in family.shapes}
-            zeros = {
-                name: {
-                    key: torch.zeros(s)
-                    for key, s in accumulator_shapes(shape, factored_axes(shape) if len(shape) > 1 else None).items()
-                }
-                for name, shape in family.shapes.items()
-            }
-        leaves = {name: w.clone().requires_grad_() for name, w in weights.items()}
+        if t == truncation.reset_at[n]:
+            arrays, scale = started(truncation.fresh), truncation.scale_after
+        leaves = {name: s["weight"].clone().requires_grad_() for name, s in arrays.items()}
         real = {name: torch.from_numpy(scale[name][n].copy()) * w for name, w in leaves.items()}
-        loss = (image_loss if family.data.kind == "images" else text_loss)(family.data, real, truncation.rows[n, t])
+        if family.data.kind == "images":
+            loss = image_loss(family.data, real, truncation.rows[n, t])
+        else:
+            loss = text_loss(family.data, real, truncation.rows[n, t], options.heads)
         loss.backward()
         losses.append(loss.item())
-        for name, w in weights.items():
-            g, s, rate = leaves[name].grad, zeros[name], float(truncation.rate[n, t])
+        if config.inner.grad_clip is not None:
+            norm = torch.cat([leaf.grad.flatten() for leaf in leaves.values()]).norm()
+            for leaf in leaves.values():
+                leaf.grad *= min(1.0, config.inner.grad_clip / float(norm))
+        own, others = [], []
+        for name, s in arrays.items():
+            g, w, rate = leaves[name].grad, s["weight"], float(truncation.rate[n, t])
             if name in family.by_adam:
-                s["momentum"][0].lerp_(g, 0.1)
-                s["second_moment"].lerp_(g * g, 0.05)
-                w -= rate * family.options.adam_lr * s["momentum"][0] / (s["second_moment"] + 1e-8).sqrt()
-            else:
-                w -= rate * family.options.lr * update(rule, s, g, w, orthogonalize=config.rule.variant == "celo2")
-    return losses, weights
+                s["m"].lerp_(g, 0.1)
+                s["v"].lerp_(g * g, 0.05)
+                w -= rate * options.adam_lr * s["m"] / (s["v"] + 1e-8).sqrt()
+                continue
+            accumulators = {key: x for key, x in s.items() if key != "weight"}
+            if teacher is not None:
+                copies = {key: x.clone() for key, x in accumulators.items()}
+                others.append(rate * config.expert.lr * update(teacher, copies, g, w, orthogonalize=orthogonalize))
+            own.append(rate * options.lr * update(rule, accumulators, g, w, orthogonalize=orthogonalize))
+            w -= own[-1] if teacher is None else (1 - expert.forcing) * own[-1] + expert.forcing * others[-1]
+        if teacher is not None:
+            x, y = (torch.cat([step.flatten() for step in steps]) for steps in (own, others))
+            terms.append((1 - float(F.cosine_similarity(x, y, dim=0)), float((x.abs() - y.abs()).abs().mean())))
+    return losses, {name: s["weight"] for name, s in arrays.items()}, np.array(terms)
 
 
 @pytest.mark.parametrize("scale_free", [False, True])
@@ -130,7 +144,7 @@ def test_unroll_equals_a_loop_with_a_reset(name, variant, scale_free, data):
     start = {key: x.copy() for key, x in state.items()}
     losses = plain.unroll(config, family, state, theta, truncation)
     for u in range(len(theta)):
-        expected, weights = loop_of_one_unroll(config, family, start, theta, truncation, u)
+        expected, weights, _ = loop_of_one_unroll(config, family, start, theta, truncation, u)
         np.testing.assert_allclose(losses[u], expected, rtol=0, atol=1e-5)  # worst of 4 seeds 9.5e-7
         for key, w in weights.items():
             # Worst of 4 seeds 1.7e-6.

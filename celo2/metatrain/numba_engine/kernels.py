@@ -419,12 +419,12 @@ def scaled_weights(table, scale, state, w):
 
 
 @njit(**OPTIONS)
-def step_all(table, factor, scale, state, g, u, rate, update, terms):
+def step_all(table, scale, state, g, u, rate, update, terms):
     """One step of every weight with packed gradient g in the scaled weights. `u` is scratch as large as the largest weight.
 
     A row of `table` (P, 6), int64, is one weight: what it takes (MATRIX, VECTOR or ADAM), offset of its segment in the state,
-    offset in g, rows, columns, width. `factor` (P,) multiplies its learning rate under the rule, `rate` all of them. With an
-    expert, terms (2,) becomes 1 - cosine of its step and the rule's, and the mean difference of their absolute values.
+    offset in g, rows, columns, width. `rate` multiplies all learning rates. With an expert, terms (2,) becomes 1 - cosine of its
+    step and the rule's, and the mean difference of their absolute values.
     """
     multiply(scale, 0, g, 0, g, 0, len(g))
     norm = np.sqrt(sum_of_squares(g, len(g)))
@@ -440,7 +440,7 @@ def step_all(table, factor, scale, state, g, u, rate, update, terms):
             continue
         if update.normalized:
             scale_(own, size, ONE / np.sqrt(sum_of_squares(own, size) / np.float32(rows * cols) + SQUARE_FLOOR))
-        lr, expert_lr = rate * update.lr * factor[p], rate * update.expert_lr
+        lr, expert_lr = rate * update.lr, rate * update.expert_lr
         if kind == MATRIX:
             step_matrix(state, at, own, u, rows, cols, width, lr, expert_lr, update, sums)
         else:

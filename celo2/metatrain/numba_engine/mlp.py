@@ -93,10 +93,10 @@ def compiled(source: str):
     """
 
     @njit(cache=True, **OPTIONS)
-    def unroll_one(arrays, sizes, rows, rate, reset_at, before, after, fresh, table, factor, state, losses, terms, update):
+    def unroll_one(arrays, sizes, rows, rate, reset_at, before, after, fresh, table, state, losses, terms, update):
         """All steps of one unroll: rows (T, B), rate (T,), packed scales, fresh and state one packed row, losses (T,).
 
-        sizes: of the network; this one has only one size. table, factor, update: see `kernels.step_all`. terms: (T, 2).
+        sizes: of the network; this one has only one size. table, update: see `kernels.step_all`. terms: (T, 2).
         """
         pixels, labels = arrays
         steps, batch = rows.shape
@@ -113,7 +113,7 @@ def compiled(source: str):
                     store(x, b * INPUTS + i, load(pixels, rows[t, b] * INPUTS + i))
             scaled_weights(table, scale, state, w)
             losses[t] = mlp_gradient(x, y, w, g)
-            step_all(table, factor, scale, state, g, u, rate[t], update, terms[t])
+            step_all(table, scale, state, g, u, rate[t], update, terms[t])
         return source
 
     return unroll_one

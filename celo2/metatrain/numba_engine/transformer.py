@@ -281,7 +281,7 @@ def compiled(source: str):
     """As `mlp.compiled`."""
 
     @njit(cache=True, **OPTIONS)
-    def unroll_one(arrays, sizes, rows, rate, reset_at, before, after, fresh, table, factor, state, losses, terms, update):
+    def unroll_one(arrays, sizes, rows, rate, reset_at, before, after, fresh, table, state, losses, terms, update):
         """As in `mlp.compiled`; the examples are sequences by their first byte."""
         (tokens,) = arrays
         T, D, N, F = sizes.T, sizes.D, sizes.N, sizes.F
@@ -303,7 +303,7 @@ def compiled(source: str):
                 inputs[n], targets[n] = tokens[at], tokens[at + 1]
             scaled_weights(table, scale, state, w)
             losses[t] = transformer_gradient(inputs, targets, layers, w, g, saved, mask, turned, y, sizes)
-            step_all(table, factor, scale, state, g, turned, rate[t], update, terms[t])
+            step_all(table, scale, state, g, turned, rate[t], update, terms[t])
         return source
 
     return unroll_one

@@ -19,7 +19,7 @@ import numpy as np
 from celo2 import orthogonalize
 from celo2 import rule as rules
 from celo2.metatrain.config import Config, Images, normalizes, start_rule
-from celo2.metatrain.engine import Expert, factors
+from celo2.metatrain.engine import Expert
 from celo2.metatrain.families import Arrays, Family
 from celo2.metatrain.numba_engine import mlp, transformer
 from celo2.metatrain.numba_engine.kernels import ADAM, MATRIX, VECTOR, Update
@@ -101,7 +101,6 @@ def unroll(
     before, after = (pack(of_weights, by_key(s)) for s in (truncation.scale_before, truncation.scale_after))
     losses = np.full((len(theta), steps), np.nan, np.float32)
     terms = np.zeros((len(theta), steps, 2), np.float32) if expert is None else expert.terms
-    factor = np.stack(list(factors(config, family, theta).values()), 1)
     unroll_one, arrays = kernel(family.data.kind), tuple(x.ravel() for x in family.data.arrays)
     sizes, copies = sizes_of(family), len(theta) // len(truncation.rows)
 
@@ -110,7 +109,7 @@ def unroll(
         count = steps if truncation.steps is None else truncation.steps[n]
         unroll_one(
             arrays, sizes, truncation.rows[n, :count], truncation.rate[n], truncation.reset_at[n], before[n], after[n], fresh[u],
-            table, factor[u], packed[u], losses[u], terms[u], update_of(config, family, theta[u], expert),
+            table, packed[u], losses[u], terms[u], update_of(config, family, theta[u], expert),
         )  # fmt: skip
 
     with ThreadPoolExecutor(config.engine.threads or os.cpu_count()) as pool:
@@ -132,8 +131,8 @@ def update_of(config: Config, family: Family, theta: np.ndarray, expert: Expert 
     """How the weights of an unroll with the rule θ (D,) are trained."""
     start, options, clip = start_rule(config), family.options, config.inner.grad_clip
 
-    def rates(decays: tuple[float, ...]) -> tuple[np.float32, ...]:
-        return tuple(np.float32(1 - decay) for decay in decays)
+    def rates(decays: tuple[float, float, float]) -> tuple[np.float32, np.float32, np.float32]:
+        return np.float32(1 - decays[0]), np.float32(1 - decays[1]), np.float32(1 - decays[2])
 
     return Update(
         np.ascontiguousarray(theta, np.float32),

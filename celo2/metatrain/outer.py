@@ -1,0 +1,122 @@
+"""What every meta-training has, whatever searches for θ: problems, engines, the rule as it stands, and its state in a file."""
+
+from __future__ import annotations
+
+import json
+import time
+from abc import ABC, abstractmethod
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from celo2.metatrain.config import FREE, Config, ConfigError, dotted
+from celo2.metatrain.engine import choose_unroll
+from celo2.metatrain.families import Arrays, families_of
+from celo2.metatrain.tasks import Data
+from celo2.metatrain.theta import first_theta, rule_of
+from celo2.rule import Rule
+from celo2.training.atomic import write_atomically
+
+FORMAT = "celo2-metatrain"
+
+
+class Outer(ABC):
+    """The meta-state, and one outer iteration.
+
+    `data`: what `load_data` returned. Families are in that order, and problems, losses and ε in that of the families.
+
+    Attributes:
+        families, unrolls: of each kind and size of problem, and the engine that advances them.
+        tasks: the names of all tasks. task, uniform_loss: of each problem (N,), its task and the loss of a uniform guess.
+        average: (D,) the running mean of θ; equal to θ without averaging.
+        iteration, seconds: outer iterations done, and the time they took.
+    """
+
+    def __init__(self, config: Config, *data: Data) -> None:
+        self.config = config
+        self.iteration, self.seconds = 0, 0.0
+        self.first_theta = first_theta(config)
+        self.average = self.first_theta.copy()
+        self.families = [family for found in data for family in families_of(config, found)]
+        self.unrolls = [choose_unroll(config) for _ in self.families]
+        self.tasks = [f"{name}{family.label}" for family in self.families for name in family.data.names]
+        self.task = np.repeat(np.arange(len(self.tasks)), config.tasks.problems)
+        counts = [len(family.data.names) * config.tasks.problems for family in self.families]
+        self.first_numbers = [sum(counts[:k]) for k in range(len(counts))]  # of the first problem of each family
+        self.uniform_loss = np.repeat([family.uniform_loss for family in self.families], counts)
+
+    @abstractmethod
+    def search(self) -> dict[str, float]:
+        """What an iteration does to θ; returns its metrics."""
+
+    @abstractmethod
+    def current(self) -> np.ndarray:
+        """θ (D,), float32."""
+
+    @abstractmethod
+    def tensors(self) -> Arrays:
+        """Every array of the meta-state by name; what is written into one changes the meta-state."""
+
+    def step(self) -> dict[str, float]:
+        """One outer iteration; returns its metrics."""
+        start = time.monotonic()
+        metrics = self.search()
+        self.iteration += 1
+        decay = min(self.config.outer.average, 1 - 1 / self.iteration)
+        self.average = decay * self.average + (1 - decay) * self.current()
+        self.seconds += time.monotonic() - start
+        return metrics
+
+    def bounded(self, raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Losses (U, T), at most what `estimator.loss_clip` allows; and for the metrics, at most that of a uniform guess."""
+        uniform = np.repeat(self.uniform_loss, len(raw) // len(self.task))[:, None]
+        clip = self.config.estimator.loss_clip
+        bound = (np.full_like(uniform, np.inf) if clip is None else clip * uniform).astype(np.float32)
+        losses = np.minimum(np.where(np.isfinite(raw), raw, bound), bound)
+        return losses, np.minimum(losses, uniform.astype(np.float32))
+
+    def means(self, losses: np.ndarray) -> dict[str, float]:
+        """The metrics of losses (U, T) of all problems, those that count for nothing being NaN: of all, and of each task."""
+        per_task = np.nanmean(losses, 1).reshape(len(self.tasks), -1).mean(1)
+        return {"loss": float(np.nanmean(losses)), **{f"loss/{n}": float(x) for n, x in zip(self.tasks, per_task, strict=True)}}
+
+    def rule(self) -> Rule:
+        """The rule as it stands, with a description that says how it came about."""
+        config = self.config
+        data = ", ".join(self.tasks)
+        start = f"seed {config.run.seed}, from {config.rule.init}"
+        text = f"meta-trained: {self.iteration} iterations on {data}; {start}; celo2.metatrain"
+        return rule_of(self.average if config.outer.average else self.current(), config, text)
+
+    def save(self, path: Path) -> None:
+        """Write the meta-state; a kill at any moment leaves the old file or the new one, whole."""
+        meta = {"iteration": self.iteration, "seconds": self.seconds, "config": asdict(self.config)}
+        arrays = {key: np.array(x, order="C") for key, x in self.tensors().items()}
+        write_atomically(path, save(arrays, {FORMAT: json.dumps(meta)}))
+
+    def load(self, path: Path) -> None:
+        """Continue from a file of `save`.
+
+        Raises:
+            ConfigError: not such a file, or one of another configuration.
+        """
+        try:
+            with safe_open(path, "numpy") as file:
+                meta = json.loads((file.metadata() or {})[FORMAT])
+                arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise ConfigError(f"{path}: not a meta-training state ({type(error).__name__}: {error})") from None
+        written = dotted(asdict(Config())) | dotted(meta["config"])  # an option that is newer than the file had its default
+        bound = {"outer.iterations"} if self.config.outer.schedule == "cosine" else set()
+        for key, value in dotted(asdict(self.config)).items():
+            if key not in FREE - bound and written.get(key) != value:
+                raise ConfigError(f"{path} was written with {key} {written.get(key)!r}, now it is {value!r}")
+        own = self.tensors()
+        if {k: x.shape for k, x in own.items()} != {k: x.shape for k, x in arrays.items()}:
+            raise ConfigError(f"{path}: its arrays are not those of this configuration")
+        self.iteration, self.seconds = meta["iteration"], meta["seconds"]
+        for key, x in own.items():
+            x[...] = arrays[key]
