@@ -63,6 +63,7 @@ def render(results: Results) -> str:
     return page.get_template("page.html").render(
         results | {"versions": [f"{library} {version}" for library, version in results["versions"].items()]},
         search_commands=results.get("search_commands"),
+        evaluations=[row for row in results.get("evaluations", []) if isinstance(row, dict)],  # not in results of former versions
         shown=shown,
         folded=folded,
         low=low,

@@ -12,6 +12,7 @@ import numpy as np
 
 from configs.load import to_yaml
 from launch.compare.curves import Run, at, other_differences, reaches, thinned, upto
+from launch.compare.evaluations import other_curves, other_evaluations
 from launch.compare.search import Search
 from launch.compare.statistics import CONFIDENCE, Difference, difference, estimate, holm
 
@@ -45,6 +46,7 @@ def summarize(groups: Groups, searches: Mapping[str, Search], about: dict[str, A
         "caveats": caveats(everything, tokens),
         "optimizers": [row(label, runs, finals[label], tokens, target, searches.get(label)) for label, runs in groups.items()],
         "pairs": pairs,
+        "evaluations": other_evaluations(sound),
         "runs": [curves(run) for runs in groups.values() for run in runs],
     }
 
@@ -209,7 +211,8 @@ def curves(run: Run) -> dict[str, Any]:
             "tokens": tokens,
             "seconds": [digits(value) for value in seconds],
             "val_loss": [digits(r["val_loss"]) for r in validation],
-        },
+        }
+        | {key: [digits(r.get(key)) for r in validation] for key in other_curves(run)},
     }
 
 
