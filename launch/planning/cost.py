@@ -69,6 +69,7 @@ class Setup:
     replicas: int = 1  # fsdp2
     state_bf16: bool = False  # for optimizers that take a rule
     normalize_gradient: bool = False  # as the rule says
+    average: bool = False  # train.average
 
     @property
     def entry(self) -> OptimizerEntry:
@@ -110,6 +111,7 @@ def setup_of(config: Config, world: int) -> Setup:
         config.distributed.replicas,
         config.optimizer.state_dtype == "bf16",
         normalizes_gradient(config.optimizer),
+        config.train.average is not None,
     )
 
 
