@@ -206,7 +206,8 @@ def setting(run: Run) -> dict[str, str]:
 def other_differences(runs: list[Run]) -> list[str]:
     """Sentences on what else differs between runs: then a difference of losses is not the optimizer's alone."""
     incidental: tuple[str, ...] = ("run.", "log.", "checkpoint.", "optimizer.", "schedule.", "distributed.", "data.")
-    incidental += ("train.steps", "train.micro_batch_size", "train.compile", "eval.every")
+    incidental += ("train.steps", "train.micro_batch_size", "train.compile", "train.average", "eval.every")
+    incidental += ("eval.sets", "eval.task", "eval.lm_eval")
     options = [{k: str(v) for k, v in flat(asdict(run.config)).items() if not k.startswith(incidental)} for run in runs]
     for run, option in zip(runs, options, strict=True):
         option["the data set"] = data_of(run)

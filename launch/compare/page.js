@@ -189,6 +189,8 @@ function start() {
     && new Chart(curves, { title, lines: () => runLines(kind, quantity), ...options });
   add("Validation loss, nats per token", "validation", "val_loss", { tail: true, wide: true,
     lines: () => [...referenceLines(), ...runLines("validation", "val_loss")] });
+  const others = new Set(results.runs.flatMap((run) => Object.keys(run.validation)));
+  for (const key of others) if (/\//.test(key)) add(key, "validation", key);
   add("Training loss, nats per token", "training", "loss", { tail: true });
   add("Norm of the gradient, before clipping", "training", "grad_norm", { tail: true });
   add("RMS change of a hidden weight in one step", "training", "update_rms");

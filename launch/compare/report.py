@@ -72,7 +72,8 @@ def render(results: Results) -> str:
     return page.get_template("page.html").render(
         results | {"versions": [f"{library} {version}" for library, version in results["versions"].items()]},
         search_commands=results.get("search_commands"),
-        sections=sections(results, lambda label: f"var(--c{labels.index(label) % 8})"),
+        sections=sections(results, lambda label: f"var(--c{looks[label].color})"),
+        evaluations=[row for row in results.get("evaluations", []) if isinstance(row, dict)],  # not in results of former versions
         shown=shown,
         folded=folded,
         low=low,

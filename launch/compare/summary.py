@@ -14,6 +14,7 @@ from celo2.training.search import Search
 from celo2.training.statistics import CONFIDENCE, Difference, difference, estimate, holm
 from configs.load import to_yaml
 from launch.compare.curves import Run, at, other_differences, reaches, thinned, upto
+from launch.compare.evaluations import other_curves, other_evaluations
 from launch.compare.planning import seeds_for
 from launch.compare.sensitivity import search_record, worth_sentence
 from launch.compare.target import target_record
@@ -54,6 +55,7 @@ def summarize(
         "pairs": pairs,
         "tuning": [text for text in worth if text],
         "target": target_record(groups, target_loss) if target_loss is not None else None,
+        "evaluations": other_evaluations(sound),
         "runs": [curves(run) for runs in groups.values() for run in runs],
     }
 
@@ -222,7 +224,8 @@ def curves(run: Run) -> dict[str, Any]:
             "tokens": tokens,
             "seconds": [digits(value) for value in seconds],
             "val_loss": [digits(r["val_loss"]) for r in validation],
-        },
+        }
+        | {key: [digits(r.get(key)) for r in validation] for key in other_curves(run)},
     }
 
 

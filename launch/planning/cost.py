@@ -70,6 +70,7 @@ class Setup:
     state_bf16: bool = False  # for optimizers that take a rule
     normalize_gradient: bool = False  # as the rule says
     offload: bool = False  # fsdp2
+    average: bool = False  # train.average
 
     @property
     def entry(self) -> OptimizerEntry:
@@ -112,6 +113,7 @@ def setup_of(config: Config, world: int) -> Setup:
         config.optimizer.state_dtype == "bf16",
         normalizes_gradient(config.optimizer),
         config.distributed.offload,
+        config.train.average is not None,
     )
 
 

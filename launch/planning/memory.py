@@ -82,6 +82,7 @@ def held(workload: Workload, setup: Setup) -> Bytes:
     n = workload.parameters
     over, state_over = divided_by(setup)
     means = sum(3 * (rows + cols) for rows, cols in workload.hidden) if setup.entry.takes_rule else 0  # three decays
+    average = {"average of the weights": FP32 * n / (setup.shards if setup.strategy.startswith("zero") else over)}
     return {
         "weights": FP32 * n / over,
         "optimizer state": state_bytes(workload, setup) / state_over,
@@ -89,7 +90,7 @@ def held(workload: Workload, setup: Setup) -> Bytes:
         "row and column means": FP32 * means / (state_over if over == 1 else 1),
         # DeepSpeed's vector that the optimizer updates, beside the weights that compute. Under zero3 they are one.
         "flat copies": FP32 * n / setup.shards if setup.strategy in ("zero1", "zero2") else 0.0,
-    }
+    } | (average if setup.average else {})
 
 
 def gradients_kept(workload: Workload, setup: Setup) -> float:
@@ -119,7 +120,7 @@ def start_memory(workload: Workload, setup: Setup, cpu: bool = False) -> Bytes:
 
 def save_memory(workload: Workload, setup: Setup) -> Bytes:
     """Host memory of a save: a copy of what the rank owns, and one whole tensor that it brings together."""
-    total = FP32 * workload.parameters + state_bytes(workload, setup)
+    total = FP32 * workload.parameters * (2 if setup.average else 1) + state_bytes(workload, setup)
     largest = max((FP32 * rows * cols for rows, cols in workload.hidden), default=0.0)
     tensor = 3 * largest if setup.entry.takes_rule else largest  # the momenta of a matrix with three decays
     return {"copy of its shards": total / setup.shards, "a tensor": max(tensor, FP32 * workload.outside / 2)}

@@ -161,7 +161,7 @@ class Evaluator:
                         strategy, self.context, self.config.train.micro_batch_size, self.end, stopping, self.mark
                     ).examine(self.exams)
                 found.record.update(scores)
-                found.lines.extend(f"{name} {score:.4f}" for name, score in scores.items())
+                found.lines.extend(in_words(scores))
         finally:
             strategy.loss_model.train()
         return found
@@ -181,6 +181,15 @@ class Evaluator:
             raise Stopped
         total = torch.tensor(sums, dtype=torch.float64, device=self.accelerator.device)
         return evaluation(*self.accelerator.reduce(total, "sum").tolist())
+
+
+def in_words(scores: dict[str, float]) -> list[str]:
+    """A line for each task."""
+    tasks: dict[str, list[str]] = {}
+    for key, score in scores.items():
+        task, _, metric = key.rpartition("/")
+        tasks.setdefault(task, []).append(f"{metric} {score:.4f}")
+    return [f"{task}: {', '.join(metrics)}" for task, metrics in tasks.items()]
 
 
 def open_sets(config: Config, validation: TokenShards) -> dict[str, TokenShards]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from configs.load import ConfigError
+from configs.load import ConfigError, options
 from configs.schema import Config
 from launch.checkpoint.load import load_checkpoint, read_state, require_state
 from launch.checkpoint.save import Saver
@@ -69,11 +69,18 @@ def resume(config: Config, start: Start, strategy: Strategy, identity: dict[str,
     require_agreement(path, saved, config, strategy.model.config, identity)
     rate = rate_after(saved, config)
     load_checkpoint(path, strategy, progress)
-    before, now = flat(saved["config"]), flat(asdict(config))
-    changes = [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
+    changes = changed_options(saved["config"], config)
     start.notes.append(f"resumed from {path}" + (f" with {', '.join(changes)}" if changes else ""))
     start.notes.extend([rate] if rate else [])
     return from_saved(saved)
+
+
+def changed_options(saved: dict[str, Any], config: Config) -> list[str]:
+    """What of a checkpoint's configuration is another one now, in words. An option that it does not know had its default."""
+    before, now = flat(asdict(Config())) | flat(saved), flat(asdict(config))
+    known = {name for name, _, _ in options()}
+    keys = [key for key in now | before if ".".join(key.split(".")[:2]) in known]
+    return [f"{key} {before.get(key)} -> {now.get(key)}" for key in keys if before.get(key, "None") != now.get(key, "None")]
 
 
 def roll_back(run_dir: Path, state: RunState, strategy: Strategy, saver: Saver, heartbeat: Heartbeat) -> tuple[RunState, int]:

@@ -149,3 +149,20 @@ def test_a_checkpoint_of_an_earlier_version_is_compared_too(written, capsys):
     AcceleratorState._reset_state(reset_partial_state=True)
     last = written / "run" / "checkpoints" / "step_00000006" / "state.json"
     assert json.loads(last.read_text())["sequences"] == 3 * 8 + 3 * 16
+
+
+def test_options_that_a_checkpoint_does_not_know_had_their_defaults():
+    """Those of earlier versions; and a mapping that is given up, or that comes."""
+    from dataclasses import asdict
+
+    from configs.schema import Config
+    from launch.run.resume import changed_options
+
+    saved, now = asdict(Config()), Config()
+    for section, key in (("eval", "sets"), ("eval", "lm_eval"), ("eval", "tasks_every"), ("train", "average")):
+        del saved[section][key]
+    saved["train"]["forgotten"] = 1
+    assert changed_options(saved, now) == []
+    now.train.average = {"kind": "tail"}
+    assert changed_options(saved, now) == ["train.average.kind None -> tail"]
+    assert changed_options(asdict(now), Config()) == ["train.average.kind tail -> None"]

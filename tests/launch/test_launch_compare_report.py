@@ -17,7 +17,7 @@ from launch.compare import __main__ as compare
 from launch.compare import report
 from launch.compare.curves import Run, label_runs, other_differences, reaches, thinned, upto
 from launch.compare.picture import COLORS, style
-from launch.compare.report import render, write_report
+from launch.compare.report import render, to_json, write_report
 from launch.compare.summary import summarize
 
 ABOUT = {
@@ -341,3 +341,19 @@ def test_the_page_runs_its_own_script_alone():
     script = re.search(r"<script>(.*?)</script>", page, re.S)[1]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert policy == f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+
+
+def test_further_evaluations_are_in_the_report(tmp_path):
+    """Sets, tasks and averages: a table of the last ones, a chart of those that are no other form of a loss."""
+    groups = {"adamw": seeds("adamw", [3.0, 3.2]), "muon": seeds("muon", [2.9, 3.0])}
+    for n, run in enumerate(groups["adamw"]):
+        run.validation[-1] |= {"val_perplexity": 20.0, "val_loss/code": 2.0 + n, "average/task/arc/accuracy": 0.25}
+    results = results_of(groups)
+    found = {row["key"]: row["optimizers"] for row in results["evaluations"]}
+    assert found["val_loss/code"] == {"adamw": {"mean": 2.5, "sd": pytest.approx(0.7071, abs=1e-4), "n": 2}}
+    assert found["average/task/arc/accuracy"]["adamw"]["mean"] == 0.25
+    columns = set(results["runs"][0]["validation"])
+    assert columns == {"step", "tokens", "seconds", "val_loss", "val_loss/code", "average/task/arc/accuracy"}
+    page = render(json.loads(to_json(results)))
+    assert "val_loss/code" in page and "2.5000 (SD 0.7071)" in page
+    assert "Other evaluations" not in render({key: value for key, value in results.items() if key != "evaluations"})

@@ -24,11 +24,13 @@ from launch.planning.cost import (
 )
 from launch.planning.memory import (
     directions_held,
+    held,
     memory_per_rank,
     passes_memory,
     peaks,
     peaks_on_cpu,
     phases,
+    save_memory,
     state_bytes,
     update_memory,
 )
@@ -266,3 +268,12 @@ def test_recomputing_costs_a_third():
     setup, machine = Setup("ddp", 8), Machine()
     more = Workload(**{**TOY.__dict__, "recompute": True})
     assert step_time(more, setup, machine).compute == pytest.approx(4 / 3 * step_time(TOY, setup, machine).compute)
+
+
+def test_an_average_of_the_weights_counts():
+    """4 bytes a weight where the weights are, or the part of them that the optimizer updates; and once more in a save."""
+    for strategy, share in (("ddp", 1), ("zero1", 4), ("zero3", 4), ("fsdp2", 4)):
+        without, kept = (Setup(strategy, 4, average=average) for average in (False, True))
+        assert held(TOY, kept)["average of the weights"] == 4 * TOY.parameters / share
+        more = save_memory(TOY, kept)["copy of its shards"] - save_memory(TOY, without)["copy of its shards"]
+        assert more == 4 * TOY.parameters / 4

@@ -68,7 +68,7 @@ def test_sets_and_tasks_beside_the_main_set(run, prepared, others, capsys):
     assert set(first) == {*known, *names}
     assert set(last) == {*first, "task/tiny/accuracy", "task/tiny/accuracy_norm"}
     assert last["val_perplexity/upper"] == math.exp(last["val_loss/upper"])
-    assert "upper: loss" in run.out and "task/tiny/accuracy" in run.out
+    assert "upper: loss" in run.out and "task/tiny: accuracy 0." in run.out
     capsys.readouterr()
     for name, arguments in (("upper", [str(others / "upper")]), ("2024", [str(prepared), "--split", "train"])):
         assert evaluate([str(run.tmp_path / "run"), *arguments, "--sequences", "8"]) == 0
