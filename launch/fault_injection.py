@@ -361,9 +361,8 @@ def damage(laboratory: Laboratory) -> list[Row]:
             shutil.copytree(halfway, laboratory.folder / name)
             harm(list_checkpoints(laboratory.folder / name / "checkpoints")[-1] / file)
             recovered, log = laboratory.recovers(name), (laboratory.folder / f"{name}.log").read_text(encoding="utf-8")
-            survived += (
-                recovered and newest.name in log and (file in log or file == MANIFEST)
-            )  # that may seem right: a file is not
+            named = newest.name in log and (file in log or file == MANIFEST)  # a damaged manifest may blame another file
+            survived += recovered and named
         rows.append(Row(fault, len(files), survived, "named it, and went back to the checkpoint before"))
     return rows
 
