@@ -360,7 +360,9 @@ def damage(laboratory: Laboratory) -> list[Row]:
             name = f"damaged-{fault.replace(' ', '-')}-{number}"
             shutil.copytree(halfway, laboratory.folder / name)
             harm(list_checkpoints(laboratory.folder / name / "checkpoints")[-1] / file)
-            survived += laboratory.recovers(name) and file in (laboratory.folder / f"{name}.log").read_text(encoding="utf-8")
+            recovered, log = laboratory.recovers(name), (laboratory.folder / f"{name}.log").read_text(encoding="utf-8")
+            named = newest.name in log and (file in log or file == MANIFEST)  # a damaged manifest may blame another file
+            survived += recovered and named
         rows.append(Row(fault, len(files), survived, "named it, and went back to the checkpoint before"))
     return rows
 
