@@ -147,8 +147,8 @@ class Comparison:
             adamw += f", and then searched over {', '.join(f'{v:g}' for v in a.adamw_lrs)} at the chosen learning rate"
         said = [
             f"Every optimizer trains the same model on the same batches for the same budget: {c.train.steps:,} steps of "
-            f"{batch_sizes(vars(c.train)).text()} sequences. Initial weights and data order follow from the seed alone. Each run is "
-            f"evaluated every {self.eval_every} steps.",
+            f"{batch_sizes(vars(c.train)).text()} sequences. Initial weights and data order follow from the seed alone. "
+            f"Each run is evaluated every {self.eval_every} steps.",
             f"AdamW trains the parameters that are no hidden matrices. Its learning rate (adamw_lr) was {adamw}, by the same "
             "rule for all.",
         ]
