@@ -134,8 +134,9 @@ class Inside:
             u = whole_direction(self.strategy.optimizer, self._group(name), shape, values, count, orthogonalize=False)
             matrix = u.reshape(-1, *u.shape[-2:])[0]
             matrix = matrix / torch.linalg.matrix_norm(matrix)
+            finite = bool(matrix.isfinite().all())  # else there are none, and torch would raise
             for when, tensor in (("before", matrix), ("after", newton_schulz(matrix))):
-                singular = torch.linalg.svdvals(tensor)  # in descending order
+                singular = torch.linalg.svdvals(tensor) if finite else tensor.new_full((1,), math.nan)  # in descending order
                 for word, value in (("max", singular[0]), ("median", singular[len(singular) // 2]), ("min", singular[-1])):
                     found[f"singular_{when}/{name}/{word}"] = value.item()
         if self.strategy.world > 1:
@@ -165,7 +166,7 @@ class Inside:
                 strategy.loss(inputs, targets)
         if strategy.world > 1:
             dist.all_reduce(logits.largest, dist.ReduceOp.MAX)
-        found = {name: value for name, value in zip(logits.names, logits.largest.tolist(), strict=True) if value > -math.inf}
+        found = {name: value for name, value in zip(logits.names, logits.largest.tolist(), strict=True) if value != -math.inf}
         if not found:
             raise ConfigError(
                 f"log.layers: the attention of {type(strategy.model).__name__} cannot be seen; it takes one that calls "

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from bad_gradients import Poison
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from configs.schema import Config
@@ -78,6 +79,10 @@ def test_statistics_of_every_layer(run, prepared):
             ]
             assert 1 >= values[0] > values[1] > values[2] and 0.6 < values[4] <= values[3] < 1.3
     assert sum(key.startswith("singular_after/") for key in seen[4]) == 9
+    _, records, _ = run(*OPTIONS, "log.layers=2", hooks=Poison({2}), folder="refused")  # a step that is not finite
+    second = next(r for r in records if r["step"] == 2)
+    assert all(value is None for key, value in second.items() if key.startswith(("grad_norm/", "singular_")))
+    assert all(value == 0 for key, value in second.items() if key.startswith("update_norm/")) and records[-1]["step"] == 4
     assert (run.tmp_path / "seen" / "layers.png").read_bytes().startswith(b"\x89PNG")
 
 
