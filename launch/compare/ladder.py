@@ -134,6 +134,7 @@ def ladder_record(
         "notes": notes(rungs),
     }
     reference = next((label for label in labels if label.partition("{")[0] == REFERENCE), None)
+    found["reference"] = reference
     cells = [Cell(rung.size, rung.weights, rung.tokens) for rung in rungs]
     usable = [i for i in range(len(rungs)) if reference is not None and losses[reference][i]]
     why = why_no_fit([cells[i] for i in usable]) if reference else f"{REFERENCE} is not among the optimizers"

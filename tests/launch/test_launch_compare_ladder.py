@@ -12,8 +12,9 @@ from test_launch_compare_report import seeds as made_runs
 
 from celo2.training.statistics import detectable
 from configs.load import to_yaml
+from configs.schema import Config
 from launch.compare import __main__ as compare
-from launch.compare.ladder import notes, searched_at, sentence
+from launch.compare.ladder import notes, searched_at, sentence, weights_beyond
 from launch.compare.planning import planned
 from launch.compare.report import render
 from launch.compare.speedup import Cell, Speedup, Speedups, why_no_fit
@@ -64,6 +65,7 @@ def ladder(tmp_path, monkeypatch, capsys, prepared):
     monkeypatch.setattr(Pool, "run", write)
     for name in ("draw", "draw_details"):  # seconds each, and tested with the report
         monkeypatch.setattr(f"launch.compare.report.{name}", lambda *_: None)
+    monkeypatch.setattr(compare, "weights_beyond", lambda _: {"gpt3-125m": 125_000_000, "gpt3-1.3b": 1_300_000_000})
     write.started = 0
 
     def run(*words):
@@ -284,6 +286,15 @@ def test_seeds_are_planned_from_the_search():
     assert [pair["seeds_needed"] for pair in found["pairs"]] == [8, 2, 2]
     one = planned({"a": make(3.0), "b": make(3.1)}, 1)
     assert one["sd"] is None and one["sentences"] == [] and one["pairs"] == []
+
+
+@pytest.mark.slow
+def test_sizes_beyond_the_ladder_have_the_datas_vocabulary(prepared):
+    """87 million weights with bytes: 12 layers of 12 x 768² and biases."""
+    config = Config()
+    config.data.dir = str(prepared)
+    found = weights_beyond(config)
+    assert 85e6 < found["gpt3-125m"] < 88e6 and 1.2e9 < found["gpt3-1.3b"] < 1.3e9
 
 
 def test_names_of_rungs_and_repeated_data():
