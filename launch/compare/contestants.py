@@ -73,9 +73,7 @@ def parse(spec: str, config: Config) -> Contestant:
         special += [f"weight decay of matrices times {entry.decay:g}"] if entry.decay != 1 else []
     label = spec.strip()
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", label).strip("-.")
-    return Contestant(
-        label, slug, overrides, lr, tuple(special), uses_adamw_lr(section) and "adamw_lr" not in own, section
-    )
+    return Contestant(label, slug, overrides, lr, tuple(special), uses_adamw_lr(section) and "adamw_lr" not in own, section)
 
 
 def parse_all(specs: list[str], config: Config) -> list[Contestant]:

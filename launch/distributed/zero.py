@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -35,6 +36,19 @@ from models.initialization import Weights
 BUCKET = 50_000_000
 
 
+@contextmanager
+def local_rank() -> Iterator[None]:
+    """DeepSpeed reads LOCAL_RANK whenever it works. Without a launcher it is 0 for as long, and no longer: the next training run
+    of this process would take it for a launcher's."""
+    launched = "LOCAL_RANK" in os.environ
+    os.environ.setdefault("LOCAL_RANK", "0")
+    try:
+        yield
+    finally:
+        if not launched:
+            os.environ.pop("LOCAL_RANK", None)
+
+
 class Zero(Strategy):
     """DeepSpeed's engine around the loss module; its optimizer is `ZeroClient`, which steps the real one.
 
@@ -44,10 +58,10 @@ class Zero(Strategy):
     fills_gradients = True
     zero_options: ClassVar[dict[str, Any]] = {}  # further options of DeepSpeed's section zero_optimization
 
+    @local_rank()
     def __init__(self, config: Config, accelerator: Accelerator, model: PreTrainedModel, weights: Weights) -> None:
         super().__init__(config, accelerator, model, weights)
         self.whole = config.distributed.strategy != "zero3"
-        launched = "LOCAL_RANK" in os.environ
         deepspeed = import_deepspeed(accelerator.device)
         names = dict(model.named_parameters())
         self.client = ZeroClient(self.groups)
@@ -56,8 +70,6 @@ class Zero(Strategy):
         self.compile()
         with zero_in_float32(deepspeed, model):
             self.engine, *_ = deepspeed.initialize(model=CausalLMLoss(model), optimizer=self.client, config=options)
-        if not launched:  # the next training run of this process would take it for a launcher's
-            os.environ.pop("LOCAL_RANK", None)
         self.loss_model = self.engine
         self.zero = self.engine.optimizer
         self.optimizer = self.client.bind(self.zero, lambda groups: build_optimizer(config.optimizer, groups))
@@ -76,10 +88,17 @@ class Zero(Strategy):
         self.engine.set_gradient_accumulation_boundary(last)
         return nullcontext()
 
+    @local_rank()
+    def loss(self, inputs: Tensor, targets: Tensor, **options: bool) -> Tensor:
+        """As under every strategy."""
+        return super().loss(inputs, targets, **options)
+
+    @local_rank()
     def differentiate(self, loss: Tensor) -> None:
         """Through the engine, without its division by the number of micro-batches."""
         self.engine.backward(loss, scale_wrt_gas=False)
 
+    @local_rank()
     def update(self, judge: Judge) -> Judged:
         """DeepSpeed reduces, clips and calls the client, which asks `judge` first.
 
@@ -98,6 +117,7 @@ class Zero(Strategy):
             judged.append(judge(torch.tensor(float("nan"), device=self.accelerator.device)))
         return judged[0]
 
+    @local_rank()
     def weights_changed(self) -> None:
         """Copy what the flat vectors hold into the model."""
         if hasattr(self.zero, "update_lp_params"):  # stages 1 and 2 compute with a copy
