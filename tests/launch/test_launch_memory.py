@@ -13,8 +13,8 @@ from launch.planning.activations import activation_elements, loss_elements
 from models import CausalLMLoss, build_model
 
 ROOT = Path(__file__).parents[2]
-SHAPE = {"layers": 7, "width": 64, "heads": 4, "context": 256}
-VOCABULARY, SEQUENCES = 64, 2
+SHAPE = {"layers": 8, "width": 128, "heads": 4, "context": 512}
+VOCABULARY, SEQUENCES = 512, 4
 SMALL = [
     "optimizer.name=adamw", "model.layers=8", "model.width=512", "model.heads=8", "model.context=512", "train.micro_batch_size=4",
 ]  # fmt: skip
@@ -34,7 +34,7 @@ def passes(choice):
 
 
 def test_activations_are_planned_for_each_choice():
-    """Measured: planned is 0.97 to 1.04 of the peak (worst of these five and of eight blocks of width 128)."""
+    """Measured: planned is 0.99 to 1.02 of the peak, and 0.97 with twelve blocks of width 256."""
     found = {choice: passes(choice) for choice in ("false", "operations", "4", "2", "true")}
     print(found)
     for choice, (planned, measured, _) in found.items():
