@@ -49,6 +49,7 @@ class Inside:
         self.gradients: dict[str, Tensor] = {}  # sums of squares, here
         self.whole: dict[str, dict[str, Tensor]] = {}  # what the chosen directions are computed from
         self.attention: dict[str, float] = {}
+        self.begun = False  # a step of this start
         if config.log.layers:
             strategy.optimizer.register_step_pre_hook(self._look)
         if config.log.memory_snapshot:
@@ -67,7 +68,10 @@ class Inside:
         if self.config.log.layers and (step == 1 or due(step, self.config.log.layers, self.config.train.steps)):
             self.before = {name: local(shard.weight).detach().clone() for name, shard in self.strategy.shards.items()}
             self.gradients, self.whole = {}, {}
-            self.attention = self._attention(micro_batches)
+            # DeepSpeed's stage 3 takes the first forward pass of a process for that of a step, and remembers its order.
+            early = self.config.distributed.strategy == "zero3" and not self.begun
+            self.attention = {} if early else self._attention(micro_batches)
+        self.begun = True
 
     def record(self, grad_norm: float) -> dict[str, float]:
         """Of the last step, if it was observed; `grad_norm` is the norm of its whole gradient before clipping. For every rank.

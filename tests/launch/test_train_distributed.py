@@ -86,8 +86,10 @@ def layers_differ(folder, reference):
     """The largest relative difference of the statistics of layers at the first step, where the weights are equal."""
     ours, theirs = (next(r for r in read(path) if r["step"] == 1 and "loss" in r) for path in (folder, reference))
     ours, theirs = ({key: value for key, value in r.items() if "/" in key} for r in (ours, theirs))
-    assert ours.keys() == theirs.keys() and any(key.startswith("attention_logit/") for key in ours)
-    differences = {key: abs(ours[key] - theirs[key]) / max(abs(theirs[key]), 1e-3) for key in ours if theirs[key] is not None}
+    assert all(key.startswith("attention_logit/") for key in theirs.keys() ^ ours.keys())  # zero3 has none at the first step
+    # The gradient of a bias of keys is rounding alone, since the softmax does not see it, and AdamW makes an update of that.
+    keys = [key for key in ours if theirs[key] is not None and "k_proj.bias" not in key]
+    differences = {key: abs(ours[key] - theirs[key]) / max(abs(theirs[key]), 1e-3) for key in keys}
     return max(differences.items(), key=lambda item: item[1])
 
 
