@@ -78,9 +78,9 @@ class Data:
 
 
 OPTIMIZERS = (
-    *("celo2", "celo2-base", "adamw", "muon", "lion", "soap", "adafactor", "schedule-free"),
-    *("normuon", "ademamix", "mars", "kron", "scion"),
-)
+    "celo2", "celo2-base", "adamw", "muon", "lion", "soap", "adafactor", "schedule-free",
+    "normuon", "ademamix", "mars", "kron", "scion",
+)  # fmt: skip
 
 
 @dataclass

@@ -87,7 +87,8 @@ class ThirdParty(torch.optim.Optimizer):
         """One step of the library's optimizer."""
         with self._unpacked() as inner:
             if self.takes_loss:
-                return inner.step(loss=self.loss)  # type: ignore[call-overload]
+                learned: Any = inner
+                return learned.step(loss=self.loss)
             return inner.step() if closure is None else inner.step(closure)
 
     def train(self) -> None:

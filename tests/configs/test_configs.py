@@ -54,8 +54,8 @@ def test_resolved_configuration_reads_back(file, tmp_path):
         ("train.steps=", "train.steps is None, expected int"),
         (
             "optimizer.name=celo",
-            "optimizer.name is 'celo', expected one of celo2, celo2-base, adamw, muon, lion, soap, adafactor, schedule-free; "
-            "did you mean 'celo2'?",
+            "optimizer.name is 'celo', expected one of celo2, celo2-base, adamw, muon, lion, soap, adafactor, schedule-free, "
+            "normuon, ademamix, mars, kron, scion; did you mean 'celo2'?",
         ),
         ("train.compile=1", "train.compile is 1, expected bool"),
         ("train.steps=true", "train.steps is True, expected int"),

@@ -99,7 +99,7 @@ def test_a_refused_step_changes_nothing(name):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("name", ["celo2", "muon", "kron", "torch.optim.SGD"])
+@pytest.mark.parametrize("name", ["celo2", "muon", "soap", "torch.optim.SGD"])
 def test_a_checkpoint_holds_the_average(name, tmp_path):
     config = config_of(name)
     config.ema_nesterov, config.cautious_weight_decay = BETA, True
