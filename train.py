@@ -182,7 +182,6 @@ def pretrain(
             # Between two steps: evaluate, save, end.
             if not stop and evaluator.due(state):
                 hooks.before_evaluation(state.step)
-                set_mode(optimizer, "eval")
                 found = evaluator.evaluate(strategy, state.step, guard.stopping)
                 stop = found is None
                 if found is not None:

@@ -22,6 +22,7 @@ from data.text_bytes import token_bytes
 from data.tokenizer import load_tokenizer
 from launch.distributed.first_rank import on_first_rank
 from launch.distributed.strategy import Strategy
+from launch.optimizers.build import set_mode
 from launch.run.lm_eval_tasks import LMEvalTasks
 from launch.run.mixture import local
 from launch.run.multiple_choice import MultipleChoice
@@ -133,6 +134,7 @@ class Evaluator:
         exams = bool(self.config.eval.tasks or self.config.eval.lm_eval) and (
             not every or due(step, every, self.config.train.steps)
         )
+        set_mode(strategy.optimizer, "eval")
         try:
             found = self._weights(strategy, exams, stopping)
             if average is not None and average.begun:
