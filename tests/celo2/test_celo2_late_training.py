@@ -173,6 +173,7 @@ LATE = (
 )
 
 
+@pytest.mark.slow
 def test_late_training_resumes_exactly(tmp_path):
     """Two sizes of text and images, an expert that leaves, late states: 8 iterations, and 8 with a kill after the sixth."""
     (tmp_path / "code.txt").write_bytes(b"def f(x): return x + 1\n" * 20)
