@@ -42,6 +42,7 @@ def test_every_option_but_the_paths_is_compared(prepared):
     found = {fact.name for fact in ranks.facts_of(config, config, shards, None, prepared)}
     options = set(flat({section: vars(options) for section, options in vars(config).items()}))
     paths = {"run.dir", "data.dir", "data.mix", "data.cache_dir", "optimizer.rule", "checkpoint.fallback_dir"}
+    paths.add("eval.lm_eval_include")  # the first rank alone reads it
     assert options - found == paths  # of model.init it is compared whether one is given
     assert {"the rule of the optimizer", "the data set of data.dir", "Python", "torch", "transformers"} <= found
     assert "the code of this project" in found

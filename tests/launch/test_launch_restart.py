@@ -27,7 +27,7 @@ from launch.distributed import verification as verification_module
 from launch.distributed.heartbeat import Beat, RankError, blame, got_further
 from launch.distributed.replicas import bit_sums, in_words, named, require_equal_replicas
 from launch.distributed.strategy import ShardedParameter, is_expert
-from launch.monitoring import metrics as metrics_module
+from launch.monitoring import growing
 from launch.monitoring.metrics import Lines
 from launch.monitoring.signals import STOP_SIGNALS
 from launch.run.grace import Grace
@@ -80,7 +80,7 @@ def test_what_a_full_disk_refuses_waits(tmp_path, monkeypatch):
     def full(*args, **options):
         return Full(real(*args, **options)) if "ab" in args else real(*args, **options)
 
-    monkeypatch.setattr(metrics_module, "open", full, raising=False)
+    monkeypatch.setattr(growing, "open", full, raising=False)
     lines.write({"step": 2})
     lines.write({"step": 3})
     lines.flush()
@@ -142,6 +142,7 @@ def test_a_replica_that_differs_is_named_by_all(tmp_path):
         config = SimpleNamespace(distributed=SimpleNamespace(strategy="ddp"))
         device = SimpleNamespace(device=torch.device("cpu"))
         strategy = SimpleNamespace(world=3, copies=1, copies_group=None, buffers={}, shards=shards)
+        strategy.device = device.device
         strategy.config, strategy.accelerator = config, device
         require_equal_replicas(strategy, 1)
         if rank == 1:

@@ -139,7 +139,7 @@ def test_trackers_get_the_same_numbers(run):
         (["distributed.replicas=2"], "distributed.replicas 2 is for fsdp2, not for ddp: leave it out"),
         (["distributed.strategy=fsdp2", "distributed.shard_state=true"], "distributed.shard_state is for ddp; fsdp2 divides"),
         (["optimizer.name=celo2-base", "optimizer.adamw_lr=0.1"], "optimizer.adamw_lr 0.1 is for what AdamW trains"),
-        (["optimizer.route=all"], "optimizer.route all is for a dotted path"),
+        (["optimizer.route=all"], "optimizer.route all is for optimizers of libraries"),
         (["schedule.decay=0.3"], "schedule.decay 0.3 is for wsd, not for schedule.kind cosine"),
         (["schedule.decay=0.2"], "schedule.decay 0.2 is for wsd"),  # the default, but somebody wants it
         (["schedule.kind=constant", "schedule.final=0"], "schedule.final 0.0 is not for schedule.kind constant"),
