@@ -104,6 +104,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--average", action="store_true", help="the average of the weights, of a run with train.average")
     options = parser.parse_args(arguments)
     disable_progress_bar()
+    if not torch.cuda.is_available():  # transformers imports DeepSpeed to save a model, which warns if nobody tells it so
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
         if options.push:
             check_name(options.push)
