@@ -123,6 +123,7 @@ def pretrain(
     flops, parameters, hidden = flops_per_token(model, context), model.num_parameters(), hidden_names(model)
     heartbeat.mark("sharding model and optimizer")
     strategy = make_strategy(chosen, accelerator, model, weights)
+    strategy.host.waits = heartbeat.waits
     require_finite(accelerator, weights, files)
     del weights
     optimizer = strategy.optimizer

@@ -200,7 +200,7 @@ class Gathering:
     """A share on its way to its owner."""
 
     def __init__(self, share: Share, host: HostGroup, tag: int) -> None:
-        self.share, self.whole, self.works = share, None, []
+        self.share, self.whole, self.works, self.waits = share, None, [], host.waits
         foreign = [piece for piece in share.pieces if piece.rank != share.owner]
         if share.owner != host.rank:
             assert share.value is not None
@@ -220,8 +220,9 @@ class Gathering:
 
     def wait(self) -> Tensor | None:
         """The whole tensor on its owner; on the other ranks nothing."""
-        for work in self.works:
-            work.wait()
+        with self.waits():
+            for work in self.works:
+                work.wait()
         return self.whole
 
 

@@ -34,8 +34,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import NamedTuple
@@ -74,6 +74,7 @@ class Beat:
     left: bool = False  # it is done, and needs the others no more
     progress: int = 0  # changes while it works between two marks
     disk: bool = False  # its newest mark says that it waits for a disk
+    waits: bool = False  # a thread of it, such as the one that writes a checkpoint, waits for other ranks
 
 
 class Diagnosis(NamedTuple):
@@ -128,7 +129,9 @@ def blame(beats: dict[int, Beat], silent: dict[int, float], still: float, timeou
     if not hung or not working or perhaps_dead or "error" in alarms:
         return None
     if len(behind) == len(working):
-        text = next(iter(behind.values())).text
+        behind = {rank: beat for rank, beat in working.items() if not beat.waits}
+    if len(behind) in (0, len(working)):
+        text = next(iter(working.values())).text
         return f'no rank has got further for {patience:g} s and all are at "{text}", so that none can be named; {CONTINUES}'
     since = f"has hung for {patience:g} s, while others wait, at"
     return in_one_line([f'{where(rank, beat)} {since} "{beat.text}"' for rank, beat in behind.items()])
@@ -174,6 +177,7 @@ class Heartbeat:
         self._failure: str | None = None
         self._mark = (0, "start", True)
         self._progress = 0
+        self._waiters: set[int] = set()  # threads that wait for other ranks
         self._count = 0
         self._silent = dict.fromkeys(self.observed, 0.0)
         self._still = 0.0
@@ -186,6 +190,16 @@ class Heartbeat:
     def progress(self) -> None:
         """A sign of work between two marks: this rank is alive and not done yet. Any thread may call it, as often as it likes."""
         self._progress += 1
+
+    @contextmanager
+    def waits(self) -> Iterator[None]:
+        """In this context a thread waits for what other ranks send: it is not this rank that hangs."""
+        thread = threading.get_ident()
+        self._waiters.add(thread)
+        try:
+            yield
+        finally:
+            self._waiters.discard(thread)
 
     def signalled(self) -> None:
         """This rank got a signal, as from torchrun when another one died: a dead rank is named sooner. Any thread may call it."""
@@ -272,7 +286,9 @@ class Heartbeat:
     def _publish(self, left: bool = False) -> None:
         self._count += 1
         marks, text, disk = self._mark
-        self._own = Beat(self._count, marks, text, self._host, self._pid, self._alarm, left, self._progress, disk)
+        self._own = Beat(
+            self._count, marks, text, self._host, self._pid, self._alarm, left, self._progress, disk, bool(self._waiters)
+        )
         self._store.set(f"beat/{self.rank}", json.dumps(asdict(self._own)))
 
     def _read_beats(self) -> dict[int, Beat]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -21,11 +23,13 @@ class HostGroup:
     Attributes:
         rank, world: as in the default process group.
         divided_over: the ranks of every group that parameters are divided over; under replicas there are several groups.
+        waits: a context around every wait for other ranks, for who watches over them.
     """
 
     def __init__(self, rank: int = 0, world: int = 1, shard_group: dist.ProcessGroup | None = None) -> None:
         """`shard_group`: the group that this rank's parameters are divided over; None: they are whole."""
         self.rank, self.world, self.divided_over = rank, world, [[0]]
+        self.waits: Callable[[], AbstractContextManager[None]] = nullcontext
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if world > 1 else None
         own = [rank] if shard_group is None else dist.get_process_group_ranks(shard_group)
         self.divided_over = [list(ranks) for ranks in sorted({tuple(ranks) for ranks in self.gather(own)})]
@@ -35,14 +39,16 @@ class HostGroup:
         if self._group is None:
             return [value]
         values: list[Any] = [None] * self.world
-        dist.all_gather_object(values, value, self._group)
+        with self.waits():
+            dist.all_gather_object(values, value, self._group)
         return values
 
     def from_first(self, value: Any) -> Any:
         """`value` of the first rank, on every rank."""
         values = [value]
         if self._group is not None:
-            dist.broadcast_object_list(values, src=0, group=self._group)
+            with self.waits():
+                dist.broadcast_object_list(values, src=0, group=self._group)
         return values[0]
 
     def send(self, tensor: Tensor, to: int, tag: int) -> dist.Work:

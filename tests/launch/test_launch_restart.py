@@ -52,6 +52,11 @@ def test_progress_counts_for_who_holds_up_the_others():
     waiting, answers = {0: beat(9), 1: replace(beat(7), disk=True)}, {0: 0.0, 1: 0.0}
     assert blame(waiting, answers, 299, 60) is None
     assert "rank 1 (node, pid 1) has hung for 300 s" in blame(waiting, answers, 300, 60)
+    both = {rank: replace(beat(9), disk=True, waits=rank == 1) for rank in (0, 1)}  # for the checkpoint that threads write
+    assert "rank 0 (node, pid 1) has hung for 300 s, while others wait" in blame(both, answers, 300, 60)
+    for waits in (False, True):
+        nobody = {rank: replace(beat, waits=waits) for rank, beat in both.items()}
+        assert "none can be named" in blame(nobody, answers, 300, 60)
     assert got_further({0: beat(9), 1: beat(7, left=True)}, {0: beat(9, 1), 1: beat(7, left=True)})
 
 

@@ -4,6 +4,7 @@ import math
 import threading
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from queue import Queue
 from types import SimpleNamespace
 
@@ -28,6 +29,7 @@ class ThreadHost:
     def __init__(self, rank, shared):
         self.rank, self.shared = rank, shared
         self.world, self.divided_over = shared.world, shared.groups
+        self.waits = nullcontext
         self.sent = 0  # bytes
 
     def gather(self, value):
