@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -172,30 +173,46 @@ def test_a_signal_to_torchrun_alone_saves(number, ranks):
     assert len(list((ranks.folder / "run" / "checkpoints").glob("step_*"))) == 1
 
 
+def listens(endpoint):
+    """Whether somebody takes connections there."""
+    host, port = endpoint.split(":")
+    with socket.socket() as probe:
+        return probe.connect_ex((host, int(port))) == 0
+
+
+def parent_of(pid):
+    """The process that started another one."""
+    return int(subprocess.run(["ps", "-o", "ppid=", "-p", str(pid)], capture_output=True, text=True).stdout)
+
+
 def test_a_lost_node_leaves_the_others_training(ranks):
-    """`torchrun --nnodes 1:2`, two agents on one machine. The second is lost with its rank: the first goes on alone by itself."""
+    """`torchrun --nnodes 1:2`, two agents on one machine. The second is lost with its rank: the first, which has the store of the
+    rendezvous, goes on alone by itself."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     launcher = ["--nnodes=1:2", "--max-restarts=3", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", "--rdzv-id=nodes"]
     fault = {"rank": 1, "at": "step", "do": "hang", "n": 4}
-    agents = [ranks.start(fault, launcher, ["distributed.strategy=fsdp2"], ranks=1, agent=agent) for agent in (0, 1)]
+    start = partial(ranks.start, fault, launcher, ["distributed.strategy=fsdp2"], ranks=1)
+    agents = [start(agent=0)]
     try:
+        while not listens(endpoint):
+            time.sleep(0.1)
+        agents.append(start(agent=1))
         while not (ranks.folder / "fault").exists():
             assert all(agent.poll() is None for agent in agents), ranks.read()
             time.sleep(0.1)
-        worker = int((ranks.folder / "pid1").read_text())
-        parent = int(subprocess.run(["ps", "-o", "ppid=", "-p", str(worker)], capture_output=True, text=True).stdout)
-        [left] = [agent for agent in agents if agent.pid != parent]
-        for pid in (parent, worker):
+        parents = {pid: parent_of(pid) for pid in (int(file.read_text()) for file in ranks.folder.glob("pid*"))}
+        [worker] = [pid for pid, parent in parents.items() if parent == agents[1].pid]
+        for pid in (agents[1].pid, worker):
             os.kill(pid, signal.SIGKILL)
-        assert ranks.end(left)[0] == 0, ranks.output
+        assert ranks.end(agents[0])[0] == 0, ranks.output
     finally:
         for agent in agents:
             agent.terminate()  # it ends its rank
             agent.wait()
     [event] = ranks.events("restart")
-    assert event["processes"] == 1 and event["step"] == 2 and "rank 1 (" in event["reason"], event
+    assert event["processes"] == 1 and event["step"] == 2 and event["reason"].startswith("rank "), event
     assert sorted(ranks.losses()) == list(range(1, 7))
     print(f"\n| fsdp2 | a node of two is lost | step {event['step']}, {event['steps_lost']} done again | on one node |")
