@@ -37,7 +37,7 @@ from torch import Tensor
 import train
 from data.prepare import prepare
 from launch.checkpoint.save import PHASES, RANK_PHASES
-from launch.checkpoint.verify import MANIFEST, checkpoint_files, find_checkpoint, list_checkpoints
+from launch.checkpoint.verify import MANIFEST, checkpoint_files, find_checkpoint, list_checkpoints, step_of
 from launch.distributed.strategy import Strategy
 from launch.monitoring.metrics import read_metrics
 from launch.monitoring.signals import STOPPED
@@ -264,9 +264,9 @@ class Laboratory:
         return [{key: value for key, value in record.items() if key not in CLOCK} for record in records]
 
     def saved(self, name: str) -> int:
-        """Step of the newest whole checkpoint, 0 without one."""
-        path, _ = find_checkpoint(self.folder / name / "checkpoints")
-        return int(path.name[5:]) if path else 0
+        """Step of the newest whole checkpoint, in the run's folder or in the second one; 0 without one."""
+        folders = [self.folder / name / "checkpoints", *(self.folder / "second").glob(f"{Path(name).name}-*")]
+        return max(step_of(path) if path else 0 for path, _ in map(find_checkpoint, folders))
 
     def reached(self, name: str) -> int:
         """The last step that a run logged."""
@@ -386,10 +386,12 @@ def stops(laboratory: Laboratory) -> list[Row]:
 
 
 def disk(laboratory: Laboratory, fault: str, name: str, hooks: Hooks, options: Sequence[str] = (), expected: int = 2) -> Row:
-    """A disk that takes no checkpoint: the run goes on to its end with the status `expected`, the last whole checkpoint stays."""
+    """A disk that takes no checkpoint: the run goes on to its end with the status `expected`, the last whole checkpoint stays, or
+    newer ones are in a second folder."""
     before = laboratory.saved(name)
     status = laboratory.run(name, hooks, options)
-    kept = laboratory.saved(name) == before
+    now = laboratory.saved(name)
+    kept = now > before if expected == 0 else now == before
     return Row(fault, 1, int(status == expected and kept), f"status {status}, last whole checkpoint kept: {kept}")
 
 
