@@ -224,7 +224,15 @@ def test_an_expert_without_a_token_is_no_fault_and_a_skipped_matrix_is(monkeypat
         verify([], 2)  # given to AdamW
 
 
-def test_every_signal_of_a_scheduler_saves(run):
+@pytest.fixture
+def without_nohup():
+    """SIGHUP as usual, even if the suite itself runs under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_every_signal_of_a_scheduler_saves(run, without_nohup):
     for number in set(STOP_SIGNALS) - {signal.SIGINT, signal.SIGTERM}:
 
         class Send(Hooks):
