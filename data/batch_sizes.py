@@ -36,10 +36,10 @@ class BatchSizes:
         later = [(s, size) for s, size in zip(self.steps, self.sizes, strict=True) if s > step]
         return [(step, self.at(step)), *later]
 
-    def text(self) -> str:
-        """For a person: "8, 16 from step 100 on"."""
+    def text(self, unit: str = "") -> str:
+        """For a person: "8, 16 from step 100 on"; with a unit "8 sequences, 16 from step 100 on"."""
         pairs = zip(self.steps, self.sizes, strict=True)
-        return ", ".join(f"{size}" + (f" from step {step} on" if step else "") for step, size in pairs)
+        return ", ".join(f"{size} from step {step} on" if step else f"{size} {unit}".strip() for step, size in pairs)
 
     def _before(self, step: int) -> int:
         """Sequences of all steps before `step`."""

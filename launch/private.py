@@ -87,9 +87,8 @@ def zero_outline(deepspeed: Any, model: torch.nn.Module, options: dict[str, Any]
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(deepspeed.accelerator.get_accelerator().communication_backend_name())
     zero = deepspeed.zero.Init(config_dict_or_path=options)
-    number = torch.zeros(
-        (), device=zero.local_device
-    )  # one for all, so that no small one lies between large pieces that are freed
+    # One number for all: no small one lies between large pieces that are freed.
+    number = torch.zeros((), device=zero.local_device)
     for p in model.parameters():
         become(p, torch.empty(p.shape, dtype=p.dtype, device=zero.local_device))
         zero._convert_to_deepspeed_param(p)

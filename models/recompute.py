@@ -31,7 +31,11 @@ def every(choice: bool | int | str) -> int:
     text = str(choice).lower()
     if text in ("true", "yes", "on", OPERATIONS):
         return 1
-    return 0 if text in ("false", "no", "off") else int(text)
+    if text in ("false", "no", "off"):
+        return 0
+    if not text.isdecimal():
+        raise ValueError(f"gradient_checkpointing is {choice!r}, expected false, true, operations, or a number of blocks")
+    return int(text)
 
 
 def recompute(model: PreTrainedModel, choice: bool | int | str) -> None:

@@ -84,11 +84,11 @@ def write_card(folder: Path, checkpoint: Path, model: PreTrainedModel, rows: int
 def training_facts(checkpoint: Path, saved: dict[str, Any], loss: str) -> tuple[str, dict[str, Any]]:
     """The run's name, and what the state of a checkpoint says of the training. `loss`: its key in metrics.jsonl."""
     trained = saved["config"]
-    optimizer, sizes = trained["optimizer"], batch_sizes(trained["train"]).text()
+    optimizer, sizes = trained["optimizer"], batch_sizes(trained["train"]).text("sequences")
     rule = optimizer.get("rule") and f", rule {optimizer['rule']}"
     return trained["run"]["name"], {
         "data": f"{data_of(trained['data'])}, hash {saved['identity']['data set'][:12]}",
-        "training": f"{saved['step']:,} steps of {sizes} sequences, {saved['tokens']:,} tokens",
+        "training": f"{saved['step']:,} steps of {sizes}, {saved['tokens']:,} tokens",
         "optimizer": f"{optimizer['name']}{rule or ''}, peak learning rate {optimizer['lr']:g}",
         "training loss": last_loss(checkpoint.parent.parent / "metrics.jsonl", saved["step"], "loss"),
         "validation loss": last_loss(checkpoint.parent.parent / "metrics.jsonl", saved["step"], loss),

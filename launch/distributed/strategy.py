@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -34,9 +33,7 @@ from models.initialization import Weights
 
 Judge = Callable[[Tensor], Judged]  # gradient norm -> whether the step may reach the weights, which the device knows
 MicroBatches = list[tuple[Tensor, Tensor]]  # input tokens and targets (B, T)
-
-
-OF_STEP = (1 << 32) - 1  # the random numbers of the optimizer's step, in place of those of a micro-batch
+OF_STEP = (1 << 32) - 1  # in place of a micro-batch's number: the random numbers of the optimizer's step
 
 
 class ShardedParameter(NamedTuple):
@@ -150,7 +147,8 @@ class Strategy:
                 loss = self.loss(inputs, targets) / n_targets
                 self.differentiate(loss * self.world)
             total += loss.detach()
-        seed_everything(seed_of(OF_STEP))
+        if isinstance(self.counter, ThirdParty):  # it may draw random numbers: the same on every rank, and after every start
+            set_seed(seed_of(OF_STEP) % (1 << 32))
         return total
 
     def micro_batch(self, last: bool) -> AbstractContextManager:
@@ -203,13 +201,6 @@ class Strategy:
                 ranges = [other[name] for other in everyone]
                 check_cover(self.shards[name].local_shard.shape, ranges, name)
                 self.shards[name] = self.shards[name]._replace(ranges=ranges)
-
-
-def seed_everything(seed: int) -> None:
-    """Seed whatever an optimizer of a library may draw random numbers from, so that every rank and every start draws the same."""
-    random.seed(seed)
-    np.random.seed(seed % (1 << 32))
-    torch.manual_seed(seed)
 
 
 def is_expert(name: str) -> bool:

@@ -71,11 +71,13 @@ class Setup:
     normalize_gradient: bool = False  # as the rule says
     offload: bool = False  # fsdp2
     average: bool = False  # train.average
+    orthogonalize: bool = True  # false: optimizer.arguments turns it off
 
     @property
     def entry(self) -> OptimizerEntry:
         """What the optimizer can do."""
-        return entry_of(OptimizerConfig(name=self.optimizer))
+        arguments = None if self.orthogonalize else {"orthogonalize": False}
+        return entry_of(OptimizerConfig(name=self.optimizer, arguments=arguments))
 
     @property
     def state_per_weight(self) -> int:
@@ -114,6 +116,7 @@ def setup_of(config: Config, world: int) -> Setup:
         normalizes_gradient(config.optimizer),
         config.distributed.offload,
         config.train.average is not None,
+        (config.optimizer.arguments or {}).get("orthogonalize") is not False,
     )
 
 

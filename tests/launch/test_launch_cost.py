@@ -50,6 +50,14 @@ TOY = Workload(
 JUDGED = 2 * 24 * 3 / 4  # three float64, all-reduced over four ranks
 
 
+def test_what_arguments_turn_off_is_not_planned():
+    """`optimizer.arguments={orthogonalize: false}`: directions travel in float32, as those of celo2-base."""
+    setup = Setup("ddp", 4, orthogonalize=False)
+    assert setup.entry.takes_rule and not setup.entry.orthogonalizes
+    found = [exchanged_bytes(TOY, one)["directions"] for one in (setup, Setup("ddp", 4, optimizer="celo2-base"), Setup("ddp", 4))]
+    assert found == [2400, 2400, 1200]
+
+
 def test_what_a_collective_sends():
     assert all_reduce(100, 4) == 150 and reduce_scatter(100, 4) == all_gather(100, 4) == broadcast(100, 4) == 75
     assert all_to_all(100, 4) == 75

@@ -54,7 +54,7 @@ def resolved(folder):
 def test_a_ramp_resumes_rolls_back_and_counts(run, prepared):
     shards = TokenShards(prepared, "train")
     status, whole, _ = run(*RAMP, folder="whole")
-    assert status == 0 and "8, 16 from step 3 on, 24 from step 7 on x 32 tokens a step at last" in run.out
+    assert status == 0 and "24 x 32 tokens a step at last (train.ramp: 8, 16 from step 3 on, 24 from step 7 on)" in run.out
     taken, position = [], 0
     for step, size in enumerate(SIZES):  # a constant batch that begins there is the reference
         taken.append(Batches(shards, 32, size, 1, step, position).n_targets(step))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import set_seed
 from torch import nn
 
 from celo2 import Celo2
@@ -16,7 +17,6 @@ from configs.schema import OPTIMIZERS, Checkpoint, Config, Optimizer, Train
 from launch.checkpoint.load import load_checkpoint
 from launch.checkpoint.save import take_snapshot, write_checkpoint
 from launch.distributed.setup import make_strategy
-from launch.distributed.strategy import seed_everything
 from launch.monitoring.step_statistics import StepStatistics, hidden_names
 from launch.optimizers.build import Combined, build_optimizer, check_optimizer, optimizer_groups, set_mode
 from launch.optimizers.table import TABLE
@@ -39,7 +39,7 @@ def step(model, optimizer, seed):
     generator = torch.Generator().manual_seed(seed)
     for p in model.parameters():
         p.grad = torch.randn(p.shape, generator=generator)
-    seed_everything(seed)  # as `backward` does, for optimizers that draw random numbers
+    set_seed(seed)  # as `backward` does, for optimizers that draw random numbers
     optimizer.step()
 
 
@@ -145,7 +145,7 @@ def test_a_library_behaves_as_without_the_adapter(name, monkeypatch):
         generator = torch.Generator().manual_seed(seed)
         for p in theirs.parameters():
             p.grad = torch.randn(p.shape, generator=generator)
-        seed_everything(seed)
+        set_seed(seed)
         for part in bare:
             part.step()
     for (key, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):

@@ -109,8 +109,11 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Stage
 assert "deepspeed_shm_comm" in deepspeed.ops.__compatible_ops__
 forbid_deepspeed_compilation(deepspeed)
 assert deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] is False
-for name in ("_partition_all_parameters", "_reassign_or_swap_out_partitioned_parameters"):
+for name in ("_partition_all_parameters", "_reassign_or_swap_out_partitioned_parameters", "_create_fp32_partitions"):
     assert callable(getattr(Stage3, name)), name
+import inspect
+assert ".device == self.device" in inspect.getsource(Stage3._create_fp32_partitions)
+assert "ds_optim_param" in inspect.getsource(deepspeed.runtime.engine)
 """
 
 

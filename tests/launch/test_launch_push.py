@@ -39,7 +39,7 @@ def test_an_export_is_pushed_with_a_card_of_the_run(run, prepared, capsys, monke
     card = (out / "README.md").read_text()
     for fact in (
         "| data | bytes (weight 1), hash",
-        "4 steps of 8, 16 from step 2 on sequences, 1,536 tokens",
+        "4 steps of 8 sequences, 16 from step 2 on, 1,536 tokens",
         "| training loss |",
         "bits per byte, after step 4",
         "adamw_lr: 0.01",
