@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from statistics import fmean
 from typing import Any
 
 from configs.load import ConfigError, load_config
@@ -238,8 +237,3 @@ def notes(rungs: Sequence[Rung]) -> list[str]:
             "fit counts repeated tokens as new ones."
         )
     return said
-
-
-def mean_of(losses: Mapping[str, float]) -> float | None:
-    """The mean over seeds; None without any."""
-    return fmean(losses.values()) if losses else None
