@@ -247,8 +247,8 @@ CASES = {
 }
 
 
-def interpret() -> dict[str, str | None]:
-    """Every case in the interpreter: {case: what failed, or None}."""
+def interpret(cases: list[str]) -> dict[str, str | None]:
+    """These cases in the interpreter: {case: what failed, or None}."""
     import numpy as np
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -271,28 +271,32 @@ def interpret() -> dict[str, str | None]:
 
     InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = create_dot, cast_impl
     torch.set_num_threads(1)
-    results: dict[str, str | None] = dict.fromkeys(CASES)
-    for name, case in CASES.items():
+    results: dict[str, str | None] = dict.fromkeys(cases)
+    for name in cases:
         try:
-            case("cpu")
+            CASES[name]("cpu")
         except Exception:
             results[name] = traceback.format_exc()
     return results
 
 
-@pytest.fixture(scope="module")
-def interpreted():
-    """What `interpret` returns in a process of its own."""
+# Cases of the interpreter that take long, beside others that go through the same kernels.
+SLOW = ("reference (5, 7)", "reference (9, 1)", "reference (130, 70)", *(case for case in CASES if case.startswith("optimizer ")))
+
+
+@pytest.mark.parametrize("slow", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_kernels_in_the_interpreter(slow):
+    """All cases of a kind in one process, which imports Triton once and as its interpreter."""
     paths = os.pathsep.join(map(os.fspath, (ROOT, Path(__file__).parent)))
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": paths}
-    done = subprocess.run([sys.executable, __file__], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    cases = [case for case in CASES if (case in SLOW) == slow]
+    done = subprocess.run(
+        [sys.executable, __file__, *cases], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=900
+    )
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_kernels_in_the_interpreter(case, interpreted):
-    assert interpreted[case] is None, interpreted[case]
+    results = json.loads(done.stdout.splitlines()[-1])
+    failed = [f"{case}: {error}" for case, error in results.items() if error]
+    assert list(results) == cases and not failed, "\n".join(failed)
 
 
 def test_passes_of_the_cpu_is_plain_and_imports_no_kernel():
@@ -389,4 +393,4 @@ def test_a_step_on_the_gpu(state_dtype):
 
 
 if __name__ == "__main__":
-    print(json.dumps(interpret()))
+    print(json.dumps(interpret(sys.argv[1:])))
