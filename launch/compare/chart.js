@@ -1,5 +1,5 @@
 // Charts of the report, drawn by uPlot; page.js says which. A chart asks `lines()` for what to draw, so that every control redraws all.
-// Lines are told apart by colour, dashes and marks; 8, 7 and 7 of them (looks.py).
+// Lines are told apart by color, dashes and marks; 8, 7 and 7 of them (looks.py).
 const DASHES = [[], [7, 4], [2, 3], [9, 3, 2, 3], [5, 2], [1, 4], [12, 4]];
 const MARKS = [
   (x, y, r) => `M${x - r},${y}a${r},${r} 0 1 0 ${2 * r},0a${r},${r} 0 1 0 ${-2 * r},0Z`,
@@ -26,7 +26,7 @@ function element(name, attributes, parent, text = null) {
   return node;
 }
 
-// The sample of a line that stands beside a name. Its colour is the style sheet's, so that it follows dark mode by itself.
+// The sample of a line that stands beside a name. Its color is the style sheet's, so that it follows dark mode by itself.
 function sample(label, parent, width = 28) {
   const svg = element("svg", { width, height: 12, "aria-hidden": "true", style: `color:var(${paint(label)})` }, parent);
   const line = { x1: 0, x2: width, y1: 6, y2: 6, stroke: "currentcolor", "stroke-width": 2.5, "stroke-dasharray": dash(label) };

@@ -18,7 +18,7 @@ class Series:
     """One line. `points`: (x, y) or (x, y, low, high); low and high may be None. `mark`: the x of a point to point out."""
 
     name: str
-    colour: str  # CSS
+    color: str  # CSS
     points: Sequence[tuple[float | None, ...]]
     dashed: bool = False
     marks: bool = True
@@ -103,7 +103,7 @@ def drawn(s: Series, x_axis: Axis, y_axis: Axis) -> list[Markup]:
     points = [p for p in s.points if p[0] is not None and p[1] is not None and math.isfinite(p[1])]
     places = [(x_axis(float(p[0])), y_axis(float(p[1]))) for p in points]  # type: ignore[arg-type]
     path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
-    style = Markup('style="stroke:{};{}"').format(s.colour, "stroke-dasharray:4 3" if s.dashed else "")
+    style = Markup('style="stroke:{};{}"').format(s.color, "stroke-dasharray:4 3" if s.dashed else "")
     found = [Markup('<path class="line" {} d="{}"><title>{}</title></path>').format(style, path, s.name)] if places else []
     for p, (x, y) in zip(points, places, strict=True):
         if len(p) == 4 and p[2] is not None and p[3] is not None:
@@ -114,13 +114,13 @@ def drawn(s: Series, x_axis: Axis, y_axis: Axis) -> list[Markup]:
             said = f"{s.name}: {p[0]:g}, {p[1]:.4f}"
             found.append(
                 Markup('<circle{} cx="{:.1f}" cy="{:.1f}" r="3.2" style="stroke:{};fill:{}"><title>{}</title></circle>').format(
-                    chosen, x, y, s.colour, "var(--background, Canvas)" if chosen else s.colour, said
+                    chosen, x, y, s.color, "var(--background, Canvas)" if chosen else s.color, said
                 )
             )
     return found
 
 
 def legend(entries: Sequence[tuple[str, str]]) -> Markup:
-    """Names with their colours."""
+    """Names with their colors."""
     key = '<span class="label"><span class="key" style="background:{}"></span><span>{}</span></span> '
-    return Markup("").join(Markup(key).format(colour, escape(label)) for label, colour in entries)
+    return Markup("").join(Markup(key).format(color, escape(label)) for label, color in entries)

@@ -1,4 +1,4 @@
-"""How an optimizer is drawn: colour, dashes and marks that its name decides, so that they are the same in every report."""
+"""How an optimizer is drawn: color, dashes and marks that its name decides, so that they are the same in every report."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 COLORS, DASHES, MARKS = 8, 7, 7  # how many there are, in page.css, chart.js and picture.py
-# Known names; those of a family share a colour.
+# Known names; those of a family share a color.
 KNOWN = {
     "celo2": 0, "adamw": 1, "muon": 2, "soap": 3, "lion": 4, "celo2-base": 5, "schedule-free": 6, "adafactor": 7,
     "celo2-lm": 8, "ademamix": 9, "normuon": 10, "kron": 11, "mars": 12, "scion": 18,
@@ -15,7 +15,7 @@ KNOWN = {
 
 
 class Look(NamedTuple):
-    """Numbers of a colour, dashes and a mark."""
+    """Numbers of a color, dashes and a mark."""
 
     color: int
     dash: int
@@ -23,11 +23,11 @@ class Look(NamedTuple):
 
 
 def looks_of(labels: Iterable[str]) -> dict[str, Look]:
-    """The look of each label. The name alone decides the colour; dashes and mark, unless two would look the same."""
+    """The look of each label. The name alone decides the color; dashes and mark, unless two would look the same."""
     found: dict[str, Look] = {}
     for label in labels:
         number = KNOWN.get(label, int.from_bytes(hashlib.sha256(label.encode()).digest()[:4], "big") % (COLORS * DASHES))
-        wanted = [look(number + COLORS * i) for i in range(DASHES)]  # one colour
+        wanted = [look(number + COLORS * i) for i in range(DASHES)]  # one color
         found[label] = next((one for one in wanted if one not in found.values()), wanted[0])
     return found
 

@@ -7,7 +7,7 @@ const view = { x: "tokens", logX: false, logY: false, smooth: 0.6, seeds: true, 
 const charts = [];
 
 const index = (label) => labels.indexOf(label);
-// An optimizer's colour, dashes and mark follow from its name; a reference of other people has none of them.
+// An optimizer's color, dashes and mark follow from its name; a reference of other people has none of them.
 const REFERENCE = { color: null, dash: 1, mark: 0 };
 const LOOKS = new Map(Object.entries(results.looks));
 const look = (label) => LOOKS.get(label) ?? REFERENCE;

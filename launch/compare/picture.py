@@ -70,7 +70,7 @@ def sheet(path: Path, results: dict[str, Any], panels: Sequence[Panel]) -> None:
 
 
 def style(label: str, labels: Labels) -> dict[str, Any]:
-    """Colour, dashes and marks of an optimizer."""
+    """Color, dashes and marks of an optimizer."""
     color, dash, mark = looks_of(labels)[label]
     return {"color": COLORS[color], "linestyle": DASHES[dash], "marker": MARKERS[mark]}
 

@@ -7,17 +7,15 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from data.files import replace_text
 from launch.compare.looks import looks_of
 from launch.compare.picture import draw, draw_details
-from launch.compare.sections import sections
+from launch.compare.sections import environment, sections
 from launch.compare.setting import differing, setting_of
 
 HERE = Path(__file__).parent
@@ -90,12 +88,6 @@ def render(results: Results) -> str:
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         data=json.dumps(drawn, allow_nan=False).replace("<", "\\u003c"),
     )
-
-
-@cache
-def environment() -> Environment:
-    """Where templates are compiled, once."""
-    return Environment(loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True, undefined=StrictUndefined)
 
 
 def statements(results: Results) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:

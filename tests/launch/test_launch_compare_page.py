@@ -25,7 +25,7 @@ def two(**options):
     }
 
 
-def test_a_name_has_its_colour_whoever_else_is_there():
+def test_a_name_has_its_color_whoever_else_is_there():
     labels = [*KNOWN, "a.b.Own{arguments: {x: 1}}", "celo2 (lr 0.001)"]
     together, alone = looks_of(labels), {label: looks_of([label])[label] for label in labels}
     assert {label: look.color for label, look in together.items()} == {label: look.color for label, look in alone.items()}

@@ -215,7 +215,7 @@ def test_the_script_needs_nothing_that_the_page_lacks():
 
 
 def test_many_optimizers_few_runs_and_holes(tmp_path):
-    """More optimizers than colours, names that are long, a run that diverged, numbers that are missing."""
+    """More optimizers than colors, names that are long, a run that diverged, numbers that are missing."""
     groups = {f"library.optimizers.Name{i}{{arguments: {{betas: [0.9, 0.9{i}]}}}}": [] for i in range(10)}
     for i, label in enumerate(groups):
         groups[label] += seeds(label, [4.0 + i / 10])
@@ -234,7 +234,7 @@ def test_many_optimizers_few_runs_and_holes(tmp_path):
     assert "<h2>Cost" not in write_report(tmp_path / "none", none).read_text()
 
 
-def test_the_picture_has_the_colours_of_the_page():
+def test_the_picture_has_the_colors_of_the_page():
     css = (Path(report.__file__).parent / "page.css").read_text().partition("@media")[0]
     assert tuple(re.findall(r"--c\d: (#\w{6})", css)) == COLORS
 
