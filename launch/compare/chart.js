@@ -17,6 +17,15 @@ const clip = (text, most) => (text.length > most ? `${text.slice(0, most - 1)}â€
 const mean = (values) => values.reduce((sum, v) => sum + v, 0) / values.length;
 const extremes = (values) => values.reduce(([a, b], v) => [Math.min(a, v), Math.max(b, v)], [Infinity, -Infinity]);
 
+// The name at the end of a line, and its width in pixels of the page.
+const nameOf = (label) => clip(label, 18);
+const nameFont = (ratio) => `600 ${FONT.replace("12px", `${12 * ratio}px`)}`;
+const ruler = document.createElement("canvas").getContext("2d");
+function nameWidth(label) {
+  ruler.font = nameFont(1);
+  return ruler.measureText(nameOf(label)).width;
+}
+
 function element(name, attributes, parent, text = null) {
   const svg = ["svg", "path", "line"].includes(name);
   const node = svg ? document.createElementNS("http://www.w3.org/2000/svg", name) : document.createElement(name);
@@ -136,7 +145,7 @@ class Chart {
     const width = Math.max(280, this.figure.clientWidth || 560);
     const height = Math.round(clamp(width * (this.wide ? 0.42 : 0.6), 250, this.wide ? 440 : 340));
     this.named = width >= 460 && labels.length > 1;
-    const room = this.named ? 8.1 * Math.max(...this.thick.map((line) => Math.min(18, line.label.length))) : 0;
+    const room = this.named ? Math.max(...this.thick.map((line) => nameWidth(line.label))) : 0;
     const soft = variable("--soft");
     const axis = (scale, log, count) => ({ scale, stroke: soft, grid: { stroke: variable("--rule"), width: 1 }, gap: 7,
       font: FONT, labelFont: FONT, ticks: { show: false }, values: (_, ticks) => tickNames(ticks),
@@ -256,11 +265,11 @@ class Chart {
     ends.forEach((end, i) => { end.y = Math.max(end.y, i ? ends[i - 1].y + gap : top + 4 * ratio); });
     ends.reverse().forEach((end, i) => { end.y = Math.min(end.y, i ? ends[i - 1].y - gap : bottom); });
     ctx.save();
-    ctx.font = `600 ${FONT.replace("12px", `${12 * ratio}px`)}`;
+    ctx.font = nameFont(ratio);
     [ctx.textAlign, ctx.textBaseline] = ["left", "alphabetic"];
     for (const { label, x, y } of ends) {
       [ctx.fillStyle, ctx.globalAlpha] = [color(label), this.alpha(label)];
-      ctx.fillText(clip(label, 18), x + 10 * ratio, y + 4 * ratio);
+      ctx.fillText(nameOf(label), x + 10 * ratio, y + 4 * ratio);
     }
     ctx.restore();
   }

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from test_launch_compare_report import ABOUT, results_of, seeds
@@ -34,6 +35,14 @@ def test_a_name_has_its_color_whoever_else_is_there():
     assert TABLE.keys() <= KNOWN.keys()  # and two of them never look the same
     many = looks_of([f"own{i}" for i in range(30)])
     assert max(list(many.values()).count(look) for look in many.values()) <= 2
+
+
+def test_every_table_has_the_name_that_its_file_gets():
+    """The script names a table's CSV by it, and stops at a table without one: then nothing of the page answers."""
+    folder = Path(report.__file__).parent
+    tables = re.findall(r'<div class="wide"[^>]*>', "".join((folder / f).read_text() for f in ("page.html", "sections.html")))
+    names = [re.findall('data-name="([^"]+)"', table) for table in tables]
+    assert len(tables) == 10 and all(len(name) == 1 for name in names) and len({name[0] for name in names}) == 10, tables
 
 
 def test_the_head_says_the_setting():
