@@ -6,6 +6,9 @@ Trials are written in this process, in a moment: what `Pool.run` would have trai
 import json
 import math
 import random
+import re
+import shutil
+import subprocess
 
 import pytest
 from test_launch_compare_report import seeds as made_runs
@@ -329,3 +332,30 @@ def test_sections_hold_no_foreign_markup(ladder, tmp_path):
         except (ValueError, LookupError, TypeError, AttributeError):
             continue
         assert "<img" not in page and page.count("<script") == page.count("</script>") == 2, path
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.slow  # seconds of a browser
+@pytest.mark.skipif(BROWSER is None, reason="a Chromium runs the page here")
+def test_the_page_answers_in_a_browser(ladder, tmp_path):
+    """With every section that it can have, its script comes to the end: all charts are drawn, all tables can be taken away."""
+    words = ["--search", "lr", "adamw_lr", "--trials", "6", "--search-seeds", "2", "--seeds", "2", "--target-loss", "3.1"]
+    assert ladder(*words, "--sizes", "gpt3-nano", "gpt3-micro", "--tokens-per-parameter", "5", "20")[0] == 0
+    page = tmp_path / "out" / "report.html"
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path / 'browser'}",
+        "--virtual-time-budget=9000",
+    ]
+    options += ["--enable-logging=stderr", "--dump-dom", page.as_uri()]
+    done = subprocess.run([BROWSER, *options], capture_output=True, text=True, timeout=300, check=True)
+    assert "CONSOLE" not in done.stderr, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    charts = re.findall(r"<h3>([^<]+)</h3><div class=\"tools\">", done.stdout)
+    assert "Validation loss, nats per token" in charts and "Validation loss by learning rate" in charts
+    assert done.stdout.count("<canvas") == len(charts)
+    tables = done.stdout.count('<div class="wide')
+    assert tables >= 8 and done.stdout.count('aria-label="CSV: ') == tables, tables
