@@ -91,19 +91,15 @@ IDLE = (
         detail=True,
         wish=True,
     ),
-    Idle(
-        "log.project",
-        "log.trackers",
-        lambda c: bool(set(c.log.trackers) - {"tensorboard"}),
-        "{value} is for trackers other than tensorboard, and log.trackers is {choice}",
-        detail=True,
-    ),
-    Idle(
-        "log.group",
-        "log.trackers",
-        lambda c: bool(set(c.log.trackers) - {"tensorboard"}),
-        "{value} is for trackers other than tensorboard, and log.trackers is {choice}",
-        detail=True,
+    *(
+        Idle(
+            key,
+            "log.trackers",
+            lambda c: bool(set(c.log.trackers) - {"tensorboard"}),
+            "{value} is for trackers other than tensorboard, and log.trackers is {choice}",
+            detail=True,
+        )
+        for key in ("log.project", "log.group")
     ),
     Idle(
         "eval.tasks_every",
