@@ -15,6 +15,7 @@ from celo2.step import BATCH_ELEMENTS as ON_DEVICE
 from celo2.step import DEFAULT_BATCH_ELEMENTS
 from launch.distributed.zero import BUCKET
 from launch.planning.cost import BF16, FP32, Setup, Workload, split_matrices
+from launch.run.inside import DIRECTIONS
 
 BATCH_ELEMENTS, CPU_BATCH_ELEMENTS = DEFAULT_BATCH_ELEMENTS, ON_DEVICE["cpu"]  # that Newton–Schulz takes at once
 IMPORTS = 0.5e9  # bytes of host memory of a process that has imported everything: measured 0.45 to 0.48 GB on a CPU
@@ -77,20 +78,43 @@ def divided_by(setup: Setup) -> tuple[int, int]:
     return weights, setup.shards
 
 
+def updated_over(setup: Setup) -> int:
+    """Over how many ranks the weights are divided that the optimizer updates."""
+    return 1 if setup.strategy == "ddp" else setup.shards
+
+
+def copied(workload: Workload, setup: Setup, updating: bool) -> Bytes:
+    """Copies of what a rank updates, from before the step: `log.layers` and EMA-Nesterov take one before the passes, cautious
+    weight decay for the update alone. And what `log.layers` brings together of the matrices that it looks at."""
+    taken = {
+        "for log.layers": setup.layers,
+        "for EMA-Nesterov": setup.lookahead,
+        "for cautious decay": setup.cautious and updating,
+    }
+    copies = {f"weights {name}": FP32 * workload.parameters / updated_over(setup) for name, asked in taken.items() if asked}
+    if setup.layers and updating and setup.entry.takes_rule and setup.entry.orthogonalizes and workload.hidden:
+        last = len(workload.hidden) - 1
+        looked_at = {i * last // (DIRECTIONS - 1) for i in range(DIRECTIONS)}
+        size = sum(rows * cols for rows, cols in map(workload.hidden.__getitem__, looked_at))
+        copies["matrices for log.layers"] = FP32 * (2 + setup.state_per_weight) * size  # weight, gradient, state
+    return copies
+
+
 def held(workload: Workload, setup: Setup) -> Bytes:
     """What a rank holds on its device from the start to the end."""
     n = workload.parameters
     over, state_over = divided_by(setup)
     means = sum(3 * (rows + cols) for rows, cols in workload.hidden) if setup.entry.takes_rule else 0  # three decays
-    average = {"average of the weights": FP32 * n / (setup.shards if setup.strategy.startswith("zero") else over)}
-    return {
+    memory = {
         "weights": FP32 * n / over,
         "optimizer state": state_bytes(workload, setup) / state_over,
         # Every rank that holds a part of a matrix has all of these.
         "row and column means": FP32 * means / (state_over if over == 1 else 1),
         # DeepSpeed's vector that the optimizer updates, beside the weights that compute. Under zero3 they are one.
         "flat copies": FP32 * n / setup.shards if setup.strategy in ("zero1", "zero2") else 0.0,
-    } | (average if setup.average else {})
+    }
+    averages = {"average of the weights": setup.average, "average of the changes": setup.lookahead}
+    return memory | {name: FP32 * n / updated_over(setup) for name, asked in averages.items() if asked}
 
 
 def gradients_kept(workload: Workload, setup: Setup) -> float:
@@ -120,7 +144,7 @@ def start_memory(workload: Workload, setup: Setup, cpu: bool = False) -> Bytes:
 
 def save_memory(workload: Workload, setup: Setup) -> Bytes:
     """Host memory of a save: a copy of what the rank owns, and one whole tensor that it brings together."""
-    total = FP32 * workload.parameters * (2 if setup.average else 1) + state_bytes(workload, setup)
+    total = FP32 * workload.parameters * (1 + setup.average + setup.lookahead) + state_bytes(workload, setup)
     largest = max((FP32 * rows * cols for rows, cols in workload.hidden), default=0.0)
     tensor = 3 * largest if setup.entry.takes_rule else largest  # the momenta of a matrix with three decays
     return {"copy of its shards": total / setup.shards, "a tensor": max(tensor, FP32 * workload.outside / 2)}
@@ -154,7 +178,8 @@ def passes_memory(workload: Workload, setup: Setup, cpu: bool = False) -> Bytes:
     """Forward and backward pass; activations and what is gathered are estimates."""
     n, (over, _) = workload.parameters, divided_by(setup)
     block = workload.block_parameters / max(workload.blocks, 1)
-    memory = held(workload, setup) | {
+    memory = held(workload, setup) | copied(workload, setup, updating=False)
+    memory |= {
         "gradients": FP32 * n / (setup.shards if setup.strategy == "zero2" else over),
         "buckets": 0.0,
         "gathered (estimate)": 0.0,
@@ -175,7 +200,8 @@ def update_memory(workload: Workload, setup: Setup, cpu: bool = False) -> Bytes:
     """The update. DeepSpeed copies the gradients of its vectors once more, and under zero1 and zero2 gathers the new weights."""
     n, (over, _) = workload.parameters, divided_by(setup)
     zero = setup.strategy.startswith("zero")
-    return held(workload, setup) | {
+    memory = held(workload, setup) | copied(workload, setup, updating=True)
+    return memory | {
         "gradients": FP32 * n * (2 if zero else 1) / (setup.shards if zero else over),
         "buckets": FP32 * BUCKET if zero and not cpu else 0.0,
         "directions": directions_held(workload, setup, CPU_BATCH_ELEMENTS if cpu else BATCH_ELEMENTS),
