@@ -44,7 +44,7 @@ class Workload:
     activations: float  # elements that the forward pass of one sequence keeps
     loss: float  # float32 elements that the loss holds
     recompute: float = 0.0  # gradient checkpointing: the part of the forward pass that is done twice
-    all_used: bool = True  # every weight is known to get a gradient: no pass at the start finds out
+    known: bool = True  # a GPT-3 of models/: no pass at the start finds out how its loss is computed, and what gets a gradient
 
     @property
     def hidden_parameters(self) -> int:
@@ -305,5 +305,5 @@ def workload_of(
         activations=activations,
         loss=loss,
         recompute=recompute,
-        all_used=uses_all_parameters(model),
+        known=uses_all_parameters(model),
     )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from celo2.step import BATCH_ELEMENTS as ON_DEVICE
 from celo2.step import DEFAULT_BATCH_ELEMENTS
+from launch.distributed.birth import PIECE
 from launch.distributed.zero import BUCKET
 from launch.planning.cost import BF16, FP32, Setup, Workload, split_matrices
 from launch.run.inside import DIRECTIONS
@@ -47,7 +48,7 @@ class Phase:
 def phases(workload: Workload, setup: Setup) -> dict[str, Phase]:
     """The three phases of a run. In a save, training goes on: its device holds what a step does."""
     step = memory_per_rank(workload, setup)
-    making = {"imports": IMPORTS, "a block": FP32 * largest_part(workload)}
+    making = {"imports": IMPORTS, "weights on their way": weights_on_their_way(workload)}
     if setup.strategy == "zero3":  # DeepSpeed makes its vector on the host
         making["flat copies"] = FP32 * workload.parameters / setup.shards
     found = {
@@ -127,19 +128,34 @@ def gradients_kept(workload: Workload, setup: Setup) -> float:
 def start_memory(workload: Workload, setup: Setup, cpu: bool = False) -> Bytes:
     """The peak on the device before the first step.
 
-    Over several ranks the gradients of a few tokens show which parameters get none; they are gone before the state is made. zero1
-    and zero2 take memory for all weights twice, and fill one of them; on a CPU (`cpu`) the other takes none.
+    Over several ranks the gradients of a few tokens show which parameters get none, if it is not known; they are gone before the
+    state is made. zero1 and zero2 take memory for all weights twice, and fill one of them. On a CPU (`cpu`) memory that nothing
+    writes takes none: the other copy, and the buckets of ddp. And only Celo2 makes its state before the first step of a new run.
     """
     n, (over, _) = workload.parameters, divided_by(setup)
     stays = held(workload, setup) | {"gradients": gradients_kept(workload, setup)}
-    making = {"weights": FP32 * n / over, "a block": FP32 * largest_part(workload)}
+    making = {"weights": FP32 * n / over}
     if setup.strategy in ("zero1", "zero2"):
         making["flat copies"] = FP32 * n / setup.shards + (0.0 if cpu else FP32 * n)
-    elif setup.world > 1 and setup.strategy != "zero3":
-        making["gradients"] = FP32 * n / over
+    elif setup.world > 1 and not workload.known:
+        if setup.strategy == "ddp":
+            making["gradients"] = FP32 * n
+        elif setup.strategy == "fsdp2":
+            making["gathered (estimate)"] = gathered_by_blocks(workload, setup)
     if setup.strategy == "zero3" and not cpu:
         stays["buckets"] = FP32 * BUCKET
+    if cpu and setup.strategy == "ddp":
+        stays["gradients"] = 0.0
+    if cpu and not setup.entry.takes_rule:
+        stays["optimizer state"] = 0.0
     return max(making, stays, key=lambda bytes_by_purpose: sum(bytes_by_purpose.values()))
+
+
+def weights_on_their_way(workload: Workload) -> float:
+    """Host memory while weights are made or read: a piece and its copy; and of a model whose loss is compared with its own logits
+    before, a block and what is outside the blocks."""
+    compared = 0.0 if workload.known else workload.outside + workload.block_parameters / max(workload.blocks, 1)
+    return FP32 * max(2 * PIECE, compared)
 
 
 def save_memory(workload: Workload, setup: Setup) -> Bytes:
@@ -158,7 +174,7 @@ def peaks_on_cpu(workload: Workload, setup: Setup) -> dict[str, float]:
     late = {"late imports": LATE_IMPORTS if setup.strategy.startswith("zero") else 0.0}
     kept = held(workload, setup) | {"gradients": gradients_kept(workload, setup)}
     found = {
-        "start": {**start_memory(workload, setup, cpu=True), "a block more": FP32 * largest_part(workload)},
+        "start": start_memory(workload, setup, cpu=True) | {"on their way": weights_on_their_way(workload)},
         "step": memory_per_rank(workload, setup, cpu=True),
         "save": kept | save_memory(workload, setup),
     }
@@ -177,7 +193,6 @@ def memory_per_rank(workload: Workload, setup: Setup, cpu: bool = False) -> Byte
 def passes_memory(workload: Workload, setup: Setup, cpu: bool = False) -> Bytes:
     """Forward and backward pass; activations and what is gathered are estimates."""
     n, (over, _) = workload.parameters, divided_by(setup)
-    block = workload.block_parameters / max(workload.blocks, 1)
     memory = held(workload, setup) | copied(workload, setup, updating=False)
     memory |= {
         "gradients": FP32 * n / (setup.shards if setup.strategy == "zero2" else over),
@@ -191,9 +206,15 @@ def passes_memory(workload: Workload, setup: Setup, cpu: bool = False) -> Bytes:
         memory["buckets"] = FP32 * (min(n, BUCKET) if cpu else BUCKET)
     if setup.strategy == "zero3":  # from the second step on DeepSpeed keeps so many weights from the forward to the backward pass
         memory["gathered (estimate)"] = FP32 * min(n, MAX_LIVE)
-    elif setup.strategy == "fsdp2":  # this block and the next, and the gradient of one; what is outside the blocks
-        memory["gathered (estimate)"] = (2 * (BF16 if setup.bf16 else FP32) + FP32) * block + 2 * FP32 * workload.outside
+    elif setup.strategy == "fsdp2":
+        memory["gathered (estimate)"] = gathered_by_blocks(workload, setup)
     return memory
+
+
+def gathered_by_blocks(workload: Workload, setup: Setup) -> float:
+    """What fsdp2 gathers at once: this block and the next, and the gradient of one; what is outside the blocks."""
+    block = workload.block_parameters / max(workload.blocks, 1)
+    return (2 * (BF16 if setup.bf16 else FP32) + FP32) * block + 2 * FP32 * workload.outside
 
 
 def update_memory(workload: Workload, setup: Setup, cpu: bool = False) -> Bytes:
@@ -237,8 +258,3 @@ def directions_held(workload: Workload, setup: Setup, batch_elements: int = BATC
     largest = max(rows * cols for rows, cols in workload.hidden) if split else 0
     share, owned = split / setup.shards, max(split / setup.shards, largest)
     return setup.direction_bytes * max(share + 2 * owned + batch, 2 * (share + owned))
-
-
-def largest_part(workload: Workload) -> float:
-    """Weights of a block, or of the largest matrix outside of them, about: the embedding and the output layer are half each."""
-    return max(workload.block_parameters / max(workload.blocks, 1), workload.outside / 2)
