@@ -172,7 +172,10 @@ def peaks_on_cpu(workload: Workload, setup: Setup) -> dict[str, float]:
     `python -m launch.benchmark memory` measures the same.
     """
     late = {"late imports": LATE_IMPORTS if setup.strategy.startswith("zero") else 0.0}
-    kept = held(workload, setup) | {"gradients": gradients_kept(workload, setup)}
+    passes = passes_memory(workload, setup, cpu=True)
+    kept = held(workload, setup) | {"gradients": gradients_kept(workload, setup), "buckets": passes["buckets"]}
+    if setup.strategy == "zero3":  # an evaluation leaves the weights gathered
+        kept["gathered (estimate)"] = passes["gathered (estimate)"]
     found = {
         "start": start_memory(workload, setup, cpu=True) | {"on their way": weights_on_their_way(workload)},
         "step": memory_per_rank(workload, setup, cpu=True),

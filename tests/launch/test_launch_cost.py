@@ -164,7 +164,7 @@ def test_start_and_save_by_hand():
     assert save.device == phases(TOY, Setup("fsdp2", 4))["step"].device
     device, host = peaks(TOY, Setup("fsdp2", 4))
     assert (device, host) == (save.on_device, start["fsdp2"].on_host)
-    # Offloaded, weights (1000), gradients (1000, not yet at the start) and AdamW's state (2000, if the run goes on) are on the host.
+    # Offloaded, weights (1000), AdamW's state (2000, at the start of a run that goes on) and gradients (1000) are on the host.
     on_gpu, on_host = (phases(TOY, Setup("fsdp2", 4, optimizer="adamw", offload=offload)) for offload in (False, True))
     for name, more in (("start", 3000), ("step", 4000), ("save", 4000)):
         moved = on_gpu[name].on_device - on_host[name].on_device
