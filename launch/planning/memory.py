@@ -147,7 +147,7 @@ def start_memory(workload: Workload, setup: Setup, cpu: bool = False) -> Bytes:
     if cpu and setup.strategy == "ddp":
         stays["gradients"] = 0.0
     if cpu and not setup.entry.takes_rule:
-        stays["optimizer state"] = 0.0
+        stays |= {"optimizer state": 0.0, "average of the changes": 0.0}
     return max(making, stays, key=lambda bytes_by_purpose: sum(bytes_by_purpose.values()))
 
 
@@ -174,7 +174,7 @@ def peaks_on_cpu(workload: Workload, setup: Setup) -> dict[str, float]:
     late = {"late imports": LATE_IMPORTS if setup.strategy.startswith("zero") else 0.0}
     passes = passes_memory(workload, setup, cpu=True)
     kept = held(workload, setup) | {"gradients": gradients_kept(workload, setup), "buckets": passes["buckets"]}
-    if setup.strategy == "zero3":  # an evaluation leaves the weights gathered
+    if setup.strategy == "zero3":  # an evaluation leaves the weights gathered, until the next step ends
         kept["gathered (estimate)"] = passes["gathered (estimate)"]
     found = {
         "start": start_memory(workload, setup, cpu=True) | {"on their way": weights_on_their_way(workload)},
@@ -207,7 +207,7 @@ def passes_memory(workload: Workload, setup: Setup, cpu: bool = False) -> Bytes:
     }
     if setup.strategy.startswith("zero"):
         memory["buckets"] = FP32 * (min(n, BUCKET) if cpu else BUCKET)
-    if setup.strategy == "zero3":  # from the second step on DeepSpeed keeps so many weights from the forward to the backward pass
+    if setup.strategy == "zero3" and setup.shards > 1:  # DeepSpeed keeps so many weights from the forward to the backward pass
         memory["gathered (estimate)"] = FP32 * min(n, MAX_LIVE)
     elif setup.strategy == "fsdp2":
         memory["gathered (estimate)"] = gathered_by_blocks(workload, setup)

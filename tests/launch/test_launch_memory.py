@@ -25,6 +25,11 @@ SMALL = [
 ]  # fmt: skip
 
 
+# A small model and few tokens, so that copies of the weights are most of it; log.layers looks at celo2's matrices.
+COPIES = ["model.layers=8", "model.width=512", "model.heads=8", "log.layers=1"]
+COPIES += ["optimizer.cautious_weight_decay=true", "optimizer.ema_nesterov=0.6"]
+
+
 def passes(choice):
     """Bytes at the peak of a forward and a backward pass beside weights and gradients: planned, measured; and the loss."""
     torch.manual_seed(0)
@@ -130,6 +135,8 @@ def test_a_choice_that_is_none_is_refused(run, value):
         # Activations are most of these: 50 million weights, 2,048 tokens of 8 blocks.
         *(("fsdp2", 1, [*SMALL, f"model.gradient_checkpointing={choice}"]) for choice in ("false", "operations", "2", "true")),
         ("fsdp2", 1, [*SMALL, "model.gradient_checkpointing=2", "distributed.offload=true"]),
+        ("fsdp2", 1, [*COPIES, "optimizer.name=adamw"]),
+        ("ddp", 1, COPIES),
     ],
 )
 def test_the_plan_is_what_a_run_takes(strategy, processes, overrides, tmp_path):
