@@ -44,6 +44,7 @@ class Workload:
     activations: float  # elements that the forward pass of one sequence keeps
     loss: float  # float32 elements that the loss holds
     recompute: float = 0.0  # gradient checkpointing: the part of the forward pass that is done twice
+    largest: int = 0  # weights of the largest parameter
     known: bool = True  # a GPT-3 of models/: no pass at the start finds out how its loss is computed, and what gets a gradient
 
     @property
@@ -298,6 +299,7 @@ def workload_of(
     return Workload(
         parameters=sum(p.numel() for p in model.parameters()),
         hidden=tuple(hidden),
+        largest=max(p.numel() for p in model.parameters()),
         block_parameters=sum(p.numel() for block in blocks for p in block.parameters()),
         blocks=len(blocks),
         context=context,

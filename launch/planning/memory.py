@@ -163,7 +163,7 @@ def save_memory(workload: Workload, setup: Setup) -> Bytes:
     total = FP32 * workload.parameters * (1 + setup.average + setup.lookahead) + state_bytes(workload, setup)
     largest = max((FP32 * rows * cols for rows, cols in workload.hidden), default=0.0)
     tensor = 3 * largest if setup.entry.takes_rule else largest  # the momenta of a matrix with three decays
-    return {"copy of its shards": total / setup.shards, "a tensor": max(tensor, FP32 * workload.outside / 2)}
+    return {"copy of its shards": total / setup.shards, "a tensor": max(tensor, FP32 * workload.largest)}
 
 
 def peaks_on_cpu(workload: Workload, setup: Setup) -> dict[str, float]:
@@ -174,8 +174,10 @@ def peaks_on_cpu(workload: Workload, setup: Setup) -> dict[str, float]:
     late = {"late imports": LATE_IMPORTS if setup.strategy.startswith("zero") else 0.0}
     passes = passes_memory(workload, setup, cpu=True)
     kept = held(workload, setup) | {"gradients": gradients_kept(workload, setup), "buckets": passes["buckets"]}
-    if setup.strategy == "zero3":  # an evaluation leaves the weights gathered, until the next step ends
-        kept["gathered (estimate)"] = passes["gathered (estimate)"]
+    if (
+        setup.shards > 1
+    ):  # an evaluation leaves weights gathered, until the next step ends: under fsdp2 those outside of the blocks
+        kept["gathered (estimate)"] = FP32 * workload.outside if setup.strategy == "fsdp2" else passes["gathered (estimate)"]
     found = {
         "start": start_memory(workload, setup, cpu=True) | {"on their way": weights_on_their_way(workload)},
         "step": memory_per_rank(workload, setup, cpu=True),
