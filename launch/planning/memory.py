@@ -174,9 +174,7 @@ def peaks_on_cpu(workload: Workload, setup: Setup) -> dict[str, float]:
     late = {"late imports": LATE_IMPORTS if setup.strategy.startswith("zero") else 0.0}
     passes = passes_memory(workload, setup, cpu=True)
     kept = held(workload, setup) | {"gradients": gradients_kept(workload, setup), "buckets": passes["buckets"]}
-    if (
-        setup.shards > 1
-    ):  # an evaluation leaves weights gathered, until the next step ends: under fsdp2 those outside of the blocks
+    if setup.shards > 1:  # what an evaluation leaves gathered until the next step ends
         kept["gathered (estimate)"] = FP32 * workload.outside if setup.strategy == "fsdp2" else passes["gathered (estimate)"]
     found = {
         "start": start_memory(workload, setup, cpu=True) | {"on their way": weights_on_their_way(workload)},
