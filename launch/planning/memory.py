@@ -137,6 +137,7 @@ def start_memory(workload: Workload, setup: Setup, cpu: bool = False) -> Bytes:
     making = {"weights": FP32 * n / over}
     if setup.strategy in ("zero1", "zero2"):
         making["flat copies"] = FP32 * n / setup.shards + (0.0 if cpu else FP32 * n)
+        making["gradients"] = FP32 * n / setup.shards  # zeros, with which DeepSpeed lets an optimizer make its state
     elif setup.world > 1 and not workload.known:
         if setup.strategy == "ddp":
             making["gradients"] = FP32 * n

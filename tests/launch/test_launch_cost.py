@@ -143,7 +143,7 @@ def test_start_and_save_by_hand():
     assert start["ddp"].on_device == 4000 + 14400 + 1440 + 4000  # beside the buckets of the gradients
     assert start["fsdp2"].on_device == 1000 + 3600 + 1440 and start["zero3"].on_device == 2000 + 3600 + 1440 + 2e8
     # Two copies of the weights while zero1 flattens them; on one rank the state is more.
-    assert start["zero1"].device == {"weights": 4000, "flat copies": 5000}
+    assert start["zero1"].device == {"weights": 4000, "flat copies": 5000, "gradients": 1000}
     pieces = 4 * 2 * PIECE  # weights on their way
     assert peaks_on_cpu(TOY, Setup("zero1", 4))["start"] == 4000 + 3600 + 360 + 1000 + pieces + 0.05e9
     # On a CPU nothing of AdamW's state is there, nor a page of ddp's buckets; zero3 writes zeros into its gradients.
