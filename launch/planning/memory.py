@@ -22,6 +22,7 @@ BATCH_ELEMENTS, CPU_BATCH_ELEMENTS = DEFAULT_BATCH_ELEMENTS, ON_DEVICE["cpu"]  #
 IMPORTS = 0.5e9  # bytes of host memory of a process that has imported everything: measured 0.45 to 0.48 GB on a CPU
 LATE_IMPORTS = 0.05e9  # what DeepSpeed loads only when it divides a model: measured 0.04 to 0.05 GB
 MAX_LIVE = 1_000_000_000  # weights that zero3 keeps gathered if they are used again soon (stage3_max_live_parameters)
+SYNCHRONIZED = 250 << 20  # bytes of weights that DistributedDataParallel sends at once when it starts; two such are on their way
 PHASES = ("start", "step", "save")
 OFFLOADED = ("weights", "gradients", "optimizer state")  # what waits in the memory of the host with `distributed.offload`
 Bytes = dict[str, float]
@@ -135,6 +136,8 @@ def start_memory(workload: Workload, setup: Setup, cpu: bool = False) -> Bytes:
     n, (over, _) = workload.parameters, divided_by(setup)
     stays = held(workload, setup) | {"gradients": gradients_kept(workload, setup)}
     making = {"weights": FP32 * n / over}
+    if setup.strategy == "ddp" and setup.world > 1:
+        making["buckets"] = 2 * min(SYNCHRONIZED, FP32 * n)
     if setup.strategy in ("zero1", "zero2"):
         making["flat copies"] = FP32 * n / setup.shards + (0.0 if cpu else FP32 * n)
         making["gradients"] = FP32 * n / setup.shards  # zeros, with which DeepSpeed lets an optimizer make its state
