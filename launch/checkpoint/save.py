@@ -337,6 +337,7 @@ def write_files(
             files.begin(paths[kind], [share for share in of_kind if share.owner == host.rank])
         for whole in gather_in_turn(of_kind, host):
             files.write(whole)
+            del whole  # before the next one is brought together
             progress()
         files.end()
     files.phase("ranks done")

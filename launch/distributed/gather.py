@@ -233,9 +233,10 @@ def gather_in_turn(shares: Sequence[Share], host: HostGroup) -> Iterator[Tensor]
     """
     for _, together in itertools.groupby(shares, key=lambda share: share.turn):
         gatherings = [Gathering(share, host, CHECKPOINT_TAG) for share in together]
-        found = [whole for gathering in gatherings if (whole := gathering.wait()) is not None]
+        found = [whole for whole in [gathering.wait() for gathering in gatherings] if whole is not None]
         del gatherings
-        yield from found  # one at most
+        while found:  # one at most; who takes it has the only reference, so that it is gone before the next one is made
+            yield found.pop()
 
 
 def gather_whole(strategy: Strategy, shard: ShardedParameter, values: Tensors, layout: Layout | None) -> Tensors:

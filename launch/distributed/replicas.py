@@ -1,8 +1,8 @@
 """Replicas hold the same weights, bit for bit. A flipped bit or a faulty device makes one differ, and nothing else would tell.
 
 Every so many steps and before each checkpoint the ranks compare a sum over the bits of every weight that they hold in common: all
-of them under ddp, zero1 and zero2, the copies of a shard under fsdp2 with `distributed.replicas`, and buffers everywhere.
-It reads the weights once and sends 16 bytes a parameter.
+of them under ddp, zero1 and zero2, the copies of a shard under fsdp2 with `distributed.replicas`, and buffers everywhere; and the
+averages of these weights (`train.average`), but those that ZeRO divides. It reads them once and sends 16 bytes a parameter.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ def replicated(strategy: Strategy) -> list[tuple[dict[str, Tensor], Any]]:
         found.append((dict(strategy.model.named_parameters()), world))
     elif name == "ddp" or strategy.copies > 1:
         group = strategy.copies_group or world
-        found.append(({name: shard.weight for name, shard in strategy.shards.items()}, group))
+        means = strategy.average.means if strategy.average is not None else {}
+        averages = {f"the average of {name}": mean for name, mean in means.items()}
+        found.append(({name: shard.weight for name, shard in strategy.shards.items()} | averages, group))
     return [(tensors, group) for tensors, group in found if tensors]
 
 

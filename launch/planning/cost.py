@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from torch import nn
+from transformers import PreTrainedModel
 
 from celo2.distributed.plan import balance
 from celo2.layout import matrix_count, stacked_shape
@@ -24,6 +24,7 @@ from launch.distributed.blocks import blocks_of
 from launch.optimizers.build import Groups, normalizes_gradient
 from launch.optimizers.table import OptimizerEntry, entry_of
 from launch.planning.machines import Machine
+from models.loss import uses_all_parameters
 
 FP32, BF16 = 4, 2  # bytes
 
@@ -43,6 +44,8 @@ class Workload:
     activations: float  # elements that the forward pass of one sequence keeps
     loss: float  # float32 elements that the loss holds
     recompute: float = 0.0  # gradient checkpointing: the part of the forward pass that is done twice
+    largest: int = 0  # weights of the largest parameter
+    known: bool = True  # a GPT-3 of models/: no pass at the start finds out how its loss is computed, and what gets a gradient
 
     @property
     def hidden_parameters(self) -> int:
@@ -71,6 +74,9 @@ class Setup:
     normalize_gradient: bool = False  # as the rule says
     offload: bool = False  # fsdp2
     average: bool = False  # train.average
+    cautious: bool = False  # optimizer.cautious_weight_decay
+    lookahead: bool = False  # optimizer.ema_nesterov
+    layers: bool = False  # log.layers
     orthogonalize: bool = True  # false: optimizer.arguments turns it off
 
     @property
@@ -116,6 +122,9 @@ def setup_of(config: Config, world: int) -> Setup:
         normalizes_gradient(config.optimizer),
         config.distributed.offload,
         config.train.average is not None,
+        config.optimizer.cautious_weight_decay,
+        bool(config.optimizer.ema_nesterov),
+        bool(config.log.layers),
         (config.optimizer.arguments or {}).get("orthogonalize") is not False,
     )
 
@@ -271,7 +280,13 @@ def step_time(workload: Workload, setup: Setup, machine: Machine) -> StepTime:
 
 
 def workload_of(
-    model: nn.Module, groups: Groups, context: int, flops_per_token: float, activations: float, loss: float, recompute: float
+    model: PreTrainedModel,
+    groups: Groups,
+    context: int,
+    flops_per_token: float,
+    activations: float,
+    loss: float,
+    recompute: float,
 ) -> Workload:
     """The workload of `model`, which may be on the meta device, with the groups of `optimizer_groups`."""
     hidden: list[tuple[int, int]] = []
@@ -284,6 +299,7 @@ def workload_of(
     return Workload(
         parameters=sum(p.numel() for p in model.parameters()),
         hidden=tuple(hidden),
+        largest=max(p.numel() for p in model.parameters()),
         block_parameters=sum(p.numel() for block in blocks for p in block.parameters()),
         blocks=len(blocks),
         context=context,
@@ -291,4 +307,5 @@ def workload_of(
         activations=activations,
         loss=loss,
         recompute=recompute,
+        known=uses_all_parameters(model),
     )

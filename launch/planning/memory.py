@@ -13,13 +13,16 @@ from dataclasses import dataclass
 
 from celo2.step import BATCH_ELEMENTS as ON_DEVICE
 from celo2.step import DEFAULT_BATCH_ELEMENTS
+from launch.distributed.birth import PIECE
 from launch.distributed.zero import BUCKET
 from launch.planning.cost import BF16, FP32, Setup, Workload, split_matrices
+from launch.run.inside import DIRECTIONS
 
 BATCH_ELEMENTS, CPU_BATCH_ELEMENTS = DEFAULT_BATCH_ELEMENTS, ON_DEVICE["cpu"]  # that Newton–Schulz takes at once
 IMPORTS = 0.5e9  # bytes of host memory of a process that has imported everything: measured 0.45 to 0.48 GB on a CPU
 LATE_IMPORTS = 0.05e9  # what DeepSpeed loads only when it divides a model: measured 0.04 to 0.05 GB
 MAX_LIVE = 1_000_000_000  # weights that zero3 keeps gathered if they are used again soon (stage3_max_live_parameters)
+SYNCHRONIZED = 250 << 20  # bytes of weights that DistributedDataParallel sends at once when it starts; two such are on their way
 PHASES = ("start", "step", "save")
 OFFLOADED = ("weights", "gradients", "optimizer state")  # what waits in the memory of the host with `distributed.offload`
 Bytes = dict[str, float]
@@ -46,7 +49,7 @@ class Phase:
 def phases(workload: Workload, setup: Setup) -> dict[str, Phase]:
     """The three phases of a run. In a save, training goes on: its device holds what a step does."""
     step = memory_per_rank(workload, setup)
-    making = {"imports": IMPORTS, "a block": FP32 * largest_part(workload)}
+    making = {"imports": IMPORTS, "weights on their way": weights_on_their_way(workload)}
     if setup.strategy == "zero3":  # DeepSpeed makes its vector on the host
         making["flat copies"] = FP32 * workload.parameters / setup.shards
     found = {
@@ -77,20 +80,43 @@ def divided_by(setup: Setup) -> tuple[int, int]:
     return weights, setup.shards
 
 
+def updated_over(setup: Setup) -> int:
+    """Over how many ranks the weights are divided that the optimizer updates."""
+    return 1 if setup.strategy == "ddp" else setup.shards
+
+
+def copied(workload: Workload, setup: Setup, updating: bool) -> Bytes:
+    """Copies of what a rank updates, from before the step: `log.layers` and EMA-Nesterov take one before the passes, cautious
+    weight decay for the update alone. And what `log.layers` brings together of the matrices that it looks at."""
+    taken = {
+        "for log.layers": setup.layers,
+        "for EMA-Nesterov": setup.lookahead,
+        "for cautious decay": setup.cautious and updating,
+    }
+    copies = {f"weights {name}": FP32 * workload.parameters / updated_over(setup) for name, asked in taken.items() if asked}
+    if setup.layers and updating and setup.entry.takes_rule and setup.entry.orthogonalizes and workload.hidden:
+        last = len(workload.hidden) - 1
+        looked_at = {i * last // (DIRECTIONS - 1) for i in range(DIRECTIONS)}
+        size = sum(rows * cols for rows, cols in map(workload.hidden.__getitem__, looked_at))
+        copies["matrices for log.layers"] = FP32 * (2 + setup.state_per_weight) * size  # weight, gradient, state
+    return copies
+
+
 def held(workload: Workload, setup: Setup) -> Bytes:
     """What a rank holds on its device from the start to the end."""
     n = workload.parameters
     over, state_over = divided_by(setup)
     means = sum(3 * (rows + cols) for rows, cols in workload.hidden) if setup.entry.takes_rule else 0  # three decays
-    average = {"average of the weights": FP32 * n / (setup.shards if setup.strategy.startswith("zero") else over)}
-    return {
+    memory = {
         "weights": FP32 * n / over,
         "optimizer state": state_bytes(workload, setup) / state_over,
         # Every rank that holds a part of a matrix has all of these.
         "row and column means": FP32 * means / (state_over if over == 1 else 1),
         # DeepSpeed's vector that the optimizer updates, beside the weights that compute. Under zero3 they are one.
         "flat copies": FP32 * n / setup.shards if setup.strategy in ("zero1", "zero2") else 0.0,
-    } | (average if setup.average else {})
+    }
+    averages = {"average of the weights": setup.average, "average of the changes": setup.lookahead}
+    return memory | {name: FP32 * n / updated_over(setup) for name, asked in averages.items() if asked}
 
 
 def gradients_kept(workload: Workload, setup: Setup) -> float:
@@ -103,27 +129,45 @@ def gradients_kept(workload: Workload, setup: Setup) -> float:
 def start_memory(workload: Workload, setup: Setup, cpu: bool = False) -> Bytes:
     """The peak on the device before the first step.
 
-    Over several ranks the gradients of a few tokens show which parameters get none; they are gone before the state is made. zero1
-    and zero2 take memory for all weights twice, and fill one of them; on a CPU (`cpu`) the other takes none.
+    Over several ranks the gradients of a few tokens show which parameters get none, if it is not known; they are gone before the
+    state is made. zero1 and zero2 take memory for all weights twice, and fill one of them. On a CPU (`cpu`) memory that nothing
+    writes takes none: the other copy, and the buckets of ddp. And only Celo2 makes its state before the first step of a new run.
     """
     n, (over, _) = workload.parameters, divided_by(setup)
     stays = held(workload, setup) | {"gradients": gradients_kept(workload, setup)}
-    making = {"weights": FP32 * n / over, "a block": FP32 * largest_part(workload)}
+    making = {"weights": FP32 * n / over}
+    if setup.strategy == "ddp" and setup.world > 1:
+        making["buckets"] = 2 * min(SYNCHRONIZED, FP32 * n)
     if setup.strategy in ("zero1", "zero2"):
         making["flat copies"] = FP32 * n / setup.shards + (0.0 if cpu else FP32 * n)
-    elif setup.world > 1 and setup.strategy != "zero3":
-        making["gradients"] = FP32 * n / over
+        making["gradients"] = FP32 * n / setup.shards  # zeros, with which DeepSpeed lets an optimizer make its state
+    elif setup.world > 1 and not workload.known:
+        if setup.strategy == "ddp":
+            making["gradients"] = FP32 * n
+        elif setup.strategy == "fsdp2":
+            making["gathered (estimate)"] = gathered_by_blocks(workload, setup)
     if setup.strategy == "zero3" and not cpu:
         stays["buckets"] = FP32 * BUCKET
+    if cpu and setup.strategy == "ddp":
+        stays["gradients"] = 0.0
+    if cpu and not setup.entry.takes_rule:
+        stays |= {"optimizer state": 0.0, "average of the changes": 0.0}
     return max(making, stays, key=lambda bytes_by_purpose: sum(bytes_by_purpose.values()))
+
+
+def weights_on_their_way(workload: Workload) -> float:
+    """Host memory while weights are made or read: a piece and its copy; and of a model whose loss is compared with its own logits
+    before, a block and what is outside the blocks."""
+    compared = 0.0 if workload.known else workload.outside + workload.block_parameters / max(workload.blocks, 1)
+    return FP32 * max(2 * PIECE, compared)
 
 
 def save_memory(workload: Workload, setup: Setup) -> Bytes:
     """Host memory of a save: a copy of what the rank owns, and one whole tensor that it brings together."""
-    total = FP32 * workload.parameters * (2 if setup.average else 1) + state_bytes(workload, setup)
+    total = FP32 * workload.parameters * (1 + setup.average + setup.lookahead) + state_bytes(workload, setup)
     largest = max((FP32 * rows * cols for rows, cols in workload.hidden), default=0.0)
     tensor = 3 * largest if setup.entry.takes_rule else largest  # the momenta of a matrix with three decays
-    return {"copy of its shards": total / setup.shards, "a tensor": max(tensor, FP32 * workload.outside / 2)}
+    return {"copy of its shards": total / setup.shards, "a tensor": max(tensor, FP32 * workload.largest)}
 
 
 def peaks_on_cpu(workload: Workload, setup: Setup) -> dict[str, float]:
@@ -132,9 +176,12 @@ def peaks_on_cpu(workload: Workload, setup: Setup) -> dict[str, float]:
     `python -m launch.benchmark memory` measures the same.
     """
     late = {"late imports": LATE_IMPORTS if setup.strategy.startswith("zero") else 0.0}
-    kept = held(workload, setup) | {"gradients": gradients_kept(workload, setup)}
+    passes = passes_memory(workload, setup, cpu=True)
+    kept = held(workload, setup) | {"gradients": gradients_kept(workload, setup), "buckets": passes["buckets"]}
+    if setup.shards > 1:  # what an evaluation leaves gathered until the next step ends
+        kept["gathered (estimate)"] = FP32 * workload.outside if setup.strategy == "fsdp2" else passes["gathered (estimate)"]
     found = {
-        "start": {**start_memory(workload, setup, cpu=True), "a block more": FP32 * largest_part(workload)},
+        "start": start_memory(workload, setup, cpu=True) | {"on their way": weights_on_their_way(workload)},
         "step": memory_per_rank(workload, setup, cpu=True),
         "save": kept | save_memory(workload, setup),
     }
@@ -153,8 +200,8 @@ def memory_per_rank(workload: Workload, setup: Setup, cpu: bool = False) -> Byte
 def passes_memory(workload: Workload, setup: Setup, cpu: bool = False) -> Bytes:
     """Forward and backward pass; activations and what is gathered are estimates."""
     n, (over, _) = workload.parameters, divided_by(setup)
-    block = workload.block_parameters / max(workload.blocks, 1)
-    memory = held(workload, setup) | {
+    memory = held(workload, setup) | copied(workload, setup, updating=False)
+    memory |= {
         "gradients": FP32 * n / (setup.shards if setup.strategy == "zero2" else over),
         "buckets": 0.0,
         "gathered (estimate)": 0.0,
@@ -164,18 +211,25 @@ def passes_memory(workload: Workload, setup: Setup, cpu: bool = False) -> Bytes:
     }
     if setup.strategy.startswith("zero"):
         memory["buckets"] = FP32 * (min(n, BUCKET) if cpu else BUCKET)
-    if setup.strategy == "zero3":  # from the second step on DeepSpeed keeps so many weights from the forward to the backward pass
+    if setup.strategy == "zero3" and setup.shards > 1:  # DeepSpeed keeps so many weights from the forward to the backward pass
         memory["gathered (estimate)"] = FP32 * min(n, MAX_LIVE)
-    elif setup.strategy == "fsdp2":  # this block and the next, and the gradient of one; what is outside the blocks
-        memory["gathered (estimate)"] = (2 * (BF16 if setup.bf16 else FP32) + FP32) * block + 2 * FP32 * workload.outside
+    elif setup.strategy == "fsdp2":
+        memory["gathered (estimate)"] = gathered_by_blocks(workload, setup)
     return memory
+
+
+def gathered_by_blocks(workload: Workload, setup: Setup) -> float:
+    """What fsdp2 gathers at once: this block and the next, and the gradient of one; what is outside the blocks."""
+    block = workload.block_parameters / max(workload.blocks, 1)
+    return (2 * (BF16 if setup.bf16 else FP32) + FP32) * block + 2 * FP32 * workload.outside
 
 
 def update_memory(workload: Workload, setup: Setup, cpu: bool = False) -> Bytes:
     """The update. DeepSpeed copies the gradients of its vectors once more, and under zero1 and zero2 gathers the new weights."""
     n, (over, _) = workload.parameters, divided_by(setup)
     zero = setup.strategy.startswith("zero")
-    return held(workload, setup) | {
+    memory = held(workload, setup) | copied(workload, setup, updating=True)
+    return memory | {
         "gradients": FP32 * n * (2 if zero else 1) / (setup.shards if zero else over),
         "buckets": FP32 * BUCKET if zero and not cpu else 0.0,
         "directions": directions_held(workload, setup, CPU_BATCH_ELEMENTS if cpu else BATCH_ELEMENTS),
@@ -211,8 +265,3 @@ def directions_held(workload: Workload, setup: Setup, batch_elements: int = BATC
     largest = max(rows * cols for rows, cols in workload.hidden) if split else 0
     share, owned = split / setup.shards, max(split / setup.shards, largest)
     return setup.direction_bytes * max(share + 2 * owned + batch, 2 * (share + owned))
-
-
-def largest_part(workload: Workload) -> float:
-    """Weights of a block, or of the largest matrix outside of them, about: the embedding and the output layer are half each."""
-    return max(workload.block_parameters / max(workload.blocks, 1), workload.outside / 2)

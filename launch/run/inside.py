@@ -21,6 +21,7 @@ from celo2.orthogonalize import newton_schulz
 from celo2.stack import local
 from configs.load import ConfigError
 from configs.schema import Config
+from launch.distributed.birth import PIECE
 from launch.distributed.gather import gather_whole, keeper_of, keeps_state
 from launch.distributed.strategy import MicroBatches, Strategy
 from launch.distributed.verification import whole_direction
@@ -84,10 +85,10 @@ class Inside:
             return {}
         squares = {}
         for name, shard in self.strategy.shards.items():
-            before, after = self.before[name].double(), local(shard.weight).detach().double()
+            before, after = self.before[name], local(shard.weight).detach()
             gradient = self.gradients.get(name, math.nan if not self.gradients else 0.0)
-            moved = (after - before).square().sum()
-            squares[name] = torch.stack([before.square().sum(), torch.as_tensor(gradient).to(moved), moved])
+            moved = sum_of_squares(after, before)
+            squares[name] = torch.stack([sum_of_squares(before), torch.as_tensor(gradient).to(moved), moved])
         self._add_up(squares)
         norms = {name: of_one.sqrt().tolist() for name, of_one in squares.items()}
         clipped = math.sqrt(sum(gradient**2 for _, gradient, _ in norms.values()))
@@ -109,7 +110,7 @@ class Inside:
             return
         for name, shard in self.strategy.shards.items():
             if shard.weight.grad is not None:
-                self.gradients[name] = local(shard.weight.grad).double().square().sum()
+                self.gradients[name] = sum_of_squares(local(shard.weight.grad))
         for name in self._chosen():
             shard, optimizer = self.strategy.shards[name], self.strategy.optimizer
             here = self.rank == 0 or not shard.local_shard.whole or keeper_of(self.strategy, shard) is not None
@@ -198,6 +199,14 @@ class Inside:
         if self.config.log.memory_snapshot and isinstance(error, torch.OutOfMemoryError):
             with warning("no snapshot of the memory", self.say):
                 dump_memory_history(self.run_dir / MEMORY_SNAPSHOT.format(rank=self.rank))
+
+
+def sum_of_squares(values: Tensor, less: Tensor | None = None) -> Tensor:
+    """The sum of the squares of `values`, minus `less` if it is given, in float64: in pieces, since that takes memory."""
+    pieces = values.reshape(-1).split(PIECE)
+    others = [None] * len(pieces) if less is None else less.reshape(-1).split(PIECE)
+    sums = [(p.double() if o is None else p.double() - o.double()).square().sum() for p, o in zip(pieces, others, strict=True)]
+    return torch.stack(sums).sum()
 
 
 def check_device(config: Config, on_gpu: bool) -> None:

@@ -6,6 +6,7 @@ import pytest
 from torch import nn
 
 from celo2.orthogonalize import newton_schulz_flops
+from launch.distributed.birth import PIECE
 from launch.planning.cost import (
     Machine,
     Setup,
@@ -137,25 +138,35 @@ def test_memory_by_hand():
 
 
 def test_start_and_save_by_hand():
-    """A block is 425 weights; state is 14400 bytes, weights 4000; the momenta of the largest matrix take 3 x 800 bytes."""
+    """State is 14400 bytes, weights 4000; the momenta of the largest matrix take 3 x 800 bytes."""
     start = {name: phases(TOY, Setup(name, 4))["start"] for name in ("ddp", "zero1", "zero3", "fsdp2")}
     assert start["ddp"].on_device == 4000 + 14400 + 1440 + 4000  # beside the buckets of the gradients
     assert start["fsdp2"].on_device == 1000 + 3600 + 1440 and start["zero3"].on_device == 2000 + 3600 + 1440 + 2e8
     # Two copies of the weights while zero1 flattens them; on one rank the state is more.
-    assert start["zero1"].device == {"weights": 4000, "a block": 1700, "flat copies": 5000}
-    assert peaks_on_cpu(TOY, Setup("zero1", 4))["start"] == 4000 + 3600 + 360 + 1000 + 1700 + 0.05e9
+    assert start["zero1"].device == {"weights": 4000, "flat copies": 5000, "gradients": 1000}
+    pieces = 4 * 2 * PIECE  # weights on their way
+    assert peaks_on_cpu(TOY, Setup("zero1", 4))["start"] == 4000 + 3600 + 360 + 1000 + pieces + 0.05e9
+    # On a CPU nothing of AdamW's state is there, nor a page of ddp's buckets; zero3 writes zeros into its gradients.
+    adamw = {name: peaks_on_cpu(TOY, Setup(name, 4, optimizer="adamw"))["start"] for name in ("ddp", "fsdp2", "zero3")}
+    assert adamw == {"ddp": 3 * 4000 + pieces, "fsdp2": 1000 + pieces, "zero3": 2000 + pieces + 0.05e9}
+    # Of an architecture of transformers a pass finds out which weights get a gradient, and its loss is compared before.
+    large = replace(TOY, known=False, parameters=10 * PIECE, block_parameters=8 * PIECE)
+    unknown = {name: phases(large, Setup(name, 4, optimizer="adamw"))["start"] for name in ("ddp", "fsdp2")}
+    assert unknown["fsdp2"].host["weights on their way"] == 4 * 6 * PIECE  # a block of two, and what is outside
+    assert phases(large, Setup("ddp", 4, optimizer="muon"))["start"].device["gradients"] == 40 * PIECE
+    assert unknown["fsdp2"].device["gathered (estimate)"] == (2 * 2 + 4) * 4 * PIECE + 8 * 2 * PIECE
     alone = phases(TOY, Setup("zero1", 1))["start"].device
     assert alone == {"weights": 4000, "optimizer state": 14400, "row and column means": 1440, "flat copies": 4000, "gradients": 0}
-    assert start["zero3"].host == {"imports": 0.5e9, "a block": 1700, "flat copies": 1000}
-    assert start["fsdp2"].host == {"imports": 0.5e9, "a block": 1700}
+    assert start["zero3"].host == {"imports": 0.5e9, "weights on their way": pieces, "flat copies": 1000}
+    assert start["fsdp2"].host == {"imports": 0.5e9, "weights on their way": pieces}
     save = phases(TOY, Setup("fsdp2", 4))["save"]
     assert save.host == {"imports": 0.5e9, "copy of its shards": 4600, "a tensor": 2400}
     assert save.device == phases(TOY, Setup("fsdp2", 4))["step"].device
     device, host = peaks(TOY, Setup("fsdp2", 4))
-    assert (device, host) == (save.on_device, save.on_host)
-    # Offloaded, weights (1000), gradients (1000) and AdamW's state (2000, not yet at the peak of the start) are on the host.
+    assert (device, host) == (save.on_device, start["fsdp2"].on_host)
+    # Offloaded, weights (1000), AdamW's state (2000, at the start of a run that goes on) and gradients (1000) are on the host.
     on_gpu, on_host = (phases(TOY, Setup("fsdp2", 4, optimizer="adamw", offload=offload)) for offload in (False, True))
-    for name, more in (("start", 2000), ("step", 4000), ("save", 4000)):
+    for name, more in (("start", 3000), ("step", 4000), ("save", 4000)):
         moved = on_gpu[name].on_device - on_host[name].on_device
         assert moved == on_host[name].on_host - on_gpu[name].on_host == more, name
 

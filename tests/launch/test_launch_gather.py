@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import weakref
 
 import pytest
 import torch
@@ -148,3 +149,25 @@ def test_a_folder_that_a_rank_does_not_see(tmp_path):
     elsewhere = lambda host: unshared([tmp_path / str(host.rank)], host)  # noqa: E731
     assert on_all(hosts([[0, 1]]), elsewhere) == [str(tmp_path / "1")] * 2
     assert not list(tmp_path.glob("*/.shared*"))
+
+
+def test_a_tensor_is_gone_before_the_next_is_brought_together(monkeypatch):
+    """A rank holds its own shards and one whole tensor, also where it owns several in a row."""
+    alive = []
+
+    class Gathering:
+        def __init__(self, share, host, tag):
+            alive.append([reference() is not None for reference in made].count(True))
+            self.whole = torch.empty(3)
+            made.append(weakref.ref(self.whole))
+
+        def wait(self):
+            return self.whole
+
+    made = []
+    monkeypatch.setattr(gather, "Gathering", Gathering)
+    shares = [gather.whole_share(name, (0, 0, 0, n), 0, torch.zeros(3)) for n, name in enumerate("abc")]
+    for whole in gather.gather_in_turn(shares, None):
+        assert whole.numel() == 3
+        del whole
+    assert alive == [0, 0, 0]

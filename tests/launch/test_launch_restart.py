@@ -23,7 +23,9 @@ from torch import nn
 
 from celo2 import ShardingError
 from celo2.distributed.shard import local_shard_of
+from configs.average import AverageOptions
 from launch.distributed import verification as verification_module
+from launch.distributed.average import Average
 from launch.distributed.heartbeat import Beat, RankError, blame, got_further
 from launch.distributed.replicas import bit_sums, in_words, named, require_equal_replicas
 from launch.distributed.strategy import ShardedParameter, is_expert
@@ -137,8 +139,9 @@ def test_one_changed_bit_changes_the_sum():
     assert named([2], ["n0", "n0", "n1"]) == "rank 2 (n1)"
 
 
-def test_a_replica_that_differs_is_named_by_all(tmp_path):
-    """Three ranks under ddp: equal ones pass, then one bit flips on one of them."""
+@pytest.mark.parametrize(("where", "name"), [("shards", "second"), ("average", "the average of second")])
+def test_a_replica_that_differs_is_named_by_all(where, name, tmp_path):
+    """Three ranks under ddp: equal ones pass, then one bit flips on one of them, in a weight or in its average."""
 
     def work(rank):
         dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=rank, world_size=3)
@@ -147,11 +150,12 @@ def test_a_replica_that_differs_is_named_by_all(tmp_path):
         config = SimpleNamespace(distributed=SimpleNamespace(strategy="ddp"))
         device = SimpleNamespace(device=torch.device("cpu"))
         strategy = SimpleNamespace(world=3, copies=1, copies_group=None, buffers={}, shards=shards)
-        strategy.device = device.device
+        strategy.device, strategy.average = device.device, Average(AverageOptions("ema", 0.9, 0), weights, device.device)
         strategy.config, strategy.accelerator = config, device
         require_equal_replicas(strategy, 1)
         if rank == 1:
-            weights["second"].data.view(torch.int32)[3] ^= 1
+            held = {"shards": weights["second"].data, "average": strategy.average.means["second"]}[where]
+            held.view(torch.int32)[3] ^= 1
         with pytest.raises(RankError) as error:
             require_equal_replicas(strategy, 2)
         (tmp_path / f"said{rank}").write_text(str(error.value))
@@ -159,7 +163,7 @@ def test_a_replica_that_differs_is_named_by_all(tmp_path):
     children = [fork(lambda rank=rank: work(rank)) for rank in range(3)]
     assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children] == [0, 0, 0]
     [line] = {(tmp_path / f"said{rank}").read_text() for rank in range(3)}
-    assert line.startswith(f"the replicas differ after step 2: second on rank 1 ({socket.gethostname()}); nothing of it is saved")
+    assert line.startswith(f"the replicas differ after step 2: {name} on rank 1 ({socket.gethostname()}); nothing of it is saved")
 
 
 @pytest.mark.slow
