@@ -6,10 +6,10 @@ import pytest
 import torch
 from bad_gradients import Poison
 from safetensors.torch import load_file
+from stopping import StopIn
 
 from configs.load import ConfigError, load_config, to_yaml
 from data.prepare import prepare
-from launch.run.hooks import Hooks
 from launch.run.ranks import facts_of, first_difference
 from launch.run.setup import open_data
 
@@ -44,7 +44,7 @@ def test_said_counted_and_continued_bit_for_bit(run, prepared, other):
     last = next(record for record in whole if record["step"] == 6 and "loss" in record)
     assert 0 < last["epochs/bottles"] < 1 and 0 < last["epochs/bytes"] < 1
     # Stopped after step 2; the rest in micro-batches of 2.
-    run(*SMALL, *sources, folder="parts", hooks=StopAfter(2))
+    run(*SMALL, *sources, folder="parts", hooks=StopIn(2))
     _, parts, _ = run(*SMALL, *sources, folder="parts")
     assert losses(parts) == losses(whole)
     states = [json.loads((run.tmp_path / f / "checkpoints/step_00000006/state.json").read_text()) for f in ("whole", "parts")]
@@ -80,20 +80,6 @@ def test_a_mixture_after_a_rollback(run, prepared, other):
     assert counts[0] == counts[1] and sum(counts[0].values()) == (8 + 3) * 8
     last = [next(r for r in records if r["step"] == 8 and "loss" in r) for records in (on, back)]
     assert last[0]["epochs/bottles"] == last[1]["epochs/bottles"] > 0
-
-
-class StopAfter(Hooks):
-    """A signal in a step."""
-
-    def __init__(self, step: int):
-        self.step = step
-
-    def before_step(self, step, strategy):
-        import os
-        import signal
-
-        if step == self.step:
-            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_ranks_compare_sources_and_weights(prepared, other, tmp_path):
