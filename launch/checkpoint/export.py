@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from data import printable
 from data.tokenizer import vocabulary_size
 from launch.checkpoint.card import write_card
 from launch.checkpoint.compatibility import add_names_of_transformers_4
@@ -113,13 +114,13 @@ def main(arguments: list[str] | None = None) -> int:
             check_name(options.push)
         elif options.private:
             raise CheckpointError("--private is for --push OWNER/NAME")
-        note = lambda text: print(f"export: note: {text}", file=sys.stderr)  # noqa: E731
+        note = lambda text: print(f"export: note: {printable(text)}", file=sys.stderr)  # noqa: E731
         checkpoint = export(options.run, options.out, note, options.dtype, options.average)
         print(f"exported {'the average of ' if options.average else ''}{checkpoint} to {options.out}")
         if options.push:
             print(f"pushed {options.out}: {push(Path(options.out), options.push, options.private)}")
-    except CheckpointError as error:
-        print(f"export: {error}", file=sys.stderr)
+    except (CheckpointError, OSError) as error:
+        print(f"export: {printable(str(error))}", file=sys.stderr)
         return 2
     return 0
 
