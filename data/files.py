@@ -1,10 +1,11 @@
 """Files that are whole and on the disk once they are there, and that are never written through a link."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 @contextmanager
@@ -29,6 +30,14 @@ def replace_text(path: Path, text: str) -> None:
     """Write a text, in UTF-8, as `replacing` does."""
     with replacing(path) as file:
         file.write(text.encode())
+
+
+def read_json(path: Path) -> Any:
+    """What a file of JSON says. ValueError for a file that is none, however it was made."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def no_link(path: str, flags: int) -> int:

@@ -5,7 +5,6 @@ A row is a document, and gets the end of text unless it begins or ends with it. 
 have one length, the rows are pieces of a longer text, and stay as they are.
 """
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from data import DataError, first_line
+from data.files import read_json
 from data.preparation.assemble import ShardWriter
 from data.preparation.encode import token_dtype
 from data.preparation.output import locked, publish, summary
@@ -47,9 +47,7 @@ def copy_saved(
     tok, end_text, declared = tokenizer
     end, vocab_size, dtype = token_id(tok, end_text), vocabulary_size(tok), token_dtype(tok)
     paths = split_paths(source, val, say)
-    inventory = {
-        split: json.loads((path / "state.json").read_text(encoding="utf-8"))["_fingerprint"] for split, path in paths.items()
-    }
+    inventory = {split: read_entry(path / "state.json", "_fingerprint") for split, path in paths.items()}
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
         if (out / "index.json").exists():
@@ -91,10 +89,18 @@ def copy_saved(
     return out
 
 
+def read_entry(path: Path, key: str) -> Any:
+    """An entry of a file that `datasets` wrote."""
+    try:
+        return read_json(path)[key]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise DataError(f"{path}: damaged, without {key}; save the data set again") from None
+
+
 def split_paths(source: Path, val: str | None, say: Callable[[str], None]) -> dict[str, Path]:
     """The folder of each split."""
     of_dict = source / "dataset_dict.json"
-    names = json.loads(of_dict.read_text(encoding="utf-8"))["splits"] if of_dict.is_file() else []
+    names = read_entry(of_dict, "splits") if of_dict.is_file() else []
     training = source / "train" if names else source
     if names and "train" not in names:
         raise DataError(f"{source}: no split 'train', but {', '.join(names)}")

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from data import DataError
+from data.files import read_json
 from data.shard_files import ShardFile, ShardFiles
 from data.token_files import holds_tokens
 from data.tokenizer import json_hash
@@ -103,7 +104,7 @@ def read_index(folder: Path) -> dict:
         state = "its preparation is not finished; run the same command again" if started else advice
         raise DataError(f"{folder}: no index.json; {state}")
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = read_json(path)
         known = index["format"] in (FORMAT, FILES_FORMAT)
         version = index["version"]
     except (ValueError, KeyError, TypeError):

@@ -12,7 +12,7 @@ import torch
 from transformers.utils import logging
 
 from configs.load import ConfigError
-from data import DataError
+from data import DataError, printable
 from launch.checkpoint.verify import CheckpointError
 from launch.monitoring.display import show_any_text
 from launch.monitoring.signals import INTERRUPTED
@@ -29,7 +29,7 @@ def carry_out(name: str, act: Callable[[], None]) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (CheckpointError, ConfigError, DataError, LossMismatch, ModelError, OSError, RuntimeError) as error:
-        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{name}: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return INTERRUPTED

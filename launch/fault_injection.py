@@ -35,11 +35,11 @@ import torch
 from torch import Tensor
 
 import train
+from celo2.training.metrics import read_metrics
 from data.prepare import prepare
 from launch.checkpoint.save import PHASES, RANK_PHASES
 from launch.checkpoint.verify import MANIFEST, checkpoint_files, find_checkpoint, list_checkpoints, step_of
 from launch.distributed.strategy import Strategy
-from launch.monitoring.metrics import read_metrics
 from launch.monitoring.signals import STOPPED
 from launch.run.hooks import Hooks
 

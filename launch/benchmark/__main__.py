@@ -12,12 +12,12 @@ from types import ModuleType
 import torch
 
 from configs.load import ConfigError
-from launch.benchmark import gpu, loss, memory, optimizer, precision, save, search, strategies, train, unroll
+from launch.benchmark import gpu, loss, memory, optimizer, options, precision, save, search, strategies, train, unroll
 from launch.benchmark.measure import available_device, environment, table
 from launch.command import at_least
 from launch.distributed.heartbeat import print_error
 
-SUBJECTS = (optimizer, train, loss, save, memory, strategies, precision, unroll, search)
+SUBJECTS = (optimizer, train, options, loss, save, memory, strategies, precision, unroll, search)
 
 
 def make_parser(device: torch.device) -> argparse.ArgumentParser:

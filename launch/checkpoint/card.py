@@ -13,6 +13,7 @@ from celo2.training.metrics import read_metrics
 from celo2.training.yaml_values import dump_yaml
 from configs.length import batch_sizes
 from configs.schema import Config
+from launch.checkpoint.folders import Chosen
 from launch.checkpoint.load import read_state
 from launch.checkpoint.verify import CheckpointError
 from models import longest_context
@@ -52,12 +53,12 @@ print(pipeline("text-generation", model="FOLDER OR OWNER/NAME")("The", max_new_t
 PLACES = ("run.dir", "data.cache_dir", "checkpoint.resume", "checkpoint.fallback_dir")  # of the machine, which nobody needs
 
 
-def write_card(folder: Path, checkpoint: Path, model: PreTrainedModel, rows: int, average: bool = False) -> None:
+def write_card(folder: Path, chosen: Chosen, model: PreTrainedModel, rows: int, average: bool = False) -> None:
     """Write README.md into an exported `folder`; what the checkpoint does not say is left out.
 
     `rows`: trained ones, V. `average`: the weights are the average of those that trained.
     """
-    config = model.config
+    config, checkpoint = model.config, chosen.path
     kept = config.get_text_config().vocab_size
     facts: dict[str, Any] = {
         "architecture": f"{type(model).__name__} ({config.model_type})",
@@ -65,11 +66,12 @@ def write_card(folder: Path, checkpoint: Path, model: PreTrainedModel, rows: int
         "vocabulary": f"{kept:,} rows" + (f"; {rows - kept:,} that no token has were dropped" if rows > kept else ""),
         "context": longest_context(config) and f"{longest_context(config):,} tokens",
     }
-    name, commands = checkpoint.parent.parent.name, ""
+    name, commands = chosen.run.name, ""
     if (checkpoint / "state.json").is_file():
         saved = read_state(checkpoint)
         try:
-            name, told = training_facts(checkpoint, saved, "average/val_loss" if average else "val_loss")
+            metrics = read_metrics(chosen.run / "metrics.jsonl")
+            name, told = training_facts(saved, metrics, "average/val_loss" if average else "val_loss")
             if average:
                 of_average = saved["average"]
                 told["weights"] = f"an average ({of_average['kind']}) over {of_average['members']:,} steps"
@@ -81,8 +83,8 @@ def write_card(folder: Path, checkpoint: Path, model: PreTrainedModel, rows: int
     (folder / "README.md").write_text(CARD.format(name=plain(name), table=table, commands=commands), encoding="utf-8")
 
 
-def training_facts(checkpoint: Path, saved: dict[str, Any], loss: str) -> tuple[str, dict[str, Any]]:
-    """The run's name, and what the state of a checkpoint says of the training. `loss`: its key in metrics.jsonl."""
+def training_facts(saved: dict[str, Any], metrics: list[dict[str, Any]], loss: str) -> tuple[str, dict[str, Any]]:
+    """The run's name, and what the state of a checkpoint says of the training. `loss`: its key in `metrics`."""
     trained = saved["config"]
     optimizer, sizes = trained["optimizer"], batch_sizes(trained["train"]).text("sequences")
     rule = optimizer.get("rule") and f", rule {optimizer['rule']}"
@@ -90,8 +92,8 @@ def training_facts(checkpoint: Path, saved: dict[str, Any], loss: str) -> tuple[
         "data": f"{data_of(trained['data'])}, hash {saved['identity']['data set'][:12]}",
         "training": f"{saved['step']:,} steps of {sizes}, {saved['tokens']:,} tokens",
         "optimizer": f"{optimizer['name']}{rule or ''}, peak learning rate {optimizer['lr']:g}",
-        "training loss": last_loss(checkpoint.parent.parent / "metrics.jsonl", saved["step"], "loss"),
-        "validation loss": last_loss(checkpoint.parent.parent / "metrics.jsonl", saved["step"], loss),
+        "training loss": last_loss(metrics, saved["step"], "loss"),
+        "validation loss": last_loss(metrics, saved["step"], loss),
         "seed": trained["run"]["seed"],
     }
 
@@ -133,10 +135,9 @@ def fenced(text: str) -> str:
     return text.replace("```", "'''")
 
 
-def last_loss(metrics: Path, step: int, key: str) -> str | None:
+def last_loss(metrics: list[dict[str, Any]], step: int, key: str) -> str | None:
     """The last one up to `step`, for a person to read; None without one."""
-    records = read_metrics(metrics) if metrics.is_file() else []
-    known = [r for r in records if r.get(key) is not None and r["step"] <= step]
+    known = [r for r in metrics if r.get(key) is not None and r["step"] <= step]
     if not known:
         return None
     bits = known[-1].get(key.replace("val_loss", "val_bits_per_byte")) if key != "loss" else None

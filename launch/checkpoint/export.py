@@ -16,14 +16,16 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from data import printable
 from data.tokenizer import vocabulary_size
 from launch.checkpoint.card import write_card
 from launch.checkpoint.compatibility import add_names_of_transformers_4
+from launch.checkpoint.folders import choose_checkpoint
 from launch.checkpoint.load import load_model
 from launch.checkpoint.permissions import usual_permissions
 from launch.checkpoint.push import check_name, push
 from launch.checkpoint.tokenizer import configure, export_tokenizer, trained_context
-from launch.checkpoint.verify import CheckpointError, choose_checkpoint
+from launch.checkpoint.verify import CheckpointError
 from launch.checkpoint.vocabulary import one_row_a_token
 from models.gpt2 import to_gpt2
 from models.gpt3 import GPT3LMHeadModel
@@ -55,12 +57,13 @@ def export(
     out = Path(os.path.abspath(out))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} exists and is not an empty folder")
-    checkpoint, problems = choose_checkpoint(Path(run).absolute())
-    for problem in problems:
+    chosen = choose_checkpoint(Path(run).absolute())
+    checkpoint = chosen.path
+    for problem in chosen.problems:
         note(f"{problem}; taking {checkpoint.name} instead")
     trained = load_model(checkpoint, average=average)
     context = trained_context(checkpoint, trained.config)
-    tokenizer = export_tokenizer(checkpoint.parent.parent, context)
+    tokenizer = export_tokenizer(chosen.run, context)
     model = one_row_a_token(trained, vocabulary_size(tokenizer.backend_tokenizer), note)
     rows = trained.config.get_text_config().vocab_size
     if isinstance(model, GPT3LMHeadModel):
@@ -75,7 +78,7 @@ def export(
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         add_names_of_transformers_4(partial)
-        write_card(partial, checkpoint, model, rows, average)
+        write_card(partial, chosen, model, rows, average)
         usual_permissions(partial)
         os.replace(partial, out)
     except OSError as error:
@@ -111,13 +114,13 @@ def main(arguments: list[str] | None = None) -> int:
             check_name(options.push)
         elif options.private:
             raise CheckpointError("--private is for --push OWNER/NAME")
-        note = lambda text: print(f"export: note: {text}", file=sys.stderr)  # noqa: E731
+        note = lambda text: print(f"export: note: {printable(text)}", file=sys.stderr)  # noqa: E731
         checkpoint = export(options.run, options.out, note, options.dtype, options.average)
         print(f"exported {'the average of ' if options.average else ''}{checkpoint} to {options.out}")
         if options.push:
             print(f"pushed {options.out}: {push(Path(options.out), options.push, options.private)}")
-    except CheckpointError as error:
-        print(f"export: {error}", file=sys.stderr)
+    except (CheckpointError, OSError) as error:
+        print(f"export: {printable(str(error))}", file=sys.stderr)
         return 2
     return 0
 

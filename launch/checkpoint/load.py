@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Collection, Sequence
@@ -15,6 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from celo2.distributed.shard import LocalShard
+from data.files import read_json
 from launch.checkpoint.tensors import TensorFiles, files_of, is_there, read_tensors
 from launch.checkpoint.verify import AVERAGE, MODEL, OPTIMIZER, CheckpointError, nothing
 from launch.checkpoint.writer import Progress
@@ -33,7 +33,7 @@ def read_state(path: Path) -> dict[str, Any]:
     """The state.json of a checkpoint. Raises CheckpointError for one that is missing or cannot be read."""
     file = path / "state.json"
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
+        return dict(read_json(file))
     except FileNotFoundError:
         raise CheckpointError(f"{path} has no state.json") from None
     except (OSError, ValueError, TypeError) as error:
@@ -46,6 +46,7 @@ def require_state(path: Path, saved: dict[str, Any]) -> None:
         sections = [saved["config"][key] for key in SECTIONS]
         whole = all(isinstance(section, dict) for section in sections) and saved["identity"].keys() >= IDENTITY
         whole = whole and all(isinstance(saved[key], int | float) for key in NUMBERS)
+        whole = whole and saved.get("average", {}).get("members", 0) in range(1 << 62)
     except (LookupError, TypeError, AttributeError):
         whole = False
     if not whole:
@@ -183,6 +184,15 @@ def weights_alone(path: Path) -> str:
     return f"choose another run.dir, where model.init={path} begins with its weights and architecture"
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """The entries of config.json in `path`. Raises CheckpointError for a file that is missing or damaged."""
+    file = path / "config.json"
+    try:
+        return dict(read_json(file))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"cannot read {file}: {' '.join(str(error).split())}") from None
+
+
 def read_model_config(path: Path) -> PretrainedConfig:
     """The transformers configuration in `path`, which asks for no code from outside.
 
@@ -191,9 +201,9 @@ def read_model_config(path: Path) -> PretrainedConfig:
     """
     file = path / "config.json"
     try:
-        refuse_code(json.loads(file.read_text(encoding="utf-8")), str(file))
+        refuse_code(read_config(path), str(file))
         return without_auto_map(AutoConfig.from_pretrained(file, trust_remote_code=False))
-    except ForeignCode as error:
+    except (ForeignCode, CheckpointError) as error:
         raise CheckpointError(str(error)) from None
     except Exception as error:  # transformers raises whatever reading its JSON raises
         raise CheckpointError(f"cannot read {file}: {' '.join(str(error).split())}") from error
@@ -226,8 +236,11 @@ def load_model(path: Path, config: PretrainedConfig | None = None, average: bool
         weights = read_tensors(path / weights_name)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"cannot read {path}: {' '.join(str(error).split())}") from error
-    model = AutoModelForCausalLM.from_config(config)
-    fit_experts(model)
+    try:
+        model = AutoModelForCausalLM.from_config(config)
+        fit_experts(model)
+    except Exception as error:  # whatever the class raises for values that describe no model
+        raise CheckpointError(f"{path / 'config.json'} describes no model: {' '.join(str(error).split())}") from error
     own = dict(model.named_parameters()) | persistent_buffers(model)
     for problem, names in (
         ("lacks", own.keys() - weights.keys()),

@@ -7,13 +7,14 @@ import os
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from configs.schema import Checkpoint as CheckpointConfig
 from launch.checkpoint.retention import surplus
 from launch.checkpoint.snapshot import Snapshot
 from launch.checkpoint.tensors import INDEX, make_index
-from launch.checkpoint.verify import MANIFEST, PART, checkpoint_name, sha256
+from launch.checkpoint.verify import MANIFEST, PART, checkpoint_name, sha256, step_of
 from launch.checkpoint.writer import Written, write_small
 
 SPARE_BYTES = 64 << 20  # left free on the disk beside a checkpoint; on a small disk a twentieth of it
@@ -69,8 +70,9 @@ def publish(
     temporary.rename(target)
     flush(folder)
     announce("deletion of old checkpoints")
-    for old in [replaced, *surplus(target, config, origin, others)]:
-        remove(old)
+    remove(replaced)
+    for old in surplus(target, config, origin, others):
+        discard(old)
     return target, sum(file.bytes for file in files)
 
 
@@ -107,6 +109,15 @@ def remove(path: Path) -> None:
     if path.is_symlink():
         path.unlink()
     shutil.rmtree(path, ignore_errors=True)
+
+
+def discard(checkpoint: Path) -> None:
+    """Remove a checkpoint. Where its folder does not let it go, as on a disk that is read-only by now, it stays whole."""
+    leftover = temporary_folder(checkpoint.parent, step_of(checkpoint))
+    with suppress(OSError):
+        remove(leftover)
+        checkpoint.rename(leftover)
+        remove(leftover)
 
 
 def flush(path: Path) -> None:

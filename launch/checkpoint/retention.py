@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from configs.schema import Checkpoint as CheckpointConfig
+from data.files import read_json
 from launch.checkpoint.verify import MANIFEST, list_checkpoints, step_of
 
 
@@ -35,7 +35,7 @@ def surplus(newest: Path, config: CheckpointConfig, origin: int | None = None, o
 def state_of(path: Path) -> dict[str, Any]:
     """The state.json of a checkpoint; nothing if it is damaged."""
     try:
-        return dict(json.loads((path / "state.json").read_text(encoding="utf-8")))
+        return dict(read_json(path / "state.json"))
     except (OSError, ValueError, TypeError):
         return {}
 

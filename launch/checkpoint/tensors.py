@@ -11,6 +11,8 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
+from data.files import read_json
+
 INDEX = ".index.json"  # added to the name of the file that is divided; in the form of Hugging Face
 
 
@@ -88,7 +90,7 @@ def files_of(path: Path) -> list[Path]:
     if path.exists() or not index.exists():
         return [path]
     try:
-        names = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        names = {str(name) for name in read_json(index)["weight_map"].values()}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{index} is damaged") from None
     if outside := sorted(name for name in names if Path(name).name != name):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,11 +9,13 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from data import DataError
+from data.files import read_json
 from data.shards import read_index
 from data.tokenizer import end_of_text_id, load_tokenizer
+from launch.checkpoint.folders import CHECKPOINTS, Chosen, choose_checkpoint
 from launch.checkpoint.load import load_model, read_model_config, read_state, require_state
 from launch.checkpoint.tensors import is_there
-from launch.checkpoint.verify import MANIFEST, MODEL, CheckpointError, choose_checkpoint
+from launch.checkpoint.verify import MANIFEST, MODEL, CheckpointError
 from models import longest_context
 
 UNLIMITED = 10**9  # transformers writes 10**30 where a tokenizer has no limit
@@ -43,19 +44,19 @@ def open_trained(path: str | Path, average: bool = False) -> TrainedModel:
     path = Path(path)
     if not path.is_dir():
         raise CheckpointError(f"there is no folder {path}")
-    known = (MANIFEST, "state.json", "checkpoints")
+    known = (MANIFEST, "state.json", CHECKPOINTS)
     if not any((path / name).exists() for name in known) and (path / "config.json").is_file():
         if average:
             raise CheckpointError(f"{path} is an exported folder, with one kind of weights: leave --average out")
         return open_export(path)
     if not any((path / name).exists() for name in known) and not is_there(path / MODEL):
         raise CheckpointError(f"{path} is no training run, no checkpoint and no exported folder")
-    return open_checkpoint(*choose_checkpoint(path), average)
+    return open_checkpoint(choose_checkpoint(path), average)
 
 
-def open_checkpoint(path: Path, notes: list[str], average: bool = False) -> TrainedModel:
+def open_checkpoint(chosen: Chosen, average: bool = False) -> TrainedModel:
     """The model of a whole checkpoint, and the tokenizer of its run."""
-    tokenizer = read_tokenizer(path.absolute().parent.parent)
+    path, tokenizer = chosen.path, read_tokenizer(chosen.run)
     saved = read_state(path)
     require_state(path, saved)
     config, model = saved["config"], load_model(path, average=average)
@@ -63,7 +64,7 @@ def open_checkpoint(path: Path, notes: list[str], average: bool = False) -> Trai
         end = read_index(Path(config["data"]["dir"]))["end_of_text_id"]
     except (DataError, OSError):
         end = end_of(tokenizer, path)
-    return TrainedModel(path, model, tokenizer, end, config["model"]["context"] or longest_context(model.config), notes)
+    return TrainedModel(path, model, tokenizer, end, config["model"]["context"] or longest_context(model.config), chosen.problems)
 
 
 def open_export(path: Path) -> TrainedModel:
@@ -110,5 +111,8 @@ def end_of(tokenizer: Tokenizer, path: Path) -> int:
 def trained_length(folder: Path) -> int | None:
     """The length that an exported tokenizer is for, which may be less than the model has positions."""
     path = folder / "tokenizer_config.json"
-    found = json.loads(path.read_text(encoding="utf-8")).get("model_max_length") if path.is_file() else None
-    return found if isinstance(found, int) and found < UNLIMITED else None
+    try:
+        found = dict(read_json(path)).get("model_max_length") if path.is_file() else None
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error})") from None
+    return found if isinstance(found, int) and 0 < found < UNLIMITED else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import stat
@@ -11,7 +10,8 @@ from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from launch.checkpoint.tensors import INDEX, is_there, part_name
+from data.files import read_json
+from launch.checkpoint.tensors import INDEX, part_name
 from launch.checkpoint.writer import Progress
 
 MANIFEST = "manifest.json"
@@ -65,23 +65,10 @@ def find_checkpoint(*folders: Path, progress: Progress = nothing) -> tuple[Path 
     return None, problems
 
 
-def choose_checkpoint(run: Path, progress: Progress = nothing) -> tuple[Path, list[str]]:
-    """`run` if it is a checkpoint, or else the newest whole one in it, and what is wrong with newer ones."""
-    if not run.is_dir():
-        raise CheckpointError(f"there is no folder {run}")
-    if (run / MANIFEST).exists() or is_there(run / MODEL):
-        verify(run, progress=progress)
-        return run, []
-    checkpoint, problems = find_checkpoint(run / "checkpoints", progress=progress)
-    if checkpoint is None:
-        raise CheckpointError("; ".join([f"{run} holds no whole checkpoint (checkpoints/step_*)", *problems]))
-    return checkpoint, problems
-
-
 def verify(path: Path, hashes: bool = True, progress: Progress = nothing) -> None:
     """Raise CheckpointError unless the manifest lists just a checkpoint's files, there with their sizes and `hashes`."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(path / MANIFEST)
         if wrong := wrong_names(manifest, checkpoint_files(path)):
             raise CheckpointError(f"{path / MANIFEST} {'; '.join(wrong[:3])}")
         for name, expected in manifest.items():
@@ -137,7 +124,7 @@ def require_its_step(path: Path) -> None:
     """Raise CheckpointError if a whole checkpoint was renamed: its name says another step than its state."""
     state = path / "state.json"
     try:
-        step = json.loads(state.read_text(encoding="utf-8"))["step"] if state.exists() else step_of(path)
+        step = read_json(state)["step"] if state.exists() else step_of(path)
     except (ValueError, KeyError, TypeError):
         raise CheckpointError(f"{state} does not say its step") from None
     if step != step_of(path):

@@ -14,7 +14,6 @@ interruption. OUT/report.html, report.png, details.png and results.json say what
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import platform
@@ -32,6 +31,7 @@ from celo2 import RuleError
 from celo2.training.configuration import parse_arguments
 from configs.load import ConfigError
 from data import DataError
+from data.files import read_json
 from launch.command import at_least
 from launch.compare.comparison import FLOPS, INTERVALS, TRIALS_PER_KEY, Comparison, make_folder
 from launch.compare.curves import Run, label_runs, read_run
@@ -104,7 +104,7 @@ def draw_again(args: argparse.Namespace) -> None:
     """The report of a results.json that is there, beside it or in --out."""
     path = args.results
     try:
-        results = json.loads(Path(path).read_text(encoding="utf-8"))
+        results = read_json(Path(path))
         page = write(make_folder(Path(args.out) if args.out else Path(path).parent), results, args)
     except OSError as error:
         raise ConfigError(f"cannot read results '{path}' ({error.strerror})") from None

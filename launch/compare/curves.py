@@ -12,12 +12,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
+from celo2.training.metrics import read_lines, read_metrics
 from configs.load import ConfigError, load_config
 from configs.schema import Config
 from launch.checkpoint.load import optimizer_bytes, read_state
 from launch.checkpoint.verify import list_checkpoints
-from launch.monitoring.metrics import flat, read_metrics
+from launch.monitoring.trackers import flat
 from launch.run.branch import read_origin
+from launch.run.restart import read_events
 from launch.run.setup import build_from_config, vocabulary
 from models import ModelError, flops_per_token
 
@@ -75,7 +77,7 @@ class Run:
 
 def stopped_diverged(folder: Path) -> bool:
     """Whether train.py ended a run early because it diverged, which is then its last event."""
-    events = read_metrics(folder / "events.jsonl")
+    events = read_events(folder)
     by_event = bool(events) and events[-1].get("reason") == "diverged"
     return by_event or (folder / "diverged.json").exists()  # a file that launch.compare itself wrote before there were events
 
@@ -106,8 +108,8 @@ def read_run(folder: Path, label: str = "", command: str = "") -> Run:
         raise ConfigError(f"{folder} holds no run: config.yaml is missing")
     config = load_config(folder / "config.yaml")
     records = read_metrics(folder / "metrics.jsonl")
-    for number, record in enumerate(records, 1):
-        if not is_record(record):
+    for number, line in enumerate(read_lines(folder / "metrics.jsonl"), 1):
+        if not is_record(line):
             raise ConfigError(f"{folder / 'metrics.jsonl'}, line {number}: neither a training record nor an evaluation")
     training = [r for r in records if r.get("loss") is not None]
     validation = [r for r in records if r.get("val_loss") is not None]

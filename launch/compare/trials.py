@@ -24,8 +24,8 @@ from configs.load import ConfigError, load_config
 from configs.schema import Config
 from data.files import no_link
 from launch.compare.curves import Outcome, standing, stopped_diverged
-from launch.monitoring.metrics import flat
 from launch.monitoring.signals import INTERRUPTED, STOPPED
+from launch.monitoring.trackers import flat
 
 ROOT = Path(__file__).parents[2]
 POLL_SECONDS = 0.2

@@ -42,6 +42,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
+from data import printable
 from launch.monitoring.launcher import tell_launcher
 from launch.private import connect_to_default_store
 
@@ -143,7 +144,11 @@ def is_communication_error(error: BaseException) -> bool:
 
 
 def print_error(message: str) -> None:
-    """Print one line on stderr, in one write, as several processes share it, and tell torchrun."""
+    """Print one line on stderr, in one write, as several processes share it, and tell torchrun.
+
+    It may quote a file from somebody else, which must not control the terminal.
+    """
+    message = printable(message)
     tell_launcher(message)
     with suppress(OSError):  # nobody reads it, or its disk is full
         print(f"error: {message}\n", end="", file=sys.stderr, flush=True)

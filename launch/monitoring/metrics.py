@@ -16,9 +16,7 @@ from celo2.training.metrics import read_metrics, rewind
 from configs.schema import Config
 from launch.monitoring.growing import GrowingFile
 from launch.monitoring.guard import Diverged
-from launch.monitoring.trackers import Tracker, flat, open_trackers
-
-__all__ = ["Metrics", "flat", "read_metrics"]
+from launch.monitoring.trackers import Tracker, open_trackers
 
 
 def stamped(record: dict[str, Any]) -> dict[str, Any]:

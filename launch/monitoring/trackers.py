@@ -18,7 +18,7 @@ import accelerate.utils
 
 from configs.load import ConfigError, to_yaml
 from configs.schema import Config
-from data.files import replace_text
+from data.files import read_json, replace_text
 from launch.monitoring.growing import GrowingFile
 
 Say = Callable[[str], None]  # shows a warning to a person
@@ -99,7 +99,7 @@ class WandB:
         path = run_dir / "wandb.json"
         if not path.exists():
             replace_text(path, json.dumps({"id": uuid.uuid4().hex}))
-        identity = json.loads(path.read_text(encoding="utf-8"))["id"]
+        identity = read_json(path)["id"]
         log, name = config.log, config.run.name
         self.run = wandb.init(
             project=log.project, group=log.group, name=name, id=identity, resume="allow", dir=str(run_dir), config=asdict(config)
@@ -130,7 +130,7 @@ class ThroughAccelerate:
         log, run = config.log, config.run.name
         group = [log.group] if log.group else []
         path = run_dir / f"{name}.json"
-        known = json.loads(path.read_text(encoding="utf-8"))["id"] if path.exists() else None
+        known = read_json(path)["id"] if path.exists() else None
         self.tracker: Any
         if name == "mlflow":
             tags = {"group": log.group} if log.group else None

@@ -22,7 +22,8 @@ from configs.length import batch_sizes
 from configs.schema import Config
 from configs.schema import Optimizer as OptimizerConfig
 from data.shards import TokenShards
-from launch.checkpoint.load import weights_alone
+from launch.checkpoint.folders import run_of
+from launch.checkpoint.load import read_config, weights_alone
 from launch.checkpoint.verify import CheckpointError
 from launch.optimizers.table import entry_of
 from launch.optimizers.third_party import find_class
@@ -127,7 +128,7 @@ def model_differences(
     path: Path, saved: Mapping[str, Any], config: Config, model: PretrainedConfig, identity: Mapping[str, Any]
 ) -> Iterator[Difference]:
     """What would make the weights another function, or sequences another length."""
-    there, before = json.loads((path / "config.json").read_text(encoding="utf-8")), saved["config"]["model"]
+    there, before = read_config(path), saved["config"]["model"]
     now, init = config.model.init, before.get("init")
     if now is not None and now != init and (init is None or os.path.realpath(now) != os.path.realpath(init)):
         yield Difference("model.init", init or NOT_SET, now, f"model.init={init}" if init else "no model.init")
@@ -135,7 +136,11 @@ def model_differences(
     if context != identity["model.context"]:
         yield Difference("model.context", context, identity["model.context"])
     given = {*(before.get("hf") or {}), *(config.model.hf or {})}
-    for key, (old, new) in function_differences(there, model, given).items():
+    try:
+        differences = function_differences(there, model, given)
+    except Exception as error:  # whatever transformers raises for values of a wrong kind
+        raise CheckpointError(f"{path / 'config.json'} is damaged: {' '.join(str(error).split())}") from None
+    for key, (old, new) in differences.items():
         if model.model_type == "gpt3" and key == "context":
             continue  # the positions of a GPT-3; a sequence may be shorter
         own = key == "vocab_size" or (model.model_type == "gpt3" and key != "model_type")
@@ -169,7 +174,7 @@ def optimizer_differences(
     elif content is None:
         content = identity["rule"]
     if content != identity["rule"]:
-        copy = path.parent.parent / RULE_FILE
+        copy = run_of(path) / RULE_FILE
         remedy = copy if content_of(copy) == content else name if content_of(name) == content else f"the rule that {name} was"
         yield Difference(
             "optimizer.rule",

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 
 from configs.load import ConfigError
 from configs.schema import Config
-from data.files import replacing
+from data.files import read_json, replacing
+from launch.checkpoint.folders import CHECKPOINTS, FALLBACK, choose_checkpoint, folders_of, second_folder
 from launch.checkpoint.load import read_state
 from launch.checkpoint.publish import flush, remove_leftovers
 from launch.checkpoint.verify import (
@@ -28,7 +29,6 @@ from launch.checkpoint.verify import (
     CheckpointError,
     checkpoint_files,
     checkpoint_name,
-    choose_checkpoint,
     find_checkpoint,
     list_checkpoints,
     nothing,
@@ -36,8 +36,7 @@ from launch.checkpoint.verify import (
     step_of,
 )
 from launch.checkpoint.writer import Progress
-from launch.monitoring.metrics import flat
-from launch.monitoring.trackers import ID_FILES
+from launch.monitoring.trackers import ID_FILES, flat
 from launch.run.schedule import with_cooldown
 
 # What changes the steps of a line: with another value there, the same checkpoint is another line's beginning.
@@ -46,7 +45,6 @@ INCIDENTAL = (
     "model.gradient_checkpointing", "train.steps", "train.micro_batch_size", "train.compile", "train.on_batch_change",
     "train.tokens", "train.deterministic", "train.max_bad_steps", "train.spike", "train.on_spike",
 )  # fmt: skip
-FALLBACK = "fallback_folder"  # a file in a run's folder: the name of its line's folder below `checkpoint.fallback_dir`
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ class Start(NamedTuple):
 
 def checkpoint_folders(config: Config, run_dir: Path, origin: Origin | None) -> list[Path]:
     """Where the checkpoints of a line are: in the run's folder, and in a folder of its own below `checkpoint.fallback_dir`."""
-    folders = [run_dir / "checkpoints"]
+    folders = [run_dir / CHECKPOINTS]
     if config.checkpoint.fallback_dir is not None:
         folders.append(Path(config.checkpoint.fallback_dir) / fallback_name(run_dir, origin))
     return folders
@@ -93,10 +91,8 @@ def fallback_name(run_dir: Path, origin: Origin | None) -> str:
 
     So the line keeps its folder where the run's own is moved, or other nodes know it by another path.
     """
-    kept = run_dir / FALLBACK
-    name = kept.read_text(encoding="utf-8", errors="replace").strip() if kept.is_file() else ""
-    if re.fullmatch(r"[^/\\\0]+-[0-9a-f]{12}", name):
-        return name
+    if (kept := second_folder(run_dir)) is not None:
+        return kept.name
     line = f"{run_dir.resolve()}\n{origin.id}{origin.manifest}" if origin else str(run_dir.resolve())
     return f"{run_dir.resolve().name}-{hashlib.sha256(line.encode()).hexdigest()[:12]}"
 
@@ -160,14 +156,15 @@ def branch_from(given: Path, config: Config, run_dir: Path, progress: Progress =
         moved = sorted(run_dir.glob(f"set_aside/*/checkpoints/{given.name}"))
         hint = f"; there is {moved[-1]}" if moved else ""
         raise CheckpointError(f"checkpoint.resume: {given} is no whole checkpoint: there is no such folder{hint}")
-    checkpoint, notes = choose_checkpoint(given.resolve(), progress)
-    checkpoint = checkpoint.resolve()
+    found, _, notes = choose_checkpoint(given.resolve(), progress)
+    checkpoint = found.resolve()
     own = checkpoint.parent == (run_dir / "checkpoints").resolve()
     step, manifest = read_state(checkpoint)["step"], sha256(checkpoint / MANIFEST)
     origin = Origin(
         os.path.abspath(given), str(checkpoint), manifest, step, own, decisive(with_cooldown(config, step)), uuid.uuid4().hex
     )
-    if beyond(run_dir, origin) or (not own and (run_dir / "metrics.jsonl").exists()):
+    second = [path for folder in folders_of(run_dir)[1:] for path in list_checkpoints(folder) if step_of(path) > step]
+    if second or beyond(run_dir, origin) or (not own and (run_dir / "metrics.jsonl").exists()):
         used = [int(path.name) for path in run_dir.glob("set_aside/*") if path.name.isdigit()]
         origin = replace(origin, set_aside=f"set_aside/{max(used, default=0) + 1}")
         aside = run_dir / str(origin.set_aside)
@@ -201,7 +198,7 @@ def config_to_plan(config: Config, run_dir: Path) -> Config:
         return config_of_line(config, origin)
     if not given.is_dir():
         raise CheckpointError(f"checkpoint.resume: {given} is no whole checkpoint: there is no such folder")
-    return with_cooldown(config, read_state(choose_checkpoint(given.resolve())[0])["step"])
+    return with_cooldown(config, read_state(choose_checkpoint(given.resolve()).path)["step"])
 
 
 def decisive(config: Config) -> dict[str, Any]:
@@ -241,9 +238,10 @@ def put_in_place(run_dir: Path) -> None:
         link_checkpoint(source, target)
     (run_dir / FALLBACK).unlink(missing_ok=True)
     if not origin.own:
-        metrics = source.parent.parent / "metrics.jsonl"
-        known = source.parent.name == "checkpoints" and metrics.exists()
-        replace_file(run_dir / "metrics.jsonl", metrics.read_bytes() if known else b"")
+        runs = [source.parent.parent, Path(origin.resume), *run_dir.glob("set_aside/*")]
+        of = [run / "metrics.jsonl" for run in runs if source.parent in (folder.resolve() for folder in folders_of(run))]
+        known = next(filter(Path.exists, of), None)
+        replace_file(run_dir / "metrics.jsonl", known.read_bytes() if known else b"")
     write_origin(run_dir, replace(origin, done=True))
 
 
@@ -297,7 +295,7 @@ def read_origin(run_dir: Path) -> Origin | None:
     if not path.exists():
         return None
     try:
-        origin = Origin(**json.loads(path.read_text(encoding="utf-8")))
+        origin = Origin(**read_json(path))
         if origin.set_aside is not None and not re.fullmatch(r"set_aside/[0-9]+", origin.set_aside):
             raise ValueError(f"set_aside is {origin.set_aside!r}")
         if not isinstance(origin.step, int):

@@ -25,9 +25,10 @@ from configs.schema import Config
 from configs.schema import Model as ModelSection
 from data import first_line
 from data.shards import TokenShards
+from launch.checkpoint.folders import CHECKPOINTS, choose_checkpoint, folders_of, run_of
 from launch.checkpoint.load import load_model, read_model_config, read_state, weights_file
 from launch.checkpoint.tensors import files_of
-from launch.checkpoint.verify import AVERAGE, MANIFEST, MODEL, choose_checkpoint, list_checkpoints
+from launch.checkpoint.verify import AVERAGE, MANIFEST, MODEL, list_checkpoints
 from launch.run.branch import checkpoint_folders, read_origin
 from launch.run.weights import FromGPT2, source_of
 from models.build import model_of, named_size, prepare_model
@@ -52,23 +53,24 @@ class Source:
     step: int | None = None  # of a checkpoint; None: a folder of transformers
     note: str = ""  # its commit on the hub, or what is wrong with newer checkpoints
     file: str = MODEL  # of the weights in it; of a checkpoint also AVERAGE
+    run: Path | None = None  # whose checkpoint it is
 
     @property
     def tokenizer_file(self) -> Path:
         """The tokenizer beside the weights; of a checkpoint, that of its run."""
-        in_a_run = self.step is not None and self.path.parent.name == "checkpoints"
-        return (self.path.parent.parent if in_a_run else self.path) / "tokenizer.json"
+        return (self.run or self.path) / "tokenizer.json"
 
 
 def begun(config: Config, run_dir: Path) -> Source | None:
     """A checkpoint of the training run that `config` continues; None if it begins. Whether it is whole is not looked at."""
     resume = config.checkpoint.resume
     given = [] if resume in ("auto", "never") else [Path(resume).expanduser()]
-    folders = [run / "checkpoints" for run in given]  # `given` may be a checkpoint or a run
+    folders = [(folder, run) for run in given for folder in folders_of(run)]  # `given` may be a checkpoint or a run
     if resume != "never":
-        folders += checkpoint_folders(config, run_dir, read_origin(run_dir))
-    paths = [*given, *(path for folder in folders for path in reversed(list_checkpoints(folder)))]
-    return next((Source(path, str(path), step=0) for path in paths if (path / "config.json").is_file()), None)
+        folders += [(folder, run_dir) for folder in checkpoint_folders(config, run_dir, read_origin(run_dir))]
+    paths = [(path, run_of(path)) for path in given]
+    paths += [(path, run) for folder, run in folders for path in reversed(list_checkpoints(folder))]
+    return next((Source(path, str(path), step=0, run=run) for path, run in paths if (path / "config.json").is_file()), None)
 
 
 def architecture_source(config: Config, run_dir: Path) -> Source | None:
@@ -96,11 +98,11 @@ def find_source(init: str, weights: bool = True) -> Source:
     if not path.is_dir():
         hint = "name its folder" if path.exists() else f"for a model of the Hugging Face hub write model.init={HUB}{init}"
         raise ConfigError(f"model.init: {init} is {'a file' if path.exists() else 'not there'}; {hint}")
-    if (path / MANIFEST).exists() or (path / "state.json").exists() or (path / "checkpoints").is_dir():
-        checkpoint, problems = choose_checkpoint(path)
+    if (path / MANIFEST).exists() or (path / "state.json").exists() or (path / CHECKPOINTS).is_dir():
+        checkpoint, run, problems = choose_checkpoint(path)
         note = f" (not a newer one: {'; '.join(problems)})" if problems else ""
         name = f"the average in {checkpoint}" if average else str(checkpoint)
-        return Source(checkpoint, name, read_state(checkpoint)["step"], note, weights_file(checkpoint, average))
+        return Source(checkpoint, name, read_state(checkpoint)["step"], note, weights_file(checkpoint, average), run)
     if average:
         raise ConfigError(f"model.init: {path} is no run and no checkpoint: only these hold an average; leave {OF_AVERAGE} out")
     return Source(path, init)

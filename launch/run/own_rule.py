@@ -27,7 +27,7 @@ def settled(config: Config) -> Config:
     if not name.startswith(HUB):
         return config
     start = begun(config, run_folder(config))
-    copy = start.path.parent.parent / RULE_FILE if start is not None else None
+    copy = start.run / RULE_FILE if start is not None and start.run is not None else None
     try:
         kept = start is not None and read_state(start.path)["config"]["optimizer"].get("rule") == name
     except CheckpointError:  # of a damaged checkpoint; resuming says it

@@ -30,7 +30,7 @@ from configs.schema import Config
 from data.mixture import Mixture
 from data.shards import TokenShards
 from launch.checkpoint.verify import MANIFEST, CheckpointError, list_checkpoints, sha256, step_of, verify
-from launch.monitoring.metrics import flat
+from launch.monitoring.trackers import flat
 from launch.optimizers.build import rule_of
 from launch.optimizers.table import entry_of
 from launch.optimizers.third_party import find_class

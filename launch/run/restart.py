@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from celo2.training.metrics import read_metrics
+from celo2.training.metrics import read_lines, read_metrics
+from data import printable
 from launch.monitoring.metrics import Lines, stamped
 
 UNSAID = "it ended without a word, as when its first rank is killed or its machine fails"
 
 
 def read_events(run_dir: Path) -> list[dict[str, Any]]:
-    """The events of a run; a line that a kill cut short is left out."""
-    path, events = run_dir / "events.jsonl", []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
-        with suppress(ValueError):
-            event = json.loads(line)
-            if isinstance(event, dict):
-                events.append(event)
-    return events
+    """The events of a run; a line that is none is left out."""
+    return [event for event in read_lines(run_dir / "events.jsonl") if isinstance(event, dict)]
 
 
 def restart_event(run_dir: Path, step: int) -> dict[str, Any] | None:
@@ -39,8 +32,9 @@ def restart_event(run_dir: Path, step: int) -> dict[str, Any] | None:
         "finished": "it was finished",
         "stopped": "stopped by a signal" if last.get("reason") == "signal" else str(last.get("error", last.get("reason"))),
     }
+    reason = printable(reasons.get(str(last.get("event")), UNSAID))
     reached = max((record["step"] for record in read_metrics(run_dir / "metrics.jsonl") if "loss" in record), default=0)
-    event = {"event": "restart", "attempt": len(earlier) + 1, "reason": reasons.get(str(last.get("event")), UNSAID), "step": step}
+    event = {"event": "restart", "attempt": len(earlier) + 1, "reason": reason, "step": step}
     event |= {"reached": reached, "steps_lost": max(0, reached - step)}
     event["processes"] = int(os.environ.get("WORLD_SIZE", "1"))
     return event

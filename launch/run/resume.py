@@ -18,7 +18,7 @@ from launch.distributed.first_rank import on_first_rank
 from launch.distributed.heartbeat import Heartbeat
 from launch.distributed.strategy import Strategy
 from launch.monitoring.guard import Diverged
-from launch.monitoring.metrics import flat
+from launch.monitoring.trackers import flat
 from launch.run.agreement import require_agreement
 from launch.run.branch import Start, checkpoint_folders, choose_start
 from launch.run.ranks import checkpoint_fact, require_same

@@ -21,11 +21,12 @@ from data.batches import Batches, fit_micro_batch, prefetch
 from data.files import replace_text
 from data.shards import TokenShards
 from data.tokenizer import copy_tokenizer
+from launch.checkpoint.folders import FALLBACK
 from launch.checkpoint.verify import MODEL, nothing
 from launch.distributed.birth import Watched, with_weights
 from launch.distributed.first_rank import on_first_rank
 from launch.run.agreement import RULE_FILE
-from launch.run.branch import FALLBACK, Start, begin_line, fallback_name
+from launch.run.branch import Start, begin_line, checkpoint_folders
 from launch.run.initialize import (
     architecture,
     architecture_source,
@@ -168,7 +169,7 @@ def describe_run(config: Config, run_dir: Path, shards: TokenShards, optimizer: 
     (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
     replace_text(run_dir / "config.yaml", to_yaml(config))
     if config.checkpoint.fallback_dir is not None:
-        replace_text(run_dir / FALLBACK, fallback_name(run_dir, start.origin))
+        replace_text(run_dir / FALLBACK, str(checkpoint_folders(config, run_dir, start.origin)[1].absolute()))
     copy_tokenizer(shards.folder, run_dir, shards.eot_id)
     if isinstance(optimizer, Celo2):  # a rule file may change or go
         save_rule(optimizer.rule, run_dir / RULE_FILE)

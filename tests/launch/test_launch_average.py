@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from bad_gradients import Poison
 from host_waits import LAST, HostWaits
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -125,6 +126,21 @@ def test_training_does_not_notice_its_average(strategy, run):
     assert status == 0, error
     assert equal(tensors(run.tmp_path / "whole", 6), tensors(run.tmp_path / "again", 6))
     assert [record for record in again if "val_loss" in record] == evaluations
+
+
+def test_an_average_goes_back_with_a_rollback(run):
+    """The run that rolled back equals, bit for bit, one that was never disturbed and begins at the checkpoint it went back to."""
+    own = [EMA, "log.sample_tokens=0", "eval.every=0", "checkpoint.every=4", "checkpoint.keep=9", "train.steps=8"]
+    bad = ["train.on_spike=rollback", "train.max_bad_steps=2"]
+    status, back, error = run(*own, *bad, folder="back", hooks=Poison([6, 7]))
+    assert status == 0 and "rolled back to step 4; the 24 sequences since then are left out" in run.out, error
+    run(*own, folder="whole")
+    assert equal(tensors(run.tmp_path / "whole", 4), tensors(run.tmp_path / "back", 4))  # nothing of steps 5 to 7 is in it
+    status, on, error = run(*own, f"checkpoint.resume={checkpoint(run.tmp_path / 'back', 4)}", folder="on")
+    assert status == 0, error
+    assert equal(tensors(run.tmp_path / "on", 8), tensors(run.tmp_path / "back", 8)) and training(on) == training(back)
+    states = [json.loads((checkpoint(run.tmp_path / name, 8) / "state.json").read_text())["average"] for name in ("on", "back")]
+    assert states == [{"kind": "ema", "members": 8}] * 2
 
 
 def test_no_step_waits_for_its_average(run):

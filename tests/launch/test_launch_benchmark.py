@@ -12,8 +12,8 @@ from celo2 import Celo2
 from celo2 import optimizer as optimizer_module
 from celo2.blocked import PLAIN
 from celo2.kernels.traffic import bytes_moved
-from configs.load import ConfigError
-from launch.benchmark import gpu, optimizer, train
+from configs.load import ConfigError, load_config
+from launch.benchmark import gpu, optimizer, options, train
 from launch.benchmark.__main__ import main
 from launch.benchmark.gpu import Part
 from launch.benchmark.measure import Column, peak_bytes, table, time_rounds
@@ -39,6 +39,16 @@ def test_peak_is_what_was_held_at_once():
         return a + b
 
     assert 3 << 20 <= peak_bytes(step, CPU) < 3.1 * (1 << 20)
+
+
+def test_every_option_that_is_measured_is_one():
+    compared = options.contestants("prepared/stdlib", 16)
+    for name, (against, changes) in compared.items():
+        load_config("configs/demo.yaml", ["data.dir=prepared/stdlib", *options.QUIET, *changes])
+        assert against in compared, name
+    clock = options.Clock()
+    clock.seconds = [0.0, 9.0, 9.0, 10.0, 11.0, 12.0, 13.0, 18.0]
+    assert clock.step() == 2  # the mean of those that count
 
 
 def test_table_leaves_out_what_nobody_has():

@@ -3,10 +3,10 @@
 import json
 import os
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
+from stopping import StopIn
 
 from configs.load import build
 from configs.schema import Checkpoint
@@ -17,16 +17,6 @@ from launch.checkpoint.verify import CheckpointError, checkpoint_name, find_chec
 from launch.monitoring.signals import STOPPED
 from launch.run import branch
 from launch.run.branch import begin_line, choose_start, read_origin
-from launch.run.hooks import Hooks
-
-
-class StopIn(Hooks):
-    def __init__(self, step):
-        self.step = step
-
-    def before_step(self, step, strategy):
-        if step == self.step:
-            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def names(folder):

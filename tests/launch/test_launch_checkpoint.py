@@ -1,6 +1,7 @@
 """Checkpoints on their own: what is in them, and what becomes of a damaged one."""
 
 import json
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -106,6 +107,21 @@ def test_only_the_newest_are_kept(tmp_path):
     for number in range(1, 6):
         save_checkpoint(tmp_path, strategy, {"step": number}, keep=2)
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["step_00000004", "step_00000005"]
+    # Where the folder of an old one takes no changes, as on a disk that is read-only by now, it stays, and stays whole.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "rename", refuse_names("step_00000004", Path.rename))
+        save_checkpoint(tmp_path, strategy, {"step": 6}, keep=1)
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["step_00000004", "step_00000006"]
+    verify(tmp_path / "step_00000004")
+
+
+def refuse_names(name, rename):
+    def refusing(path, target):
+        if path.name == name:
+            raise PermissionError(13, "Permission denied")
+        return rename(path, target)
+
+    return refusing
 
 
 DAMAGE = {

@@ -18,12 +18,14 @@ from launch.checkpoint.export import export
 from launch.checkpoint.load import load_model, optimizer_bytes
 from launch.checkpoint.publish import indexes, write_manifest
 from launch.checkpoint.tensors import INDEX, TensorFiles, part_name
+from launch.checkpoint.trained import open_trained
 from launch.checkpoint.verify import MODEL, OPTIMIZER, CheckpointError, find_checkpoint, sha256, verify
 from launch.checkpoint.writer import Entry, TensorWriter
 from launch.distributed.gather import choose_owners, number_rounds
 from launch.run.branch import checkpoint_folders, fallback_name
 from launch.run.hooks import Hooks
-from launch.run.initialize import begun
+from launch.run.initialize import begun, find_source
+from launch.sample import main as sample
 
 SHAPES = {"a": (2, 3), "empty": (0, 4), "scalar": (), "b": (5,)}
 LLAMA = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -216,17 +218,26 @@ def test_a_second_folder_takes_what_the_first_does_not(run):
 
     assert run(*options, "train.steps=4", "log.sample_tokens=2", hooks=FullFrom4())[0] == 0
     assert "a sample of 2 tokens" in run.out and "no sample.txt" not in run.out  # of the checkpoint in the second folder
-    saved = sorted(path.name for path in second.glob("run-*/step_*"))
-    assert saved == ["step_00000004"]
+    (last_saved,) = second.glob("run-*/step_*")
+    assert last_saved.name == "step_00000004"
     first, last = events(run.tmp_path / "run")
     assert last["folder"].startswith(str(second)) and "No space left" in last["instead"] and "folder" not in first
+    # Whoever asks for the run's newest checkpoint gets that one, with what belongs to the run.
+    first_folder, out = run.tmp_path / "run", run.tmp_path / "out"
+    assert sample([str(first_folder), "--tokens", "1"]) == 0
+    assert open_trained(first_folder).path == last_saved and open_trained(first_folder).notes == []
+    assert export(first_folder, out) == last_saved
+    assert "after step 4" in (out / "README.md").read_text() and "# run" not in (out / "README.md").read_text()
+    assert find_source(str(first_folder)).tokenizer_file == first_folder / "tokenizer.json"
+    status, _, _ = run(f"model.init={first_folder}", "train.steps=1", "eval.every=0", folder="begun")
+    assert status == 0 and f"with the weights of step 4 of {last_saved}" in run.out
     # Where the run's folder is mounted or moved to does not matter; a name that leads elsewhere is not followed.
     moved = (run.tmp_path / "run").rename(run.tmp_path / "moved")
     status, records, _ = run(*options, folder="moved")
     assert status == 0 and f"resumed from {second}" in run.out
     assert [r["loss"] for r in records if "loss" in r] == [r["loss"] for r in whole if "loss" in r]
     assert [path.name for path in (moved / "checkpoints").iterdir()] == ["step_00000006"]
-    for name in ("../run-0123456789ab", "run", ""):
+    for name in ("../run-0123456789ab", "run", "", "/run", "/a\0/run-0123456789ab", "/a/run-0123456789ab\n/b"):
         (moved / "fallback_folder").write_text(name)
         assert re.fullmatch(r"moved-[0-9a-f]{12}", fallback_name(moved, None))
     assert not list(second.glob("run-*/step_*"))
@@ -239,7 +250,7 @@ def test_a_run_whose_checkpoints_lie_in_the_second_folder_alone_has_begun(tmp_pa
     checkpoint = checkpoint_folders(config, run_dir, None)[1] / "step_00000002"
     checkpoint.mkdir(parents=True)
     (checkpoint / "config.json").write_text("{}")
-    assert begun(config, run_dir).path == checkpoint
+    assert begun(config, run_dir).path == checkpoint and begun(config, run_dir).run == run_dir  # whose rule it goes on with
     assert begun(Config(), run_dir) is None
 
 
@@ -253,8 +264,15 @@ def test_the_second_folder_belongs_to_one_line_of_one_run(run):
                 raise OSError(28, "No space left on device")
 
     assert run(*options, "train.steps=4", hooks=Full())[0] == 0
+    (in_second,) = (run.tmp_path / "second").glob("run-*/step_00000004")
+    status, records, _ = run(*options, "train.steps=5", f"checkpoint.resume={run.tmp_path / 'run'}", folder="elsewhere")
+    assert status == 0 and [r["step"] for r in records if "loss" in r] == [1, 2, 3, 4, 5]  # with the metrics of its run
     assert run(*options, "train.steps=2", folder="other")[0] == 0
     back = f"checkpoint.resume={run.tmp_path / 'run' / 'checkpoints' / 'step_00000002'}"
     assert run(*options, "train.steps=3", back)[0] == 0
+    aside = run.tmp_path / "run" / "set_aside" / "1"  # what lies in the second folder alone is no less kept
+    assert open_trained(aside).path == in_second and '"step": 4' in (aside / "metrics.jsonl").read_text()
     assert run(*options, "train.steps=3")[0] == 0
     assert "step_00000003" in run.out and "step_00000004" not in run.out
+    status, records, _ = run(*options, "train.steps=5", f"checkpoint.resume={in_second}")  # back to the line that was set aside
+    assert status == 0 and [r["step"] for r in records if "loss" in r] == [1, 2, 3, 4, 5]

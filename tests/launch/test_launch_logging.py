@@ -6,18 +6,17 @@ import itertools
 import json
 import math
 import shutil
-import signal
 import sys
 import types
 
 import pytest
 from accelerate import Accelerator
+from stopping import StopIn
 
 from configs.load import ConfigError, build
 from launch.monitoring.metrics import Metrics
 from launch.monitoring.signals import STOPPED
 from launch.monitoring.trackers import require_installed
-from launch.run.hooks import Hooks
 from launch.run.state import RunState, from_saved
 
 CLOCK = ("seconds", "tokens_per_second", "optimizer_seconds")
@@ -25,15 +24,6 @@ CLOCK = ("seconds", "tokens_per_second", "optimizer_seconds")
 
 def without_clock(records):
     return [{key: value for key, value in record.items() if key not in CLOCK} for record in records]
-
-
-class StopIn(Hooks):
-    def __init__(self, *steps):
-        self.steps = steps
-
-    def before_step(self, step, strategy):
-        if step in self.steps:
-            signal.raise_signal(signal.SIGTERM)
 
 
 def test_the_logged_loss_is_the_mean_of_the_window_also_after_a_resume(run):

@@ -1,33 +1,22 @@
 """Long projects: batch sizes that grow, a length in tokens, decays that branch off a trunk, more steps than there were."""
 
 import json
-import os
-import signal
 
 import pytest
 import yaml
 from bad_gradients import Poison
+from stopping import StopIn
 
 from configs.load import ConfigError, load_config
 from configs.schema import Schedule
 from data.batches import Batches
 from data.shards import TokenShards
 from launch.monitoring.signals import STOPPED
-from launch.run.hooks import Hooks
 from launch.run.schedule import lr_factor
 
 RAMP = ["train.steps=10", "train.ramp={3: 16, 7: 24}", "checkpoint.every=0", "eval.every=0"]
 RAMP += ["log.sample_tokens=0", "train.micro_batch_size=3"]
 SIZES = [8] * 3 + [16] * 4 + [24] * 3
-
-
-class StopIn(Hooks):
-    def __init__(self, step):
-        self.step = step
-
-    def before_step(self, step, strategy):
-        if step == self.step:
-            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def training(records):

@@ -3,10 +3,13 @@
 import json
 
 import pytest
+import torch
+from bad_gradients import Poison
+from safetensors.torch import load_file
+from stopping import StopIn
 
 from configs.load import ConfigError, load_config, to_yaml
 from data.prepare import prepare
-from launch.run.hooks import Hooks
 from launch.run.ranks import facts_of, first_difference
 from launch.run.setup import open_data
 
@@ -41,7 +44,7 @@ def test_said_counted_and_continued_bit_for_bit(run, prepared, other):
     last = next(record for record in whole if record["step"] == 6 and "loss" in record)
     assert 0 < last["epochs/bottles"] < 1 and 0 < last["epochs/bytes"] < 1
     # Stopped after step 2; the rest in micro-batches of 2.
-    run(*SMALL, *sources, folder="parts", hooks=StopAfter(2))
+    run(*SMALL, *sources, folder="parts", hooks=StopIn(2))
     _, parts, _ = run(*SMALL, *sources, folder="parts")
     assert losses(parts) == losses(whole)
     states = [json.loads((run.tmp_path / f / "checkpoints/step_00000006/state.json").read_text()) for f in ("whole", "parts")]
@@ -59,18 +62,24 @@ def test_said_counted_and_continued_bit_for_bit(run, prepared, other):
     )
 
 
-class StopAfter(Hooks):
-    """A signal in a step."""
-
-    def __init__(self, step: int):
-        self.step = step
-
-    def before_step(self, step, strategy):
-        import os
-        import signal
-
-        if step == self.step:
-            os.kill(os.getpid(), signal.SIGTERM)
+def test_a_mixture_after_a_rollback(run, prepared, other):
+    """The run that rolled back equals, bit for bit, one that was never disturbed and begins at the checkpoint it went back to."""
+    sources = mix((prepared, "{0: 0.75, 5: 0.25}"), (other, "{0: 0.25, 5: 0.75}"))
+    options = [*SMALL, *sources, "eval.every=0", "train.steps=8", "checkpoint.every=4"]
+    bad = ["train.on_spike=rollback", "train.max_bad_steps=2"]
+    status, back, _ = run(*options, *bad, folder="back", hooks=Poison([6, 7]))
+    assert status == 0 and "rolled back to step 4; the 24 sequences since then are left out" in run.out
+    checkpoints = run.tmp_path / "back" / "checkpoints"
+    status, on, _ = run(*options, f"checkpoint.resume={checkpoints / 'step_00000004'}", folder="on")
+    assert status == 0 and losses(on) == losses(back)
+    folders = [checkpoints, run.tmp_path / "on" / "checkpoints"]
+    weights = [load_file(folder / "step_00000008/model.safetensors") for folder in folders]
+    assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
+    counts = [json.loads((folder / "step_00000008/state.json").read_text())["sources"] for folder in folders]
+    # 5 steps by the first weights, and 2 + 4 by the others: those that were left out (5, 6, 7) count, and step 5 comes twice.
+    assert counts[0] == counts[1] and sum(counts[0].values()) == (8 + 3) * 8
+    last = [next(r for r in records if r["step"] == 8 and "loss" in r) for records in (on, back)]
+    assert last[0]["epochs/bottles"] == last[1]["epochs/bottles"] > 0
 
 
 def test_ranks_compare_sources_and_weights(prepared, other, tmp_path):

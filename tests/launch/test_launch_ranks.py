@@ -8,7 +8,7 @@ import torch
 from configs.schema import Config, Train
 from launch.checkpoint.verify import MANIFEST
 from launch.monitoring.guard import SAME_NORM, Guard
-from launch.monitoring.metrics import flat
+from launch.monitoring.trackers import flat
 from launch.run import ranks, weights
 from launch.run.ranks import Fact, checkpoint_fact, code_hash, first_difference, in_words
 from launch.run.weights import hashes, weights_fact

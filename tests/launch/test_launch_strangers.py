@@ -1,6 +1,7 @@
 """Folders, checkpoints and configurations from somebody else: nothing is written or run that the user did not ask for."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -17,11 +18,13 @@ from data.files import no_link, replacing
 from data.tokenizer import byte_tokenizer, save_tokenizer
 from launch.checkpoint.card import plain
 from launch.checkpoint.export import main as export
-from launch.checkpoint.load import load_model, read_model_config
+from launch.checkpoint.load import load_model, read_model_config, read_state, require_state
 from launch.checkpoint.publish import remove_leftovers, write_manifest
+from launch.checkpoint.tensors import files_of
 from launch.checkpoint.trained import open_trained
 from launch.checkpoint.verify import FILES, CheckpointError, find_checkpoint, sha256, verify
 from launch.run.branch import choose_start, read_origin
+from launch.sample import main as sample
 from models import build_model
 
 # What a training run writes into its folder.
@@ -208,6 +211,48 @@ def test_no_state_no_continuation(run):
         write_manifest(checkpoint)
         status, _, error = run(*options[1:], "train.steps=3")
         assert status == 2 and "state.json" in error and error.count("\n") == 1
+
+
+HOSTILE = ("", "5", "null", "[]", '"x"', "NaN", "{", "[" * 100_000, '{"a":' * 100_000, "9" * 5000)
+
+
+def test_json_from_somebody_else_is_one_error(checkpoint):
+    """Whatever it holds. json.loads raises RecursionError for what is nested too deeply."""
+    folder = checkpoint.parent.parent
+    files = {
+        checkpoint / "manifest.json": lambda: verify(checkpoint),
+        checkpoint / "state.json": lambda: require_state(checkpoint, read_state(checkpoint)),
+        checkpoint / "config.json": lambda: load_model(checkpoint),
+        folder / "origin.json": lambda: read_origin(folder),
+        checkpoint / "model.safetensors.index.json": lambda: files_of(checkpoint / "model.safetensors"),
+    }
+    (checkpoint / "model.safetensors").rename(folder / "model.safetensors")
+    (checkpoint / "model.safetensors.index.json").write_text("")
+    for file, read in files.items():
+        before = file.read_text() if file.exists() else None
+        for content in HOSTILE:
+            file.write_text(content)
+            with pytest.raises(ValueError, match=r".") as caught:  # CheckpointError and ConfigError are such
+                read()
+            assert "Traceback" not in str(caught.value) and len(str(caught.value)) < 500
+        file.unlink() if before is None else file.write_text(before)
+    (folder / "model.safetensors").rename(checkpoint / "model.safetensors")
+    for entry in ({"vocab_size": math.nan}, {"hidden_size": 10**19}, {"num_attention_heads": "\ud800"}):
+        edit(checkpoint / "config.json", **entry)
+        with pytest.raises(CheckpointError, match=r"config\.json"):
+            load_model(checkpoint)
+    for members in ("<script>", 10**400, -1, None):
+        edit(checkpoint / "state.json", average={"kind": "ema", "members": members})
+        with pytest.raises(CheckpointError, match="it is not what a training run writes"):
+            require_state(checkpoint, read_state(checkpoint))
+
+
+def test_errors_do_not_control_the_terminal(checkpoint, tmp_path, capsys):
+    edit(checkpoint / "config.json", model_type="\x1b[2J\x07")
+    for command in (lambda: export([str(checkpoint), str(tmp_path / "out")]), lambda: sample([str(checkpoint)])):
+        assert command() == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and error.strip().isprintable() and "[2J" in error
 
 
 @pytest.mark.parametrize(

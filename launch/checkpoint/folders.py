@@ -1,0 +1,58 @@
+"""Where the checkpoints of a training run are: in its folder, and in a second one where its own disk took none."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from launch.checkpoint.tensors import is_there
+from launch.checkpoint.verify import MANIFEST, MODEL, CheckpointError, find_checkpoint, nothing, verify
+from launch.checkpoint.writer import Progress
+
+CHECKPOINTS = "checkpoints"
+FALLBACK = "fallback_folder"  # a file in a run's folder: its line's folder below `checkpoint.fallback_dir`
+
+
+class Chosen(NamedTuple):
+    """A whole checkpoint, and what belongs to it."""
+
+    path: Path
+    run: Path  # the folder with its tokenizer, rule and metrics
+    problems: list[str]  # what is wrong with newer checkpoints
+
+
+def second_folder(run: Path) -> Path | None:
+    """The folder that FALLBACK names, by a path or (of earlier versions) a name alone; None without one, or if it is no such."""
+    file = run / FALLBACK
+    text = file.read_text(encoding="utf-8", errors="replace").strip() if file.is_file() else ""
+    return Path(text) if re.fullmatch(r"(/([^\0\n]*/)?)?[^/\\\0\n]+-[0-9a-f]{12}", text) else None
+
+
+def folders_of(run: Path) -> list[Path]:
+    """Where the checkpoints of the run in a folder are, as far as the folder itself says."""
+    second = second_folder(run)
+    return [run / CHECKPOINTS, *([second] if second is not None and second.is_absolute() else [])]
+
+
+def run_of(checkpoint: Path) -> Path:
+    """The folder of the run that a checkpoint lies in; a copy elsewhere stands for itself."""
+    folder = checkpoint.absolute().parent
+    return folder.parent if folder.name == CHECKPOINTS else checkpoint
+
+
+def choose_checkpoint(path: Path, progress: Progress = nothing) -> Chosen:
+    """The checkpoint `path`, or the newest whole one of the run in that folder.
+
+    Raises:
+        CheckpointError: neither, or none that is whole.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"there is no folder {path}")
+    if (path / MANIFEST).exists() or is_there(path / MODEL):
+        verify(path, progress=progress)
+        return Chosen(path, run_of(path), [])
+    checkpoint, problems = find_checkpoint(*folders_of(path), progress=progress)
+    if checkpoint is None:
+        raise CheckpointError("; ".join([f"{path} holds no whole checkpoint ({CHECKPOINTS}/step_*)", *problems]))
+    return Chosen(checkpoint, path, problems)
