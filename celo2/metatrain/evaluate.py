@@ -22,6 +22,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from celo2.metatrain.evaluation.picture import draw
 from celo2.metatrain.evaluation.suite import (
     ADAMW_LR,
     BASELINES,
@@ -65,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (what is there)")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="bf16: autocast (default: fp32)")
     parser.add_argument("--out", default="evaluation.jsonl", help="file: a line per training run (default: evaluation.jsonl)")
+    parser.add_argument("--picture", metavar="PNG", help="draw the gain over the first optimizer, over the training steps")
     options = parser.parse_args(arguments)
     options.tasks = [name for name in options.tasks.split(",") if name]
     options.search = [name for name in options.search.split(",") if name]
@@ -97,18 +99,22 @@ def check(options: argparse.Namespace) -> None:
         raise ConfigError(f"--adamw-lr {options.adamw_lr}: expected at least 0")
     if options.adamw_lr == 0 and "adamw_lr" in options.search:
         raise ConfigError("--adamw-lr 0: a search of adamw_lr by factors cannot begin there")
+    if options.picture and (not options.picture.endswith(".png") or not Path(options.picture).parent.is_dir()):
+        raise ConfigError(f"--picture {options.picture}: expected a name that ends in .png, in a folder that exists")
     if not options.text and any(TASKS[name].data == "text" for name in options.tasks):
         raise ConfigError("language models need --text FILE")
 
 
 class Row(NamedTuple):
-    """What became of one optimizer on one task: its best setting, the keys at the edge of those tried, a loss per seed."""
+    """What became of one optimizer on one task: its best setting, the keys at the edge of those tried, and for each seed the
+    loss and the curve of training losses."""
 
     task: str
     optimizer: str
     setting: dict[str, float]
     edges: tuple[str, ...]
     losses: dict[int, float]
+    curves: dict[int, list[float]]
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -122,6 +128,9 @@ def evaluate(options: argparse.Namespace) -> None:
         rows = [best_of(runs, task, optimizer) for task in options.tasks for optimizer in options.optimizers]
     print(table(rows, options.steps))
     print(f"\n{pairs(rows)}")
+    if options.picture:
+        of_tasks = {task: {row.optimizer: row.curves for row in rows if row.task == task} for task in options.tasks}
+        draw(of_tasks, options.steps, Path(options.picture))
 
 
 def best_of(runs: Runs, task: str, optimizer: str) -> Row:
@@ -130,15 +139,19 @@ def best_of(runs: Runs, task: str, optimizer: str) -> Row:
     firsts = {"lr": FIRST_LR.get(optimizer, USUAL_FIRST_LR), "adamw_lr": options.adamw_lr, "weight_decay": WEIGHT_DECAY}
     keys = tuple(Key(name, firsts[name], factor) for name, factor in KEYS.items() if name in options.search)
 
-    def losses(setting: Setting, seeds: range, steps: int) -> dict[int, float]:
+    def trained(setting: Setting, seeds: range, steps: int) -> dict[int, tuple[float, list[float]]]:
         values = firsts | dict(zip((key.name for key in keys), setting, strict=True))
-        return {seed: runs.loss(task, optimizer, values, seed, steps) for seed in seeds}
+        return {seed: runs.trained(task, optimizer, values, seed, steps) for seed in seeds}
 
-    s = searched(keys, options.trials, lambda setting: losses(setting, range(options.search_seeds), options.search_steps))
+    def losses(setting: Setting) -> dict[int, float]:
+        return {seed: loss for seed, (loss, _) in trained(setting, range(options.search_seeds), options.search_steps).items()}
+
+    s = searched(keys, options.trials, losses)
     chosen = s.chosen or min(s.losses)  # if everything diverged
-    final = losses(chosen, range(options.search_seeds, options.search_seeds + options.seeds), options.steps)
+    final = trained(chosen, range(options.search_seeds, options.search_seeds + options.seeds), options.steps)
     values = dict(zip((key.name for key in keys), chosen, strict=True))
-    return Row(task, optimizer, values, tuple(open_sides(keys, s.tried)), final)
+    by_seed = ({seed: run[i] for seed, run in final.items()} for i in (0, 1))
+    return Row(task, optimizer, values, tuple(open_sides(keys, s.tried)), *by_seed)
 
 
 def searched(keys: tuple[Key, ...], trials: int, losses: Callable[[Setting], Mapping[int, float]]) -> Search:
@@ -162,8 +175,8 @@ class Runs:
         self.rules = {name: content_of(name) for name in options.optimizers}
         self.records = read_records(self.path)
 
-    def loss(self, task: str, optimizer: str, values: Mapping[str, float], seed: int, steps: int) -> float:
-        """The validation loss at the end of a training run with these values of KEYS."""
+    def trained(self, task: str, optimizer: str, values: Mapping[str, float], seed: int, steps: int) -> tuple[float, list[float]]:
+        """A training run with these values of KEYS: the validation loss at its end, and its curve of training losses."""
         options, kind = self.options, TASKS[task].data
         identity = {"task": task, "data_sha256": self.digests[kind], "steps": steps, "seed": seed} | dict(values)
         identity |= {"device": options.device, "precision": options.precision}
@@ -180,7 +193,7 @@ class Runs:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
         self.bar.advance(bar)
-        return float(str(record["loss"]))
+        return float(record["loss"]), record["curve"]
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ import torch
 
 from celo2.metatrain import evaluate
 from celo2.metatrain.evaluate import Row
+from celo2.metatrain.evaluation.picture import gains
 from celo2.metatrain.evaluation.suite import TASKS, build_optimizers, content_of, digest_of
 from celo2.rule_files import load_rule, save_rule
 from celo2.training.search import Key, open_sides
@@ -59,7 +60,7 @@ def test_search_survives_divergence():
 
 
 def row(task, optimizer, losses, lr=1e-3, edges=()):
-    return Row(task, optimizer, {"lr": lr}, edges, dict(enumerate(losses)))
+    return Row(task, optimizer, {"lr": lr}, edges, dict(enumerate(losses)), {})
 
 
 def test_table_pairs_by_seed():
@@ -93,8 +94,15 @@ def test_evaluation_table_and_continuation(tmp_path, capsys):
     records = [json.loads(line) for line in lines.splitlines()]
     assert len(records) == 2 * 2 * (6 + 2)
     assert all(0 < record["loss"] < 10 for record in records)
-    assert evaluate.main(arguments) == 0
+    assert evaluate.main([*arguments, "--picture", str(tmp_path / "gain.png")]) == 0
     assert capsys.readouterr().out == table and out.read_text() == lines
+    assert (tmp_path / "gain.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_gains_pair_by_seed():
+    """A seed that diverged, which has a shorter curve, and one that the reference lacks do not count."""
+    found = gains({0: [1.0, 2.0], 1: [3.0], 2: [1.0, 1.0], 3: [1.0, 1.0]}, {0: [1.5, 2.0], 1: [3.0, 3.0], 3: [0.0, 3.0]})
+    assert found.tolist() == [[0.5, 0.0], [-1.0, 2.0]]
 
 
 def test_evaluation_in_bfloat16(tmp_path, capsys):
@@ -183,6 +191,7 @@ def test_runs_are_known_by_what_rule_and_text_hold(tmp_path, capsys):
         (["--search", "lr,lr"], "expected different ones"),
         (["--search", "lr,adamw_lr", "--adamw-lr", "0"], "a search of adamw_lr by factors cannot begin there"),
         (["--adamw-lr", "nan"], "--adamw-lr nan: expected at least 0"),
+        (["--picture", "missing/gain.png"], "expected a name that ends in .png, in a folder that exists"),
         (["--device", "tpu"], "--device tpu: expected cpu or a cuda that is there"),
     ],
 )

@@ -39,7 +39,10 @@ def padded(n: int) -> int:
 
 @njit(**OPTIONS)
 def matmul(a, a_at, a_row, a_col, b, b_at, c, c_at, m, k, n):
-    """c (m, n) = A (m, k) @ b (k, n); A's element (i, j) is a[a_at + i * a_row + j * a_col]. m % 8 == 0, n % 16 == 0."""
+    """c (m, n) = A (m, k) @ b (k, n); A's element (i, j) is a[a_at + i * a_row + j * a_col]. m % 8 == 0, k % 4 == 0, n % 16 == 0.
+
+    Loops over k go by fours: k is not known when they are compiled, and without that a text's unroll takes 1.3 times as long.
+    """
     matmul_of_columns(a, a_at, a_row, a_col, b, b_at, n, c, c_at, n, m, k, n)
 
 
@@ -48,17 +51,30 @@ def matmul_of_columns(a, a_at, a_row, a_col, b, b_at, b_row, c, c_at, c_row, m, 
     """As `matmul`, where b and c are columns of matrices whose rows have `b_row` and `c_row` elements."""
     for j in range(0, n // 32 * 32, 32):
         for i in range(0, m, 4):
-            tile = zeros()
-            for t in range(k):
-                q = b_at + t * b_row + j
-                tile = accumulate_pair(tile, a, a_at + i * a_row + t * a_col, a_row, load(b, q), load(b, q + 16))
+            tile, p, q = zeros(), a_at + i * a_row, b_at + j
+            for _ in range(0, k, 4):
+                tile = accumulate_pair(tile, a, p, a_row, load(b, q), load(b, q + 16))
+                p, q = p + a_col, q + b_row
+                tile = accumulate_pair(tile, a, p, a_row, load(b, q), load(b, q + 16))
+                p, q = p + a_col, q + b_row
+                tile = accumulate_pair(tile, a, p, a_row, load(b, q), load(b, q + 16))
+                p, q = p + a_col, q + b_row
+                tile = accumulate_pair(tile, a, p, a_row, load(b, q), load(b, q + 16))
+                p, q = p + a_col, q + b_row
             store_pairs(c, c_at + i * c_row + j, c_row, tile)
     if n % 32:
         j = n - 16
         for i in range(0, m, 8):
-            tile = zeros()
-            for t in range(k):
-                tile = accumulate(tile, a, a_at + i * a_row + t * a_col, a_row, load(b, b_at + t * b_row + j))
+            tile, p, q = zeros(), a_at + i * a_row, b_at + j
+            for _ in range(0, k, 4):
+                tile = accumulate(tile, a, p, a_row, load(b, q))
+                p, q = p + a_col, q + b_row
+                tile = accumulate(tile, a, p, a_row, load(b, q))
+                p, q = p + a_col, q + b_row
+                tile = accumulate(tile, a, p, a_row, load(b, q))
+                p, q = p + a_col, q + b_row
+                tile = accumulate(tile, a, p, a_row, load(b, q))
+                p, q = p + a_col, q + b_row
             store_column(c, c_at + i * c_row + j, c_row, tile)
 
 
