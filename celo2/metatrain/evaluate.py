@@ -150,8 +150,8 @@ def best_of(runs: Runs, task: str, optimizer: str) -> Row:
     chosen = s.chosen or min(s.losses)  # if everything diverged
     final = trained(chosen, range(options.search_seeds, options.search_seeds + options.seeds), options.steps)
     values = dict(zip((key.name for key in keys), chosen, strict=True))
-    by_seed = ({seed: run[i] for seed, run in final.items()} for i in (0, 1))
-    return Row(task, optimizer, values, tuple(open_sides(keys, s.tried)), *by_seed)
+    final_losses, curves = {seed: loss for seed, (loss, _) in final.items()}, {seed: curve for seed, (_, curve) in final.items()}
+    return Row(task, optimizer, values, tuple(open_sides(keys, s.tried)), final_losses, curves)
 
 
 def searched(keys: tuple[Key, ...], trials: int, losses: Callable[[Setting], Mapping[int, float]]) -> Search:
@@ -178,13 +178,13 @@ class Runs:
     def trained(self, task: str, optimizer: str, values: Mapping[str, float], seed: int, steps: int) -> tuple[float, list[float]]:
         """A training run with these values of KEYS: the validation loss at its end, and its curve of training losses."""
         options, kind = self.options, TASKS[task].data
-        identity = {"task": task, "data_sha256": self.digests[kind], "steps": steps, "seed": seed} | dict(values)
+        identity: dict[str, Any] = {"task": task, "data_sha256": self.digests[kind], "steps": steps, "seed": seed} | dict(values)
         identity |= {"device": options.device, "precision": options.precision}
         rule = self.rules[optimizer]
         identity |= {"optimizer": optimizer} if rule is None else {"rule_sha256": rule}
         bar = self.bar.task_ids[0]
         self.bar.update(bar, description=f"{task} {optimizer} lr {values['lr']:g} seed {seed}")
-        record = next((record for record in self.records if identity.items() <= record.items()), None)
+        record: dict[str, Any] | None = next((record for record in self.records if identity.items() <= record.items()), None)
         if record is None:
             how = options.device, options.precision, values["adamw_lr"], values["weight_decay"]
             named = {"optimizer": optimizer, "data": options.text if kind == "text" else options.images}

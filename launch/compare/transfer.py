@@ -2,8 +2,10 @@
 
 An update that is orthogonalized and has RMS 1 has the spectral norm √max(R, C), so that its learning rate falls with the square
 root of the width and its decay with the width. An update of Adam's kind has a learning rate that falls with the width (arXiv
-2203.03466) and a decay that stays. The rate of embeddings, output layer and vectors stays. These exponents are assumptions: none
-was measured here.
+2203.03466) and a decay that stays. The rate of embeddings, output layer and vectors stays.
+
+The first exponent was measured on small transformers of width 16 to 64: −0.55 (standard error 0.08) for hand-nesterov, −0.37
+(0.07) for Muon's direction (docs/meta-training.md). The others are assumptions.
 """
 
 from __future__ import annotations
