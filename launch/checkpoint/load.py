@@ -46,7 +46,8 @@ def require_state(path: Path, saved: dict[str, Any]) -> None:
         sections = [saved["config"][key] for key in SECTIONS]
         whole = all(isinstance(section, dict) for section in sections) and saved["identity"].keys() >= IDENTITY
         whole = whole and all(isinstance(saved[key], int | float) for key in NUMBERS)
-        whole = whole and saved.get("average", {}).get("members", 0) in range(1 << 62)
+        members = saved.get("average", {}).get("members", 0)
+        whole = whole and type(members) is int and 0 <= members < 1 << 62
     except (LookupError, TypeError, AttributeError):
         whole = False
     if not whole:
