@@ -125,7 +125,7 @@ def test_torchrun(scenario, world, stops, message, tmp_path):
         delay = time.monotonic() - since
         if scenario == "stop":
             os.kill(pid, signal.SIGKILL)  # torchrun waits 30 s before it does that
-        torchrun.wait(60)
+        torchrun.wait(180)  # it starts three processes once more, which takes over a minute beside other work
     finally:
         for path in tmp_path.glob("pid*"):
             with suppress(ProcessLookupError):
