@@ -37,6 +37,7 @@ from torch import Tensor
 import train
 from celo2.training.metrics import read_metrics
 from data.prepare import prepare
+from launch.checkpoint.folders import CHECKPOINTS, folders_of
 from launch.checkpoint.save import PHASES, RANK_PHASES
 from launch.checkpoint.verify import MANIFEST, checkpoint_files, find_checkpoint, list_checkpoints, step_of
 from launch.distributed.strategy import Strategy
@@ -265,8 +266,7 @@ class Laboratory:
 
     def saved(self, name: str) -> int:
         """Step of the newest whole checkpoint, in the run's folder or in the second one; 0 without one."""
-        folders = [self.folder / name / "checkpoints", *(self.folder / "second").glob(f"{Path(name).name}-*")]
-        return max(step_of(path) if path else 0 for path, _ in map(find_checkpoint, folders))
+        return max(step_of(path) if path else 0 for path, _ in map(find_checkpoint, folders_of(self.folder / name)))
 
     def reached(self, name: str) -> int:
         """The last step that a run logged."""
@@ -282,7 +282,7 @@ class Laboratory:
             raise SystemExit(
                 f"SIGTERM did not end in status {STOPPED}: {(self.folder / f'{name}.log').read_text(encoding='utf-8')}"
             )
-        return list_checkpoints(self.folder / name / "checkpoints")[-1]
+        return list_checkpoints(self.folder / name / CHECKPOINTS)[-1]
 
 
 class Kill(NamedTuple):
@@ -359,7 +359,7 @@ def damage(laboratory: Laboratory) -> list[Row]:
         for number, file in enumerate(files):
             name = f"damaged-{fault.replace(' ', '-')}-{number}"
             shutil.copytree(halfway, laboratory.folder / name)
-            harm(list_checkpoints(laboratory.folder / name / "checkpoints")[-1] / file)
+            harm(list_checkpoints(laboratory.folder / name / CHECKPOINTS)[-1] / file)
             recovered, log = laboratory.recovers(name), (laboratory.folder / f"{name}.log").read_text(encoding="utf-8")
             named = newest.name in log and (file in log or file == MANIFEST)  # a damaged manifest may blame another file
             survived += recovered and named
@@ -399,7 +399,7 @@ def without_permission(laboratory: Laboratory) -> list[Row]:
     """One rank that may not write; and a folder of checkpoints that is read-only, for all: a second one takes them."""
     laboratory.stop_halfway("refused")
     rows = [disk(laboratory, "no permission to write, one rank", "refused", NoPermission(laboratory.ranks))]
-    with read_only(laboratory.folder / "refused" / "checkpoints") as permitted:
+    with read_only(laboratory.folder / "refused" / CHECKPOINTS) as permitted:
         if permitted:
             second = [f"checkpoint.fallback_dir={laboratory.folder / 'second'}"]
             rows.append(disk(laboratory, "read-only folder", "refused", Hooks()))

@@ -84,6 +84,8 @@ def add_options(command: ArgumentParser, device: torch.device) -> None:
 def measure(args: Namespace, device: torch.device) -> tuple[str, list[Row]]:
     """A row for each option."""
     config = load_config(args.config, args.overrides)
+    if config.data.dir is None:
+        raise ConfigError("benchmark options makes mixtures of its own: give data.dir, not data.mix")
     compared = contestants(str(config.data.dir), config.train.batch_size)
     seconds: dict[str, list[float]] = {name: [] for name in compared}
     for _ in range(args.rounds):

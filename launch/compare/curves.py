@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from celo2.training.metrics import read_lines, read_metrics
 from configs.load import ConfigError, load_config
 from configs.schema import Config
+from launch.checkpoint.folders import CHECKPOINTS
 from launch.checkpoint.load import optimizer_bytes, read_state
 from launch.checkpoint.verify import list_checkpoints
 from launch.monitoring.trackers import flat
@@ -142,7 +143,7 @@ def model_flops(folder: Path, config: Config) -> float | None:
 
 def state_bytes(folder: Path) -> int | None:
     """Bytes of optimizer state in the newest checkpoint of a run; None without one."""
-    checkpoints = list_checkpoints(folder / "checkpoints")
+    checkpoints = list_checkpoints(folder / CHECKPOINTS)
     return optimizer_bytes(checkpoints[-1]) if checkpoints else None
 
 
@@ -228,7 +229,7 @@ def other_differences(runs: list[Run]) -> list[str]:
 
 def data_of(run: Run) -> str:
     """What tells a run's data set from others: the fingerprint in its newest checkpoint, else the name of its folder."""
-    checkpoints = list_checkpoints(run.folder / "checkpoints")
+    checkpoints = list_checkpoints(run.folder / CHECKPOINTS)
     if checkpoints and (checkpoints[-1] / "state.json").exists():
         try:
             return str(read_state(checkpoints[-1])["identity"]["data set"])

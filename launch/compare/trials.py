@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from configs.load import ConfigError, load_config
 from configs.schema import Config
 from data.files import no_link
+from launch.checkpoint.folders import CHECKPOINTS
 from launch.compare.curves import Outcome, standing, stopped_diverged
 from launch.monitoring.signals import INTERRUPTED, STOPPED
 from launch.monitoring.trackers import flat
@@ -203,7 +204,7 @@ class Pool:
         if status == 0:
             result = outcome(trial)
             if not trial.keep:
-                shutil.rmtree(trial.folder / "checkpoints", ignore_errors=True)
+                shutil.rmtree(trial.folder / CHECKPOINTS, ignore_errors=True)
             return f"validation loss {result.loss:.4f}" if result.status == "finished" else "diverged"
         lines = [
             line for line in (trial.folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()

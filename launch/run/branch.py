@@ -106,9 +106,9 @@ def choose_start(config: Config, run_dir: Path, progress: Progress = nothing) ->
         ConfigError: "never", and the folder holds a run.
         CheckpointError: no whole checkpoint where there must be one.
     """
-    remove_leftovers(run_dir / "checkpoints")
+    remove_leftovers(run_dir / CHECKPOINTS)
     put_in_place(run_dir)
-    checkpoints, origin = run_dir / "checkpoints", read_origin(run_dir)
+    checkpoints, origin = run_dir / CHECKPOINTS, read_origin(run_dir)
     folders = checkpoint_folders(config, run_dir, origin)
     for folder in folders[1:]:
         remove_leftovers(folder)
@@ -158,7 +158,7 @@ def branch_from(given: Path, config: Config, run_dir: Path, progress: Progress =
         raise CheckpointError(f"checkpoint.resume: {given} is no whole checkpoint: there is no such folder{hint}")
     found, _, notes = choose_checkpoint(given.resolve(), progress)
     checkpoint = found.resolve()
-    own = checkpoint.parent == (run_dir / "checkpoints").resolve()
+    own = checkpoint.parent == (run_dir / CHECKPOINTS).resolve()
     step, manifest = read_state(checkpoint)["step"], sha256(checkpoint / MANIFEST)
     origin = Origin(
         os.path.abspath(given), str(checkpoint), manifest, step, own, decisive(with_cooldown(config, step)), uuid.uuid4().hex
@@ -223,14 +223,14 @@ def put_in_place(run_dir: Path) -> None:
     origin = read_origin(run_dir)
     if origin is None or origin.done:
         return
-    checkpoints, source = run_dir / "checkpoints", Path(origin.checkpoint)
+    checkpoints, source = run_dir / CHECKPOINTS, Path(origin.checkpoint)
     checkpoints.mkdir(parents=True, exist_ok=True)
     if origin.set_aside is not None:
         aside = run_dir / origin.set_aside
         if not aside.exists():
             copy_files(run_dir, aside, origin.before)
         for path in beyond(run_dir, origin):
-            path.rename(aside / "checkpoints" / path.name)
+            path.rename(aside / CHECKPOINTS / path.name)
         for name in ID_FILES:
             (run_dir / name).unlink(missing_ok=True)  # the new line is a run of its own there
     target = checkpoints / checkpoint_name(origin.step)
@@ -247,7 +247,7 @@ def put_in_place(run_dir: Path) -> None:
 
 def beyond(run_dir: Path, origin: Origin) -> list[Path]:
     """The checkpoints of a run's folder that do not belong to the line of `origin`."""
-    found = list_checkpoints(run_dir / "checkpoints")
+    found = list_checkpoints(run_dir / CHECKPOINTS)
     return [path for path in found if not (origin.own and step_of(path) < origin.step) and not is_copy(path, origin)]
 
 
@@ -261,7 +261,7 @@ def copy_files(run_dir: Path, aside: Path, before: dict[str, Any] | None) -> Non
     """Make `aside` a run's folder with the files of `run_dir`, but without checkpoints yet. It appears complete."""
     partial = aside.with_name(f".{aside.name}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
-    (partial / "checkpoints").mkdir(parents=True)
+    (partial / CHECKPOINTS).mkdir(parents=True)
     for file in run_dir.iterdir():
         if file.is_file() and file.name not in ("lock", "origin.json"):
             shutil.copy2(file, partial / file.name)

@@ -29,6 +29,7 @@ from configs.load import ConfigError
 from configs.schema import Config
 from data.mixture import Mixture
 from data.shards import TokenShards
+from launch.checkpoint.folders import CHECKPOINTS
 from launch.checkpoint.verify import MANIFEST, CheckpointError, list_checkpoints, sha256, step_of, verify
 from launch.monitoring.trackers import flat
 from launch.optimizers.build import rule_of
@@ -103,7 +104,7 @@ def checkpoint_fact(checkpoint: Path | None, run_dir: Path) -> Fact:
     Where the run begins, with None, a checkpoint that the run's folder holds on this rank would be of another run.
     """
     if checkpoint is None:
-        found = list_checkpoints(run_dir / "checkpoints")
+        found = list_checkpoints(run_dir / CHECKPOINTS)
         value = f"step {step_of(found[-1])} in {run_dir}" if found else "none"
     else:
         try:

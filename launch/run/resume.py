@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 from configs.load import ConfigError, options
 from configs.schema import Config
+from launch.checkpoint.folders import CHECKPOINTS
 from launch.checkpoint.load import load_checkpoint, read_state, require_state
 from launch.checkpoint.save import Saver
 from launch.checkpoint.verify import find_checkpoint, nothing
@@ -49,7 +50,7 @@ def find_start(config: Config, run_dir: Path, accelerator: Accelerator, heartbea
     start, own, second = on_first_rank(accelerator, choose, heartbeat.mark)
     if start.checkpoint is None or own is None or accelerator.is_main_process:
         return start
-    folder = run_dir / "checkpoints" if own == 0 else Path(str(config.checkpoint.fallback_dir)) / second
+    folder = run_dir / CHECKPOINTS if own == 0 else Path(str(config.checkpoint.fallback_dir)) / second
     return start._replace(checkpoint=folder / start.checkpoint.name)
 
 

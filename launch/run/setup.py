@@ -21,7 +21,7 @@ from data.batches import Batches, fit_micro_batch, prefetch
 from data.files import replace_text
 from data.shards import TokenShards
 from data.tokenizer import copy_tokenizer
-from launch.checkpoint.folders import FALLBACK
+from launch.checkpoint.folders import CHECKPOINTS, FALLBACK
 from launch.checkpoint.verify import MODEL, nothing
 from launch.distributed.birth import Watched, with_weights
 from launch.distributed.first_rank import on_first_rank
@@ -166,7 +166,7 @@ def describe_run(config: Config, run_dir: Path, shards: TokenShards, optimizer: 
     """Write configuration, tokenizer, rule and branch into the run's folder, once nothing more can refuse the start."""
     if start.begins and start.origin is not None:
         begin_line(run_dir, start.origin)
-    (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+    (run_dir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     replace_text(run_dir / "config.yaml", to_yaml(config))
     if config.checkpoint.fallback_dir is not None:
         replace_text(run_dir / FALLBACK, str(checkpoint_folders(config, run_dir, start.origin)[1].absolute()))

@@ -3,6 +3,7 @@
 import functools
 import json
 import sys
+from argparse import Namespace
 
 import pytest
 import torch
@@ -49,6 +50,9 @@ def test_every_option_that_is_measured_is_one():
     clock = options.Clock()
     clock.seconds = [0.0, 9.0, 9.0, 10.0, 11.0, 12.0, 13.0, 18.0]
     assert clock.step() == 2  # the mean of those that count
+    mixture = Namespace(config="configs/demo.yaml", overrides=["data.dir=null", "data.mix=[{dir: a, weight: 1}]"], rounds=1)
+    with pytest.raises(ConfigError, match=r"give data\.dir, not data\.mix"):
+        options.measure(mixture, CPU)
 
 
 def test_table_leaves_out_what_nobody_has():
