@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from models.loss import CHUNK_TOKENS
+from models.loss import chunk_size
 from models.recompute import OPERATIONS, every
 
 # Widths that a block of a GPT keeps for a token: two norms and what they read (4), q, k, v, attention's output, its projection's
 # input (5, the last two are one), 4 + 4 in the feed-forward part. Of these, matrix products and attention make q, k, v,
 # attention's output, both outputs of the projections and 4; and the block's input is kept.
 OF_A_BLOCK, OF_OPERATIONS = 16, 11
+OF_THE_END = 4  # what the last norm reads and writes, and the gradients of both
 
 
 def activation_elements(model: PreTrainedModel, micro_batch: int, context: int, choice: bool | str) -> int:
@@ -23,6 +24,7 @@ def activation_elements(model: PreTrainedModel, micro_batch: int, context: int, 
     again, behind = (-(-blocks // interval), (blocks - 1) % interval) if interval else (0, blocks)
     kept = OF_OPERATIONS if str(choice).lower() == OPERATIONS else 1
     widths = (blocks - again) * OF_A_BLOCK + again * kept + max(0, OF_A_BLOCK - kept - behind * OF_A_BLOCK)
+    widths += OF_THE_END
     return micro_batch * context * config.hidden_size * widths
 
 
@@ -32,7 +34,7 @@ def recomputed_share(choice: bool | str) -> float:
     return 1 / interval if interval and str(choice).lower() != OPERATIONS else 0.0
 
 
-def loss_elements(model: PreTrainedModel, tokens: int = CHUNK_TOKENS) -> int:
-    """Float32 elements that the loss of `tokens` holds: three chunks of logits and the gradient of the output projection."""
+def loss_elements(model: PreTrainedModel, tokens: int) -> int:
+    """Float32 elements that the loss of a micro-batch holds: three chunks of logits and the gradient of the output projection."""
     vocabulary, width = model.get_output_embeddings().weight.shape
-    return 3 * min(tokens, CHUNK_TOKENS) * vocabulary + vocabulary * width
+    return 3 * min(tokens, chunk_size(tokens)) * vocabulary + vocabulary * width

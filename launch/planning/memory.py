@@ -198,7 +198,10 @@ def memory_per_rank(workload: Workload, setup: Setup, cpu: bool = False) -> Byte
 
 
 def passes_memory(workload: Workload, setup: Setup, cpu: bool = False) -> Bytes:
-    """Forward and backward pass; activations and what is gathered are estimates."""
+    """Forward and backward pass; activations and what is gathered are estimates.
+
+    Gradients that no step before left grow while activations go. A second micro-batch has them beside all of its own.
+    """
     n, (over, _) = workload.parameters, divided_by(setup)
     memory = held(workload, setup) | copied(workload, setup, updating=False)
     memory |= {
@@ -209,6 +212,10 @@ def passes_memory(workload: Workload, setup: Setup, cpu: bool = False) -> Bytes:
         "activations (estimate)": setup.micro_batch * workload.activations * (BF16 if setup.bf16 else FP32),
         "loss (estimate)": FP32 * workload.loss,
     }
+    apart = setup.offload and not cpu  # gradients are in another memory than activations
+    if setup.accumulation == 1 and not apart and not gradients_kept(workload, setup):
+        going = memory["activations (estimate)"] + memory["loss (estimate)"]
+        memory["gradients"] = max(0.0, memory["gradients"] - going)
     if setup.strategy.startswith("zero"):
         memory["buckets"] = FP32 * (min(n, BUCKET) if cpu else BUCKET)
     if setup.strategy == "zero3" and setup.shards > 1:  # DeepSpeed keeps so many weights from the forward to the backward pass

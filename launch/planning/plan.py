@@ -55,6 +55,7 @@ def make_plan(config: Config, world: int, machine: Machine) -> str:
     step_tokens = batch * context
     tokens = sizes.between(0, config.train.steps) * context
     per_token = flops_per_token(model, context)
+    setup = setup_of(replace(config, train=replace(config.train, batch_size=batch)), world)
     workload, recomputed = (
         workload_of(
             model,
@@ -62,12 +63,11 @@ def make_plan(config: Config, world: int, machine: Machine) -> str:
             context,
             per_token,
             activation_elements(model, 1, context, again),
-            loss_elements(model),
+            loss_elements(model, setup.micro_batch * context),
             recomputed_share(again),
         )
         for again in (config.model.gradient_checkpointing, "true")
     )
-    setup = setup_of(replace(config, train=replace(config.train, batch_size=batch)), world)
     largest = replace(setup, micro_batch=config.train.micro_batch_size)
     memory = phases(workload, setup)
     orthogonalized = workload.hidden if setup.entry.orthogonalizes else ()

@@ -122,9 +122,12 @@ def test_memory_by_hand():
     many = replace(TOY, activations=0.0, loss=0.0)
     assert memory_per_rank(many, Setup("ddp", 4, bf16=False)) == update_memory(many, Setup("ddp", 4, bf16=False))
     assert memory_per_rank(TOY, Setup("ddp", 4, shard_state=True))["optimizer state"] == 3600
-    zero1, zero2, zero3 = (passes_memory(TOY, Setup(f"zero{stage}", 4)) for stage in (1, 2, 3))
+    zero1, zero2, zero3 = (passes_memory(TOY, Setup(f"zero{stage}", 4, accumulation=2)) for stage in (1, 2, 3))
     assert [m["weights"] for m in (zero1, zero2, zero3)] == [4000, 4000, 1000]
     assert [m["gradients"] for m in (zero1, zero2, zero3)] == [4000, 1000, 1000]
+    # Of a single micro-batch only what exceeds activations (1000) and loss (120), which go while gradients come; zero3 keeps them.
+    single = [passes_memory(TOY, Setup(name, 4))["gradients"] for name in ("zero1", "zero2", "zero3", "fsdp2", "ddp")]
+    assert single == [2880, 0, 1000, 0, 4000]
     assert [m["optimizer state"] for m in (zero1, zero2, zero3)] == [3600] * 3
     assert [m["flat copies"] for m in (zero1, zero2, zero3)] == [1000, 1000, 0]
     assert [m["buckets"] for m in (zero1, zero2, zero3)] == [2e8] * 3 and ddp["buckets"] == 0
@@ -165,7 +168,8 @@ def test_start_and_save_by_hand():
     device, host = peaks(TOY, Setup("fsdp2", 4))
     assert (device, host) == (save.on_device, start["fsdp2"].on_host)
     # Offloaded, weights (1000), AdamW's state (2000, at the start of a run that goes on) and gradients (1000) are on the host.
-    on_gpu, on_host = (phases(TOY, Setup("fsdp2", 4, optimizer="adamw", offload=offload)) for offload in (False, True))
+    # Two micro-batches, so that all gradients are beside the activations.
+    on_gpu, on_host = (phases(TOY, Setup("fsdp2", 4, 2, optimizer="adamw", offload=offload)) for offload in (False, True))
     for name, more in (("start", 3000), ("step", 4000), ("save", 4000)):
         moved = on_gpu[name].on_device - on_host[name].on_device
         assert moved == on_host[name].on_host - on_gpu[name].on_host == more, name

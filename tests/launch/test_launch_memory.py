@@ -44,11 +44,11 @@ def passes(choice):
 
 
 def test_activations_are_planned_for_each_choice():
-    """Measured: planned is 0.99 to 1.02 of the peak, and 0.97 with twelve blocks of width 256."""
+    """Measured: planned is 0.99 to 1.01 of the peak, and 0.97 to 0.99 with twelve blocks of width 256."""
     found = {choice: passes(choice) for choice in ("false", "operations", "4", "2", "true")}
     print(found)
     for choice, (planned, measured, _) in found.items():
-        assert planned == pytest.approx(measured, rel=0.08), (choice, planned, measured)
+        assert planned == pytest.approx(measured, rel=0.03), (choice, planned, measured)
     peaks = [measured for _, measured, _ in found.values()]
     assert sorted(peaks, reverse=True) == [peaks[0], *sorted(peaks[1:], reverse=True)] and peaks[-1] == min(peaks) < peaks[0] / 3
     assert len({loss for *_, loss in found.values()}) == 1
@@ -124,11 +124,6 @@ def test_a_choice_that_is_none_is_refused(run, value):
     assert status == 2 and "model.gradient_checkpointing is" in err and err.count("\n") == 1
 
 
-# Measured 1,350 MB in the step where 1,857 are planned. The plan adds gradients and the loss, as with several micro-batches;
-# one holds them one after the other. That is not all of it.
-PESSIMISTIC = pytest.mark.xfail(reason="the plan is a third above a step of one micro-batch and a large vocabulary", strict=False)
-
-
 @pytest.mark.slow  # minutes, and up to 16 GB
 @pytest.mark.parametrize(
     ("strategy", "processes", "overrides"),
@@ -138,11 +133,8 @@ PESSIMISTIC = pytest.mark.xfail(reason="the plan is a third above a step of one 
         ("zero3", 4, ["optimizer.name=adamw"]),
         ("ddp", 2, ["optimizer.name=adamw"]),
         # Activations are most of these: 42 million weights, 2,048 tokens of 8 blocks.
-        *(
-            pytest.param("fsdp2", 1, [*SMALL, f"model.gradient_checkpointing={choice}"], marks=PESSIMISTIC)
-            for choice in ("false", "operations", "2", "true")
-        ),
-        pytest.param("fsdp2", 1, [*SMALL, "model.gradient_checkpointing=2", "distributed.offload=true"], marks=PESSIMISTIC),
+        *(("fsdp2", 1, [*SMALL, f"model.gradient_checkpointing={choice}"]) for choice in ("false", "operations", "2", "true")),
+        ("fsdp2", 1, [*SMALL, "model.gradient_checkpointing=2", "distributed.offload=true"]),
         ("fsdp2", 1, [*COPIES, "optimizer.name=adamw"]),
         ("ddp", 1, COPIES),
     ],
