@@ -125,7 +125,7 @@ def test_memory_by_hand():
     zero1, zero2, zero3 = (passes_memory(TOY, Setup(f"zero{stage}", 4, accumulation=2)) for stage in (1, 2, 3))
     assert [m["weights"] for m in (zero1, zero2, zero3)] == [4000, 4000, 1000]
     assert [m["gradients"] for m in (zero1, zero2, zero3)] == [4000, 1000, 1000]
-    # Of a single micro-batch only what exceeds activations (1000) and loss (120), which go while gradients come; zero3 keeps them.
+    # Of one micro-batch only what exceeds activations (1000) and loss (120), which go while gradients come; zero3 keeps them.
     single = [passes_memory(TOY, Setup(name, 4))["gradients"] for name in ("zero1", "zero2", "zero3", "fsdp2", "ddp")]
     assert single == [2880, 0, 1000, 0, 4000]
     assert [m["optimizer state"] for m in (zero1, zero2, zero3)] == [3600] * 3
