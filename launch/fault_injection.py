@@ -51,7 +51,7 @@ model: {{layers: 2, width: 32, heads: 2, context: 32, dropout: 0.1}}
 train: {{steps: {STEPS}, batch_size: 8, micro_batch_size: 4}}
 optimizer: {{lr: 5e-3}}
 checkpoint: {{every: 3, patience: 0}}
-distributed: {{timeout: 5}}
+distributed: {{timeout: 20}} # DeepSpeed takes more than 5 s to start on a busy machine
 log: {{every: 1, sample_tokens: 0}}
 eval: {{every: 5, sequences: 16}}
 """
