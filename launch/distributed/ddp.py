@@ -34,8 +34,9 @@ class DDP(Strategy):
             self.unused = {name for name, p in model.named_parameters() if p in unused}
         self.compile()
         self.looks_for_unused = bool(self.unused) or any(is_expert(name) for name, _ in model.named_parameters())
-        # The gradients are views of the buckets that travel, so that they are in memory once. Some architectures have weights
-        # that never get one (cross-attention without an encoder), or not in every step (experts), which DDP must look for.
+        # The gradients that travel are views of the buckets. With several micro-batches a step those before the last lie beside
+        # them. Some architectures have weights that never get a gradient (cross-attention without an encoder), or not in every
+        # step (experts), which DDP must look for.
         accelerator.ddp_handler = DistributedDataParallelKwargs(
             gradient_as_bucket_view=True,
             find_unused_parameters=self.looks_for_unused,

@@ -137,7 +137,7 @@ def start_memory(workload: Workload, setup: Setup, cpu: bool = False) -> Bytes:
     stays = held(workload, setup) | {"gradients": gradients_kept(workload, setup)}
     making = {"weights": FP32 * n / over}
     if setup.strategy == "ddp" and setup.world > 1:
-        making["buckets"] = 2 * min(SYNCHRONIZED, FP32 * n)
+        making["buckets"] = min(2 * SYNCHRONIZED, FP32 * n)
     if setup.strategy in ("zero1", "zero2"):
         making["flat copies"] = FP32 * n / setup.shards + (0.0 if cpu else FP32 * n)
         making["gradients"] = FP32 * n / setup.shards  # zeros, with which DeepSpeed lets an optimizer make its state
@@ -200,7 +200,9 @@ def memory_per_rank(workload: Workload, setup: Setup, cpu: bool = False) -> Byte
 def passes_memory(workload: Workload, setup: Setup, cpu: bool = False) -> Bytes:
     """Forward and backward pass; activations and what is gathered are estimates.
 
-    Gradients that no step before left grow while activations go. A second micro-batch has them beside all of its own.
+    Gradients that no step before left grow while activations go; the largest, which comes last, is then beside all others. A second
+    micro-batch has them beside all of its own. DDP adds up those of several micro-batches outside of the buckets in which they
+    travel.
     """
     n, (over, _) = workload.parameters, divided_by(setup)
     memory = held(workload, setup) | copied(workload, setup, updating=False)
@@ -212,10 +214,16 @@ def passes_memory(workload: Workload, setup: Setup, cpu: bool = False) -> Bytes:
         "activations (estimate)": setup.micro_batch * workload.activations * (BF16 if setup.bf16 else FP32),
         "loss (estimate)": FP32 * workload.loss,
     }
+    going = memory["activations (estimate)"] + memory["loss (estimate)"]
+    tied = workload.outside < 2 * workload.largest  # the embedding gets two gradients, which are added up
+    on_its_way = FP32 * workload.largest * (2 if tied else 1) if setup.strategy == "ddp" else 0.0
     apart = setup.offload and not cpu  # gradients are in another memory than activations
     if setup.accumulation == 1 and not apart and not gradients_kept(workload, setup):
-        going = memory["activations (estimate)"] + memory["loss (estimate)"]
-        memory["gradients"] = max(0.0, memory["gradients"] - going)
+        memory["gradients"] = max(0.0, memory["gradients"] + on_its_way - going)
+    else:
+        memory["a gradient on its way"] = max(0.0, on_its_way - going)
+    if setup.strategy == "ddp" and setup.world > 1 and setup.accumulation > 1:
+        memory["gradients that have not travelled"] = FP32 * n
     if setup.strategy.startswith("zero"):
         memory["buckets"] = FP32 * (min(n, BUCKET) if cpu else BUCKET)
     if setup.strategy == "zero3" and setup.shards > 1:  # DeepSpeed keeps so many weights from the forward to the backward pass

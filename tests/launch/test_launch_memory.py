@@ -132,6 +132,7 @@ def test_a_choice_that_is_none_is_refused(run, value):
         ("zero1", 4, ["optimizer.name=adamw"]),
         ("zero3", 4, ["optimizer.name=adamw"]),
         ("ddp", 2, ["optimizer.name=adamw"]),
+        *(("ddp", 2, [*SMALL[:-2], f"train.micro_batch_size={size}"]) for size in (1, 2)),  # two micro-batches, and one
         # Activations are most of these: 42 million weights, 2,048 tokens of 8 blocks.
         *(("fsdp2", 1, [*SMALL, f"model.gradient_checkpointing={choice}"]) for choice in ("false", "operations", "2", "true")),
         ("fsdp2", 1, [*SMALL, "model.gradient_checkpointing=2", "distributed.offload=true"]),
