@@ -102,8 +102,8 @@ def scan(file: TokenFile, vocab_size: int, end: int) -> Scan:
             tokens = np.frombuffer(chunk, np.dtype(file.dtype).newbyteorder("<"))
             if not (before or file.offset or len(tokens) < 16 or tokens[1::2].any()):
                 raise DataError(
-                    f"{file.path}: every second {file.dtype} is 0, so that its tokens have more bytes, as those of int32 or int64; "
-                    f"a vocabulary of {vocab_size:,} needs {file.dtype}: array.astype({file.dtype!r}).tofile(FILE)"
+                    f"{file.path}: every second {file.dtype} is 0, so that its tokens have more bytes, as those of int32 or "
+                    f"int64; a vocabulary of {vocab_size:,} needs {file.dtype}: array.astype({file.dtype!r}).tofile(FILE)"
                 )
             if tokens.max() >= vocab_size:
                 at = int(np.argmax(tokens >= vocab_size))

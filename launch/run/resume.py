@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,8 @@ def resume(config: Config, start: Start, strategy: Strategy, identity: dict[str,
 
 def changed_options(saved: dict[str, Any], config: Config) -> list[str]:
     """What of a checkpoint's configuration is another one now, in words. An option that it does not know had its default."""
-    before, now = flat(asdict(Config())) | flat(saved), flat(asdict(config))
+    as_saved = json.loads(json.dumps(asdict(config)))  # where the keys of a mapping are texts
+    before, now = flat(asdict(Config())) | flat(saved), flat(as_saved)
     known = {name for name, _, _ in options()}
     keys = [key for key in now | before if ".".join(key.split(".")[:2]) in known]
     return [f"{key} {before.get(key)} -> {now.get(key)}" for key in keys if before.get(key, "None") != now.get(key, "None")]

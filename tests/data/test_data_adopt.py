@@ -205,7 +205,9 @@ def test_damaged_files_are_named(tmp_path, tokenizer):
     assert message() == "a broken link"
 
 
-@pytest.mark.parametrize(("written", "size", "needed"), [("<u4", 257, "uint16"), ("<i8", 257, "uint16"), ("<i8", 70_000, "uint32")])
+@pytest.mark.parametrize(
+    ("written", "size", "needed"), [("<u4", 257, "uint16"), ("<i8", 257, "uint16"), ("<i8", 70_000, "uint32")]
+)
 def test_tokens_wider_than_the_vocabulary_needs_are_refused(tmp_path, written, size, needed):
     for split in ("train", "val"):
         tokens_of(200).astype(written).tofile(tmp_path / f"{split}.bin")
