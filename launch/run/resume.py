@@ -74,6 +74,9 @@ def resume(config: Config, start: Start, strategy: Strategy, identity: dict[str,
     changes = changed_options(saved["config"], config)
     start.notes.append(f"resumed from {path}" + (f" with {', '.join(changes)}" if changes else ""))
     start.notes.extend([rate] if rate else [])
+    window = config.log.profile
+    if window is not None and window[1] <= saved["step"] and saved["config"].get("log", {}).get("profile") != window:
+        start.notes.append(f"log.profile is {window}, but the run goes on after step {saved['step']}: nothing is traced")
     return from_saved(saved)
 
 

@@ -225,7 +225,8 @@ def test_scores_are_exact_on_several_processes(world, run, prepared, others):
     assert status == 0, error
     common = [str(folder / "config.yaml"), f"data.dir={prepared}", *own]
     layouts = [name for name in LAYOUTS if name != "hsdp"]
-    spawn(world, [[*common, *LAYOUTS[name], f"run.dir={folder / name}"] for name in layouts], [0] * len(layouts))
+    runs = [[*common, *LAYOUTS[name], f"run.dir={folder / name}"] for name in layouts]
+    spawn(world, folder, runs, [0] * len(layouts))
     expected = evaluations(alone)[-1]
     for name in layouts:
         found = evaluations([json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()])[-1]
