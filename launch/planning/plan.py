@@ -118,7 +118,8 @@ def make_plan(config: Config, world: int, machine: Machine) -> str:
     lines += remedy_lines(workload, recomputed, largest, batch, machine)
     if shards is not None:
         open_sets(config, validation, fetch=False)
-        open_exams(config, validation, context)
+        without = replace(config, eval=replace(config.eval, lm_eval=[]))  # lm-eval lists its tasks for a long time
+        open_exams(without, validation, context)
         batches = Batches(shards, context, sizes, config.run.seed)
         notes = [*prompt_notes(config, shards, context), *mixture_notes(batches, shards, config.train.steps)]
         lines += [f"note: {note}" for note in notes]

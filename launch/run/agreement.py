@@ -118,7 +118,8 @@ def data_differences(saved: Mapping[str, Any], config: Config, identity: Mapping
     if sizes.after(saved["step"]) != sizes_now.after(saved["step"]) and config.train.on_batch_change == "refuse":
         key = "train.batch_size" if size != config.train.batch_size else "train.ramp"
         steps = ", ".join(f"{step}: {n}" for step, n in (ramp or {}).items())
-        restore = f"train.batch_size={size}" + (f" 'train.ramp={{{steps}}}'" if ramp or config.train.ramp else "")
+        own = f" 'train.ramp={{{steps}}}'" if ramp else " train.ramp=null" if config.train.ramp else ""
+        restore = f"train.batch_size={size}{own}"
         yield Difference(key, sizes.text(), sizes_now.text(), f"{restore} or train.on_batch_change=allow")
     if saved["step"] > config.train.steps:
         remedy = f"train.steps={saved['step']} or more"

@@ -201,6 +201,8 @@ def test_lm_eval_that_is_missing_is_one_line(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     status, _, error = run("eval.lm_eval=[hellaswag]", folder="bad")
     assert status == 2 and "eval.lm_eval needs lm-eval, which is not installed (pip install lm-eval)" in error
+    status, _, error = run("eval.lm_eval=[hellaswag]", "eval.lm_eval_include=nowhere")
+    assert status == 2 and error == "error: eval.lm_eval_include: nowhere is no folder\n"
 
 
 def test_the_task_that_ships():
