@@ -59,12 +59,14 @@ def _source(item: dict[str, Any], name: str) -> Source:
                 f"{name}.weight is 0: leave the source out, or say from which step on it counts, {{0: 0, 9000: 0.3}}"
             )
     else:
-        for step in weight:
-            if type(step) is not int or step < 0:
+        weights = {}
+        for step, of_step in weight.items():
+            if not (type(step) is int or (isinstance(step, str) and step.isdecimal())) or int(step) < 0:  # a text in JSON
                 raise ConfigError(f"{name}.weight has the key {step!r}, expected the step from which on a weight holds")
-        if 0 not in weight:
+            weights[int(step)] = _number(of_step, f"{name}.weight.{step}")
+        weights = dict(sorted(weights.items()))
+        if 0 not in weights:
             raise ConfigError(f"{name}.weight does not say what holds from step 0 on: {{0: 0, ...}} if the source comes later")
-        weights = {step: _number(weight[step], f"{name}.weight.{step}") for step in sorted(weight)}
         if not any(weights.values()):
             raise ConfigError(f"{name}.weight is 0 at every step: leave the source out")
     return Source(expanded(folder, f"{name}.dir"), weights)

@@ -24,7 +24,6 @@ from tokenizers import Tokenizer
 
 from data import DataError, printable
 from data.files import replace_text
-from data.preparation.encode import token_dtype
 from data.preparation.output import locked, summary
 from data.preparation.workers import cores
 from data.saved_dataset import copy_saved
@@ -39,6 +38,7 @@ TRAINING, VALIDATION, TEST = (
     re.compile(rf"(?<![a-z])({words})(?![a-z])", re.IGNORECASE)
     for words in ("train|training", "val|valid|validation|dev", "test")
 )
+PICKLE = "is a pickle, which is never opened: write its 'stoi' into a JSON file (docs/data.md has the command)"
 
 
 def adopt(
@@ -70,7 +70,7 @@ def adopt(
         return copy_saved(Path(source), out, val, (tok, end, declared), arguments, say)
     splits = find_files(source, val, say)
     tok, end, declared = choose_tokenizer(tokenizer, vocab_size, end_token, splits["train"][0].parent)
-    raw = token_dtype(tok).name
+    raw = "uint16" if (vocab_size or vocabulary_size(tok)) <= 2**16 else "uint32"  # without an end of text that the files lack
     files = {split: [open_token_file(path, raw) for path in paths] for split, paths in splits.items()}
     check_alike([file for split in files.values() for file in split])
     say(f"end of text: {end!r}, id {token_id(tok, end)}")
@@ -105,7 +105,7 @@ def find_files(source: str, val: str | None, say: Callable[[str], None]) -> dict
             say(f"left out: {path.name}, a test file")
         else:
             raise DataError(f"{path}: its name has neither train nor val; say with --val which files are for validation")
-    for split, option in (("train", ""), ("val", "; name a file of it with --val")):
+    for split, option in (("train", "; --val names all of them" if val else ""), ("val", "; name a file of it with --val")):
         if not splits[split]:
             raise DataError(f"{source}: no file of the split {split!r} among {len(found)}: {found[0].name}, ...{option}")
     return splits
@@ -140,7 +140,7 @@ def choose_tokenizer(
             raise DataError("--tokenizer and --vocab-size exclude each other: a tokenizer says how many tokens it has")
         hint = ""
         if source is not None and (source / "meta.pkl").exists():
-            hint = f" ({source / 'meta.pkl'} is a pickle, which is never opened: write its 'stoi' into a JSON file)"
+            hint = f" ({source / 'meta.pkl'} {PICKLE})"
         raise DataError(
             "which tokenizer wrote the data? Give --tokenizer: a name such as gpt2, the path of a tokenizer.json, or a JSON file "
             f"of {{character: id}}{hint}; or --vocab-size, where no more is known"
@@ -155,6 +155,8 @@ def choose_tokenizer(
     else:
         assert name is not None
         path = Path(name)
+        if path.suffix in (".pkl", ".pickle"):
+            raise DataError(f"--tokenizer {name} {PICKLE}")
         characters = character_vocabulary(path) if path.suffix == ".json" and path.is_file() else None
         if characters is not None:
             tok = character_tokenizer(characters)

@@ -91,7 +91,8 @@ class Phase:
         parts = whole_parts(weights)
         for i, (weight, part) in enumerate(zip(weights, parts, strict=True)):
             if weight and not part:
-                raise DataError(f"the weight {weight:g} of {folders[i]} is less than 1/{RESOLUTION:,} of the mixture")
+                share = f"less than 1/{RESOLUTION:,} of the mixture"
+                raise DataError(f"the weight {weight:g} of {folders[i]} is {share}: raise it, or leave the source out")
         self.shares = [Fraction(part, sum(parts)) for part in parts]
         self.order = spread(parts)
         self._counts = np.zeros((len(self.order) + 1, len(parts)), np.int64)

@@ -48,7 +48,10 @@ def local_folder(folder: str, cache: Path, cache_bytes: float, log: Callable[[st
     url = folder.rstrip("/")
     if url in _held:
         return str(_held[url][0])
-    cache.mkdir(parents=True, exist_ok=True)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"data.cache_dir: {cache} cannot hold copies ({error.strerror}): name another folder") from None
     name = hashlib.sha256(url.encode()).hexdigest()[:16]
     try:
         system, path = _open(url)
@@ -63,6 +66,11 @@ def local_folder(folder: str, cache: Path, cache_bytes: float, log: Callable[[st
         return str(_use(url, copies[-1].parent, lambda: None))
     copy = cache / f"{name}-{fingerprint(index)[:16]}"
     return str(_use(url, copy, lambda: _download(url, system, path, index, copy, cache_bytes, log)))
+
+
+def gb(size: int) -> str:
+    """Bytes for a person."""
+    return f"{size / 1e9:,.3g} GB"
 
 
 def _open(url: str) -> tuple[Any, str]:
@@ -122,7 +130,7 @@ def _download(url: str, system: Any, path: str, index: dict, copy: Path, cache_b
     missing = [item for item in wanted if not (copy / item[0]).exists()]
     total = sum(size for _, size, _ in wanted)
     _make_room(url, copy, total, cache_bytes)
-    log(f"copying {url}, {total / 1e9:,.2f} GB in {len(wanted)} files, into {copy}")
+    log(f"copying {url}, {gb(total)} in {len(wanted)} files, into {copy}")
     begun = last = time.monotonic()
     with ThreadPoolExecutor(THREADS) as pool:
         try:
@@ -135,7 +143,7 @@ def _download(url: str, system: Any, path: str, index: dict, copy: Path, cache_b
                 done += future.result()
                 if time.monotonic() - last >= LINE_SECONDS:
                     last = time.monotonic()
-                    log(f"copied {done / 1e9:,.2f} GB, {done / (last - begun) / 1e6:,.0f} MB/s")
+                    log(f"copied {gb(done)}, {done / (last - begun) / 1e6:,.0f} MB/s")
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -193,7 +201,7 @@ def _make_room(url: str, copy: Path, needed: int, cache_bytes: float) -> None:
     """Remove copies that no process uses, the least recently used first, until `needed` bytes fit. DataError if they do not."""
     cache, gigabytes = copy.parent, f"data.cache_gb={cache_bytes / 1e9:g}"
     if needed > cache_bytes:
-        raise DataError(f"{url} has {needed / 1e9:,.2f} GB, more than {gigabytes}: every step takes from the whole data set")
+        raise DataError(f"{url} has {gb(needed)}, more than {gigabytes}: raise it; every step takes from the whole data set")
     others = {path: sum(file.stat().st_size for file in path.iterdir()) for path in cache.glob("*-*/") if path != copy}
     for path in sorted(others, key=_last_used):
         if sum(others.values()) + needed <= cache_bytes:
@@ -209,9 +217,8 @@ def _make_room(url: str, copy: Path, needed: int, cache_bytes: float) -> None:
         finally:
             os.close(lock)
     if sum(others.values()) + needed > cache_bytes:
-        used = sum(others.values()) / 1e9
-        held = f"running processes use {used:,.2f} GB of {gigabytes} in {cache}"
-        raise DataError(f"{url} has {needed / 1e9:,.2f} GB, and {held}: raise it")
+        held = f"running processes use {gb(sum(others.values()))} of {gigabytes} in {cache}"
+        raise DataError(f"{url} has {gb(needed)}, and {held}: raise it")
 
 
 def _last_used(copy: Path) -> float:

@@ -141,7 +141,9 @@ def check_files(folder: Path, index: dict, *splits: str) -> None:
     for split in splits:
         for path, size, _ in files_of(folder, index, split):
             if not path.is_file():
-                raise DataError(f"{path}: missing; restore it, or prepare the corpus into a new folder")
+                own = index["format"] == FORMAT
+                advice = "prepare the corpus into a new folder" if own else "run data.adopt again if it moved"
+                raise DataError(f"{path}: missing; restore it, or {advice}")
             if path.stat().st_size != size:
                 raise DataError(f"{path}: damaged, {path.stat().st_size:,} bytes instead of {size:,}")
 

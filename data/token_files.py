@@ -64,6 +64,8 @@ def open_token_file(path: Path, raw_dtype: str) -> TokenFile:
         if len(head) == HEADER and not header[3:].any() and header[:3].any():  # text does not begin with 506 tokens 0
             known = " or ".join(map(str, MAGIC))
             raise DataError(f"{path}: its header has the magic number {magic}; token files have {known}")
+        if head.startswith(b"\x93NUMPY"):
+            raise DataError(f"{path}: an array of numpy.save, with a header of its own; write the tokens with array.tofile(FILE)")
         item = np.dtype(raw_dtype).itemsize
         if size % item:
             raise DataError(f"{path}: {size:,} bytes are no whole number of {raw_dtype} tokens; the file is cut short or damaged")
@@ -90,7 +92,7 @@ def scan(file: TokenFile, vocab_size: int, end: int) -> Scan:
     """Read the whole file once: its hash, and the end of text (id `end`) in it.
 
     Raises:
-        DataError: a token outside the vocabulary, with its place.
+        DataError: a token outside the vocabulary, with its place, or tokens without a header that have more bytes than it needs.
     """
     digest, ends, before = hashlib.sha256(), 0, 0
     with open(file.path, "rb") as opened:
@@ -98,6 +100,11 @@ def scan(file: TokenFile, vocab_size: int, end: int) -> Scan:
         while chunk := opened.read(CHUNK):
             digest.update(chunk)
             tokens = np.frombuffer(chunk, np.dtype(file.dtype).newbyteorder("<"))
+            if not (before or file.offset or len(tokens) < 16 or tokens[1::2].any()):
+                raise DataError(
+                    f"{file.path}: every second {file.dtype} is 0, so that its tokens have more bytes, as those of int32 or "
+                    f"int64; a vocabulary of {vocab_size:,} needs {file.dtype}: array.astype({file.dtype!r}).tofile(FILE)"
+                )
             if tokens.max() >= vocab_size:
                 at = int(np.argmax(tokens >= vocab_size))
                 raise DataError(

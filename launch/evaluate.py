@@ -1,7 +1,7 @@
 """Loss, perplexity and bits per byte of a trained model: python -m launch.evaluate RUN|CHECKPOINT|EXPORT DATA.
 
-DATA is a folder that `data.prepare` wrote with the model's own tokenizer. With `--sequences` as `eval.sequences` of the training
-run, the loss of a checkpoint is the `val_loss` of its step.
+DATA is a folder that `data.prepare` wrote with the model's own tokenizer, or a URL of one. With `--sequences` as
+`eval.sequences` of the training run, the loss of a checkpoint is the `val_loss` of its step.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import sys
 
 import torch
 
+from configs.schema import Config
 from data.batches import validation_batches
 from data.shards import TokenShards
 from data.tokenizer import load_tokenizer
@@ -18,6 +19,7 @@ from launch.checkpoint.trained import TrainedModel, open_trained
 from launch.checkpoint.verify import CheckpointError
 from launch.command import at_least, carry_out, default_device
 from launch.run.evaluation import add_up, bytes_of_tokens, evaluation
+from launch.run.mixture import local
 from models import CausalLMLoss, choose_loss
 
 
@@ -30,7 +32,7 @@ def evaluate(options: argparse.Namespace) -> None:
         DataError: no such data.
         LossMismatch: an architecture whose loss is not known.
     """
-    shards = TokenShards(options.data, options.split)
+    shards = TokenShards(local(Config(), options.data), options.split)
     trained = open_trained(options.model, options.average)
     for text in trained.notes:
         print(f"evaluate: note: {text}; taking {trained.path.name} instead", file=sys.stderr)
@@ -71,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Evaluate as the command line says. Exit status 2: an error, in one line."""
     parser = argparse.ArgumentParser(prog="python -m launch.evaluate", description=__doc__.splitlines()[0])
     parser.add_argument("model", help="a run's folder, one checkpoint in it, or a folder that models.export wrote")
-    parser.add_argument("data", help="a folder that data.prepare wrote")
+    parser.add_argument("data", help="a folder that data.prepare wrote, or a URL of one")
     parser.add_argument("--split", default="val", help="train or val (val)")
     parser.add_argument("--sequences", type=at_least(1), help="so many, evenly spread over the split; without it, all")
     parser.add_argument("--batch-size", type=at_least(1), default=8, help="sequences in one forward pass (8)")

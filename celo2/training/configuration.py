@@ -284,7 +284,9 @@ def checked(kind: Any, value: Any, name: str, allowed: Range | None = None) -> A
         return str(value)
     if origin is list:
         if not isinstance(value, list):
-            example = f"[{', '.join(part.strip() for part in str(value).split(','))}]"
+            items = [f"{key}: {item}" for key, item in value.items()] if isinstance(value, dict) else str(value).split(",")
+            example = ", ".join(item.strip() for item in items)
+            example = f"[{{{example}}}]" if isinstance(value, dict) else f"[{example}]"
             raise ConfigError(f"{name} is {shown(value)}, expected a list: {name}='{example}'")
         return [checked(arguments[0], item, f"{name}[{i}]", allowed) for i, item in enumerate(value)]
     plain = origin or kind

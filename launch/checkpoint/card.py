@@ -107,7 +107,13 @@ def data_of(data: dict[str, Any]) -> str:
     """The names of the prepared folders."""
     if not data.get("mix"):
         return Path(str(data["dir"])).name
-    return ", ".join(f"{Path(str(source['dir'])).name} (weight {source['weight']})" for source in data["mix"])
+    return ", ".join(f"{Path(str(source['dir'])).name} (weight {weight_text(source['weight'])})" for source in data["mix"])
+
+
+def weight_text(weight: Any) -> str:
+    """The weight of a source of a mixture, or what it is from which step on."""
+    steps = weight if isinstance(weight, dict) else {0: weight}
+    return ", ".join(f"{value:g}" + (f" from step {step} on" if int(step) else "") for step, value in steps.items())
 
 
 def own_settings(config: dict[str, Any]) -> dict[str, Any]:
@@ -122,9 +128,9 @@ def own_settings(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def without_folders(value: Any) -> Any:
-    """`value`, with the last part alone of every absolute path in it."""
+    """`value` from JSON, with the last part alone of every absolute path in it, and with the steps of mappings as numbers."""
     if isinstance(value, dict):
-        return {key: without_folders(item) for key, item in value.items()}
+        return {int(key) if key.isdecimal() else key: without_folders(item) for key, item in value.items()}
     if isinstance(value, list):
         return [without_folders(item) for item in value]
     return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value

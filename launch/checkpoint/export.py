@@ -110,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():  # transformers imports DeepSpeed to save a model, which warns if nobody tells it so
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
-        if options.push:
+        if options.push is not None:
             check_name(options.push)
         elif options.private:
             raise CheckpointError("--private is for --push OWNER/NAME")

@@ -20,6 +20,7 @@ from launch.planning.remedies import remedy_lines
 from launch.planning.table import cost_lines
 from launch.planning.units import size
 from launch.run.check import prompt_notes
+from launch.run.evaluation import open_exams, open_sets
 from launch.run.mixture import mixture_notes
 from launch.run.schedule import lr_factor
 from launch.run.setup import build_from_config, open_data, vocabulary
@@ -40,7 +41,7 @@ def make_plan(config: Config, world: int, machine: Machine) -> str:
     names = ", ".join(folder or "data.dir" for folder in folders)
     data = f"{names} is not prepared yet; {assumed} is assumed"
     if all(folder is not None and os.path.isdir(folder) for folder in folders):
-        shards, _ = open_data(config)
+        shards, validation = open_data(config)
         tokenizer_size, data = shards.vocab_size, names
     model, context = build_from_config(config, vocabulary(config, tokenizer_size), device="meta")
     if config.distributed.strategy == "fsdp2":
@@ -116,6 +117,9 @@ def make_plan(config: Config, world: int, machine: Machine) -> str:
     lines += ["", *cost_lines(workload, largest, batch, machine, steps=-(-tokens // step_tokens))]
     lines += remedy_lines(workload, recomputed, largest, batch, machine)
     if shards is not None:
+        open_sets(config, validation, fetch=False)
+        without = replace(config, eval=replace(config.eval, lm_eval=[]))  # lm-eval lists its tasks for a long time
+        open_exams(without, validation, context)
         batches = Batches(shards, context, sizes, config.run.seed)
         notes = [*prompt_notes(config, shards, context), *mixture_notes(batches, shards, config.train.steps)]
         lines += [f"note: {note}" for note in notes]

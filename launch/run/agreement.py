@@ -117,7 +117,9 @@ def data_differences(saved: Mapping[str, Any], config: Config, identity: Mapping
     sizes, sizes_now = batch_sizes({"batch_size": size, "ramp": ramp}), batch_sizes(vars(config.train))
     if sizes.after(saved["step"]) != sizes_now.after(saved["step"]) and config.train.on_batch_change == "refuse":
         key = "train.batch_size" if size != config.train.batch_size else "train.ramp"
-        restore = f"train.batch_size={size}" + (f" train.ramp={as_yaml(ramp)}" if ramp or config.train.ramp else "")
+        steps = ", ".join(f"{step}: {n}" for step, n in (ramp or {}).items())
+        own = f" 'train.ramp={{{steps}}}'" if ramp else " train.ramp=null" if config.train.ramp else ""
+        restore = f"train.batch_size={size}{own}"
         yield Difference(key, sizes.text(), sizes_now.text(), f"{restore} or train.on_batch_change=allow")
     if saved["step"] > config.train.steps:
         remedy = f"train.steps={saved['step']} or more"

@@ -120,6 +120,7 @@ def choose_start(config: Config, run_dir: Path, progress: Progress = nothing) ->
         given = Path(config.checkpoint.resume).expanduser()
         if not (given.is_dir() and given.resolve() == run_dir.resolve()) and not is_line_of(origin, given, config):
             return branch_from(given, config, run_dir, progress)
+    require_newest(run_dir, folders)
     path, notes = find_checkpoint(*folders, progress=progress)
     if path is None and notes:  # starting from the beginning would throw the run away
         raise CheckpointError(
@@ -139,6 +140,18 @@ def choose_start(config: Config, run_dir: Path, progress: Progress = nothing) ->
     return Start(path, notes, origin, False)
 
 
+def require_newest(run_dir: Path, folders: list[Path]) -> None:
+    """Raise CheckpointError if the run's second folder, which is none of `folders`, holds newer checkpoints than they do."""
+    here = {folder.resolve() for folder in folders}
+    newest = max((step_of(path) for folder in folders for path in list_checkpoints(folder)), default=-1)
+    for folder in folders_of(run_dir)[1:]:
+        step = max(map(step_of, list_checkpoints(folder)), default=-1)
+        if folder.resolve() not in here and step > newest:
+            raise CheckpointError(
+                f"{run_dir} has its checkpoint of step {step} in {folder}: continue with checkpoint.fallback_dir={folder.parent}"
+            )
+
+
 def is_line_of(origin: Origin | None, given: Path, config: Config) -> bool:
     """Whether the line in the run's folder began at the checkpoint or run `given`, with the same settings."""
     if origin is None:
@@ -154,7 +167,8 @@ def branch_from(given: Path, config: Config, run_dir: Path, progress: Progress =
     """The start of a new line at the checkpoint or run `given`."""
     if not given.is_dir():
         moved = sorted(run_dir.glob(f"set_aside/*/checkpoints/{given.name}"))
-        hint = f"; there is {moved[-1]}" if moved else ""
+        there = [path.name for path in list_checkpoints(given.parent)] if given.parent.is_dir() else []
+        hint = f"; there is {moved[-1]}" if moved else f"; beside it are {', '.join(there)}" if there else ""
         raise CheckpointError(f"checkpoint.resume: {given} is no whole checkpoint: there is no such folder{hint}")
     found, _, notes = choose_checkpoint(given.resolve(), progress)
     checkpoint = found.resolve()

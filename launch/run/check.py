@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from celo2.training.configuration import Written
 from celo2.training.idle import refuse_idle
 from configs.length import batch_sizes
 from configs.load import ConfigError
+from configs.mixture import sources_of
 from configs.schema import Config
 from data.batches import fit_micro_batch
 from data.shards import TokenShards
@@ -45,10 +48,20 @@ def check(config: Config, written: Written, world: int) -> list[str]:
     if not in_order or (window is not None and window[1] > last and not config.schedule.cooldown):
         raise ConfigError(f"log.profile is {window}, expected a first and a last step, such as [10, 12], between 1 and {last}")
     check_model_keys(config)
+    if not config.schedule.cooldown:
+        late = changes_after(config, last)
+        notes += [f"{name} changes at step {step}, which the run with train.steps={last} does not reach" for name, step in late]
     for size in batch_sizes(vars(config.train)).sizes:
         name = "train.batch_size" if size == config.train.batch_size else "a size of train.ramp"
         fit_micro_batch(size, world, config.train.micro_batch_size, name)
     return notes
+
+
+def changes_after(config: Config, last: int) -> list[tuple[str, int]]:
+    """The changes of batch size and of the weights of a mixture that come when a run of `last` steps has ended."""
+    weights = [] if config.data.mix is None else [(f"data.mix[{i}].weight", s.weights) for i, s in enumerate(sources_of(config))]
+    found: list[tuple[str, Mapping]] = [("train.ramp", config.train.ramp or {}), *weights]
+    return [(name, int(step)) for name, changes in found for step in changes if int(step) >= last]
 
 
 def prompt_notes(config: Config, shards: TokenShards, context: int) -> list[str]:

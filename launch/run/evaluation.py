@@ -17,6 +17,7 @@ from configs.evaluation import sets_of
 from configs.schema import Config
 from data import DataError
 from data.batches import IGNORE, MicroBatch, validation_batches
+from data.remote import is_remote
 from data.shards import TokenShards
 from data.text_bytes import token_bytes
 from data.tokenizer import load_tokenizer
@@ -194,14 +195,16 @@ def in_words(scores: dict[str, float]) -> list[str]:
     return [f"{task}: {', '.join(metrics)}" for task, metrics in tasks.items()]
 
 
-def open_sets(config: Config, validation: TokenShards) -> dict[str, TokenShards]:
-    """The sets of `eval.sets` by name.
+def open_sets(config: Config, validation: TokenShards, fetch: bool = True) -> dict[str, TokenShards]:
+    """The sets of `eval.sets` by name; without `fetch` those that are on this machine.
 
     Raises:
         DataError: a set that cannot be read, or that was prepared with another tokenizer than the data that is trained on.
     """
     sets = {}
     for name, folder, split in sets_of(config):
+        if is_remote(folder) and not fetch:
+            continue
         try:
             sets[name] = shards = TokenShards(local(config, folder), split)
         except DataError as error:

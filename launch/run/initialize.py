@@ -96,7 +96,9 @@ def find_source(init: str, weights: bool = True) -> Source:
     average = init.startswith(OF_AVERAGE)
     path = Path(init.removeprefix(OF_AVERAGE)).expanduser()
     if not path.is_dir():
-        hint = "name its folder" if path.exists() else f"for a model of the Hugging Face hub write model.init={HUB}{init}"
+        hint = f"for a model of the Hugging Face hub write model.init={HUB}{init}"
+        if average or path.exists():
+            hint = f"{OF_AVERAGE} takes a run or a checkpoint" if average else "name its folder"
         raise ConfigError(f"model.init: {init} is {'a file' if path.exists() else 'not there'}; {hint}")
     if (path / MANIFEST).exists() or (path / "state.json").exists() or (path / CHECKPOINTS).is_dir():
         checkpoint, run, problems = choose_checkpoint(path)

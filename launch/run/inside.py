@@ -61,7 +61,7 @@ class Inside:
         first, last = self.config.log.profile or (0, 0)
         if self.profile is not None and step > last:
             self._end_profile()
-        if step == first:
+        if self.profile is None and first <= step <= last:
             on_gpu = [ProfilerActivity.CUDA] if self.strategy.device.type == "cuda" else []
             self.profile = profile(activities=[ProfilerActivity.CPU, *on_gpu])
             self.profile.start()

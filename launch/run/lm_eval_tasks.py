@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -38,9 +39,11 @@ class LMEvalTasks:
             most: documents of each task, the first ones; None: all.
 
         Raises:
-            ConfigError: lm-eval is missing, a task that it does not know, cannot load without a network, or that needs
-                generated text.
+            ConfigError: no such folder, lm-eval is missing, a task that it does not know, cannot load without a network, or that
+                needs generated text.
         """
+        if include is not None and not Path(include).is_dir():
+            raise ConfigError(f"eval.lm_eval_include: {include} is no folder")
         try:
             from lm_eval.tasks import TaskManager
         except ImportError:

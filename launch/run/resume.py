@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -73,12 +74,16 @@ def resume(config: Config, start: Start, strategy: Strategy, identity: dict[str,
     changes = changed_options(saved["config"], config)
     start.notes.append(f"resumed from {path}" + (f" with {', '.join(changes)}" if changes else ""))
     start.notes.extend([rate] if rate else [])
+    window = config.log.profile
+    if window is not None and window[1] <= saved["step"] and saved["config"].get("log", {}).get("profile") != window:
+        start.notes.append(f"log.profile is {window}, but the run goes on after step {saved['step']}: nothing is traced")
     return from_saved(saved)
 
 
 def changed_options(saved: dict[str, Any], config: Config) -> list[str]:
     """What of a checkpoint's configuration is another one now, in words. An option that it does not know had its default."""
-    before, now = flat(asdict(Config())) | flat(saved), flat(asdict(config))
+    as_saved = json.loads(json.dumps(asdict(config)))  # where the keys of a mapping are texts
+    before, now = flat(asdict(Config())) | flat(saved), flat(as_saved)
     known = {name for name, _, _ in options()}
     keys = [key for key in now | before if ".".join(key.split(".")[:2]) in known]
     return [f"{key} {before.get(key)} -> {now.get(key)}" for key in keys if before.get(key, "None") != now.get(key, "None")]

@@ -198,15 +198,41 @@ def test_damaged_files_are_named(tmp_path, tokenizer):
     tokens[77] = 300
     write(bad, tokens)
     assert message().startswith("token 300 at position 77 is outside the tokenizer's vocabulary of 257: another tokenizer")
+    np.save(bad.open("wb"), tokens_of(100))
+    assert message() == "an array of numpy.save, with a header of its own; write the tokens with array.tofile(FILE)"
     bad.unlink()
     bad.symlink_to("nowhere")
     assert message() == "a broken link"
+
+
+@pytest.mark.parametrize(
+    ("written", "size", "needed"), [("<u4", 257, "uint16"), ("<i8", 257, "uint16"), ("<i8", 70_000, "uint32")]
+)
+def test_tokens_wider_than_the_vocabulary_needs_are_refused(tmp_path, written, size, needed):
+    for split in ("train", "val"):
+        tokens_of(200).astype(written).tofile(tmp_path / f"{split}.bin")
+    assert refused(tmp_path, tmp_path / "out", vocab_size=size).endswith(
+        f"train.bin: every second {needed} is 0, so that its tokens have more bytes, as those of int32 or int64; a vocabulary of "
+        f"{size + 1:,} needs {needed}: array.astype('{needed}').tofile(FILE)"
+    )
+
+
+def test_an_end_of_text_that_the_files_lack_does_not_widen_them(tmp_path):
+    tokens = np.random.default_rng(0).integers(0, 2**16, 200).astype("<u2")
+    for split in ("train", "val"):
+        tokens.tofile(tmp_path / f"{split}.bin")
+    train = TokenShards(adopted(tmp_path, tmp_path / "out", vocab_size=2**16), "train")
+    assert np.array_equal(train.read(0, 200), tokens) and train.eot_id == 2**16
 
 
 def test_bad_arguments_are_one_line(fineweb, nano, tokenizer, tmp_path, capsys):
     out = tmp_path / "out"
     assert "which tokenizer wrote the data? Give --tokenizer: a name such as gpt2" in refused(fineweb, out)
     assert "meta.pkl is a pickle, which is never opened" in refused(nano[0], out)
+    assert "meta.pkl is a pickle, which is never opened" in refused(nano[0], out, tokenizer=str(nano[0] / "meta.pkl"))
+    assert "no file of the split 'train' among 4: fineweb_train_000001.bin, ...; --val names all of them" in refused(
+        fineweb, out, tokenizer=tokenizer, val=str(fineweb / "*.bin")
+    )
     assert "exclude each other" in refused(fineweb, out, tokenizer=tokenizer, vocab_size=9)
     assert "--vocab-size 1: at least 2" in refused(fineweb, out, vocab_size=1)
     assert "--end-token '300': with --vocab-size it is the number of a token, below 300" in refused(
@@ -262,6 +288,10 @@ def test_files_that_changed_since_are_refused(fineweb, tokenizer, tmp_path, monk
     path.write_bytes(content[:-2])
     with pytest.raises(DataError, match=r"fineweb_train_000002.bin: damaged, 9,026 bytes instead of 9,028"):
         TokenShards(out, "train")
+    (tmp_path / "fineweb10B").rename(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match=r"000001.bin: missing; restore it, or run data.adopt again if it moved"):
+        TokenShards(out, "train")
+    (tmp_path / "elsewhere").rename(tmp_path / "fineweb10B")
 
 
 def test_an_index_leads_to_no_file_outside(fineweb, tokenizer, tmp_path):

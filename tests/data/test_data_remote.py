@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -131,8 +132,9 @@ def test_what_no_process_uses_goes_first(prepared, bucket, tmp_path, held):
     assert not first.exists() and second.exists() and third.exists()
     held.pop("memory://nothing", None)
     message = refused(tmp_path, url="memory://a", limit=2.5 * size)
-    assert message.startswith("memory://a has 0.00 GB, and running processes use 0.00 GB of data.cache_gb=")
-    assert "more than data.cache_gb=1e-09: every step takes from the whole data set" in refused(
+    parts = r"memory://a has [0-9.e-]*[1-9][0-9.e-]* GB, and running processes use [0-9.e-]*[1-9][0-9.e-]* GB of data.cache_gb="
+    assert re.match(parts, message)
+    assert "more than data.cache_gb=1e-09: raise it; every step takes from the whole data set" in refused(
         tmp_path, url="memory://a", limit=1
     )
     TokenShards(third, "train").read(0, 10)
@@ -140,6 +142,9 @@ def test_what_no_process_uses_goes_first(prepared, bucket, tmp_path, held):
 
 def test_bad_urls_are_one_line(bucket, prepared, tmp_path):
     assert refused(tmp_path, url="nope://a") == "nope://a: Protocol not known: nope"
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"data.cache_dir: .*file cannot hold copies \(File exists\): name another folder"):
+        local_folder(URL, tmp_path / "file", GIGABYTE)
     assert refused(tmp_path, url="memory://nowhere").startswith("memory://nowhere/index.json cannot be read: ")
     bucket.pipe_file("/bad/index.json", b"{")
     assert refused(tmp_path, url="memory://bad") == "memory://bad/index.json: not an index of token shards"

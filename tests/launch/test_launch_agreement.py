@@ -166,3 +166,6 @@ def test_options_that_a_checkpoint_does_not_know_had_their_defaults():
     now.train.average = {"kind": "tail"}
     assert changed_options(saved, now) == ["train.average.kind None -> tail"]
     assert changed_options(asdict(now), Config()) == ["train.average.kind tail -> None"]
+    mixed = Config()
+    mixed.data.mix = [{"dir": "a", "weight": {0: 1.0, 9: 0.0}}, {"dir": "b", "weight": 1.0}]
+    assert changed_options(json.loads(json.dumps(asdict(mixed))), mixed) == []  # as in a checkpoint

@@ -231,6 +231,10 @@ def test_a_second_folder_takes_what_the_first_does_not(run):
     assert find_source(str(first_folder)).tokenizer_file == first_folder / "tokenizer.json"
     status, _, _ = run(f"model.init={first_folder}", "train.steps=1", "eval.every=0", folder="begun")
     assert status == 0 and f"with the weights of step 4 of {last_saved}" in run.out
+    for another in ("null", run.tmp_path / "third"):  # it would be forgotten
+        status, _, error = run(*options, f"checkpoint.fallback_dir={another}")
+        assert status == 2 and error.count("\n") == 1
+        assert f"has its checkpoint of step 4 in {last_saved.parent}: continue with checkpoint.fallback_dir={second}" in error
     # Where the run's folder is mounted or moved to does not matter; a name that leads elsewhere is not followed.
     moved = (run.tmp_path / "run").rename(run.tmp_path / "moved")
     status, records, _ = run(*options, folder="moved")

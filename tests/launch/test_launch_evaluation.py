@@ -201,6 +201,8 @@ def test_lm_eval_that_is_missing_is_one_line(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     status, _, error = run("eval.lm_eval=[hellaswag]", folder="bad")
     assert status == 2 and "eval.lm_eval needs lm-eval, which is not installed (pip install lm-eval)" in error
+    status, _, error = run("eval.lm_eval=[hellaswag]", "eval.lm_eval_include=nowhere")
+    assert status == 2 and error == "error: eval.lm_eval_include: nowhere is no folder\n"
 
 
 def test_the_task_that_ships():
@@ -225,7 +227,8 @@ def test_scores_are_exact_on_several_processes(world, run, prepared, others):
     assert status == 0, error
     common = [str(folder / "config.yaml"), f"data.dir={prepared}", *own]
     layouts = [name for name in LAYOUTS if name != "hsdp"]
-    spawn(world, [[*common, *LAYOUTS[name], f"run.dir={folder / name}"] for name in layouts], [0] * len(layouts))
+    runs = [[*common, *LAYOUTS[name], f"run.dir={folder / name}"] for name in layouts]
+    spawn(world, folder, runs, [0] * len(layouts))
     expected = evaluations(alone)[-1]
     for name in layouts:
         found = evaluations([json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()])[-1]

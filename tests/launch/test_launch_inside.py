@@ -127,6 +127,10 @@ def test_a_profile_and_deterministic_algorithms(run):
         events = json.load(file)["traceEvents"]
     assert sum(event["name"].startswith("Optimizer.step#") for event in events) >= 2
     assert "aten::" in (folder / "rank_0.txt").read_text()
+    for window, steps, note in (([3, 6], 6, ""), ([1, 2], 7, "log.profile is [1, 2], but the run goes on after step 6: nothing")):
+        (folder / "rank_0.txt").unlink(missing_ok=True)
+        status, _, _ = run(*OPTIONS, f"log.profile={window}", f"train.steps={steps}")
+        assert status == 0 and note in run.out and (folder / "rank_0.txt").exists() != bool(note)
     error = RuntimeError("some_cuda does not have a deterministic implementation, but you set ...")
     status, _, err = run(*OPTIONS, "train.deterministic=true", folder="error", hooks=Observe(error))
     assert status == 2 and err.startswith("error: train.deterministic: some_cuda does not have")

@@ -7,11 +7,13 @@ import yaml
 from bad_gradients import Poison
 from stopping import StopIn
 
-from configs.load import ConfigError, load_config
+from celo2.training.configuration import Written
+from configs.load import ConfigError, build, load_config
 from configs.schema import Schedule
 from data.batches import Batches
 from data.shards import TokenShards
 from launch.monitoring.signals import STOPPED
+from launch.run.check import check
 from launch.run.schedule import lr_factor
 
 RAMP = ["train.steps=10", "train.ramp={3: 16, 7: 24}", "checkpoint.every=0", "eval.every=0"]
@@ -58,7 +60,7 @@ def test_a_ramp_resumes_rolls_back_and_counts(run, prepared):
     # Another number of sequences from here on is refused; a ramp that differs in the past alone is none.
     status, _, err = run(*RAMP, "train.steps=12", "train.ramp={3: 16, 7: 24, 11: 32}", folder="parts")
     assert status == 2 and "train.ramp is 8, 16 from step 3 on, 24 from step 7 on in the checkpoint" in err
-    assert 'Restore train.batch_size=8 train.ramp={"3": 16, "7": 24} or train.on_batch_change=allow' in err
+    assert "Restore train.batch_size=8 'train.ramp={3: 16, 7: 24}' or train.on_batch_change=allow" in err
     options = [*RAMP, "train.steps=12", "train.ramp=null", "train.batch_size=24"]
     status, plain, _ = run(*options, folder="parts")
     assert status == 0 and training(plain)[12]["tokens"] == tokens[-1] + 2 * 24 * 32
@@ -82,6 +84,15 @@ def test_a_ramp_that_cannot_be_is_refused(run, prepared):
     ):
         status, _, err = run(option)
         assert status == 2 and message in err and err.count("\n") == 1, option
+
+
+def test_changes_that_the_run_does_not_reach_are_noted():
+    config = build({"train": {"steps": 9, "ramp": {3: 16, 9: 24}}, "data": {"mix": [{"dir": "a", "weight": {0: 1, 20: 2}}]}})
+    notes = check(config, Written(set(), set()), 1)
+    assert notes == [
+        "train.ramp changes at step 9, which the run with train.steps=9 does not reach",
+        "data.mix[0].weight changes at step 20, which the run with train.steps=9 does not reach",
+    ]
 
 
 def test_tokens_instead_of_steps(run, prepared, tmp_path):

@@ -74,6 +74,10 @@ def test_what_is_planned(run, monkeypatch):
     assert "19.5 TFLOP/s in fp32, of which 40% are assumed" in run.out and "warning" not in run.out and "unknown" not in run.out
     assert run("--plan", "optimizer.name=torch.optim.NAdam", "train.steps=1000")[0] == 0
     assert "unknown     torch.optim.NAdam" in run.out and "warning     more than 4 epochs" in run.out
+    for option in ("eval.sets={other: nowhere}", "eval.tasks={other: nowhere}"):  # what training refuses
+        status, _, err = run("--plan", option)
+        assert status == 2 and err.startswith(f"error: {option[: option.index('=')]}.other: nowhere")
+    assert run("--plan", "eval.sets={far: memory://nowhere}")[0] == 0  # which the training fetches
 
     for name, value in LAUNCHED.items():
         monkeypatch.setenv(name, value)

@@ -4,6 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
+from configs.load import load_config
 from models.export import main
 
 
@@ -26,7 +27,7 @@ class FakeHub:
 
 def test_an_export_is_pushed_with_a_card_of_the_run(run, prepared, capsys, monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi", FakeHub)
-    mix = f"data.mix=[{{dir: {prepared}, weight: 1}}]"
+    mix = f"data.mix=[{{dir: {prepared}, weight: {{0: 1, 2: 0.5}}}}]"
     options = ["data.dir=null", mix, "train.ramp={2: 16}", "train.steps=4", "eval.every=4", "log.sample_tokens=0"]
     assert run(*options)[0] == 0
     out, source = run.tmp_path / "out", str(run.tmp_path / "run")
@@ -38,7 +39,7 @@ def test_an_export_is_pushed_with_a_card_of_the_run(run, prepared, capsys, monke
     assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= set(files)
     card = (out / "README.md").read_text()
     for fact in (
-        "| data | bytes (weight 1), hash",
+        "| data | bytes (weight 1, 0.5 from step 2 on), hash",
         "4 steps of 8 sequences, 16 from step 2 on, 1,536 tokens",
         "| training loss |",
         "bits per byte, after step 4",
@@ -47,10 +48,17 @@ def test_an_export_is_pushed_with_a_card_of_the_run(run, prepared, capsys, monke
     ):
         assert fact in card, fact
     assert str(run.tmp_path) not in card and str(prepared) not in card
+    (run.tmp_path / "card.yaml").write_text(card.partition("```yaml\n")[2].partition("```")[0])
+    written = load_config(run.tmp_path / "card.yaml")
+    assert written.data.mix == [{"dir": "bytes", "weight": {0: 1, 2: 0.5}}] and written.train.ramp == {2: 16}
     FakeHub.error = ConnectionError("no network")
     assert main([source, str(run.tmp_path / "second"), "--push", "me/mine"]) == 2
     err = capsys.readouterr().err
     assert "is exported, but not pushed to me/mine: no network; then: hf upload me/mine" in err and err.count("\n") == 1
-    for arguments, message in ((["--push", "mine"], "expected OWNER/NAME"), (["--private"], "--private is for --push")):
+    for arguments, message in (
+        (["--push", "mine"], "expected OWNER/NAME"),
+        (["--push", ""], "expected OWNER/NAME"),
+        (["--private"], "--private is for --push"),
+    ):
         assert main([source, str(run.tmp_path / "third"), *arguments]) == 2
         assert message in capsys.readouterr().err and not (run.tmp_path / "third").exists()

@@ -37,7 +37,7 @@ def loss_over_tokens(trained, shards) -> float:
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()
 
 
-def test_sample_and_evaluate(run, prepared, said, tmp_path):
+def test_sample_and_evaluate(run, prepared, said, tmp_path, monkeypatch):
     _, records, _ = run("train.steps=40", "eval.every=20", "checkpoint.every=20")
     folder, exported = tmp_path / "run", tmp_path / "exported"
     last, middle = (folder / "checkpoints" / f"step_000000{step}" for step in (40, 20))
@@ -77,7 +77,10 @@ def test_sample_and_evaluate(run, prepared, said, tmp_path):
     loss = loss_over_tokens(trained, TokenShards(prepared, "val"))
     assert loss < record["val_loss"] - 0.001
     assert f"loss {loss:.4f} nats" in said(evaluate, exported, prepared, "--sequences", 8)[1]
-    assert "6,642 tokens in sequences of 32" in said(evaluate, folder, prepared)[1]
+    whole = said(evaluate, folder, prepared)[1]
+    assert "6,642 tokens in sequences of 32" in whole
+    monkeypatch.setenv("HOME", str(tmp_path))  # whose .cache gets the copy
+    assert said(evaluate, folder, f"file://{prepared}")[1].splitlines()[1] == whole.splitlines()[1]
 
     # Each mistake is one line.
     words = tmp_path / "words"
