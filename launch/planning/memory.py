@@ -200,9 +200,9 @@ def memory_per_rank(workload: Workload, setup: Setup, cpu: bool = False) -> Byte
 def passes_memory(workload: Workload, setup: Setup, cpu: bool = False) -> Bytes:
     """Forward and backward pass; activations and what is gathered are estimates.
 
-    Gradients that no step before left grow while activations go; the largest, which comes last, is then beside all others. A second
-    micro-batch has them beside all of its own. DDP adds up those of several micro-batches outside of the buckets in which they
-    travel.
+    Gradients that no step before left grow while activations go; the largest, which comes last, is then beside all others. A
+    second micro-batch has them beside all of its own. DDP adds up those of several micro-batches outside of the buckets in which
+    they travel.
     """
     n, (over, _) = workload.parameters, divided_by(setup)
     memory = held(workload, setup) | copied(workload, setup, updating=False)

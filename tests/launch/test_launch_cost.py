@@ -128,7 +128,7 @@ def test_memory_by_hand():
     # Of one micro-batch only what exceeds activations (1000) and loss (120), which go while gradients come; zero3 keeps them.
     single = [passes_memory(TOY, Setup(name, 4))["gradients"] for name in ("zero1", "zero2", "zero3", "fsdp2", "ddp")]
     assert single == [2880, 0, 1000, 0, 4000]
-    # DDP: those of micro-batches before the last beside the buckets; the largest, of 100 weights and tied, comes twice at the end.
+    # DDP: those of micro-batches before the last beside the buckets; the largest, tied, of 100 weights, comes twice at the end.
     several = passes_memory(replace(many, largest=100), Setup("ddp", 4, accumulation=2))
     assert (several["gradients"], several["gradients that have not travelled"]) == (4000, 4000)
     assert several["a gradient on its way"] == 2 * 400
