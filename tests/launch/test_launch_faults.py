@@ -98,6 +98,8 @@ CASES = [
     (1, "shard", "SIGKILL", "zero2", TIMEOUT),
     (0, "resume", SLOW, "ddp", None),
     (1, "step", "hang", "fsdp2", TIMEOUT),
+    (1, "forward", "hang", "fsdp2", TIMEOUT),  # no mark is set since the batch was loaded
+    (1, "forward", "hang", "zero2", TIMEOUT),
     (0, "update", "SIGSTOP", "ddp", TIMEOUT),
     (1, "update", "raise", "zero3", 4.0),
     (1, "evaluate", "hang", "ddp", TIMEOUT),
@@ -117,7 +119,7 @@ CASES = [
 @pytest.mark.parametrize(("rank", "phase", "do", "strategy", "seconds"), CASES)
 def test_a_fault_in_each_phase(rank, phase, do, strategy, seconds, ranks):
     arguments = [f"distributed.strategy={strategy}"]
-    n = 3 if phase in ("step", "update") else 1
+    n = 3 if phase in ("step", "forward", "update") else 1
     status, named = ranks.end(ranks.start({"rank": rank, "at": phase, "do": do, "n": n}, arguments=arguments))
     lines = set(re.findall("^error: (.*)$", ranks.output, re.M))
     if seconds is None:
