@@ -153,7 +153,7 @@ def is_line_of(origin: Origin | None, given: Path, config: Config) -> bool:
 def branch_from(given: Path, config: Config, run_dir: Path, progress: Progress = nothing) -> Start:
     """The start of a new line at the checkpoint or run `given`."""
     if not given.is_dir():
-        moved = sorted(run_dir.glob(f"set_aside/*/checkpoints/{given.name}"))
+        moved = sorted(path for path in run_dir.glob("set_aside/*/checkpoints/*") if path.name == given.name)
         hint = f"; there is {moved[-1]}" if moved else ""
         raise CheckpointError(f"checkpoint.resume: {given} is no whole checkpoint: there is no such folder{hint}")
     found, _, notes = choose_checkpoint(given.resolve(), progress)
