@@ -304,6 +304,22 @@ def test_every_value_of_a_state_has_its_kind(checkpoint):
     assert surplus(checkpoint.with_name("step_00000009"), CheckpointSection(keep=1)) == []  # the damaged one is the newest
 
 
+def test_a_configuration_that_trains_alone_is_one_line(checkpoint, tmp_path, capsys):
+    """transformers looks at such values when it generates or saves, not when it reads them."""
+    for entry, command in (
+        ({"is_encoder_decoder": "x"}, lambda: sample([str(checkpoint), "--tokens", "1"])),
+        ({"output_hidden_states": "x"}, lambda: sample([str(checkpoint), "--tokens", "1"])),
+        ({"output_attentions": "x"}, lambda: export([str(checkpoint), str(tmp_path / "out")])),
+    ):
+        before = (checkpoint / "config.json").read_text()
+        edit(checkpoint / "config.json", **entry)
+        assert command() == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and ("cannot continue a text" in error or "cannot be saved again" in error), error
+        (checkpoint / "config.json").write_text(before)
+    assert not (tmp_path / "out").exists()
+
+
 def test_sizes_of_a_model_are_numbers():
     for key, value in (
         ("vocab_size", "<script>"),
