@@ -113,13 +113,14 @@ def read_index(folder: Path) -> dict:
         raise DataError(f"{path}: format {index['format']} version {version}; this code reads {FORMAT} version {VERSION}")
     try:
         fingerprint(index)
-        numbers = [index["vocab_size"], index["end_of_text_id"]]
+        numbers, hashes = [index["vocab_size"], index["end_of_text_id"]], [index["tokenizer_sha256"]]
         for split, content in index["splits"].items():
-            list(files_of(folder, index, split))
+            hashes.extend(file.sha256 for file in files_of(folder, index, split))
             numbers.append(content["tokens"])
+            numbers.extend(shard["mtime_ns"] for shard in content["shards"] if index["format"] == FILES_FORMAT)
             if content["tokens"] != sum(shard["tokens"] for shard in content["shards"]):
                 raise DataError(f"{path}: damaged, the shards of {split} do not have the tokens that it says")
-        whole = all(isinstance(number, int) for number in numbers)
+        whole = all(isinstance(number, int) for number in numbers) and all(isinstance(found, str) for found in hashes)
     except (LookupError, TypeError, AttributeError):
         whole = False
     if not whole:

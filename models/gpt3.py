@@ -34,7 +34,8 @@ class GPT3Config(PretrainedConfig):
     """The shape of a GPT-3: `vocab_size`, `layers`, `width`, `heads`, `context` (tokens), `dropout` (0 <= p < 1).
 
     The feed-forward layer is 4 x width, as in every published size. The names that transformers uses elsewhere
-    (`hidden_size`, `num_hidden_layers`, ...) are the same values. ValueError if the heads do not divide the width.
+    (`hidden_size`, `num_hidden_layers`, ...) are the same values. ValueError for a value that is no size, and for heads that do
+    not divide the width.
     """
 
     model_type = "gpt3"
@@ -61,6 +62,14 @@ class GPT3Config(PretrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
+        for key in ("vocab_size", "layers", "width", "heads", "context"):
+            if not isinstance(getattr(self, key), int) or not 0 < getattr(self, key) < 1 << 31:
+                raise ValueError(f"{key} is {getattr(self, key)!r}, expected a number of at least 1")
+        for key in ("tie_word_embeddings", "use_cache", "is_encoder_decoder"):
+            if not isinstance(getattr(self, key), bool):
+                raise ValueError(f"{key} is {getattr(self, key)!r}, expected true or false")
+        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout!r}, expected a number in [0, 1)")
         if self.width % self.heads:
             raise ValueError(f"{self.heads} heads do not divide the width {self.width}")
 

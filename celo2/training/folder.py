@@ -25,7 +25,13 @@ def check_folder(folder: Path) -> None:
     """
     inside = folder.resolve()
     aside = folder / "set_aside"
-    runs = [folder, folder / "rules", aside, *(aside.iterdir() if aside.is_dir() and not aside.is_symlink() else ())]
+    runs = [
+        folder,
+        folder / "rules",
+        folder / "profile",
+        aside,
+        *(aside.iterdir() if aside.is_dir() and not aside.is_symlink() else ()),
+    ]
     for path in (path for run in runs if run.is_dir() for path in run.iterdir()):
         mode = path.lstat().st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode)):

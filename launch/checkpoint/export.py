@@ -75,7 +75,7 @@ def export(
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)
-        model.save_pretrained(partial)
+        save(model, partial, checkpoint)
         tokenizer.save_pretrained(partial)
         add_names_of_transformers_4(partial)
         write_card(partial, chosen, model, rows, average)
@@ -86,6 +86,16 @@ def export(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return checkpoint
+
+
+def save(model: PreTrainedModel, folder: Path, checkpoint: Path) -> None:
+    """As transformers saves a model. CheckpointError where it refuses the configuration, which is that of `checkpoint`."""
+    try:
+        model.save_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:  # of several libraries
+        raise CheckpointError(f"{checkpoint / 'config.json'} cannot be saved again: {' '.join(str(error).split())}") from error
 
 
 def convert(model: PreTrainedModel, dtype: str) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from configs.schema import Checkpoint as CheckpointConfig
-from data.files import read_json
-from launch.checkpoint.verify import MANIFEST, list_checkpoints, step_of
+from launch.checkpoint.load import read_state
+from launch.checkpoint.verify import MANIFEST, CheckpointError, list_checkpoints, step_of
 
 
 def surplus(newest: Path, config: CheckpointConfig, origin: int | None = None, others: Sequence[Path] = ()) -> list[Path]:
@@ -35,8 +35,8 @@ def surplus(newest: Path, config: CheckpointConfig, origin: int | None = None, o
 def state_of(path: Path) -> dict[str, Any]:
     """The state.json of a checkpoint; nothing if it is damaged."""
     try:
-        return dict(read_json(path / "state.json"))
-    except (OSError, ValueError, TypeError):
+        return read_state(path)
+    except CheckpointError:
         return {}
 
 

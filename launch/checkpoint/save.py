@@ -9,6 +9,7 @@ fails as one, on all ranks, and everything that was there before is still there.
 from __future__ import annotations
 
 import math
+import os
 import socket
 import threading
 import time
@@ -80,7 +81,9 @@ class Saver:
         self.snapshot: Snapshot | None = None  # what is not written yet
         alone = unshared(folders, host) if config.shards == "auto" else None
         self.by_all = config.shards == "auto" and alone is None
-        self.notes = [f"not every rank sees {alone}: the first rank writes the checkpoints alone"] if alone else []
+        self.notes = (
+            [f"not every rank sees {alone} and may write there: the first rank writes the checkpoints alone"] if alone else []
+        )
 
     def __enter__(self) -> Saver:
         return self
@@ -176,7 +179,7 @@ class Saver:
 
 
 def unshared(folders: Sequence[Path], host: HostGroup) -> str | None:
-    """A folder of `folders` in which some rank does not find what the first rank makes there; None without one.
+    """A folder of `folders` in which some rank does not find what the first rank makes there, or may not write; None without one.
 
     Each rank gives its own paths. The answer is the same on all of them.
     """
@@ -190,7 +193,8 @@ def unshared(folders: Sequence[Path], host: HostGroup) -> str | None:
             probe.touch()
             probes[number] = probe
     asked = host.from_first({number: probe.name for number, probe in probes.items()})
-    missing = host.gather([str(folders[number]) for number, name in asked.items() if not (folders[number] / name).exists()])
+    fits = {number: (folders[number] / name).exists() and os.access(folders[number], os.W_OK) for number, name in asked.items()}
+    missing = host.gather([str(folders[number]) for number, fit in fits.items() if not fit])
     for probe in probes.values():
         probe.unlink(missing_ok=True)
     return next((folder for of_rank in missing for folder in of_rank), None)

@@ -18,9 +18,10 @@ time from the fault to the last exit, with interval = min(1 s, timeout / 10):
     the store does not answer                  timeout + 1 interval; at once where its process is gone
 
 `timeout` must exceed the longest time between two signs of work. Marks are counted, so every rank sets the same ones: the ranks
-with the fewest hold up the others. Between two marks a rank that works for long, as on a checkpoint, calls `progress`, which
-counts for nothing but that sign. That of a rank that is ahead is none: while it writes in the background, another may hang. One
-call that flushes a large file gives no sign: what waits for a disk has PATIENCE times as long.
+with the fewest hold up the others. Where all ranks are at one mark, as within a step, those do whose main thread is not in code
+that waits for others. Between two marks a rank that works for long, as on a checkpoint, calls `progress`, which counts for
+nothing but that sign. That of a rank that is ahead is none: while it writes in the background, another may hang. One call that
+flushes a large file gives no sign: what waits for a disk has PATIENCE times as long.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ ALERT = 15.0  # s; half of what torchrun waits between SIGTERM and SIGKILL, and 
 GRACE = 3.0  # s; time for each rank to print an exception that all of them raise
 COLLECTIVE_TIMEOUT = 7 * 24 * 3600.0  # s; the first rank may work for long while the others wait for it
 PATIENCE = 5  # timeouts without a sign of work after which a rank that waits for a disk hangs
+# Code that waits for other ranks, or for a device that does.
+WAITING = ("torch/distributed/", "deepspeed/", "celo2/distributed/", "launch/distributed/", "launch/monitoring/guard.py")
 OBSERVERS = 2  # ranks that read everybody's beat; the others read only these ranks', so that the store serves 1,024 ranks
 NAMED = 8  # ranks that a message names
 CONTINUES = "the run stops, and the same command continues from its newest checkpoint"
@@ -76,6 +79,7 @@ class Beat:
     progress: int = 0  # changes while it works between two marks
     disk: bool = False  # its newest mark says that it waits for a disk
     waits: bool = False  # a thread of it, such as the one that writes a checkpoint, waits for other ranks
+    place: str = ""  # where in the code its main thread is; empty while that waits for other ranks
 
 
 class Diagnosis(NamedTuple):
@@ -88,6 +92,20 @@ class Diagnosis(NamedTuple):
 def where(rank: int, beat: Beat) -> str:
     """A rank with its host and process, so that a person can find it."""
     return f"rank {rank} ({beat.host}, pid {beat.pid})"
+
+
+def place_of_main_thread() -> str:
+    """Where the main thread is, as `function (file:line)`; empty where it waits for other ranks, or may.
+
+    A collective is waited for in torch.distributed or DeepSpeed, or in the backward pass, whose collectives are no Python.
+    """
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    if frame is None or frame.f_code.co_name == "_engine_run_backward":
+        return ""
+    path = frame.f_code.co_filename.replace(os.sep, "/")
+    if any(part in path for part in WAITING):
+        return ""
+    return f"{frame.f_code.co_name} ({path.rpartition('/')[2]}:{frame.f_lineno})"
 
 
 def in_one_line(sentences: list[str]) -> str:
@@ -131,11 +149,14 @@ def blame(beats: dict[int, Beat], silent: dict[int, float], still: float, timeou
         return None
     if len(behind) == len(working):
         behind = {rank: beat for rank, beat in working.items() if not beat.waits}
+    if len(behind) == len(working):  # within a step, as in the forward pass of fsdp2, whose collectives set no marks
+        behind = {rank: beat for rank, beat in working.items() if beat.place}
     if len(behind) in (0, len(working)):
         text = next(iter(working.values())).text
         return f'no rank has got further for {patience:g} s and all are at "{text}", so that none can be named; {CONTINUES}'
     since = f"has hung for {patience:g} s, while others wait, at"
-    return in_one_line([f'{where(rank, beat)} {since} "{beat.text}"' for rank, beat in behind.items()])
+    places = {rank: f", in {beat.place}" if beat.place else "" for rank, beat in behind.items()}
+    return in_one_line([f'{where(rank, beat)} {since} "{beat.text}"{places[rank]}' for rank, beat in behind.items()])
 
 
 def is_communication_error(error: BaseException) -> bool:
@@ -291,9 +312,8 @@ class Heartbeat:
     def _publish(self, left: bool = False) -> None:
         self._count += 1
         marks, text, disk = self._mark
-        self._own = Beat(
-            self._count, marks, text, self._host, self._pid, self._alarm, left, self._progress, disk, bool(self._waiters)
-        )
+        now = self._alarm, left, self._progress, disk, bool(self._waiters), place_of_main_thread()
+        self._own = Beat(self._count, marks, text, self._host, self._pid, *now)
         self._store.set(f"beat/{self.rank}", json.dumps(asdict(self._own)))
 
     def _read_beats(self) -> dict[int, Beat]:

@@ -166,7 +166,7 @@ def is_line_of(origin: Origin | None, given: Path, config: Config) -> bool:
 def branch_from(given: Path, config: Config, run_dir: Path, progress: Progress = nothing) -> Start:
     """The start of a new line at the checkpoint or run `given`."""
     if not given.is_dir():
-        moved = sorted(run_dir.glob(f"set_aside/*/checkpoints/{given.name}"))
+        moved = sorted(path for path in run_dir.glob("set_aside/*/checkpoints/*") if path.name == given.name)
         there = [path.name for path in list_checkpoints(given.parent)] if given.parent.is_dir() else []
         hint = f"; there is {moved[-1]}" if moved else f"; beside it are {', '.join(there)}" if there else ""
         raise CheckpointError(f"checkpoint.resume: {given} is no whole checkpoint: there is no such folder{hint}")

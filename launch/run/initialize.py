@@ -135,7 +135,9 @@ def source_config(source: Source) -> PretrainedConfig:
         )
     with quiet():  # no advice on special tokens
         config = read_model_config(source.path)
-    if config.model_type not in (*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "gpt3") or getattr(config, "vocab_size", None) is None:
+    if config.model_type not in (*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "gpt3") or not isinstance(
+        getattr(config, "vocab_size", None), int
+    ):
         raise ConfigError(
             f"model.init: {source.name} is a {config.model_type}, which is no causal language model of transformers"
         )

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from data.tokenizer import vocabulary_size
+from models.build import ModelError, one_line
 
 
 class Drawing(NamedTuple):
@@ -109,6 +110,8 @@ def sample_text(
                 logits_processor=LogitsProcessorList([NamedTokens(vocabulary_size(tokenizer))]),
                 stopping_criteria=StoppingCriteriaList([Until(stopping)]),
             )
+    except (ValueError, TypeError, IndexError) as error:  # of a configuration that only training can do with
+        raise ModelError(f"{type(model).__name__} cannot continue a text: {one_line(error)}") from error
     finally:
         model.generation_config = own
         model.train(training)

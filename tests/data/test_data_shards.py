@@ -210,8 +210,13 @@ def test_an_index_names_files_of_its_folder_alone(folder, name):
 
 def test_an_index_that_lacks_something_is_named(folder):
     index = read_index(folder)
-    for splits in ({"train": {}}, {"train": {"shards": [{"name": "x"}]}}, []):
-        edit_index(folder, **index | {"splits": splits})
+    shard = index["splits"]["train"]["shards"][0]
+    no_hash = {"tokens": shard["tokens"], "shards": [shard | {"sha256": None}]}
+    for entry in (
+        *({"splits": splits} for splits in ({"train": {}}, {"train": {"shards": [{"name": "x"}]}}, [], {"train": no_hash})),
+        {"tokenizer_sha256": None},
+    ):
+        edit_index(folder, **index | entry)
         with pytest.raises(DataError, match=r"index\.json: damaged"):
             read_index(folder)
 

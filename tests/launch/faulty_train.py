@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import train
 from launch.checkpoint.save import Saver
+from launch.distributed.strategy import Strategy
 from launch.private import leave
 from launch.run.hooks import Hooks
 from launch.run.summary import Summary
@@ -30,6 +31,7 @@ PHASES = {
     "shard": (train, "make_strategy"),
     "resume": (train, "resume"),
     "step": (Hooks, "before_step"),
+    "forward": (Strategy, "loss"),
     "update": (Hooks, "after_backward"),
     "evaluate": (Hooks, "before_evaluation"),
     "summary": (Summary, "update"),

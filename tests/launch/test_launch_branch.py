@@ -190,6 +190,8 @@ def test_the_line_is_known_again(tmp_path, monkeypatch):
         choose_start(config_of("run/checkpoints/step_00000004"), run_dir)
     with pytest.raises(CheckpointError, match=r"there is no such folder; beside it are step_00000003"):
         choose_start(config_of("branch/checkpoints/step_00000007"), tmp_path / "new")
+    with pytest.raises(CheckpointError, match=r"a\*\*b is no whole checkpoint: there is no such folder$"):
+        choose_start(config_of("a**b"), run_dir)
 
 
 def test_the_newest_checkpoint_by_name_is_no_branch(run):

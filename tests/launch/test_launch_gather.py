@@ -140,7 +140,7 @@ def test_files_are_balanced(tmp_path):
     assert index["metadata"]["total_size"] == sum(w.nbytes for w in weights.values()) + 40
 
 
-def test_a_folder_that_a_rank_does_not_see(tmp_path):
+def test_a_folder_that_a_rank_does_not_see(tmp_path, monkeypatch):
     folders = [tmp_path / "own", tmp_path / "second"]
     assert on_all(hosts([[0, 1]]), lambda host: unshared(folders, host)) == [None, None]
     (tmp_path / "link").symlink_to(folders[0])
@@ -148,6 +148,8 @@ def test_a_folder_that_a_rank_does_not_see(tmp_path):
     assert on_all(hosts([[0, 1]]), own_paths) == [None, None]
     elsewhere = lambda host: unshared([tmp_path / str(host.rank)], host)  # noqa: E731
     assert on_all(hosts([[0, 1]]), elsewhere) == [str(tmp_path / "1")] * 2
+    monkeypatch.setattr("launch.checkpoint.save.os.access", lambda path, mode: path != tmp_path / "link")  # mounted to be read
+    assert on_all(hosts([[0, 1]]), own_paths) == [str(tmp_path / "link")] * 2
     assert not list(tmp_path.glob("*/.shared*"))
 
 

@@ -56,6 +56,11 @@ def test_blame_names_who_is_silent_behind_or_nobody():
     hung = blame(beats(7, 6, 7), fine, 60, 60)
     assert hung.startswith('rank 1 (node1, pid 101) has hung for 60 s, while others wait, at "step 6"') and "rank 0" not in hung
     assert "none can be named" in blame(beats(7, 7, 7), fine, 60, 60)
+    # Alive, at the same mark as the others, and not waiting for them, as they do.
+    inside = beats(7, 7, 7) | {1: Beat(5, 7, "step 7", "node1", 101, place="read (disk.py:3)")}
+    assert 'rank 1 (node1, pid 101) has hung for 60 s, while others wait, at "step 7", in read (disk.py:3); the' in blame(
+        inside, fine, 60, 60
+    )
     # Dead at the end of a hang: not taken for a hang of all.
     assert blame(beats(7, 7, 7), {**fine, 1: 4.0}, 60, 60) is None
     assert "rank 1 (node1, pid 101) has not answered for 15 s" in blame(beats(7, 7, 7), {**fine, 1: 15.0}, 70, 60)
@@ -83,7 +88,8 @@ def test_one_process_needs_no_group():
 
 
 def errors(path):
-    return re.findall(r"^error: .*$", path.read_text(), re.MULTILINE)
+    """The lines that end a rank, without the place in the code."""
+    return [re.sub(r", in \w+ \(\S+:\d+\)", "", line) for line in re.findall("^error: .*$", path.read_text(), re.MULTILINE)]
 
 
 def wait_for(condition, path, seconds=60):
@@ -217,6 +223,13 @@ def test_nobody_is_blamed_where_all_are_at_one_point(forked):
     assert statuses == {0: STATUS, 1: STATUS} and [text.splitlines() for text in outputs] == [[f"error: {message}"]] * 2
 
 
+def test_who_hangs_between_two_marks_is_named(forked):
+    """Rank 1 hangs in code of its own, rank 0 waits for it in a collective, at the same mark."""
+    statuses, outputs = forked("inside", 2, 1.0)
+    said = r'error: rank 1 .* has hung for 1 s, while others wait, at "step 3: at reduce", in fault \(test_launch_heart.*:\d+\);'
+    assert statuses == {0: STATUS, 1: STATUS} and all(re.match(said, text) for text in outputs), outputs
+
+
 def test_the_host_of_the_store_dies(forked, tmp_path):
     statuses, outputs = forked("host", 3, 1.0)
     pid = int((tmp_path / "pid0").read_text())
@@ -306,7 +319,7 @@ def fault(scenario, folder, rank, heartbeat):
             raise ValueError("the batch is bad")
         case ("gloo", 1):
             raise RuntimeError("gloo: no such tensor")
-        case ("all", _):
+        case ("inside", 1) | ("all", _):
             heartbeat.mark("step 3: at reduce")
             time.sleep(1000)
         case ("no threads", 1):

@@ -6,11 +6,17 @@ import pytest
 import torch
 
 from configs.schema import Config, Train
-from launch.checkpoint.verify import MANIFEST
+from launch.checkpoint import verify
+from launch.checkpoint.publish import write_manifest
+from launch.checkpoint.verify import FILES, MANIFEST, sha256
+from launch.distributed import first_rank
+from launch.distributed.heartbeat import Heartbeat
 from launch.monitoring.guard import SAME_NORM, Guard
 from launch.monitoring.trackers import flat
 from launch.run import ranks, weights
+from launch.run.branch import Start
 from launch.run.ranks import Fact, checkpoint_fact, code_hash, first_difference, in_words
+from launch.run.resume import find_start
 from launch.run.weights import hashes, weights_fact
 
 
@@ -81,6 +87,23 @@ def test_a_checkpoint_is_known_by_its_manifest_and_the_sizes_of_its_files(tmp_pa
     assert checkpoint_fact(path, tmp_path).value not in (whole, "none")
     # Where the first rank begins anew.
     assert checkpoint_fact(None, tmp_path / "run").value == f"step 4 in {tmp_path / 'run'}"
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_first_rank_alone_hashes_a_checkpoint(first, tmp_path, monkeypatch):
+    """Every rank read all of it at every start. What the first one finds is told to the others."""
+    path = tmp_path / "checkpoints" / "step_00000004"
+    path.mkdir(parents=True)
+    for name in FILES:
+        (path / name).write_text('{"step": 4}')
+    write_manifest(path)
+    hashed, told = [], [Start(path, [], None, False), 0, "checkpoints"]
+    monkeypatch.setattr(verify, "sha256", lambda file, progress: hashed.append(file.name) or sha256(file))
+    monkeypatch.setattr(first_rank.dist, "broadcast_object_list", lambda outcome, src: outcome.__setitem__(0, outcome[0] or told))
+    accelerator = SimpleNamespace(is_main_process=first, num_processes=2)
+    start = find_start(Config(), tmp_path, accelerator, Heartbeat(0, 1, 60))
+    assert start.checkpoint == path and checkpoint_fact(path, tmp_path).value.startswith("step 4 with the manifest ")
+    assert sorted(hashed) == (sorted(FILES) if first else [])
 
 
 @pytest.mark.parametrize(("of_rank_1", "healthy"), [(1.0, True), (1 + SAME_NORM, True), (1 + 3 * SAME_NORM, False), (1e9, False)])

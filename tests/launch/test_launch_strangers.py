@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from celo2.training.folder import UnsafeFolder, check_folder
 from configs.load import ConfigError
+from configs.schema import Checkpoint as CheckpointSection
 from configs.schema import Config
 from data.files import no_link, replacing
 from data.tokenizer import byte_tokenizer, save_tokenizer
@@ -20,12 +21,14 @@ from launch.checkpoint.card import plain
 from launch.checkpoint.export import main as export
 from launch.checkpoint.load import load_model, read_model_config, read_state, require_state
 from launch.checkpoint.publish import remove_leftovers, write_manifest
+from launch.checkpoint.retention import surplus
 from launch.checkpoint.tensors import files_of
 from launch.checkpoint.trained import open_trained
 from launch.checkpoint.verify import FILES, CheckpointError, find_checkpoint, sha256, verify
 from launch.run.branch import choose_start, read_origin
 from launch.sample import main as sample
 from models import build_model
+from models.gpt3 import GPT3Config
 
 # What a training run writes into its folder.
 WRITTEN = (
@@ -71,7 +74,8 @@ def test_neither_pipes_nor_links_below_are_written_through(victim, tmp_path):
         check_folder(folder)
     (folder / "metrics.jsonl").unlink()
     (folder / "rules").mkdir()  # of meta-training
-    for name in ("set_aside/.2.tmp", "set_aside/1/metrics.jsonl", "rules/00000001.safetensors"):
+    (folder / "profile").mkdir()
+    for name in ("set_aside/.2.tmp", "set_aside/1/metrics.jsonl", "rules/00000001.safetensors", "profile/rank_0.txt"):
         link = folder / name
         link.symlink_to(victim.parent)
         with pytest.raises(UnsafeFolder, match="out of the run's folder"):
@@ -140,9 +144,9 @@ def trained(tmp_path_factory):
     save_file({}, checkpoint / "optimizer.safetensors")
     model.config.to_json_file(checkpoint / "config.json", use_diff=False)
     config = {"run": {"name": "x", "seed": 0}, "model": {"context": 32}, "data": {"dir": "none"}}
-    config |= {"train": {"batch_size": 1}, "optimizer": {"name": "adamw", "lr": 1e-3}}
+    config |= {"train": {"batch_size": 1}, "optimizer": {"name": "adamw", "lr": 1e-3}, "schedule": {}}
     identity = {"data set": "0" * 64, "run.seed": 0, "train.batch_size": 1, "model.context": 32, "optimizer.name": "adamw"}
-    state = {"step": 4, "tokens": 128, "seconds": 1.0, "identity": identity, "config": config}
+    state = {"step": 4, "sequences": 4, "tokens": 128, "seconds": 1.0, "identity": identity, "config": config}
     (checkpoint / "state.json").write_text(json.dumps(state))
     write_manifest(checkpoint)
     save_tokenizer(byte_tokenizer(), folder, "<|endoftext|>")
@@ -245,6 +249,87 @@ def test_json_from_somebody_else_is_one_error(checkpoint):
         edit(checkpoint / "state.json", average={"kind": "ema", "members": members})
         with pytest.raises(CheckpointError, match="it is not what a training run writes"):
             require_state(checkpoint, read_state(checkpoint))
+
+
+WRONG = {
+    int: (None, "x", math.nan, 1e308, 10**400, 4.5, True, [], {}),
+    float: (None, "x", math.nan, math.inf, 10**400, True, [[]]),
+    str: (7, [], {}, "\ud800"),
+    dict: (7, "x", [[]], math.nan),
+}
+
+
+def test_every_value_of_a_state_has_its_kind(checkpoint):
+    """Whoever goes on from it, exports it or deletes older checkpoints beside it would end in a traceback."""
+    state = json.loads((checkpoint / "state.json").read_text())
+    state["config"]["schedule"] = {"kind": "cosine", "final": 0.1}
+    state["config"]["model"]["gradient_checkpointing"] = True  # in an earlier version
+    state |= {"sequences": 32, "val_loss": None, "sources": {"a": 1}, "average": {"kind": "ema", "members": 3}}
+
+    def found(place, key, value):
+        damaged = json.loads(json.dumps(state))
+        owner = damaged
+        for part in place:
+            owner = owner[part]
+        if value is KeyError:
+            del owner[key]
+        else:
+            owner[key] = value
+        (checkpoint / "state.json").write_text(json.dumps(damaged))
+        require_state(checkpoint, read_state(checkpoint))
+
+    found((), "val_loss", None)
+    for place, key, kind in (
+        ((), "step", int),
+        ((), "tokens", int),
+        ((), "seconds", float),
+        ((), "sequences", int),
+        ((), "sources", dict),
+        ((), "config", dict),
+        ((), "identity", dict),
+        (("sources",), "a", int),
+        (("identity",), "data set", str),
+        (("identity",), "run.seed", int),
+        (("config",), "schedule", dict),
+        (("config", "schedule"), "final", float),
+        (("config", "train"), "batch_size", int),
+        (("config", "optimizer"), "lr", float),
+        (("config", "run"), "name", str),
+    ):
+        for value in (*WRONG[kind], *([KeyError] if place in ((), ("identity",)) else [])):
+            if (key, value) == ("sources", KeyError):
+                continue  # no mixture
+            with pytest.raises(CheckpointError, match=r"state\.json is damaged: it is not what a training run writes"):
+                found(place, key, value)
+    assert surplus(checkpoint.with_name("step_00000009"), CheckpointSection(keep=1)) == []  # the damaged one is the newest
+
+
+def test_a_configuration_that_trains_alone_is_one_line(checkpoint, tmp_path, capsys):
+    """transformers looks at such values when it generates or saves, not when it reads them."""
+    for entry, command in (
+        ({"is_encoder_decoder": "x"}, lambda: sample([str(checkpoint), "--tokens", "1"])),
+        ({"output_hidden_states": "x"}, lambda: sample([str(checkpoint), "--tokens", "1"])),
+        ({"output_attentions": "x"}, lambda: export([str(checkpoint), str(tmp_path / "out")])),
+    ):
+        before = (checkpoint / "config.json").read_text()
+        edit(checkpoint / "config.json", **entry)
+        assert command() == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and ("cannot continue a text" in error or "cannot be saved again" in error), error
+        (checkpoint / "config.json").write_text(before)
+    assert not (tmp_path / "out").exists()
+
+
+def test_sizes_of_a_model_are_numbers():
+    for key, value in (
+        ("vocab_size", "<script>"),
+        ("layers", 0),
+        ("width", 10**19),
+        ("tie_word_embeddings", "x"),
+        ("dropout", "x"),
+    ):
+        with pytest.raises(ValueError, match=f"{key} is "):
+            GPT3Config(**{key: value})
 
 
 def test_errors_do_not_control_the_terminal(checkpoint, tmp_path, capsys):
