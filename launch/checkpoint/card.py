@@ -14,7 +14,7 @@ from celo2.training.yaml_values import dump_yaml
 from configs.length import batch_sizes
 from configs.schema import Config
 from launch.checkpoint.folders import Chosen
-from launch.checkpoint.load import read_state
+from launch.checkpoint.state import read_state
 from launch.checkpoint.verify import CheckpointError
 from models import longest_context
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.schema import Checkpoint as CheckpointConfig
-from launch.checkpoint.load import read_state
+from launch.checkpoint.state import read_state
 from launch.checkpoint.verify import MANIFEST, CheckpointError, list_checkpoints, step_of
 
 

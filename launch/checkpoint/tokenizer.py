@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfi
 
 from data import DataError
 from data.special_tokens import as_trained, declared_tokens, end_of_text, tokenizer_config
-from launch.checkpoint.load import read_state
+from launch.checkpoint.state import read_state
 from launch.checkpoint.verify import CheckpointError
 from models import longest_context
 

@@ -13,7 +13,8 @@ from data.files import read_json
 from data.shards import read_index
 from data.tokenizer import end_of_text_id, load_tokenizer
 from launch.checkpoint.folders import CHECKPOINTS, Chosen, choose_checkpoint
-from launch.checkpoint.load import load_model, read_model_config, read_state, require_state
+from launch.checkpoint.load import load_model, read_model_config
+from launch.checkpoint.state import read_state, require_state
 from launch.checkpoint.tensors import is_there
 from launch.checkpoint.verify import MANIFEST, MODEL, CheckpointError
 from models import longest_context

@@ -16,7 +16,8 @@ from celo2.training.metrics import read_lines, read_metrics
 from configs.load import ConfigError, load_config
 from configs.schema import Config
 from launch.checkpoint.folders import CHECKPOINTS
-from launch.checkpoint.load import optimizer_bytes, read_state
+from launch.checkpoint.load import optimizer_bytes
+from launch.checkpoint.state import read_state
 from launch.checkpoint.verify import list_checkpoints
 from launch.monitoring.trackers import flat
 from launch.run.branch import read_origin

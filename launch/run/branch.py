@@ -22,8 +22,8 @@ from configs.load import ConfigError
 from configs.schema import Config
 from data.files import read_json, replacing
 from launch.checkpoint.folders import CHECKPOINTS, FALLBACK, choose_checkpoint, folders_of, second_folder
-from launch.checkpoint.load import read_state
 from launch.checkpoint.publish import flush, remove_leftovers
+from launch.checkpoint.state import read_state
 from launch.checkpoint.verify import (
     MANIFEST,
     CheckpointError,

@@ -26,7 +26,8 @@ from configs.schema import Model as ModelSection
 from data import first_line
 from data.shards import TokenShards
 from launch.checkpoint.folders import CHECKPOINTS, choose_checkpoint, folders_of, run_of
-from launch.checkpoint.load import load_model, read_model_config, read_state, weights_file
+from launch.checkpoint.load import load_model, read_model_config, weights_file
+from launch.checkpoint.state import read_state
 from launch.checkpoint.tensors import files_of
 from launch.checkpoint.verify import AVERAGE, MANIFEST, MODEL, list_checkpoints
 from launch.run.branch import checkpoint_folders, read_origin

@@ -7,7 +7,7 @@ from dataclasses import replace
 from celo2 import load_rule
 from celo2.rule_files import HUB
 from configs.schema import Config
-from launch.checkpoint.load import read_state
+from launch.checkpoint.state import read_state
 from launch.checkpoint.verify import CheckpointError
 from launch.run.agreement import RULE_FILE
 from launch.run.initialize import begun

@@ -12,8 +12,9 @@ from accelerate import Accelerator
 from configs.load import ConfigError, options
 from configs.schema import Config
 from launch.checkpoint.folders import CHECKPOINTS
-from launch.checkpoint.load import load_checkpoint, read_state, require_state
+from launch.checkpoint.load import load_checkpoint
 from launch.checkpoint.save import Saver
+from launch.checkpoint.state import read_state, require_state
 from launch.checkpoint.verify import find_checkpoint, nothing
 from launch.checkpoint.writer import Progress
 from launch.distributed.first_rank import on_first_rank

@@ -12,8 +12,9 @@ from accelerate.state import AcceleratorState
 from configs.schema import Checkpoint, Config, Optimizer
 from launch.checkpoint import publish
 from launch.checkpoint import save as save_module
-from launch.checkpoint.load import load_checkpoint, read_state
+from launch.checkpoint.load import load_checkpoint
 from launch.checkpoint.save import take_snapshot, write_checkpoint
+from launch.checkpoint.state import read_state
 from launch.checkpoint.verify import CheckpointError, find_checkpoint, verify
 from launch.distributed.setup import make_strategy
 from models import build_model

@@ -19,9 +19,10 @@ from data.files import no_link, replacing
 from data.tokenizer import byte_tokenizer, save_tokenizer
 from launch.checkpoint.card import plain
 from launch.checkpoint.export import main as export
-from launch.checkpoint.load import load_model, read_model_config, read_state, require_state
+from launch.checkpoint.load import load_model, read_model_config
 from launch.checkpoint.publish import remove_leftovers, write_manifest
 from launch.checkpoint.retention import surplus
+from launch.checkpoint.state import read_state, require_state
 from launch.checkpoint.tensors import files_of
 from launch.checkpoint.trained import open_trained
 from launch.checkpoint.verify import FILES, CheckpointError, find_checkpoint, sha256, verify

@@ -1,0 +1,86 @@
+"""state.json of a checkpoint: its numbers, its configuration and what it is of, each of the kind that a training run writes."""
+
+from __future__ import annotations
+
+import re
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from configs.schema import Config
+from data.files import read_json
+from launch.checkpoint.verify import CheckpointError
+
+SECTIONS = ("run", "model", "data", "optimizer", "train", "schedule")  # of the configuration, which are looked at later
+IDENTITY = {"data set": str, "run.seed": int, "train.batch_size": int, "model.context": int | None, "optimizer.name": str}
+NUMBERS = {"step": int, "tokens": int, "seconds": float}
+LATER: dict[str, Any] = {  # what state.json of earlier versions lacks
+    **dict.fromkeys(("sequences", "evaluated", "bad_steps", "rollbacks", "window_tokens"), int),
+    **dict.fromkeys(("val_loss", "best_loss", "window_loss"), float | None),
+    "sources": dict[str, int],
+    "skipped": list[list[int]],
+}
+LARGEST = 1 << 62  # of a number
+HALF = re.compile("[\ud800-\udfff]")  # half of a character: no text that can be written
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The state.json of a checkpoint, whose values are of the kinds that a training run writes.
+
+    Raises:
+        CheckpointError: a file that is missing, cannot be read, or holds another kind of value.
+    """
+    file = path / "state.json"
+    try:
+        saved = dict(read_json(file))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} has no state.json") from None
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{file} is damaged ({error})") from None
+    if wrong := next(wrong_kinds(saved), None):
+        raise CheckpointError(f"{file} is damaged: it is not what a training run writes ({wrong})")
+    return saved
+
+
+def wrong_kinds(saved: dict[str, Any]) -> Iterator[str]:
+    """The dotted names in a state.json whose values are of another kind than a training run writes. What is missing is not."""
+    parts: dict[str, tuple[Any, dict[str, Any]]] = {
+        "": (saved, NUMBERS | LATER | {"config": dict}),
+        "identity.": (saved.get("identity", {}), IDENTITY | {"tokenizer": str | None, "rule": str | None}),
+        "average.": (saved.get("average", {}), {"kind": str, "members": int}),
+    }
+    if isinstance(sections := saved.get("config"), dict):
+        for name, section in vars(Config()).items():
+            parts[f"config.{name}."] = sections.get(name, {}), typing.get_type_hints(type(section))
+    for prefix, (values, kinds) in parts.items():
+        if not isinstance(values, dict):
+            yield prefix.rstrip(".")
+        else:
+            yield from (prefix + key for key, kind in kinds.items() if key in values and not fits(kind, values[key]))
+
+
+def fits(kind: Any, value: Any) -> bool:
+    """Whether a value of JSON may be one of type `kind`. An option that is a text by now may have been a bool."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        return value is None or fits(arguments[0], value)
+    if origin is Literal or kind is str:
+        return isinstance(value, bool) or (isinstance(value, str) and not HALF.search(value))
+    if origin in (dict, list):
+        items = value.values() if isinstance(value, dict) else value
+        return isinstance(value, origin) and all(fits(arguments[-1], item) for item in items)
+    if kind in (int, float):  # NaN fails, too
+        return isinstance(value, int | kind) and not isinstance(value, bool) and -LARGEST < value < LARGEST
+    return kind is Any or isinstance(value, kind)
+
+
+def require_state(path: Path, saved: dict[str, Any]) -> None:
+    """Raise CheckpointError unless `saved`, from the checkpoint `path`, has what a training run goes on from."""
+    whole = saved.keys() >= {"config", "identity", *NUMBERS} and ("sequences" in saved or "skipped" in saved)
+    whole = whole and saved["config"].keys() >= set(SECTIONS) and saved["identity"].keys() >= set(IDENTITY)
+    whole = whole and all(len(pair) == 2 for pair in saved.get("skipped", []))
+    whole = whole and saved["step"] >= 0 and saved.get("average", {"members": 0}).get("members", -1) >= 0
+    if not whole:
+        raise CheckpointError(f"{path / 'state.json'} is damaged: it is not what a training run writes")
