@@ -89,6 +89,21 @@ def as_celo2_groups(groups: Groups) -> Groups:
     return [{**without(group, "role"), "update": UPDATES[group["role"]]} for group in groups]
 
 
+def routed_groups(config: OptimizerConfig, groups: Groups) -> Groups:
+    """`groups` as `celo2.routing_table` reads them: `update` is the name of the optimizer, whose rates and decays they have."""
+    entry = entry_of(config)
+    if entry.takes_rule:
+        return as_celo2_groups(groups)
+    found = []
+    for kind, group in by_kind(groups):
+        own: dict[str, Any] = {"update": "adamw"}
+        if kind in ROUTES[entry.route]:
+            lr = config.lr if entry.one_lr else group["lr"]
+            own = {"update": config.name, "lr": lr, "weight_decay": group["weight_decay"] * entry.decay}
+        found.append({**without(group, "role"), **own})
+    return found
+
+
 def build_optimizer(
     config: OptimizerConfig,
     groups: Groups,

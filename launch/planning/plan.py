@@ -11,7 +11,7 @@ from configs.length import batch_sizes
 from configs.schema import Config
 from data.batches import Batches
 from launch.distributed.blocks import required_blocks
-from launch.optimizers.build import as_celo2_groups, check_matrices, optimizer_groups
+from launch.optimizers.build import check_matrices, optimizer_groups, routed_groups
 from launch.planning.activations import activation_elements, loss_elements, recomputed_share
 from launch.planning.cost import ASSUMED_STATE, setup_of, workload_of
 from launch.planning.machines import Machine
@@ -123,7 +123,7 @@ def make_plan(config: Config, world: int, machine: Machine) -> str:
         batches = Batches(shards, context, sizes, config.run.seed)
         notes = [*prompt_notes(config, shards, context), *mixture_notes(batches, shards, config.train.steps)]
         lines += [f"note: {note}" for note in notes]
-    lines += ["", routing_table(as_celo2_groups(groups))]
+    lines += ["", routing_table(routed_groups(config.optimizer, groups))]
     return "\n".join(lines)
 
 

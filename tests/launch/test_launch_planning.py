@@ -4,12 +4,14 @@ from dataclasses import replace
 
 import pytest
 
+from celo2 import routing_table
 from celo2.training.configuration import Written
 from celo2.training.idle import refuse_idle
 from configs.load import ConfigError
 from configs.schema import Checkpoint, Config, Eval, Log, Optimizer, Schedule
 from data import DataError
 from data.batches import fit_micro_batch
+from launch.optimizers.build import optimizer_groups, routed_groups
 from launch.optimizers.idle import IDLE
 from launch.planning.cost import Setup, Workload
 from launch.planning.machines import MACHINES, Machine, machine_of
@@ -17,6 +19,7 @@ from launch.planning.memory import peaks
 from launch.planning.remedies import remedy_lines
 from launch.planning.table import fitting_worlds, on
 from launch.planning.units import duration, size
+from models.gpt3 import GPT3Config, GPT3LMHeadModel
 
 LAUNCHED = {"LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 
@@ -152,3 +155,16 @@ def test_what_was_written_and_does_nothing(config, file, overrides, outcome):
             refuse_idle(config, IDLE, Written(file, overrides))
     else:
         assert bool(refuse_idle(config, IDLE, Written(file, overrides))) == (outcome == "noted")
+
+
+@pytest.mark.parametrize(
+    ("name", "matrices", "embeddings"),
+    [("celo2", "celo2 0.002 0.1", "adamw 0.01 0.1"), ("muon", "muon 0.002 0.1", "adamw 0.01 0.1"),
+     ("adamw", "adamw 0.002 0.1", "adamw 0.01 0.1"), ("lion", "lion 0.002 0.3", "lion 0.002 0.3")],
+)  # fmt: skip
+def test_the_routing_names_the_optimizer(name, matrices, embeddings):
+    config = Optimizer(name=name, lr=2e-3, adamw_lr=1e-2)
+    model = GPT3LMHeadModel(GPT3Config(vocab_size=16, layers=1, width=8, heads=2, context=8))
+    table = routing_table(routed_groups(config, optimizer_groups(config, model))).splitlines()
+    found = {line.split()[0]: " ".join(line.split()[4:7]) for line in table if " × " in line}
+    assert found["model.layers.*.attn.q_proj.weight"] == matrices and found["model.embed_tokens.weight"] == embeddings
