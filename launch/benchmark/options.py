@@ -1,13 +1,16 @@
 """`python -m launch.benchmark options CONFIG [KEY=VALUE ...]`: what options of a training run cost in a step of it.
 
-Short training runs of `train.py` itself take turns, with an option and without. The CPU seconds of the whole process count, so
-that other work on the machine matters less. Evaluations are compared with a run that evaluates as often without the option.
+Short training runs of `train.py` itself take turns, with an option and without, in another order in each round. The CPU seconds
+of the whole process count, so that other work on the machine matters less. Evaluations are compared with a run that evaluates as
+often without the option.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
+import random
 import statistics
 import tempfile
 import time
@@ -88,9 +91,11 @@ def measure(args: Namespace, device: torch.device) -> tuple[str, list[Row]]:
         raise ConfigError("benchmark options makes mixtures of its own: give data.dir, not data.mix")
     compared = contestants(str(config.data.dir), config.train.batch_size)
     seconds: dict[str, list[float]] = {name: [] for name in compared}
-    for _ in range(args.rounds):
-        for name, (_, options) in compared.items():
-            seconds[name].append(step_seconds([args.config, *args.overrides, *QUIET, *options]))
+    for number in range(args.rounds):
+        order = list(compared)
+        random.Random(number).shuffle(order)  # a run may pay for the one before it
+        for name in order:
+            seconds[name].append(step_seconds([args.config, *args.overrides, *QUIET, *compared[name][1]]))
     rows = []
     for name, (against, _) in compared.items():
         ratios = [own / other for own, other in zip(seconds[name], seconds[against], strict=True)]
@@ -102,6 +107,7 @@ def measure(args: Namespace, device: torch.device) -> tuple[str, list[Row]]:
 def step_seconds(arguments: list[str]) -> float:
     """CPU seconds of a step of train.py with these arguments. Raises ConfigError with its message if it fails."""
     clock, output = Clock(), io.StringIO()
+    gc.collect()  # of the run before
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         status = train.main([*arguments, f"run.dir={Path(folder) / 'run'}"], clock)
     if status != 0:
