@@ -77,7 +77,8 @@ def test_a_signal_saves_and_queues_again(slurm):
 @pytest.mark.slow  # 30 s of CPU: two starts of torchrun
 def test_slurm_stops_queues_again_and_goes_on(run, prepared, tmp_path):
     """The script with torchrun and a training run; only Slurm's own commands are stand-ins: what they are asked for happens."""
-    assert run("train.steps=8", "schedule.kind=constant", folder="whole")[0] == 0
+    constant = ["schedule.kind=constant", "schedule.warmup=0"]  # the rate does not follow from train.steps
+    assert run("train.steps=8", *constant, folder="whole")[0] == 0
     with socket.socket() as probe:  # the script's port follows from the number of the job
         while True:
             try:
@@ -105,7 +106,7 @@ def test_slurm_stops_queues_again_and_goes_on(run, prepared, tmp_path):
     environment |= {"SLURM_SUBMIT_DIR": str(root), "SLURM_JOB_ID": str(job), "SLURM_JOB_NUM_NODES": "1"}
     environment |= {"SLURM_JOB_NODELIST": "here", "OMP_NUM_THREADS": "1"}
     command = ["bash", str(CLUSTER / "slurm.sbatch"), str(tmp_path / "config.yaml"), f"data.dir={prepared}"]
-    command += [f"run.dir={tmp_path / 'run'}", "train.steps=8", "schedule.kind=constant", "train.micro_batch_size=4"]
+    command += [f"run.dir={tmp_path / 'run'}", "train.steps=8", *constant, "train.micro_batch_size=4"]
     metrics = tmp_path / "run" / "metrics.jsonl"
     with open(tmp_path / "output", "w") as output:
         first = subprocess.Popen([*command, "train.steps=1000000"], env=environment, stdout=output, stderr=output)
