@@ -153,7 +153,7 @@ def test_bad_urls_are_one_line(bucket, prepared, tmp_path):
     index = json.loads((prepared / "index.json").read_text()) | {"format": "token-files", "files": "."}
     for split in index["splits"].values():
         for shard in split["shards"]:
-            shard["offset"] = 0
+            shard |= {"offset": 0, "mtime_ns": 0}
     bucket.pipe_file("/bucket/prepared/index.json", json.dumps(index).encode())
     assert refused(tmp_path) == f"{URL}: its index points at files elsewhere; a remote folder is one that data.prepare wrote"
 
