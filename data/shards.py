@@ -120,7 +120,7 @@ def read_index(folder: Path) -> dict:
             numbers.extend(shard["mtime_ns"] for shard in content["shards"] if index["format"] == FILES_FORMAT)
             if content["tokens"] != sum(shard["tokens"] for shard in content["shards"]):
                 raise DataError(f"{path}: damaged, the shards of {split} do not have the tokens that it says")
-        whole = all(isinstance(number, int) for number in numbers) and all(isinstance(found, str) for found in hashes)
+        whole = all(type(number) is int for number in numbers) and all(isinstance(found, str) for found in hashes)
     except (LookupError, TypeError, AttributeError):
         whole = False
     if not whole:

@@ -63,12 +63,12 @@ class GPT3Config(PretrainedConfig):
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         for key in ("vocab_size", "layers", "width", "heads", "context"):
-            if not isinstance(getattr(self, key), int) or not 0 < getattr(self, key) < 1 << 31:
+            if type(getattr(self, key)) is not int or not 0 < getattr(self, key) < 1 << 31:
                 raise ValueError(f"{key} is {getattr(self, key)!r}, expected a number of at least 1")
         for key in ("tie_word_embeddings", "use_cache", "is_encoder_decoder"):
             if not isinstance(getattr(self, key), bool):
                 raise ValueError(f"{key} is {getattr(self, key)!r}, expected true or false")
-        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
+        if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout!r}, expected a number in [0, 1)")
         if self.width % self.heads:
             raise ValueError(f"{self.heads} heads do not divide the width {self.width}")

@@ -52,8 +52,8 @@ ALERT = 15.0  # s; half of what torchrun waits between SIGTERM and SIGKILL, and 
 GRACE = 3.0  # s; time for each rank to print an exception that all of them raise
 COLLECTIVE_TIMEOUT = 7 * 24 * 3600.0  # s; the first rank may work for long while the others wait for it
 PATIENCE = 5  # timeouts without a sign of work after which a rank that waits for a disk hangs
-# Code that waits for other ranks, or for a device that does.
-WAITING = ("torch/distributed/", "deepspeed/", "celo2/distributed/", "launch/distributed/", "launch/monitoring/guard.py")
+# Modules whose code waits for other ranks, or for a device that does.
+WAITING = ("torch.distributed.", "deepspeed.", "celo2.distributed.", "launch.distributed.", "launch.monitoring.guard.")
 OBSERVERS = 2  # ranks that read everybody's beat; the others read only these ranks', so that the store serves 1,024 ranks
 NAMED = 8  # ranks that a message names
 CONTINUES = "the run stops, and the same command continues from its newest checkpoint"
@@ -102,10 +102,9 @@ def place_of_main_thread() -> str:
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     if frame is None or frame.f_code.co_name == "_engine_run_backward":
         return ""
-    path = frame.f_code.co_filename.replace(os.sep, "/")
-    if any(part in path for part in WAITING):
+    if f"{frame.f_globals.get('__name__')}.".startswith(WAITING):
         return ""
-    return f"{frame.f_code.co_name} ({path.rpartition('/')[2]}:{frame.f_lineno})"
+    return f"{frame.f_code.co_name} ({os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno})"
 
 
 def in_one_line(sentences: list[str]) -> str:

@@ -136,9 +136,8 @@ def source_config(source: Source) -> PretrainedConfig:
         )
     with quiet():  # no advice on special tokens
         config = read_model_config(source.path)
-    if config.model_type not in (*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "gpt3") or not isinstance(
-        getattr(config, "vocab_size", None), int
-    ):
+    known = config.model_type in (*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "gpt3")
+    if not known or type(getattr(config, "vocab_size", None)) is not int:
         raise ConfigError(
             f"model.init: {source.name} is a {config.model_type}, which is no causal language model of transformers"
         )

@@ -215,6 +215,7 @@ def test_an_index_that_lacks_something_is_named(folder):
     for entry in (
         *({"splits": splits} for splits in ({"train": {}}, {"train": {"shards": [{"name": "x"}]}}, [], {"train": no_hash})),
         {"tokenizer_sha256": None},
+        {"vocab_size": True},
     ):
         edit_index(folder, **index | entry)
         with pytest.raises(DataError, match=r"index\.json: damaged"):

@@ -246,6 +246,14 @@ def test_heads_that_do_not_divide_the_width():
         GPT3Config(width=32, heads=3)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("layers", True), ("heads", 0), ("width", 32.0), ("dropout", False), ("use_cache", 1)]
+)
+def test_a_value_that_is_no_size(key, value):
+    with pytest.raises(ValueError, match=rf"^{key} is {value!r}, expected"):
+        GPT3Config(**{key: value})
+
+
 def test_compiles_without_graph_breaks():
     model, ids = lively_model().train(), tokens(2, 16)
     loss = model(ids, labels=ids).loss
