@@ -34,6 +34,7 @@ from launch.monitoring.metrics import Metrics
 from launch.monitoring.signals import STOPPED, StopSignals
 from launch.monitoring.step_statistics import StepStatistics, hidden_names
 from launch.optimizers.build import set_mode
+from launch.optimizers.width import at_width_of
 from launch.private import leave
 from launch.run.agreement import identity_of
 from launch.run.branch import checkpoint_folders, config_of_line
@@ -122,6 +123,7 @@ def pretrain(
     evaluator = Evaluator(config, accelerator, validation, context, heartbeat.mark)
     flops, parameters, hidden = flops_per_token(model, context), model.num_parameters(), hidden_names(model)
     heartbeat.mark("sharding model and optimizer")
+    chosen = replace(chosen, optimizer=at_width_of(model, chosen.optimizer))
     strategy = make_strategy(chosen, accelerator, model, weights)
     strategy.host.waits = heartbeat.waits
     require_finite(accelerator, weights, files)
@@ -257,7 +259,7 @@ def pretrain(
                 batches, stream = open_batches(config, shards, context, state, accelerator)
                 since = replace(state)
             elif verdict is not None and logged:
-                record = training_record(state, since, verdict, config, factor, peak_speed) | memory(accelerator)
+                record = training_record(state, since, verdict, chosen, factor, peak_speed) | memory(accelerator)
                 record |= statistics.record() | inside.record(verdict.grad_norm) | epochs_record(batches, shards, state.step)
                 metrics.write(record)
                 display.training(record)

@@ -91,6 +91,9 @@ class Optimizer:
         None, "peak learning rate of embeddings, output layer, biases and norms; null: lr", at_least(0)
     )
     weight_decay: float = option(0.1, "decoupled decay of matrices and embeddings; biases and norms have none", at_least(0))
+    base_width: int | None = option(
+        None, "width of the model that these rates were found with; that of another width gets those that follow", at_least(1)
+    )
     cautious_weight_decay: bool = option(False, "decay only where the update moves a weight towards 0, too (arXiv 2510.12402)")
     ema_nesterov: float = option(
         0.0, "EMA-Nesterov (arXiv 2605.25395): how far ahead the gradient is taken, 0.6 with muon; 0: not", at_least(0)

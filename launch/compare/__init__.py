@@ -5,7 +5,7 @@ keys.py          what can be searched for (--search), and what a setting means; 
 comparison.py    which training runs a comparison asks for, in which order
 trials.py        trials as ordinary runs in folders of their own, started, watched and reused
 curves.py        a run read from its folder: where it stands, its curves, state bytes; interpolation and crossings
-ladder.py        model sizes and budgets (--sizes); transfer.py: rates of wider models; speedup.py: data speedups and their trend
+ladder.py        model sizes and budgets (--sizes); speedup.py: data speedups and their trend
 target.py        tokens to a loss and a test (--target-loss); planning.py: how many seeds; sensitivity.py: what a search says
                  (intervals, tests and power: celo2/training/statistics.py)
 summary.py       all numbers and sentences of the report, as one JSON object

@@ -18,9 +18,8 @@ from launch.compare.curves import Run, read_run
 from launch.compare.keys import SEARCHABLE, checked, keys_of, overrides_of, values_of
 from launch.compare.ladder import REFERENCE, Rung, rungs_of, searched_at
 from launch.compare.planning import planned
-from launch.compare.transfer import at_width, exponents_of, stated
 from launch.compare.trials import Pool, Trial
-from launch.optimizers.table import entry_of
+from launch.optimizers.width import at_width, stated
 from launch.run.mixture import name_of_data
 from launch.run.setup import open_data
 
@@ -54,6 +53,8 @@ class Comparison:
         """The rungs, without which the search's rung is the configuration's own model and budget."""
         if all(c.label.partition("{")[0] != REFERENCE for c in self.contestants):
             raise ConfigError(f"--sizes needs {REFERENCE} among --optimizers: speedups are measured against its fit")
+        if any(section.base_width is not None for section in (self.config.optimizer, *(c.section for c in self.contestants))):
+            raise ConfigError("--sizes gives every width the rates that follow from the smallest: leave out optimizer.base_width")
         return rungs_of(self.args.config, self.args.overrides, self.args.sizes, self.args.tokens_per_parameter)
 
     def check_data(self) -> None:
@@ -170,7 +171,7 @@ class Comparison:
         followed = {"lr": usual["lr"], "weight_decay": usual["weight_decay"]}
         if contestant.takes_adamw_lr:
             followed["adamw_lr"] = usual["adamw_lr"]
-        wide = at_width(followed | chosen, base.width, rung.width, exponents_of(entry_of(contestant.section).orthogonalizes))
+        wide = at_width(followed | chosen, base.width, rung.width, contestant.section)
         return {name: float(f"{value:.3g}") for name, value in wide.items()}
 
     def seeds(self) -> range:

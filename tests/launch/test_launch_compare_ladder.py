@@ -22,7 +22,6 @@ from launch.compare.planning import planned
 from launch.compare.report import render
 from launch.compare.speedup import Cell, Speedup, Speedups, why_no_fit
 from launch.compare.target import RECORD_LEVEL, target_record
-from launch.compare.transfer import ADAM, ORTHOGONALIZED, at_width
 from launch.compare.trials import Pool, outcome
 
 SPEEDUP = 1.5  # of muon over adamw
@@ -167,6 +166,7 @@ def test_a_ladder_from_search_to_page(ladder, tmp_path):
         (["--sizes", "gpt3-nano", "--tokens-per-parameter", "much"], "--tokens-per-parameter much: expected positive numbers"),
         (["--sizes", "gpt3-nano", "--tokens-per-parameter", "0.1"], "gpt3-nano would train for 2 steps, expected at least 20"),
         (["--sizes", "gpt3-nano", "--tokens-per-parameter", "5", "model.width=48"], "leave out model.width"),
+        (["--sizes", "gpt3-nano", "--tokens-per-parameter", "5", "optimizer.base_width=32"], "leave out optimizer.base_width"),
         (["--target-loss", "low"], "--target-loss low: expected a positive number"),
         (["--search-seeds", "0"], "--search-seeds: 0 is no whole number of at least 1"),
     ],
@@ -239,13 +239,6 @@ def test_what_a_fit_cannot_say():
     assert missing.at(0) is None and missing.at(1).low < 1.4 < missing.at(1).high
     with pytest.raises(ValueError, match="do not fall"):
         Speedups(cells, list(reversed(reference)), other)
-
-
-def test_transfer_by_width():
-    values = {"lr": 1e-3, "weight_decay": 0.1, "adamw_lr": 1e-2, "beta2": 0.95}
-    assert at_width(values, 64, 64, ADAM) == values
-    assert at_width(values, 64, 256, ORTHOGONALIZED) == pytest.approx(values | {"lr": 5e-4, "weight_decay": 0.025})
-    assert at_width(values, 64, 256, ADAM) == pytest.approx(values | {"lr": 2.5e-4})
 
 
 def test_the_records_test_is_a_special_case():

@@ -1,4 +1,4 @@
-"""The one rule by which rates of a small model become those of a wider one, where no search was made.
+"""The one rule by which rates that were found at one width become those of a model of another width.
 
 An update that is orthogonalized and has RMS 1 has the spectral norm √max(R, C), so that its learning rate falls with the square
 root of the width and its decay with the width. An update of Adam's kind has a learning rate that falls with the width (arXiv
@@ -11,7 +11,14 @@ The first exponent was measured on small transformers of width 16 to 64: −0.55
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from configs.load import ConfigError
+from configs.schema import Optimizer
+from launch.optimizers.table import entry_of, uses_adamw_lr
 
 
 @dataclass(frozen=True)
@@ -27,14 +34,28 @@ ORTHOGONALIZED = WidthExponents(lr=-0.5, weight_decay=-1.0)
 ADAM = WidthExponents(lr=-1.0, weight_decay=0.0)
 
 
-def at_width(values: Mapping[str, float], found_at: int, width: int, exponents: WidthExponents) -> dict[str, float]:
-    """The values of a model of `width` from those that were found at the width `found_at`, by key."""
+def at_width(values: Mapping[str, float], found_at: int, width: int, optimizer: Optimizer) -> dict[str, float]:
+    """The values of a model of `width` from those that `optimizer` was found to need at the width `found_at`, by key."""
+    exponents = ORTHOGONALIZED if entry_of(optimizer).orthogonalizes else ADAM
     return {key: value * (width / found_at) ** getattr(exponents, key, 0.0) for key, value in values.items()}
 
 
-def exponents_of(orthogonalizes: bool) -> WidthExponents:
-    """The exponents of an optimizer."""
-    return ORTHOGONALIZED if orthogonalizes else ADAM
+def at_width_of(model: nn.Module, optimizer: Optimizer) -> Optimizer:
+    """The section `optimizer` with the rates of this model, where `base_width` says at which width they were found.
+
+    Raises:
+        ConfigError: the configuration of the model has no width.
+    """
+    if optimizer.base_width is None:
+        return optimizer
+    width = getattr(model.config, "hidden_size", None)
+    if not isinstance(width, int):
+        raise ConfigError("optimizer.base_width: the model's configuration has no hidden_size; leave it out and set the rates")
+    found = {"lr": optimizer.lr, "weight_decay": optimizer.weight_decay}
+    if uses_adamw_lr(optimizer):
+        found["adamw_lr"] = optimizer.lr if optimizer.adamw_lr is None else optimizer.adamw_lr
+    followed: dict[str, Any] = {**at_width(found, optimizer.base_width, width, optimizer)}
+    return replace(optimizer, base_width=None, **followed)
 
 
 def stated(found_at: str) -> str:
