@@ -242,6 +242,26 @@ def at_the_start(s: Search) -> dict[str, Setting]:
     return {key.name: moved(chosen, i, key.first) for i, key in enumerate(s.keys) if chosen[i] != key.first}
 
 
+def lowered(s: Search, names: Sequence[str], error: float) -> Setting:
+    """The chosen setting with lower values where the search does not tell them from it: each key of `names`, one after the other,
+    at the lowest value on its line whose loss is at most `error` above the chosen one's. One that was given stays.
+
+    Raises:
+        ValueError: every trial diverged.
+    """
+    through = s.chosen
+    if through is None:
+        raise ValueError("every trial diverged: no setting was chosen")
+    if s.given is not None:
+        return through
+    limit = s.tried[through] + error
+    for index, key in enumerate(s.keys):
+        if key.name in names:
+            low = min(value for value, loss in line(s.tried, through, index).items() if loss <= limit)
+            through = moved(through, index, low)
+    return through
+
+
 @dataclass(frozen=True)
 class Sensitivity:
     """How the loss depends on one key, all others at their best."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from celo2.training.search import FACTOR, MOST_ROUNDS, Key, Search, Setting, at_the_start, begin, grid, search
+from celo2.training.search import FACTOR, MOST_ROUNDS, Key, Search, Setting, at_the_start, begin, grid, lowered, search
 from configs.length import batch_sizes
 from configs.load import ConfigError, load_config
 from data.files import replace_text
@@ -26,6 +27,7 @@ from launch.run.setup import open_data
 POINTS = 20  # evaluations that a curve has at least: tokens to a loss are interpolated between them
 TRIALS_PER_KEY = 6  # of a joint search, unless --trials says how many
 FIRST_LRS = 3  # that a joint search begins with
+RATES = ("lr", "adamw_lr")  # of which a ladder takes the lowest that the search does not tell from the best
 FLOPS = "FLOPs are the model's (forward and backward), without the optimizer's own, which the seconds contain."
 INTERVALS = (
     "Intervals are Student's t over seeds, at 95 % confidence. Differences are {pairing}, and tested two-sided, with Holm's "
@@ -48,6 +50,7 @@ class Comparison:
         self.check_data()
         self.pool = Pool(args.parallel)
         self.searched: list[Trial] = []
+        self.error = 0.0  # standard error of a difference in the search
 
     def ladder(self) -> list[Rung]:
         """The rungs, without which the search's rung is the configuration's own model and budget."""
@@ -163,7 +166,8 @@ class Comparison:
 
     def values(self, contestant: Contestant, s: Search, rung: Rung | None) -> dict[str, float]:
         """The chosen values by key; at a rung of another width, those that follow from them by the rule."""
-        chosen = dict(zip((key.name for key in s.keys), s.chosen or (), strict=True))
+        setting = () if s.chosen is None else s.chosen if rung is None else lowered(s, RATES, self.error)
+        chosen = dict(zip((key.name for key in s.keys), setting, strict=True))
         base = searched_at(self.rungs) if self.rungs else None
         if rung is None or base is None or rung.width == base.width:
             return chosen
@@ -198,6 +202,15 @@ class Comparison:
     def plan(self, searches: dict[str, Search]) -> dict[str, Any]:
         """How many seeds would tell the contestants apart, said before the final runs."""
         found = planned(searches, self.args.seeds)
+        self.error = (found["sd"] or 0.0) / math.sqrt(self.args.search_seeds)
+        for s in searches.values():
+            if self.rungs and s.chosen is not None:
+                taken = zip(s.keys, lowered(s, RATES, self.error), s.chosen, strict=True)
+                s.notes += [
+                    f"the ladder takes {key.name} {low:g} and not {best:g}, which the search does not tell apart"
+                    for key, low, best in taken
+                    if low != best
+                ]
         for line in found["sentences"]:
             self.pool.say(line)
         return found
@@ -242,8 +255,14 @@ class Comparison:
         return said
 
     def rule(self) -> str:
-        """By which rule the settings of other widths follow."""
-        return stated(searched_at(self.rungs).text)
+        """By which rule the settings of a ladder follow from the search."""
+        said = stated(searched_at(self.rungs).text)
+        if self.error:
+            said += (
+                " Of learning rates that the search does not tell from the best (within one standard error, "
+                f"{self.error:.2g}), the ladder takes the lowest: more data and larger models bear less."
+            )
+        return said
 
     def search_method(self, names: Sequence[str], seeds: str) -> list[str]:
         """How the search went, in sentences."""

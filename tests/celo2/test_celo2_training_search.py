@@ -14,6 +14,7 @@ from celo2.training.search import (
     best,
     edge,
     grid,
+    lowered,
     next_setting,
     next_value,
     open_sides,
@@ -122,6 +123,21 @@ def test_a_joint_search_finds_the_bottom_with_as_many_trials_for_all():
     again = Search(KEYS)  # the same losses lead the same way, so that a search continues from its trials alone
     search({"a": again}, {"a": begin(KEYS, grid(1e-3, 3))}, 18, lambda _, w: [(bowl(x),) for _, x in w], lambda _: None)
     assert list(again.tried)[:18] == list(a.tried)[:18]
+
+
+def test_lower_rates_that_are_not_told_apart():
+    """One key after the other, each along the line of what was taken so far; only the named ones, and nothing that was given."""
+    keys = (Key("lr", 1.0), Key("adamw_lr", 1.0), Key("weight_decay", 1.0))
+    losses = {(4.0, 4.0, 1.0): 3.0, (2.0, 4.0, 1.0): 3.01, (1.0, 4.0, 1.0): 3.03, (8.0, 4.0, 1.0): 3.001}
+    losses |= {(4.0, 2.0, 1.0): 3.005, (2.0, 2.0, 1.0): 3.02, (2.0, 1.0, 1.0): 3.015, (4.0, 4.0, 0.5): 3.001}
+    s = Search(keys, {setting: (loss - 0.1, loss + 0.1) for setting, loss in losses.items()})
+    assert s.chosen == (4.0, 4.0, 1.0) == lowered(s, ("lr", "adamw_lr"), 0.0)
+    assert lowered(s, ("lr", "adamw_lr"), 0.0155) == (2.0, 1.0, 1.0) and lowered(s, ("adamw_lr",), 0.0155) == (4.0, 2.0, 1.0)
+    assert lowered(s, ("lr", "adamw_lr", "weight_decay"), 0.0021) == (4.0, 4.0, 0.5)
+    s.given = (8.0, 4.0, 1.0)
+    assert lowered(s, ("lr", "adamw_lr"), 1.0) == s.given
+    with pytest.raises(ValueError, match="every trial diverged"):
+        lowered(Search(keys, {(1.0, 1.0, 1.0): (math.inf,)}), ("lr",), 0.0)
 
 
 def test_sensitivity_of_a_parabola():

@@ -182,6 +182,27 @@ def test_a_ladder_needs_its_reference(ladder, tmp_path, capsys):
     assert compare.main(words) == 2 and "--sizes needs adamw among --optimizers" in capsys.readouterr().err
 
 
+def test_a_ladder_takes_the_lowest_of_rates_that_the_search_does_not_tell_apart(ladder, tmp_path, monkeypatch):
+    """A loss that falls by less than the noise of the search for four times the adamw_lr, up to 0.16."""
+
+    bowl = loss_of
+
+    def nearly_flat(config):
+        rate = config.optimizer.adamw_lr
+        return bowl(config) - 0.02 * math.log2(rate / 4e-2) ** 2 - 1e-6 * math.log2(min(rate, 0.16))
+
+    monkeypatch.setitem(write.__globals__, "loss_of", nearly_flat)
+    words = ["--search", "lr", "adamw_lr", "--trials", "8", "--search-seeds", "2", "--seeds", "1"]
+    status, _, err = ladder(*words, "--sizes", "gpt3-nano", "--tokens-per-parameter", "5", "20")
+    assert status == 0, err
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    for row in results["optimizers"]:
+        assert {entry["key"]: entry["chosen"] for entry in row["search"]["keys"]}["adamw_lr"] >= 0.04
+        assert any(note.startswith("the ladder takes adamw_lr 0.01 and not 0.") for note in row["search"]["notes"])
+        assert {rung["settings"][row["label"]]["adamw_lr"] for rung in results["ladder"]["rungs"]} == {0.01}
+    assert "does not tell from the best (within one standard error, 1.3e-05)" in results["ladder"]["rule"]
+
+
 def test_betas_schedule_and_clip_are_searched_when_asked(ladder, tmp_path):
     """Each contestant has the keys that change anything for it; betas go into the constructor's arguments together."""
     words = ["--search", "beta2", "beta1", "schedule.final", "train.grad_clip", "--trials", "9", "--seeds", "1"]
