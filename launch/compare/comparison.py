@@ -225,7 +225,7 @@ class Comparison:
             adamw += f", and then searched over {', '.join(f'{v:g}' for v in a.adamw_lrs)} at the chosen learning rate"
         joint = a.search or ["lr"]
         if "adamw_lr" in joint:
-            adamw += ", where the search began,"
+            adamw += ", where the search began"
         whole = f"the same budget: {c.train.steps:,} steps of {batch_sizes(vars(c.train)).text('sequences')}"
         budget = "the budget of each rung" if self.rungs else whole
         every = "twenty times or more" if self.rungs else f"every {self.eval_every(c.train.steps)} steps"

@@ -17,6 +17,8 @@ from models.sizes import SIZES
 REFERENCE = "adamw"  # whose fit the speedups are measured against
 FEWEST_STEPS = 20
 BEYOND = ("gpt3-125m", "gpt3-1.3b")  # sizes that a ladder on CPUs does not run, for which the trend is said
+WIDEST = 10  # a trend whose interval spans a larger factor says nothing
+MISFIT = 0.005  # nats; a fit that misses the reference's means by more is named
 SHAPE = ("layers", "width", "heads", "hf", "init", "size")  # what --sizes sets, or overrules
 
 
@@ -165,6 +167,12 @@ def add_speedups(
             found["fit"] = {
                 "exponent": fit.exponent, "unit": fit.unit, "scale": fit.scale, "floor": fit.floor, "misfit": fit.misfit
             }  # fmt: skip
+            if fit.misfit > MISFIT or fit.at_edge:
+                edge = ", with the smallest or largest B that is tried" if fit.at_edge else ""
+                found["notes"].append(
+                    f"{label}'s losses are no power law here: the fit misses them by up to {fit.misfit:.3f} nats{edge}. The "
+                    "intervals of the speedups do not hold that error."
+                )
             continue
         at_cells = [(rung, speedups.at(i)) for i, rung in enumerate(rungs)]
         found["speedups"] += [
@@ -173,8 +181,13 @@ def add_speedups(
         longest = max(rung.ratio for rung in rungs)
         for size, weights in beyond.items():
             said = speedups.trend(weights, longest)
-            if said is not None:
-                found["trend"].append({"label": label, "size": size, "weights": weights, "ratio": longest} | as_json(said))
+            if said is None:
+                continue
+            if said.low and said.high and said.high > WIDEST * said.low:
+                silent = f"{label}: the trend over the ladder says nothing of {size}, since its interval spans a factor of"
+                found["notes"].append(f"{silent} {said.high / said.low:,.0f}.")
+                continue
+            found["trend"].append({"label": label, "size": size, "weights": weights, "ratio": longest} | as_json(said))
         known = [(rung, s) for rung, s in at_cells if s is not None]
         if known:
             found["sentences"].append(sentence(label, reference, *known[-1]))

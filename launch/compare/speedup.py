@@ -16,7 +16,7 @@ from statistics import fmean, variance
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize_scalar
+from scipy.optimize import lsq_linear, minimize_scalar
 
 from celo2.training.statistics import half_width
 
@@ -48,6 +48,7 @@ class Fit:
     scale: dict[str, float]
     floor: dict[str, float]
     misfit: float  # the largest distance of a mean from the fit, nats
+    at_edge: bool  # no exponent within EXPONENTS fits better than one at their end
     by_losses: dict[str, Vector]  # derivatives of (exponent, scale, floor) of a size by the losses of the cells, (3, C)
 
     def log_tokens(self, size: str, loss: float) -> float:
@@ -73,8 +74,8 @@ def why_no_fit(cells: Sequence[Cell]) -> str | None:
 
 
 def fit(cells: Sequence[Cell], losses: Sequence[float]) -> Fit:
-    """Least squares over the cells. B is common to all sizes and each has its own β; α is its own too where every size has three
-    numbers of tokens or more, else common.
+    """Least squares over the cells. B is common to all sizes and each has its own β, which is not below 0, as no loss is; α is
+    its own too where every size has three numbers of tokens or more, else common.
 
     Raises:
         ValueError: the losses do not fall with the tokens.
@@ -89,7 +90,10 @@ def fit(cells: Sequence[Cell], losses: Sequence[float]) -> Fit:
         """Squared error, coefficients and residuals at an exponent."""
         falling = np.exp(-math.exp(log_exponent) * logs)[:, None]
         design = np.hstack([falling * member if own else falling, member])
+        least = np.concatenate([np.full(design.shape[1] - len(sizes), -np.inf), np.zeros(len(sizes))])
         found = np.linalg.lstsq(design, y, rcond=None)[0]
+        if (found < least).any():
+            found = lsq_linear(design, y, (least, np.inf), method="bvls").x
         rest = y - design @ found
         return float(rest @ rest), found, rest
 
@@ -111,10 +115,11 @@ def fit(cells: Sequence[Cell], losses: Sequence[float]) -> Fit:
     # The derivatives of a least-squares fit by its data are the pseudo-inverse of the fit's own, as far as residuals are small.
     falling = np.exp(-exponent * logs)[:, None]
     by_exponent = -logs[:, None] * falling * (member @ scales)[:, None]
-    inverse = np.linalg.pinv(np.hstack([by_exponent, falling * member if own else falling, member]))
+    inverse = np.linalg.pinv(np.hstack([by_exponent, falling * member if own else falling, member * (floors > 0)]))
     by_losses = {size: inverse[[0, 1 + i if own else 1, -count + i]] for i, size in enumerate(sizes)}
     scale, floor = dict(zip(sizes, scales.tolist(), strict=True)), dict(zip(sizes, floors.tolist(), strict=True))
-    return Fit(exponent, unit, scale, floor, float(np.abs(rest).max()), by_losses)
+    at_edge = not low + 1e-6 < found.x < high - 1e-6
+    return Fit(exponent, unit, scale, floor, float(np.abs(rest).max()), at_edge, by_losses)
 
 
 @dataclass(frozen=True)

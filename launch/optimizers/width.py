@@ -5,8 +5,8 @@ root of the width and its decay with the width. An update of Adam's kind has a l
 2203.03466) and a decay that stays. The rate of embeddings, output layer and vectors stays.
 
 Measured on small transformers (docs/meta-training.md, "Rates and widths"): the exponent of lr between widths 32 and 128 is −0.52
-(standard error 0.05) for celo2-lm, −0.52 (0.02) for celo2 and −0.63 (0.08) for Muon, and the best adamw_lr is the same. That AdamW's
-lr falls with the width is in accord with three widths. The exponents of the decay are assumptions.
+(standard error 0.05) for celo2-lm, −0.52 (0.02) for celo2 and −0.63 (0.08) for Muon, and the best adamw_lr is the same. That
+AdamW's lr falls with the width is in accord with three widths. The exponents of the decay are assumptions.
 """
 
 from __future__ import annotations

@@ -17,10 +17,10 @@ from celo2.training.statistics import detectable
 from configs.load import to_yaml
 from configs.schema import Config
 from launch.compare import __main__ as compare
-from launch.compare.ladder import notes, searched_at, sentence, weights_beyond
+from launch.compare.ladder import Rung, ladder_record, notes, searched_at, sentence, weights_beyond
 from launch.compare.planning import planned
 from launch.compare.report import render
-from launch.compare.speedup import Cell, Speedup, Speedups, why_no_fit
+from launch.compare.speedup import Cell, Speedup, Speedups, fit, why_no_fit
 from launch.compare.target import RECORD_LEVEL, target_record
 from launch.compare.trials import Pool, outcome
 
@@ -234,6 +234,44 @@ def test_speedups_of_curves_without_noise_are_exact(ratios, sizes):
         assert speedups.at(i).value == pytest.approx(1.4, rel=1e-3)
     assert speedups.at(len(speedups.cells) - 1).beyond and not speedups.at(0).beyond
     assert speedups.trend(1e9, 20).value == pytest.approx(1.4, rel=1e-2)
+
+
+def test_no_floor_is_below_zero():
+    """Losses that fall along a straight line in log D, which no power law with a floor above 0 does: B is not driven to 0."""
+    cells = [Cell("a", 1e5, tokens) for tokens in (1e5, 2e5, 4e5, 8e5)]
+    losses = [3 - 0.8 * math.log(cell.tokens / 1e5) for cell in cells]
+    found = fit(cells, losses)
+    assert found.floor["a"] == 0 and 0.2 < found.exponent < 0.7 and not found.at_edge
+    assert 0.02 < found.misfit < 0.2
+    h = 1e-4  # derivatives of the exponent by the losses
+    for i in range(len(cells)):
+        moved = [loss + h * (i == j) for j, loss in enumerate(losses)]
+        assert found.by_losses["a"][0, i] == pytest.approx((fit(cells, moved).exponent - found.exponent) / h, abs=0.1)
+
+
+def test_a_trend_that_says_nothing_and_a_fit_that_misses_are_named():
+    """Losses of AdamW that fall along a line, and a speedup that grows with the model, tenfold from size to size."""
+    rng = random.Random(0)
+    rungs, runs = [], {}
+    for k, size in enumerate(("gpt3-nano", "gpt3-micro")):
+        for ratio in (5.0, 10.0, 20.0):
+            weights = 40_000 * 4**k
+            rung = Rung(size, ratio, weights, 32 * 2**k, 100, round(weights * ratio), 0.1)
+            rungs.append(rung)
+            own = 5 - 0.35 * math.log(rung.tokens / 1e5) + 0.1 * (ratio == 10)
+            runs[rung.name] = {
+                "adamw": made_runs("adamw", [own + rng.gauss(0, 0.01) for _ in range(3)]),
+                "muon": made_runs("muon", [own - 0.2 - 0.5 * k + rng.gauss(0, 0.01) for _ in range(3)]),
+            }
+    record = ladder_record(rungs, runs, {"gpt3-1.3b": 1_300_000_000}, "")
+    assert not record["trend"] and len(record["sentences"]) == 1
+    assert any(
+        re.match(r"muon: the trend over the ladder says nothing of gpt3-1.3b, since its interval spans", n)
+        for n in record["notes"]
+    )
+    assert any(
+        re.match(r"adamw's losses are no power law here: the fit misses them by up to 0\.0\d+ nats", n) for n in record["notes"]
+    )
 
 
 def test_intervals_hold_the_truth_as_often_as_they_promise():
