@@ -160,6 +160,7 @@ def add_speedups(
 ) -> None:
     """Put fit, speedups, trend and sentences into the section."""
     cells = [Cell(rung.size, rung.weights, rung.tokens) for rung in rungs]
+    silent: dict[str, dict[str, float]] = {}
     for label in losses:
         speedups = Speedups(cells, losses[reference], losses[label])
         if label == reference:
@@ -184,8 +185,7 @@ def add_speedups(
             if said is None:
                 continue
             if said.low and said.high and said.high > WIDEST * said.low:
-                silent = f"{label}: the trend over the ladder says nothing of {size}, since its interval spans a factor of"
-                found["notes"].append(f"{silent} {said.high / said.low:,.0f}.")
+                silent.setdefault(size, {})[label] = said.high / said.low
                 continue
             found["trend"].append({"label": label, "size": size, "weights": weights, "ratio": longest} | as_json(said))
         known = [(rung, s) for rung, s in at_cells if s is not None]
@@ -196,6 +196,11 @@ def add_speedups(
                 f"{label}: the trend over the ladder says {span(entry)} at {entry['size']} with {longest:g} tokens per weight, "
                 f"{entry['weights'] / rungs[-1].weights:,.0f} times the largest model that was run, if the line goes on."
             )
+    for size, spans in silent.items():
+        found["notes"].append(
+            f"The trend over the ladder says nothing of {size} for {', '.join(spans)}: an interval spans a factor of "
+            f"{min(spans.values()):,.0f} or more."
+        )
 
 
 def sentence(label: str, reference: str, rung: Rung, s: Speedup) -> str:
