@@ -72,12 +72,17 @@ function referenceLines() {
   });
 }
 
+function seedsOfSearch() {
+  const seeds = Math.max(...results.optimizers.map((row) => row.search?.seeds ?? 1));
+  return seeds > 1 ? `The mean of ${seeds} seeds.` : "One seed.";
+}
+
 function searchLines() {
   return results.optimizers.filter((row) => row.search?.lr.length && !view.hidden.has(row.label)).map((row) => ({
     label: row.label,
     points: row.search.lr.filter((p) => p.loss !== null).map((p) => [p.value, p.loss]),
     lost: row.search.lr.filter((p) => p.loss === null).map((p) => p.value),
-    chosen: row.lr,
+    chosen: row.search.chosen_lr ?? row.lr,
     marks: true,
   }));
 }
@@ -197,7 +202,7 @@ function start() {
   add("The same relative to the RMS of the weight", "training", "update_ratio");
   const host = document.getElementById("sensitivity");
   if (host) new Chart(host, { title: "Validation loss by learning rate", lines: searchLines, ownX: true, wide: true,
-    xName: "learning rate (optimizer.lr)", note: "One seed. Hollow: chosen; × at the top: diverged." });
+    xName: "learning rate (optimizer.lr)", note: `${seedsOfSearch()} Hollow: chosen; × at the top: diverged.` });
   legend(document.querySelector(".legend"));
   tables();
   control("x-axis", "change", (node) => { view.x = node.value; }, true);

@@ -151,7 +151,7 @@ def sensitivity(rows: Rows, labels: Labels, axes: Axes) -> None:
         if tried:
             own = style(row["label"], labels)
             axes.plot(*zip(*tried, strict=True), markersize=5, **own)
-            chosen = [point for point in tried if point[0] == row["lr"]]
+            chosen = [point for point in tried if point[0] == row["search"].get("chosen_lr", row["lr"])]
             if chosen:
                 axes.plot(*chosen[0], **own, markersize=9, markerfacecolor="white", markeredgewidth=2)
     top = axes.get_ylim()[1]

@@ -14,7 +14,8 @@ from celo2.training.statistics import difference
 def search_record(s: Search) -> dict[str, Any]:
     """The entry `search` of an optimizer in results.json.
 
-    `lr` and `adamw_lr`: losses along the key, all others at their best. `keys`: the same for every key, with the loss at twice
+    `lr` and `adamw_lr`: losses along the key, all others at their best. `chosen_lr`: the best, from which a ladder derives its
+    rates (absent in older files: that of the final runs). `keys`: the same for every key, with the loss at twice
     and half its value and the range within MARGIN of the best. `put_back`: the loss that is lost when one key alone goes back
     to where the search began, with its interval over the search's seeds. `points`: every setting that was tried.
     """
@@ -25,6 +26,7 @@ def search_record(s: Search) -> dict[str, Any]:
     found: dict[str, Any] = {
         "lr": losses_of(lines.get("lr", {})),
         "adamw_lr": losses_of(lines.get("adamw_lr", {})),
+        "chosen_lr": s.value("lr"),
         "trials": s.trials,
         "notes": s.notes,
         "seeds": max((len(losses) for losses in s.losses.values()), default=0),
