@@ -22,7 +22,7 @@ def averages(config: Config) -> bool:
 WITH_RULE = names_that_take_a_rule()
 FOR_A_RULE = f"{{value}} is for {WITH_RULE}, not for {{choice}}"
 IDLE = (
-    Idle("optimizer.rule", "optimizer.name", takes_rule, FOR_A_RULE),
+    Idle("optimizer.rule", "optimizer.name", takes_rule, FOR_A_RULE, detail=True),
     Idle("optimizer.state_dtype", "optimizer.name", takes_rule, FOR_A_RULE),
     Idle(
         "optimizer.adamw_lr",

@@ -141,7 +141,9 @@ def test_what_to_change_when_it_does_not_fit():
             set(),
             "noted",
         ),
-        (Config(optimizer=Optimizer("adamw", rule="celo2-lm")), {"optimizer.rule"}, {"optimizer.name"}, "refused"),
+        (Config(optimizer=Optimizer("adamw", rule="celo2-lm")), {"optimizer.rule"}, {"optimizer.name"}, "noted"),
+        (Config(optimizer=Optimizer("adamw", rule="celo2-lm")), {"optimizer.rule", "optimizer.name"}, set(), "refused"),
+        (Config(optimizer=Optimizer("adamw", rule="celo2-lm")), set(), {"optimizer.rule", "optimizer.name"}, "refused"),
         (Config(optimizer=Optimizer("adamw", adamw_lr=0.1)), set(), {"optimizer.adamw_lr"}, "accepted"),  # of embeddings
         (Config(log=Log(group="sweep")), set(), {"log.group"}, "refused"),
         (Config(log=Log(group="sweep")), {"log.group"}, {"log.trackers"}, "noted"),
