@@ -34,7 +34,7 @@ from launch.monitoring.metrics import Metrics
 from launch.monitoring.signals import STOPPED, StopSignals
 from launch.monitoring.step_statistics import StepStatistics, hidden_names
 from launch.optimizers.build import set_mode
-from launch.optimizers.width import at_width_of
+from launch.optimizers.width import at_width_of, width_note
 from launch.private import leave
 from launch.run.agreement import identity_of
 from launch.run.branch import checkpoint_folders, config_of_line
@@ -172,6 +172,7 @@ def pretrain(
         batches, stream = open_batches(config, shards, context, state, accelerator)
         start.notes.extend([*([taken] if taken and state.step == 0 else []), *saver.notes])
         start.notes.extend([*prompt_notes(config, shards, context), *mixture_notes(batches, shards, steps)])
+        start.notes.extend(width_note(config.optimizer, chosen.optimizer))
         if restart:
             start.notes.append(restart_note(restart))
         for note in [*start.notes, describe_training(config, parameters, optimizer, batches, world)]:

@@ -57,7 +57,7 @@ class Comparison:
         if all(c.label.partition("{")[0] != REFERENCE for c in self.contestants):
             raise ConfigError(f"--sizes needs {REFERENCE} among --optimizers: speedups are measured against its fit")
         if any(section.base_width is not None for section in (self.config.optimizer, *(c.section for c in self.contestants))):
-            raise ConfigError("--sizes gives every width the rates that follow from the smallest: leave out optimizer.base_width")
+            raise ConfigError("--sizes gives every width the rates that follow from the smallest: set optimizer.base_width=null")
         return rungs_of(self.args.config, self.args.overrides, self.args.sizes, self.args.tokens_per_parameter)
 
     def check_data(self) -> None:
@@ -242,6 +242,10 @@ class Comparison:
             said.append(f"The learning rate was given, not searched for. The runs have {seeds}.")
         if self.rungs:
             said.append(self.rule())
+        if c.optimizer.base_width is not None:
+            said.append(
+                f"Rates are those of width {c.optimizer.base_width}; the model's follow from them (optimizer.base_width)."
+            )
         if a.seeds > 1:
             said.append(INTERVALS.format(pairing="paired by seed"))
         said.append("A run counts as diverged if its loss stops being finite, or if it ends no lower than it began.")
@@ -260,7 +264,8 @@ class Comparison:
         if self.error:
             said += (
                 " Of learning rates that the search does not tell from the best (within one standard error, "
-                f"{self.error:.2g}), the ladder takes the lowest: more data and larger models bear less."
+                f"{self.error:.2g}), the ladder takes the lowest that was tried, first of lr, then of adamw_lr: more data and "
+                "larger models tolerate only lower ones."
             )
         return said
 

@@ -168,12 +168,13 @@ def add_speedups(
             found["fit"] = {
                 "exponent": fit.exponent, "unit": fit.unit, "scale": fit.scale, "floor": fit.floor, "misfit": fit.misfit
             }  # fmt: skip
-            if fit.misfit > MISFIT or fit.at_edge:
-                edge = ", with the smallest or largest B that is tried" if fit.at_edge else ""
+            if fit.misfit > MISFIT:
                 found["notes"].append(
-                    f"{label}'s losses are no power law here: the fit misses them by up to {fit.misfit:.3f} nats{edge}. The "
+                    f"{label}'s losses are no power law here: the fit misses them by up to {fit.misfit:.3f} nats. The "
                     "intervals of the speedups do not hold that error."
                 )
+            if fit.at_edge:
+                found["notes"].append(f"{label}'s fit ends at the smallest or the largest B that is tried, {fit.exponent:.2f}.")
             continue
         at_cells = [(rung, speedups.at(i)) for i, rung in enumerate(rungs)]
         found["speedups"] += [
@@ -184,8 +185,8 @@ def add_speedups(
             said = speedups.trend(weights, longest)
             if said is None:
                 continue
-            if said.low and said.high and said.high > WIDEST * said.low:
-                silent.setdefault(size, {})[label] = said.high / said.low
+            if said.low is not None and said.high is not None and said.high > WIDEST * said.low:
+                silent.setdefault(size, {})[label] = said.high / said.low if said.low else math.inf
                 continue
             found["trend"].append({"label": label, "size": size, "weights": weights, "ratio": longest} | as_json(said))
         known = [(rung, s) for rung, s in at_cells if s is not None]
@@ -199,7 +200,7 @@ def add_speedups(
     for size, spans in silent.items():
         found["notes"].append(
             f"The trend over the ladder says nothing of {size} for {', '.join(spans)}: an interval spans a factor of "
-            f"{min(spans.values()):,.0f} or more."
+            + (f"{min(spans.values()):,.0f} or more." if math.isfinite(min(spans.values())) else "more than can be said.")
         )
 
 

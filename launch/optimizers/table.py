@@ -31,6 +31,7 @@ class OptimizerEntry:
     idle_arguments: tuple[str, ...] = ()  # of the constructor, without effect in this entry
     asks_device: bool = False  # where its attribute `found_inf`, on the device, is 1, a step changes nothing: no host need wait
     orthogonalizes: bool = False  # the update of hidden matrices, by Newton–Schulz
+    width_rule: Literal["orthogonalized", "adam", "none"] = "adam"  # how rates follow the width (`launch.optimizers.width`)
     state_per_weight: int | None = None  # numbers of optimizer state for each weight that it updates; None: unknown
     # For comparisons: where a grid of learning rates begins, and what else the authors ask for.
     usual_lr: float | None = None  # what authors use for language models; None: the default of the constructor
@@ -51,7 +52,7 @@ CELO2: dict[str, Any] = {
     "usual_lr": 1e-3,  # arXiv 2602.19142: 3e-4 to 1e-3; an update has RMS 1
 }
 TABLE = {
-    "celo2": OptimizerEntry(**CELO2, orthogonalizes=True),
+    "celo2": OptimizerEntry(**CELO2, orthogonalizes=True, width_rule="orthogonalized"),
     "celo2-base": OptimizerEntry(**CELO2, all_hidden=True, idle_arguments=("betas", "eps", "ns_dtype", "orthogonalize")),
     # Learning rate: 6e-4 at 125M, more for smaller models (arXiv 2005.14165, table 2.1).
     "adamw": OptimizerEntry(
@@ -72,6 +73,7 @@ TABLE = {
         third_party=False,
         plain_matrices=True,
         orthogonalizes=True,
+        width_rule="orthogonalized",
         state_per_weight=1,
         usual_lr=1e-3,
     ),
@@ -109,6 +111,7 @@ TABLE = {
         {"momentum": 0.95, "beta2": 0.95, "update_scale": "match_rms"},
         options={"hidden": {"use_muon": True}},
         plain_matrices=True,
+        width_rule="orthogonalized",
         state_per_weight=1,
         usual_lr=1e-3,
     ),
@@ -146,6 +149,7 @@ TABLE = {
         options={"hidden": {"norm_type": 2, "scale": 50.0}, "embeddings": {"norm_type": 4, "scale": 3000.0}},  # LMONorm
         decay=0.0,
         plain_matrices=True,
+        width_rule="none",  # made so that its rates carry over
         state_per_weight=1,
         usual_lr=2.0**-12,
     ),
@@ -156,7 +160,7 @@ def entry_of(config: OptimizerConfig) -> OptimizerEntry:
     """The entry of the optimizer that `config` names, by a short name or a dotted path; without what its arguments turn off."""
     entry = TABLE.get(config.name) or OptimizerEntry(config.name)
     off = (config.arguments or {}).get("orthogonalize") is False
-    entry = replace(entry, orthogonalizes=False) if entry.orthogonalizes and off else entry
+    entry = replace(entry, orthogonalizes=False, width_rule="adam") if entry.orthogonalizes and off else entry
     return replace(entry, route=config.route) if config.route and chooses_route(config) else entry
 
 

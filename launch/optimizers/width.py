@@ -5,8 +5,9 @@ root of the width and its decay with the width. An update of Adam's kind has a l
 2203.03466) and a decay that stays. The rate of embeddings, output layer and vectors stays.
 
 Measured on small transformers (docs/meta-training.md, "Rates and widths"): the exponent of lr between widths 32 and 128 is −0.52
-(standard error 0.05) for celo2-lm, −0.52 (0.02) for celo2 and −0.63 (0.08) for Muon, and the best adamw_lr is the same. That
-AdamW's lr falls with the width is in accord with three widths. The exponents of the decay are assumptions.
+(standard error 0.05) for celo2-lm, −0.52 (0.02) for celo2 and −0.63 (0.08) for Muon, and an adamw_lr of 0.04 to 0.08 is
+good at all of them. That AdamW's lr falls with the width is in accord with three widths. The exponents of the decay, and those of
+other optimizers, are assumptions.
 """
 
 from __future__ import annotations
@@ -33,11 +34,12 @@ class WidthExponents:
 
 ORTHOGONALIZED = WidthExponents(lr=-0.5, weight_decay=-1.0)
 ADAM = WidthExponents(lr=-1.0, weight_decay=0.0)
+EXPONENTS = {"orthogonalized": ORTHOGONALIZED, "adam": ADAM, "none": WidthExponents(lr=0.0, weight_decay=0.0)}
 
 
 def at_width(values: Mapping[str, float], found_at: int, width: int, optimizer: Optimizer) -> dict[str, float]:
     """The values of a model of `width` from those that `optimizer` was found to need at the width `found_at`, by key."""
-    exponents = ORTHOGONALIZED if entry_of(optimizer).orthogonalizes else ADAM
+    exponents = EXPONENTS[entry_of(optimizer).width_rule]
     return {key: value * (width / found_at) ** getattr(exponents, key, 0.0) for key, value in values.items()}
 
 
@@ -59,13 +61,23 @@ def at_width_of(model: nn.Module, optimizer: Optimizer) -> Optimizer:
     return replace(optimizer, base_width=None, **followed)
 
 
+def width_note(asked: Optimizer, taken: Optimizer) -> list[str]:
+    """What a person should know where the rates that are taken are not those that were asked for."""
+    if (asked.lr, asked.weight_decay) == (taken.lr, taken.weight_decay):
+        return []
+    return [
+        f"optimizer.base_width={asked.base_width}: at the width of this model lr {asked.lr:g} becomes {taken.lr:.3g}, "
+        f"weight_decay {asked.weight_decay:g} {taken.weight_decay:.3g}"
+    ]
+
+
 def stated(found_at: str) -> str:
     """The rule as a sentence of the report."""
 
     def power(value: float) -> str:
         return f"width^{value:g}".replace("-", "−") if value else "unchanged"
 
-    kinds = (("orthogonalized updates", ORTHOGONALIZED), ("all others", ADAM))
+    kinds = (("orthogonalized updates", ORTHOGONALIZED), ("scion", EXPONENTS["none"]), ("all others", ADAM))
     said = "; ".join(
         f"{name}: lr {power(e.lr)}, weight decay {power(e.weight_decay)}, adamw_lr {power(e.adamw_lr)}" for name, e in kinds
     )

@@ -12,7 +12,7 @@ from configs.schema import Config
 from data.batches import Batches
 from launch.distributed.blocks import required_blocks
 from launch.optimizers.build import check_matrices, optimizer_groups, routed_groups
-from launch.optimizers.width import at_width_of
+from launch.optimizers.width import at_width_of, width_note
 from launch.planning.activations import activation_elements, loss_elements, recomputed_share
 from launch.planning.cost import ASSUMED_STATE, setup_of, workload_of
 from launch.planning.machines import Machine
@@ -124,6 +124,7 @@ def make_plan(config: Config, world: int, machine: Machine) -> str:
         batches = Batches(shards, context, sizes, config.run.seed)
         notes = [*prompt_notes(config, shards, context), *mixture_notes(batches, shards, config.train.steps)]
         lines += [f"note: {note}" for note in notes]
+    lines += [f"note: {note}" for note in width_note(config.optimizer, optimizer)]
     lines += ["", routing_table(routed_groups(optimizer, groups))]
     return "\n".join(lines)
 

@@ -81,9 +81,11 @@ def rate_after(saved: Mapping[str, Any], config: Config) -> str:
     if abs(rate - expected) <= JUMP * max(rate, expected):
         return ""
     ended = f"which ended at step {total}" if step >= total else f"over {total} steps"
+    scaled = "" if config.optimizer.base_width is None else " (before optimizer.base_width)"
     return (
-        f"the learning rate goes on at {rate:.3g}: {described(asdict(now))} over {config.train.steps} steps. The schedule of the "
-        f"checkpoint, {described(asdict(was))} {ended}, has {expected:.3g} there (schedule.start={step} begins one anew)"
+        f"the learning rate goes on at {rate:.3g}{scaled}: {described(asdict(now))} over {config.train.steps} steps. The "
+        f"schedule of the checkpoint, {described(asdict(was))} {ended}, has {expected:.3g} there "
+        f"(schedule.start={step} begins one anew)"
     )
 
 

@@ -166,7 +166,7 @@ def test_a_ladder_from_search_to_page(ladder, tmp_path):
         (["--sizes", "gpt3-nano", "--tokens-per-parameter", "much"], "--tokens-per-parameter much: expected positive numbers"),
         (["--sizes", "gpt3-nano", "--tokens-per-parameter", "0.1"], "gpt3-nano would train for 2 steps, expected at least 20"),
         (["--sizes", "gpt3-nano", "--tokens-per-parameter", "5", "model.width=48"], "leave out model.width"),
-        (["--sizes", "gpt3-nano", "--tokens-per-parameter", "5", "optimizer.base_width=32"], "leave out optimizer.base_width"),
+        (["--sizes", "gpt3-nano", "--tokens-per-parameter", "5", "optimizer.base_width=32"], "set optimizer.base_width=null"),
         (["--target-loss", "low"], "--target-loss low: expected a positive number"),
         (["--search-seeds", "0"], "--search-seeds: 0 is no whole number of at least 1"),
     ],

@@ -34,6 +34,9 @@ def test_the_rule():
         ("adamw", 128, 5e-3, 3e-2, 0.1),
         ("celo2-base", 128, 5e-3, None, 0.1),
         ("lion", 128, 5e-3, None, 0.1),
+        ("normuon", 256, 5e-3, 3e-2, 0.025),
+        ("scion", 256, 1e-2, 3e-2, 0.1),
+        ("torch.optim.NAdam", 128, 5e-3, 3e-2, 0.1),
     ],
 )
 def test_each_optimizer_gets_the_rates_of_its_model(name, width, lr, adamw_lr, decay):
@@ -85,6 +88,7 @@ def test_a_run_with_it_is_the_run_with_its_rates(run, name):
     scaled = ["optimizer.lr=2e-3", "optimizer.weight_decay=0.1", "optimizer.adamw_lr=1e-2", "optimizer.base_width=128"]
     status, mine, _ = run(*shape, *scaled, folder="scaled")
     assert status == 0
+    assert "at the width of this model lr 0.002 becomes 0.004" in run.out
     expected = run(*shape, *by_hand, folder="by_hand")[1]
     kept = ("loss", "lr", "adamw_lr", "update_rms")
     assert [{key: r[key] for key in kept} for r in mine if "loss" in r] == [
@@ -95,7 +99,10 @@ def test_a_run_with_it_is_the_run_with_its_rates(run, name):
 def test_the_plan_says_the_rates(run):
     words = ["model.width=32", "model.heads=2", "optimizer.lr=2e-3", "optimizer.adamw_lr=1e-2", "optimizer.base_width=128"]
     assert run(*words, "--plan")[0] == 0
-    assert "0.004" in run.out and "0.01" in run.out
+    said = "note: optimizer.base_width=128: at the width of this model lr 0.002 becomes 0.004, weight_decay 0.1 0.4\n"
+    assert said in run.out and "celo2   0.004" in run.out
+    assert run(*words[:-1], "--plan")[0] == 0
+    assert "base_width" not in run.out
 
 
 @pytest.mark.parametrize("value", ["0", "-3", "wide"])
