@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
@@ -43,4 +44,17 @@ def hand_nesterov() -> Rule:
     )
 
 
-HAND_SET = {"hand-momentum": hand_momentum, "hand-nesterov": hand_nesterov}
+def hand_gain() -> Rule:
+    """As `hand_nesterov` with a decay of 0.95 and twice the gradient, and with a gain: its steps have the length of the momentum.
+
+    Where the gradients of a matrix turn round, because its steps are too long, they become shorter (docs/meta-training.md).
+    """
+    rule = hand_set(
+        {"factored_momentum": (1.0,), "factored_gradient": (1.6,)},
+        "Nesterov's momentum of decay 0.95, over Adafactor's second moment, with a gain",
+    )
+    decays = (0.95, 0.99, 0.999)
+    return replace(rule, momentum_decays=decays, factored_decays=decays, normalize_gradient=True, gain=(1.0, 0.0, 0.0))
+
+
+HAND_SET = {"hand-momentum": hand_momentum, "hand-nesterov": hand_nesterov, "hand-gain": hand_gain}

@@ -37,6 +37,7 @@ from celo2.rule import (
     SMALL_CLIP,
     SQUARE_FLOOR,
     Rule,
+    gain_of,
     groups_of,
     places_of,
 )
@@ -159,6 +160,13 @@ def move_means_(rule: Rule, stack: Stack, sums: Tensor) -> None:
     for k, weight in enumerate(weights_of(rule.factored_decays, stack.gate)):
         by_row[:, k].lerp_(sums[:, :rows] / cols + SQUARE_FLOOR, weight)
         by_col[:, k].lerp_(sums[:, rows : rows + cols] / rows + SQUARE_FLOOR, weight)
+
+
+def gains(rule: Rule, stack: Stack, sums: Tensor) -> Tensor:
+    """The gain (N,) of every matrix, from the complete sums (N, R + C + 12) of `accumulate_`."""
+    _, rows, cols = stack.shape
+    means = (sums[:, rows + cols :] / (rows * cols)).T  # (12, N)
+    return gain_of(rule, means[LOCAL_PLACES["gradient"]][0], means[LOCAL_PLACES["momentum"]])
 
 
 def factors_of(stack: Stack) -> Factors:

@@ -25,6 +25,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     normalized = ", gradients normalized" if rule.normalize_gradient else ""
+    normalized += ", with a gain" if rule.has_gain else ""
     print(f"{args.output}: {rule.variant}, {rule.hidden} hidden units{normalized}; {rule.description}")
     return 0
 

@@ -83,6 +83,9 @@ class Rule:
         factored_decays: the three γ of the factored second moment.
         normalize_gradient: the gradient of a matrix is divided by its RMS over the last two axes before anything else, so that
             no epsilon and no clip depends on its scale; False: as published.
+        gain: exponents of the gain, one for each momentum: how much longer the step of a matrix is, the more its gradients agree
+            from step to step. Zeros: every update has RMS 1, as published.
+        gain_factor: what every gain is multiplied by.
         description: how the rule was made, for people.
         source: the file of the Hugging Face Hub that it was loaded from, `hub:OWNER/NAME@COMMIT:FILE`; empty for other rules.
     """
@@ -93,6 +96,8 @@ class Rule:
     second_moment_decay: float = 0.95
     factored_decays: tuple[float, float, float] = (0.9, 0.99, 0.999)
     normalize_gradient: bool = False
+    gain: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    gain_factor: float = 1.0
     description: str = ""
     source: str = ""
 
@@ -105,8 +110,14 @@ class Rule:
         )
 
     def settings(self) -> dict[str, Any]:
-        """Everything that it computes with beside its weights."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("weights", "description", "source")}
+        """Everything that it computes with beside its weights; of the gain nothing where a rule has none."""
+        others = {"weights", "description", "source"} | (set() if self.has_gain else {"gain", "gain_factor"})
+        return {name: value for name, value in self.__dict__.items() if name not in others}
+
+    @property
+    def has_gain(self) -> bool:
+        """Whether updates may have another RMS than 1."""
+        return any(self.gain) or self.gain_factor != 1
 
     @property
     def hidden(self) -> int:
@@ -150,6 +161,13 @@ def places_of(*depends_on: str) -> dict[str, slice]:
         found[group.name] = slice(start, start + group.count)
         start += group.count
     return found
+
+
+def place_of(name: str) -> slice:
+    """Where the channels of one group lie among all of them; those of a vector lie there, too."""
+    names = [group.name for group in CHANNEL_GROUPS]
+    start = sum(group.count for group in CHANNEL_GROUPS[: names.index(name)])
+    return slice(start, start + CHANNEL_GROUPS[names.index(name)].count)
 
 
 def factored_axes(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -228,6 +246,30 @@ def rms_normalized(x: Tensor, axes: tuple[int, ...]) -> Tensor:
     return x * (x.square().mean(axes, keepdim=True) + RMS_EPS).rsqrt()
 
 
+def gain_of(rule: Rule, g: Tensor, m: Tensor) -> Tensor:
+    """Step 9 of a rule with a gain: the RMS of an update, from the mean squares of the clipped gradient g (...) and of the
+    momenta m (K, ...), over a whole matrix or vector each.
+
+    It is gain_factor · Π r_k ^ gain_k. r_k is RMS(m_k) / RMS(g) over what that is where gradients are independent from step to
+    step, n_k = sqrt((1 - β_k) / (1 + β_k)). So r_k is n_k for gradients that turn round in every step, 1 for noise, and 1 / n_k
+    for gradients that stay the same; it is bounded by the first and the last.
+    """
+    logarithm = torch.zeros_like(g)
+    for agreement, exponent in zip(agreements(rule, g, m), rule.gain, strict=True):
+        logarithm += exponent * agreement
+    return rule.gain_factor * logarithm.exp()
+
+
+def agreements(rule: Rule, g: Tensor, m: Tensor) -> list[Tensor]:
+    """log r_k (...) for each of the momenta, of the mean squares that `gain_of` takes."""
+    found = []
+    for square, beta in zip(m, rule.momentum_decays, strict=True):
+        noise = (1 - beta) / (1 + beta)  # n_k²
+        ratio = (square + SQUARE_FLOOR) / (g + SQUARE_FLOOR) / noise  # r_k²
+        found.append(ratio.clamp(noise, 1 / noise).log() / 2)
+    return found
+
+
 def mlp(rule: Rule, x: Tensor) -> Tensor:
     """Step 7: the direction u (*shape) from normalized channels x (F, *shape). Outputs 1 and 2 have no effect."""
     weights = rule.weights
@@ -248,7 +290,7 @@ def update(
     ns_dtype: torch.dtype = torch.float32,
     axes: tuple[int, int] | None = None,
 ) -> Tensor:
-    """The Celo2 update u (*shape) of one parameter: `W <- W - lr (u + weight_decay W)`; its RMS over a matrix is 1.
+    """The Celo2 update u (*shape) of one parameter: `W <- W - lr (u + weight_decay W)`; its RMS over a matrix is 1, or the gain.
 
     Args:
         rule: the learned rule.
@@ -273,4 +315,8 @@ def update(
     u = mlp(rule, x)
     if orthogonalize and not is_vector:
         u = newton_schulz(u.to(ns_dtype)).float()
-    return rms_normalized(u, last_two)
+    u = rms_normalized(u, last_two)
+    if not rule.has_gain:
+        return u
+    m = state["momentum"].float()
+    return u * gain_of(rule, g.square().mean(last_two, keepdim=True), m.square().mean(last_two, keepdim=True))

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from celo2.blocked import Passes, block_elements, factors_of, first_layer, move_means_, squares_of
+from celo2.blocked import Passes, block_elements, factors_of, first_layer, gains, move_means_, squares_of
 from celo2.distributed.collectives import add_up_, share_means_
 from celo2.distributed.plan import Entry
 from celo2.distributed.shard import SplitMatrix
@@ -110,6 +110,10 @@ class Work:
 
     def update_(self, context: Context, whole_directions: WholeDirections, split_directions: SplitDirections) -> None:
         """Steps 0 to 10 on everything."""
+        if context.rule.has_gain:
+            device = context.rule.weights["b0"].device
+            self.whole = [with_room_for_gain(item, device) for item in self.whole]
+            self.split = {group: [with_room_for_gain(item, device) for item in items] for group, items in self.split.items()}
         for batch, direction in whole_directions(self.whole, context):
             finish_([batch], [direction], context, no_reduction)
             del direction  # before the next one is made
@@ -119,6 +123,13 @@ class Work:
             share_means_(self.means[group], group)
         for weight, w in self.copies:
             weight.copy_(w)
+
+
+def with_room_for_gain(item: Item, device: torch.device) -> Item:
+    """`item` with room for the gains of its matrices."""
+    part = item.part
+    gain = torch.ones(part.shape[0], dtype=torch.float32, device=device)
+    return item._replace(part=part._replace(gain=gain) if isinstance(part, Vector) else replace(part, gain=gain))
 
 
 # Steps 0 to 7. A part on its way through them stops at sums over what is here of it, and goes on with the complete ones.
@@ -153,6 +164,10 @@ def matrix_steps(stacks: Sequence[Stack], out: Direction | None, context: Contex
         scatter_(together, stacks)
     if out is None:
         return
+    if rule.has_gain:
+        for stack, gain in zip(stacks, gains(rule, together, sums).split([stack.shape[0] for stack in stacks]), strict=True):
+            if stack.gain is not None:
+                stack.gain.copy_(gain)
     factors = factors_of(together)
     factored_sums = yield passes.factor(inputs, factors)  # for step 6
     layer = first_layer(rule, together, sums, factored_sums)
@@ -198,7 +213,7 @@ def room_for(batch: Batch, context: Context) -> Tensor:
 
 
 def finish_(batches: list[Batch], directions: Sequence[Direction], context: Context, reduce: Reduce) -> None:
-    """Give every direction RMS 1 and move the weights."""
+    """Give every direction RMS 1, or its gain, and move the weights."""
     norms = []
     for batch, direction in zip(batches, directions, strict=True):
         tensors = direction if isinstance(direction, list) else [direction]
@@ -206,7 +221,10 @@ def finish_(batches: list[Batch], directions: Sequence[Direction], context: Cont
     reduce(norms)
     for batch, direction, norm in zip(batches, directions, norms, strict=True):
         parts = [item.part for item in batch]
-        scales = inverse_rms(norm, parts[0], RMS_EPS)[:, None, None].split([part.shape[0] for part in parts])
+        scale_of_all = inverse_rms(norm, parts[0], RMS_EPS)
+        if known := [part.gain for part in parts if part.gain is not None]:
+            scale_of_all *= torch.cat(known)
+        scales = scale_of_all[:, None, None].split([part.shape[0] for part in parts])
         for item, scale, tensors in zip(batch, scales, pieces_of(parts, direction), strict=True):
             for piece, u in zip(item.part.pieces, tensors, strict=True):
                 context.passes.apply_(piece.w, u, scale, item.options)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from celo2.distributed.collectives import broadcast_, orthogonalize_split
+from celo2.distributed.collectives import add_up_, broadcast_, orthogonalize_split
 from celo2.distributed.plan import Replicas
 from celo2.stack import Direction
 from celo2.step import (
@@ -46,6 +46,8 @@ def orthogonalized_by_owners(items: list[Item], context: Context, replicas: Repl
         elif not replicas.shard_state:  # everybody keeps the accumulators, so everybody moves them
             for chunk in chunks(batch, context.passes):
                 carry_out([steps_of(chunk, None, context)], no_reduction)
+    if context.rule.has_gain:
+        share_gains_([batch for batch, by_all in zip(batches, everywhere, strict=True) if not by_all], replicas)
     mine = iter(results)
     for batch, by_all in zip(batches, everywhere, strict=True):
         is_owner = batch[0].owner == replicas.rank
@@ -58,6 +60,16 @@ def orthogonalized_by_owners(items: list[Item], context: Context, replicas: Repl
             direction = next(mine) if is_owner else room_for(batch, context)
             broadcast_(direction, batch[0].owner, replicas.group)
         yield batch, direction
+
+
+def share_gains_(batches: Sequence[Batch], replicas: Replicas) -> None:
+    """Every rank gets the gains of these batches from their owners, in one message: to what an owner has, the others add 0."""
+    gains = []
+    for batch in batches:
+        for item in batch:
+            if item.part.gain is not None:
+                gains.append(item.part.gain if item.owner == replicas.rank else item.part.gain.zero_())
+    add_up_(gains, replicas.group)
 
 
 def orthogonalized_over(items: list[Item], context: Context, group: dist.ProcessGroup, reduce: Reduce) -> Sequence[Direction]:

@@ -114,6 +114,8 @@ class Rule:
         None, "divide a gradient by its RMS before all else; null: as `init`; random: false", was="normalize_gradient"
     )
     odd: bool = option(False, "keep the rule odd: -g and -W give -u, as in optimizers set by hand; halves the free θ", was="odd")
+    gain: bool = option(False, "train the rule's gain, too: steps that are longer where the gradients of a matrix agree")
+    decays: list[float] | None = option(None, "three, of the momenta and of the factored second moments; null: as `init`", DECAY)
     frozen: list[str] = option([], f"weights that keep their value in `init`: any of {', '.join(FREEZABLE)}", was="frozen")
 
 
@@ -253,13 +255,17 @@ def loaded(name: str) -> rules.Rule:
 
 
 def start_rule(config: Config) -> rules.Rule:
-    """The rule in `rule.init`, for its decays and settings; of `random`, one without weights."""
-    return rules.Rule({}) if config.rule.init == "random" else loaded(config.rule.init)
+    """The rule in `rule.init` with the decays that are asked for, for its settings; of `random`, one without weights."""
+    found = rules.Rule({}) if config.rule.init == "random" else loaded(config.rule.init)
+    if config.rule.decays is None:
+        return found
+    first, second, third = config.rule.decays
+    return replace(found, momentum_decays=(first, second, third), factored_decays=(first, second, third))
 
 
 def theta_size(config: Config) -> int:
-    """The numbers D that are searched for: the weights of a rule."""
-    return sum(math.prod(shape) for shape in weight_shapes(HIDDEN).values())
+    """The numbers D of θ: the weights of a rule, and four of its gain."""
+    return sum(math.prod(shape) for shape in weight_shapes(HIDDEN).values()) + 4
 
 
 def normalizes(config: Config) -> bool:
@@ -329,6 +335,8 @@ def check(config: Config) -> None:
             f"checkpoint.every is {config.checkpoint.every}, expected a multiple of log.every ({config.log.every}): "
             "a line of metrics must not span a checkpoint"
         )
+    if config.rule.decays is not None and len(config.rule.decays) != 3:
+        raise ConfigError(f"rule.decays is {config.rule.decays}, expected three numbers")
     if len(config.outer.betas) != 2:
         raise ConfigError(f"outer.betas is {config.outer.betas}, expected two numbers")
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -268,10 +269,16 @@ def loss_and_gradients(
 
 
 def batched_mlp(theta: np.ndarray) -> dict[str, np.ndarray]:
-    """The rules' MLPs from θ (U, 347), ready for `bmm`: w0 (U, F, H), b0, b1 (U, H), w1 (U, H, H), w2 (U, H), b2 (U,)."""
+    """The rules from θ (U, 351): their MLPs, ready for `bmm`, w0 (U, F, H), b0, b1 (U, H), w1 (U, H, H), w2 (U, H), b2 (U,), and
+    `gain` (U, 4)."""
     weights = parts(theta)
     first = np.concatenate([weights[name] for name in FIRST_LAYER.values()], 1)
-    return {"w0": first, **{n: weights[n] for n in ("b0", "w1", "b1")}, "w2": weights["w2"][..., 0], "b2": weights["b2"][:, 0]}
+    return {
+        "w0": first,
+        **{n: weights[n] for n in ("b0", "w1", "b1", "gain")},
+        "w2": weights["w2"][..., 0],
+        "b2": weights["b2"][:, 0],
+    }
 
 
 def directions(networks: Mapping[str, Tensor], x: Tensor) -> Tensor:
@@ -295,8 +302,15 @@ def across(lr: Tensor, g: Tensor) -> Tensor:
     return lr.view(-1, *[1] * (g.ndim - 1))
 
 
-def accumulated(config: Config, parameter: dict[str, Tensor], g: Tensor) -> Tensor:
-    """Steps 0 to 6 of the rule for one weight of every unroll, with gradient g (U, *shape): its channels (F, U, *shape).
+class Given(NamedTuple):
+    """What a rule makes a step from: its channels (F, U, *shape), and log r_k (K, U) of its gain."""
+
+    channels: Tensor
+    agreements: Tensor
+
+
+def accumulated(config: Config, parameter: dict[str, Tensor], g: Tensor) -> Given:
+    """Steps 0 to 6 of the rule for one weight of every unroll, with gradient g (U, *shape).
 
     Moves the accumulators in `parameter` in place.
     """
@@ -310,15 +324,19 @@ def accumulated(config: Config, parameter: dict[str, Tensor], g: Tensor) -> Tens
     g = g.clamp(-rules.GRADIENT_CLIP, rules.GRADIENT_CLIP)
     rules.accumulate_(accumulators, g, start_rule(config), axes)
     groups = [group.expand(-1, *g.shape) for group in rules.channels(accumulators, g, parameter["weight"], axes)]
-    return torch.cat([rules.rms_normalized(group, last) for group in groups])
+    squares = g.square().mean(last), accumulators["momentum"].square().mean(last)  # (U,), (K, U)
+    agreements = torch.stack(rules.agreements(start_rule(config), *squares))
+    return Given(torch.cat([rules.rms_normalized(group, last) for group in groups]), agreements)
 
 
-def directed(config: Config, networks: Mapping[str, Tensor], channels: Tensor) -> Tensor:
-    """Steps 7 to 9: updates (U, *shape) of RMS 1 from channels (F, U, *shape) and what `batched_mlp` made of θ."""
-    u = directions(networks, channels)
+def directed(config: Config, networks: Mapping[str, Tensor], given: Given) -> Tensor:
+    """Steps 7 to 9: updates (U, *shape) from what is given and what `batched_mlp` made of θ."""
+    u = directions(networks, given.channels)
     if config.rule.variant == "celo2":
         u = newton_schulz(u)
-    return rules.rms_normalized(u, last_axes(u))
+    exponents, factor = networks["gain"][:, :3], networks["gain"][:, 3]  # (U, K), (U,)
+    gain = (factor + (exponents.T * given.agreements).sum(0)).exp()
+    return across(gain, u) * rules.rms_normalized(u, last_axes(u))
 
 
 def last_axes(x: Tensor) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""θ: the weights of a rule as one vector (347,), the space in which meta-training searches.
+"""θ: the weights of a rule and its gain as one vector (351,), the space in which meta-training searches.
 
 Odd rules: -g and -W give -u. Every optimizer set by hand is odd. A learned rule that is not odd pushes every matrix in some fixed
 direction, which Newton–Schulz makes as large as any other. A space of half the dimensions is also easier to search.
@@ -16,7 +16,8 @@ from celo2.metatrain.config import HIDDEN, Config, ConfigError, loaded, normaliz
 from celo2.metatrain.problems import START, random
 from celo2.rule import CHANNEL_GROUPS, FIRST_LAYER, Rule, weight_shapes
 
-SHAPES = weight_shapes(HIDDEN)
+GAIN = "gain"  # what θ holds beside the weights: the exponents of a gain, and the logarithm of its factor
+SHAPES = weight_shapes(HIDDEN) | {GAIN: (4,)}
 STARTS, SIZE = {}, 0  # where each weight begins in θ
 for _name, _shape in SHAPES.items():
     STARTS[_name] = SIZE
@@ -26,7 +27,7 @@ ODD = {FIRST_LAYER[group.name] for group in CHANNEL_GROUPS if group.odd} | {"w2"
 
 
 def parts(theta: np.ndarray) -> dict[str, np.ndarray]:
-    """Views of θ (..., 347) as the rule's weights (..., *shape), by name."""
+    """Views of θ (..., 351) as the rule's weights (..., *shape) and its gain (..., 4), by name."""
     found = {}
     for name, shape in SHAPES.items():
         found[name] = theta[..., STARTS[name] : STARTS[name] + math.prod(shape)].reshape(*theta.shape[:-1], *shape)
@@ -34,14 +35,17 @@ def parts(theta: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def theta_of(rule: Rule) -> np.ndarray:
-    """The weights of a rule as θ, float32."""
-    return np.concatenate([rule.weights[name].numpy().ravel() for name in SHAPES])
+    """The weights and the gain of a rule as θ, float32."""
+    weights = [rule.weights[name].numpy().ravel() for name in SHAPES if name != GAIN]
+    return np.concatenate([*weights, np.array([*rule.gain, math.log(rule.gain_factor)], np.float32)])
 
 
 def rule_of(theta: np.ndarray, config: Config, description: str) -> Rule:
     """The rule with the weights θ, as the configuration uses it."""
     weights = {name: torch.from_numpy(part.copy()) for name, part in parts(theta.astype(np.float32)).items()}
+    *exponents, factor = weights.pop(GAIN).tolist()
     settings = start_rule(config).settings() | {"variant": config.rule.variant, "normalize_gradient": normalizes(config)}
+    settings |= {"gain": tuple(exponents), "gain_factor": math.exp(factor)}
     return Rule(weights, **settings | {"description": description, "source": ""})
 
 
@@ -49,7 +53,7 @@ def first_theta(config: Config) -> np.ndarray:
     """θ before the first iteration. `random`: normal weights with deviation 1 / sqrt(inputs), biases zero."""
     rng, init = random(config.run.seed, START), config.rule.init
     if init == "random":
-        theta = rng.standard_normal(SIZE)
+        theta = np.concatenate([rng.standard_normal(STARTS[GAIN]), np.zeros(SIZE - STARTS[GAIN])])
         for name, part in parts(theta).items():
             part *= 0.0 if name[0] == "b" else 1 / math.sqrt(CHANNELS if name in FIRST_LAYER.values() else HIDDEN)
     else:
@@ -61,7 +65,7 @@ def first_theta(config: Config) -> np.ndarray:
 
 
 def expert_theta(config: Config) -> np.ndarray | None:
-    """The weights (347,) of the expert, or None.
+    """θ (351,) of the expert, or None.
 
     Raises:
         ConfigError: a rule of another size, or with other accumulators or another gradient than the rule that it is to help.
@@ -81,15 +85,16 @@ def expert_theta(config: Config) -> np.ndarray | None:
 
 
 def free(config: Config) -> np.ndarray:
-    """(347,): 1 for the weights that are trained, 0 for the frozen ones."""
+    """(351,): 1 for the numbers that are trained, 0 for the others."""
     mask = np.ones(SIZE)
+    parts(mask)[GAIN][...] = config.rule.gain
     for name in config.rule.frozen:
         parts(mask)[FIRST_LAYER.get(name, name)][...] = 0
     return mask
 
 
 def useful(config: Config, theta: np.ndarray) -> np.ndarray:
-    """(347,): 1 for the free weights that can change an update of the rule θ or of one that differs from it in free weights.
+    """(351,): 1 for the free numbers that can change an update of the rule θ or of one that differs from it in free numbers.
 
     Outputs 1 and 2 never can; nor can a unit whose weights to the next layer, or from the one before, are frozen zeros.
     """
@@ -104,12 +109,12 @@ def useful(config: Config, theta: np.ndarray) -> np.ndarray:
     for name in (*FIRST_LAYER.values(), "b0"):
         at[name][...] = heard_1
     at["w1"][...] = fed_1[:, None] & heard_2
-    at["b1"][...], at["w2"][:, 0], at["b2"][0] = heard_2, fed_2, 1
+    at["b1"][...], at["w2"][:, 0], at["b2"][0], at[GAIN][...] = heard_2, fed_2, 1, 1
     return mask * free(config)
 
 
 def directions_of(config: Config, theta: np.ndarray) -> np.ndarray:
-    """The directions (n, 347) of a search: orthogonal, with entries 0, 1 and -1. In an odd rule weights go in pairs."""
+    """The directions (n, 351) of a search: orthogonal, with entries 0, 1 and -1. In an odd rule weights go in pairs."""
     unit, found = np.eye(SIZE), []
     place, sign = mirror()
     for i in np.flatnonzero(useful(config, theta)):
@@ -124,14 +129,14 @@ def directions_of(config: Config, theta: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def mirror() -> tuple[np.ndarray, np.ndarray]:
-    """(place, sign), both (347,): sign · θ[place] is the rule u'(g, W) = -u(-g, -W) of θ's u.
+    """(place, sign), both (351,): sign · θ[place] is the rule u'(g, W) = -u(-g, -W) of θ's u.
 
     Hidden units go in pairs: one does for the signs turned round what its partner does for the signs as they are.
     """
     partner = np.arange(HIDDEN) ^ 1  # of each hidden unit
     place, sign = [], []
     for name, here in parts(np.arange(SIZE)).items():
-        if name != "b2":  # the axis of what a weight comes from, where that is a hidden unit
+        if name not in ("b2", GAIN):  # the axis of what a weight comes from, where that is a hidden unit
             here = here[:, partner] if name in FIRST_LAYER.values() else here[partner]
         if name == "w1":  # the axis of what it leads to
             here = here[:, partner]
@@ -141,6 +146,6 @@ def mirror() -> tuple[np.ndarray, np.ndarray]:
 
 
 def odd_part(theta: np.ndarray) -> np.ndarray:
-    """The nearest weights (..., 347) of an odd rule; half of the dimensions remain."""
+    """The nearest θ (..., 351) of an odd rule; half of the dimensions remain."""
     place, sign = mirror()
     return (theta + sign * theta[..., place]) / 2

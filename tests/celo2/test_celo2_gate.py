@@ -1,10 +1,12 @@
 """A step that the device refuses: `found_inf`, as torch's fused optimizers have it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
-from celo2 import Celo2
+from celo2 import Celo2, load_rule
 
 SHAPES = [(8, 12), (12, 8), (8, 12), (260, 300), (2, 5, 6), (7,)]  # of one shape, of more than a block, stacked, a vector
 
@@ -30,6 +32,8 @@ def equal(a, b):
         ("celo2", torch.bfloat16, torch.bfloat16),
         ("celo2-lm", torch.float64, torch.float32),  # normalizes gradients
         ("celo2-base", torch.float32, torch.bfloat16),  # takes vectors
+        (replace(load_rule("celo2-base"), gain=(0.7, -0.4, 0.5)), torch.float32, torch.float32),
+        (replace(load_rule("celo2-lm"), gain=(0.7, -0.4, 0.5)), torch.float32, torch.float32),
     ],
 )
 def test_a_refused_step_changes_no_bit_and_a_healthy_one_is_as_without_the_gate(rule, dtype, state_dtype):

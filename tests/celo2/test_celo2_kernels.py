@@ -195,11 +195,11 @@ def last_step_equals_plain(device):
                 torch.testing.assert_close(w, plain, rtol=tolerance, atol=tolerance)
 
 
-def run_optimizer(device, functions, normalize_gradient=False, refused=False, **options):
+def run_optimizer(device, functions, settings=None, refused=False, **options):
     """Weights after two steps of Celo2 on PARAMETERS with `functions` as the passes; with `refused`, and a bad one in between."""
     params = {name: nn.Parameter(randn(*shape, seed=len(name)).to(device)) for name, (shape, _) in PARAMETERS.items()}
     groups = [{"params": [p], **PARAMETERS[name][1]} for name, p in params.items()]
-    rule = replace(random_rule(), normalize_gradient=normalize_gradient)
+    rule = replace(random_rule(), **settings or {})
     optimizer = Celo2(groups, lr=0.05, rule=rule, weight_decay=0.1, ns_dtype=torch.float32, **options)
     optimizer.passes = functions
     for step in range(2):
@@ -242,7 +242,10 @@ CASES = {
     "newton_schulz bfloat16": lambda device: newton_schulz_equals_plain(device, torch.bfloat16),
     "last step": last_step_equals_plain,
     "optimizer": lambda device: optimizer_equals_plain(device, 1e-5),  # worst measured 6e-7
-    "optimizer that normalizes gradients": lambda device: optimizer_equals_plain(device, 1e-5, normalize_gradient=True),
+    "optimizer that normalizes gradients": lambda device: optimizer_equals_plain(
+        device, 1e-5, settings={"normalize_gradient": True}
+    ),
+    "optimizer with a gain": lambda device: optimizer_equals_plain(device, 1e-5, settings={"gain": (0.7, -0.4, 0.5)}),
     "optimizer with bfloat16 accumulators": lambda device: optimizer_equals_plain(device, 1e-5, state_dtype=torch.bfloat16),
 }
 

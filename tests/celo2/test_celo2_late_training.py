@@ -19,7 +19,7 @@ from celo2.metatrain.config import ConfigError, load_config, text_sizes
 from celo2.metatrain.engine import Expert, choose_unroll
 from celo2.metatrain.families import families_of, family_of
 from celo2.metatrain.outer import FORMAT
-from celo2.metatrain.theta import theta_of
+from celo2.metatrain.theta import SIZE, theta_of
 from celo2.metatrain.train import MetaTraining, outer_rate
 from celo2.training.metrics import rewind
 
@@ -286,6 +286,47 @@ def test_a_rule_keeps_the_settings_of_its_start(digits, decays, tmp_path):  # no
     assert found.settings() == start.settings()
     with pytest.raises(ConfigError, match=r"expert\.rule has momentum_decays"):
         MetaTraining(load_config(path, [f"rule.init={decays}", "expert.rule=celo2"]), digits)
+
+
+def test_other_decays_are_those_of_the_rule_and_of_its_problems(digits, tmp_path):  # noqa: F811
+    path = tmp_path / "c.yaml"
+    path.write_text(TINY)
+    config = load_config(path, ["rule.init=celo2-lm", "rule.init_noise=0", "rule.decays=[0.8,0.9,0.95]"])
+    rule = MetaTraining(config, digits).rule()
+    assert rule.momentum_decays == rule.factored_decays == (0.8, 0.9, 0.95)
+    assert rule == replace(load_rule("celo2-lm"), momentum_decays=(0.8, 0.9, 0.95), factored_decays=(0.8, 0.9, 0.95))
+    with pytest.raises(ConfigError, match=r"rule.decays is \[0.8, 0.9\], expected three numbers"):
+        load_config(path, ["rule.decays=[0.8,0.9]"])
+    with pytest.raises(ConfigError, match=r"rule\.decays"):
+        load_config(path, ["rule.decays=[0.8,0.9,1.0]"])
+
+
+def test_a_gain_is_trained_where_it_is_asked_for(digits, tmp_path):  # noqa: F811
+    """And keeps what the start has where it is not; a state of the weights alone goes on as without a gain."""
+    path = tmp_path / "c.yaml"
+    path.write_text(TINY)
+    start = load_rule("hand-gain")
+    for asked in (False, True):
+        training = MetaTraining(load_config(path, ["rule.init=hand-gain", f"rule.gain={asked}".lower()]), digits)
+        for _ in range(2):
+            training.step()
+        rule = training.rule()
+        assert (rule.gain != start.gain and rule.gain_factor != 1) == asked
+        assert rule.gain == start.gain or asked
+
+    config = load_config(path, ["rule.init=celo2-lm"])
+    whole, older = MetaTraining(config, digits), MetaTraining(config, digits)
+    whole.step()
+    whole.save(tmp_path / "state.safetensors")
+    with safe_open(tmp_path / "state.safetensors", "numpy") as file:
+        arrays, meta = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+    cut = {key: np.ascontiguousarray(x[..., :-4]) if x.shape[-1:] == (SIZE,) else x for key, x in arrays.items()}
+    assert sum(cut[key].shape != x.shape for key, x in arrays.items()) >= 4
+    save_file(cut, tmp_path / "older.safetensors", meta)
+    older.load(tmp_path / "older.safetensors")
+    for _ in range(2):
+        assert older.step() == whole.step()
+    assert older.rule() == whole.rule()
 
 
 def test_a_state_without_the_newer_options_continues(tmp_path):

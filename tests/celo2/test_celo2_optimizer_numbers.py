@@ -29,7 +29,7 @@ from optimizer_kinds import (
 from torch import nn
 
 from celo2 import Celo2, load_rule, param_groups
-from celo2.layout import form_of
+from celo2.layout import as_layout, form_of, is_factored_over_batch
 
 # --- precision --------------------------------------------------------------------------------------------------------------
 
@@ -146,6 +146,38 @@ def test_normalized_gradients_are_gradients_normalized_before(kind, dtype):
         torch.testing.assert_close(p.float(), q, rtol=tolerance, atol=tolerance)
     for one, other in zip(*(copy_of_state(optimizer)[0].values() for optimizer in (inside, before)), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [kind for kind, (shape, own) in KINDS.items() if own.get("update", "celo2") == "celo2"])
+def test_a_gain_is_of_each_matrix(kind):
+    """Every path gives what the matrices of a parameter give, each as a parameter of its own."""
+    shape, options = KINDS[kind]
+    rule = replace(random_rule(), gain=(0.5, -0.25, 1.0), gain_factor=2.0)
+    if len(shape) < 2 and "update" not in options:
+        return  # a vector that AdamW takes
+    layout = as_layout(options["matrices"]) if "matrices" in options else None
+    if layout is None and len(shape) > 2 and is_factored_over_batch(shape, None):
+        return  # its matrices are not independent
+    own = {key: value for key, value in options.items() if key != "matrices"}
+
+    def matrices(x: torch.Tensor) -> list[torch.Tensor]:
+        if layout is None:
+            return list(x.reshape(-1, *shape[-2:])) if len(shape) > 1 else [x]
+        dims, order, stacked = layout
+        return list(x.view(dims).permute(order).reshape(stacked))
+
+    p = nn.Parameter(randn(*shape))
+    parts = [nn.Parameter(m.detach().clone()) for m in matrices(p)]
+    whole = Celo2([{"params": [p], **options}], lr=0.1, rule=rule, weight_decay=0.1)
+    single = Celo2([{"params": parts, **own}], lr=0.1, rule=rule, weight_decay=0.1)
+    for step in range(3):
+        p.grad = randn(*shape, seed=step)
+        for part, g in zip(parts, matrices(p.grad), strict=True):
+            part.grad = g.clone()
+        whole.step()
+        single.step()
+    for part, moved in zip(parts, matrices(p), strict=True):
+        torch.testing.assert_close(moved, part, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("variant", ["celo2", "celo2-base"])
