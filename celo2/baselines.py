@@ -44,17 +44,17 @@ def hand_nesterov() -> Rule:
     )
 
 
-def hand_gain() -> Rule:
-    """As `hand_nesterov` with a decay of 0.95 and twice the gradient, and with a gain: its steps have the length of the momentum.
+def hand_agreement() -> Rule:
+    """As `hand_nesterov` with a decay of 0.95 and twice the gradient, and with step sizes: those of the momentum's RMS.
 
     Where the gradients of a matrix turn round, because its steps are too long, they become shorter (docs/meta-training.md).
     """
     rule = hand_set(
         {"factored_momentum": (1.0,), "factored_gradient": (1.6,)},
-        "Nesterov's momentum of decay 0.95, over Adafactor's second moment, with a gain",
+        "Nesterov's momentum of decay 0.95, over Adafactor's second moment, with step sizes",
     )
     decays = (0.95, 0.99, 0.999)
-    return replace(rule, momentum_decays=decays, factored_decays=decays, normalize_gradient=True, gain=(1.0, 0.0, 0.0))
+    return replace(rule, momentum_decays=decays, factored_decays=decays, normalize_gradient=True, step_exponents=(1.0, 0.0, 0.0))
 
 
-HAND_SET = {"hand-momentum": hand_momentum, "hand-nesterov": hand_nesterov, "hand-gain": hand_gain}
+HAND_SET = {"hand-momentum": hand_momentum, "hand-nesterov": hand_nesterov, "hand-agreement": hand_agreement}

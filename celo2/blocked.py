@@ -37,9 +37,9 @@ from celo2.rule import (
     SMALL_CLIP,
     SQUARE_FLOOR,
     Rule,
-    gain_of,
     groups_of,
     places_of,
+    step_size_of,
 )
 from celo2.stack import Gate, Piece, Stack
 
@@ -162,11 +162,11 @@ def move_means_(rule: Rule, stack: Stack, sums: Tensor) -> None:
         by_col[:, k].lerp_(sums[:, rows : rows + cols] / rows + SQUARE_FLOOR, weight)
 
 
-def gains(rule: Rule, stack: Stack, sums: Tensor) -> Tensor:
-    """The gain (N,) of every matrix, from the complete sums (N, R + C + 12) of `accumulate_`."""
+def step_sizes(rule: Rule, stack: Stack, sums: Tensor) -> Tensor:
+    """The step size (N,) of every matrix, from the complete sums (N, R + C + 12) of `accumulate_`."""
     _, rows, cols = stack.shape
     means = (sums[:, rows + cols :] / (rows * cols)).T  # (12, N)
-    return gain_of(rule, means[LOCAL_PLACES["gradient"]][0], means[LOCAL_PLACES["momentum"]])
+    return step_size_of(rule, means[LOCAL_PLACES["gradient"]][0], means[LOCAL_PLACES["momentum"]])
 
 
 def factors_of(stack: Stack) -> Factors:

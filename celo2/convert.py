@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     normalized = ", gradients normalized" if rule.normalize_gradient else ""
-    normalized += ", with a gain" if rule.has_gain else ""
+    normalized += ", with step sizes" if rule.has_step_sizes else ""
     print(f"{args.output}: {rule.variant}, {rule.hidden} hidden units{normalized}; {rule.description}")
     return 0
 

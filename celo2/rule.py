@@ -83,9 +83,9 @@ class Rule:
         factored_decays: the three γ of the factored second moment.
         normalize_gradient: the gradient of a matrix is divided by its RMS over the last two axes before anything else, so that
             no epsilon and no clip depends on its scale; False: as published.
-        gain: exponents of the gain, one for each momentum: how much longer the step of a matrix is, the more its gradients agree
-            from step to step. Zeros: every update has RMS 1, as published.
-        gain_factor: what every gain is multiplied by.
+        step_exponents: of the step size, one for each momentum: how much longer the step of a matrix is, the more its gradients
+            agree from step to step. Zeros: every update has RMS 1, as published.
+        step_factor: what every step size is multiplied by.
         description: how the rule was made, for people.
         source: the file of the Hugging Face Hub that it was loaded from, `hub:OWNER/NAME@COMMIT:FILE`; empty for other rules.
     """
@@ -96,8 +96,8 @@ class Rule:
     second_moment_decay: float = 0.95
     factored_decays: tuple[float, float, float] = (0.9, 0.99, 0.999)
     normalize_gradient: bool = False
-    gain: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    gain_factor: float = 1.0
+    step_exponents: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    step_factor: float = 1.0
     description: str = ""
     source: str = ""
 
@@ -110,14 +110,14 @@ class Rule:
         )
 
     def settings(self) -> dict[str, Any]:
-        """Everything that it computes with beside its weights; of the gain nothing where a rule has none."""
-        others = {"weights", "description", "source"} | (set() if self.has_gain else {"gain", "gain_factor"})
+        """Everything that it computes with beside its weights; of step sizes nothing where all are 1."""
+        others = {"weights", "description", "source"} | (set() if self.has_step_sizes else {"step_exponents", "step_factor"})
         return {name: value for name, value in self.__dict__.items() if name not in others}
 
     @property
-    def has_gain(self) -> bool:
+    def has_step_sizes(self) -> bool:
         """Whether updates may have another RMS than 1."""
-        return any(self.gain) or self.gain_factor != 1
+        return any(self.step_exponents) or self.step_factor != 1
 
     @property
     def hidden(self) -> int:
@@ -246,22 +246,22 @@ def rms_normalized(x: Tensor, axes: tuple[int, ...]) -> Tensor:
     return x * (x.square().mean(axes, keepdim=True) + RMS_EPS).rsqrt()
 
 
-def gain_of(rule: Rule, g: Tensor, m: Tensor) -> Tensor:
-    """Step 9 of a rule with a gain: the RMS of an update, from the mean squares of the clipped gradient g (...) and of the
+def step_size_of(rule: Rule, g: Tensor, m: Tensor) -> Tensor:
+    """Step 9 of a rule with step sizes: the RMS of an update, from the mean squares of the clipped gradient g (...) and of the
     momenta m (K, ...), over a whole matrix or vector each.
 
-    It is gain_factor · Π r_k ^ gain_k. r_k is RMS(m_k) / RMS(g) over what that is where gradients are independent from step to
-    step, n_k = sqrt((1 - β_k) / (1 + β_k)). So r_k is n_k for gradients that turn round in every step, 1 for noise, and 1 / n_k
-    for gradients that stay the same; it is bounded by the first and the last.
+    It is step_factor · Π r_k ^ step_exponents_k. r_k is RMS(m_k) / RMS(g) over what that is where gradients are independent from
+    step to step, n_k = sqrt((1 - β_k) / (1 + β_k)). So r_k is n_k for gradients that turn round in every step, 1 for noise, and
+    1 / n_k for gradients that stay the same; it is bounded by the first and the last.
     """
     logarithm = torch.zeros_like(g)
-    for agreement, exponent in zip(agreements(rule, g, m), rule.gain, strict=True):
+    for agreement, exponent in zip(agreements(rule, g, m), rule.step_exponents, strict=True):
         logarithm += exponent * agreement
-    return rule.gain_factor * logarithm.exp()
+    return rule.step_factor * logarithm.exp()
 
 
 def agreements(rule: Rule, g: Tensor, m: Tensor) -> list[Tensor]:
-    """log r_k (...) for each of the momenta, of the mean squares that `gain_of` takes."""
+    """log r_k (...) for each of the momenta, of the mean squares that `step_size_of` takes."""
     found = []
     for square, beta in zip(m, rule.momentum_decays, strict=True):
         noise = (1 - beta) / (1 + beta)  # n_k²
@@ -290,7 +290,7 @@ def update(
     ns_dtype: torch.dtype = torch.float32,
     axes: tuple[int, int] | None = None,
 ) -> Tensor:
-    """The Celo2 update u (*shape) of one parameter: `W <- W - lr (u + weight_decay W)`; its RMS over a matrix is 1, or the gain.
+    """The Celo2 update u (*shape) of one parameter: `W <- W - lr (u + weight_decay W)`; its RMS over a matrix is 1 (step 9).
 
     Args:
         rule: the learned rule.
@@ -316,7 +316,7 @@ def update(
     if orthogonalize and not is_vector:
         u = newton_schulz(u.to(ns_dtype)).float()
     u = rms_normalized(u, last_two)
-    if not rule.has_gain:
+    if not rule.has_step_sizes:
         return u
     m = state["momentum"].float()
-    return u * gain_of(rule, g.square().mean(last_two, keepdim=True), m.square().mean(last_two, keepdim=True))
+    return u * step_size_of(rule, g.square().mean(last_two, keepdim=True), m.square().mean(last_two, keepdim=True))

@@ -24,7 +24,7 @@ from celo2.baselines import HAND_SET
 from celo2.rule import FIRST_LAYER, Rule, weight_shapes
 
 FORMAT = "celo2-rule"
-VERSIONS = ("1", "2")  # 2: of rules with a gain, which programs that know 1 alone must not read
+VERSIONS = ("1", "2")  # 2: of rules with step sizes, which programs that know 1 alone must not read
 VARIANTS = ("celo2", "celo2-base")
 NDARRAY_EXTENSION = 1  # MessagePack extension type of an array in the published files
 HUB = "hub:"
@@ -138,7 +138,7 @@ def save_rule(rule: Rule, path: str | Path) -> None:
     check_description(rule, path)
     if path.suffix == ".safetensors":
         settings = {name: value if isinstance(value, str) else json.dumps(value) for name, value in rule.settings().items()}
-        version = VERSIONS[rule.has_gain]
+        version = VERSIONS[rule.has_step_sizes]
         metadata = {"format": FORMAT, "version": version, **settings, "description": rule.description, "source": rule.source}
         path.write_bytes(save({name: w.detach().contiguous().cpu() for name, w in rule.weights.items()}, metadata))
     elif path.suffix == ".state":
@@ -173,7 +173,7 @@ def check_weights(weights: Mapping[str, Tensor], path: object) -> None:
 
 
 def check_description(rule: Rule, path: object) -> None:
-    """Raise RuleError unless variant, decays, what is normalized and the gain are a rule's."""
+    """Raise RuleError unless variant, decays, what is normalized and step sizes are a rule's."""
     if rule.variant not in VARIANTS:
         raise RuleError(f"{path}: variant '{rule.variant}' is none of {', '.join(VARIANTS)}")
     for name, values, count in (
@@ -185,10 +185,10 @@ def check_description(rule: Rule, path: object) -> None:
             raise RuleError(f"{path}: {name} is {values}, expected {count} decays in [0, 1)")
     if not isinstance(rule.normalize_gradient, bool):
         raise RuleError(f"{path}: normalize_gradient must be True or False, not {rule.normalize_gradient!r}")
-    if len(rule.gain) != 3 or not all(map(math.isfinite, rule.gain)):
-        raise RuleError(f"{path}: gain is {rule.gain}, expected 3 finite exponents")
-    if not 0 < rule.gain_factor < math.inf:
-        raise RuleError(f"{path}: gain_factor is {rule.gain_factor}, expected a finite number above 0")
+    if len(rule.step_exponents) != 3 or not all(map(math.isfinite, rule.step_exponents)):
+        raise RuleError(f"{path}: step_exponents is {rule.step_exponents}, expected 3 finite exponents")
+    if not 0 < rule.step_factor < math.inf:
+        raise RuleError(f"{path}: step_factor is {rule.step_factor}, expected a finite number above 0")
 
 
 def read_safetensors(path: Path, name: object) -> tuple[dict[str, Tensor], dict]:
@@ -216,20 +216,22 @@ def read_safetensors(path: Path, name: object) -> tuple[dict[str, Tensor], dict]
             "second_moment_decay": float(metadata["second_moment_decay"]),
             "factored_decays": tuple(float(decay) for decay in json.loads(metadata["factored_decays"])),
             "normalize_gradient": json.loads(metadata.get("normalize_gradient", "false")),
-            **read_gain(metadata),
+            **read_step_sizes(metadata),
             "description": metadata.get("description", ""),
             "source": metadata.get("source", ""),
         }
     except (KeyError, ValueError, TypeError, RecursionError) as error:
-        raise RuleError(f"{name}: damaged description of variant, decays or gain ({type(error).__name__}: {error})") from error
+        raise RuleError(
+            f"{name}: damaged description of variant, decays or step sizes ({type(error).__name__}: {error})"
+        ) from error
 
 
-def read_gain(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Of the description of a `.safetensors` rule what a gain needs: nothing in version 1."""
+def read_step_sizes(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Of the description of a `.safetensors` rule what step sizes need: nothing in version 1."""
     if metadata["version"] == VERSIONS[0]:
         return {}
-    exponents = tuple(float(exponent) for exponent in json.loads(metadata["gain"]))
-    return {"gain": exponents, "gain_factor": float(metadata["gain_factor"])}
+    exponents = tuple(float(exponent) for exponent in json.loads(metadata["step_exponents"]))
+    return {"step_exponents": exponents, "step_factor": float(metadata["step_factor"])}
 
 
 def check_pylo(config: Path, name: object) -> None:

@@ -106,7 +106,7 @@ class Stack:
     count: Tensor | None = None  # int32 (N,), the number of this step for each matrix; None where m and v are float32
     gradient_scale: Tensor | None = None  # (N,), 1 / RMS of the gradient, for a rule that normalizes it
     gate: Gate | None = None  # of a step that may be refused: then gradients count as zero, and no accumulator moves
-    gain: Tensor | None = None  # (N,), float32, which steps 0 to 7 write, for a rule that has one
+    step_size: Tensor | None = None  # (N,), float32, which steps 0 to 7 write, for a rule that has one
 
 
 def stack_of(
@@ -134,8 +134,8 @@ def part_of(stack: Stack, part: slice) -> Stack:
     _, rows, cols = stack.shape
     pieces = [Piece(p.g[part], p.w[part], p.m[part], p.v[part], p.rows, p.cols) for p in stack.pieces]
     count = None if stack.count is None else stack.count[part]
-    gain = None if stack.gain is None else stack.gain[part]
-    return Stack((part.stop - part.start, rows, cols), pieces, stack.row[part], stack.col[part], count, gain=gain)
+    step_size = None if stack.step_size is None else stack.step_size[part]
+    return Stack((part.stop - part.start, rows, cols), pieces, stack.row[part], stack.col[part], count, step_size=step_size)
 
 
 def gathered(stacks: Sequence[Stack], elements: bool) -> Stack:

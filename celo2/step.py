@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from celo2.blocked import Passes, block_elements, factors_of, first_layer, gains, move_means_, squares_of
+from celo2.blocked import Passes, block_elements, factors_of, first_layer, move_means_, squares_of, step_sizes
 from celo2.distributed.collectives import add_up_, share_means_
 from celo2.distributed.plan import Entry
 from celo2.distributed.shard import SplitMatrix
@@ -110,10 +110,10 @@ class Work:
 
     def update_(self, context: Context, whole_directions: WholeDirections, split_directions: SplitDirections) -> None:
         """Steps 0 to 10 on everything."""
-        if context.rule.has_gain:
+        if context.rule.has_step_sizes:
             device = context.rule.weights["b0"].device
-            self.whole = [with_room_for_gain(item, device) for item in self.whole]
-            self.split = {group: [with_room_for_gain(item, device) for item in items] for group, items in self.split.items()}
+            self.whole = [with_step_size(item, device) for item in self.whole]
+            self.split = {group: [with_step_size(item, device) for item in items] for group, items in self.split.items()}
         for batch, direction in whole_directions(self.whole, context):
             finish_([batch], [direction], context, no_reduction)
             del direction  # before the next one is made
@@ -125,11 +125,13 @@ class Work:
             weight.copy_(w)
 
 
-def with_room_for_gain(item: Item, device: torch.device) -> Item:
-    """`item` with room for the gains of its matrices."""
+def with_step_size(item: Item, device: torch.device) -> Item:
+    """`item` with room for the step sizes of its matrices."""
     part = item.part
-    gain = torch.ones(part.shape[0], dtype=torch.float32, device=device)
-    return item._replace(part=part._replace(gain=gain) if isinstance(part, Vector) else replace(part, gain=gain))
+    step_size = torch.ones(part.shape[0], dtype=torch.float32, device=device)
+    return item._replace(
+        part=part._replace(step_size=step_size) if isinstance(part, Vector) else replace(part, step_size=step_size)
+    )
 
 
 # Steps 0 to 7. A part on its way through them stops at sums over what is here of it, and goes on with the complete ones.
@@ -164,10 +166,10 @@ def matrix_steps(stacks: Sequence[Stack], out: Direction | None, context: Contex
         scatter_(together, stacks)
     if out is None:
         return
-    if rule.has_gain:
-        for stack, gain in zip(stacks, gains(rule, together, sums).split([stack.shape[0] for stack in stacks]), strict=True):
-            if stack.gain is not None:
-                stack.gain.copy_(gain)
+    if rule.has_step_sizes:
+        for stack, found in zip(stacks, step_sizes(rule, together, sums).split([s.shape[0] for s in stacks]), strict=True):
+            if stack.step_size is not None:
+                stack.step_size.copy_(found)
     factors = factors_of(together)
     factored_sums = yield passes.factor(inputs, factors)  # for step 6
     layer = first_layer(rule, together, sums, factored_sums)
@@ -213,7 +215,7 @@ def room_for(batch: Batch, context: Context) -> Tensor:
 
 
 def finish_(batches: list[Batch], directions: Sequence[Direction], context: Context, reduce: Reduce) -> None:
-    """Give every direction RMS 1, or its gain, and move the weights."""
+    """Give every direction RMS 1, or its step size, and move the weights."""
     norms = []
     for batch, direction in zip(batches, directions, strict=True):
         tensors = direction if isinstance(direction, list) else [direction]
@@ -222,7 +224,7 @@ def finish_(batches: list[Batch], directions: Sequence[Direction], context: Cont
     for batch, direction, norm in zip(batches, directions, norms, strict=True):
         parts = [item.part for item in batch]
         scale_of_all = inverse_rms(norm, parts[0], RMS_EPS)
-        if known := [part.gain for part in parts if part.gain is not None]:
+        if known := [part.step_size for part in parts if part.step_size is not None]:
             scale_of_all *= torch.cat(known)
         scales = scale_of_all[:, None, None].split([part.shape[0] for part in parts])
         for item, scale, tensors in zip(batch, scales, pieces_of(parts, direction), strict=True):

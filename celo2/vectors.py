@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from celo2.layout import Form
-from celo2.rule import GRADIENT_CLIP, RMS_EPS, SQUARE_FLOOR, Rule, accumulate_, channels, gain_of, mlp, place_of
+from celo2.rule import GRADIENT_CLIP, RMS_EPS, SQUARE_FLOOR, Rule, accumulate_, channels, mlp, place_of, step_size_of
 from celo2.stack import Direction, Gate, Piece
 
 
@@ -26,7 +26,7 @@ class Vector(NamedTuple):
     w: Tensor  # the weight, of the same shape
     state: Mapping[str, Tensor]  # accumulators; empty where another rank keeps them
     axes: tuple[int, int] | None  # of the factored second moment; None for a vector
-    gain: Tensor | None = None  # (N,), float32, which steps 0 to 7 write, for a rule that has one
+    step_size: Tensor | None = None  # (N,), float32, which steps 0 to 7 write, for a rule that has one
 
 
 def vector_of(g: Tensor, w: Tensor, state: Mapping[str, Tensor] | None, form: Form) -> Vector:
@@ -59,9 +59,9 @@ def vector_steps(vector: Vector, out: Direction | None, rule: Rule, gate: Gate |
         return
     x = torch.cat(channels(vector.state, g, vector.w.float(), vector.axes))  # (F, ...)
     squares = yield x.square().sum(last, keepdim=True)
-    if vector.gain is not None:
+    if vector.step_size is not None:
         means = squares.flatten(1) / numel  # (F, N)
-        vector.gain.copy_(gain_of(rule, means[place_of("gradient")][0], means[place_of("momentum")]))
+        vector.step_size.copy_(step_size_of(rule, means[place_of("gradient")][0], means[place_of("momentum")]))
     u = mlp(rule, x * (squares / numel + RMS_EPS).rsqrt())
     target = out[0] if isinstance(out, list) else out
     target.copy_(u.view(target.shape))

@@ -46,8 +46,8 @@ def orthogonalized_by_owners(items: list[Item], context: Context, replicas: Repl
         elif not replicas.shard_state:  # everybody keeps the accumulators, so everybody moves them
             for chunk in chunks(batch, context.passes):
                 carry_out([steps_of(chunk, None, context)], no_reduction)
-    if context.rule.has_gain:
-        share_gains_([batch for batch, by_all in zip(batches, everywhere, strict=True) if not by_all], replicas)
+    if context.rule.has_step_sizes:
+        share_step_sizes_([batch for batch, by_all in zip(batches, everywhere, strict=True) if not by_all], replicas)
     mine = iter(results)
     for batch, by_all in zip(batches, everywhere, strict=True):
         is_owner = batch[0].owner == replicas.rank
@@ -62,14 +62,14 @@ def orthogonalized_by_owners(items: list[Item], context: Context, replicas: Repl
         yield batch, direction
 
 
-def share_gains_(batches: Sequence[Batch], replicas: Replicas) -> None:
-    """Every rank gets the gains of these batches from their owners, in one message: to what an owner has, the others add 0."""
-    gains = []
+def share_step_sizes_(batches: Sequence[Batch], replicas: Replicas) -> None:
+    """Every rank gets the step sizes of these batches from their owners, in one message: to an owner's the others add 0."""
+    sizes = []
     for batch in batches:
         for item in batch:
-            if item.part.gain is not None:
-                gains.append(item.part.gain if item.owner == replicas.rank else item.part.gain.zero_())
-    add_up_(gains, replicas.group)
+            if item.part.step_size is not None:
+                sizes.append(item.part.step_size if item.owner == replicas.rank else item.part.step_size.zero_())
+    add_up_(sizes, replicas.group)
 
 
 def orthogonalized_over(items: list[Item], context: Context, group: dist.ProcessGroup, reduce: Reduce) -> Sequence[Direction]:

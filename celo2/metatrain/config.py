@@ -114,7 +114,7 @@ class Rule:
         None, "divide a gradient by its RMS before all else; null: as `init`; random: false", was="normalize_gradient"
     )
     odd: bool = option(False, "keep the rule odd: -g and -W give -u, as in optimizers set by hand; halves the free θ", was="odd")
-    gain: bool = option(False, "train the rule's gain, too: steps that are longer where the gradients of a matrix agree")
+    step_sizes: bool = option(False, "train the rule's step sizes, too: longer steps where the gradients of a matrix agree")
     decays: list[float] | None = option(None, "three, of the momenta and of the factored second moments; null: as `init`", DECAY)
     frozen: list[str] = option([], f"weights that keep their value in `init`: any of {', '.join(FREEZABLE)}", was="frozen")
 
@@ -264,7 +264,7 @@ def start_rule(config: Config) -> rules.Rule:
 
 
 def theta_size(config: Config) -> int:
-    """The numbers D of θ: the weights of a rule, and four of its gain."""
+    """The numbers D of θ: the weights of a rule, and four of its step sizes."""
     return sum(math.prod(shape) for shape in weight_shapes(HIDDEN).values()) + 4
 
 

@@ -270,12 +270,12 @@ def loss_and_gradients(
 
 def batched_mlp(theta: np.ndarray) -> dict[str, np.ndarray]:
     """The rules from θ (U, 351): their MLPs, ready for `bmm`, w0 (U, F, H), b0, b1 (U, H), w1 (U, H, H), w2 (U, H), b2 (U,), and
-    `gain` (U, 4)."""
+    `step` (U, 4)."""
     weights = parts(theta)
     first = np.concatenate([weights[name] for name in FIRST_LAYER.values()], 1)
     return {
         "w0": first,
-        **{n: weights[n] for n in ("b0", "w1", "b1", "gain")},
+        **{n: weights[n] for n in ("b0", "w1", "b1", "step")},
         "w2": weights["w2"][..., 0],
         "b2": weights["b2"][:, 0],
     }
@@ -303,7 +303,7 @@ def across(lr: Tensor, g: Tensor) -> Tensor:
 
 
 class Given(NamedTuple):
-    """What a rule makes a step from: its channels (F, U, *shape), and log r_k (K, U) of its gain."""
+    """What a rule makes a step from: its channels (F, U, *shape), and log r_k (K, U) of its step size."""
 
     channels: Tensor
     agreements: Tensor
@@ -334,9 +334,9 @@ def directed(config: Config, networks: Mapping[str, Tensor], given: Given) -> Te
     u = directions(networks, given.channels)
     if config.rule.variant == "celo2":
         u = newton_schulz(u)
-    exponents, factor = networks["gain"][:, :3], networks["gain"][:, 3]  # (U, K), (U,)
-    gain = (factor + (exponents.T * given.agreements).sum(0)).exp()
-    return across(gain, u) * rules.rms_normalized(u, last_axes(u))
+    exponents, factor = networks["step"][:, :3], networks["step"][:, 3]  # (U, K), (U,)
+    step_size = (factor + (exponents.T * given.agreements).sum(0)).exp()
+    return across(step_size, u) * rules.rms_normalized(u, last_axes(u))
 
 
 def last_axes(x: Tensor) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""θ: the weights of a rule and its gain as one vector (351,), the space in which meta-training searches.
+"""θ: the weights of a rule and its step sizes as one vector (351,), the space in which meta-training searches.
 
 Odd rules: -g and -W give -u. Every optimizer set by hand is odd. A learned rule that is not odd pushes every matrix in some fixed
 direction, which Newton–Schulz makes as large as any other. A space of half the dimensions is also easier to search.
@@ -16,8 +16,8 @@ from celo2.metatrain.config import HIDDEN, Config, ConfigError, loaded, normaliz
 from celo2.metatrain.problems import START, random
 from celo2.rule import CHANNEL_GROUPS, FIRST_LAYER, Rule, weight_shapes
 
-GAIN = "gain"  # what θ holds beside the weights: the exponents of a gain, and the logarithm of its factor
-SHAPES = weight_shapes(HIDDEN) | {GAIN: (4,)}
+STEP = "step"  # what θ holds beside the weights: the exponents of step sizes, and the logarithm of their factor
+SHAPES = weight_shapes(HIDDEN) | {STEP: (4,)}
 STARTS, SIZE = {}, 0  # where each weight begins in θ
 for _name, _shape in SHAPES.items():
     STARTS[_name] = SIZE
@@ -27,7 +27,7 @@ ODD = {FIRST_LAYER[group.name] for group in CHANNEL_GROUPS if group.odd} | {"w2"
 
 
 def parts(theta: np.ndarray) -> dict[str, np.ndarray]:
-    """Views of θ (..., 351) as the rule's weights (..., *shape) and its gain (..., 4), by name."""
+    """Views of θ (..., 351) as the rule's weights (..., *shape) and of its step sizes (..., 4), by name."""
     found = {}
     for name, shape in SHAPES.items():
         found[name] = theta[..., STARTS[name] : STARTS[name] + math.prod(shape)].reshape(*theta.shape[:-1], *shape)
@@ -35,17 +35,17 @@ def parts(theta: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def theta_of(rule: Rule) -> np.ndarray:
-    """The weights and the gain of a rule as θ, float32."""
-    weights = [rule.weights[name].numpy().ravel() for name in SHAPES if name != GAIN]
-    return np.concatenate([*weights, np.array([*rule.gain, math.log(rule.gain_factor)], np.float32)])
+    """The weights of a rule and what its step sizes are made of as θ, float32."""
+    weights = [rule.weights[name].numpy().ravel() for name in SHAPES if name != STEP]
+    return np.concatenate([*weights, np.array([*rule.step_exponents, math.log(rule.step_factor)], np.float32)])
 
 
 def rule_of(theta: np.ndarray, config: Config, description: str) -> Rule:
     """The rule with the weights θ, as the configuration uses it."""
     weights = {name: torch.from_numpy(part.copy()) for name, part in parts(theta.astype(np.float32)).items()}
-    *exponents, factor = weights.pop(GAIN).tolist()
+    *exponents, factor = weights.pop(STEP).tolist()
     settings = start_rule(config).settings() | {"variant": config.rule.variant, "normalize_gradient": normalizes(config)}
-    settings |= {"gain": tuple(exponents), "gain_factor": math.exp(factor)}
+    settings |= {"step_exponents": tuple(exponents), "step_factor": math.exp(factor)}
     return Rule(weights, **settings | {"description": description, "source": ""})
 
 
@@ -53,7 +53,7 @@ def first_theta(config: Config) -> np.ndarray:
     """θ before the first iteration. `random`: normal weights with deviation 1 / sqrt(inputs), biases zero."""
     rng, init = random(config.run.seed, START), config.rule.init
     if init == "random":
-        theta = np.concatenate([rng.standard_normal(STARTS[GAIN]), np.zeros(SIZE - STARTS[GAIN])])
+        theta = np.concatenate([rng.standard_normal(STARTS[STEP]), np.zeros(SIZE - STARTS[STEP])])
         for name, part in parts(theta).items():
             part *= 0.0 if name[0] == "b" else 1 / math.sqrt(CHANNELS if name in FIRST_LAYER.values() else HIDDEN)
     else:
@@ -87,7 +87,7 @@ def expert_theta(config: Config) -> np.ndarray | None:
 def free(config: Config) -> np.ndarray:
     """(351,): 1 for the numbers that are trained, 0 for the others."""
     mask = np.ones(SIZE)
-    parts(mask)[GAIN][...] = config.rule.gain
+    parts(mask)[STEP][...] = config.rule.step_sizes
     for name in config.rule.frozen:
         parts(mask)[FIRST_LAYER.get(name, name)][...] = 0
     return mask
@@ -109,7 +109,7 @@ def useful(config: Config, theta: np.ndarray) -> np.ndarray:
     for name in (*FIRST_LAYER.values(), "b0"):
         at[name][...] = heard_1
     at["w1"][...] = fed_1[:, None] & heard_2
-    at["b1"][...], at["w2"][:, 0], at["b2"][0], at[GAIN][...] = heard_2, fed_2, 1, 1
+    at["b1"][...], at["w2"][:, 0], at["b2"][0], at[STEP][...] = heard_2, fed_2, 1, 1
     return mask * free(config)
 
 
@@ -136,7 +136,7 @@ def mirror() -> tuple[np.ndarray, np.ndarray]:
     partner = np.arange(HIDDEN) ^ 1  # of each hidden unit
     place, sign = [], []
     for name, here in parts(np.arange(SIZE)).items():
-        if name not in ("b2", GAIN):  # the axis of what a weight comes from, where that is a hidden unit
+        if name not in ("b2", STEP):  # the axis of what a weight comes from, where that is a hidden unit
             here = here[:, partner] if name in FIRST_LAYER.values() else here[partner]
         if name == "w1":  # the axis of what it leads to
             here = here[:, partner]

@@ -27,8 +27,8 @@ DESCRIBED = {
     "second_moment_decay": 0.9,
     "factored_decays": (0.1, 0.2, 0.30000000000000004),
     "normalize_gradient": True,
-    "gain": (0.1, 0.2, 0.30000000000000004),
-    "gain_factor": 1.5,
+    "step_exponents": (0.1, 0.2, 0.30000000000000004),
+    "step_factor": 1.5,
     "description": "meta-trained on nothing, β = 0.9,\n“quoted” and in two lines",
 }
 

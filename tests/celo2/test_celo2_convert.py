@@ -37,7 +37,7 @@ def test_convert_keeps_the_description(tmp_path, capsys):
     again = load_rule(second)
     assert again.hidden == 5
     assert {name: getattr(again, name) for name in DESCRIBED} == DESCRIBED
-    assert "celo2-base, 5 hidden units, gradients normalized, with a gain; meta-trained" in capsys.readouterr().out
+    assert "celo2-base, 5 hidden units, gradients normalized, with step sizes; meta-trained" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "state"])

@@ -245,7 +245,9 @@ CASES = {
     "optimizer that normalizes gradients": lambda device: optimizer_equals_plain(
         device, 1e-5, settings={"normalize_gradient": True}
     ),
-    "optimizer with a gain": lambda device: optimizer_equals_plain(device, 1e-5, settings={"gain": (0.7, -0.4, 0.5)}),
+    "optimizer with step sizes": lambda device: optimizer_equals_plain(
+        device, 1e-5, settings={"step_exponents": (0.7, -0.4, 0.5)}
+    ),
     "optimizer with bfloat16 accumulators": lambda device: optimizer_equals_plain(device, 1e-5, state_dtype=torch.bfloat16),
 }
 

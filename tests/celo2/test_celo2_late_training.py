@@ -301,18 +301,18 @@ def test_other_decays_are_those_of_the_rule_and_of_its_problems(digits, tmp_path
         load_config(path, ["rule.decays=[0.8,0.9,1.0]"])
 
 
-def test_a_gain_is_trained_where_it_is_asked_for(digits, tmp_path):  # noqa: F811
-    """And keeps what the start has where it is not; a state of the weights alone goes on as without a gain."""
+def test_step_sizes_are_trained_where_they_are_asked_for(digits, tmp_path):  # noqa: F811
+    """And keep those of the start elsewhere; a state of the weights alone goes on."""
     path = tmp_path / "c.yaml"
     path.write_text(TINY)
-    start = load_rule("hand-gain")
+    start = load_rule("hand-agreement")
     for asked in (False, True):
-        training = MetaTraining(load_config(path, ["rule.init=hand-gain", f"rule.gain={asked}".lower()]), digits)
+        training = MetaTraining(load_config(path, ["rule.init=hand-agreement", f"rule.step_sizes={asked}".lower()]), digits)
         for _ in range(2):
             training.step()
         rule = training.rule()
-        assert (rule.gain != start.gain and rule.gain_factor != 1) == asked
-        assert rule.gain == start.gain or asked
+        assert (rule.step_exponents != start.step_exponents and rule.step_factor != 1) == asked
+        assert rule.step_exponents == start.step_exponents or asked
 
     config = load_config(path, ["rule.init=celo2-lm"])
     whole, older = MetaTraining(config, digits), MetaTraining(config, digits)

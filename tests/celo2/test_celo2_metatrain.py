@@ -405,7 +405,7 @@ def test_odd_rules_turn_with_their_input():
     """The update of -g and -W is minus that of g and W; for θ drawn at random it is not."""
     rng = np.random.default_rng(0)
     theta = rng.standard_normal(SIZE)
-    parts(theta)["gain"][...] = 0  # of random exponents the first updates are tiny
+    parts(theta)["step"][...] = 0  # of random exponents the first updates are tiny
     g, w = (torch.from_numpy(rng.standard_normal((3, 12, 20)).astype(np.float32)) for _ in range(2))
 
     def updates(theta, sign):

@@ -149,10 +149,10 @@ def test_normalized_gradients_are_gradients_normalized_before(kind, dtype):
 
 
 @pytest.mark.parametrize("kind", [kind for kind, (shape, own) in KINDS.items() if own.get("update", "celo2") == "celo2"])
-def test_a_gain_is_of_each_matrix(kind):
+def test_a_step_size_is_of_each_matrix(kind):
     """Every path gives what the matrices of a parameter give, each as a parameter of its own."""
     shape, options = KINDS[kind]
-    rule = replace(random_rule(), gain=(0.5, -0.25, 1.0), gain_factor=2.0)
+    rule = replace(random_rule(), step_exponents=(0.5, -0.25, 1.0), step_factor=2.0)
     if len(shape) < 2 and "update" not in options:
         return  # a vector that AdamW takes
     layout = as_layout(options["matrices"]) if "matrices" in options else None

@@ -11,7 +11,7 @@ from celo2 import Celo2, Rule, load_rule
 from celo2 import blocked as blocked_module
 from celo2.baselines import hand_momentum
 from celo2.orthogonalize import newton_schulz
-from celo2.rule import accumulator_shapes, factored_axes, gain_of, normalized_gradient, update, weight_shapes
+from celo2.rule import accumulator_shapes, factored_axes, normalized_gradient, step_size_of, update, weight_shapes
 from celo2.stack import stack_of_whole
 
 
@@ -81,7 +81,7 @@ def test_a_rule_that_normalizes_is_the_rule_on_normalized_gradients(shape):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-GAIN = (0.5, -0.25, 1.0)
+EXPONENTS = (0.5, -0.25, 1.0)
 
 
 def mean_squares(gradients, decays):
@@ -92,10 +92,10 @@ def mean_squares(gradients, decays):
     return gradients[-1].square().mean()[None], torch.stack([m.square().mean()[None] for m in momenta])
 
 
-def test_the_gain_is_1_for_noise_and_bounded_by_gradients_that_stay_or_turn_round():
-    rule = replace(random_rule(), momentum_decays=(0.5, 0.9, 0.95), gain=GAIN, gain_factor=3.0)
+def test_the_step_size_is_1_for_noise_and_bounded_by_gradients_that_stay_or_turn_round():
+    rule = replace(random_rule(), momentum_decays=(0.5, 0.9, 0.95), step_exponents=EXPONENTS, step_factor=3.0)
     noise = [((1 - beta) / (1 + beta)) ** 0.5 for beta in rule.momentum_decays]
-    product = lambda ratios: 3.0 * torch.tensor([r**p for r, p in zip(ratios, GAIN, strict=True)]).prod()[None]  # noqa: E731
+    product = lambda ratios: 3.0 * torch.tensor([r**p for r, p in zip(ratios, EXPONENTS, strict=True)]).prod()[None]  # noqa: E731
     generator = torch.Generator().manual_seed(0)
     g = torch.randn(40, 50, generator=generator)
     cases = {
@@ -109,16 +109,16 @@ def test_the_gain_is_1_for_noise_and_bounded_by_gradients_that_stay_or_turn_roun
         ),
     }
     for name, (gradients, expected, tolerance) in cases.items():
-        found = gain_of(rule, *mean_squares(gradients, rule.momentum_decays))
+        found = step_size_of(rule, *mean_squares(gradients, rule.momentum_decays))
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=0, msg=lambda m, n=name: f"{n}: {m}")
     zero, some = torch.zeros(1), torch.ones(1)
     for g_square, m_square in ((zero, zero), (zero, some), (some, zero), (torch.full((1,), 1e38), zero)):
-        assert gain_of(rule, g_square, m_square.expand(3, 1)).isfinite().all()
-    assert gain_of(replace(rule, gain=(0.0, 0.0, 0.0)), some, torch.full((3, 1), 0.1)) == 3
+        assert step_size_of(rule, g_square, m_square.expand(3, 1)).isfinite().all()
+    assert step_size_of(replace(rule, step_exponents=(0.0, 0.0, 0.0)), some, torch.full((3, 1), 0.1)) == 3
 
 
 @pytest.mark.parametrize("shape", [(12, 20), (2, 3, 9, 4), (15,)])
-def test_a_rule_with_a_gain_is_the_rule_times_the_gain(shape):
+def test_a_rule_with_step_sizes_is_the_rule_times_the_step_size(shape):
     rule, last_two = random_rule(), (-2, -1)[-len(shape) :]
     axes = factored_axes(shape) if len(shape) > 1 else None
     first, second = ({n: torch.zeros(s) for n, s in accumulator_shapes(shape, axes).items()} for _ in range(2))
@@ -127,12 +127,12 @@ def test_a_rule_with_a_gain_is_the_rule_times_the_gain(shape):
         g, w = (torch.randn(shape, generator=generator) for _ in range(2))
         gradients.append(g)
         u = update(rule, second, g, w, orthogonalize=True)
-        with_gain = update(replace(rule, gain=GAIN, gain_factor=0.5), first, g, w, orthogonalize=True)
-        ratio = (with_gain.square().mean(last_two) / u.square().mean(last_two)).sqrt()
+        sized = update(replace(rule, step_exponents=EXPONENTS, step_factor=0.5), first, g, w, orthogonalize=True)
+        ratio = (sized.square().mean(last_two) / u.square().mean(last_two)).sqrt()
         matrices = [x.reshape(-1, math.prod(shape[-len(last_two) :])) for x in gradients]
         for n, found in enumerate(ratio.flatten()):
             squares = mean_squares([x[n] for x in matrices], rule.momentum_decays)
-            expected = gain_of(replace(rule, gain=GAIN, gain_factor=0.5), *squares)
+            expected = step_size_of(replace(rule, step_exponents=EXPONENTS, step_factor=0.5), *squares)
             torch.testing.assert_close(found[None], expected, rtol=1e-5, atol=0)  # worst measured 4e-7
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -236,7 +236,7 @@ def test_update_has_rms_one():
         ("celo2-lm", "meta-trained"),
         ("hand-momentum", "hand-set"),
         ("hand-nesterov", "hand-set"),
-        ("hand-gain", "hand-set"),
+        ("hand-agreement", "hand-set"),
     ],
 )
 def test_shipped_rules_say_where_they_come_from(name, origin):

@@ -57,7 +57,7 @@ def test_safetensors_carries_everything(tmp_path, hidden):
         assert type(getattr(again, name)) is type(value)
 
 
-@pytest.mark.parametrize("name", ["celo2", "celo2-base", "celo2-lm", "hand-momentum", "hand-nesterov", "hand-gain"])
+@pytest.mark.parametrize("name", ["celo2", "celo2-base", "celo2-lm", "hand-momentum", "hand-nesterov", "hand-agreement"])
 def test_shipped_rule_survives_a_file(tmp_path, name):
     rule = load_rule(name)
     save_rule(rule, tmp_path / "rule.safetensors")
@@ -132,16 +132,20 @@ def test_a_file_that_does_not_say_whether_it_normalizes_is_as_published(tmp_path
         assert load_rule(tmp_path / "rule.safetensors").normalize_gradient is expected
 
 
-def test_a_gain_makes_a_file_that_older_programs_refuse(tmp_path):
-    """They know version 1 alone; of a rule without a gain the file is as it was."""
-    for rule, version in ((random_rule(), "1"), (random_rule(gain=(1.0, 0.0, 0.0)), "2"), (random_rule(gain_factor=0.5), "2")):
+def test_step_sizes_make_a_file_that_older_programs_refuse(tmp_path):
+    """They know version 1 alone; of a rule without them the file is as it was."""
+    for rule, version in (
+        (random_rule(), "1"),
+        (random_rule(step_exponents=(1.0, 0.0, 0.0)), "2"),
+        (random_rule(step_factor=0.5), "2"),
+    ):
         save_rule(rule, tmp_path / "rule.safetensors")
         with safe_open(tmp_path / "rule.safetensors", "pt") as file:
             assert file.metadata()["version"] == version
-            assert ("gain" in file.metadata()) == (version == "2")
+            assert ("step_exponents" in file.metadata()) == (version == "2")
         assert load_rule(tmp_path / "rule.safetensors") == rule
-    with pytest.raises(RuleError, match=r"rule\.state: the published format cannot hold gain \(1.0, 0.0, 0.0\)"):
-        save_rule(random_rule(gain=(1.0, 0.0, 0.0)), tmp_path / "rule.state")
+    with pytest.raises(RuleError, match=r"rule\.state: the published format cannot hold step_exponents \(1.0, 0.0, 0.0\)"):
+        save_rule(random_rule(step_exponents=(1.0, 0.0, 0.0)), tmp_path / "rule.state")
 
 
 def test_rules_compare_by_weights_and_decays():
@@ -152,8 +156,8 @@ def test_rules_compare_by_weights_and_decays():
     assert rule != random_rule(variant="celo2-base")
     assert rule != random_rule(second_moment_decay=0.9)
     assert rule != random_rule(normalize_gradient=True)
-    assert rule != random_rule(gain=(1.0, 0.0, 0.0)) != random_rule(gain=(0.0, 1.0, 0.0))
-    assert rule != random_rule(gain_factor=2.0)
+    assert rule != random_rule(step_exponents=(1.0, 0.0, 0.0)) != random_rule(step_exponents=(0.0, 1.0, 0.0))
+    assert rule != random_rule(step_factor=2.0)
     assert rule != "celo2"
 
 
@@ -176,7 +180,7 @@ IMPORT = """
     for module in pkgutil.walk_packages(celo2.__path__, "celo2."):
         if not module.name.startswith(("celo2.metatrain", "celo2.kernels")):
             importlib.import_module(module.name)
-    for name in ("celo2", "celo2-base", "celo2-lm", "hand-momentum", "hand-nesterov", "hand-gain"):
+    for name in ("celo2", "celo2-base", "celo2-lm", "hand-momentum", "hand-nesterov", "hand-agreement"):
         celo2.load_rule(name)
     celo2.Celo2(celo2.param_groups(torch.nn.Linear(2, 2), 0.1, 0.1), lr=0.1)
 

@@ -72,7 +72,7 @@ DAMAGED_WEIGHTS = {
     "infinite": (one_value("b2", float("inf")), "b2.*not finite"),
 }
 
-GAIN = {"version": "2", "gain": "[1, 0, 0]", "gain_factor": "1"}
+EXPONENTS = {"version": "2", "step_exponents": "[1, 0, 0]", "step_factor": "1"}
 DAMAGED_DESCRIPTIONS = {
     "no format": ({"format": None}, "format"),
     "other format": ({"format": "pt"}, "format.*pt"),
@@ -100,12 +100,12 @@ DAMAGED_DESCRIPTIONS = {
     "normalization null": ({"normalize_gradient": "null"}, "normalize_gradient.*None"),
     "normalization text": ({"normalize_gradient": '"true"'}, "normalize_gradient.*'true'"),
     "normalization not JSON": ({"normalize_gradient": "True"}, "description"),
-    "version 2 without a gain": ({"version": "2"}, "description"),
-    "two exponents": (GAIN | {"gain": "[1, 0]"}, "gain is .*expected 3 finite exponents"),
-    "infinite exponent": (GAIN | {"gain": "[1, 0, Infinity]"}, "gain is .*expected 3 finite exponents"),
-    "gain a number": (GAIN | {"gain": "1"}, "description"),
-    "gain factor of 0": (GAIN | {"gain_factor": "0"}, "gain_factor is 0.0, expected a finite number above 0"),
-    "gain factor not a number": (GAIN | {"gain_factor": "NaN"}, "gain_factor is nan"),
+    "version 2 without step sizes": ({"version": "2"}, "description"),
+    "two exponents": (EXPONENTS | {"step_exponents": "[1, 0]"}, "step_exponents is .*expected 3 finite exponents"),
+    "infinite exponent": (EXPONENTS | {"step_exponents": "[1, 0, Infinity]"}, "step_exponents is .*expected 3 finite exponents"),
+    "exponents a number": (EXPONENTS | {"step_exponents": "1"}, "description"),
+    "step factor of 0": (EXPONENTS | {"step_factor": "0"}, "step_factor is 0.0, expected a finite number above 0"),
+    "step factor not a number": (EXPONENTS | {"step_factor": "NaN"}, "step_factor is nan"),
 }
 
 # What stands in the place of a `.state` file.
@@ -234,7 +234,7 @@ def test_any_flipped_byte_is_a_rule_or_a_rule_error(tmp_path, ending):
 @pytest.mark.parametrize("name", ["missing.state", "missing.safetensors", "celo3", "", "."])
 def test_missing_file_or_unknown_name(tmp_path, capsys, name, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(RuleError, match=rf"'{name}'.*celo2, celo2-base, celo2-lm, hand-momentum, hand-nesterov, hand-gain"):
+    with pytest.raises(RuleError, match=rf"'{name}'.*celo2, celo2-base, celo2-lm, hand-momentum, hand-nesterov, hand-agreement"):
         load_rule(name)
     with pytest.raises(RuleError):
         load_rule(tmp_path / name)

@@ -38,15 +38,15 @@ PARAMETERS = {
 }
 
 
-GAIN = (0.7, -0.4, 0.5)
+EXPONENTS = (0.7, -0.4, 0.5)
 
 
-def random_rule(variant="celo2", normalize_gradient=False, gain=(0.0, 0.0, 0.0)):
+def random_rule(variant="celo2", normalize_gradient=False, step_exponents=(0.0, 0.0, 0.0)):
     generator = torch.Generator().manual_seed(5)
     draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
     weights = {FIRST_LAYER[group.name]: draw(group.count, 8) for group in CHANNEL_GROUPS}
     rule = Rule(weights | {"b0": draw(8), "w1": draw(8, 8), "b1": draw(8), "w2": draw(8, 3), "b2": draw(3)}, variant)
-    return replace(rule, normalize_gradient=normalize_gradient, gain=gain)
+    return replace(rule, normalize_gradient=normalize_gradient, step_exponents=step_exponents)
 
 
 def initial(name):
@@ -61,8 +61,10 @@ def groups(params):
     return [{"params": [params[name]], "param_names": [name], **PARAMETERS[name][1]} for name in params]
 
 
-def build(params, variant="celo2", normalize_gradient=False, gain=(0.0, 0.0, 0.0), **options):
-    return Celo2(groups(params), lr=0.05, rule=random_rule(variant, normalize_gradient, gain), weight_decay=0.1, **options)
+def build(params, variant="celo2", normalize_gradient=False, step_exponents=(0.0, 0.0, 0.0), **options):
+    return Celo2(
+        groups(params), lr=0.05, rule=random_rule(variant, normalize_gradient, step_exponents), weight_decay=0.1, **options
+    )
 
 
 def whole_run(names, variant="celo2", **options):
@@ -166,16 +168,16 @@ def flat_runs(rank, world):
                 counts.append(all_reduce.call_count)
             check(pieces, expected, f"{cut.__name__} {variant} normalized")
             assert counts == [3 * STEPS, 4 * STEPS], (cut.__name__, variant, counts)
-    # So are gains, without a message more: all ranks have the sums that they are made of.
+    # So are step sizes, without a message more: all ranks have the sums that they are made of.
     for variant in ("celo2", "celo2-base"):
-        expected, _ = whole_run(names, variant, gain=GAIN)
+        expected, _ = whole_run(names, variant, step_exponents=EXPONENTS)
         for cut in (even, uneven, last_only):
             with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as all_reduce:
-                pieces, _ = sharded_run(cut, names, variant, gain=GAIN)
-            check(pieces, expected, f"{cut.__name__} {variant} gain")
+                pieces, _ = sharded_run(cut, names, variant, step_exponents=EXPONENTS)
+            check(pieces, expected, f"{cut.__name__} {variant} step sizes")
             assert all_reduce.call_count == 3 * STEPS
     # The same run twice is the same bit for bit.
-    for options in ({}, low, {"gain": GAIN}):
+    for options in ({}, low, {"step_exponents": EXPONENTS}):
         first, _ = sharded_run(even, names, **options)
         second, _ = sharded_run(even, names, **options)
         assert all(torch.equal(first[n][0], second[n][0]) for n in names)
@@ -205,8 +207,8 @@ def dtensors(rank, world):
 
 def replicas(rank, world):
     names = list(PARAMETERS)
-    low, normalized, gain = {"state_dtype": torch.bfloat16}, {"normalize_gradient": True}, {"gain": GAIN}
-    cases = [("celo2", low)] + [(variant, how) for variant in ("celo2", "celo2-base") for how in ({}, normalized, gain)]
+    low, normalized, sized = {"state_dtype": torch.bfloat16}, {"normalize_gradient": True}, {"step_exponents": EXPONENTS}
+    cases = [("celo2", low)] + [(variant, how) for variant in ("celo2", "celo2-base") for how in ({}, normalized, sized)]
     for variant, how in cases:
         expected, single = whole_run(names, variant, **how)
         for shard_state in (False, True):

@@ -55,7 +55,7 @@ ROW_SCALE, COLUMN_SCALE = FIRST["row_scale"], FIRST["column_scale"]
 OF_ELEMENTS = tuple(FIRST[g.name] + k for g in rule.groups_of(rule.ELEMENT, rule.FACTORED) for k in range(g.count))
 VECTOR_CHANNELS = sum(group.count for group in rule.CHANNEL_GROUPS if group.in_vectors)  # the first ones
 H, OUTPUTS = HIDDEN, rule.OUTPUTS
-B0, W1, B1, W2, B2, GAIN = (STARTS[name] for name in ("b0", "w1", "b1", "w2", "b2", "gain"))
+B0, W1, B1, W2, B2, STEP = (STARTS[name] for name in ("b0", "w1", "b1", "w2", "b2", "step"))
 
 CLIP, SMALL_CLIP = np.float32(rule.GRADIENT_CLIP), np.float32(rule.SMALL_CLIP)
 SQUARE_FLOOR, FACTOR_EPS = np.float32(rule.SQUARE_FLOOR), np.float32(rule.FACTOR_EPS)
@@ -297,23 +297,23 @@ def matrix_direction(theta, state, at, g, u, rows, cols, width, s, sums):
 
 
 @njit(**OPTIONS)
-def gain_of(theta, sums, n, update):
-    """The RMS of an update of n elements: `celo2.rule.gain_of`, from the sums of squared channels."""
-    g, logarithm = lane_sum(load(sums, GRADIENT * LANES)) / n + SQUARE_FLOOR, theta[GAIN + 3]
+def step_size_of(theta, sums, n, update):
+    """The RMS of an update of n elements: `celo2.rule.step_size_of`, from the sums of squared channels."""
+    g, logarithm = lane_sum(load(sums, GRADIENT * LANES)) / n + SQUARE_FLOOR, theta[STEP + 3]
     for k in range(3):
         noise = update.momentum[k] / (TWO - update.momentum[k])
         ratio = (lane_sum(load(sums, (MOMENTUM + k) * LANES)) / n + SQUARE_FLOOR) / g / noise
-        logarithm += theta[GAIN + k] * np.log(min(max(ratio, noise), ONE / noise)) / TWO
+        logarithm += theta[STEP + k] * np.log(min(max(ratio, noise), ONE / noise)) / TWO
     return np.exp(logarithm)
 
 
 @njit(**OPTIONS)
 def step_matrix(state, at, g, u, rows, cols, width, lr, expert_lr, update, sums):
-    """One step of the rule on a matrix: W <- W - lr u, u of the gain as its RMS. `u` is scratch; sums as `step_towards`."""
+    """One step of the rule on a matrix: W <- W - lr u, u of the step size as its RMS. `u` is scratch; sums as `step_towards`."""
     size = rows * width
     s, squares = np.empty(size, np.float32), np.empty(CHANNELS * LANES, np.float32)
     accumulate_matrix(state, at, g, rows, cols, width, s, squares, update)
-    lr *= gain_of(update.theta, squares, np.float32(rows * cols), update)
+    lr *= step_size_of(update.theta, squares, np.float32(rows * cols), update)
     matrix_direction(update.theta, state, at, g, u, rows, cols, width, s, squares)
     if update.orthogonalized:
         newton_schulz_(u, rows, width)
@@ -321,7 +321,7 @@ def step_matrix(state, at, g, u, rows, cols, width, lr, expert_lr, update, sums)
         subtract_normalized(state, at, u, size, rows * cols, lr)
         return
     e = np.empty(size, np.float32)
-    expert_lr *= gain_of(update.expert, squares, np.float32(rows * cols), update)
+    expert_lr *= step_size_of(update.expert, squares, np.float32(rows * cols), update)
     matrix_direction(update.expert, state, at, g, e, rows, cols, width, s, squares)
     if update.orthogonalized:
         newton_schulz_(e, rows, width)
@@ -397,13 +397,13 @@ def step_vector(state, at, g, n, width, lr, expert_lr, update, sums):
         for k in range(3):
             place = at + (5 + k) * width + j
             store(state, place, moved(load(state, place), fma(x, x, splat(SQUARE_FLOOR)), update.factored[k]))
-    lr *= gain_of(update.theta, squares, np.float32(n), update)
+    lr *= step_size_of(update.theta, squares, np.float32(n), update)
     vector_direction(update.theta, state, at, g, u, n, width, s, squares)
     if len(update.expert) == 0:
         subtract_normalized(state, at, u, width, n, lr)
         return
     e = np.empty(width, np.float32)
-    expert_lr *= gain_of(update.expert, squares, np.float32(n), update)
+    expert_lr *= step_size_of(update.expert, squares, np.float32(n), update)
     vector_direction(update.expert, state, at, g, e, n, width, s, squares)
     step_towards(state, at, u, e, width, n, lr, expert_lr, update.forcing, sums)
 
