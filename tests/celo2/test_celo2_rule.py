@@ -133,7 +133,7 @@ def test_a_rule_with_step_sizes_is_the_rule_times_the_step_size(shape):
         for n, found in enumerate(ratio.flatten()):
             squares = mean_squares([x[n] for x in matrices], rule.momentum_decays)
             expected = step_size_of(replace(rule, step_exponents=EXPONENTS, step_factor=0.5), *squares)
-            torch.testing.assert_close(found[None], expected, rtol=1e-5, atol=0)  # worst measured 4e-7
+            torch.testing.assert_close(found[None], expected, rtol=2e-6, atol=0)  # worst measured 2.3e-7
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
