@@ -101,12 +101,14 @@ class Verification:
         decay = options["weight_decay"] + options.get(CAUTIOUS, 0.0) * (u * w >= 0)
         taken = (w * (1 - lr * decay) - new) / lr
         difference = (taken - u).square().mean().sqrt().item()
-        tolerance = TOLERANCE[dtype] if orthogonalize else TOLERANCE[torch.float32]
+        size = (u.square().mean().sqrt().item() or 1.0) if optimizer.rule.has_step_sizes else 1.0
+        tolerance = size * (TOLERANCE[dtype] if orthogonalize else TOLERANCE[torch.float32])
         # The weight's own rounding, seen through a division by lr.
         noise = torch.finfo(after["weight"].dtype).eps * w.abs().max().item() / lr
         if difference < tolerance + noise:
             return None
-        return f"the update of {self.name} is {difference:.2g} RMS from the rule on the whole parameter, where an update has 1"
+        of_rule = f"from the rule on the whole parameter, where an update has {size:.2g}"
+        return f"the update of {self.name} is {difference:.2g} RMS {of_rule}"
 
     def check(self, healthy: bool) -> None:
         """After a step: raise ShardingError on all ranks if it was not what the rule says. Only one step is verified.
@@ -150,7 +152,7 @@ def whole_direction(
     count: Tensor | None,
     orthogonalize: bool,
 ) -> Tensor:
-    """The direction of RMS 1 that the rule gives a whole parameter, as a stack of its matrices.
+    """The direction, of RMS 1 or its step size, that the rule gives a whole parameter, as a stack of its matrices.
 
     Args:
         optimizer: Celo2.
