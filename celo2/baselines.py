@@ -45,13 +45,13 @@ def hand_nesterov() -> Rule:
 
 
 def hand_agreement() -> Rule:
-    """As `hand_nesterov` with a decay of 0.95 and twice the gradient, and with step sizes: those of the momentum's RMS.
+    """As `hand_nesterov` with a decay of 0.95, twice the gradient, normalized gradients and step sizes: the momentum's RMS.
 
     Where the gradients of a matrix turn round, because its steps are too long, they become shorter (docs/meta-training.md).
     """
     rule = hand_set(
         {"factored_momentum": (1.0,), "factored_gradient": (1.6,)},
-        "Nesterov's momentum of decay 0.95, over Adafactor's second moment, with step sizes",
+        "Nesterov's momentum of decay 0.95, over Adafactor's second moment, gradients normalized, with step sizes",
     )
     decays = (0.95, 0.99, 0.999)
     return replace(rule, momentum_decays=decays, factored_decays=decays, normalize_gradient=True, step_exponents=(1.0, 0.0, 0.0))

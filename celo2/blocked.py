@@ -39,7 +39,6 @@ from celo2.rule import (
     Rule,
     groups_of,
     places_of,
-    step_size_of,
 )
 from celo2.stack import Gate, Piece, Stack
 
@@ -160,13 +159,6 @@ def move_means_(rule: Rule, stack: Stack, sums: Tensor) -> None:
     for k, weight in enumerate(weights_of(rule.factored_decays, stack.gate)):
         by_row[:, k].lerp_(sums[:, :rows] / cols + SQUARE_FLOOR, weight)
         by_col[:, k].lerp_(sums[:, rows : rows + cols] / rows + SQUARE_FLOOR, weight)
-
-
-def step_sizes(rule: Rule, stack: Stack, sums: Tensor) -> Tensor:
-    """The step size (N,) of every matrix, from the complete sums (N, R + C + 12) of `accumulate_`."""
-    _, rows, cols = stack.shape
-    means = (sums[:, rows + cols :] / (rows * cols)).T  # (12, N)
-    return step_size_of(rule, means[LOCAL_PLACES["gradient"]][0], means[LOCAL_PLACES["momentum"]])
 
 
 def factors_of(stack: Stack) -> Factors:

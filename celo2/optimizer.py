@@ -33,7 +33,8 @@ class Celo2(Stateful):
 
     Source: Moudgil, Knyazev, Belilovsky, "Celo2: Towards Learned Optimization Free Lunch", ICLR 2026, arXiv 2602.19142.
     One step on a matrix `W` with the learned direction `u` (orthogonalized, RMS 1) is `W <- W - lr (u + weight_decay W)`, so
-    `lr` is the RMS change of a weight in one step; language models want about 3e-4 to 1e-3.
+    `lr` is the RMS change of a weight in one step; language models want about 3e-4 to 1e-3. Rules may have step sizes, which
+    are the RMS of `u` then (docs/algorithm.md).
 
     Args:
         params: parameters, or groups. Give a whole model as `celo2.param_groups(model, lr, adamw_lr, weight_decay)`: embeddings
@@ -88,6 +89,7 @@ class Celo2(Stateful):
         self.passes: Passes | None = None  # None: `passes_for` chooses; benchmarks and tests set them
         self.orthogonalized = 0  # matrices that this rank has orthogonalized so far
         self._rule_on: dict[torch.device, Rule] = {}
+        self._has_step_sizes = False  # of the rule, once it is on a device
         self._entries = {}
         self._shapes = []
         defaults = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}
@@ -159,10 +161,10 @@ class Celo2(Stateful):
     def _context(self, device: torch.device, found_inf: Tensor | None) -> Context:
         """What the driver needs on a device; the rule is copied there once."""
         if device not in self._rule_on:
-            self._rule_on[device] = self.rule.to(device)
+            self._rule_on[device], self._has_step_sizes = self.rule.to(device), self.rule.has_step_sizes
         ns_dtype = self.ns_dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
         gate = None if found_inf is None else gate_of(found_inf, device)
-        return Context(self._rule_on[device], self.passes or passes_for(device), ns_dtype, gate)
+        return Context(self._rule_on[device], self.passes or passes_for(device), ns_dtype, gate, self._has_step_sizes)
 
 
 def adamw_(

@@ -252,7 +252,7 @@ def step_size_of(rule: Rule, g: Tensor, m: Tensor) -> Tensor:
 
     It is step_factor · Π r_k ^ step_exponents_k. r_k is RMS(m_k) / RMS(g) over what that is where gradients are independent from
     step to step, n_k = sqrt((1 - β_k) / (1 + β_k)). So r_k is n_k for gradients that turn round in every step, 1 for noise, and
-    1 / n_k for gradients that stay the same; it is bounded by the first and the last.
+    1 / n_k for gradients that stay the same; it is bounded by the first and the last. Without a gradient it is 1.
     """
     logarithm = torch.zeros_like(g)
     for agreement, exponent in zip(agreements(rule, g, m), rule.step_exponents, strict=True):
@@ -266,7 +266,7 @@ def agreements(rule: Rule, g: Tensor, m: Tensor) -> list[Tensor]:
     for square, beta in zip(m, rule.momentum_decays, strict=True):
         noise = (1 - beta) / (1 + beta)  # n_k²
         ratio = (square + SQUARE_FLOOR) / (g + SQUARE_FLOOR) / noise  # r_k²
-        found.append(ratio.clamp(noise, 1 / noise).log() / 2)
+        found.append(torch.where(g > SQUARE_FLOOR, ratio.clamp(noise, 1 / noise).log() / 2, 0.0))
     return found
 
 

@@ -8,7 +8,6 @@ when they are converted.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from celo2.baselines import HAND_SET
 from celo2.rule import FIRST_LAYER, Rule, weight_shapes
 
 FORMAT = "celo2-rule"
+LARGEST_EXPONENT, LARGEST_FACTOR = 4, 1000.0  # of step sizes: within them no step size overflows float32
 VERSIONS = ("1", "2")  # 2: of rules with step sizes, which programs that know 1 alone must not read
 VARIANTS = ("celo2", "celo2-base")
 NDARRAY_EXTENSION = 1  # MessagePack extension type of an array in the published files
@@ -143,8 +143,8 @@ def save_rule(rule: Rule, path: str | Path) -> None:
         path.write_bytes(save({name: w.detach().contiguous().cpu() for name, w in rule.weights.items()}, metadata))
     elif path.suffix == ".state":
         published = Rule(rule.weights)
-        for name in rule.settings().keys() - {"variant"}:
-            if getattr(rule, name) != getattr(published, name):
+        for name in rule.settings():
+            if name != "variant" and getattr(rule, name) != getattr(published, name):
                 raise RuleError(f"{path}: the published format cannot hold {name} {getattr(rule, name)}; write .safetensors")
         arrays = {name: pack_array(w.detach().cpu().numpy()) for name, w in sorted(rule.weights.items())}
         path.write_bytes(msgpack.packb({"ff_mod_stack": {"~": arrays}}))
@@ -185,10 +185,11 @@ def check_description(rule: Rule, path: object) -> None:
             raise RuleError(f"{path}: {name} is {values}, expected {count} decays in [0, 1)")
     if not isinstance(rule.normalize_gradient, bool):
         raise RuleError(f"{path}: normalize_gradient must be True or False, not {rule.normalize_gradient!r}")
-    if len(rule.step_exponents) != 3 or not all(map(math.isfinite, rule.step_exponents)):
-        raise RuleError(f"{path}: step_exponents is {rule.step_exponents}, expected 3 finite exponents")
-    if not 0 < rule.step_factor < math.inf:
-        raise RuleError(f"{path}: step_factor is {rule.step_factor}, expected a finite number above 0")
+    if len(rule.step_exponents) != 3 or not all(abs(exponent) <= LARGEST_EXPONENT for exponent in rule.step_exponents):
+        expected = f"3 exponents from -{LARGEST_EXPONENT} to {LARGEST_EXPONENT}"
+        raise RuleError(f"{path}: step_exponents is {rule.step_exponents}, expected {expected}")
+    if not 1 / LARGEST_FACTOR <= rule.step_factor <= LARGEST_FACTOR:
+        raise RuleError(f"{path}: step_factor is {rule.step_factor}, expected {1 / LARGEST_FACTOR:g} to {LARGEST_FACTOR:g}")
 
 
 def read_safetensors(path: Path, name: object) -> tuple[dict[str, Tensor], dict]:
@@ -212,15 +213,15 @@ def read_safetensors(path: Path, name: object) -> tuple[dict[str, Tensor], dict]
     try:
         return weights, {
             "variant": metadata["variant"],
-            "momentum_decays": tuple(float(decay) for decay in json.loads(metadata["momentum_decays"])),
+            "momentum_decays": numbers(metadata["momentum_decays"]),
             "second_moment_decay": float(metadata["second_moment_decay"]),
-            "factored_decays": tuple(float(decay) for decay in json.loads(metadata["factored_decays"])),
+            "factored_decays": numbers(metadata["factored_decays"]),
             "normalize_gradient": json.loads(metadata.get("normalize_gradient", "false")),
             **read_step_sizes(metadata),
             "description": metadata.get("description", ""),
             "source": metadata.get("source", ""),
         }
-    except (KeyError, ValueError, TypeError, RecursionError) as error:
+    except (KeyError, ValueError, TypeError, RecursionError, OverflowError) as error:
         raise RuleError(
             f"{name}: damaged description of variant, decays or step sizes ({type(error).__name__}: {error})"
         ) from error
@@ -230,8 +231,15 @@ def read_step_sizes(metadata: Mapping[str, str]) -> dict[str, Any]:
     """Of the description of a `.safetensors` rule what step sizes need: nothing in version 1."""
     if metadata["version"] == VERSIONS[0]:
         return {}
-    exponents = tuple(float(exponent) for exponent in json.loads(metadata["step_exponents"]))
-    return {"step_exponents": exponents, "step_factor": float(metadata["step_factor"])}
+    return {"step_exponents": numbers(metadata["step_exponents"]), "step_factor": float(metadata["step_factor"])}
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """The numbers of a JSON list."""
+    found = json.loads(text)
+    if not isinstance(found, list):
+        raise ValueError(f"{text:.40} is not a list")
+    return tuple(float(number) for number in found)
 
 
 def check_pylo(config: Path, name: object) -> None:

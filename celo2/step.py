@@ -21,7 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from celo2.blocked import Passes, block_elements, factors_of, first_layer, move_means_, squares_of, step_sizes
+from celo2 import step_sizes
+from celo2.blocked import Passes, block_elements, factors_of, first_layer, move_means_, squares_of
 from celo2.distributed.collectives import add_up_, share_means_
 from celo2.distributed.plan import Entry
 from celo2.distributed.shard import SplitMatrix
@@ -57,6 +58,7 @@ class Context:
     passes: Passes
     ns_dtype: torch.dtype
     gate: Gate | None = None  # of a step that the device may refuse
+    has_step_sizes: bool = False  # of the rule
     orthogonalized: int = 0  # matrices that this rank has orthogonalized
 
 
@@ -110,10 +112,10 @@ class Work:
 
     def update_(self, context: Context, whole_directions: WholeDirections, split_directions: SplitDirections) -> None:
         """Steps 0 to 10 on everything."""
-        if context.rule.has_step_sizes:
+        if context.has_step_sizes:
             device = context.rule.weights["b0"].device
-            self.whole = [with_step_size(item, device) for item in self.whole]
-            self.split = {group: [with_step_size(item, device) for item in items] for group, items in self.split.items()}
+            self.whole = step_sizes.with_room(self.whole, device)
+            self.split = {group: step_sizes.with_room(items, device) for group, items in self.split.items()}
         for batch, direction in whole_directions(self.whole, context):
             finish_([batch], [direction], context, no_reduction)
             del direction  # before the next one is made
@@ -123,15 +125,6 @@ class Work:
             share_means_(self.means[group], group)
         for weight, w in self.copies:
             weight.copy_(w)
-
-
-def with_step_size(item: Item, device: torch.device) -> Item:
-    """`item` with room for the step sizes of its matrices."""
-    part = item.part
-    step_size = torch.ones(part.shape[0], dtype=torch.float32, device=device)
-    return item._replace(
-        part=part._replace(step_size=step_size) if isinstance(part, Vector) else replace(part, step_size=step_size)
-    )
 
 
 # Steps 0 to 7. A part on its way through them stops at sums over what is here of it, and goes on with the complete ones.
@@ -166,10 +159,8 @@ def matrix_steps(stacks: Sequence[Stack], out: Direction | None, context: Contex
         scatter_(together, stacks)
     if out is None:
         return
-    if rule.has_step_sizes:
-        for stack, found in zip(stacks, step_sizes(rule, together, sums).split([s.shape[0] for s in stacks]), strict=True):
-            if stack.step_size is not None:
-                stack.step_size.copy_(found)
+    if context.has_step_sizes:
+        step_sizes.write_(rule, stacks, together, sums)
     factors = factors_of(together)
     factored_sums = yield passes.factor(inputs, factors)  # for step 6
     layer = first_layer(rule, together, sums, factored_sums)
@@ -224,8 +215,8 @@ def finish_(batches: list[Batch], directions: Sequence[Direction], context: Cont
     for batch, direction, norm in zip(batches, directions, norms, strict=True):
         parts = [item.part for item in batch]
         scale_of_all = inverse_rms(norm, parts[0], RMS_EPS)
-        if known := [part.step_size for part in parts if part.step_size is not None]:
-            scale_of_all *= torch.cat(known)
+        if context.has_step_sizes:
+            scale_of_all *= step_sizes.of(parts)
         scales = scale_of_all[:, None, None].split([part.shape[0] for part in parts])
         for item, scale, tensors in zip(batch, scales, pieces_of(parts, direction), strict=True):
             for piece, u in zip(item.part.pieces, tensors, strict=True):

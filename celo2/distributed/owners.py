@@ -46,7 +46,7 @@ def orthogonalized_by_owners(items: list[Item], context: Context, replicas: Repl
         elif not replicas.shard_state:  # everybody keeps the accumulators, so everybody moves them
             for chunk in chunks(batch, context.passes):
                 carry_out([steps_of(chunk, None, context)], no_reduction)
-    if context.rule.has_step_sizes:
+    if context.has_step_sizes:
         share_step_sizes_([batch for batch, by_all in zip(batches, everywhere, strict=True) if not by_all], replicas)
     mine = iter(results)
     for batch, by_all in zip(batches, everywhere, strict=True):

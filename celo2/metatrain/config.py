@@ -335,6 +335,11 @@ def check(config: Config) -> None:
             f"checkpoint.every is {config.checkpoint.every}, expected a multiple of log.every ({config.log.every}): "
             "a line of metrics must not span a checkpoint"
         )
+    if config.outer.weight_decay and not config.rule.step_sizes and start_rule(config).has_step_sizes:
+        raise ConfigError(
+            f"outer.weight_decay is {config.outer.weight_decay}, expected 0 where rule.init has step sizes that are not trained "
+            "(rule.step_sizes=false)"
+        )
     if config.rule.decays is not None and len(config.rule.decays) != 3:
         raise ConfigError(f"rule.decays is {config.rule.decays}, expected three numbers")
     if len(config.outer.betas) != 2:

@@ -23,7 +23,7 @@ from celo2.training.atomic import write_atomically
 FORMAT = "celo2-metatrain"
 
 
-def with_step(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+def with_step_sizes(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """x (..., D) of a state that was written when θ held the weights alone: zeros for the step sizes bring it to `shape`."""
     missing = SIZE - STARTS[STEP]
     if x.ndim and shape[-1:] == (SIZE,) and x.shape == (*shape[:-1], SIZE - missing):
@@ -123,7 +123,7 @@ class Outer(ABC):
             if key not in FREE - bound and written.get(key) != value:
                 raise ConfigError(f"{path} was written with {key} {written.get(key)!r}, now it is {value!r}")
         own = self.tensors()
-        arrays = {key: with_step(x, own[key].shape) if key in own else x for key, x in arrays.items()}
+        arrays = {key: with_step_sizes(x, own[key].shape) if key in own else x for key, x in arrays.items()}
         if {k: x.shape for k, x in own.items()} != {k: x.shape for k, x in arrays.items()}:
             raise ConfigError(f"{path}: its arrays are not those of this configuration")
         self.iteration, self.seconds = meta["iteration"], meta["seconds"]

@@ -1,7 +1,7 @@
 """Persistent evolution strategies: from the losses of antithetic unrolls to a gradient of θ. Pure functions.
 
 Source: Vicol, Metz, Sohl-Dickstein, "Unbiased Gradient Estimation in Unrolled Computation Graphs with Persistent Evolution
-Strategies", ICML 2021, arXiv 2112.13835. Legend: N problems, T steps of a truncation, D weights of the rule.
+Strategies", ICML 2021, arXiv 2112.13835. Legend: N problems, T steps of a truncation, D numbers of θ.
 """
 
 from __future__ import annotations

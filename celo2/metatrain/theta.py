@@ -37,15 +37,21 @@ def parts(theta: np.ndarray) -> dict[str, np.ndarray]:
 def theta_of(rule: Rule) -> np.ndarray:
     """The weights of a rule and what its step sizes are made of as θ, float32."""
     weights = [rule.weights[name].numpy().ravel() for name in SHAPES if name != STEP]
-    return np.concatenate([*weights, np.array([*rule.step_exponents, math.log(rule.step_factor)], np.float32)])
+    return np.concatenate([*weights, step_of(rule)])
+
+
+def step_of(rule: Rule) -> np.ndarray:
+    """The last four numbers of θ: three exponents and the logarithm of the factor, float32."""
+    return np.array([*rule.step_exponents, math.log(rule.step_factor)], np.float32)
 
 
 def rule_of(theta: np.ndarray, config: Config, description: str) -> Rule:
     """The rule with the weights θ, as the configuration uses it."""
     weights = {name: torch.from_numpy(part.copy()) for name, part in parts(theta.astype(np.float32)).items()}
-    *exponents, factor = weights.pop(STEP).tolist()
-    settings = start_rule(config).settings() | {"variant": config.rule.variant, "normalize_gradient": normalizes(config)}
-    settings |= {"step_exponents": tuple(exponents), "step_factor": math.exp(factor)}
+    step, start = weights.pop(STEP).numpy(), start_rule(config)
+    settings = start.settings() | {"variant": config.rule.variant, "normalize_gradient": normalizes(config)}
+    if not np.array_equal(step, step_of(start)):  # else they stay as they are, not rounded to float32
+        settings |= {"step_exponents": tuple(step[:3].tolist()), "step_factor": math.exp(step[3])}
     return Rule(weights, **settings | {"description": description, "source": ""})
 
 
@@ -59,7 +65,7 @@ def first_theta(config: Config) -> np.ndarray:
     else:
         theta = theta_of(start_rule(config)).astype(np.float64)
         if theta.shape != (SIZE,):
-            raise ConfigError(f"rule.init is '{init}', a rule of {theta.size} weights, expected {SIZE}")
+            raise ConfigError(f"rule.init is '{init}', a rule of {theta.size - 4} weights, expected {STARTS[STEP]}")
     theta = theta + config.rule.init_noise * free(config) * rng.standard_normal(SIZE)
     return (odd_part(theta) if config.rule.odd else theta).astype(np.float32)
 
@@ -75,11 +81,11 @@ def expert_theta(config: Config) -> np.ndarray | None:
     expert, own = loaded(config.expert.rule), start_rule(config)
     theta = theta_of(expert)
     if theta.shape != (SIZE,):
-        raise ConfigError(f"expert.rule is '{config.expert.rule}', a rule of {theta.size} weights, expected {SIZE}")
+        raise ConfigError(f"expert.rule is '{config.expert.rule}', a rule of {theta.size - 4} weights, expected {STARTS[STEP]}")
     for name in ("momentum_decays", "second_moment_decay", "factored_decays"):
         if getattr(expert, name) != getattr(own, name):
             raise ConfigError(
-                f"expert.rule has {name} {getattr(expert, name)}, expected {getattr(own, name)}, those of rule.init"
+                f"expert.rule has {name} {getattr(expert, name)}, expected {getattr(own, name)}, as the rule that is trained"
             )
     return theta
 
@@ -143,6 +149,12 @@ def mirror() -> tuple[np.ndarray, np.ndarray]:
         place.append(here.ravel())
         sign.append(np.full(here.size, -1.0 if name in ODD else 1.0))
     return np.concatenate(place), np.concatenate(sign)
+
+
+def odd_noise(noise: np.ndarray) -> np.ndarray:
+    """Normal noise (..., 351) of deviation 1 as noise of odd rules, whose free numbers have deviation 1 again."""
+    place, _ = mirror()
+    return np.where(place == np.arange(SIZE), 1.0, math.sqrt(2)) * odd_part(noise)
 
 
 def odd_part(theta: np.ndarray) -> np.ndarray:

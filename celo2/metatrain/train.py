@@ -26,7 +26,7 @@ from celo2.metatrain.generations import Generations
 from celo2.metatrain.outer import Outer
 from celo2.metatrain.problems import NOISE, Problems, random
 from celo2.metatrain.tasks import Data, load_data
-from celo2.metatrain.theta import SIZE, expert_theta, free, odd_part
+from celo2.metatrain.theta import SIZE, expert_theta, free, odd_noise
 from celo2.rule import Rule
 from celo2.rule_files import save_rule
 from celo2.training.atomic import write_atomically
@@ -72,7 +72,7 @@ class MetaTraining(Outer):
         streams = [random(config.run.seed, NOISE, self.iteration, n) for n in range(len(self.task))]
         noise = np.stack([stream.standard_normal(SIZE) for stream in streams])
         if config.rule.odd:
-            noise = math.sqrt(2) * odd_part(noise)  # its deviation is 1 again
+            noise = odd_noise(noise)
         # ε is what float32 makes of it, so that θ + ε and θ - ε lie where the estimate believes.
         epsilon = (config.estimator.sigma * free(config) * noise).astype(np.float32)
         before_reset = self.of_buckets()

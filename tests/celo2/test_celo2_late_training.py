@@ -19,7 +19,7 @@ from celo2.metatrain.config import ConfigError, load_config, text_sizes
 from celo2.metatrain.engine import Expert, choose_unroll
 from celo2.metatrain.families import families_of, family_of
 from celo2.metatrain.outer import FORMAT
-from celo2.metatrain.theta import SIZE, theta_of
+from celo2.metatrain.theta import SIZE, odd_noise, odd_part, theta_of
 from celo2.metatrain.train import MetaTraining, outer_rate
 from celo2.training.metrics import rewind
 
@@ -35,16 +35,18 @@ NEW = {
     "an expert, clipped": ("images", "expert.rule=hand-nesterov rule.variant=celo2-base inner.grad_clip=0.01"),
     "late states": ("images", "inner.restart=0"),
     "other decays": ("images", "rule.init={decays}"),
+    "an expert with step sizes": ("images", "rule.init={decays} expert.rule={decays}"),
+    "a text, an expert with step sizes": ("text", "rule.init={decays} expert.rule={decays}"),
 }
 
 
 @pytest.fixture(scope="module")
 def decays(tmp_path_factory):
-    """A rule whose decays are not the published ones."""
+    """A rule whose decays are not the published ones, and which has step sizes."""
     path = tmp_path_factory.mktemp("rule") / "rule.safetensors"
     rule = load_rule("hand-nesterov")
     settings = {"momentum_decays": (0.8, 0.95, 0.99), "second_moment_decay": 0.9, "factored_decays": (0.7, 0.9, 0.95)}
-    save_rule(replace(rule, **settings, normalize_gradient=True), path)
+    save_rule(replace(rule, **settings, normalize_gradient=True, step_exponents=(0.5, -0.2, 0.3), step_factor=1.5), path)
     return path
 
 
@@ -299,6 +301,22 @@ def test_other_decays_are_those_of_the_rule_and_of_its_problems(digits, tmp_path
         load_config(path, ["rule.decays=[0.8,0.9]"])
     with pytest.raises(ConfigError, match=r"rule\.decays"):
         load_config(path, ["rule.decays=[0.8,0.9,1.0]"])
+
+
+def test_step_sizes_that_are_not_trained_do_not_decay(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(TINY)
+    with pytest.raises(ConfigError, match=r"outer\.weight_decay is 0\.1, expected 0 where rule\.init has step sizes"):
+        load_config(path, ["rule.init=hand-agreement", "outer.weight_decay=0.1"])
+    load_config(path, ["rule.init=hand-agreement", "outer.weight_decay=0.1", "rule.step_sizes=true"])
+
+
+def test_noise_of_odd_rules_has_deviation_1():
+    noise = odd_noise(np.random.default_rng(0).standard_normal((20_000, SIZE)))
+    deviation = noise.std(0)
+    np.testing.assert_allclose(deviation[deviation > 0], 1, rtol=0, atol=0.04)  # worst measured 0.013
+    assert (deviation[-4:] > 0).all()
+    np.testing.assert_array_equal(odd_part(noise), noise)
 
 
 def test_step_sizes_are_trained_where_they_are_asked_for(digits, tmp_path):  # noqa: F811

@@ -9,7 +9,7 @@ from optimizer_kinds import directions_
 
 from celo2 import Celo2, Rule, load_rule
 from celo2 import blocked as blocked_module
-from celo2.baselines import hand_momentum
+from celo2.baselines import hand_agreement, hand_momentum
 from celo2.orthogonalize import newton_schulz
 from celo2.rule import accumulator_shapes, factored_axes, normalized_gradient, step_size_of, update, weight_shapes
 from celo2.stack import stack_of_whole
@@ -135,6 +135,39 @@ def test_a_rule_with_step_sizes_is_the_rule_times_the_step_size(shape):
             expected = step_size_of(replace(rule, step_exponents=EXPONENTS, step_factor=0.5), *squares)
             torch.testing.assert_close(found[None], expected, rtol=2e-6, atol=0)  # worst measured 2.3e-7
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_without_a_gradient_a_step_is_as_long_as_of_noise():
+    """A gradient of zeros after noise, as of a layer behind a zero: the momentum still moves the weight, by the step factor."""
+    rule = replace(hand_agreement(), step_factor=0.5)
+    state = {name: torch.zeros(shape) for name, shape in accumulator_shapes((12, 20), (0, 1)).items()}
+    generator = torch.Generator().manual_seed(0)
+    for g in [torch.randn(12, 20, generator=generator) for _ in range(50)] + [torch.zeros(12, 20)] * 3:
+        u = update(rule, state, g, g, orthogonalize=True)
+    assert u.square().mean().sqrt().item() == pytest.approx(0.5, rel=1e-5)
+
+
+SHAPES = [(12, 20), (20, 12), (8, 8), (1, 9), (3, 9, 7), (2, 3, 4, 9), (9, 3, 2), (300, 260), (15,)]
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_optimizer_takes_steps_of_the_reference_size(shape, normalize):
+    """Matrices, stacks, one factored over the batch, one of several blocks, a vector; weights move by lr u of the reference."""
+    rule = replace(random_rule(), variant="celo2-base", step_exponents=EXPONENTS, step_factor=2.0, normalize_gradient=normalize)
+    axes = factored_axes(shape) if len(shape) > 1 else None
+    state = {name: torch.zeros(s) for name, s in accumulator_shapes(shape, axes).items()}
+    generator, sizes = torch.Generator().manual_seed(0), []
+    p = torch.nn.Parameter(torch.randn(shape, generator=generator))
+    optimizer = Celo2([{"params": [p], "update": "celo2"}], lr=1.0, rule=rule, orthogonalize=False)
+    for step in range(5):
+        p.grad = torch.randn(shape, generator=generator) * 10.0 ** (step - 2)
+        before = p.detach().clone()
+        u = update(rule, state, p.grad, before, orthogonalize=False, axes=axes)
+        optimizer.step()
+        sizes.append(u.square().mean().sqrt().item())
+        torch.testing.assert_close(before - p.detach(), u, rtol=0, atol=2e-4 * sizes[-1])  # worst measured 2.0e-5
+    assert all(abs(size - 2) > 0.5 for size in sizes)  # not the factor alone
 
 
 @pytest.mark.parametrize("shape", [(6, 10), (10, 6), (8, 8), (2, 3, 4, 9), (3, 9, 4)])

@@ -101,10 +101,15 @@ DAMAGED_DESCRIPTIONS = {
     "normalization text": ({"normalize_gradient": '"true"'}, "normalize_gradient.*'true'"),
     "normalization not JSON": ({"normalize_gradient": "True"}, "description"),
     "version 2 without step sizes": ({"version": "2"}, "description"),
-    "two exponents": (EXPONENTS | {"step_exponents": "[1, 0]"}, "step_exponents is .*expected 3 finite exponents"),
-    "infinite exponent": (EXPONENTS | {"step_exponents": "[1, 0, Infinity]"}, "step_exponents is .*expected 3 finite exponents"),
+    "two exponents": (EXPONENTS | {"step_exponents": "[1, 0]"}, "step_exponents is .*expected 3 exponents"),
+    "infinite exponent": (EXPONENTS | {"step_exponents": "[1, 0, Infinity]"}, "step_exponents is .*expected 3 exponents"),
+    "NaN exponent": (EXPONENTS | {"step_exponents": "[1, 0, NaN]"}, "step_exponents is .*expected 3 exponents"),
+    "exponent of 5": (EXPONENTS | {"step_exponents": "[0, -5, 0]"}, "expected 3 exponents from -4 to 4"),
+    "exponent of 400 digits": (EXPONENTS | {"step_exponents": f"[{10**400}, 0, 0]"}, "description"),
+    "decay of 400 digits": ({"momentum_decays": f"[{10**400}, 0, 0]"}, "description"),
+    "exponents in a text": (EXPONENTS | {"step_exponents": '"123"'}, "description.*not a list"),
     "exponents a number": (EXPONENTS | {"step_exponents": "1"}, "description"),
-    "step factor of 0": (EXPONENTS | {"step_factor": "0"}, "step_factor is 0.0, expected a finite number above 0"),
+    "step factor of 0": (EXPONENTS | {"step_factor": "0"}, "step_factor is 0.0, expected 0.001 to 1000"),
     "step factor not a number": (EXPONENTS | {"step_factor": "NaN"}, "step_factor is nan"),
 }
 

@@ -55,7 +55,7 @@ OF_TORCH: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 # Adam's direction has decays 0.9 and 0.95 and no bias correction; it is orthogonalized and normalized.
 BY_HAND = HAND_SET | {"adam-orthogonalized": partial(hand_set, {"scaled_momentum": (1.0,)}, "Adam's direction")}
-BASELINES = (*OF_TORCH, *BY_HAND)
+BASELINES = ("adamw", "muon", "hand-momentum", "hand-nesterov", "adam-orthogonalized")  # without --baselines
 # Where the search for a learning rate starts. An update of the rules has RMS 1; Muon's singular values are 1, so that its RMS is
 # about width ** -0.5.
 FIRST_LR = {"muon": 0.02}

@@ -299,10 +299,10 @@ def matrix_direction(theta, state, at, g, u, rows, cols, width, s, sums):
 @njit(**OPTIONS)
 def step_size_of(theta, sums, n, update):
     """The RMS of an update of n elements: `celo2.rule.step_size_of`, from the sums of squared channels."""
-    g, logarithm = lane_sum(load(sums, GRADIENT * LANES)) / n + SQUARE_FLOOR, theta[STEP + 3]
-    for k in range(3):
+    g, logarithm = lane_sum(load(sums, GRADIENT * LANES)) / n, theta[STEP + 3]
+    for k in range(3 if g > SQUARE_FLOOR else 0):
         noise = update.momentum[k] / (TWO - update.momentum[k])
-        ratio = (lane_sum(load(sums, (MOMENTUM + k) * LANES)) / n + SQUARE_FLOOR) / g / noise
+        ratio = (lane_sum(load(sums, (MOMENTUM + k) * LANES)) / n + SQUARE_FLOOR) / (g + SQUARE_FLOOR) / noise
         logarithm += theta[STEP + k] * np.log(min(max(ratio, noise), ONE / noise)) / TWO
     return np.exp(logarithm)
 
