@@ -23,7 +23,7 @@ from celo2.baselines import HAND_SET
 from celo2.rule import FIRST_LAYER, Rule, weight_shapes
 
 FORMAT = "celo2-rule"
-LARGEST_EXPONENT, LARGEST_FACTOR = 4, 1000.0  # of step sizes: within them no step size overflows float32
+LARGEST_EXPONENT, LARGEST_FACTOR = 4, 1000.0  # of step sizes; with the published decays none is above 1e17
 VERSIONS = ("1", "2")  # 2: of rules with step sizes, which programs that know 1 alone must not read
 VARIANTS = ("celo2", "celo2-base")
 NDARRAY_EXTENSION = 1  # MessagePack extension type of an array in the published files
