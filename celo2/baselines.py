@@ -36,7 +36,7 @@ def hand_nesterov() -> Rule:
     """The momentum of decay 0.9 plus 0.8 of the gradient, both over the root of Adafactor's second moment of decay 0.9.
 
     After 400 steps of a two-layer byte-level GPT none of 25 sums of channels was better. After 1,500 steps of width 32 a longer
-    momentum adds 0.01 to 0.02, which does not carry over to width 64 (docs/meta-training.md).
+    momentum adds 0.01 to 0.02, which does not carry over to width 64 (docs/log.md).
     """
     return hand_set(
         {"factored_momentum": (1.0,), "factored_gradient": (0.8,)},
@@ -47,7 +47,7 @@ def hand_nesterov() -> Rule:
 def hand_agreement() -> Rule:
     """As `hand_nesterov` with a decay of 0.95, twice the gradient, normalized gradients and step sizes: the momentum's RMS.
 
-    Where the gradients of a matrix turn round, because its steps are too long, they become shorter (docs/meta-training.md).
+    Where the gradients of a matrix turn round, because its steps are too long, they become shorter (docs/log.md).
     """
     rule = hand_set(
         {"factored_momentum": (1.0,), "factored_gradient": (1.6,)},

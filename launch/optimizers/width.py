@@ -4,7 +4,7 @@ An update that is orthogonalized and has RMS 1 has the spectral norm √max(R, C
 root of the width and its decay with the width. An update of Adam's kind has a learning rate that falls with the width (arXiv
 2203.03466) and a decay that stays. The rate of embeddings, output layer and vectors stays.
 
-Measured on small transformers (docs/meta-training.md, "Rates and widths"): the exponent of lr between widths 32 and 128 is −0.52
+Measured on small transformers (docs/log.md, "Rates and widths"): the exponent of lr between widths 32 and 128 is −0.52
 (standard error 0.05) for celo2-lm, −0.52 (0.02) for celo2 and −0.63 (0.08) for Muon, and an adamw_lr of 0.04 to 0.08 is
 good at all of them. That AdamW's lr falls with the width is in accord with three widths. The exponents of the decay, and those of
 other optimizers, are assumptions.
