@@ -30,6 +30,7 @@ from celo2.training.idle import Idle, refuse_idle
 
 PART = Range("above 0 and at most 1", lambda x: 0 < x <= 1)
 HIDDEN = 8  # hidden units H of the rule's two layers
+STEP_NUMBERS = 4  # of step sizes: three exponents, and the logarithm of the factor
 GROUP_OF = {weight: group for group, weight in FIRST_LAYER.items()}
 FREEZABLE = [GROUP_OF.get(weight, weight) for weight in weight_shapes(HIDDEN)]
 
@@ -264,8 +265,8 @@ def start_rule(config: Config) -> rules.Rule:
 
 
 def theta_size(config: Config) -> int:
-    """The numbers D of θ: the weights of a rule, and four of its step sizes."""
-    return sum(math.prod(shape) for shape in weight_shapes(HIDDEN).values()) + 4
+    """The numbers D of θ: the weights of a rule, and those of its step sizes."""
+    return sum(math.prod(shape) for shape in weight_shapes(HIDDEN).values()) + STEP_NUMBERS
 
 
 def normalizes(config: Config) -> bool:

@@ -13,7 +13,7 @@ from celo2.metatrain.families import Arrays
 from celo2.metatrain.outer import Outer
 from celo2.metatrain.problems import NOISE, random, whole_episodes
 from celo2.metatrain.tasks import Data
-from celo2.metatrain.theta import directions_of
+from celo2.metatrain.theta import directions_of, within_bounds
 
 KEPT = 2  # candidates of a generation beside those of the search: the mean of its distribution, and the first θ
 
@@ -31,8 +31,8 @@ class Generations(Outer):
         self.es = CmaEs(np.zeros(len(self.directions)), config.estimator.sigma, config.outer.population)
 
     def theta_of(self, steps: np.ndarray) -> np.ndarray:
-        """θ (..., D) for steps (..., n)."""
-        return (self.first_theta + steps @ self.directions).astype(np.float32)
+        """θ (..., D) for steps (..., n), its step sizes within the bounds of a rule file."""
+        return within_bounds((self.first_theta + steps @ self.directions).astype(np.float32))
 
     def current(self) -> np.ndarray:
         return self.theta_of(self.es.mean)

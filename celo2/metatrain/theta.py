@@ -12,17 +12,19 @@ import math
 import numpy as np
 import torch
 
-from celo2.metatrain.config import HIDDEN, Config, ConfigError, loaded, normalizes, start_rule
+from celo2.metatrain.config import HIDDEN, STEP_NUMBERS, Config, ConfigError, loaded, normalizes, start_rule
 from celo2.metatrain.problems import START, random
 from celo2.rule import CHANNEL_GROUPS, FIRST_LAYER, Rule, weight_shapes
+from celo2.rule_files import LARGEST_EXPONENT, LARGEST_FACTOR
 
 STEP = "step"  # what θ holds beside the weights: the exponents of step sizes, and the logarithm of their factor
-SHAPES = weight_shapes(HIDDEN) | {STEP: (4,)}
+SHAPES = weight_shapes(HIDDEN) | {STEP: (STEP_NUMBERS,)}
 STARTS, SIZE = {}, 0  # where each weight begins in θ
 for _name, _shape in SHAPES.items():
     STARTS[_name] = SIZE
     SIZE += math.prod(_shape)
 CHANNELS = sum(group.count for group in CHANNEL_GROUPS)
+LARGEST_LOGARITHM = np.nextafter(np.float32(math.log(LARGEST_FACTOR)), np.float32(0))  # exp of it is below LARGEST_FACTOR
 ODD = {FIRST_LAYER[group.name] for group in CHANNEL_GROUPS if group.odd} | {"w2", "b2"}  # weights whose sign turns
 
 
@@ -45,9 +47,19 @@ def step_of(rule: Rule) -> np.ndarray:
     return np.array([*rule.step_exponents, math.log(rule.step_factor)], np.float32)
 
 
+def within_bounds(theta: np.ndarray) -> np.ndarray:
+    """θ (..., 351) with the nearest step sizes that a rule file may hold: a search that leaves the bounds stops at them."""
+    theta = theta.copy()
+    step = parts(theta)[STEP]
+    exponents, factor = step[..., :3], step[..., 3]
+    np.clip(exponents, -LARGEST_EXPONENT, LARGEST_EXPONENT, out=exponents)
+    np.clip(factor, -LARGEST_LOGARITHM, LARGEST_LOGARITHM, out=factor)
+    return theta
+
+
 def rule_of(theta: np.ndarray, config: Config, description: str) -> Rule:
     """The rule with the weights θ, as the configuration uses it."""
-    weights = {name: torch.from_numpy(part.copy()) for name, part in parts(theta.astype(np.float32)).items()}
+    weights = {name: torch.from_numpy(part.copy()) for name, part in parts(within_bounds(theta.astype(np.float32))).items()}
     step, start = weights.pop(STEP).numpy(), start_rule(config)
     settings = start.settings() | {"variant": config.rule.variant, "normalize_gradient": normalizes(config)}
     if not np.array_equal(step, step_of(start)):  # else they stay as they are, not rounded to float32
@@ -65,7 +77,7 @@ def first_theta(config: Config) -> np.ndarray:
     else:
         theta = theta_of(start_rule(config)).astype(np.float64)
         if theta.shape != (SIZE,):
-            raise ConfigError(f"rule.init is '{init}', a rule of {theta.size - 4} weights, expected {STARTS[STEP]}")
+            raise ConfigError(f"rule.init is '{init}', a rule of {theta.size - STEP_NUMBERS} weights, expected {STARTS[STEP]}")
     theta = theta + config.rule.init_noise * free(config) * rng.standard_normal(SIZE)
     return (odd_part(theta) if config.rule.odd else theta).astype(np.float32)
 
@@ -81,7 +93,9 @@ def expert_theta(config: Config) -> np.ndarray | None:
     expert, own = loaded(config.expert.rule), start_rule(config)
     theta = theta_of(expert)
     if theta.shape != (SIZE,):
-        raise ConfigError(f"expert.rule is '{config.expert.rule}', a rule of {theta.size - 4} weights, expected {STARTS[STEP]}")
+        raise ConfigError(
+            f"expert.rule is '{config.expert.rule}', a rule of {theta.size - STEP_NUMBERS} weights, expected {STARTS[STEP]}"
+        )
     for name in ("momentum_decays", "second_moment_decay", "factored_decays"):
         if getattr(expert, name) != getattr(own, name):
             raise ConfigError(

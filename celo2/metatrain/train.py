@@ -26,7 +26,7 @@ from celo2.metatrain.generations import Generations
 from celo2.metatrain.outer import Outer
 from celo2.metatrain.problems import NOISE, Problems, random
 from celo2.metatrain.tasks import Data, load_data
-from celo2.metatrain.theta import SIZE, expert_theta, free, odd_noise
+from celo2.metatrain.theta import SIZE, expert_theta, free, odd_noise, within_bounds
 from celo2.rule import Rule
 from celo2.rule_files import save_rule
 from celo2.training.atomic import write_atomically
@@ -100,6 +100,7 @@ class MetaTraining(Outer):
         self.theta.grad = torch.from_numpy(gradient.astype(np.float32))
         self.outer.param_groups[0]["lr"] = config.outer.lr * outer_rate(config, self.iteration)
         self.outer.step()
+        self.theta.data.copy_(torch.from_numpy(within_bounds(self.current())))
         return self.means(clipped) | {
             "gradient_norm": norm,
             "theta_norm": float(self.theta.detach().norm()),

@@ -18,9 +18,11 @@ from celo2.metatrain.__main__ import main
 from celo2.metatrain.config import ConfigError, load_config, text_sizes
 from celo2.metatrain.engine import Expert, choose_unroll
 from celo2.metatrain.families import families_of, family_of
+from celo2.metatrain.generations import Generations
 from celo2.metatrain.outer import FORMAT
 from celo2.metatrain.theta import SIZE, odd_noise, odd_part, theta_of
 from celo2.metatrain.train import MetaTraining, outer_rate
+from celo2.rule_files import LARGEST_EXPONENT
 from celo2.training.metrics import rewind
 
 NEW = {
@@ -309,6 +311,23 @@ def test_step_sizes_that_are_not_trained_do_not_decay(tmp_path):
     with pytest.raises(ConfigError, match=r"outer\.weight_decay is 0\.1, expected 0 where rule\.init has step sizes"):
         load_config(path, ["rule.init=hand-agreement", "outer.weight_decay=0.1"])
     load_config(path, ["rule.init=hand-agreement", "outer.weight_decay=0.1", "rule.step_sizes=true"])
+
+
+@pytest.mark.parametrize("method", ["pes outer.lr=40", "cma estimator.sigma=40"])
+def test_step_sizes_stop_at_the_bounds_of_a_rule_file(method, digits, tmp_path):  # noqa: F811
+    """A search that leaves them writes rules that can be read."""
+    path = tmp_path / "c.yaml"
+    path.write_text(TINY)
+    changes = f"rule.init=hand-agreement rule.init_noise=0 rule.step_sizes=true outer.method={method}".split()
+    config = load_config(path, changes)
+    training = (Generations if config.outer.method == "cma" else MetaTraining)(config, digits)
+    for _ in range(3):
+        training.step()
+        rule = training.rule()
+        save_rule(rule, tmp_path / "rule.safetensors")
+        assert load_rule(tmp_path / "rule.safetensors") == rule
+    largest = max(abs(exponent) for exponent in rule.step_exponents)
+    assert largest == LARGEST_EXPONENT
 
 
 def test_noise_of_odd_rules_has_deviation_1():
