@@ -24,7 +24,6 @@ for _name, _shape in SHAPES.items():
     STARTS[_name] = SIZE
     SIZE += math.prod(_shape)
 CHANNELS = sum(group.count for group in CHANNEL_GROUPS)
-LARGEST_LOGARITHM = np.nextafter(np.float32(math.log(LARGEST_FACTOR)), np.float32(0))  # exp of it is below LARGEST_FACTOR
 ODD = {FIRST_LAYER[group.name] for group in CHANNEL_GROUPS if group.odd} | {"w2", "b2"}  # weights whose sign turns
 
 
@@ -53,7 +52,7 @@ def within_bounds(theta: np.ndarray) -> np.ndarray:
     step = parts(theta)[STEP]
     exponents, factor = step[..., :3], step[..., 3]
     np.clip(exponents, -LARGEST_EXPONENT, LARGEST_EXPONENT, out=exponents)
-    np.clip(factor, -LARGEST_LOGARITHM, LARGEST_LOGARITHM, out=factor)
+    np.clip(factor, -math.log(LARGEST_FACTOR), math.log(LARGEST_FACTOR), out=factor)
     return theta
 
 
@@ -63,7 +62,8 @@ def rule_of(theta: np.ndarray, config: Config, description: str) -> Rule:
     step, start = weights.pop(STEP).numpy(), start_rule(config)
     settings = start.settings() | {"variant": config.rule.variant, "normalize_gradient": normalizes(config)}
     if not np.array_equal(step, step_of(start)):  # else they stay as they are, not rounded to float32
-        settings |= {"step_exponents": tuple(step[:3].tolist()), "step_factor": math.exp(step[3])}
+        factor = min(max(math.exp(step[3]), 1 / LARGEST_FACTOR), LARGEST_FACTOR)  # exp of a rounded bound may lie beyond it
+        settings |= {"step_exponents": tuple(step[:3].tolist()), "step_factor": factor}
     return Rule(weights, **settings | {"description": description, "source": ""})
 
 

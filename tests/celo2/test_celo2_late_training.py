@@ -22,7 +22,7 @@ from celo2.metatrain.generations import Generations
 from celo2.metatrain.outer import FORMAT
 from celo2.metatrain.theta import SIZE, odd_noise, odd_part, theta_of
 from celo2.metatrain.train import MetaTraining, outer_rate
-from celo2.rule_files import LARGEST_EXPONENT
+from celo2.rule_files import LARGEST_EXPONENT, LARGEST_FACTOR
 from celo2.training.metrics import rewind
 
 NEW = {
@@ -326,8 +326,22 @@ def test_step_sizes_stop_at_the_bounds_of_a_rule_file(method, digits, tmp_path):
         rule = training.rule()
         save_rule(rule, tmp_path / "rule.safetensors")
         assert load_rule(tmp_path / "rule.safetensors") == rule
-    largest = max(abs(exponent) for exponent in rule.step_exponents)
-    assert largest == LARGEST_EXPONENT
+    assert max(map(abs, rule.step_exponents)) == LARGEST_EXPONENT
+
+
+@pytest.mark.parametrize("factor", [LARGEST_FACTOR, 1 / LARGEST_FACTOR])
+def test_a_start_at_the_bounds_keeps_its_step_sizes(factor, digits, tmp_path):  # noqa: F811
+    start = replace(load_rule("hand-agreement"), step_exponents=(-4.0, 4.0, 0.1), step_factor=factor)
+    save_rule(start, tmp_path / "start.safetensors")
+    path = tmp_path / "c.yaml"
+    path.write_text(TINY)
+    for asked in ("false", "true"):
+        config = load_config(path, [f"rule.init={tmp_path}/start.safetensors", "rule.init_noise=0", f"rule.step_sizes={asked}"])
+        training = MetaTraining(config, digits)
+        assert training.rule() == start
+        training.step()
+        save_rule(training.rule(), tmp_path / "rule.safetensors")
+        assert (training.rule().step_factor == factor) or asked == "true"
 
 
 def test_noise_of_odd_rules_has_deviation_1():
