@@ -57,4 +57,15 @@ def hand_agreement() -> Rule:
     return replace(rule, momentum_decays=decays, factored_decays=decays, normalize_gradient=True, step_exponents=(1.0, 0.0, 0.0))
 
 
-HAND_SET = {"hand-momentum": hand_momentum, "hand-nesterov": hand_nesterov, "hand-agreement": hand_agreement}
+def hand_whitened() -> Rule:
+    """As `hand_agreement`, with directions that are whitened before Newton–Schulz (`celo2.whitening`, docs/log.md)."""
+    description = "hand-agreement, whitened"
+    return replace(hand_agreement(), whitening=0.1, description=f"hand-set, not learned: {description}")
+
+
+HAND_SET = {
+    "hand-momentum": hand_momentum,
+    "hand-nesterov": hand_nesterov,
+    "hand-agreement": hand_agreement,
+    "hand-whitened": hand_whitened,
+}

@@ -26,6 +26,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     normalized = ", gradients normalized" if rule.normalize_gradient else ""
     normalized += ", with step sizes" if rule.has_step_sizes else ""
+    normalized += ", whitened" if rule.whitening else ""
     print(f"{args.output}: {rule.variant}, {rule.hidden} hidden units{normalized}; {rule.description}")
     return 0
 

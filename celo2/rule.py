@@ -21,6 +21,7 @@ from torch import Tensor
 
 from celo2.orthogonalize import newton_schulz
 from celo2.rounding import SECOND_MOMENT_SLOT, lerp_, places
+from celo2.whitening import KEYS, whiten_
 
 GRADIENT_CLIP = 1000.0
 SMALL_CLIP = 0.1
@@ -86,6 +87,7 @@ class Rule:
         step_exponents: of the step size, one for each momentum: how much longer the step of a matrix is, the more its gradients
             agree from step to step. Zeros: every update has RMS 1, as published.
         step_factor: what every step size is multiplied by.
+        whitening: how far whiteners move in a step (`celo2.whitening`); 0: directions are not whitened, as published.
         description: how the rule was made, for people.
         source: the file of the Hugging Face Hub that it was loaded from, `hub:OWNER/NAME@COMMIT:FILE`; empty for other rules.
     """
@@ -98,6 +100,7 @@ class Rule:
     normalize_gradient: bool = False
     step_exponents: tuple[float, float, float] = (0.0, 0.0, 0.0)
     step_factor: float = 1.0
+    whitening: float = 0.0
     description: str = ""
     source: str = ""
 
@@ -110,8 +113,9 @@ class Rule:
         )
 
     def settings(self) -> dict[str, Any]:
-        """Everything that it computes with beside its weights; of step sizes nothing where all are 1."""
+        """Everything that it computes with beside its weights; nothing of step sizes that are all 1 and of no whitening."""
         others = {"weights", "description", "source"} | (set() if self.has_step_sizes else {"step_exponents", "step_factor"})
+        others |= set() if self.whitening else {"whitening"}
         return {name: value for name, value in self.__dict__.items() if name not in others}
 
     @property
@@ -296,6 +300,7 @@ def update(
         rule: the learned rule.
         state: accumulators of `accumulator_shapes`, advanced in place. Of a matrix, momentum and second_moment may be bfloat16,
             rounded stochastically (`celo2.rounding`); they need `count`, int32 (): the number of this step, 1 for the first.
+            With `whitening` also `celo2.whitening.whitener_shapes` of a matrix.
         g: gradient, float32 (*shape), one axis or more.
         w: weight, float32 (*shape).
         orthogonalize: step 8, for parameters with two axes or more; True is Celo2, False is Celo2-base.
@@ -314,7 +319,10 @@ def update(
     x = torch.cat([rms_normalized(group, last_two) for group in channels(state, g, w, axes)])  # (F, *shape)
     u = mlp(rule, x)
     if orthogonalize and not is_vector:
-        u = newton_schulz(u.to(ns_dtype)).float()
+        u = u.to(ns_dtype)
+        if rule.whitening:
+            u = whiten_(u, {key: state[key] for key in KEYS if key in state}, rule.whitening).to(ns_dtype)
+        u = newton_schulz(u).float()
     u = rms_normalized(u, last_two)
     if not rule.has_step_sizes:
         return u

@@ -24,7 +24,7 @@ from celo2.rule import FIRST_LAYER, Rule, weight_shapes
 
 FORMAT = "celo2-rule"
 LARGEST_EXPONENT, LARGEST_FACTOR = 4, 1000.0  # of step sizes; with the published decays none is above 1e17
-VERSIONS = ("1", "2")  # 2: of rules with step sizes, which programs that know 1 alone must not read
+VERSIONS = ("1", "2", "3")  # 2: of rules with step sizes, 3: with whitening, which programs that know less must not read
 VARIANTS = ("celo2", "celo2-base")
 NDARRAY_EXTENSION = 1  # MessagePack extension type of an array in the published files
 HUB = "hub:"
@@ -138,7 +138,7 @@ def save_rule(rule: Rule, path: str | Path) -> None:
     check_description(rule, path)
     if path.suffix == ".safetensors":
         settings = {name: value if isinstance(value, str) else json.dumps(value) for name, value in rule.settings().items()}
-        version = VERSIONS[rule.has_step_sizes]
+        version = VERSIONS[2 if rule.whitening else 1 if rule.has_step_sizes else 0]
         metadata = {"format": FORMAT, "version": version, **settings, "description": rule.description, "source": rule.source}
         path.write_bytes(save({name: w.detach().contiguous().cpu() for name, w in rule.weights.items()}, metadata))
     elif path.suffix == ".state":
@@ -190,6 +190,10 @@ def check_description(rule: Rule, path: object) -> None:
         raise RuleError(f"{path}: step_exponents is {rule.step_exponents}, expected {expected}")
     if not 1 / LARGEST_FACTOR <= rule.step_factor <= LARGEST_FACTOR:
         raise RuleError(f"{path}: step_factor is {rule.step_factor}, expected {1 / LARGEST_FACTOR:g} to {LARGEST_FACTOR:g}")
+    if not 0 <= rule.whitening <= 1:
+        raise RuleError(f"{path}: whitening is {rule.whitening}, expected 0 to 1")
+    if rule.whitening and rule.variant == "celo2-base":
+        raise RuleError(f"{path}: whitening is a part of orthogonalization, which a celo2-base rule has not")
 
 
 def read_safetensors(path: Path, name: object) -> tuple[dict[str, Tensor], dict]:
@@ -217,7 +221,7 @@ def read_safetensors(path: Path, name: object) -> tuple[dict[str, Tensor], dict]
             "second_moment_decay": float(metadata["second_moment_decay"]),
             "factored_decays": numbers(metadata["factored_decays"]),
             "normalize_gradient": json.loads(metadata.get("normalize_gradient", "false")),
-            **read_step_sizes(metadata),
+            **read_additions(metadata),
             "description": metadata.get("description", ""),
             "source": metadata.get("source", ""),
         }
@@ -227,11 +231,12 @@ def read_safetensors(path: Path, name: object) -> tuple[dict[str, Tensor], dict]
         ) from error
 
 
-def read_step_sizes(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Of the description of a `.safetensors` rule what step sizes need: nothing in version 1."""
-    if metadata["version"] == VERSIONS[0]:
-        return {}
-    return {"step_exponents": numbers(metadata["step_exponents"]), "step_factor": float(metadata["step_factor"])}
+def read_additions(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Of the description of a `.safetensors` rule what is newer than version 1: step sizes, and with version 3 whitening."""
+    found: dict[str, Any] = {"whitening": float(metadata["whitening"])} if metadata["version"] == VERSIONS[2] else {}
+    if metadata["version"] == VERSIONS[1] or (found and "step_factor" in metadata):
+        found |= {"step_exponents": numbers(metadata["step_exponents"]), "step_factor": float(metadata["step_factor"])}
+    return found
 
 
 def numbers(text: str) -> tuple[float, ...]:

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from celo2.whitening import KEYS
+
 Direction = Tensor | list[Tensor]  # of whole matrices (N, R, C); of what is here of a split one, a tensor (1, r, c) a piece
 
 
@@ -156,3 +158,13 @@ def scatter_(together: Stack, stacks: Sequence[Stack]) -> None:
         moved += [(piece.m, [s.pieces[0].m for s in stacks]), (piece.v, [s.pieces[0].v for s in stacks])]
     for new, own in moved:
         torch._foreach_copy_(own, list(new.split([s.shape[0] for s in stacks])))
+
+
+def whiteners_of(state: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """The whiteners (N, ·, ·) in the state of a parameter of N matrices, which a rule may have (`celo2.whitening`)."""
+    return {key: state[key].view(-1, *state[key].shape[-2:]) for key in KEYS if key in state} if state else {}
+
+
+def some_of(whiteners: Mapping[str, Tensor], which: slice) -> dict[str, Tensor]:
+    """Those of the matrices `which`."""
+    return {key: value[which] for key, value in whiteners.items()}

@@ -17,10 +17,11 @@ from celo2.layout import stacked_axes, stacked_shape
 from celo2.older_state import upgraded
 from celo2.rule import Rule, accumulator_shapes
 from celo2.stack import is_dtensor, local
+from celo2.whitening import KEYS, whitener_shapes
 
-REPLICATED = ("row", "col", "step", "count")  # not divided like the weights
+REPLICATED = ("row", "col", "step", "count", *KEYS)  # not divided like the weights
 # Every name of `state_form`; wrappers keep things of their own beside them.
-STATE_KEYS = {"momentum", "second_moment", "row", "col", "diag", "count", "step", "exp_avg", "exp_avg_sq"}
+STATE_KEYS = {"momentum", "second_moment", "diag", "exp_avg", "exp_avg_sq", *REPLICATED}
 
 
 class Stateful(torch.optim.Optimizer):
@@ -48,8 +49,9 @@ class Stateful(torch.optim.Optimizer):
     def _entries_of(self, index: int, group: dict[str, Any]) -> list[Entry]:
         """The parameters of a group as this rank sees them."""
         orthogonalize = group["orthogonalize"] and self.rule.variant != "celo2-base"
+        whitened = orthogonalize and self.rule.whitening > 0
         entries = [
-            Entry(name, p, local_shard_of(p), self.takes_rule(p, group), orthogonalize, group["matrices"])
+            Entry(name, p, local_shard_of(p), self.takes_rule(p, group), orthogonalize, group["matrices"], whitened)
             for name, p in zip(names_of(index, group), group["params"], strict=True)
         ]
         if self.replicas is not None:
@@ -117,7 +119,8 @@ def state_form(entry: Entry, state_dtype: torch.dtype) -> dict[str, tuple[tuple[
     """Shape and dtype of the state of a parameter of shape P and stacked shape S = (..., R, C) (see `celo2.layout`).
 
     By the rule: `momentum` (3, *P), `second_moment` P, and `row` and `col`, means over the longer and the shorter axis of a
-    matrix, or `diag` (3, *P) for a vector; with bfloat16 accumulators also `count`, int32 (), its steps so far. By AdamW: `step`,
+    matrix, or `diag` (3, *P) for a vector; with bfloat16 accumulators also `count`, int32 (), its steps so far; of a rule with
+    `whitening` also `left_whitener` (..., R, R) and `right_whitener` (..., C, C), float32. By AdamW: `step`,
     `exp_avg`, `exp_avg_sq`. For a DTensor, what has the shape P is placed like it, so that torch's own tools save and reshard it,
     and the rest is the same on all ranks. For a parameter with the attribute `local_shard`, P is its local shard, and `row` and
     `col` of a whole matrix are moved only where that is.
@@ -129,6 +132,8 @@ def state_form(entry: Entry, state_dtype: torch.dtype) -> dict[str, tuple[tuple[
     shape = stacked_shape(entry.local_shard.shape, entry.layout)
     axes = stacked_axes(shape, entry.layout)
     shapes = accumulator_shapes(shape, axes)
+    if entry.whitened and axes is not None:
+        shapes |= whitener_shapes(shape)
     for name in shapes.keys() - set(REPLICATED):
         shapes[name] = (*shapes[name][: len(shapes[name]) - len(shape)], *(size or (1,)))  # a scalar is a vector
     dtypes: dict[str, torch.dtype] = {}

@@ -21,14 +21,27 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from celo2 import step_sizes
+from celo2 import step_sizes, whitening
 from celo2.blocked import Passes, block_elements, factors_of, first_layer, move_means_, squares_of
 from celo2.distributed.collectives import add_up_, share_means_
 from celo2.distributed.plan import Entry
 from celo2.distributed.shard import SplitMatrix
 from celo2.layout import form_of
 from celo2.rule import RMS_EPS, SQUARE_FLOOR, Rule
-from celo2.stack import Direction, Gate, Stack, gathered, is_dtensor, local, local_gradient, part_of, scatter_, stack_of
+from celo2.stack import (
+    Direction,
+    Gate,
+    Stack,
+    gathered,
+    is_dtensor,
+    local,
+    local_gradient,
+    part_of,
+    scatter_,
+    some_of,
+    stack_of,
+    whiteners_of,
+)
 from celo2.vectors import Vector, vector_of, vector_steps
 
 # Newton–Schulz takes matrices of one shape together, up to this many elements or one matrix. CPU: 64 MB in float32. Elsewhere
@@ -69,6 +82,7 @@ class Item(NamedTuple):
     options: Mapping[str, Any]  # the param group, whose `lr` and `weight_decay` count
     orthogonalize: bool
     owner: int = 0  # the rank among replicas that orthogonalizes it
+    whiteners: Mapping[str, Tensor] = {}  # (N, ·, ·), for a rule that has them
     split: SplitMatrix | None = None  # of a matrix that no rank holds whole
 
 
@@ -100,15 +114,20 @@ class Work:
         if w is not weight:
             self.copies.append((weight, w))
         here = self.whole if shard.group is None else self.split[shard.group]
+        whiteners = whiteners_of(state)
         if form.by_reference:
-            here.append(Item(vector_of(g, w, state, form), options, orthogonalize and form.axes is not None, owner))
+            item = Item(vector_of(g, w, state, form), options, orthogonalize and form.axes is not None, owner, whiteners)
+            here.append(item)
         for which, regions in form.whole:
-            self.whole.append(Item(stack_of(g, w, state, form.stack, which, regions), options, orthogonalize, owner))
+            stack = stack_of(g, w, state, form.stack, which, regions)
+            self.whole.append(Item(stack, options, orthogonalize, owner, some_of(whiteners, which)))
         for n, matrix in entry.split.items():
-            stack = stack_of(g, w, state, form.stack, slice(n, n + 1), form.split.get(n, ()))
-            here.append(Item(stack, options, orthogonalize, split=matrix))
+            which = slice(n, n + 1)
+            stack = stack_of(g, w, state, form.stack, which, form.split.get(n, ()))
+            here.append(Item(stack, options, orthogonalize, whiteners=some_of(whiteners, which), split=matrix))
         if entry.others is not None and state is not None and shard.group is not None:
             self.means[shard.group] += [(state[name].view(3, form.stack[0], -1), entry.others) for name in ("row", "col")]
+            self.means[shard.group] += [(value[None], entry.others) for value in whiteners.values()]
 
     def update_(self, context: Context, whole_directions: WholeDirections, split_directions: SplitDirections) -> None:
         """Steps 0 to 10 on everything."""
@@ -193,7 +212,16 @@ def direction_of(batch: Batch, context: Context) -> Tensor:
     if not batch[0].orthogonalize:
         return direction
     context.orthogonalized += done
-    return context.passes.newton_schulz(direction)
+    return orthogonalized(direction, batch, context)
+
+
+def orthogonalized(u: Tensor, batch: Batch, context: Context) -> Tensor:
+    """Step 8 on the directions u (N, R, C) of a batch, whitened before for a rule that has it."""
+    if context.rule.whitening:
+        taken = None if context.gate is None else context.gate.taken
+        whitened = whitening.whiten_together_(u, [item.whiteners for item in batch], context.rule.whitening, taken)
+        u = whitened.to(u.dtype)
+    return context.passes.newton_schulz(u)
 
 
 def room_for(batch: Batch, context: Context) -> Tensor:
@@ -265,7 +293,9 @@ def sliced(items: list[Item], elements: int) -> Iterator[Batch]:
             stop = min(start + room, n)
             if stop - start < n:
                 assert isinstance(item.part, Stack)
-                batch.append(item._replace(part=part_of(item.part, slice(start, stop))))
+                which = slice(start, stop)
+                some = item._replace(part=part_of(item.part, which), whiteners=some_of(item.whiteners, which))
+                batch.append(some)
             else:
                 batch.append(item)
             room -= stop - start

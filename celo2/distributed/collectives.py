@@ -81,7 +81,7 @@ def orthogonalize_split(
     pieces: Sequence[Sequence[Tensor]],
     empty: Tensor,
     group: dist.ProcessGroup,
-    orthogonalize: Callable[[Tensor], Tensor],
+    orthogonalize: Callable[[Tensor, Sequence[int]], Tensor],
     most_elements: int,
 ) -> list[list[Tensor]]:
     """`orthogonalize` on matrices of which every rank of `group` holds `pieces`; every matrix is worked on once, by its owner.
@@ -90,14 +90,15 @@ def orthogonalize_split(
         matrices: the same ones in the same order on all ranks.
         pieces: of each matrix, what is here, in the order of its regions.
         empty: (0,), of the dtype and on the device of the pieces, of which a rank may have none.
-        orthogonalize: takes matrices of one shape (N, R, C).
+        orthogonalize: takes matrices of one shape (N, R, C), and which of `matrices` they are.
         most_elements: limit of elements for one call; a larger matrix goes alone.
 
     Returns:
         Pieces of the results, like those that came in.
     """
     me, world = dist.get_rank(group), dist.get_world_size(group)
-    owned = [m for m in matrices if m.owner == me]
+    numbers = [i for i, m in enumerate(matrices) if m.owner == me]
+    owned = [matrices[i] for i in numbers]
     outgoing: list[list[Tensor]] = [[] for _ in range(world)]
     for matrix, parts in zip(matrices, pieces, strict=True):
         outgoing[matrix.owner] += parts
@@ -112,7 +113,8 @@ def orthogonalize_split(
         at_once = max(1, most_elements // max(1, shape.numel()))
         for start in range(0, len(indices), at_once):
             batch = indices[start : start + at_once]
-            for i, u in zip(batch, orthogonalize(torch.stack([whole[i] for i in batch])), strict=True):
+            done = orthogonalize(torch.stack([whole[i] for i in batch]), [numbers[i] for i in batch])
+            for i, u in zip(batch, done, strict=True):
                 whole[i] = u
 
     outgoing = [[] for _ in range(world)]

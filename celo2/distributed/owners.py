@@ -25,6 +25,7 @@ from celo2.step import (
     chunks,
     direction_of,
     no_reduction,
+    orthogonalized,
     room_for,
     steps_of,
 )
@@ -48,6 +49,9 @@ def orthogonalized_by_owners(items: list[Item], context: Context, replicas: Repl
                 carry_out([steps_of(chunk, None, context)], no_reduction)
     if context.has_step_sizes:
         share_step_sizes_([batch for batch, by_all in zip(batches, everywhere, strict=True) if not by_all], replicas)
+    if not replicas.shard_state:
+        owned = [item for batch, by_all in zip(batches, everywhere, strict=True) if not by_all for item in batch]
+        share_whiteners_(owned, [item.owner for item in owned], replicas.group)
     mine = iter(results)
     for batch, by_all in zip(batches, everywhere, strict=True):
         is_owner = batch[0].owner == replicas.rank
@@ -72,6 +76,15 @@ def share_step_sizes_(batches: Sequence[Batch], replicas: Replicas) -> None:
     add_up_(sizes, replicas.group)
 
 
+def share_whiteners_(items: Sequence[Item], owners: Sequence[int], group: dist.ProcessGroup) -> None:
+    """Every rank of `group` gets the whiteners of these items from their owners, in one message: the others add 0."""
+    for item, owner in zip(items, owners, strict=True):
+        if owner != dist.get_rank(group):
+            for value in item.whiteners.values():
+                value.zero_()
+    add_up_([value for item in items for value in item.whiteners.values()], group)
+
+
 def orthogonalized_over(items: list[Item], context: Context, group: dist.ProcessGroup, reduce: Reduce) -> Sequence[Direction]:
     """Split matrices: the ranks of `group` complete each other's sums, and directions travel to an owner and back."""
     directions: list[list[Tensor]] = []
@@ -82,14 +95,16 @@ def orthogonalized_over(items: list[Item], context: Context, group: dist.Process
     matrices = {i: item.split for i, item in enumerate(items) if item.orthogonalize and item.split is not None}
     if matrices:
         empty = torch.empty(0, dtype=context.ns_dtype, device=context.rule.weights["b0"].device)
+        split = [items[i] for i in matrices]
         results = orthogonalize_split(
             list(matrices.values()),
             [directions[i] for i in matrices],
             empty,
             group,
-            context.passes.newton_schulz,
+            lambda u, numbers: orthogonalized(u, [split[n] for n in numbers], context),
             batch_elements(empty.device),
         )
+        share_whiteners_(split, [matrix.owner for matrix in matrices.values()], group)
         for i, result in zip(matrices, results, strict=True):
             directions[i] = result
         context.orthogonalized += sum(matrix.owner == dist.get_rank(group) for matrix in matrices.values())

@@ -215,6 +215,11 @@ def normalizes_gradient(config: OptimizerConfig) -> bool:
     return entry_of(config).takes_rule and rule_of(config).normalize_gradient
 
 
+def whitens(config: OptimizerConfig) -> bool:
+    """Whether the optimizer has a rule that whitens directions."""
+    return entry_of(config).takes_rule and rule_of(config).whitening > 0
+
+
 def check_optimizer(config: OptimizerConfig) -> None:
     """Raise ConfigError for an optimizer that cannot be built; no model is needed."""
     common = {"lr": config.lr, "weight_decay": config.weight_decay, "matrices": None}

@@ -57,7 +57,9 @@ class ShardedMuon(torch.optim.Optimizer):
             matrices = [matrix for matrix, *_ in items]
             pieces = [views for _, views, *_ in items]
             empty = torch.empty(0, dtype=torch.bfloat16, device=items[0][2].device)
-            results = orthogonalize_split(matrices, pieces, empty, process_group, orthogonalize, batch_elements(empty.device))
+            results = orthogonalize_split(
+                matrices, pieces, empty, process_group, lambda u, _: orthogonalize(u), batch_elements(empty.device)
+            )
             me = dist.get_rank(process_group)
             for (matrix, _, p, held, group), parts in zip(items, results, strict=True):
                 self.orthogonalized += matrix.owner == me

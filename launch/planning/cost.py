@@ -10,6 +10,7 @@ Letters: N weights, of which H in hidden matrices (which Newton–Schulz orthogo
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel
@@ -17,11 +18,12 @@ from transformers import PreTrainedModel
 from celo2.distributed.plan import balance
 from celo2.layout import matrix_count, stacked_shape
 from celo2.orthogonalize import newton_schulz_flops
+from celo2.whitening import whitener_shapes, whitening_flops
 from configs.schema import Config
 from configs.schema import Optimizer as OptimizerConfig
 from data.batches import fit_micro_batch
 from launch.distributed.blocks import blocks_of
-from launch.optimizers.build import Groups, normalizes_gradient
+from launch.optimizers.build import Groups, normalizes_gradient, whitens
 from launch.optimizers.table import OptimizerEntry, entry_of
 from launch.planning.machines import Machine
 from models.loss import uses_all_parameters
@@ -78,6 +80,7 @@ class Setup:
     lookahead: bool = False  # optimizer.ema_nesterov
     layers: bool = False  # log.layers
     orthogonalize: bool = True  # false: optimizer.arguments turns it off
+    whitens: bool = False  # as the rule says
 
     @property
     def entry(self) -> OptimizerEntry:
@@ -126,6 +129,7 @@ def setup_of(config: Config, world: int) -> Setup:
         bool(config.optimizer.ema_nesterov),
         bool(config.log.layers),
         (config.optimizer.arguments or {}).get("orthogonalize") is not False,
+        whitens(config.optimizer),
     )
 
 
@@ -167,10 +171,17 @@ def split_matrices(workload: Workload, setup: Setup) -> list[tuple[int, int]]:
     return split
 
 
+def whitener_bytes(matrices: Sequence[tuple[int, int]], setup: Setup) -> int:
+    """Bytes of the whiteners of these matrices."""
+    if not (setup.whitens and setup.entry.orthogonalizes):
+        return 0
+    return FP32 * sum(math.prod(shape) for matrix in matrices for shape in whitener_shapes(matrix).values())
+
+
 def exchanged_bytes(workload: Workload, setup: Setup) -> dict[str, float]:
     """Bytes that a rank sends in one optimizer step, by purpose, averaged over the ranks."""
     world, shards, micro = setup.world, setup.shards, setup.accumulation
-    sent = {"gradients": 0.0, "weights": 0.0, "directions": 0.0, "sums": 0.0, "agreement": 0.0}
+    sent = {"gradients": 0.0, "weights": 0.0, "directions": 0.0, "whiteners": 0.0, "sums": 0.0, "agreement": 0.0}
     if world == 1:
         return sent
     n, outside, block = workload.parameters, workload.outside, workload.block_parameters
@@ -180,6 +191,8 @@ def exchanged_bytes(workload: Workload, setup: Setup) -> dict[str, float]:
             sent["directions"] = broadcast(setup.direction_bytes * workload.hidden_parameters, world)
         if setup.shard_state:
             sent["weights"] = broadcast(FP32 * (n - workload.hidden_parameters), world)
+        else:
+            sent["whiteners"] = all_reduce(whitener_bytes(workload.hidden, setup), world)
     elif setup.strategy in ("zero1", "zero2"):
         # DeepSpeed 0.19 fills buckets that several ranks own and all-reduces them (its use_multi_rank_bucket_allreduce).
         sent["gradients"] = all_reduce(FP32 * n, world) * (1 if setup.strategy == "zero1" else micro)
@@ -196,6 +209,7 @@ def exchanged_bytes(workload: Workload, setup: Setup) -> dict[str, float]:
     if setup.entry.orthogonalizes:
         held = setup.direction_bytes * sum(rows * cols for rows, cols in split) / shards
         sent["directions"] += 2 * all_to_all(held, shards)  # to the owner and back
+        sent["whiteners"] += all_reduce(whitener_bytes(split, setup), shards)
     if setup.entry.takes_rule:
         # Rows, columns and 12 channels; 6 channels; the norm of the direction, and of the gradient where the rule asks for it.
         numbers = 12 + 6 + 1 + setup.normalize_gradient
@@ -214,6 +228,10 @@ def optimizer_seconds(workload: Workload, setup: Setup, machine: Machine) -> flo
         balance([newton_schulz_flops(rows, cols) for rows, cols in workload.hidden], loads)
         peak = machine.peak(setup.direction_bytes == BF16)
         seconds += max(loads) / (peak * machine.newton_schulz_efficiency)
+        if setup.whitens:
+            loads = [0.0] * owners
+            balance([whitening_flops(rows, cols) for rows, cols in workload.hidden], loads)
+            seconds += max(loads) / (machine.peak(False) * machine.newton_schulz_efficiency)
     # Bytes moved for a weight. AdamW reads w, g, m, v and writes w, m, v. The rule reads g, w, three m, v and writes three m
     # and v; reads g and three m; reads g, w, three m, v and writes a direction; and reads that and w and writes w.
     adamw, muon = 7 * FP32, 6 * FP32 + 2 * setup.direction_bytes
@@ -265,8 +283,8 @@ def step_time(workload: Workload, setup: Setup, machine: Machine) -> StepTime:
     streamed = setup.strategy in ("zero3", "fsdp2")
     collectives = workload.blocks * (1 if once else setup.accumulation) * (3 if streamed else 1)
     overlappable = sent["gradients"] / ring + collectives * hop
-    hops = 6 + setup.normalize_gradient  # three sums or four, two exchanges, one agreement
-    waited = (sent["sums"] + sent["agreement"]) / ring + hops * hop
+    hops = 6 + setup.normalize_gradient + setup.whitens  # three sums or four, whiteners, two exchanges, one agreement
+    waited = (sent["sums"] + sent["whiteners"] + sent["agreement"]) / ring + hops * hop
     waited += sent["directions"] / (ring if setup.strategy == "ddp" else machine.exchange(setup.shards))
     if streamed:
         overlappable += sent["weights"] / ring

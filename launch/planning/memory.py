@@ -15,7 +15,7 @@ from celo2.step import BATCH_ELEMENTS as ON_DEVICE
 from celo2.step import DEFAULT_BATCH_ELEMENTS
 from launch.distributed.birth import PIECE
 from launch.distributed.zero import BUCKET
-from launch.planning.cost import BF16, FP32, Setup, Workload, split_matrices
+from launch.planning.cost import BF16, FP32, Setup, Workload, split_matrices, whitener_bytes
 from launch.run.inside import DIRECTIONS
 
 BATCH_ELEMENTS, CPU_BATCH_ELEMENTS = DEFAULT_BATCH_ELEMENTS, ON_DEVICE["cpu"]  # that Newton–Schulz takes at once
@@ -115,6 +115,8 @@ def held(workload: Workload, setup: Setup) -> Bytes:
         # DeepSpeed's vector that the optimizer updates, beside the weights that compute. Under zero3 they are one.
         "flat copies": FP32 * n / setup.shards if setup.strategy in ("zero1", "zero2") else 0.0,
     }
+    if setup.whitens:
+        memory["whiteners"] = whitener_bytes(workload.hidden, setup) / (state_over if setup.shard_state else 1)
     averages = {"average of the weights": setup.average, "average of the changes": setup.lookahead}
     return memory | {name: FP32 * n / updated_over(setup) for name, asked in averages.items() if asked}
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from celo2 import routing_table
 from celo2.orthogonalize import newton_schulz_flops
+from celo2.whitening import whitening_flops
 from configs.length import batch_sizes
 from configs.schema import Config
 from data.batches import Batches
@@ -73,7 +74,8 @@ def make_plan(config: Config, world: int, machine: Machine) -> str:
     largest = replace(setup, micro_batch=config.train.micro_batch_size)
     memory = phases(workload, setup)
     orthogonalized = workload.hidden if setup.entry.orthogonalizes else ()
-    newton_schulz = sum(newton_schulz_flops(rows, cols) for rows, cols in orthogonalized)
+    update_flops = sum(newton_schulz_flops(rows, cols) for rows, cols in orthogonalized)
+    update_flops += sum(whitening_flops(rows, cols) for rows, cols in orthogonalized) if setup.whitens else 0
     epoch_tokens = shards.n_tokens - 1 if shards is not None else None
     epochs = f", {tokens / epoch_tokens:.2f} epochs of {epoch_tokens:,}" if epoch_tokens else ""
     begin = config.schedule.start
@@ -98,7 +100,8 @@ def make_plan(config: Config, world: int, machine: Machine) -> str:
         )
     lines += [
         f"FLOPs       {per_token * tokens:.3g} in all, {per_token:.3g} a token; "
-        f"Newton-Schulz adds {newton_schulz / (per_token * step_tokens):.2%} a step",
+        f"{'whitening and ' * setup.whitens}Newton-Schulz {'add' if setup.whitens else 'adds'} "
+        f"{update_flops / (per_token * step_tokens):.2%} a step",
         f"schedule    {config.schedule.kind}, peak after step {warmup + 1}, last at {last:g} of the peak",
         f"memory      a process under {config.distributed.strategy} with {world} process(es), at the peak of",
         *(f"  {name:<10}{size(memory[name].on_device)} ({listed(memory[name].device)})" for name in ("start", "step")),

@@ -34,6 +34,7 @@ def equal(a, b):
         ("celo2-base", torch.float32, torch.bfloat16),  # takes vectors
         (replace(load_rule("celo2-base"), step_exponents=(0.7, -0.4, 0.5)), torch.float32, torch.float32),
         (replace(load_rule("celo2-lm"), step_exponents=(0.7, -0.4, 0.5)), torch.float32, torch.float32),
+        (replace(load_rule("celo2-lm"), whitening=0.3), torch.float32, torch.float32),
     ],
 )
 def test_a_refused_step_changes_no_bit_and_a_healthy_one_is_as_without_the_gate(rule, dtype, state_dtype):

@@ -270,6 +270,7 @@ def test_update_has_rms_one():
         ("hand-momentum", "hand-set"),
         ("hand-nesterov", "hand-set"),
         ("hand-agreement", "hand-set"),
+        ("hand-whitened", "hand-set"),
     ],
 )
 def test_shipped_rules_say_where_they_come_from(name, origin):

@@ -11,6 +11,7 @@ from rule_files import DESCRIBED, VECTORS, assert_same_weights, python, random_r
 from safetensors import safe_open
 
 from celo2 import Celo2, RuleError, load_rule, save_rule
+from celo2.rule_files import SHIPPED
 
 # --- the published file -----------------------------------------------------------------------------------------------------
 
@@ -57,7 +58,7 @@ def test_safetensors_carries_everything(tmp_path, hidden):
         assert type(getattr(again, name)) is type(value)
 
 
-@pytest.mark.parametrize("name", ["celo2", "celo2-base", "celo2-lm", "hand-momentum", "hand-nesterov", "hand-agreement"])
+@pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_rule_survives_a_file(tmp_path, name):
     rule = load_rule(name)
     save_rule(rule, tmp_path / "rule.safetensors")
@@ -132,17 +133,20 @@ def test_a_file_that_does_not_say_whether_it_normalizes_is_as_published(tmp_path
         assert load_rule(tmp_path / "rule.safetensors").normalize_gradient is expected
 
 
-def test_step_sizes_make_a_file_that_older_programs_refuse(tmp_path):
+def test_step_sizes_and_whitening_make_a_file_that_older_programs_refuse(tmp_path):
     """They know version 1 alone; of a rule without them the file is as it was."""
     for rule, version in (
         (random_rule(), "1"),
         (random_rule(step_exponents=(1.0, 0.0, 0.0)), "2"),
         (random_rule(step_factor=0.5), "2"),
+        (random_rule(whitening=0.1), "3"),
+        (random_rule(whitening=0.1, step_exponents=(1.0, 0.0, 0.0)), "3"),
     ):
         save_rule(rule, tmp_path / "rule.safetensors")
         with safe_open(tmp_path / "rule.safetensors", "pt") as file:
             assert file.metadata()["version"] == version
-            assert ("step_exponents" in file.metadata()) == (version == "2")
+            assert ("step_exponents" in file.metadata()) == rule.has_step_sizes
+            assert ("whitening" in file.metadata()) == (version == "3")
         assert load_rule(tmp_path / "rule.safetensors") == rule
     with pytest.raises(RuleError, match=r"rule\.state: the published format cannot hold step_exponents \(1.0, 0.0, 0.0\)"):
         save_rule(random_rule(step_exponents=(1.0, 0.0, 0.0)), tmp_path / "rule.state")
@@ -158,6 +162,7 @@ def test_rules_compare_by_weights_and_decays():
     assert rule != random_rule(normalize_gradient=True)
     assert rule != random_rule(step_exponents=(1.0, 0.0, 0.0)) != random_rule(step_exponents=(0.0, 1.0, 0.0))
     assert rule != random_rule(step_factor=2.0)
+    assert rule != random_rule(whitening=0.1) != random_rule(whitening=0.2)
     assert rule != "celo2"
 
 
@@ -180,7 +185,7 @@ IMPORT = """
     for module in pkgutil.walk_packages(celo2.__path__, "celo2."):
         if not module.name.startswith(("celo2.metatrain", "celo2.kernels")):
             importlib.import_module(module.name)
-    for name in ("celo2", "celo2-base", "celo2-lm", "hand-momentum", "hand-nesterov", "hand-agreement"):
+    for name in ("celo2", "celo2-base", "celo2-lm", "hand-momentum", "hand-nesterov", "hand-agreement", "hand-whitened"):
         celo2.load_rule(name)
     celo2.Celo2(celo2.param_groups(torch.nn.Linear(2, 2), 0.1, 0.1), lr=0.1)
 

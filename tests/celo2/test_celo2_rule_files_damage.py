@@ -73,10 +73,11 @@ DAMAGED_WEIGHTS = {
 }
 
 EXPONENTS = {"version": "2", "step_exponents": "[1, 0, 0]", "step_factor": "1"}
+WHITENED = {"version": "3", "whitening": "0.1"}
 DAMAGED_DESCRIPTIONS = {
     "no format": ({"format": None}, "format"),
     "other format": ({"format": "pt"}, "format.*pt"),
-    "other version": ({"version": "3"}, "version '3'.*'1' to '2'"),
+    "other version": ({"version": "4"}, "version '4'.*'1' to '3'"),
     "no version": ({"version": None}, "version"),
     "no variant": ({"variant": None}, "variant"),
     "other variant": ({"variant": "celo3"}, "celo3"),
@@ -101,6 +102,13 @@ DAMAGED_DESCRIPTIONS = {
     "normalization text": ({"normalize_gradient": '"true"'}, "normalize_gradient.*'true'"),
     "normalization not JSON": ({"normalize_gradient": "True"}, "description"),
     "version 2 without step sizes": ({"version": "2"}, "description"),
+    "version 3 without whitening": ({"version": "3"}, "description"),
+    "whitening above 1": (WHITENED | {"whitening": "1.5"}, "whitening is 1.5, expected 0 to 1"),
+    "negative whitening": (WHITENED | {"whitening": "-0.1"}, "whitening is -0.1, expected 0 to 1"),
+    "NaN whitening": (WHITENED | {"whitening": "NaN"}, "whitening is nan"),
+    "whitening not a number": (WHITENED | {"whitening": "fast"}, "description"),
+    "whitening of a base rule": (WHITENED | {"variant": "celo2-base"}, "whitening is a part of orthogonalization"),
+    "whitening and half of step sizes": (WHITENED | {"step_factor": "1"}, "description"),
     "two exponents": (EXPONENTS | {"step_exponents": "[1, 0]"}, "step_exponents is .*expected 3 exponents"),
     "infinite exponent": (EXPONENTS | {"step_exponents": "[1, 0, Infinity]"}, "step_exponents is .*expected 3 exponents"),
     "NaN exponent": (EXPONENTS | {"step_exponents": "[1, 0, NaN]"}, "step_exponents is .*expected 3 exponents"),

@@ -39,14 +39,15 @@ PARAMETERS = {
 
 
 EXPONENTS = (0.7, -0.4, 0.5)
+WHITENED = {"whitening": 0.3}
 
 
-def random_rule(variant="celo2", normalize_gradient=False, step_exponents=(0.0, 0.0, 0.0)):
+def random_rule(variant="celo2", **settings):
     generator = torch.Generator().manual_seed(5)
     draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
     weights = {FIRST_LAYER[group.name]: draw(group.count, 8) for group in CHANNEL_GROUPS}
     rule = Rule(weights | {"b0": draw(8), "w1": draw(8, 8), "b1": draw(8), "w2": draw(8, 3), "b2": draw(3)}, variant)
-    return replace(rule, normalize_gradient=normalize_gradient, step_exponents=step_exponents)
+    return replace(rule, **settings)
 
 
 def initial(name):
@@ -61,10 +62,9 @@ def groups(params):
     return [{"params": [params[name]], "param_names": [name], **PARAMETERS[name][1]} for name in params]
 
 
-def build(params, variant="celo2", normalize_gradient=False, step_exponents=(0.0, 0.0, 0.0), **options):
-    return Celo2(
-        groups(params), lr=0.05, rule=random_rule(variant, normalize_gradient, step_exponents), weight_decay=0.1, **options
-    )
+def build(params, variant="celo2", **options):
+    settings = {key: options.pop(key) for key in ("normalize_gradient", "step_exponents", "whitening") if key in options}
+    return Celo2(groups(params), lr=0.05, rule=random_rule(variant, **settings), weight_decay=0.1, **options)
 
 
 def whole_run(names, variant="celo2", **options):
@@ -98,6 +98,19 @@ def check_state(pieces, optimizer, single, names):
             assert own["count"] == expected["count"] == STEPS
             assert torch.equal(own["momentum"], expected["momentum"].flatten(1)[:, start:stop]), name
             assert torch.equal(own["second_moment"], expected["second_moment"].flatten()[start:stop]), name
+
+
+def check_whiteners(optimizer, single, names, whole_here=True):
+    """Those of a single process, and some have moved; without `whole_here` only those of matrices that are split for sure."""
+    moved = 0
+    states = [[o.state[p] for group in o.param_groups for p in group["params"]] for o in (optimizer, single)]
+    for name, own, whole in zip(names, *states, strict=True):
+        assert own.keys() == whole.keys(), name
+        for key in ("left_whitener", "right_whitener"):
+            if key in own and (whole_here or name in ("square", "wide", "tall", "one row", "conv1d")):
+                torch.testing.assert_close(own[key], whole[key], rtol=0, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+                moved += whole[key].abs().max() > 0.01
+    assert moved > 5
 
 
 def sharded_run(cut, names, variant="celo2", **options):
@@ -176,8 +189,17 @@ def flat_runs(rank, world):
                 pieces, _ = sharded_run(cut, names, variant, step_exponents=EXPONENTS)
             check(pieces, expected, f"{cut.__name__} {variant} step sizes")
             assert all_reduce.call_count == 3 * STEPS
+    # Whiteners travel in one message more where matrices are split. All ranks have them then; else the one with the matrix.
+    expected, single = whole_run(names, **WHITENED)
+    for cut in (even, uneven, last_only):
+        with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as all_reduce:
+            pieces, optimizer = sharded_run(cut, names, **WHITENED)
+        check(pieces, expected, f"{cut.__name__} whitened")
+        assert all_reduce.call_count == 4 * STEPS  # "per head" counts as split wherever it lies
+        if cut is not last_only or rank == world - 1:
+            check_whiteners(optimizer, single, names, cut is last_only)
     # The same run twice is the same bit for bit.
-    for options in ({}, low, {"step_exponents": EXPONENTS}):
+    for options in ({}, low, {"step_exponents": EXPONENTS}, WHITENED):
         first, _ = sharded_run(even, names, **options)
         second, _ = sharded_run(even, names, **options)
         assert all(torch.equal(first[n][0], second[n][0]) for n in names)
@@ -200,6 +222,17 @@ def dtensors(rank, world):
         for n, p in params.items():
             whole = (expected if state_dtype == torch.float32 else in_bfloat16)[n]
             torch.testing.assert_close(p.full_tensor(), whole, rtol=1e-5, atol=1e-5)  # worst measured 6e-7
+    expected, single = whole_run(names, **WHITENED)
+    for mesh, placements in meshes:
+        params = {n: nn.Parameter(distribute_tensor(initial(n), mesh, placements)) for n in names}
+        optimizer = build(params, **WHITENED)
+        for step in range(STEPS):
+            for n, p in params.items():
+                p.grad = distribute_tensor(gradient(n, step), mesh, placements)
+            optimizer.step()
+        for n, p in params.items():
+            torch.testing.assert_close(p.full_tensor(), expected[n], rtol=1e-5, atol=1e-5)
+        check_whiteners(optimizer, single, names)
     p = nn.Parameter(distribute_tensor(initial("wide"), meshes[0][0], [Shard(1)]))
     with pytest.raises(ShardingError, match="Shard\\(dim=1\\)"):
         build({"wide": p})
@@ -208,7 +241,8 @@ def dtensors(rank, world):
 def replicas(rank, world):
     names = list(PARAMETERS)
     low, normalized, sized = {"state_dtype": torch.bfloat16}, {"normalize_gradient": True}, {"step_exponents": EXPONENTS}
-    cases = [("celo2", low)] + [(variant, how) for variant in ("celo2", "celo2-base") for how in ({}, normalized, sized)]
+    cases = [("celo2", low), ("celo2", WHITENED)]
+    cases += [(variant, how) for variant in ("celo2", "celo2-base") for how in ({}, normalized, sized)]
     for variant, how in cases:
         expected, single = whole_run(names, variant, **how)
         for shard_state in (False, True):

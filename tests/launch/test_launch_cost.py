@@ -91,7 +91,26 @@ def test_what_a_collective_sends():
     ],
 )
 def test_exchanged_bytes(setup, expected):
-    assert exchanged_bytes(TOY, setup) == pytest.approx({**expected, "agreement": JUDGED})
+    assert exchanged_bytes(TOY, setup) == pytest.approx({"whiteners": 0, **expected, "agreement": JUDGED})
+
+
+def test_whiteners_are_planned():
+    """10² + 20² float32 of each of four matrices: 8000 bytes on every rank, and as many in an all-reduce."""
+    for setup, held_here, sent in (
+        (Setup("ddp", 4), 8000, 12000),
+        (Setup("ddp", 4, shard_state=True), 2000, 0),
+        (Setup("zero1", 4), 8000, 0),  # no matrix is split
+        (Setup("zero3", 4), 8000, 12000),
+        (Setup("fsdp2", 4), 8000, 12000),
+        (Setup("ddp", 1), 8000, 0),
+        (Setup("ddp", 4, orthogonalize=False), 0, 0),
+    ):
+        whitened = replace(setup, whitens=True)
+        assert "whiteners" not in held(TOY, setup) and held(TOY, whitened)["whiteners"] == held_here, setup
+        assert exchanged_bytes(TOY, whitened)["whiteners"] == sent, setup
+        machine = Machine()
+        slower = optimizer_seconds(TOY, whitened, machine) / optimizer_seconds(TOY, setup, machine)
+        assert (slower > 1) == setup.orthogonalize
 
 
 def test_one_rank_sends_nothing():

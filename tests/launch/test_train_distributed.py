@@ -55,6 +55,7 @@ LABELS = {name: [f"optimizer.name={name}"] for name in ("celo2", "celo2-base", "
     "bf16-state": ["optimizer.state_dtype=bf16"],
     "plain": ["optimizer.arguments={orthogonalize: false}"],
     "sizes": ["optimizer.rule=hand-agreement"],
+    "whitened": ["optimizer.rule=hand-whitened"],
     "both": ["optimizer.cautious_weight_decay=true", "optimizer.ema_nesterov=0.6"],
     "muon-both": ["optimizer.name=muon", "optimizer.cautious_weight_decay=true", "optimizer.ema_nesterov=0.6"],
 }
@@ -62,11 +63,11 @@ LABELS = {name: [f"optimizer.name={name}"] for name in ("celo2", "celo2-base", "
 # adamw 4.8e-6, muon 1.6e-3 (torch's Muon orthogonalizes in bfloat16), bf16 0.042 (losses 8e-5), bf16-state
 # 0.011 (losses 7e-6), sizes 2.6e-6 after 10 steps.
 WEIGHTS = {"celo2": 2e-4, "celo2-base": 1e-3, "adamw": 1e-4, "muon": 1e-2, "bf16": 0.2, "bf16-state": 0.1, "plain": 1e-3}
-WEIGHTS |= {"both": 2e-3, "muon-both": 1e-2, "sizes": 2e-4}
+WEIGHTS |= {"both": 2e-3, "muon-both": 1e-2, "sizes": 2e-4, "whitened": 2e-4}
 # Row and column means likewise: celo2 2.6e-5, celo2-base 9e-6, bf16 0.22, bf16-state 0.041; plain 1.8e-3, of queries and keys
 # with gradients of 1e-6; means that were not moved are 1 off.
 MEANS = {"celo2": 1e-3, "celo2-base": 1e-3, "adamw": 0, "muon": 0, "bf16": 0.5, "bf16-state": 0.3, "plain": 1e-2}
-MEANS |= {"both": 1e-3, "muon-both": 0, "sizes": 1e-3}
+MEANS |= {"both": 1e-3, "muon-both": 0, "sizes": 1e-3, "whitened": 1e-3}
 
 
 def differences(folder, reference, first=1):
@@ -96,11 +97,12 @@ def layers_differ(folder, reference):
 
 
 OTHERS = [("muon", "zero3"), ("adamw", "fsdp2"), ("celo2-base", "fsdp2"), ("bf16-state", "zero1")]
-OTHERS += [("sizes", "shard_state"), ("sizes", "zero3")]
+OTHERS += [("sizes", "shard_state"), ("sizes", "zero3"), ("whitened", "fsdp2")]
 MORE = [("bf16", "fsdp2"), ("muon", "ddp"), ("muon", "zero1"), ("muon", "fsdp2"), ("adamw", "zero2"), ("adamw", "zero3")]
 MORE += [("celo2-base", name) for name in ("shard_state", "zero1", "zero3")]
 MORE += [("bf16", "zero1"), ("bf16", "zero3"), ("bf16-state", "fsdp2"), ("plain", "zero3"), ("plain", "fsdp2")]
 MORE += [("sizes", name) for name in ("ddp", "zero1", "fsdp2")]
+MORE += [("whitened", name) for name in ("ddp", "shard_state", "zero1", "zero2", "zero3")]
 BOTH = [("both", name) for name in ("ddp", "zero1", "zero2", "zero3", "fsdp2")] + [("muon-both", "zero1"), ("muon-both", "fsdp2")]
 
 

@@ -1,0 +1,79 @@
+"""Whitening: the first half of step 8 of a rule that has it. It equalizes, over many steps, in which rows and columns a direction
+is large, before Newton–Schulz equalizes the singular values of the one at hand.
+
+Newton–Schulz makes the singular values of every direction equal, those of its noise, too. Multiplied by P_left and P_right, which
+make the mean of u uᵀ and of uᵀ u over many steps a multiple of the identity, directions that are always large count less. That is
+what Shampoo's preconditioner does with gradients (arXiv 1802.09568); before Newton–Schulz it is known as SOAP-Muon. Here P is
+moved a little in every step by matrix products alone, as in PSGD (arXiv 2402.04553).
+
+Legend: u (..., R, C): directions of matrices of R rows and C columns, leading axes a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+LEFT, RIGHT = KEYS = ("left_whitener", "right_whitener")  # state: P - 1, so that it starts at zero
+LONGEST = 4096  # a longer side is not whitened: its P would have four times as many elements as a matrix of 4096 x 4096
+LEAK = 0.05  # of the rate: how fast P - 1 decays. Without it P grows for ever along rows that are always zero
+TINY = 1e-30  # added to a mean square
+
+
+def whitener_shapes(shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the whiteners of a parameter of shape (..., R, C): (..., R, R) and (..., C, C), but for sides above LONGEST."""
+    return {key: (*shape[:-2], n, n) for key, n in zip(KEYS, shape[-2:], strict=True) if n <= LONGEST}
+
+
+def whiten_(u: Tensor, whiteners: Mapping[str, Tensor], rate: float, taken: Tensor | None = None) -> Tensor:
+    """P_left u P_right, divided by its RMS: float32 (..., R, C). Then moves `whiteners` towards white directions, in place.
+
+    A whitener P becomes A P A with A = 1 - ρ (G - 1), divided by its mean diagonal. G is the mean of u uᵀ (of uᵀ u) over the
+    other side, with a trace of R (of C), and ρ = rate / (2 + rate |G|), so that A is positive for every G. Then P - 1 decays a
+    little.
+
+    Args:
+        u: directions (..., R, C), any float dtype.
+        whiteners: P - 1, float32, of the shapes of `whitener_shapes`.
+        rate: of a rule, its `whitening`.
+        taken: 0 for a step that is refused: no whitener moves; float32 ().
+    """
+    u = u.float()
+    if LEFT in whiteners:
+        u = u + whiteners[LEFT] @ u
+    if RIGHT in whiteners:
+        u = u + u @ whiteners[RIGHT]
+    u = u * (u.square().mean((-2, -1), keepdim=True) + TINY).rsqrt()
+    for key, deviation in whiteners.items():
+        gram = u @ u.mT / u.shape[-1] if key == LEFT else u.mT @ u / u.shape[-2]  # G
+        moved = moved_by(gram, deviation, rate)
+        deviation.copy_(moved if taken is None else torch.where(taken > 0, moved, deviation))
+    return u
+
+
+def moved_by(gram: Tensor, deviation: Tensor, rate: float) -> Tensor:
+    """P - 1 (..., n, n) after a step with the mean G (..., n, n) of the squared directions."""
+    one = torch.eye(gram.shape[-1], device=gram.device)
+    strength = rate / (2 + rate * torch.linalg.matrix_norm(gram, keepdim=True))
+    a = one - strength * (gram - one)
+    p = a @ (one + deviation) @ a
+    p = (p + p.mT) / 2
+    return (1 - LEAK * rate) * (p / p.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] - one)
+
+
+def whiten_together_(u: Tensor, parts: Sequence[Mapping[str, Tensor]], rate: float, taken: Tensor | None) -> Tensor:
+    """`whiten_` for u (N, R, C) whose whiteners lie in several tensors (n, ·, ·), N in all."""
+    if len(parts) == 1:
+        return whiten_(u, parts[0], rate, taken)
+    together = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+    u = whiten_(u, together, rate, taken)
+    for key, moved in together.items():
+        torch._foreach_copy_([part[key] for part in parts], list(moved.split([len(part[key]) for part in parts])))
+    return u
+
+
+def whitening_flops(rows: int, cols: int) -> int:
+    """FLOPs (a multiplication and an addition count as two) of `whiten_` on one (rows, cols) matrix."""
+    return sum(4 * n * rows * cols + 4 * n**3 for n in (rows, cols) if n <= LONGEST)
