@@ -47,19 +47,25 @@ def whiten_(u: Tensor, whiteners: Mapping[str, Tensor], rate: float, taken: Tens
         u = u + u @ whiteners[RIGHT]
     u = u * (u.square().mean((-2, -1), keepdim=True) + TINY).rsqrt()
     for key, deviation in whiteners.items():
-        gram = u @ u.mT / u.shape[-1] if key == LEFT else u.mT @ u / u.shape[-2]  # G
-        moved = moved_by(gram, deviation, rate)
+        moved = moved_by(u if key == LEFT else u.mT, deviation, rate)
         deviation.copy_(moved if taken is None else torch.where(taken > 0, moved, deviation))
     return u
 
 
-def moved_by(gram: Tensor, deviation: Tensor, rate: float) -> Tensor:
-    """P - 1 (..., n, n) after a step with the mean G (..., n, n) of the squared directions."""
-    one = torch.eye(gram.shape[-1], device=gram.device)
-    strength = rate / (2 + rate * torch.linalg.matrix_norm(gram, keepdim=True))
-    a = one - strength * (gram - one)
-    p = a @ (one + deviation) @ a
-    p = (p + p.mT) / 2
+def moved_by(x: Tensor, deviation: Tensor, rate: float) -> Tensor:
+    """P - 1 (..., n, n) after a step with directions x (..., n, m) of RMS 1, whose rows are the side of this P.
+
+    With Y = G P (ρ² G / 2 - ρ (1 + ρ)), A P A is (1 + ρ)² P + Y + Yᵀ. Where n > m, G = x xᵀ / m is never made.
+    """
+    n, m = x.shape[-2:]
+    small = (x @ x.mT if n <= m else x.mT @ x) / m  # |G| is its norm, either way
+    strength = rate / (2 + rate * torch.linalg.matrix_norm(small, keepdim=True))  # ρ
+    one = torch.eye(n, device=x.device)
+    p = one + deviation
+    left, right = (small, p) if n <= m else (x, x.mT @ p / m)  # whose product is G P
+    twice = right @ small if n <= m else (right @ x) @ (x.mT / m)
+    y = left @ (strength.square() / 2 * twice - strength * (1 + strength) * right)
+    p = (1 + strength).square() * p + (y + y.mT)
     return (1 - LEAK * rate) * (p / p.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] - one)
 
 
@@ -76,4 +82,8 @@ def whiten_together_(u: Tensor, parts: Sequence[Mapping[str, Tensor]], rate: flo
 
 def whitening_flops(rows: int, cols: int) -> int:
     """FLOPs (a multiplication and an addition count as two) of `whiten_` on one (rows, cols) matrix."""
-    return sum(4 * n * rows * cols + 4 * n**3 for n in (rows, cols) if n <= LONGEST)
+    total = 0
+    for n, m in ((rows, cols), (cols, rows)):
+        if n <= LONGEST:
+            total += 2 * n * n * m + (2 * n * n * m + 4 * n**3 if n <= m else 4 * n * n * m + 6 * n * m * m)
+    return total

@@ -19,6 +19,30 @@ def zeros(shape):
     return {key: torch.zeros(of_key) for key, of_key in whitener_shapes(shape).items()}
 
 
+def plainly_moved(u, p, rate, key):
+    """P after a step, as the docstring of `whiten_` says it, in float64."""
+    gram = u @ u.mT / u.shape[-1] if key == LEFT else u.mT @ u / u.shape[-2]
+    a = torch.eye(len(p)) - rate / (2 + rate * gram.square().sum().sqrt()) * (gram - torch.eye(len(p)))
+    p = a @ p @ a
+    p = p / p.diagonal().mean()
+    return torch.eye(len(p)) + (1 - LEAK * rate) * (p - torch.eye(len(p)))
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (6, 11), (11, 6), (1, 5), (5, 1)])
+def test_whiteners_move_as_they_are_described(shape):
+    whiteners, generator = zeros(shape), torch.Generator().manual_seed(0)
+    expected = {key: torch.eye(len(value)).double() for key, value in whiteners.items()}
+    for _ in range(20):
+        u = torch.randn(shape, generator=generator) * torch.arange(1.0, shape[1] + 1)
+        white = whiten_(u, whiteners, 0.3)
+        u = expected[LEFT] @ u.double() @ expected[RIGHT]
+        u /= u.square().mean().sqrt()
+        torch.testing.assert_close(white, u.float(), rtol=0, atol=1e-5)
+        expected = {key: plainly_moved(u, p, 0.3, key) for key, p in expected.items()}
+    for key, p in expected.items():
+        torch.testing.assert_close(whiteners[key].double(), p - torch.eye(len(p)), rtol=0, atol=1e-5)  # worst measured 8e-7
+
+
 def random_positive(n, generator):
     """A symmetric matrix (n, n) with eigenvalues from 0.1 to 10."""
     axes = torch.linalg.qr(torch.randn(n, n, generator=generator))[0]
