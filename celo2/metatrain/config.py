@@ -275,6 +275,11 @@ def normalizes(config: Config) -> bool:
     return start_rule(config).normalize_gradient if asked is None else asked
 
 
+def whitening(config: Config) -> float:
+    """How far whiteners move in a step (`celo2.whitening`); 0: the rule has none."""
+    return start_rule(config).whitening if config.rule.variant == "celo2" else 0.0
+
+
 def text_sizes(config: Config) -> list[Text]:
     """The sizes of the transformers: that of the section `text`, and those of `text.also`."""
     kinds = {field.name: type(getattr(config.text, field.name)) for field in fields(Text) if field.name != "also"}
@@ -341,6 +346,8 @@ def check(config: Config) -> None:
             f"outer.weight_decay is {config.outer.weight_decay}, expected 0 where rule.init has step sizes that are not trained "
             "(rule.step_sizes=false)"
         )
+    if config.rule.variant == "celo2-base" and start_rule(config).whitening:
+        raise ConfigError("rule.variant is celo2-base, expected celo2: rule.init has whitening, a part of orthogonalization")
     if config.rule.decays is not None and len(config.rule.decays) != 3:
         raise ConfigError(f"rule.decays is {config.rule.decays}, expected three numbers")
     if len(config.outer.betas) != 2:

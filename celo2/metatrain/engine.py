@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from celo2 import rule as rules
-from celo2.metatrain.config import Config, ConfigError, normalizes, start_rule, text_sizes
+from celo2.metatrain.config import Config, ConfigError, normalizes, start_rule, text_sizes, whitening
 from celo2.metatrain.families import ADAM_BETAS, ADAM_EPS, TINY, Arrays, Family
 from celo2.metatrain.problems import Truncation
 from celo2.metatrain.tasks import TEXT, VOCABULARY
 from celo2.metatrain.theta import parts
 from celo2.orthogonalize import newton_schulz
 from celo2.rule import FIRST_LAYER
+from celo2.whitening import KEYS, whiten_
 
 WARM_UP = 3  # steps before a CUDA graph is captured: libraries allocate in their first ones
 
@@ -155,9 +156,10 @@ def advance_(config: Config, family: Family, arrays: tuple[Tensor, ...], unrolls
             continue
         w = parameter["weight"]
         given = accumulated(config, parameter, g)
-        step = across(family.options.lr * rate, g) * directed(config, unrolls.networks, given)
+        whiteners = {key: parameter[key] for key in KEYS if key in parameter}
+        step = across(family.options.lr * rate, g) * directed(config, unrolls.networks, given, whiteners)
         if unrolls.expert:
-            expert_step = across(config.expert.lr * rate, g) * directed(config, unrolls.expert, given)
+            expert_step = across(config.expert.lr * rate, g) * directed(config, unrolls.expert, given, {})
             pairs.append((step.flatten(1), expert_step.flatten(1)))
             step = (1 - unrolls.expert["forcing"]) * step + unrolls.expert["forcing"] * expert_step
         w -= step
@@ -317,8 +319,8 @@ def accumulated(config: Config, parameter: dict[str, Tensor], g: Tensor) -> Give
     last = last_axes(g)
     d1, d0 = (0, 0) if len(last) == 1 else rules.factored_axes(g.shape[1:])
     axes = None if len(last) == 1 else (1 + d1, 1 + d0)
-    # K leads
-    accumulators = {key: x if key == "second_moment" else x.transpose(0, 1) for key, x in parameter.items() if key != "weight"}
+    own = {key: x for key, x in parameter.items() if key not in ("weight", *KEYS)}
+    accumulators = {key: x if key == "second_moment" else x.transpose(0, 1) for key, x in own.items()}  # K leads
     if normalizes(config):
         g = rules.normalized_gradient(g, last)
     g = g.clamp(-rules.GRADIENT_CLIP, rules.GRADIENT_CLIP)
@@ -329,11 +331,15 @@ def accumulated(config: Config, parameter: dict[str, Tensor], g: Tensor) -> Give
     return Given(torch.cat([rules.rms_normalized(group, last) for group in groups]), agreements)
 
 
-def directed(config: Config, networks: Mapping[str, Tensor], given: Given) -> Tensor:
-    """Steps 7 to 9: updates (U, *shape) from what is given and what `batched_mlp` made of θ."""
+def directed(config: Config, networks: Mapping[str, Tensor], given: Given, whiteners: Mapping[str, Tensor]) -> Tensor:
+    """Steps 7 to 9: updates (U, *shape) from what is given and what `batched_mlp` made of θ.
+
+    Moves the whiteners (U, n, n) of a rule with whitening in place.
+    """
     u = directions(networks, given.channels)
     if config.rule.variant == "celo2":
-        u = newton_schulz(u)
+        rate = whitening(config)
+        u = newton_schulz(whiten_(u, whiteners, rate) if rate else u)
     exponents, factor = networks["step"][:, :3], networks["step"][:, 3]  # (U, K), (U,)
     step_size = (factor + (exponents.T * given.agreements).sum(0)).exp()
     return across(step_size, u) * rules.rms_normalized(u, last_axes(u))

@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from celo2 import rule as rules
-from celo2.metatrain.config import Config, Images, Text, text_sizes
+from celo2.metatrain.config import Config, Images, Text, text_sizes, whitening
 from celo2.metatrain.tasks import CLASSES, SIDE, VOCABULARY, Data
+from celo2.whitening import whitener_shapes
 
 HIDDEN = 32  # of the image network
 EMBEDDING_STD = 0.02  # and of every matrix that does not write into the residual stream
@@ -45,6 +46,7 @@ class Family:
         options: inner learning rates, the smallest and largest s of the reparametrization, and the sizes of a text network.
         shapes: of each weight, by name.
         by_adam: names of the weights that take Adam: in Celo2 biases, embeddings and a head, in Celo2-base none.
+        whitened: whether the matrices that take the rule have whiteners.
         batch: examples per step.
         uniform_loss: cross-entropy of a uniform guess.
         draw: the initial value of a weight from (random numbers, name, shape).
@@ -57,6 +59,7 @@ class Family:
     options: Images | Text
     shapes: Mapping[str, Shape]
     by_adam: frozenset[str]
+    whitened: bool
     batch: int
     uniform_loss: float
     draw: Callable[[np.random.Generator, str, Shape], np.ndarray]
@@ -67,7 +70,9 @@ class Family:
         shape = self.shapes[name]
         if name in self.by_adam:
             return {"m": shape, "v": shape}
-        return rules.accumulator_shapes(shape, rules.factored_axes(shape) if len(shape) > 1 else None)
+        if len(shape) < 2:
+            return rules.accumulator_shapes(shape, None)
+        return rules.accumulator_shapes(shape, rules.factored_axes(shape)) | (whitener_shapes(shape) if self.whitened else {})
 
     def initial_state(self, weights: Arrays, copies: int = 2) -> Arrays:
         """So many unrolls of every problem at its weights (N, *shape): `NAME.weight` (U, *shape), accumulators (U, ...) zero."""
@@ -100,6 +105,7 @@ def image_family(config: Config, data: Data) -> Family:
         config.images,
         shapes={"w1": (SIDE * SIDE, HIDDEN), "b1": (HIDDEN,), "w2": (HIDDEN, CLASSES), "b2": (CLASSES,)},
         by_adam=frozenset({"b1", "b2"} if config.rule.variant == "celo2" else ()),
+        whitened=whitening(config) > 0,
         batch=config.images.batch_size,
         uniform_loss=math.log(CLASSES),
         draw=draw_image_weight,
@@ -128,6 +134,7 @@ def text_family(config: Config, data: Data, n: int = 0) -> Family:
         size,
         shapes=boundary | blocks,
         by_adam=frozenset(boundary if config.rule.variant == "celo2" else ()),
+        whitened=whitening(config) > 0,
         batch=size.sequences,
         uniform_loss=math.log(VOCABULARY),
         draw=draw,

@@ -12,7 +12,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from celo2.metatrain.config import FREE, Config, ConfigError, dotted
+from celo2.metatrain.config import FREE, Config, ConfigError, dotted, whitening
 from celo2.metatrain.engine import choose_unroll
 from celo2.metatrain.families import Arrays, families_of
 from celo2.metatrain.tasks import Data
@@ -102,6 +102,7 @@ class Outer(ABC):
     def save(self, path: Path) -> None:
         """Write the meta-state; a kill at any moment leaves the old file or the new one, whole."""
         meta = {"iteration": self.iteration, "seconds": self.seconds, "config": asdict(self.config)}
+        meta["whitening"] = whitening(self.config)
         arrays = {key: np.array(x, order="C") for key, x in self.tensors().items()}
         write_atomically(path, save(arrays, {FORMAT: json.dumps(meta)}))
 
@@ -122,6 +123,9 @@ class Outer(ABC):
         for key, value in dotted(asdict(self.config)).items():
             if key not in FREE - bound and written.get(key) != value:
                 raise ConfigError(f"{path} was written with {key} {written.get(key)!r}, now it is {value!r}")
+        before, now = meta.get("whitening", 0.0), whitening(self.config)
+        if before != now:
+            raise ConfigError(f"{path} was written with a rule of whitening {before}, now it is {now}")
         own = self.tensors()
         arrays = {key: with_step_sizes(x, own[key].shape) if key in own else x for key, x in arrays.items()}
         if {k: x.shape for k, x in own.items()} != {k: x.shape for k, x in arrays.items()}:

@@ -86,7 +86,8 @@ def expert_theta(config: Config) -> np.ndarray | None:
     """θ (351,) of the expert, or None.
 
     Raises:
-        ConfigError: a rule of another size, or with other accumulators or another gradient than the rule that it is to help.
+        ConfigError: a rule of another size, or with other accumulators or another gradient than the rule that it is to help; or
+            one of both has whitening: its whiteners follow the directions of one rule.
     """
     if config.expert.rule is None:
         return None
@@ -101,6 +102,9 @@ def expert_theta(config: Config) -> np.ndarray | None:
             raise ConfigError(
                 f"expert.rule has {name} {getattr(expert, name)}, expected {getattr(own, name)}, as the rule that is trained"
             )
+    for name, rule in (("expert.rule", expert), ("rule.init", own)):
+        if rule.whitening:
+            raise ConfigError(f"{name} has whitening {rule.whitening}, expected 0 where an expert helps")
     return theta
 
 

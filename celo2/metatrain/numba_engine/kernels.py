@@ -2,7 +2,8 @@
 
 Legend: a matrix is held with its longer axis as rows (a square one transposed), `rows` × `cols`, each row padded with zeros
 to `width`, a multiple of 16. `row` accumulators (3, width) are means over the long axis, `col` (3, rows) over the short one.
-A state segment is weight, three momenta, second moment, then row and col, or diag for a vector. K decays (3), H hidden (8).
+A state segment is weight, three momenta, second moment, then row and col, or diag for a vector; then the whiteners of rows and of
+columns of a matrix that has them. K decays (3), H hidden (8).
 
 Two sums are factored out. The twelve row and column channels are constant along one axis, so they enter the first layer as
 one vector per row and one per column; and a channel's 1 / RMS multiplies its row of first-layer weights, not the channel.
@@ -43,6 +44,7 @@ from celo2.metatrain.numba_engine.simd import (
     store,
     sub,
 )
+from celo2.metatrain.numba_engine.whitening import whiten_
 from celo2.metatrain.theta import CHANNELS, STARTS
 
 # The first channel of each group, and where the other weights begin in θ.
@@ -78,6 +80,7 @@ class Update(NamedTuple):
         lr, adam_lr, expert_lr: peak learning rates.
         clip: largest norm of an inner gradient; inf: any.
         forcing: the share of the expert in a step.
+        whitening: how far whiteners move in a step; 0: there are none.
     """
 
     theta: np.ndarray
@@ -92,6 +95,7 @@ class Update(NamedTuple):
     expert_lr: np.float32
     clip: np.float32
     forcing: np.float32
+    whitening: np.float32
 
 
 @njit(**OPTIONS)
@@ -315,6 +319,8 @@ def step_matrix(state, at, g, u, rows, cols, width, lr, expert_lr, update, sums)
     accumulate_matrix(state, at, g, rows, cols, width, s, squares, update)
     lr *= step_size_of(update.theta, squares, np.float32(rows * cols), update)
     matrix_direction(update.theta, state, at, g, u, rows, cols, width, s, squares)
+    if update.whitening > ZERO:
+        whiten_(u, state, at + 5 * size + 3 * (width + rows), rows, cols, width, update.whitening)
     if update.orthogonalized:
         newton_schulz_(u, rows, width)
     if len(update.expert) == 0:

@@ -15,6 +15,7 @@ from celo2.metatrain.numba_engine.simd import (
     LANES,
     accumulate,
     accumulate_pair,
+    add,
     fma,
     lane_sum,
     load,
@@ -76,6 +77,13 @@ def matmul_of_columns(a, a_at, a_row, a_col, b, b_at, b_row, c, c_at, c_row, m, 
                 tile = accumulate(tile, a, p, a_row, load(b, q))
                 p, q = p + a_col, q + b_row
             store_column(c, c_at + i * c_row + j, c_row, tile)
+
+
+@njit(**OPTIONS)
+def add_(x, y, size):
+    """x += y."""
+    for i in range(0, size, LANES):
+        store(x, i, add(load(x, i), load(y, i)))
 
 
 @njit(**OPTIONS)

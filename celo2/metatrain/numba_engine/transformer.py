@@ -15,7 +15,7 @@ from numba import njit
 
 from celo2.metatrain import families, tasks
 from celo2.metatrain.numba_engine.kernels import exponential, scaled_weights, step_all
-from celo2.metatrain.numba_engine.products import ONE, OPTIONS, ZERO, matmul, matmul_of_columns
+from celo2.metatrain.numba_engine.products import ONE, OPTIONS, ZERO, add_, matmul, matmul_of_columns
 from celo2.metatrain.numba_engine.simd import LANES, add, fma, lane_max, lane_sum, larger, load, mul, smaller, splat, store, sub
 
 V = np.int64(tasks.VOCABULARY)  # as int64, not int: Numba compiles every function again for each literal integer
@@ -71,13 +71,6 @@ def transpose(a, at, rows, cols, out):
     for i in range(rows):
         for j in range(cols):
             out[j * rows + i] = a[at + i * cols + j]
-
-
-@njit(**OPTIONS)
-def add_(x, y, size):
-    """x += y."""
-    for i in range(0, size, LANES):
-        store(x, i, add(load(x, i), load(y, i)))
 
 
 @njit(**OPTIONS)

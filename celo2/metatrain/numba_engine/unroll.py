@@ -18,7 +18,8 @@ import numpy as np
 
 from celo2 import orthogonalize
 from celo2 import rule as rules
-from celo2.metatrain.config import Config, Images, normalizes, start_rule
+from celo2 import whitening as whiteners
+from celo2.metatrain.config import Config, Images, normalizes, start_rule, whitening
 from celo2.metatrain.engine import Expert
 from celo2.metatrain.families import Arrays, Family
 from celo2.metatrain.numba_engine import mlp, transformer
@@ -33,7 +34,7 @@ ELEMENTWISE = {"weight", "momentum", "second_moment", "m", "v"}  # what of a mat
 
 @dataclass(frozen=True)
 class Segment:
-    """Where an array of the state lies in a packed row: its padded shape there, and whether that is a transposed matrix's."""
+    """Where an array of the state lies in a packed row: its padded shape there, and whether its axes are in the other order."""
 
     at: int
     shape: tuple[int, ...]
@@ -51,11 +52,15 @@ def segments(family: Family, whole: bool) -> dict[str, Segment]:
     for name, weight in family.shapes.items():
         transposed = len(weight) == 2 and weight[0] <= weight[1]
         accumulators = family.accumulator_shapes(name) if whole else {}
+        if transposed and whiteners.LEFT in accumulators:  # first the whitener of what is a row here
+            accumulators[whiteners.LEFT] = accumulators.pop(whiteners.LEFT)
         for key, shape in {"weight": weight, **accumulators}.items():
             flip = transposed and key in ELEMENTWISE
             shape = (*shape[:-2], *shape[:-3:-1]) if flip else shape
-            # `col` (K, rows) alone runs along the axis that is not padded.
-            shape = shape if key == "col" else (*shape[:-1], padded(shape[-1]))
+            if key in whiteners.KEYS:
+                shape = (padded(shape[0]), padded(shape[1]))
+            elif key != "col":  # (K, rows), along the axis that is not padded
+                shape = (*shape[:-1], padded(shape[-1]))
             result[f"{name}.{key}"] = Segment(at, shape, flip)
             at += math.prod(shape)
     return result
@@ -86,7 +91,8 @@ def views(layout: dict[str, Segment], packed: np.ndarray, state: Arrays) -> dict
     for key, x in state.items():
         segment = layout[key]
         view = packed[:, segment.at : segment.at + math.prod(segment.shape)].reshape(-1, *segment.shape)
-        view = view[..., : x.shape[-2 if segment.transposed else -1]]
+        rows, cols = x.shape[:-3:-1] if segment.transposed else x.shape[-2:]
+        view = view[..., :rows, :cols]
         result[key] = view.swapaxes(-1, -2) if segment.transposed else view
     return result
 
@@ -147,6 +153,7 @@ def update_of(config: Config, family: Family, theta: np.ndarray, expert: Expert 
         np.float32(config.expert.lr),
         np.float32(math.inf if clip is None else clip),
         np.float32(0 if expert is None else expert.forcing),
+        np.float32(whitening(config)),
     )
 
 
@@ -160,6 +167,6 @@ def kernel(kind: str):
     """The compiled unroll of the family of that kind; its cache on disk is found by the sources it is made of."""
     folder = Path(__file__).parent
     files = [*sorted(folder.glob("*.py")), *(folder.parent / f"{module}.py" for module in SOURCES)]
-    files += [Path(rules.__file__), Path(orthogonalize.__file__)]
+    files += [Path(rules.__file__), Path(orthogonalize.__file__), Path(whiteners.__file__)]
     source = b"".join(file.read_bytes() for file in files)
     return NETWORKS[kind].compiled(hashlib.sha256(source).hexdigest())
