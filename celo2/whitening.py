@@ -1,10 +1,10 @@
 """Whitening: the first half of step 8 of a rule that has it. It equalizes, over many steps, in which rows and columns a direction
 is large, before Newton–Schulz equalizes the singular values of the one at hand.
 
-Newton–Schulz makes the singular values of every direction equal, those of its noise, too. Multiplied by P_left and P_right, which
-make the mean of u uᵀ and of uᵀ u over many steps a multiple of the identity, directions that are always large count less. That is
-what Shampoo's preconditioner does with gradients (arXiv 1802.09568); before Newton–Schulz it is known as SOAP-Muon. Here P is
-moved a little in every step by matrix products alone, as in PSGD (arXiv 2402.04553).
+Newton–Schulz makes the singular values of every direction equal, those of its noise, too. P_left and P_right turn the mean of u uᵀ
+and of uᵀ u over many steps into multiples of the identity: what is large in every step counts less. Shampoo's preconditioner does
+that with gradients (arXiv 1802.09568); before Newton–Schulz it is known as SOAP-Muon. Here P is moved a little in every step by
+matrix products alone, as in PSGD (arXiv 2402.04553).
 
 Legend: u (..., R, C): directions of matrices of R rows and C columns, leading axes a batch.
 """
