@@ -1,10 +1,10 @@
 """Whitening: the first half of step 8 of a rule that has it. It equalizes, over many steps, in which rows and columns a direction
 is large, before Newton–Schulz equalizes the singular values of the one at hand.
 
-Newton–Schulz makes the singular values of every direction equal, those of its noise, too. P_left and P_right turn the mean of u uᵀ
-and of uᵀ u over many steps into multiples of the identity: what is large in every step counts less. Shampoo's preconditioner does
-that with gradients (arXiv 1802.09568); before Newton–Schulz it is known as SOAP-Muon. Here P is moved a little in every step by
-matrix products alone, as in PSGD (arXiv 2402.04553).
+Newton–Schulz makes the singular values of every direction equal, those of its noise, too. P_left and P_right turn the mean of
+u uᵀ and of uᵀ u over many steps into multiples of the identity: what is large in every step counts less. Shampoo's preconditioner
+does that with gradients (arXiv 1802.09568); before Newton–Schulz it is known as SOAP-Muon. Here P is moved a little in every step
+by matrix products alone, as in PSGD (arXiv 2402.04553).
 
 Legend: u (..., R, C): directions of matrices of R rows and C columns, leading axes a batch.
 """
@@ -60,13 +60,16 @@ def moved_by(x: Tensor, deviation: Tensor, rate: float) -> Tensor:
     n, m = x.shape[-2:]
     small = (x @ x.mT if n <= m else x.mT @ x) / m  # |G| is its norm, either way
     strength = rate / (2 + rate * torch.linalg.matrix_norm(small, keepdim=True))  # ρ
-    one = torch.eye(n, device=x.device)
-    p = one + deviation
+    p = deviation.clone()
+    p.diagonal(dim1=-2, dim2=-1).add_(1)
     left, right = (small, p) if n <= m else (x, x.mT @ p / m)  # whose product is G P
     twice = right @ small if n <= m else (right @ x) @ (x.mT / m)
     y = left @ (strength.square() / 2 * twice - strength * (1 + strength) * right)
-    p = (1 + strength).square() * p + (y + y.mT)
-    return (1 - LEAK * rate) * (p / p.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] - one)
+    p.mul_((1 + strength).square()).add_(y + y.mT)
+    kept = 1 - LEAK * rate
+    p.mul_(kept / p.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None])
+    p.diagonal(dim1=-2, dim2=-1).sub_(kept)
+    return p
 
 
 def whiten_together_(u: Tensor, parts: Sequence[Mapping[str, Tensor]], rate: float, taken: Tensor | None) -> Tensor:
