@@ -12,7 +12,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from celo2.metatrain.config import FREE, Config, ConfigError, dotted, whitening
+from celo2.distributed.plan import fingerprint
+from celo2.metatrain.config import FREE, Config, ConfigError, dotted, start_rule
 from celo2.metatrain.engine import choose_unroll
 from celo2.metatrain.families import Arrays, families_of
 from celo2.metatrain.tasks import Data
@@ -102,7 +103,7 @@ class Outer(ABC):
     def save(self, path: Path) -> None:
         """Write the meta-state; a kill at any moment leaves the old file or the new one, whole."""
         meta = {"iteration": self.iteration, "seconds": self.seconds, "config": asdict(self.config)}
-        meta["whitening"] = whitening(self.config)
+        meta["start"] = fingerprint(start_rule(self.config), None)
         arrays = {key: np.array(x, order="C") for key, x in self.tensors().items()}
         write_atomically(path, save(arrays, {FORMAT: json.dumps(meta)}))
 
@@ -119,13 +120,17 @@ class Outer(ABC):
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise ConfigError(f"{path}: not a meta-training state ({type(error).__name__}: {error})") from None
         written = dotted(asdict(Config())) | dotted(meta["config"])  # an option that is newer than the file had its default
+        start = start_rule(self.config)
         bound = {"outer.iterations"} if self.config.outer.schedule == "cosine" else set()
         for key, value in dotted(asdict(self.config)).items():
             if key not in FREE - bound and written.get(key) != value:
                 raise ConfigError(f"{path} was written with {key} {written.get(key)!r}, now it is {value!r}")
-        before, now = meta.get("whitening", 0.0), whitening(self.config)
-        if before != now:
-            raise ConfigError(f"{path} was written with a rule of whitening {before}, now it is {now}")
+        if meta.get("start", fingerprint(start, None)) != fingerprint(start, None):
+            raise ConfigError(
+                f"{path} was written with another rule in rule.init, '{self.config.rule.init}': use that rule again"
+            )
+        if "start" not in meta and start.whitening:  # no rule had whitening when it was written
+            raise ConfigError(f"{path} was written before rules had whitening, and rule.init has it: begin in another run.dir")
         own = self.tensors()
         arrays = {key: with_step_sizes(x, own[key].shape) if key in own else x for key, x in arrays.items()}
         if {k: x.shape for k, x in own.items()} != {k: x.shape for k, x in arrays.items()}:

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from test_celo2_generations import CMA
-from test_celo2_metatrain import data, digits, fast, loop_of_one_unroll, prepared, small  # noqa: F401
+from test_celo2_metatrain import data, digits, fast, prepared, small  # noqa: F401
 from test_celo2_metatrain_cli import TINY, folder_of, numbers
 
 from celo2 import load_rule, save_rule, whitening
@@ -24,7 +24,7 @@ from celo2.metatrain.outer import FORMAT
 from celo2.metatrain.theta import SIZE, rule_of, theta_of
 from celo2.metatrain.train import MetaTraining
 from celo2.rule import accumulator_shapes, factored_axes, update
-from celo2.whitening import KEYS, LEFT, RIGHT, whiten_, whitener_shapes
+from celo2.whitening import KEYS, LEFT, RIGHT, whiten_
 
 WHITENED = "rule.init=hand-whitened"
 
@@ -43,7 +43,7 @@ def test_a_step_of_the_plain_engine_is_that_of_the_rule(shape):
     random = np.random.default_rng(0)
     theta = (theta_of(load_rule("hand-whitened")) + 0.1 * random.standard_normal((unrolls, SIZE))).astype(np.float32)
     networks = {name: torch.from_numpy(x) for name, x in plain.batched_mlp(theta).items()}
-    shapes = accumulator_shapes(shape, factored_axes(shape)) | whitener_shapes(shape)
+    shapes = accumulator_shapes(shape, factored_axes(shape), whitened=True)
     parameter = {key: torch.zeros(unrolls, *of_key) for key, of_key in shapes.items()}
     parameter["weight"] = torch.from_numpy(random.standard_normal((unrolls, *shape)).astype(np.float32))
     states = [{key: torch.zeros(of_key) for key, of_key in shapes.items()} for _ in range(unrolls)]
@@ -57,20 +57,6 @@ def test_a_step_of_the_plain_engine_is_that_of_the_rule(shape):
             for key, x in state.items():
                 torch.testing.assert_close(parameter[key][u], x, rtol=1e-5, atol=1e-6)
     assert all(parameter[key].abs().max() > 0.05 for key in KEYS)
-
-
-@pytest.mark.parametrize("name", ["images", "text"])
-def test_unroll_equals_a_loop_with_a_reset(name, data):  # noqa: F811
-    config = small(f"tasks.problems=2 {WHITENED} inner.schedule=cosine")
-    family = family_of(config, data[name])
-    truncation, state, theta = prepared(config, family)
-    start = {key: x.copy() for key, x in state.items()}
-    losses = plain.unroll(config, family, state, theta, truncation)
-    for u in range(len(theta)):
-        expected, weights, _ = loop_of_one_unroll(config, family, start, theta, truncation, u)
-        np.testing.assert_allclose(losses[u], expected, rtol=0, atol=1e-5)
-        for key, w in weights.items():
-            np.testing.assert_allclose(state[f"{key}.weight"][u], w, rtol=0, atol=1e-5, err_msg=key)
 
 
 def test_only_matrices_under_the_rule_have_whiteners(data):  # noqa: F811
@@ -249,31 +235,33 @@ def test_generations_keep_whitening(tmp_path):
 
 
 @pytest.mark.parametrize("text", [TINY, CMA], ids=["pes", "cma"])
-def test_a_run_without_whiteners_does_not_continue_with_them(text, tmp_path, capsys, monkeypatch):
-    """The same path with another rule in it, and a state that was written before rules could have whitening."""
+def test_a_run_does_not_continue_with_another_start(text, tmp_path, capsys, monkeypatch):
+    """The same path with another rule in it: other whitening, decays, weights. And states from before rules had whitening."""
     monkeypatch.setattr(configuration, "loaded", load_rule)  # without a cache
     path, start = tmp_path / "run.yaml", tmp_path / "start.safetensors"
     path.write_text(text)
-    overrides = (f"rule.init={start}", "outer.iterations=2")
-    save_rule(load_rule("hand-agreement"), start)
-    folder = folder_of(path, "run", *overrides)
-    for rate in (0.1, 0.2):
-        save_rule(replace(load_rule("hand-agreement"), whitening=rate), start)
+    rule = load_rule("hand-agreement")
+    others = [replace(rule, whitening=0.1), replace(rule, momentum_decays=(0.9, 0.99, 0.999))]
+    others.append(replace(rule, weights=load_rule("hand-nesterov").weights))
+    save_rule(rule, start)
+    folder = folder_of(path, "run", f"rule.init={start}", "outer.iterations=2")
+    for other in others:
+        save_rule(other, start)
         assert main([str(path), f"run.dir={folder}", f"rule.init={start}"]) == 2
-        before = 0.0 if rate == 0.1 else 0.1
-        assert f"was written with a rule of whitening {before}, now it is {rate}" in capsys.readouterr().err
-        (folder / "state.safetensors").unlink()
-        folder = folder_of(path, f"run {rate}", *overrides)
-        capsys.readouterr()
-    with safe_open(folder / "state.safetensors", "numpy") as file:
+        assert f"was written with another rule in rule.init, '{start}'" in capsys.readouterr().err
+    save_rule(rule, start)
+    assert main([str(path), f"run.dir={folder}", f"rule.init={start}"]) == 0
+
+    state = folder / "state.safetensors"
+    with safe_open(state, "numpy") as file:
         meta = json.loads(file.metadata()[FORMAT])
-    arrays = load_file(folder / "state.safetensors")
-    assert meta.pop("whitening") == 0.2 and any(key.endswith(KEYS) for key in arrays) == (text == TINY)
-    bare = {key: x for key, x in arrays.items() if not key.endswith(KEYS)}
-    for older in (bare, arrays):
-        save_file(older, folder / "state.safetensors", {FORMAT: json.dumps(meta)})
-        assert main([str(path), f"run.dir={folder}", f"rule.init={start}"]) == 2
-        assert "was written with a rule of whitening 0.0, now it is 0.2" in capsys.readouterr().err
+    meta.pop("start")
+    save_file(load_file(state), state, {FORMAT: json.dumps(meta)})
+    assert main([str(path), f"run.dir={folder}", f"rule.init={start}"]) == 0
+    save_rule(others[0], start)
+    save_file(load_file(state), state, {FORMAT: json.dumps(meta)})
+    assert main([str(path), f"run.dir={folder}", f"rule.init={start}"]) == 2
+    assert "was written before rules had whitening" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
