@@ -58,9 +58,8 @@ def hand_agreement() -> Rule:
 
 
 def hand_whitened() -> Rule:
-    """As `hand_agreement`, with directions that are whitened before Newton–Schulz (`celo2.whitening`, docs/log.md)."""
-    description = "hand-agreement, whitened"
-    return replace(hand_agreement(), whitening=0.1, description=f"hand-set, not learned: {description}")
+    """As `hand_agreement`, with directions that are whitened before Newton–Schulz (`celo2.whitening`, docs/whitening.md)."""
+    return replace(hand_agreement(), whitening=0.1, description="hand-set, not learned: hand-agreement, whitened")
 
 
 HAND_SET = {

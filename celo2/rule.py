@@ -21,7 +21,7 @@ from torch import Tensor
 
 from celo2.orthogonalize import newton_schulz
 from celo2.rounding import SECOND_MOMENT_SLOT, lerp_, places
-from celo2.whitening import KEYS, whiten_
+from celo2.whitening import KEYS, whiten_, whitener_shapes
 
 GRADIENT_CLIP = 1000.0
 SMALL_CLIP = 0.1
@@ -180,17 +180,21 @@ def factored_axes(shape: tuple[int, ...]) -> tuple[int, int]:
     return order[-2], order[-1]
 
 
-def accumulator_shapes(shape: tuple[int, ...], axes: tuple[int, int] | None) -> dict[str, tuple[int, ...]]:
+def accumulator_shapes(
+    shape: tuple[int, ...], axes: tuple[int, int] | None, whitened: bool = False
+) -> dict[str, tuple[int, ...]]:
     """Shapes of the accumulators of one parameter; all of them start at zero. `axes` is (d1, d0), or None for a vector.
 
     momentum (K, *shape); second_moment shape; and row (K, *shape without d0), col (K, *shape without d1), or diag (K, *shape).
+    `whitened`: matrices have their whiteners beside them (`celo2.whitening.whitener_shapes`).
     """
     shapes = {"momentum": (3, *shape), "second_moment": tuple(shape)}
     if axes is None:
         return shapes | {"diag": (3, *shape)}
     d1, d0 = axes
     without = lambda axis: tuple(n for i, n in enumerate(shape) if i != axis)  # noqa: E731
-    return shapes | {"row": (3, *without(d0)), "col": (3, *without(d1))}
+    shapes |= {"row": (3, *without(d0)), "col": (3, *without(d1))}
+    return shapes | whitener_shapes(shape) if whitened else shapes
 
 
 def normalized_gradient(g: Tensor, axes: tuple[int, ...]) -> Tensor:
@@ -300,7 +304,6 @@ def update(
         rule: the learned rule.
         state: accumulators of `accumulator_shapes`, advanced in place. Of a matrix, momentum and second_moment may be bfloat16,
             rounded stochastically (`celo2.rounding`); they need `count`, int32 (): the number of this step, 1 for the first.
-            With `whitening` also `celo2.whitening.whitener_shapes` of a matrix.
         g: gradient, float32 (*shape), one axis or more.
         w: weight, float32 (*shape).
         orthogonalize: step 8, for parameters with two axes or more; True is Celo2, False is Celo2-base.

@@ -17,7 +17,7 @@ from celo2.layout import stacked_axes, stacked_shape
 from celo2.older_state import upgraded
 from celo2.rule import Rule, accumulator_shapes
 from celo2.stack import is_dtensor, local
-from celo2.whitening import KEYS, whitener_shapes
+from celo2.whitening import KEYS
 
 REPLICATED = ("row", "col", "step", "count", *KEYS)  # not divided like the weights
 # Every name of `state_form`; wrappers keep things of their own beside them.
@@ -131,9 +131,7 @@ def state_form(entry: Entry, state_dtype: torch.dtype) -> dict[str, tuple[tuple[
         return {"step": ((), torch.float32), "exp_avg": accumulator, "exp_avg_sq": accumulator}
     shape = stacked_shape(entry.local_shard.shape, entry.layout)
     axes = stacked_axes(shape, entry.layout)
-    shapes = accumulator_shapes(shape, axes)
-    if entry.whitened and axes is not None:
-        shapes |= whitener_shapes(shape)
+    shapes = accumulator_shapes(shape, axes, entry.whitened)
     for name in shapes.keys() - set(REPLICATED):
         shapes[name] = (*shapes[name][: len(shapes[name]) - len(shape)], *(size or (1,)))  # a scalar is a vector
     dtypes: dict[str, torch.dtype] = {}

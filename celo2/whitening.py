@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 LEFT, RIGHT = KEYS = ("left_whitener", "right_whitener")  # state: P - 1, so that it starts at zero
-LONGEST = 4096  # a longer side is not whitened: its P would have four times as many elements as a matrix of 4096 x 4096
-LEAK = 0.05  # of the rate: how fast P - 1 decays. Without it P grows for ever along rows that are always zero
+LONGEST = 4096  # a longer side is not whitened: the P of a side of 8192 takes 256 MB, for every matrix that has one
+LEAK = (
+    0.05  # times the rate, the share by which P - 1 decays in a step. Without it P grows for ever along rows that are always zero
+)
 TINY = 1e-30  # added to a mean square
 
 

@@ -47,11 +47,12 @@ def orthogonalized_by_owners(items: list[Item], context: Context, replicas: Repl
         elif not replicas.shard_state:  # everybody keeps the accumulators, so everybody moves them
             for chunk in chunks(batch, context.passes):
                 carry_out([steps_of(chunk, None, context)], no_reduction)
+    owned = [item for batch, by_all in zip(batches, everywhere, strict=True) if not by_all for item in batch]
     if context.has_step_sizes:
-        share_step_sizes_([batch for batch, by_all in zip(batches, everywhere, strict=True) if not by_all], replicas)
-    if not replicas.shard_state:
-        owned = [item for batch, by_all in zip(batches, everywhere, strict=True) if not by_all for item in batch]
-        share_whiteners_(owned, [item.owner for item in owned], replicas.group)
+        sizes = [(item.part.step_size, item.owner) for item in owned if item.part.step_size is not None]
+        share_by_owner_(sizes, replicas.group)
+    if context.rule.whitening and not replicas.shard_state:
+        share_by_owner_([(value, item.owner) for item in owned for value in item.whiteners.values()], replicas.group)
     mine = iter(results)
     for batch, by_all in zip(batches, everywhere, strict=True):
         is_owner = batch[0].owner == replicas.rank
@@ -66,23 +67,10 @@ def orthogonalized_by_owners(items: list[Item], context: Context, replicas: Repl
         yield batch, direction
 
 
-def share_step_sizes_(batches: Sequence[Batch], replicas: Replicas) -> None:
-    """Every rank gets the step sizes of these batches from their owners, in one message: to an owner's the others add 0."""
-    sizes = []
-    for batch in batches:
-        for item in batch:
-            if item.part.step_size is not None:
-                sizes.append(item.part.step_size if item.owner == replicas.rank else item.part.step_size.zero_())
-    add_up_(sizes, replicas.group)
-
-
-def share_whiteners_(items: Sequence[Item], owners: Sequence[int], group: dist.ProcessGroup) -> None:
-    """Every rank of `group` gets the whiteners of these items from their owners, in one message: the others add 0."""
-    for item, owner in zip(items, owners, strict=True):
-        if owner != dist.get_rank(group):
-            for value in item.whiteners.values():
-                value.zero_()
-    add_up_([value for item in items for value in item.whiteners.values()], group)
+def share_by_owner_(tensors: Sequence[tuple[Tensor, int]], group: dist.ProcessGroup) -> None:
+    """Fill every tensor (float32) with what its owner among the ranks of `group` has in it, in one message: the others add 0."""
+    me = dist.get_rank(group)
+    add_up_([tensor if owner == me else tensor.zero_() for tensor, owner in tensors], group)
 
 
 def orthogonalized_over(items: list[Item], context: Context, group: dist.ProcessGroup, reduce: Reduce) -> Sequence[Direction]:
@@ -104,7 +92,9 @@ def orthogonalized_over(items: list[Item], context: Context, group: dist.Process
             lambda u, numbers: orthogonalized(u, [split[n] for n in numbers], context),
             batch_elements(empty.device),
         )
-        share_whiteners_(split, [matrix.owner for matrix in matrices.values()], group)
+        if context.rule.whitening:
+            owned = [(item, matrix.owner) for item, matrix in zip(split, matrices.values(), strict=True)]
+            share_by_owner_([(value, owner) for item, owner in owned for value in item.whiteners.values()], group)
         for i, result in zip(matrices, results, strict=True):
             directions[i] = result
         context.orthogonalized += sum(matrix.owner == dist.get_rank(group) for matrix in matrices.values())

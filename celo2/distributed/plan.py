@@ -44,7 +44,7 @@ class Entry:
     by_rule: bool
     orthogonalize: bool
     layout: Layout | None
-    whitened: bool = False
+    whitened: bool = False  # its matrices have whiteners
     split: dict[int, SplitMatrix] = field(default_factory=dict)  # by the number of the matrix in the stack
     # Of a DTensor with matrices that lie whole on one rank: those whose row and column means this rank gets from others.
     others: tuple[slice, ...] | None = None

@@ -22,7 +22,6 @@ from torch import Tensor
 from celo2 import rule as rules
 from celo2.metatrain.config import Config, Images, Text, text_sizes, whitening
 from celo2.metatrain.tasks import CLASSES, SIDE, VOCABULARY, Data
-from celo2.whitening import whitener_shapes
 
 HIDDEN = 32  # of the image network
 EMBEDDING_STD = 0.02  # and of every matrix that does not write into the residual stream
@@ -70,9 +69,7 @@ class Family:
         shape = self.shapes[name]
         if name in self.by_adam:
             return {"m": shape, "v": shape}
-        if len(shape) < 2:
-            return rules.accumulator_shapes(shape, None)
-        return rules.accumulator_shapes(shape, rules.factored_axes(shape)) | (whitener_shapes(shape) if self.whitened else {})
+        return rules.accumulator_shapes(shape, rules.factored_axes(shape) if len(shape) > 1 else None, self.whitened)
 
     def initial_state(self, weights: Arrays, copies: int = 2) -> Arrays:
         """So many unrolls of every problem at its weights (N, *shape): `NAME.weight` (U, *shape), accumulators (U, ...) zero."""

@@ -16,7 +16,6 @@ from celo2 import Celo2, ShardingError
 from celo2.distributed.collectives import gather_objects
 from celo2.layout import stacked_axes, stacked_shape, to_stack
 from celo2.rule import accumulator_shapes, update
-from celo2.whitening import whitener_shapes
 from launch.distributed.gather import MEANS, gather_whole, keeps_state
 from launch.distributed.strategy import Strategy, is_expert
 from launch.optimizers.additions import CAUTIOUS
@@ -168,10 +167,7 @@ def whole_direction(
     axes = stacked_axes(stack, layout)
     w, g = (to_stack(before[key].float(), shape, layout) for key in ("weight", "gradient"))
     state = {}
-    shapes = accumulator_shapes(stack, axes)
-    if orthogonalize and optimizer.rule.whitening and axes is not None:
-        shapes |= whitener_shapes(stack)
-    for key, of_key in shapes.items():
+    for key, of_key in accumulator_shapes(stack, axes, orthogonalize and optimizer.rule.whitening > 0).items():
         if key not in before:
             state[key] = torch.zeros(of_key, device=w.device)
         else:

@@ -216,8 +216,9 @@ def normalizes_gradient(config: OptimizerConfig) -> bool:
 
 
 def whitens(config: OptimizerConfig) -> bool:
-    """Whether the optimizer has a rule that whitens directions."""
-    return entry_of(config).takes_rule and rule_of(config).whitening > 0
+    """Whether the optimizer has a rule that whitens directions, and orthogonalizes."""
+    entry = entry_of(config)
+    return entry.takes_rule and entry.orthogonalizes and rule_of(config).whitening > 0
 
 
 def check_optimizer(config: OptimizerConfig) -> None:

@@ -167,6 +167,7 @@ def weights_on_their_way(workload: Workload) -> float:
 def save_memory(workload: Workload, setup: Setup) -> Bytes:
     """Host memory of a save: a copy of what the rank owns, and one whole tensor that it brings together."""
     total = FP32 * workload.parameters * (1 + setup.average + setup.lookahead) + state_bytes(workload, setup)
+    total += whitener_bytes(workload.hidden, setup)
     largest = max((FP32 * rows * cols for rows, cols in workload.hidden), default=0.0)
     tensor = 3 * largest if setup.entry.takes_rule else largest  # the momenta of a matrix with three decays
     return {"copy of its shards": total / setup.shards, "a tensor": max(tensor, FP32 * workload.largest)}

@@ -74,8 +74,10 @@ def make_plan(config: Config, world: int, machine: Machine) -> str:
     largest = replace(setup, micro_batch=config.train.micro_batch_size)
     memory = phases(workload, setup)
     orthogonalized = workload.hidden if setup.entry.orthogonalizes else ()
-    update_flops = sum(newton_schulz_flops(rows, cols) for rows, cols in orthogonalized)
-    update_flops += sum(whitening_flops(rows, cols) for rows, cols in orthogonalized) if setup.whitens else 0
+    of_update = {"Newton-Schulz": sum(newton_schulz_flops(rows, cols) for rows, cols in orthogonalized)}
+    if setup.whitens:
+        of_update["whitening"] = sum(whitening_flops(rows, cols) for rows, cols in orthogonalized)
+    added = " and ".join(f"{name} {flops / (per_token * step_tokens):.2%}" for name, flops in of_update.items())
     epoch_tokens = shards.n_tokens - 1 if shards is not None else None
     epochs = f", {tokens / epoch_tokens:.2f} epochs of {epoch_tokens:,}" if epoch_tokens else ""
     begin = config.schedule.start
@@ -99,9 +101,7 @@ def make_plan(config: Config, world: int, machine: Machine) -> str:
             f"or train.steps={sizes.steps_for(MANY_EPOCHS * epoch_tokens // context + 1) - 1 or 1}"
         )
     lines += [
-        f"FLOPs       {per_token * tokens:.3g} in all, {per_token:.3g} a token; "
-        f"{'whitening and ' * setup.whitens}Newton-Schulz {'add' if setup.whitens else 'adds'} "
-        f"{update_flops / (per_token * step_tokens):.2%} a step",
+        f"FLOPs       {per_token * tokens:.3g} in all, {per_token:.3g} a token; added in a step: {added}",
         f"schedule    {config.schedule.kind}, peak after step {warmup + 1}, last at {last:g} of the peak",
         f"memory      a process under {config.distributed.strategy} with {world} process(es), at the peak of",
         *(f"  {name:<10}{size(memory[name].on_device)} ({listed(memory[name].device)})" for name in ("start", "step")),

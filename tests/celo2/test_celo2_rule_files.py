@@ -150,6 +150,8 @@ def test_step_sizes_and_whitening_make_a_file_that_older_programs_refuse(tmp_pat
         assert load_rule(tmp_path / "rule.safetensors") == rule
     with pytest.raises(RuleError, match=r"rule\.state: the published format cannot hold step_exponents \(1.0, 0.0, 0.0\)"):
         save_rule(random_rule(step_exponents=(1.0, 0.0, 0.0)), tmp_path / "rule.state")
+    with pytest.raises(RuleError, match=r"rule\.state: the published format cannot hold whitening 0.1"):
+        save_rule(random_rule(whitening=0.1), tmp_path / "rule.state")
 
 
 def test_rules_compare_by_weights_and_decays():

@@ -108,7 +108,8 @@ def check_whiteners(optimizer, single, names, whole_here=True):
         assert own.keys() == whole.keys(), name
         for key in ("left_whitener", "right_whitener"):
             if key in own and (whole_here or name in ("square", "wide", "tall", "one row", "conv1d")):
-                torch.testing.assert_close(own[key], whole[key], rtol=0, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+                # Worst measured on 2 processes between 3e-7 and 1e-6.
+                torch.testing.assert_close(own[key], whole[key], rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
                 moved += whole[key].abs().max() > 0.01
     assert moved > 5
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 from optimizer_kinds import KINDS
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from celo2 import Celo2, load_rule, whitening
 from celo2.layout import as_layout, stacked_axes, stacked_shape
 from celo2.rule import accumulator_shapes, update
-from celo2.whitening import KEYS, LEAK, LEFT, RIGHT, whiten_, whitener_shapes
+from celo2.whitening import KEYS, LEAK, LEFT, RIGHT, whiten_, whitener_shapes, whitening_flops
 
 RULE = load_rule("hand-whitened")
 
@@ -37,10 +38,17 @@ def test_whiteners_move_as_they_are_described(shape):
         white = whiten_(u, whiteners, 0.3)
         u = expected[LEFT] @ u.double() @ expected[RIGHT]
         u /= u.square().mean().sqrt()
-        torch.testing.assert_close(white, u.float(), rtol=0, atol=1e-5)
+        torch.testing.assert_close(white, u.float(), rtol=0, atol=1e-5)  # worst measured 9.5e-7
         expected = {key: plainly_moved(u, p, 0.3, key) for key, p in expected.items()}
     for key, p in expected.items():
-        torch.testing.assert_close(whiteners[key].double(), p - torch.eye(len(p)), rtol=0, atol=1e-5)  # worst measured 8e-7
+        torch.testing.assert_close(whiteners[key].double(), p - torch.eye(len(p)), rtol=0, atol=1e-5)  # worst measured 3.8e-7
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (6, 11), (11, 6), (1, 5)])
+def test_flops_are_those_of_the_products(shape):
+    with FlopCounterMode(display=False) as counter:
+        whiten_(torch.ones(1, *shape), {key: value[None] for key, value in zeros(shape).items()}, 0.3)
+    assert counter.get_total_flops() == whitening_flops(*shape)
 
 
 def random_positive(n, generator):
@@ -81,7 +89,7 @@ def test_a_whitener_stays_symmetric_positive_and_of_mean_1(scale):
             p = deviation + torch.eye(deviation.shape[-1])
             assert torch.equal(deviation, deviation.mT), key
             torch.testing.assert_close(p.diagonal(dim1=-2, dim2=-1).mean(-1), torch.ones(shape[:-2]), rtol=0, atol=1e-5)
-            assert torch.linalg.eigvalsh(p).min() > -1e-5, key
+            assert torch.linalg.eigvalsh(p).min() > 0, key
             assert p.shape[-1] == 1 or deviation.abs().max() > 0.1
 
 
@@ -92,7 +100,7 @@ def test_directions_of_zeros_leave_the_leak_alone_and_refused_steps_nothing():
     before = {key: value.clone() for key, value in whiteners.items()}
     assert not whiten_(torch.zeros(6, 9), whiteners, 0.3).any()
     for key in KEYS:
-        torch.testing.assert_close(whiteners[key], (1 - 0.3 * LEAK) * before[key], rtol=0, atol=1e-6)
+        torch.testing.assert_close(whiteners[key], (1 - 0.3 * LEAK) * before[key], rtol=0, atol=1e-6)  # measured 5e-8
     before = {key: value.clone() for key, value in whiteners.items()}
     whiten_(torch.full((6, 9), torch.nan), whiteners, 0.3, taken=torch.tensor(0.0))
     assert all(torch.equal(whiteners[key], before[key]) for key in KEYS)
@@ -150,7 +158,7 @@ def test_the_optimizer_whitens_as_the_reference():
             axes = stacked_axes(stack, layout)
             with_whiteners = orthogonalize and axes is not None
             assert set(KEYS) <= state.keys() if with_whiteners else not set(KEYS) & state.keys(), kind
-            shapes = accumulator_shapes(stack, axes) | (whitener_shapes(stack) if with_whiteners else {})
+            shapes = accumulator_shapes(stack, axes, with_whiteners)
             reference = states.setdefault(kind, {key: torch.zeros(shape) for key, shape in shapes.items()})
             dims, order, _ = layout or (stack, range(len(stack)), stack)
             seen = lambda x, d=dims, o=order, s=stack: x.reshape(d).permute(*o).reshape(s)  # noqa: E731
@@ -158,7 +166,7 @@ def test_the_optimizer_whitens_as_the_reference():
             u = update(RULE, reference, seen(p.grad), w, orthogonalize=orthogonalize, axes=axes)
             moved = w - 0.1 * (u + own.get("weight_decay", 0.0) * w)
             torch.testing.assert_close(seen(p.detach()), moved, rtol=0, atol=1e-5, msg=lambda m, k=kind: f"{k}: {m}")
-            for key in set(KEYS) & state.keys():
+            for key in set(KEYS) & state.keys():  # worst measured of both 3.3e-7
                 torch.testing.assert_close(state[key], reference[key], rtol=0, atol=1e-5)
                 whitened += bool(reference[key].abs().max() > 0.01)
             expected[kind].copy_(p.detach())

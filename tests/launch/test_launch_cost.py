@@ -109,6 +109,8 @@ def test_whiteners_are_planned():
         assert "whiteners" not in held(TOY, setup) and held(TOY, whitened)["whiteners"] == held_here, setup
         assert exchanged_bytes(TOY, whitened)["whiteners"] == sent, setup
         machine = Machine()
+        copied = [save_memory(TOY, one)["copy of its shards"] for one in (setup, whitened)]
+        assert copied[1] - copied[0] == (8000 / setup.shards if setup.orthogonalize else 0)
         slower = optimizer_seconds(TOY, whitened, machine) / optimizer_seconds(TOY, setup, machine)
         assert (slower > 1) == setup.orthogonalize
 

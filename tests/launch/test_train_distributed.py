@@ -61,10 +61,10 @@ LABELS = {name: [f"optimizer.name={name}"] for name in ("celo2", "celo2-base", "
 }
 # Weights after 20 steps against one process, largest difference. Measured on 2 and 4 processes: celo2 2.0e-5, celo2-base 1.9e-4,
 # adamw 4.8e-6, muon 1.6e-3 (torch's Muon orthogonalizes in bfloat16), bf16 0.042 (losses 8e-5), bf16-state
-# 0.011 (losses 7e-6), sizes 2.6e-6 after 10 steps.
+# 0.011 (losses 7e-6), whitened 7.6e-6; sizes 2.6e-6 after 10 steps.
 WEIGHTS = {"celo2": 2e-4, "celo2-base": 1e-3, "adamw": 1e-4, "muon": 1e-2, "bf16": 0.2, "bf16-state": 0.1, "plain": 1e-3}
 WEIGHTS |= {"both": 2e-3, "muon-both": 1e-2, "sizes": 2e-4, "whitened": 2e-4}
-# Row and column means likewise: celo2 2.6e-5, celo2-base 9e-6, bf16 0.22, bf16-state 0.041; plain 1.8e-3, of queries and keys
+# Row and column means and whiteners likewise: whitened 8.9e-5, celo2 2.6e-5, celo2-base 9e-6, bf16 0.22, bf16-state 0.041; plain 1.8e-3, of queries and keys
 # with gradients of 1e-6; means that were not moved are 1 off.
 MEANS = {"celo2": 1e-3, "celo2-base": 1e-3, "adamw": 0, "muon": 0, "bf16": 0.5, "bf16-state": 0.3, "plain": 1e-2}
 MEANS |= {"both": 1e-3, "muon-both": 0, "sizes": 1e-3, "whitened": 1e-3}
@@ -135,6 +135,11 @@ def test_every_strategy_equals_one_process(world, steps, names, others, run, pre
         commands.append(
             [*common, *LAYOUTS[after], *micro, f"checkpoint.resume={checkpoint}", f"run.dir={folder / f'{before}-{after}'}"]
         )
+    for label, name in pairs:  # whiteners travel through checkpoints, too
+        if label == "whitened":
+            checkpoint = folder / f"{label}-{name}" / "checkpoints" / checkpoint_name(half)
+            where = f"run.dir={folder / f'{name}-resumed'}"
+            commands.append([*common, *LAYOUTS["zero1"], *micro, *LABELS[label], f"checkpoint.resume={checkpoint}", where])
     for label in {label for label, _ in runs}:
         assert run(*options, *LABELS[label], folder=label)[0] == 0
     spawn(world, folder, commands, [0] * len(commands))
@@ -149,12 +154,12 @@ def test_every_strategy_equals_one_process(world, steps, names, others, run, pre
         assert means <= MEANS[label], (label, name)
         assert loss < (1e-3 if label.startswith("bf16") else 1e-4), (label, name)
         assert weights < WEIGHTS[label], (label, name)
-    for before, after in zip(names, names[1:] + names[:1], strict=True):
-        loss, weights, means = differences(folder / f"{before}-{after}", folder / "celo2", first=half + 1)
-        print(f"{world} processes {before} -> {after}: loss {loss:.1e}, weights {weights:.1e}, means {means:.1e}")
-        assert means <= MEANS["celo2"], (before, after)
-        assert loss < 1e-4, (before, after)
-        assert weights < WEIGHTS["celo2"], (before, after)
+    resumed = [(f"{before}-{after}", "celo2") for before, after in zip(names, names[1:] + names[:1], strict=True)]
+    resumed += [(f"{name}-resumed", label) for label, name in pairs if label == "whitened"]
+    for name, label in resumed:
+        loss, weights, means = differences(folder / name, folder / label, first=half + 1)
+        print(f"{world} processes {label}, {name}: loss {loss:.1e}, weights {weights:.1e}, means {means:.1e}")
+        assert means <= MEANS[label] and loss < 1e-4 and weights < WEIGHTS[label], (label, name)
 
 
 # One run each: its layout on 1, 4, 3, 2 and again 1 process.
