@@ -64,8 +64,8 @@ LABELS = {name: [f"optimizer.name={name}"] for name in ("celo2", "celo2-base", "
 # 0.011 (losses 7e-6), whitened 7.6e-6; sizes 2.6e-6 after 10 steps.
 WEIGHTS = {"celo2": 2e-4, "celo2-base": 1e-3, "adamw": 1e-4, "muon": 1e-2, "bf16": 0.2, "bf16-state": 0.1, "plain": 1e-3}
 WEIGHTS |= {"both": 2e-3, "muon-both": 1e-2, "sizes": 2e-4, "whitened": 2e-4}
-# Row and column means and whiteners likewise: whitened 8.9e-5, celo2 2.6e-5, celo2-base 9e-6, bf16 0.22, bf16-state 0.041; plain 1.8e-3, of queries and keys
-# with gradients of 1e-6; means that were not moved are 1 off.
+# Row and column means and whiteners likewise: whitened 8.9e-5, celo2 2.6e-5, celo2-base 9e-6, bf16 0.22, bf16-state 0.041; plain
+# 1.8e-3, of queries and keys with gradients of 1e-6; what was not moved is 1 off.
 MEANS = {"celo2": 1e-3, "celo2-base": 1e-3, "adamw": 0, "muon": 0, "bf16": 0.5, "bf16-state": 0.3, "plain": 1e-2}
 MEANS |= {"both": 1e-3, "muon-both": 0, "sizes": 1e-3, "whitened": 1e-3}
 
