@@ -36,6 +36,7 @@ from celo2.metatrain.evaluation.suite import (
     text_of,
     train,
 )
+from celo2.metatrain.problems import FINAL
 from celo2.rule_files import RuleError
 from celo2.training.configuration import ConfigError
 from celo2.training.search import Key, Search, Setting, begin, grid, next_setting, open_sides
@@ -61,6 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3, help="further seeds, which give the results (default: 3)")
     parser.add_argument(
         "--adamw-lr", type=float, default=ADAMW_LR, help=f"AdamW's, for embeddings, heads and vectors (default: {ADAMW_LR:g})"
+    )
+    parser.add_argument(
+        "--final", type=float, default=FINAL, help=f"where the cosine ends, as a share of the peak rates (default: {FINAL:g})"
     )
     parser.add_argument("--baselines", default=",".join(BASELINES), help=f"comma-separated (default: {','.join(BASELINES)})")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (what is there)")
@@ -99,6 +103,8 @@ def check(options: argparse.Namespace) -> None:
         raise ConfigError(f"--adamw-lr {options.adamw_lr}: expected at least 0")
     if options.adamw_lr == 0 and "adamw_lr" in options.search:
         raise ConfigError("--adamw-lr 0: a search of adamw_lr by factors cannot begin there")
+    if not 0 <= options.final <= 1:
+        raise ConfigError(f"--final {options.final}: expected 0 to 1")
     if options.picture and (not options.picture.endswith(".png") or not Path(options.picture).parent.is_dir()):
         raise ConfigError(f"--picture {options.picture}: expected a name that ends in .png, in a folder that exists")
     if not options.text and any(TASKS[name].data == "text" for name in options.tasks):
@@ -179,14 +185,14 @@ class Runs:
         """A training run with these values of KEYS: the validation loss at its end, and its curve of training losses."""
         options, kind = self.options, TASKS[task].data
         identity: dict[str, Any] = {"task": task, "data_sha256": self.digests[kind], "steps": steps, "seed": seed} | dict(values)
-        identity |= {"device": options.device, "precision": options.precision}
+        identity |= {"device": options.device, "precision": options.precision, "final": options.final}
         rule = self.rules[optimizer]
         identity |= {"optimizer": optimizer} if rule is None else {"rule_sha256": rule}
         bar = self.bar.task_ids[0]
         self.bar.update(bar, description=f"{task} {optimizer} lr {values['lr']:g} seed {seed}")
         record: dict[str, Any] | None = next((record for record in self.records if identity.items() <= record.items()), None)
         if record is None:
-            how = options.device, options.precision, values["adamw_lr"], values["weight_decay"]
+            how = options.device, options.precision, values["adamw_lr"], values["weight_decay"], options.final
             named = {"optimizer": optimizer, "data": options.text if kind == "text" else options.images}
             record = identity | named | train(TASKS[task], self.data[kind], optimizer, values["lr"], seed, steps, *how)
             self.records.append(record)
@@ -197,7 +203,10 @@ class Runs:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The training runs in a file of JSON lines. A last line that a kill cut short is taken out of the file."""
+    """The training runs in a file of JSON lines. A last line that a kill cut short is taken out of the file.
+
+    Files from before `--final` hold runs of a cosine down to FINAL alone.
+    """
     try:
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         whole, newline, torn = text.rpartition("\n")
@@ -208,7 +217,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
             path.write_text(whole + newline, encoding="utf-8")
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: not a file of training runs ({error})") from None
-    return records
+    return [{"final": FINAL} | record for record in records]
 
 
 def table(rows: Sequence[Row], steps: int) -> str:

@@ -79,6 +79,23 @@ def test_every_pair_on_a_task_is_tested():
     assert vit == "| vit | a minus c | -inf (nan) |  |  |  | 3 |"
 
 
+def test_evaluation_with_another_end_of_the_cosine(tmp_path, capsys):
+    """Runs of their own; lines from before the option are those of the default."""
+    (tmp_path / "text.txt").write_bytes(bytes(np.random.default_rng(0).integers(97, 105, 12_000, np.uint8)))
+    out = tmp_path / "runs.jsonl"
+    arguments = ["--tasks", "gpt-tiny", "--text", str(tmp_path / "text.txt"), "--steps", "3", "--trials", "1", "--seeds", "1"]
+    arguments += ["--baselines", "hand-momentum", "--out", str(out)]
+    assert evaluate.main(arguments) == 0
+    table = capsys.readouterr().out
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {record.pop("final") for record in records} == {0.1}
+    out.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert evaluate.main(arguments) == 0
+    assert capsys.readouterr().out == table and len(out.read_text().splitlines()) == 2
+    assert evaluate.main([*arguments, "--final", "0"]) == 0
+    assert capsys.readouterr().out != table and len(out.read_text().splitlines()) == 4
+
+
 def test_evaluation_table_and_continuation(tmp_path, capsys):
     """Two optimizers on a language model and an image task; the second command runs nothing again."""
     (tmp_path / "text.txt").write_bytes(bytes(np.random.default_rng(0).integers(97, 105, 12_000, np.uint8)))
@@ -191,6 +208,7 @@ def test_runs_are_known_by_what_rule_and_text_hold(tmp_path, capsys):
         (["--search", "lr,lr"], "expected different ones"),
         (["--search", "lr,adamw_lr", "--adamw-lr", "0"], "a search of adamw_lr by factors cannot begin there"),
         (["--adamw-lr", "nan"], "--adamw-lr nan: expected at least 0"),
+        (["--final", "1.5"], "--final 1.5: expected 0 to 1"),
         (["--picture", "missing/gain.png"], "expected a name that ends in .png, in a folder that exists"),
         (["--device", "tpu"], "--device tpu: expected cpu or a cuda that is there"),
     ],

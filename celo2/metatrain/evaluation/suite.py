@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from celo2 import Celo2, Rule, load_rule
 from celo2.baselines import HAND_SET, hand_set
 from celo2.metatrain.evaluation.networks import Autoencoder, Convolutional, Network, Recurrent, Transformer
-from celo2.metatrain.problems import warm_up_and_cosine
+from celo2.metatrain.problems import FINAL, warm_up_and_cosine
 from celo2.metatrain.tasks import CLASSES, load_images, read_text
 from celo2.training.configuration import ConfigError
 
@@ -122,17 +122,18 @@ def train(
     precision: str = "fp32",
     adamw_lr: float = ADAMW_LR,
     weight_decay: float = WEIGHT_DECAY,
+    final: float = FINAL,
 ) -> dict[str, object]:
     """One training run: its validation loss at the end and the means of twenty parts of its training losses. Inf: it diverged.
 
-    With `precision` "bf16" the forward pass runs under torch's autocast and Newton–Schulz in bfloat16.
+    The learning rates warm up and follow a cosine down to `final` of their peak. With `precision` "bf16" the forward pass runs under torch's autocast and Newton–Schulz in bfloat16.
     """
     torch.manual_seed(seed)
     network = task.build().to(device)  # drawn on the CPU: the same weights on every device
     bf16 = precision == "bf16"
     optimizers = build_optimizers(optimizer, network, lr, adamw_lr, torch.bfloat16 if bf16 else None, weight_decay)
     autocast = partial(torch.autocast, device, torch.bfloat16, enabled=bf16)
-    schedules = [LambdaLR(part, lambda step: warm_up_and_cosine(step, steps)) for part in optimizers]
+    schedules = [LambdaLR(part, lambda step: warm_up_and_cosine(step, steps, final)) for part in optimizers]
     curve: list[float] = []
     for x, y in batches(task, data, "training", seed, steps, device):
         with autocast():
