@@ -29,6 +29,7 @@ from celo2.metatrain.evaluation.suite import (
     FIRST_LR,
     TASKS,
     USUAL_FIRST_LR,
+    VALIDATION_BATCHES,
     WEIGHT_DECAY,
     content_of,
     digest_of,
@@ -66,6 +67,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--final", type=float, default=FINAL, help=f"where the cosine ends, as a share of the peak rates (default: {FINAL:g})"
     )
+    parser.add_argument(
+        "--validation-batches",
+        type=int,
+        default=VALIDATION_BATCHES,
+        help=f"batches of the loss at the end (default: {VALIDATION_BATCHES})",
+    )
     parser.add_argument("--baselines", default=",".join(BASELINES), help=f"comma-separated (default: {','.join(BASELINES)})")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (what is there)")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="bf16: autocast (default: fp32)")
@@ -97,8 +104,9 @@ def check(options: argparse.Namespace) -> None:
         content_of(name)
     if options.device not in ("cpu", "cuda") or (options.device == "cuda" and not torch.cuda.is_available()):
         raise ConfigError(f"--device {options.device}: expected cpu or a cuda that is there")
-    if min(options.seeds, options.steps, options.trials, options.search_seeds, options.search_steps) < 1:
-        raise ConfigError("--seeds, --steps, --trials, --search-seeds and --search-steps must be at least 1")
+    for name in ("seeds", "steps", "trials", "search_seeds", "search_steps", "validation_batches"):
+        if vars(options)[name] < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {vars(options)[name]}: expected at least 1")
     if not (math.isfinite(options.adamw_lr) and options.adamw_lr >= 0):
         raise ConfigError(f"--adamw-lr {options.adamw_lr}: expected at least 0")
     if options.adamw_lr == 0 and "adamw_lr" in options.search:
@@ -185,16 +193,18 @@ class Runs:
         """A training run with these values of KEYS: the validation loss at its end, and its curve of training losses."""
         options, kind = self.options, TASKS[task].data
         identity: dict[str, Any] = {"task": task, "data_sha256": self.digests[kind], "steps": steps, "seed": seed} | dict(values)
-        identity |= {"device": options.device, "precision": options.precision, "final": options.final}
+        identity |= {"device": options.device, "precision": options.precision}
+        identity |= {"final": options.final, "validation_batches": options.validation_batches}
         rule = self.rules[optimizer]
         identity |= {"optimizer": optimizer} if rule is None else {"rule_sha256": rule}
         bar = self.bar.task_ids[0]
         self.bar.update(bar, description=f"{task} {optimizer} lr {values['lr']:g} seed {seed}")
         record: dict[str, Any] | None = next((record for record in self.records if identity.items() <= record.items()), None)
         if record is None:
-            how = options.device, options.precision, values["adamw_lr"], values["weight_decay"], options.final
+            how = options.device, options.precision, values["adamw_lr"], values["weight_decay"]
             named = {"optimizer": optimizer, "data": options.text if kind == "text" else options.images}
-            record = identity | named | train(TASKS[task], self.data[kind], optimizer, values["lr"], seed, steps, *how)
+            ends = options.final, options.validation_batches
+            record = identity | named | train(TASKS[task], self.data[kind], optimizer, values["lr"], seed, steps, *how, *ends)
             self.records.append(record)
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
@@ -205,7 +215,7 @@ class Runs:
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The training runs in a file of JSON lines. A last line that a kill cut short is taken out of the file.
 
-    Files from before `--final` hold runs of a cosine down to FINAL alone.
+    Lines from before `--final` and `--validation-batches` are of their defaults.
     """
     try:
         text = path.read_text(encoding="utf-8") if path.exists() else ""
@@ -217,7 +227,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
             path.write_text(whole + newline, encoding="utf-8")
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: not a file of training runs ({error})") from None
-    return [{"final": FINAL} | record for record in records]
+    return [{"final": FINAL, "validation_batches": VALIDATION_BATCHES} | record for record in records]
 
 
 def table(rows: Sequence[Row], steps: int) -> str:

@@ -79,7 +79,8 @@ def test_every_pair_on_a_task_is_tested():
     assert vit == "| vit | a minus c | -inf (nan) |  |  |  | 3 |"
 
 
-def test_evaluation_with_another_end_of_the_cosine(tmp_path, capsys):
+@pytest.mark.parametrize(("option", "default", "other"), [("final", 0.1, 0), ("validation_batches", 16, 2)])
+def test_evaluation_with_another_end(option, default, other, tmp_path, capsys):
     """Runs of their own; lines from before the option are those of the default."""
     (tmp_path / "text.txt").write_bytes(bytes(np.random.default_rng(0).integers(97, 105, 12_000, np.uint8)))
     out = tmp_path / "runs.jsonl"
@@ -88,11 +89,11 @@ def test_evaluation_with_another_end_of_the_cosine(tmp_path, capsys):
     assert evaluate.main(arguments) == 0
     table = capsys.readouterr().out
     records = [json.loads(line) for line in out.read_text().splitlines()]
-    assert {record.pop("final") for record in records} == {0.1}
+    assert {record.pop(option) for record in records} == {default}
     out.write_text("".join(json.dumps(record) + "\n" for record in records))
     assert evaluate.main(arguments) == 0
     assert capsys.readouterr().out == table and len(out.read_text().splitlines()) == 2
-    assert evaluate.main([*arguments, "--final", "0"]) == 0
+    assert evaluate.main([*arguments, f"--{option.replace('_', '-')}", str(other)]) == 0
     assert capsys.readouterr().out != table and len(out.read_text().splitlines()) == 4
 
 
@@ -201,13 +202,14 @@ def test_runs_are_known_by_what_rule_and_text_hold(tmp_path, capsys):
         (["--tasks", "gtp"], "task 'gtp': expected one of"),
         ([], "need --text"),
         (["--text", "missing.txt"], "text missing.txt: cannot be read"),
-        (["--seeds", "0"], "must be at least 1"),
-        (["--search-steps", "0"], "must be at least 1"),
-        (["--search-seeds", "0"], "must be at least 1"),
+        (["--seeds", "0"], "expected at least 1"),
+        (["--search-steps", "0"], "expected at least 1"),
+        (["--search-seeds", "0"], "expected at least 1"),
         (["--search", "lr,beta"], "--search lr,beta: expected different ones of lr, adamw_lr, weight_decay"),
         (["--search", "lr,lr"], "expected different ones"),
         (["--search", "lr,adamw_lr", "--adamw-lr", "0"], "a search of adamw_lr by factors cannot begin there"),
         (["--adamw-lr", "nan"], "--adamw-lr nan: expected at least 0"),
+        (["--validation-batches", "0"], "--validation-batches 0: expected at least 1"),
         (["--final", "1.5"], "--final 1.5: expected 0 to 1"),
         (["--picture", "missing/gain.png"], "expected a name that ends in .png, in a folder that exists"),
         (["--device", "tpu"], "--device tpu: expected cpu or a cuda that is there"),

@@ -123,10 +123,12 @@ def train(
     adamw_lr: float = ADAMW_LR,
     weight_decay: float = WEIGHT_DECAY,
     final: float = FINAL,
+    validation_batches: int = VALIDATION_BATCHES,
 ) -> dict[str, object]:
     """One training run: its validation loss at the end and the means of twenty parts of its training losses. Inf: it diverged.
 
-    The learning rates warm up and follow a cosine down to `final` of their peak. With `precision` "bf16" the forward pass runs under torch's autocast and Newton–Schulz in bfloat16.
+    The learning rates warm up and follow a cosine down to `final` of their peak. With `precision` "bf16" the forward pass runs
+    under torch's autocast and Newton–Schulz in bfloat16.
     """
     torch.manual_seed(seed)
     network = task.build().to(device)  # drawn on the CPU: the same weights on every device
@@ -148,7 +150,7 @@ def train(
             part.step()
             schedule.step()
     with torch.no_grad(), autocast():
-        losses = [network.loss(x, y).item() for x, y in batches(task, data, "validation", 0, VALIDATION_BATCHES, device)]
+        losses = [network.loss(x, y).item() for x, y in batches(task, data, "validation", 0, validation_batches, device)]
     parts = [float(np.mean(part)) for part in np.array_split(curve, min(20, len(curve)))]
     return {"loss": float(np.mean(losses)), "curve": parts}
 
