@@ -57,6 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--images", default="digits", help="images for the others, as in meta-training (default: digits)")
     parser.add_argument("--steps", type=int, default=400, help="training steps (default: 400)")
     parser.add_argument("--trials", type=int, default=6, help="settings that are tried for every optimizer (default: 6)")
+    parser.add_argument(
+        "--lr", type=float, help="where every search begins; with --trials 1 the rate itself (default: per optimizer)"
+    )
     parser.add_argument("--search", default="lr", help=f"comma-separated, searched together: {', '.join(KEYS)} (default: lr)")
     parser.add_argument("--search-steps", type=int, help="training steps of the search (default: as --steps)")
     parser.add_argument("--search-seeds", type=int, default=1, help="seeds of the search; their mean decides (default: 1)")
@@ -107,6 +110,8 @@ def check(options: argparse.Namespace) -> None:
     for name in ("seeds", "steps", "trials", "search_seeds", "search_steps", "validation_batches"):
         if vars(options)[name] < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {vars(options)[name]}: expected at least 1")
+    if options.lr is not None and not 0 < options.lr < math.inf:
+        raise ConfigError(f"--lr {options.lr}: expected above 0")
     if not (math.isfinite(options.adamw_lr) and options.adamw_lr >= 0):
         raise ConfigError(f"--adamw-lr {options.adamw_lr}: expected at least 0")
     if options.adamw_lr == 0 and "adamw_lr" in options.search:
@@ -150,7 +155,8 @@ def evaluate(options: argparse.Namespace) -> None:
 def best_of(runs: Runs, task: str, optimizer: str) -> Row:
     """The search, then its best setting with other seeds."""
     options = runs.options
-    firsts = {"lr": FIRST_LR.get(optimizer, USUAL_FIRST_LR), "adamw_lr": options.adamw_lr, "weight_decay": WEIGHT_DECAY}
+    lr = FIRST_LR.get(optimizer, USUAL_FIRST_LR) if options.lr is None else options.lr
+    firsts = {"lr": lr, "adamw_lr": options.adamw_lr, "weight_decay": WEIGHT_DECAY}
     keys = tuple(Key(name, firsts[name], factor) for name, factor in KEYS.items() if name in options.search)
 
     def trained(setting: Setting, seeds: range, steps: int) -> dict[int, tuple[float, list[float]]]:
