@@ -111,7 +111,7 @@ def check(options: argparse.Namespace) -> None:
         if vars(options)[name] < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {vars(options)[name]}: expected at least 1")
     if options.lr is not None and not 0 < options.lr < math.inf:
-        raise ConfigError(f"--lr {options.lr}: expected above 0")
+        raise ConfigError(f"--lr {options.lr}: expected a number above 0")
     if not (math.isfinite(options.adamw_lr) and options.adamw_lr >= 0):
         raise ConfigError(f"--adamw-lr {options.adamw_lr}: expected at least 0")
     if options.adamw_lr == 0 and "adamw_lr" in options.search:
@@ -198,19 +198,17 @@ class Runs:
     def trained(self, task: str, optimizer: str, values: Mapping[str, float], seed: int, steps: int) -> tuple[float, list[float]]:
         """A training run with these values of KEYS: the validation loss at its end, and its curve of training losses."""
         options, kind = self.options, TASKS[task].data
-        identity: dict[str, Any] = {"task": task, "data_sha256": self.digests[kind], "steps": steps, "seed": seed} | dict(values)
-        identity |= {"device": options.device, "precision": options.precision}
-        identity |= {"final": options.final, "validation_batches": options.validation_batches}
+        how: dict[str, Any] = {name: vars(options)[name] for name in ("device", "precision", "final", "validation_batches")}
+        how |= {"seed": seed, "steps": steps} | dict(values)
+        identity: dict[str, Any] = {"task": task, "data_sha256": self.digests[kind]} | how
         rule = self.rules[optimizer]
         identity |= {"optimizer": optimizer} if rule is None else {"rule_sha256": rule}
         bar = self.bar.task_ids[0]
         self.bar.update(bar, description=f"{task} {optimizer} lr {values['lr']:g} seed {seed}")
         record: dict[str, Any] | None = next((record for record in self.records if identity.items() <= record.items()), None)
         if record is None:
-            how = options.device, options.precision, values["adamw_lr"], values["weight_decay"]
             named = {"optimizer": optimizer, "data": options.text if kind == "text" else options.images}
-            ends = options.final, options.validation_batches
-            record = identity | named | train(TASKS[task], self.data[kind], optimizer, values["lr"], seed, steps, *how, *ends)
+            record = identity | named | train(TASKS[task], self.data[kind], optimizer, **how)
             self.records.append(record)
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")

@@ -102,24 +102,12 @@ def test_evaluation_at_a_given_rate(tmp_path, capsys):
     (tmp_path / "text.txt").write_bytes(bytes(np.random.default_rng(0).integers(97, 105, 12_000, np.uint8)))
     for trials, expected in (("1", {0.005}), ("3", {0.0025, 0.005, 0.01})):
         out = tmp_path / f"{trials}.jsonl"
-        arguments = [
-            "--tasks",
-            "gpt-tiny",
-            "--text",
-            str(tmp_path / "text.txt"),
-            "--steps",
-            "2",
-            "--trials",
-            trials,
-            "--seeds",
-            "1",
-        ]
-        assert evaluate.main([*arguments, "--lr", "0.005", "--baselines", "hand-momentum,muon", "--out", str(out)]) == 0
+        arguments = ["--tasks", "gpt-tiny", "--text", str(tmp_path / "text.txt"), "--steps", "2", "--trials", trials]
+        arguments += ["--seeds", "1", "--lr", "0.005", "--baselines", "hand-momentum,muon", "--out", str(out)]
+        assert evaluate.main(arguments) == 0
         records = [json.loads(line) for line in out.read_text().splitlines()]
-        assert {(record["optimizer"], record["lr"]) for record in records} >= {
-            (name, lr) for name in ("hand-momentum", "muon") for lr in expected
-        }
-        assert {record["lr"] for record in records} == expected
+        for name in ("hand-momentum", "muon"):
+            assert {record["lr"] for record in records if record["optimizer"] == name} == expected
     capsys.readouterr()
 
 
@@ -236,7 +224,7 @@ def test_runs_are_known_by_what_rule_and_text_hold(tmp_path, capsys):
         (["--search", "lr,adamw_lr", "--adamw-lr", "0"], "a search of adamw_lr by factors cannot begin there"),
         (["--adamw-lr", "nan"], "--adamw-lr nan: expected at least 0"),
         (["--validation-batches", "0"], "--validation-batches 0: expected at least 1"),
-        (["--lr", "0"], "--lr 0.0: expected above 0"),
+        (["--lr", "0"], "--lr 0.0: expected a number above 0"),
         (["--final", "1.5"], "--final 1.5: expected 0 to 1"),
         (["--picture", "missing/gain.png"], "expected a name that ends in .png, in a folder that exists"),
         (["--device", "tpu"], "--device tpu: expected cpu or a cuda that is there"),
