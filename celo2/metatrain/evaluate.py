@@ -27,6 +27,7 @@ from celo2.metatrain.evaluation.suite import (
     ADAMW_LR,
     BASELINES,
     FIRST_LR,
+    FIRST_WEIGHT_DECAY,
     TASKS,
     USUAL_FIRST_LR,
     VALIDATION_BATCHES,
@@ -58,7 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=400, help="training steps (default: 400)")
     parser.add_argument("--trials", type=int, default=6, help="settings that are tried for every optimizer (default: 6)")
     parser.add_argument(
-        "--lr", type=float, help="where every search begins; with --trials 1 the rate itself (default: per optimizer)"
+        "--lr",
+        default="",
+        help="where searches begin, as 0.004 or 0.004,muon=0.04; with --trials 1 the rate itself (default: per optimizer)",
     )
     parser.add_argument("--search", default="lr", help=f"comma-separated, searched together: {', '.join(KEYS)} (default: lr)")
     parser.add_argument("--search-steps", type=int, help="training steps of the search (default: as --steps)")
@@ -66,6 +69,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3, help="further seeds, which give the results (default: 3)")
     parser.add_argument(
         "--adamw-lr", type=float, default=ADAMW_LR, help=f"AdamW's, for embeddings, heads and vectors (default: {ADAMW_LR:g})"
+    )
+    parser.add_argument(
+        "--weight-decay",
+        default="",
+        help="the same for weight decay, which --search lr leaves as it is (default: per optimizer)",
     )
     parser.add_argument(
         "--final", type=float, default=FINAL, help=f"where the cosine ends, as a share of the peak rates (default: {FINAL:g})"
@@ -87,6 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.optimizers = [name for name in options.baselines.split(",") if name] + options.rules
     options.search_steps = options.steps if options.search_steps is None else options.search_steps
     try:
+        options.lr = by_optimizer("--lr", options.lr, options.optimizers)
+        options.weight_decay = by_optimizer("--weight-decay", options.weight_decay, options.optimizers)
         check(options)
         evaluate(options)
     except (ConfigError, RuleError) as error:
@@ -110,10 +120,12 @@ def check(options: argparse.Namespace) -> None:
     for name in ("seeds", "steps", "trials", "search_seeds", "search_steps", "validation_batches"):
         if vars(options)[name] < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {vars(options)[name]}: expected at least 1")
-    if options.lr is not None and not 0 < options.lr < math.inf:
-        raise ConfigError(f"--lr {options.lr}: expected a number above 0")
+    if 0 in options.lr.values():
+        raise ConfigError("--lr 0: expected a number above 0")
     if not (math.isfinite(options.adamw_lr) and options.adamw_lr >= 0):
         raise ConfigError(f"--adamw-lr {options.adamw_lr}: expected at least 0")
+    if 0 in options.weight_decay.values() and "weight_decay" in options.search:
+        raise ConfigError("--weight-decay 0: a search of weight_decay by factors cannot begin there")
     if options.adamw_lr == 0 and "adamw_lr" in options.search:
         raise ConfigError("--adamw-lr 0: a search of adamw_lr by factors cannot begin there")
     if not 0 <= options.final <= 1:
@@ -122,6 +134,29 @@ def check(options: argparse.Namespace) -> None:
         raise ConfigError(f"--picture {options.picture}: expected a name that ends in .png, in a folder that exists")
     if not options.text and any(TASKS[name].data == "text" for name in options.tasks):
         raise ConfigError("language models need --text FILE")
+
+
+def by_optimizer(option: str, text: str, optimizers: Sequence[str]) -> dict[str, float]:
+    """The numbers of "0.004,muon=0.04" by optimizer, "" for those without one of their own."""
+    found: dict[str, float] = {}
+    for part in filter(None, text.split(",")):
+        name, _, value = part.rpartition("=")
+        if name and name not in optimizers:
+            raise ConfigError(f"{option} {part}: there is no '{name}' among {', '.join(optimizers)}")
+        if name in found:
+            raise ConfigError(f"{option} {text}: two numbers for {name or 'all'}")
+        try:
+            found[name] = float(value)
+        except ValueError:
+            found[name] = math.nan
+        if not 0 <= found[name] < math.inf:
+            raise ConfigError(f"{option} {part}: expected a number of at least 0, or OPTIMIZER=NUMBER")
+    return found
+
+
+def first_of(optimizer: str, asked: Mapping[str, float], own: Mapping[str, float], usual: float) -> float:
+    """Where the search for a key begins: as asked for this optimizer or for all, or else its own value or the usual one."""
+    return asked.get(optimizer, asked.get("", own.get(optimizer, usual)))
 
 
 class Row(NamedTuple):
@@ -155,8 +190,11 @@ def evaluate(options: argparse.Namespace) -> None:
 def best_of(runs: Runs, task: str, optimizer: str) -> Row:
     """The search, then its best setting with other seeds."""
     options = runs.options
-    lr = FIRST_LR.get(optimizer, USUAL_FIRST_LR) if options.lr is None else options.lr
-    firsts = {"lr": lr, "adamw_lr": options.adamw_lr, "weight_decay": WEIGHT_DECAY}
+    firsts = {
+        "lr": first_of(optimizer, options.lr, FIRST_LR, USUAL_FIRST_LR),
+        "adamw_lr": options.adamw_lr,
+        "weight_decay": first_of(optimizer, options.weight_decay, FIRST_WEIGHT_DECAY, WEIGHT_DECAY),
+    }
     keys = tuple(Key(name, firsts[name], factor) for name, factor in KEYS.items() if name in options.search)
 
     def trained(setting: Setting, seeds: range, steps: int) -> dict[int, tuple[float, list[float]]]:

@@ -166,6 +166,19 @@ def test_evaluation_with_another_adamw_lr(tmp_path, capsys):
     assert [group["lr"] for group in rule.param_groups + adamw.param_groups] == [1e-3, 0.5]
 
 
+def test_weight_decay_of_each_optimizer(tmp_path, capsys):
+    """Muon's learning rates are ten times those of a rule, and so its decay is smaller; one for all where the caller says so."""
+    (tmp_path / "text.txt").write_bytes(bytes(np.random.default_rng(0).integers(97, 105, 12_000, np.uint8)))
+    arguments = ["--tasks", "gpt-tiny", "--text", str(tmp_path / "text.txt"), "--steps", "2", "--trials", "1", "--seeds", "1"]
+    arguments += ["--baselines", "muon,hand-nesterov", "--out", str(tmp_path / "runs.jsonl")]
+    for more in ([], ["--weight-decay", "0.2"], ["--weight-decay", "0.2,muon=0", "--lr", "muon=0.5"]):
+        assert evaluate.main([*arguments, *more]) == 0
+    capsys.readouterr()
+    records = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    found = [(record["weight_decay"], record["lr"]) for record in records[::2]]  # of muon and hand-nesterov, in turns
+    assert found == [(0.03, 0.02), (0.1, 0.002), (0.2, 0.02), (0.2, 0.002), (0, 0.5)]  # the last of hand-nesterov is known
+
+
 def test_search_with_several_seeds(tmp_path, capsys):
     """Every learning rate of the search with each of its seeds; the one of the lowest mean, with other seeds."""
     (tmp_path / "text.txt").write_bytes(bytes(np.random.default_rng(0).integers(97, 105, 12_000, np.uint8)))
@@ -224,7 +237,12 @@ def test_runs_are_known_by_what_rule_and_text_hold(tmp_path, capsys):
         (["--search", "lr,adamw_lr", "--adamw-lr", "0"], "a search of adamw_lr by factors cannot begin there"),
         (["--adamw-lr", "nan"], "--adamw-lr nan: expected at least 0"),
         (["--validation-batches", "0"], "--validation-batches 0: expected at least 1"),
-        (["--lr", "0"], "--lr 0.0: expected a number above 0"),
+        (["--lr", "0"], "--lr 0: expected a number above 0"),
+        (["--lr", "fast"], "--lr fast: expected a number of at least 0, or OPTIMIZER=NUMBER"),
+        (["--lr", "0.1,0.2"], "--lr 0.1,0.2: two numbers for all"),
+        (["--lr", "0.1,moun=0.2"], "--lr moun=0.2: there is no 'moun' among adamw, muon,"),
+        (["--weight-decay", "-1"], "--weight-decay -1: expected a number of at least 0"),
+        (["--search", "weight_decay", "--weight-decay", "0"], "a search of weight_decay by factors cannot begin there"),
         (["--final", "1.5"], "--final 1.5: expected 0 to 1"),
         (["--picture", "missing/gain.png"], "expected a name that ends in .png, in a folder that exists"),
         (["--device", "tpu"], "--device tpu: expected cpu or a cuda that is there"),

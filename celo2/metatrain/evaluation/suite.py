@@ -60,6 +60,9 @@ BASELINES = ("adamw", "muon", "hand-momentum", "hand-nesterov", "adam-orthogonal
 # about width ** -0.5.
 FIRST_LR = {"muon": 0.02}
 USUAL_FIRST_LR = 2e-3
+# A step takes lr * weight_decay of a weight, and Muon's lr is ten times a rule's: with the rules' decay it is 0.025 worse after
+# 1,500 steps of `gpt` (docs/long-runs.md).
+FIRST_WEIGHT_DECAY = {"muon": 0.03}
 
 
 def build_optimizers(
