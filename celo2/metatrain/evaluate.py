@@ -57,7 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--text", help="text for the language models: a text file, .jsonl or .jsonl.gz with `text`")
     parser.add_argument("--images", default="digits", help="images for the others, as in meta-training (default: digits)")
     parser.add_argument("--steps", type=int, default=400, help="training steps (default: 400)")
-    parser.add_argument("--trials", type=int, default=6, help="settings that are tried for every optimizer (default: 6)")
+    parser.add_argument(
+        "--trials", type=int, default=6, help="settings that are tried for every optimizer; 1: no search (default: 6)"
+    )
     parser.add_argument(
         "--lr",
         default="",
@@ -175,7 +177,7 @@ def evaluate(options: argparse.Namespace) -> None:
     """Search and train every optimizer on every task, with a progress bar on a terminal."""
     console = Console(file=sys.stdout)
     columns = (BarColumn(20), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    each = options.trials * options.search_seeds + options.seeds
+    each = (options.trials * options.search_seeds if options.trials > 1 else 0) + options.seeds
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         bar.add_task("", total=each * len(options.optimizers) * len(options.tasks))
         runs = Runs(options, bar)
@@ -204,12 +206,16 @@ def best_of(runs: Runs, task: str, optimizer: str) -> Row:
     def losses(setting: Setting) -> dict[int, float]:
         return {seed: loss for seed, (loss, _) in trained(setting, range(options.search_seeds), options.search_steps).items()}
 
-    s = searched(keys, options.trials, losses)
-    chosen = s.chosen or min(s.losses)  # if everything diverged
+    chosen: Setting = tuple(key.first for key in keys)
+    edges: tuple[str, ...] = ()
+    if options.trials > 1:
+        s = searched(keys, options.trials, losses)
+        chosen = s.chosen or min(s.losses)  # if everything diverged
+        edges = tuple(open_sides(keys, s.tried))
     final = trained(chosen, range(options.search_seeds, options.search_seeds + options.seeds), options.steps)
     values = dict(zip((key.name for key in keys), chosen, strict=True))
     final_losses, curves = {seed: loss for seed, (loss, _) in final.items()}, {seed: curve for seed, (_, curve) in final.items()}
-    return Row(task, optimizer, values, tuple(open_sides(keys, s.tried)), final_losses, curves)
+    return Row(task, optimizer, values, edges, final_losses, curves)
 
 
 def searched(keys: tuple[Key, ...], trials: int, losses: Callable[[Setting], Mapping[int, float]]) -> Search:

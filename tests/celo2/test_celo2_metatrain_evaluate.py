@@ -92,13 +92,13 @@ def test_evaluation_with_another_end(option, default, other, tmp_path, capsys):
     assert {record.pop(option) for record in records} == {default}
     out.write_text("".join(json.dumps(record) + "\n" for record in records))
     assert evaluate.main(arguments) == 0
-    assert capsys.readouterr().out == table and len(out.read_text().splitlines()) == 2
+    assert capsys.readouterr().out == table and len(out.read_text().splitlines()) == 1
     assert evaluate.main([*arguments, f"--{option.replace('_', '-')}", str(other)]) == 0
-    assert capsys.readouterr().out != table and len(out.read_text().splitlines()) == 4
+    assert capsys.readouterr().out != table and len(out.read_text().splitlines()) == 2
 
 
 def test_evaluation_at_a_given_rate(tmp_path, capsys):
-    """`--lr` with one trial trains every optimizer at that rate; with three it is the middle one."""
+    """`--lr` with one trial trains every optimizer at that rate, without a search; with three it is the middle one."""
     (tmp_path / "text.txt").write_bytes(bytes(np.random.default_rng(0).integers(97, 105, 12_000, np.uint8)))
     for trials, expected in (("1", {0.005}), ("3", {0.0025, 0.005, 0.01})):
         out = tmp_path / f"{trials}.jsonl"
@@ -108,7 +108,8 @@ def test_evaluation_at_a_given_rate(tmp_path, capsys):
         records = [json.loads(line) for line in out.read_text().splitlines()]
         for name in ("hand-momentum", "muon"):
             assert {record["lr"] for record in records if record["optimizer"] == name} == expected
-    capsys.readouterr()
+        assert {record["seed"] for record in records} == ({1} if trials == "1" else {0, 1})
+        assert "0.005 (edge)" not in capsys.readouterr().out
 
 
 def test_evaluation_table_and_continuation(tmp_path, capsys):
@@ -161,7 +162,7 @@ def test_evaluation_with_another_adamw_lr(tmp_path, capsys):
         tables.append(capsys.readouterr().out)
     assert tables[0] == tables[2] != tables[1]
     records = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
-    assert [(record["adamw_lr"], record["lr"]) for record in records] == 2 * [(0.003, 0.002)] + 2 * [(0.03, 0.002)]
+    assert [(record["adamw_lr"], record["lr"]) for record in records] == [(0.003, 0.002), (0.03, 0.002)]
     rule, adamw = build_optimizers("hand-momentum", TASKS["gpt-tiny"].build(), 1e-3, 0.5)
     assert [group["lr"] for group in rule.param_groups + adamw.param_groups] == [1e-3, 0.5]
 
@@ -175,7 +176,7 @@ def test_weight_decay_of_each_optimizer(tmp_path, capsys):
         assert evaluate.main([*arguments, *more]) == 0
     capsys.readouterr()
     records = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
-    found = [(record["weight_decay"], record["lr"]) for record in records[::2]]  # of muon and hand-nesterov, in turns
+    found = [(record["weight_decay"], record["lr"]) for record in records]  # of muon and hand-nesterov, in turns
     assert found == [(0.03, 0.02), (0.1, 0.002), (0.2, 0.02), (0.2, 0.002), (0, 0.5)]  # the last of hand-nesterov is known
 
 
