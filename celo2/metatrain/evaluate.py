@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--lr",
         default="",
-        help="where searches begin, as 0.004 or 0.004,muon=0.04; with --trials 1 the rate itself (default: per optimizer)",
+        help="learning rate, and where its search begins, as 0.004 or 0.004,muon=0.04 (default: per optimizer)",
     )
     parser.add_argument("--search", default="lr", help=f"comma-separated, searched together: {', '.join(KEYS)} (default: lr)")
     parser.add_argument("--search-steps", type=int, help="training steps of the search (default: as --steps)")
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--weight-decay",
         default="",
-        help="the same for weight decay, which --search lr leaves as it is (default: per optimizer)",
+        help="weight decay, and where its search begins, as 0.1 or 0.1,muon=0.03 (default: per optimizer)",
     )
     parser.add_argument(
         "--final", type=float, default=FINAL, help=f"where the cosine ends, as a share of the peak rates (default: {FINAL:g})"
