@@ -213,7 +213,8 @@ def best_of(runs: Runs, task: str, optimizer: str) -> Row:
         chosen = s.chosen or min(s.losses)  # if everything diverged
         edges = tuple(open_sides(keys, s.tried))
     final = trained(chosen, range(options.search_seeds, options.search_seeds + options.seeds), options.steps)
-    values = dict(zip((key.name for key in keys), chosen, strict=True))
+    values = {name: firsts[name] for name in ("lr", "weight_decay")}  # optimizers begin at different ones: shown, searched or not
+    values |= dict(zip((key.name for key in keys), chosen, strict=True))
     final_losses, curves = {seed: loss for seed, (loss, _) in final.items()}, {seed: curve for seed, (_, curve) in final.items()}
     return Row(task, optimizer, values, edges, final_losses, curves)
 

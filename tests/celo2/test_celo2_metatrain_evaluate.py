@@ -174,7 +174,8 @@ def test_weight_decay_of_each_optimizer(tmp_path, capsys):
     arguments += ["--baselines", "muon,hand-nesterov", "--out", str(tmp_path / "runs.jsonl")]
     for more in ([], ["--weight-decay", "0.2"], ["--weight-decay", "0.2,muon=0", "--lr", "muon=0.5"]):
         assert evaluate.main([*arguments, *more]) == 0
-    capsys.readouterr()
+    table = capsys.readouterr().out
+    assert table.count("| gpt-tiny | muon | 0.02 | 0.03 |") == table.count("| gpt-tiny | hand-nesterov | 0.002 | 0.1 |") == 1
     records = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
     found = [(record["weight_decay"], record["lr"]) for record in records]  # of muon and hand-nesterov, in turns
     assert found == [(0.03, 0.02), (0.1, 0.002), (0.2, 0.02), (0.2, 0.002), (0, 0.5)]  # the last of hand-nesterov is known
