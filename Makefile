@@ -1,5 +1,5 @@
 # make demo            trains a small GPT on real text with Celo2 and shows the result
-# make test            style, types and tests; test-slow: the proofs that take minutes
+# make test            style, types and tests; test-slow: tests that take minutes
 # make benchmark       times one optimizer step
 # make test-versions   before a release, not in CI: make test with every other Python that is here (VERSIONS), each in a
 #                      folder of its own, and the package alone, with the oldest torch that pyproject.toml allows (test-package)

@@ -45,9 +45,10 @@ def hand_nesterov() -> Rule:
 
 
 def hand_agreement() -> Rule:
-    """As `hand_nesterov` with a decay of 0.95, twice the gradient, normalized gradients and step sizes: the momentum's RMS.
+    """As `hand_nesterov` with a decay of 0.95, twice the gradient, normalized gradients and step sizes.
 
-    Where the gradients of a matrix turn round, because its steps are too long, they become shorter (docs/log.md).
+    The step size of a matrix is the RMS of its momentum over that of its gradient, in units of what independent gradients give.
+    So steps become shorter where successive gradients point against each other, because steps are too long (docs/log.md).
     """
     rule = hand_set(
         {"factored_momentum": (1.0,), "factored_gradient": (1.6,)},

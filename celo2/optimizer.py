@@ -109,6 +109,10 @@ class Celo2(Stateful):
 
         As with torch's fused optimizers, an attribute `found_inf`, float32 () on the device, that is 1 refuses the step: weights
         and state keep their values, whatever the gradients are. The host does not look at it.
+
+        Raises:
+            RuntimeError: a gradient that is sparse or no real floating-point tensor, or a CUDA graph's capture that cannot work.
+            ShardingError: at the first step, ranks that were given something different, or parameters that something replaced.
         """
         loss = None
         if closure is not None:

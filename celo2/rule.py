@@ -113,7 +113,7 @@ class Rule:
         )
 
     def settings(self) -> dict[str, Any]:
-        """Everything that it computes with beside its weights; nothing of step sizes that are all 1 and of no whitening."""
+        """Everything beside the weights that changes an update. Step sizes that are all 1 and a whitening of 0 are left out."""
         others = {"weights", "description", "source"} | (set() if self.has_step_sizes else {"step_exponents", "step_factor"})
         others |= set() if self.whitening else {"whitening"}
         return {name: value for name, value in self.__dict__.items() if name not in others}
@@ -254,27 +254,31 @@ def rms_normalized(x: Tensor, axes: tuple[int, ...]) -> Tensor:
     return x * (x.square().mean(axes, keepdim=True) + RMS_EPS).rsqrt()
 
 
-def step_size_of(rule: Rule, g: Tensor, m: Tensor) -> Tensor:
-    """Step 9 of a rule with step sizes: the RMS of an update, from the mean squares of the clipped gradient g (...) and of the
-    momenta m (K, ...), over a whole matrix or vector each.
+def step_size_of(rule: Rule, g_square: Tensor, m_square: Tensor) -> Tensor:
+    """Step 9 of a rule with step sizes: the RMS of an update, float32 (...).
+
+    Args:
+        rule: with `step_exponents` and `step_factor`.
+        g_square: mean square of the clipped gradient, over a whole matrix or vector each (...).
+        m_square: the same of each momentum (K, ...).
 
     It is step_factor · Π r_k ^ step_exponents_k. r_k is RMS(m_k) / RMS(g) over what that is where gradients are independent from
     step to step, n_k = sqrt((1 - β_k) / (1 + β_k)). So r_k is n_k for gradients that turn round in every step, 1 for noise, and
     1 / n_k for gradients that stay the same; it is bounded by the first and the last. Without a gradient it is 1.
     """
-    logarithm = torch.zeros_like(g)
-    for agreement, exponent in zip(agreements(rule, g, m), rule.step_exponents, strict=True):
+    logarithm = torch.zeros_like(g_square)
+    for agreement, exponent in zip(agreements(rule, g_square, m_square), rule.step_exponents, strict=True):
         logarithm += exponent * agreement
     return rule.step_factor * logarithm.exp()
 
 
-def agreements(rule: Rule, g: Tensor, m: Tensor) -> list[Tensor]:
-    """log r_k (...) for each of the momenta, of the mean squares that `step_size_of` takes."""
+def agreements(rule: Rule, g_square: Tensor, m_square: Tensor) -> list[Tensor]:
+    """The logarithm of r_k (...) of each momentum; r_k and the arguments are those of `step_size_of`."""
     found = []
-    for square, beta in zip(m, rule.momentum_decays, strict=True):
+    for square, beta in zip(m_square, rule.momentum_decays, strict=True):
         noise = (1 - beta) / (1 + beta)  # n_k²
-        ratio = (square + SQUARE_FLOOR) / (g + SQUARE_FLOOR) / noise  # r_k²
-        found.append(torch.where(g > SQUARE_FLOOR, ratio.clamp(noise, 1 / noise).log() / 2, 0.0))
+        ratio = (square + SQUARE_FLOOR) / (g_square + SQUARE_FLOOR) / noise  # r_k²
+        found.append(torch.where(g_square > SQUARE_FLOOR, ratio.clamp(noise, 1 / noise).log() / 2, 0.0))
     return found
 
 

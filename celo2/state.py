@@ -19,13 +19,13 @@ from celo2.rule import Rule, accumulator_shapes
 from celo2.stack import is_dtensor, local
 from celo2.whitening import KEYS
 
-REPLICATED = ("row", "col", "step", "count", *KEYS)  # not divided like the weights
+REPLICATED = ("row", "col", "step", "count", *KEYS)  # state that is not divided like the weights
 # Every name of `state_form`; wrappers keep things of their own beside them.
 STATE_KEYS = {"momentum", "second_moment", "diag", "exp_avg", "exp_avg_sq", *REPLICATED}
 
 
 class Stateful(torch.optim.Optimizer):
-    """What of `Celo2` does not run in a step after the first: groups, entries, and state that is made, saved and loaded."""
+    """The part of `Celo2` that checks groups, and makes, saves and loads state. Nothing of it runs after the first step."""
 
     rule: Rule
     ns_dtype: torch.dtype | None
@@ -119,11 +119,11 @@ def state_form(entry: Entry, state_dtype: torch.dtype) -> dict[str, tuple[tuple[
     """Shape and dtype of the state of a parameter of shape P and stacked shape S = (..., R, C) (see `celo2.layout`).
 
     By the rule: `momentum` (3, *P), `second_moment` P, and `row` and `col`, means over the longer and the shorter axis of a
-    matrix, or `diag` (3, *P) for a vector; with bfloat16 accumulators also `count`, int32 (), its steps so far; of a rule with
-    `whitening` also `left_whitener` (..., R, R) and `right_whitener` (..., C, C), float32. By AdamW: `step`,
-    `exp_avg`, `exp_avg_sq`. For a DTensor, what has the shape P is placed like it, so that torch's own tools save and reshard it,
-    and the rest is the same on all ranks. For a parameter with the attribute `local_shard`, P is its local shard, and `row` and
-    `col` of a whole matrix are moved only where that is.
+    matrix (3, *S without that axis), or `diag` (3, *P) for a vector; with bfloat16 accumulators also `count`, int32 (), its
+    steps so far; of a rule with `whitening` also `left_whitener` (..., R, R) and `right_whitener` (..., C, C), float32. By
+    AdamW: `step`, `exp_avg`, `exp_avg_sq`. For a DTensor, what has the shape P is placed like it, so that torch's own tools
+    save and reshard it, and the rest is the same on all ranks. For a parameter with the attribute `local_shard`, P is its
+    local shard; a rank moves `row` and `col` of a whole matrix only if it holds that matrix.
     """
     size = tuple(entry.p.shape)
     if not entry.by_rule:

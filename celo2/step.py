@@ -146,7 +146,7 @@ class Work:
             weight.copy_(w)
 
 
-# Steps 0 to 7. A part on its way through them stops at sums over what is here of it, and goes on with the complete ones.
+# Steps 0 to 7 as a generator: it yields sums over this rank's part of a matrix, receives the sums over all ranks, and goes on.
 Steps = Generator[Tensor, Tensor, None]
 
 
@@ -187,7 +187,7 @@ def matrix_steps(stacks: Sequence[Stack], out: Direction | None, context: Contex
 
 
 def steps_of(batch: Batch, out: Direction | None, context: Context) -> Steps:
-    """Steps 0 to 7 of a batch, not begun."""
+    """The generator that carries out steps 0 to 7 of a batch."""
     if isinstance(batch[0].part, Vector):
         return vector_steps(batch[0].part, out, context.rule, context.gate)
     return matrix_steps([item.part for item in batch if isinstance(item.part, Stack)], out, context)

@@ -16,10 +16,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-LEFT, RIGHT = KEYS = ("left_whitener", "right_whitener")  # state: P - 1, so that it starts at zero
+LEFT, RIGHT = KEYS = ("left_whitener", "right_whitener")  # state: P - I, so that it starts at zero
 LONGEST = 4096  # a longer side is not whitened: the P of a side of 8192 takes 256 MB, for every matrix that has one
 LEAK = (
-    0.05  # times the rate, the share by which P - 1 decays in a step. Without it P grows for ever along rows that are always zero
+    0.05  # times the rate, the share by which P - I decays in a step. Without it P grows for ever along rows that are always zero
 )
 TINY = 1e-30  # added to a mean square
 
@@ -32,13 +32,13 @@ def whitener_shapes(shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
 def whiten_(u: Tensor, whiteners: Mapping[str, Tensor], rate: float, taken: Tensor | None = None) -> Tensor:
     """P_left u P_right, divided by its RMS: float32 (..., R, C). Then moves `whiteners` towards white directions, in place.
 
-    A whitener P becomes A P A with A = 1 - ρ (G - 1), divided by its mean diagonal. G is the mean of u uᵀ (of uᵀ u) over the
-    other side, with a trace of R (of C), and ρ = rate / (2 + rate |G|), so that A is positive for every G. Then P - 1 decays a
+    A whitener P becomes A P A with A = I - ρ (S - I), divided by its mean diagonal. S is the mean of u uᵀ (of uᵀ u) over the
+    other side, with a trace of R (of C), and ρ = rate / (2 + rate |S|), so that A is positive for every S. Then P - I decays a
     little.
 
     Args:
         u: directions (..., R, C), any float dtype.
-        whiteners: P - 1, float32, of the shapes of `whitener_shapes`.
+        whiteners: P - I, float32, of the shapes of `whitener_shapes`.
         rate: of a rule, its `whitening`.
         taken: 0 for a step that is refused: no whitener moves; float32 ().
     """
@@ -55,16 +55,16 @@ def whiten_(u: Tensor, whiteners: Mapping[str, Tensor], rate: float, taken: Tens
 
 
 def moved_by(x: Tensor, deviation: Tensor, rate: float) -> Tensor:
-    """P - 1 (..., n, n) after a step with directions x (..., n, m) of RMS 1, whose rows are the side of this P.
+    """P - I (..., n, n) after a step with directions x (..., n, m) of RMS 1, whose rows are the side of this P.
 
-    With Y = G P (ρ² G / 2 - ρ (1 + ρ)), A P A is (1 + ρ)² P + Y + Yᵀ. Where n > m, G = x xᵀ / m is never made.
+    With Y = S P (ρ² S / 2 - ρ (1 + ρ) I), A P A is (1 + ρ)² P + Y + Yᵀ. Where n > m, S = x xᵀ / m is never made.
     """
     n, m = x.shape[-2:]
-    small = (x @ x.mT if n <= m else x.mT @ x) / m  # |G| is its norm, either way
+    small = (x @ x.mT if n <= m else x.mT @ x) / m  # |S| is its norm, either way
     strength = rate / (2 + rate * torch.linalg.matrix_norm(small, keepdim=True))  # ρ
     p = deviation.clone()
     p.diagonal(dim1=-2, dim2=-1).add_(1)
-    left, right = (small, p) if n <= m else (x, x.mT @ p / m)  # whose product is G P
+    left, right = (small, p) if n <= m else (x, x.mT @ p / m)  # whose product is S P
     twice = right @ small if n <= m else (right @ x) @ (x.mT / m)
     y = left @ (strength.square() / 2 * twice - strength * (1 + strength) * right)
     p.mul_((1 + strength).square()).add_(y + y.mT)

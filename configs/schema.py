@@ -92,11 +92,13 @@ class Optimizer:
     )
     weight_decay: float = option(0.1, "decoupled decay of matrices and embeddings; biases and norms have none", at_least(0))
     base_width: int | None = option(
-        None, "width of the model that these rates were found with; that of another width gets those that follow", at_least(1)
+        None,
+        "model width at which lr, adamw_lr and weight_decay were found; scaled for another; null: not scaled",
+        at_least(1),
     )
     cautious_weight_decay: bool = option(False, "decay only where the update moves a weight towards 0, too (arXiv 2510.12402)")
     ema_nesterov: float = option(
-        0.0, "EMA-Nesterov (arXiv 2605.25395): how far ahead the gradient is taken, 0.6 with muon; 0: not", at_least(0)
+        0.0, "EMA-Nesterov (arXiv 2605.25395): factor of the lookahead, its authors use 0.6 with muon; 0: off", at_least(0)
     )
     ema_nesterov_decay: float = option(0.99, "decay of the average of changes that ema_nesterov looks along", DECAY)
     rule: str | None = option(
@@ -123,11 +125,11 @@ class Schedule:
     final: float = option(0.1, "learning rate at the last step, as a fraction of the peak (constant: unused)", FRACTION)
     decay: float = option(0.2, "wsd: fraction of train.steps that decays, at the end", FRACTION)
     start: int = option(
-        0, "step from which on this is the schedule, as of an extension: the fractions are of the steps after it", at_least(0)
+        0, "step at which this schedule begins, for a run that was extended; its fractions are of the steps after it", at_least(0)
     )
     cooldown: int = option(
         0,
-        "steps of a linear decay to `final` from the checkpoint that checkpoint.resume names on, which then ends; 0: none",
+        "end the run with a linear decay to `final` over so many steps, from the checkpoint that checkpoint.resume names; 0: no",
         at_least(0),
     )
 
@@ -135,7 +137,7 @@ class Schedule:
 @dataclass
 class Train:
     steps: int = option(1000, "optimizer steps", at_least(1))
-    tokens: int | None = option(None, "instead of steps: as many as take so many tokens, batch_size x context each", at_least(1))
+    tokens: int | None = option(None, "training tokens, in place of train.steps; a step takes batch_size x context", at_least(1))
     batch_size: int = option(32, "sequences in one optimizer step, over all ranks", at_least(1))
     ramp: dict[str, Any] | None = option(
         None, "other batch sizes from given steps on, counted from 0: {1000: 64, 4000: 128}; null: none"

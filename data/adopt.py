@@ -1,4 +1,4 @@
-"""python -m data.adopt SOURCE FOLDER --tokenizer NAME: data that is tokenized already, used where it is.
+"""python -m data.adopt SOURCE FOLDER --tokenizer NAME: Use data that is tokenized already, where it is.
 
 SOURCE is a folder, a glob or a file: token files of llm.c and modded-nanogpt (.bin with a header), train.bin and val.bin of
 nanoGPT, or a data set that `datasets` saved to disk. Token files are read once and not copied: FOLDER gets a tokenizer, and an

@@ -1,4 +1,4 @@
-"""python -m data.verify FOLDER: hash every file of a prepared folder. Status 0 if all are undamaged, else 2."""
+"""python -m data.verify FOLDER: Hash every file of a prepared folder. Status 0 if all are undamaged, else 2."""
 
 import argparse
 import sys
@@ -10,7 +10,11 @@ from data.shards import check_files, read_index, verify_shards
 
 
 def verify(folder: str | Path, log: Callable[[str], None] = print) -> None:
-    """Check the tokenizer, and sizes and hashes of both splits; logs a line for each file. DataError at the first damage."""
+    """Check the tokenizer, and sizes and hashes of both splits; logs a line for each file.
+
+    Raises:
+        DataError: at the first damage, naming the file.
+    """
     folder = Path(folder)
     index = read_index(folder)
     check_files(folder, index, *index["splits"])
@@ -22,7 +26,7 @@ def verify(folder: str | Path, log: Callable[[str], None] = print) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Status: 0, or 2 after an error."""
-    parser = argparse.ArgumentParser(prog="python -m data.verify", description=verify.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m data.verify", description=__doc__.split(": ", 1)[1])
     parser.add_argument("folder", metavar="FOLDER")
     try:
         verify(parser.parse_args(arguments).folder)

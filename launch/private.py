@@ -1,8 +1,8 @@
 """Private names of other libraries that this project cannot do without, each behind a function that says why.
 
-Nothing else in `launch` uses private names. `celo2`, which may not import this module, uses two: DeepSpeed's `_hp_mapping` in
-`celo2/distributed/deepspeed.py`, and torch's `_foreach_*`. tests/launch/test_launch_private.py fails when a library changes one
-of the names here.
+Nothing else in `launch` uses private names. `celo2`, which may not import this module, uses four: DeepSpeed's `_hp_mapping` in
+`celo2/distributed/deepspeed.py`, and torch's `_foreach_*`, `_disable_dynamo` and `_fsdp_flattened`.
+tests/launch/test_launch_private.py fails when a library changes one of the names here.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def share_means_(means: Sequence[tuple[Tensor, Sequence[slice]]], group: dist.Pr
     add_up_([mean for mean, _ in means], group)
 
 
-def exchange(
+def all_to_all(
     outgoing: list[list[Tensor]], expected: list[list[Region]], empty: Tensor, group: dist.ProcessGroup
 ) -> list[Iterator[Tensor]]:
     """Send the tensors outgoing[r] to rank r of `group`; -> of every rank the vectors that it sent here, those of `expected`.
@@ -103,7 +103,7 @@ def orthogonalize_split(
     for matrix, parts in zip(matrices, pieces, strict=True):
         outgoing[matrix.owner] += parts
     expected = [[region for m in owned for region in m.held[rank]] for rank in range(world)]
-    arrived = exchange(outgoing, expected, empty, group)
+    arrived = all_to_all(outgoing, expected, empty, group)
     whole = [put_together(m, arrived, empty) for m in owned]
     del arrived  # as large as what is owned
     by_shape: dict[torch.Size, list[int]] = defaultdict(list)
@@ -122,7 +122,7 @@ def orthogonalize_split(
         for rank, regions in enumerate(matrix.held):
             outgoing[rank] += [u[region.rows, region.cols] for region in regions]
     expected = [[region for m in matrices if m.owner == rank for region in m.held[me]] for rank in range(world)]
-    returned = exchange(outgoing, expected, empty, group)
+    returned = all_to_all(outgoing, expected, empty, group)
     return [[next(returned[m.owner]).view(part.shape) for part in parts] for m, parts in zip(matrices, pieces, strict=True)]
 
 

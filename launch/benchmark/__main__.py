@@ -33,7 +33,7 @@ def make_parser(device: torch.device) -> argparse.ArgumentParser:
             command.add_argument("--rounds", type=at_least(1), default=subject.ROUNDS)
         if hasattr(subject, "add_options"):
             subject.add_options(command, device)
-    command = commands.add_parser("gpu", help="all of it on a GPU, within ten minutes", description=gpu.__doc__)
+    command = commands.add_parser("gpu", help="what needs a GPU, within ten minutes", description=gpu.__doc__)
     command.add_argument("--out", metavar="DIR", required=True, help="a folder for everything that is found")
     return parser
 

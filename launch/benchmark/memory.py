@@ -277,7 +277,7 @@ class EnoughError(Exception):
     """The run has come as far as it was asked to."""
 
 
-class Watch(Hooks):
+class PhaseHooks(Hooks):
     """Sees the first moment of writing, and ends a run."""
 
     def __init__(self, phases: Phases, until: str) -> None:
@@ -310,13 +310,13 @@ def main(result: str, until: str, *arguments: str) -> int:
         if config.distributed.strategy.startswith("zero"):
             import_deepspeed(accelerator.device)
         phases = Phases(accelerator.device, accelerator.is_main_process)
-        watch = Watch(phases, until)
+        hooks = PhaseHooks(phases, until)
         rank, world = accelerator.process_index, accelerator.num_processes
         heartbeat = MarkedHeartbeat(rank, world, config.distributed.timeout, print_error)
         heartbeat.phases = phases
         with heartbeat, lock_run(config, accelerator, heartbeat.mark):
             with suppress(EnoughError):
-                train.pretrain(config, accelerator, heartbeat, signals, watch)
+                train.pretrain(config, accelerator, heartbeat, signals, hooks)
             phases.end()
         everyone: list[Any] = [None] * world
         if world > 1:
@@ -324,7 +324,7 @@ def main(result: str, until: str, *arguments: str) -> int:
         else:
             everyone = [phases.rows]
         if accelerator.is_main_process:
-            found = {"weights": watch.weights, "rows": [over_ranks(rows) for rows in zip(*everyone, strict=True)]}
+            found = {"weights": hooks.weights, "rows": [over_ranks(rows) for rows in zip(*everyone, strict=True)]}
             Path(result).write_text(json.dumps(found), encoding="utf-8")
         accelerator.wait_for_everyone()
         accelerator.end_training()

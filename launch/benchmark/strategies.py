@@ -1,4 +1,4 @@
-"""`python -m launch.benchmark strategies`: every strategy on 1, 2 and 4 processes: difference, memory, bytes exchanged.
+"""`python -m launch.benchmark strategies`: every strategy on 1, 2 and 4 processes: difference, memory, bytes sent.
 
 Nothing is timed. `table` starts this module under torchrun, where `main` measures all rows.
 """
@@ -30,7 +30,7 @@ from launch.distributed.strategy import Strategy
 from launch.distributed.zero import Zero
 from launch.monitoring.guard import Judged
 from launch.optimizers.build import optimizer_groups
-from launch.planning.cost import exchanged_bytes, setup_of, workload_of
+from launch.planning.cost import sent_bytes, setup_of, workload_of
 from launch.private import leave
 from models import build_model
 
@@ -79,7 +79,7 @@ def measure_row(row: str, accelerator: Accelerator, folder: Path) -> Row:
     model = build_model(**MODEL)
     groups = optimizer_groups(config.optimizer, model)
     workload = workload_of(model, groups, MODEL["context"], 0.0, 0.0, 0.0, False)
-    formula = exchanged_bytes(workload, setup_of(config, world))
+    formula = sent_bytes(workload, setup_of(config, world))
     strategies = STRATEGIES | dict.fromkeys(("zero1", "zero2", "zero3"), ZeroOfLargeModel)
     strategy = make_strategy(config, accelerator, model, strategies=strategies)
 

@@ -14,13 +14,14 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from celo2.distributed.shard import LocalShard
+from celo2.state import REPLICATED
 from data.files import read_json
 from launch.checkpoint.state import read_state
 from launch.checkpoint.tensors import TensorFiles, files_of, is_there, read_tensors
 from launch.checkpoint.verify import AVERAGE, MODEL, OPTIMIZER, CheckpointError, nothing
 from launch.checkpoint.writer import Progress
 from launch.distributed.buffers import persistent_buffers
-from launch.distributed.gather import REPLICATED, keeps_state
+from launch.distributed.gather import keeps_state
 from launch.distributed.strategy import Strategy
 from models.experts import fit_experts
 from models.foreign import ForeignCode, refuse_code, without_auto_map

@@ -187,6 +187,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         listed = getattr(args, key) or []
         words += [word for word in listed if is_override(word)]
         setattr(args, key, [word for word in listed if not is_override(word)])
+    args.search = [key for word in args.search for key in word.split(",") if key]  # commas, as in celo2.metatrain.evaluate
     args.config, *args.overrides = words or [None]
     args.lrs = learning_rates("--lrs", [] if args.lrs == ["auto"] else args.lrs)
     args.adamw_lrs = learning_rates("--adamw-lrs", args.adamw_lrs)

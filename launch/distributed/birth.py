@@ -22,7 +22,7 @@ PIECE = 1 << 22  # elements that are made or read at once on their way to where 
 Result = TypeVar("Result")
 
 
-class Watched:
+class WithProgress:
     """`weights`, of which every read is told to `progress`: to make or read a large model takes long, and is work."""
 
     def __init__(self, weights: Weights, progress: Callable[[], None]) -> None:

@@ -16,13 +16,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from celo2.layout import Layout, matrix_count, regions, stacked_shape
+from celo2.state import REPLICATED
 from celo2.whitening import KEYS
 from launch.distributed.host_group import HostGroup
 from launch.distributed.strategy import ShardedParameter, Strategy
 
 # Means over a matrix, and whiteners: every rank has the newest where the matrix is split, else the rank that has it whole.
 MEANS = ("row", "col", *KEYS)
-REPLICATED = (*MEANS, "step", "count")  # optimizer state that is not divided like the weights
 WEIGHTS, STATE, AVERAGES = 0, 1, 2  # kinds of shares; an average of the weights comes with the buffers, as the weights do
 CHECKPOINT_TAG, VERIFICATION_TAG = 0, 1  # who sends: both may be at work at once
 Tensors = dict[str, Tensor]

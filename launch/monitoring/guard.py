@@ -57,7 +57,7 @@ class Judged:
     """
 
     def __init__(self, step: int, numbers: Tensor) -> None:
-        """`numbers` (8,), float64: loss, gradient norm, whether refused, save, stop, the loss and the norm of this rank."""
+        """`numbers` (7,), float64: loss, gradient norm, whether refused, save, stop, the loss and the norm of this rank."""
         self.step, self.loss, self.found_inf = step, numbers[0].float(), numbers[2].float()
         on_gpu = numbers.is_cuda
         self.numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=on_gpu)

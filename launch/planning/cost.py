@@ -178,7 +178,7 @@ def whitener_bytes(matrices: Sequence[tuple[int, int]], setup: Setup) -> int:
     return FP32 * sum(math.prod(shape) for matrix in matrices for shape in whitener_shapes(matrix).values())
 
 
-def exchanged_bytes(workload: Workload, setup: Setup) -> dict[str, float]:
+def sent_bytes(workload: Workload, setup: Setup) -> dict[str, float]:
     """Bytes that a rank sends in one optimizer step, by purpose, averaged over the ranks."""
     world, shards, micro = setup.world, setup.shards, setup.accumulation
     sent = {"gradients": 0.0, "weights": 0.0, "directions": 0.0, "whiteners": 0.0, "sums": 0.0, "agreement": 0.0}
@@ -277,15 +277,15 @@ def step_time(workload: Workload, setup: Setup, machine: Machine) -> StepTime:
     tokens = setup.accumulation * setup.micro_batch * workload.context
     flops = tokens * workload.flops_per_token * (1 + workload.recompute / 3)
     compute = flops / (machine.peak(setup.bf16) * machine.efficiency)
-    sent, ring = exchanged_bytes(workload, setup), machine.ring(setup.world)
+    sent, ring = sent_bytes(workload, setup), machine.ring(setup.world)
     hop = machine.latency * math.log2(setup.world) if setup.world > 1 else 0.0
     once = setup.strategy in ("ddp", "zero1")  # gradients travel once a step
     streamed = setup.strategy in ("zero3", "fsdp2")
     collectives = workload.blocks * (1 if once else setup.accumulation) * (3 if streamed else 1)
     overlappable = sent["gradients"] / ring + collectives * hop
-    hops = 6 + setup.normalize_gradient + setup.whitens  # three sums or four, whiteners, two exchanges, one agreement
+    hops = 6 + setup.normalize_gradient + setup.whitens  # three sums or four, whiteners, two all-to-alls, one agreement
     waited = (sent["sums"] + sent["whiteners"] + sent["agreement"]) / ring + hops * hop
-    waited += sent["directions"] / (ring if setup.strategy == "ddp" else machine.exchange(setup.shards))
+    waited += sent["directions"] / (ring if setup.strategy == "ddp" else machine.all_to_all(setup.shards))
     if streamed:
         overlappable += sent["weights"] / ring
     else:

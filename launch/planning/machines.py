@@ -40,7 +40,7 @@ class Machine:
             return self.intra_node_bandwidth
         return min(self.intra_node_bandwidth, self.gpus_per_node * self.inter_node_bandwidth)
 
-    def exchange(self, world: int) -> float:
+    def all_to_all(self, world: int) -> float:
         """Bytes/s of a rank in an all-to-all, most of which goes to other nodes."""
         return self.intra_node_bandwidth if world <= self.gpus_per_node else self.inter_node_bandwidth
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from data.batches import fit_micro_batch
-from launch.planning.cost import Setup, Workload, exchanged_bytes, step_time
+from launch.planning.cost import Setup, Workload, sent_bytes, step_time
 from launch.planning.machines import Machine
 from launch.planning.memory import peaks
 from launch.planning.units import amount, duration, size
@@ -52,7 +52,7 @@ def cost_lines(
         times = (seconds.compute, seconds.exposed, seconds.optimizer, seconds.total)
         lines.append(
             f"{world:>6} {f'{here.accumulation} x {here.micro_batch}':>9} {cell(size(device), 8)} {cell(size(host), 8)} "
-            f"{'no' if short else 'yes':>5} {cell(size(sum(exchanged_bytes(workload, here).values())), 8)} "
+            f"{'no' if short else 'yes':>5} {cell(size(sum(sent_bytes(workload, here).values())), 8)} "
             f"{' '.join(cell(duration(time), 9) for time in times)} {speed:>11,.0f} {utilization:>6.1%} "
             f"{cell(duration(steps * seconds.total), 8)} {amount(world * steps * seconds.total / 3600):>10}"
         )

@@ -23,7 +23,7 @@ from data.shards import TokenShards
 from data.tokenizer import copy_tokenizer
 from launch.checkpoint.folders import CHECKPOINTS, FALLBACK
 from launch.checkpoint.verify import MODEL, nothing
-from launch.distributed.birth import Watched, with_weights
+from launch.distributed.birth import WithProgress, with_weights
 from launch.distributed.first_rank import on_first_rank
 from launch.run.agreement import RULE_FILE
 from launch.run.branch import Start, begin_line, checkpoint_folders
@@ -140,9 +140,9 @@ def make_model(
         model, weights, taken = load_source(source, wanted, config.model.gradient_checkpointing)
         made = Made(model, weights, checked_context(config, model), f"{taken}; {tokenizer}", weight_files(source))
     if not isinstance(model.config, GPT3Config):
-        with_weights(model, Watched(weights, progress), choose_loss)
+        with_weights(model, WithProgress(weights, progress), choose_loss)
     saved = source_of(checkpoint / MODEL, model) if checkpoint is not None else None
-    return made._replace(weights=Watched(saved or weights, progress))
+    return made._replace(weights=WithProgress(saved or weights, progress))
 
 
 def run_folder(config: Config) -> Path:

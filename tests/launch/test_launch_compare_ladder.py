@@ -143,6 +143,7 @@ def test_a_ladder_from_search_to_page(ladder, tmp_path):
     [
         (["--search", "lr", "weight_decy"], "--search weight_decy: did you mean weight_decay? the keys are lr, adamw_lr"),
         (["--search", "lr", "lr"], "--search names lr twice"),
+        (["--search", "lr,weight_decay,lr"], "--search names lr twice"),
         (["--search", "schedule.decay"], "only schedule.kind=wsd has a decay fraction"),
         (["--search", "schedule.final", "schedule.kind=constant"], "schedule.kind=constant has no end"),
         (

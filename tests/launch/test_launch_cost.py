@@ -16,9 +16,9 @@ from launch.planning.cost import (
     all_reduce,
     all_to_all,
     broadcast,
-    exchanged_bytes,
     optimizer_seconds,
     reduce_scatter,
+    sent_bytes,
     split_matrices,
     step_time,
     workload_of,
@@ -55,7 +55,7 @@ def test_what_arguments_turn_off_is_not_planned():
     """`optimizer.arguments={orthogonalize: false}`: directions travel in float32, as those of celo2-base."""
     setup = Setup("ddp", 4, orthogonalize=False)
     assert setup.entry.takes_rule and not setup.entry.orthogonalizes
-    found = [exchanged_bytes(TOY, one)["directions"] for one in (setup, Setup("ddp", 4, optimizer="celo2-base"), Setup("ddp", 4))]
+    found = [sent_bytes(TOY, one)["directions"] for one in (setup, Setup("ddp", 4, optimizer="celo2-base"), Setup("ddp", 4))]
     assert found == [2400, 2400, 1200]
 
 
@@ -90,8 +90,8 @@ def test_what_a_collective_sends():
         (Setup("fsdp2", 4, 1, replicas=2), {"gradients": 4000, "weights": 2000, "directions": 800, "sums": 784}),
     ],
 )
-def test_exchanged_bytes(setup, expected):
-    assert exchanged_bytes(TOY, setup) == pytest.approx({"whiteners": 0, **expected, "agreement": JUDGED})
+def test_sent_bytes(setup, expected):
+    assert sent_bytes(TOY, setup) == pytest.approx({"whiteners": 0, **expected, "agreement": JUDGED})
 
 
 def test_whiteners_are_planned():
@@ -107,7 +107,7 @@ def test_whiteners_are_planned():
     ):
         whitened = replace(setup, whitens=True)
         assert "whiteners" not in held(TOY, setup) and held(TOY, whitened)["whiteners"] == held_here, setup
-        assert exchanged_bytes(TOY, whitened)["whiteners"] == sent, setup
+        assert sent_bytes(TOY, whitened)["whiteners"] == sent, setup
         machine = Machine()
         copied = [save_memory(TOY, one)["copy of its shards"] for one in (setup, whitened)]
         assert copied[1] - copied[0] == (8000 / setup.shards if setup.orthogonalize else 0)
@@ -117,7 +117,7 @@ def test_whiteners_are_planned():
 
 def test_one_rank_sends_nothing():
     for strategy in ("ddp", "zero1", "zero2", "zero3", "fsdp2"):
-        assert sum(exchanged_bytes(TOY, Setup(strategy, 1, 3)).values()) == 0
+        assert sum(sent_bytes(TOY, Setup(strategy, 1, 3)).values()) == 0
 
 
 def test_which_matrices_are_split():
@@ -245,13 +245,13 @@ def test_seconds_by_hand():
     assert StepTime(1, 2, 3, 4).total == 8  # what is hidden takes no time
     # In one node the ring is ten times as fast, and zero3 hides weights and gradients behind all of computing.
     inside = step_time(TOY, Setup("zero3", 2, 3, 2), machine)
-    sent = exchanged_bytes(TOY, Setup("zero3", 2, 3, 2))
+    sent = sent_bytes(TOY, Setup("zero3", 2, 3, 2))
     behind = (sent["gradients"] + sent["weights"]) / 1e4
     rest = (sent["sums"] + sent["agreement"] + sent["directions"]) / 1e4
     assert inside.hidden == pytest.approx(0.576) and inside.exposed == pytest.approx(behind - 0.576 + rest)
     # Across nodes an all-to-all has one adapter for each GPU, not a node's.
     slow = step_time(TOY, Setup("zero3", 4, 3, 2), machine)
-    sent = exchanged_bytes(TOY, Setup("zero3", 4, 3, 2))
+    sent = sent_bytes(TOY, Setup("zero3", 4, 3, 2))
     rest = (sent["sums"] + sent["agreement"]) / 2e3 + sent["directions"] / 1e3
     assert slow.exposed == pytest.approx((sent["gradients"] + sent["weights"]) / 2e3 - 0.576 + rest)
 
