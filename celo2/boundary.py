@@ -19,6 +19,7 @@ from celo2.fused import CONVOLUTIONS, HELD, class_names, owner_of
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 BLOCKS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.RNNBase)  # a block, also where alone
 HEADS = re.compile("heads?|lm_head|cls_head|classifier|score|logits|to_logits|unembed|unembedding|output_projection|qa_outputs")
+MODULATION = re.compile("adaln.*|.*modulation.*", re.IGNORECASE)  # scales and shifts made of a condition, as in DiT: never a head
 PADDED = 1.1  # a head may have up to a tenth more rows than the vocabulary, so that the number suits a GPU
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -134,8 +135,13 @@ def layers_outside_blocks(model: nn.Module, skipped: set[nn.Module]) -> Iterator
     blocks = repeated_blocks(model)
     for name, module in model.named_modules():
         size = linear_size(module)
-        if size is not None and module not in blocks and module not in skipped:
+        if size is not None and module not in blocks and module not in skipped and not modulates(name):
             yield Layer(name, module, *size)
+
+
+def modulates(name: str) -> bool:
+    """Whether a module of this name makes scales and shifts."""
+    return any(MODULATION.fullmatch(part) for part in name.split("."))
 
 
 def linear_size(module: Any) -> tuple[int, int] | None:
@@ -198,11 +204,11 @@ def alike(model: nn.Module, layers: list[Layer]) -> list[Layer]:
 
 
 def ending(model: nn.Module, layers: list[Layer]) -> list[Layer]:
-    """The layers that end a model: the last one, and those beside it."""
+    """The layers that end a model: the last one, those beside it, and the last ones of networks beside its own."""
     parents = {child: (module, name) for module in model.modules() for name, child in module.named_children()}
     found_in: dict[nn.Module, bool] = {}  # layers with parameters, in the order of the model: whether one has several axes
-    for module in model.modules():
-        for attribute, p in module.named_parameters(recurse=False):
+    for module_name, module in model.named_modules():
+        for attribute, p in () if modulates(module_name) else module.named_parameters(recurse=False):
             owner, _ = owner_of(module, attribute, parents)
             found_in[owner] = found_in.get(owner, False) or p.ndim > 1
     holders = list(found_in)
@@ -213,6 +219,29 @@ def ending(model: nn.Module, layers: list[Layer]) -> list[Layer]:
         if found and not are_beside(layer, found[-1]):
             break
         found.append(layer)
+    return found + networks_beside(layers) if found else []
+
+
+def networks_beside(layers: list[Layer]) -> list[Layer]:
+    """The last layers of networks of the same depth that read what the last network reads: an actor beside a critic.
+
+    A network is a chain of layers, each of which reads as much as the one before it gives.
+    """
+    chains: list[list[Layer]] = []
+    for layer in layers:
+        if chains and chains[-1][-1].outputs == layer.inputs:
+            chains[-1].append(layer)
+        else:
+            chains.append([layer])
+    *others, last = chains
+    found: list[Layer] = []
+    read = {layer.inputs for layer in last}  # by what comes behind
+    for chain in reversed(others):
+        beside = len(chain) >= len(last) > 1 and chain[-len(last)].inputs == last[0].inputs
+        if not beside or chain[-1].outputs in read:
+            break
+        found.append(chain[-1])
+        read.update(layer.inputs for layer in chain)
     return found
 
 

@@ -30,6 +30,7 @@ ALIASES = {
 # `capturable`, which choose how the same update is computed, may have any.
 FIXED = {"maximize": False, "amsgrad": False, "nesterov": False, "differentiable": False, "decoupled_weight_decay": True}
 NEAR = 0.76  # least similarity of a misspelt key: "matrics" 0.93, "lrs" 0.8; "steps" and eps 0.75
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # of modules; what they add to names
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -159,6 +160,30 @@ def names_of(index: int, group: Mapping[str, Any]) -> Sequence[str]:
     names, count = group.get("param_names") or (), len(group["params"])
     # ZeroRedundancyOptimizer gives every rank the names of all parameters and some of the parameters.
     return names if len(names) == count else [f"parameter {i} of group {index}" for i in range(count)]
+
+
+def places_of(names: Sequence[str], saved: Sequence[str] | None, where: str) -> Sequence[int]:
+    """Where each parameter of a group stands in the saved group: by name if the same names were saved, else in order.
+
+    Two names are the same if they differ in wrappers (`module.`) or in what stands before (`model.`). Without saved names, as in
+    groups that were made without, nothing is compared.
+
+    Raises:
+        ValueError: a saved parameter of another name.
+    """
+    if saved is None or len(saved) != len(names):
+        return range(len(names))
+    own, others = ([tuple(part for part in name.split(".") if part not in WRAPPERS) for name in of] for of in (names, saved))
+    if len(set(own)) == len(own) and set(own) == set(others):
+        return [others.index(name) for name in own]
+    for i, (one, other) in enumerate(zip(own, others, strict=True)):
+        shorter = min(len(one), len(other))
+        if one[-shorter:] != other[-shorter:]:
+            raise ValueError(
+                f"{where}: the saved state is of '{saved[i]}', not of '{names[i]}'; if that has got another name, delete "
+                "'param_names' from the saved groups"
+            )
+    return range(len(names))
 
 
 def bad_gradient(index: int, g: Tensor) -> RuntimeError:

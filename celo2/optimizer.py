@@ -90,7 +90,7 @@ class Celo2(Stateful):
         self.orthogonalized = 0  # matrices that this rank has orthogonalized so far
         self._rule_on: dict[torch.device, Rule] = {}
         self._has_step_sizes = False  # of the rule, once it is on a device
-        self._entries = {}
+        self._planned = (), {}
         self._shapes = []
         defaults = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}
         super().__init__(params, defaults | {"update": None, "orthogonalize": orthogonalize, "matrices": None})
@@ -100,7 +100,7 @@ class Celo2(Stateful):
     def __getstate__(self) -> dict[str, Any]:
         names = ("rule", "ns_dtype", "state_dtype", "replicas", "passes", "orthogonalized", "_shapes")
         own = {name: getattr(self, name) for name in names}
-        return {**super().__getstate__(), **own, "_rule_on": {}, "_entries": {}}
+        return {**super().__getstate__(), **own, "_rule_on": {}, "_planned": ((), {})}
 
     @torch._disable_dynamo  # torch.compile would take minutes for small functions and save nothing
     @torch.no_grad()
@@ -111,8 +111,8 @@ class Celo2(Stateful):
         and state keep their values, whatever the gradients are. The host does not look at it.
 
         Raises:
-            RuntimeError: a gradient that is sparse or no real floating-point tensor, or a CUDA graph's capture that cannot work.
-            ShardingError: at the first step, ranks that were given something different, or parameters that something replaced.
+            RuntimeError: a gradient that is no dense tensor of real floats, or a CUDA graph's capture that cannot work.
+            ShardingError, ValueError: ranks that differ; groups, parameters or state that were changed and no longer fit.
         """
         loss = None
         if closure is not None:
@@ -122,6 +122,8 @@ class Celo2(Stateful):
             check_capture(self)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         work: dict[torch.device, Work] = defaultdict(Work)
+        if self._planned[0] != (now := arrangement(self.param_groups)):  # the first step, or something has changed
+            self._planned = now, self._plan()
         for group, entries in [(group, self._with_gradient(i, group)) for i, group in enumerate(self.param_groups)]:
             by_rule = [entry for entry in entries if entry.by_rule]
             if counts := [self.state[e.p]["count"] for e in by_rule if "count" in self.state.get(e.p, ())]:
@@ -149,13 +151,11 @@ class Celo2(Stateful):
         """The parameters of a group that this step updates: they have a gradient, and something of them is here."""
         found = []
         for p in group["params"]:
-            if p not in self._entries:  # the first step, or a parameter that nothing explains
-                self._entries = self._plan()
             if p.grad is None:
                 continue
             if p.grad.dtype not in FLOATS or p.grad.layout is not torch.strided:
                 raise bad_gradient(index, p.grad)
-            entry, own = self._entries[p], [v for name, v in self.state.get(p, {}).items() if name in STATE_KEYS]
+            entry, own = self._planned[1][p], [v for name, v in self.state.get(p, {}).items() if name in STATE_KEYS]
             if not own or any(value.device != p.device for value in own):
                 self._make_state(entry)
             if 0 not in entry.local_shard.shape:
@@ -169,6 +169,11 @@ class Celo2(Stateful):
         ns_dtype = self.ns_dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
         gate = None if found_inf is None else gate_of(found_inf, device)
         return Context(self._rule_on[device], self.passes or passes_for(device), ns_dtype, gate, self._has_step_sizes)
+
+
+def arrangement(groups: Sequence[Mapping[str, Any]]) -> tuple:
+    """What a plan depends on: the parameters, their shapes, and which update their group names."""
+    return tuple((g["update"], g["orthogonalize"], g["matrices"], *((id(p), p.shape) for p in g["params"])) for g in groups)
 
 
 def adamw_(

@@ -21,7 +21,7 @@ from celo2.bare import kind_of
 from celo2.boundary import EMBEDDINGS, Found, boundary_of
 from celo2.distributed.shard import ShardingError, refuse_fsdp1
 from celo2.fused import CONVOLUTIONS, WRAPPERS, Parents, class_names, is_experts, matrices_of, owner_of
-from celo2.groups import UPDATES
+from celo2.groups import UPDATES, names_of
 from celo2.layout import Layout, matrix_count, stacked_shape
 from celo2.rule_files import VARIANTS
 
@@ -239,14 +239,16 @@ def routing_table(groups: Sequence[dict[str, Any]]) -> str:
 
 def routing_rows(groups: Sequence[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
     """The cells of `routing_table` for each parameter, without the count."""
-    for group in groups:
-        for name, p in zip(group["param_names"], group["params"], strict=True):
+    for index, group in enumerate(groups):
+        for name, p in zip(names_of(index, group), group["params"], strict=True):
             stacked = stacked_shape(p.shape, group["matrices"])
-            count = matrix_count(stacked) if group["update"] == "celo2" else 0
+            by_axes = "celo2" if p.ndim > 1 else "adamw (celo2-base: celo2)"
+            update = group["update"] or by_axes
+            count = matrix_count(stacked) if update == "celo2" else 0
             yield (
                 re.sub(r"(?<=\.)\d+(?=\.)", "*", name),
                 " × ".join(map(str, p.shape)) or "scalar",
-                group["update"],
+                update,
                 f"{float(group['lr']):g}",
                 f"{float(group['weight_decay']):g}",
                 f"{count} of {stacked[-2]} × {stacked[-1]}" if count else "–",

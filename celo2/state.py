@@ -12,7 +12,7 @@ from torch import Tensor
 from celo2.distributed.consolidate import collect_divided, whole_state
 from celo2.distributed.plan import Entry, Replicas, check_explained, fingerprint, make_plan
 from celo2.distributed.shard import LocalShard, local_shard_of
-from celo2.groups import GROUP_KEYS, add_checked, check_group, meant_by, names_of
+from celo2.groups import GROUP_KEYS, add_checked, check_group, meant_by, names_of, places_of
 from celo2.layout import stacked_axes, stacked_shape
 from celo2.older_state import upgraded
 from celo2.rule import Rule, accumulator_shapes
@@ -31,14 +31,13 @@ class Stateful(torch.optim.Optimizer):
     ns_dtype: torch.dtype | None
     state_dtype: torch.dtype
     replicas: Replicas | None
-    _entries: dict[Tensor, Entry]  # found at the first step
-    _shapes: list[list[tuple[int, ...]]]  # of the parameters of each group, as they were added
+    _planned: tuple[tuple, dict[Tensor, Entry]]  # the arrangement of the groups at the last plan, and the plan
+    _shapes: list[tuple[int, ...]]  # of all parameters, as they were added
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Check and add a group, and give its parameters owners among replicas."""
         group = add_checked(self.param_groups, param_group, super().add_param_group)
-        self._entries = {}
-        self._shapes.append([entry.local_shard.shape for entry in self._entries_of(len(self.param_groups) - 1, group)])
+        self._shapes += [entry.local_shard.shape for entry in self._entries_of(len(self.param_groups) - 1, group)]
 
     def takes_rule(self, p: Tensor, group: dict[str, Any]) -> bool:
         """Whether the rule, and not AdamW, updates `p` of `group`."""
@@ -61,9 +60,25 @@ class Stateful(torch.optim.Optimizer):
     def _plan(self) -> dict[Tensor, Entry]:
         """All parameters, after the ranks have agreed on them and on who does what."""
         check_explained(self.param_groups, self._shapes)
-        entries = [entry for index, group in enumerate(self.param_groups) for entry in self._entries_of(index, group)]
-        make_plan(entries, fingerprint(self.rule, self.ns_dtype), self.replicas)
+        entries = []
+        for index, group in enumerate(self.param_groups):
+            check_group(group, f"parameter group {index}")
+            entries += self._entries_of(index, group)
+        for entry in entries:
+            self._check_state(entry)
+        make_plan(entries, lambda: fingerprint(self.rule, self.ns_dtype), self.replicas)
         return {entry.p: entry for entry in entries}
+
+    def _check_state(self, entry: Entry) -> None:
+        """Raise ValueError if a parameter has state of another shape or update, because its group has changed."""
+        shapes = {name: tuple(v.shape) for name, v in self.state.get(entry.p, {}).items() if name in STATE_KEYS - {"count"}}
+        form = {name: shape for name, (shape, _) in state_form(entry, self.state_dtype).items() if name != "count"}
+        if shapes and shapes != form:
+            update = "celo2" if entry.by_rule else "adamw"
+            raise ValueError(
+                f"{entry.name}, shape {tuple(entry.p.shape)}: its state {shapes} is not that of the update {update}, {form}; it "
+                "was changed after a step; optimizer.state.pop(parameter) begins its state anew"
+            )
 
     def allocate_state(self) -> None:
         """Make all state now. Otherwise it is made when a parameter first has a gradient, and memory may run out only then."""
@@ -185,7 +200,7 @@ def checked(optimizer: Stateful, state_dict: dict[str, Any]) -> dict[str, Any]:
     """What was saved, as this version writes it; ValueError or TypeError if groups and state do not fit the optimizer."""
     if absent := {"param_groups", "state"} - state_dict.keys():
         raise ValueError(f"no state of an optimizer: it lacks {' and '.join(sorted(absent))}")
-    groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
+    groups, saved_groups = optimizer.param_groups, list(state_dict["param_groups"])
     if len(groups) != len(saved_groups):
         raise ValueError(f"the saved state has {len(saved_groups)} parameter groups, expected {len(groups)}")
     for index, (group, saved_group) in enumerate(zip(groups, saved_groups, strict=True)):
@@ -196,13 +211,16 @@ def checked(optimizer: Stateful, state_dict: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{where}: the saved group lacks {', '.join(missing)}{''.join(f'; it has {n}' for n in near)}")
         if len(saved_group["params"]) != len(group["params"]):
             raise ValueError(f"{where}: {len(saved_group['params'])} parameters were saved, expected {len(group['params'])}")
-    state_dict = upgraded(groups, state_dict)
+        if names := group.get("param_names"):
+            params = [saved_group["params"][i] for i in places_of(names, saved_group.get("param_names"), where)]
+            saved_groups[index] = {**saved_group, "params": params, "param_names": names}
+    state_dict = upgraded(groups, {**state_dict, "param_groups": saved_groups})
     for index, (group, saved_group) in enumerate(zip(groups, saved_groups, strict=True)):
         loaded = {**saved_group, "params": group["params"], "param_names": group.get("param_names")}
         check_group(loaded, f"parameter group {index}")
         for entry, key in zip(optimizer._entries_of(index, loaded), saved_group["params"], strict=True):
-            saved = state_dict["state"].get(key)
-            if not saved or not optimizer.keeps_state(entry.p):
+            saved = state_dict["state"].get(key, {})
+            if not saved.keys() & STATE_KEYS or not optimizer.keeps_state(entry.p):
                 continue
             where = f"parameter group {index}, a parameter of shape {tuple(entry.p.shape)}"
             form = state_form(entry, optimizer.state_dtype)
@@ -223,15 +241,21 @@ def keeping_dtypes(optimizer: Stateful) -> Iterator[None]:
 
     def check(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         state_dict = checked(optimizer, state_dict)
-        saved.extend(state_dict["state"].get(i, {}) for group in state_dict["param_groups"] for i in group["params"])
-        return {**state_dict, "state": {}}
+        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        state = dict(state_dict["state"])
+        saved.extend(state.pop(key, {}) for key in keys)
+        return {**state_dict, "state": state}  # what is left: what wrappers keep under keys of their own
 
     def restore(_: torch.optim.Optimizer) -> None:
+        of_wrappers = dict(optimizer.state)
         optimizer.state = own
+        for key in [key for key in own if not isinstance(key, Tensor)]:
+            del own[key]
+        own.update(of_wrappers)
         for index, (group, own_group) in enumerate(zip(optimizer.param_groups, own_groups, strict=True)):
             group |= {key: value for key, value in own_group.items() if key not in group}  # keys of others
             check_group(group, f"parameter group {index}")  # makes tuples of lists
-        optimizer._entries = {}  # the loaded groups may say otherwise
+        optimizer._planned = (), {}  # the loaded groups may say otherwise
         if optimizer.replicas is not None:
             optimizer.replicas.consolidated = None if any(saved) else {}
         entries = [entry for i, group in enumerate(optimizer.param_groups) for entry in optimizer._entries_of(i, group)]
@@ -240,9 +264,11 @@ def keeping_dtypes(optimizer: Stateful) -> Iterator[None]:
             if not values or not optimizer.keeps_state(p):
                 own.pop(p, None)
                 continue
-            if not fits(own.get(p, {}), form, p):
+            if not values.keys() & STATE_KEYS:
+                own[p] = {}
+            elif not fits(own.get(p, {}), form, p):
                 own[p] = new_state(entry, optimizer.state_dtype)
-            for name in form:
+            for name in (name for name in form if name in own[p]):
                 if name in values:
                     fill_(own[p][name], values[name], entry.local_shard)
                 else:

@@ -26,7 +26,10 @@ def collect_divided(optimizer: Any, to: int) -> State:
     if replicas is None or not replicas.shard_state:
         return {}
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    forms = [{key: (tuple(value.shape), value.dtype) for key, value in optimizer.state.get(p, {}).items()} for p in params]
+    forms = [
+        {key: (tuple(value.shape), value.dtype) for key, value in optimizer.state.get(p, {}).items() if isinstance(value, Tensor)}
+        for p in params
+    ]
     of_ranks = gather_objects(forms, replicas.group)
     found: State = {}
     for i, p in enumerate(params):
@@ -57,7 +60,8 @@ def whole_state(optimizer: Any) -> Iterator[None]:
         )
     params = [p for group in optimizer.param_groups for p in group["params"]]
     whole = {p: own.get(p) or replicas.consolidated.get(p) for p in params}
-    optimizer.state = defaultdict(dict, {p: state for p, state in whole.items() if state})
+    others = {key: value for key, value in own.items() if not isinstance(key, Tensor)}
+    optimizer.state = defaultdict(dict, {p: state for p, state in whole.items() if state} | others)
     try:
         yield
     finally:

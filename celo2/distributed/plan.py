@@ -6,7 +6,7 @@ import copy
 import hashlib
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,23 +97,28 @@ class Replicas:
         return not self.shard_state or self.owners[p] == self.rank
 
 
-def check_explained(groups: Sequence[dict[str, Any]], shapes: Sequence[Sequence[tuple[int, ...]]]) -> None:
-    """Raise ShardingError if something has flattened parameters: `shapes` are those of each group as it was added.
+def check_explained(groups: Sequence[dict[str, Any]], shapes: Sequence[tuple[int, ...]]) -> None:
+    """Raise ShardingError if something has flattened or resized parameters: `shapes` are those that they were added with.
 
-    Parameters may be replaced by others of their shapes, as Accelerate does for FSDP2. What is compared is the same on all ranks.
+    Parameters may be replaced by others of their shapes, as Accelerate does for FSDP2, moved to another group or removed. What is
+    compared is the same on all ranks.
     """
     refuse_fsdp1(p for group in groups for p in group["params"])
-    for index, (group, built) in enumerate(zip(groups, shapes, strict=True)):
-        for shape in Counter(local_shard_of(p).shape for p in group["params"]) - Counter(built):
+    left = Counter(shapes)
+    for index, group in enumerate(groups):
+        for shape in (local_shard_of(p).shape for p in group["params"]):
+            left[shape] -= 1
+            if left[shape] >= 0:
+                continue
             raise ShardingError(
-                f"parameter group {index}: a tensor of shape {shape} that nothing explains has replaced a parameter that Celo2 "
-                "was built with; add new parameters with add_param_group; for DeepSpeed ZeRO use "
+                f"parameter group {index}: a tensor of shape {shape} that nothing explains: it has replaced a parameter that "
+                "Celo2 was built with, or that was resized; add new parameters with add_param_group; for DeepSpeed ZeRO use "
                 "celo2.distributed.deepspeed.ZeroClient"
             )
 
 
-def make_plan(entries: Sequence[Entry], recipe: str, replicas: Replicas | None = None) -> None:
-    """Compare `entries` and `recipe`, what the optimizer computes, over the ranks of every process group among the local shards,
+def make_plan(entries: Sequence[Entry], recipe: Callable[[], str], replicas: Replicas | None = None) -> None:
+    """Compare `entries` and `recipe()`, what the optimizer computes, over the ranks of each process group among the local shards
     and over `replicas`, and find the split matrices of each entry and their owners.
 
     Raises:
@@ -180,7 +185,7 @@ def split_matrices(
     return {n: SplitMatrix(rows, cols, by_rank) for n, by_rank in held.items()}, holders
 
 
-def gather_ranges(members: Sequence[Entry], group: dist.ProcessGroup, recipe: str) -> list[Ranges]:
+def gather_ranges(members: Sequence[Entry], group: dist.ProcessGroup, recipe: Callable[[], str]) -> list[Ranges]:
     """The local shard (start, stop) of every parameter on every rank of `group`.
 
     Raises:
@@ -188,7 +193,7 @@ def gather_ranges(members: Sequence[Entry], group: dist.ProcessGroup, recipe: st
     """
     facts = [(e.name, e.local_shard.shape, e.by_rule, e.orthogonalize, e.layout) for e in members]
     ranges = [(e.local_shard.start, e.local_shard.stop) for e in members]
-    everyone: list[Any] = gather_objects((recipe, facts, ranges), group)
+    everyone: list[Any] = gather_objects((recipe(), facts, ranges), group)
     ranks = dist.get_process_group_ranks(group)
     first_recipe, first_facts, _ = everyone[0]
     for rank, (other_recipe, other_facts, _) in zip(ranks, everyone, strict=True):

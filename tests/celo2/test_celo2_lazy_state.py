@@ -7,6 +7,7 @@ import pytest
 import torch
 from optimizer_kinds import assert_same_state, copy_of_state, random_rule, set_gradients, train
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from celo2 import Celo2, ShardingError
@@ -214,3 +215,75 @@ def test_a_parameter_that_is_taken_out_of_its_group_is_left_alone():
     before = out.detach().clone()
     train(optimizer, range(1, 2))
     assert torch.equal(out, before)
+
+
+def test_tensors_without_memory():
+    """Under FakeTensorMode, as torch's memory estimators have it, with a rule that is no file: a step, and its state."""
+    with FakeTensorMode():
+        layers = model()
+        optimizer = Celo2(layers.parameters(), lr=0.05, rule="hand-whitened")
+        train(optimizer, range(2))
+    shapes = {name: tuple(value.shape) for name, value in optimizer.state[layers[0].weight].items()}
+    again = model()
+    real = Celo2(again.parameters(), lr=0.05, rule="hand-whitened")
+    train(real, range(1))
+    assert shapes == {name: tuple(value.shape) for name, value in real.state[again[0].weight].items()}
+
+
+RESIZED = {"longer": (12, 8), "shorter": (2, 8), "another view": (48,), "as large": (8, 6)}
+
+
+@pytest.mark.parametrize("update", ["celo2", "adamw"])
+@pytest.mark.parametrize("how", RESIZED)
+def test_a_parameter_that_is_resized_after_a_step_is_refused(how, update):
+    """Neither a part of it is trained without a word, nor memory beside its state written."""
+    p = nn.Parameter(torch.ones(6, 8))
+    optimizer = Celo2([{"params": [p], "update": update}], lr=0.1)
+    train(optimizer, range(1))
+    p.grad = None
+    p.data = torch.ones(RESIZED[how])
+    set_gradients([p], 1)
+    with pytest.raises(ShardingError, match=r"parameter group 0: a tensor of shape .* that nothing explains"):
+        optimizer.step()
+    assert torch.equal(p, torch.ones(RESIZED[how]))
+
+
+def test_two_parameters_that_change_shapes_are_refused():
+    p, q = (nn.Parameter(torch.ones(shape)) for shape in ((6, 8), (8, 6)))
+    optimizer = Celo2([p, q], lr=0.1)
+    train(optimizer, range(1))
+    p.grad = q.grad = None
+    p.data, q.data = q.data, p.data
+    set_gradients([p, q], 1)
+    with pytest.raises(ValueError, match=r"shape \(8, 6\): its state .* is not that of the update celo2"):
+        optimizer.step()
+    optimizer.state.clear()  # the remedy
+    optimizer.step()
+
+
+def test_groups_that_are_edited_after_a_step():
+    """Removed, merged, or another update: done, or refused with the remedy; never what was there before."""
+    layers = model()
+    groups = [{"params": [p], "update": "celo2" if p.ndim > 1 else "adamw"} for p in layers.parameters()]
+    optimizer = Celo2(groups, lr=0.1, rule=random_rule())
+    train(optimizer, range(1))
+    again, once = copy.deepcopy(optimizer), copy.deepcopy(optimizer)
+
+    last = again.param_groups.pop()["params"][0]
+    before = last.detach().clone()
+    first = again.param_groups.pop(0)
+    next(group for group in again.param_groups if group["update"] == first["update"])["params"] += first["params"]
+    train(again, range(1, 2))
+    assert torch.equal(last, before)
+
+    group = next(group for group in once.param_groups if group["update"] == "celo2")
+    group["update"] = "adamw"
+    set_gradients(params_of(once), 1)
+    with pytest.raises(ValueError, match=r"is not that of the update adamw.*optimizer\.state\.pop\(parameter\)"):
+        once.step()
+    once.state.pop(group["params"][0])
+    once.step()
+    assert "exp_avg" in once.state[group["params"][0]]
+    group["update"] = "adamv"
+    with pytest.raises(ValueError, match="unknown update 'adamv'"):
+        once.step()

@@ -18,6 +18,7 @@ from optimizer_kinds import (
     make_params,
     randn,
     random_rule,
+    set_gradients,
     train,
 )
 from torch import nn
@@ -76,6 +77,67 @@ def test_state_dict_can_be_loaded_by_the_optimizer_that_made_it():
     optimizer.load_state_dict(optimizer.state_dict())
     assert_same_state(copy_of_state(optimizer), before)
     assert list(optimizer.state) == list(params.values())
+
+
+def named(*names: str) -> tuple[dict[str, nn.Parameter], Celo2]:
+    params = {name: nn.Parameter(randn(4, 6)) for name in names}
+    return params, Celo2(list(params.items()), lr=0.1)
+
+
+def test_state_goes_to_the_parameter_of_its_name():
+    """The same names in another order: by name, as they are saved and as the optimizer has them."""
+    params, optimizer = named("wq", "wk", "wv")
+    train(optimizer, range(2))
+    others, another = named("wv", "wq", "wk")
+    another.load_state_dict(through_torch_save(optimizer.state_dict()))
+    for name, p in params.items():
+        assert torch.equal(another.state[others[name]]["momentum"], optimizer.state[p]["momentum"])
+    assert another.param_groups[0]["param_names"] == ["wv", "wq", "wk"]
+
+
+@pytest.mark.parametrize(("prefix", "other"), [("module.", ""), ("", "_orig_mod."), ("model.", ""), ("a._orig_mod.", "module.")])
+def test_names_that_wrappers_lengthen_are_the_same(prefix, other):
+    params, optimizer = named(f"{prefix}wq.weight", f"{prefix}wk.weight")
+    train(optimizer, range(2))
+    others, another = named(f"{other}wq.weight", f"{other}wk.weight")
+    another.load_state_dict(optimizer.state_dict())
+    for p, q in zip(params.values(), others.values(), strict=True):
+        assert torch.equal(another.state[q]["momentum"], optimizer.state[p]["momentum"])
+    assert another.param_groups[0]["param_names"] == list(others)
+
+
+def test_state_of_another_parameter_is_refused():
+    """A run that was saved with one part frozen and goes on with another."""
+    _, optimizer = named("a.weight")
+    train(optimizer, range(1))
+    _, another = named("b.weight")
+    saved = optimizer.state_dict()
+    with pytest.raises(ValueError, match=r"parameter group 0: the saved state is of 'a\.weight', not of 'b\.weight'; .* delete"):
+        another.load_state_dict(saved)
+    assert not another.state
+    for group in saved["param_groups"]:  # the remedy
+        del group["param_names"]
+    another.load_state_dict(saved)
+    assert another.state and another.param_groups[0]["param_names"] == ["b.weight"]
+
+
+def test_what_wrappers_keep_is_loaded():
+    """Under a key of their own, as pytorch_optimizer's TRAC does, and beside a parameter that has no state of ours yet."""
+    params, optimizer = named("a", "b")
+    set_gradients([params["a"]], 0)
+    optimizer.step()
+    optimizer.state["trac"] = {"scale": torch.ones(3)}
+    optimizer.state[params["b"]]["ema"] = torch.full((4, 6), 2.0)
+    others, another = named("a", "b")
+    train(another, range(1))
+    another.state["old"] = {}
+    another.load_state_dict(through_torch_save(optimizer.state_dict()))
+    assert set(another.state) == {"trac", *others.values()} and torch.equal(another.state["trac"]["scale"], torch.ones(3))
+    assert set(another.state[others["b"]]) == {"ema"}
+    for one in (optimizer, another):
+        train(one, range(1, 3))
+    assert torch.equal(another.state[others["b"]]["momentum"], optimizer.state[params["b"]]["momentum"])
+    assert torch.equal(another.state[others["b"]]["ema"], torch.full((4, 6), 2.0))
 
 
 def test_load_state_dict_hooks():

@@ -1,5 +1,6 @@
 """Routing of modules that are none of transformers', and what is refused."""
 
+import itertools
 from collections import Counter
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from routed_models import by_name, gpt2, stacked, update_of
 from torch import nn
 
-from celo2 import param_groups
+from celo2 import Celo2, param_groups, routing_table
 
 # --- plain modules ----------------------------------------------------------------------------------------------------------
 
@@ -96,6 +97,54 @@ def test_convolutions():
         "3.weight": (1, 4, 80),
     }
     assert weights["1.weight"]["weight_decay"] == 0.0
+
+
+def mlp(*sizes: int) -> nn.Sequential:
+    return nn.Sequential(*(layer for i, o in itertools.pairwise(sizes) for layer in (nn.Linear(i, o), nn.Tanh())))
+
+
+class FinalLayer(nn.Module):
+    """The last layer of DiT: what makes its scale and shift is registered behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 5)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(8, 16))
+
+
+NETWORKS = {
+    "actor and critic": ({"actor": mlp(6, 8, 8, 4), "critic": mlp(6, 8, 8, 1)}, {"actor.4", "critic.4"}),
+    "twin critics": ({f"q{i}": mlp(6, 8, 1) for i in range(2)}, {"q0.2", "q1.2"}),
+    "behind a trunk": ({"trunk": mlp(6, 9, 8), "policy": mlp(8, 7, 4), "value": mlp(8, 7, 1)}, {"policy.2", "value.2"}),
+    "layers of one module": (
+        {f"l{i}": nn.Linear(*size) for i, size in enumerate([(6, 8), (8, 1), (6, 8), (8, 1)])},
+        {"l1", "l3"},
+    ),
+    "autoencoder": ({"encoder": mlp(6, 8, 3), "decoder": mlp(3, 8, 6)}, {"decoder.2"}),
+    "variational": ({"e": mlp(6, 8), "mean": mlp(8, 3), "log": mlp(8, 3), "decoder": mlp(3, 8, 6)}, {"decoder.2"}),
+    "gated": ({"gate": nn.Linear(6, 24), "up": nn.Linear(6, 24), "down": nn.Linear(24, 6), "last": nn.Linear(6, 5)}, {"last"}),
+    "residual": ({"first": mlp(6, 24, 6), "second": mlp(6, 24, 6), "last": mlp(6, 24, 5)}, {"last.2"}),
+    "DiT": ({"embed": nn.Linear(6, 8), "middle": nn.Linear(8, 8), "final_layer": FinalLayer()}, {"final_layer.linear"}),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_ends_of_networks(name):
+    """Every network that ends beside the last one has an output layer; what feeds another layer is none."""
+    parts, heads = NETWORKS[name]
+    model = nn.Module()
+    for attribute, part in parts.items():
+        model.add_module(attribute, part)
+    matrices = {n for n, p in model.named_parameters() if p.ndim > 1}
+    assert matrices - by_rule(param_groups(model, 1e-3, 2e-2, 0.1)) == {f"{head}.weight" for head in heads}
+
+
+def test_table_of_groups_that_were_made_by_hand():
+    """`routing_table` says what `Celo2` does with groups that name no update."""
+    layer = nn.Linear(6, 4)
+    for params in (layer.named_parameters(), layer.parameters()):
+        lines = routing_table(Celo2(params, lr=1e-2).param_groups).splitlines()
+        assert "celo2 " in lines[1] and "adamw (celo2-base: celo2)" in lines[2]
 
 
 def test_module_that_is_one_parameter_list():
