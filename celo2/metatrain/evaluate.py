@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
@@ -125,7 +126,7 @@ def check(options: argparse.Namespace) -> None:
     if 0 in options.lr.values():
         raise ConfigError("--lr 0: expected a number above 0")
     if not (math.isfinite(options.adamw_lr) and options.adamw_lr >= 0):
-        raise ConfigError(f"--adamw-lr {options.adamw_lr}: expected at least 0")
+        raise ConfigError(f"--adamw-lr {options.adamw_lr}: expected a finite number of at least 0")
     if 0 in options.weight_decay.values() and "weight_decay" in options.search:
         raise ConfigError("--weight-decay 0: a search of weight_decay by factors cannot begin there")
     if options.adamw_lr == 0 and "adamw_lr" in options.search:
@@ -134,6 +135,9 @@ def check(options: argparse.Namespace) -> None:
         raise ConfigError(f"--final {options.final}: expected 0 to 1")
     if options.picture and (not options.picture.endswith(".png") or not Path(options.picture).parent.is_dir()):
         raise ConfigError(f"--picture {options.picture}: expected a name that ends in .png, in a folder that exists")
+    out = Path(options.out)
+    if not out.parent.is_dir() or not os.access(out if out.exists() else out.parent, os.W_OK) or out.is_dir():
+        raise ConfigError(f"--out {options.out}: expected a file that can be written, in a folder that exists")
     if not options.text and any(TASKS[name].data == "text" for name in options.tasks):
         raise ConfigError("language models need --text FILE")
 
