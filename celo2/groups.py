@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from celo2.distributed.shard import local_shard_of
+from celo2.fused import HELD
 from celo2.layout import as_layout
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 UPDATES = ("celo2", "adamw")
 GROUP_KEYS = ("params", "param_names", "lr", "weight_decay", "betas", "eps", "update", "orthogonalize", "matrices")
+PLANNED = ("update", "orthogonalize", "matrices")  # what a plan depends on, beside the parameters and their shapes
 # Other names of our keys, in other optimizers and in the arguments of `param_groups`.
 ALIASES = {
     **{"learning_rate": "lr", "adamw_lr": "lr", "wd": "weight_decay", "l2": "weight_decay", "layout": "matrices"},
@@ -30,7 +32,6 @@ ALIASES = {
 # `capturable`, which choose how the same update is computed, may have any.
 FIXED = {"maximize": False, "amsgrad": False, "nesterov": False, "differentiable": False, "decoupled_weight_decay": True}
 NEAR = 0.76  # least similarity of a misspelt key: "matrics" 0.93, "lrs" 0.8; "steps" and eps 0.75
-WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # of modules; what they add to names
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -163,27 +164,35 @@ def names_of(index: int, group: Mapping[str, Any]) -> Sequence[str]:
 
 
 def places_of(names: Sequence[str], saved: Sequence[str] | None, where: str) -> Sequence[int]:
-    """Where each parameter of a group stands in the saved group: by name if the same names were saved, else in order.
+    """Where each parameter of a group stands in the saved group, by name; without saved names in order.
 
-    Two names are the same if they differ in wrappers (`module.`) or in what stands before (`model.`). Without saved names, as in
-    groups that were made without, nothing is compared.
+    Two names are the same if they differ only in wrappers (`module.`), or in what stands before (`model.`).
 
     Raises:
         ValueError: a saved parameter of another name.
     """
     if saved is None or len(saved) != len(names):
         return range(len(names))
-    own, others = ([tuple(part for part in name.split(".") if part not in WRAPPERS) for name in of] for of in (names, saved))
+    own, others = ([tuple(part for part in name.split(".") if part not in HELD) for name in of] for of in (names, saved))
     if len(set(own)) == len(own) and set(own) == set(others):
-        return [others.index(name) for name in own]
-    for i, (one, other) in enumerate(zip(own, others, strict=True)):
-        shorter = min(len(one), len(other))
-        if one[-shorter:] != other[-shorter:]:
-            raise ValueError(
-                f"{where}: the saved state is of '{saved[i]}', not of '{names[i]}'; if that has got another name, delete "
-                "'param_names' from the saved groups"
-            )
-    return range(len(names))
+        place = {name: i for i, name in enumerate(others)}
+        return [place[name] for name in own]
+    if all(map(is_same, own, others)):
+        return range(len(names))
+    places = [[i for i, other in enumerate(others) if is_same(name, other)] for name in own]
+    if all(len(found) == 1 for found in places) and len({i for (i,) in places}) == len(names):
+        return [i for (i,) in places]
+    i = next(i for i, pair in enumerate(zip(own, others, strict=True)) if not is_same(*pair))
+    raise ValueError(
+        f"{where}: the saved state is of '{saved[i]}', not of '{names[i]}'; if that is its new name, and the order the same, "
+        "delete 'param_names' from the saved groups"
+    )
+
+
+def is_same(one: Sequence[str], other: Sequence[str]) -> bool:
+    """Whether one of two names, in parts, is the end of the other."""
+    shorter = min(len(one), len(other))
+    return one[-shorter:] == other[-shorter:]
 
 
 def bad_gradient(index: int, g: Tensor) -> RuntimeError:

@@ -19,7 +19,7 @@ from celo2.blocked import Passes
 from celo2.distributed.collectives import broadcast_by_owner_
 from celo2.distributed.owners import orthogonalized_by_owners, orthogonalized_over
 from celo2.distributed.plan import Entry, Replicas, check_explained
-from celo2.groups import FLOATS, bad_gradient, check_capture, warn_of_unused
+from celo2.groups import FLOATS, PLANNED, bad_gradient, check_capture, warn_of_unused
 from celo2.kernels import passes_for
 from celo2.rule import Rule
 from celo2.rule_files import load_rule
@@ -90,7 +90,7 @@ class Celo2(Stateful):
         self.orthogonalized = 0  # matrices that this rank has orthogonalized so far
         self._rule_on: dict[torch.device, Rule] = {}
         self._has_step_sizes = False  # of the rule, once it is on a device
-        self._planned = (), {}
+        self._planned = [], {}
         self._shapes = []
         defaults = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}
         super().__init__(params, defaults | {"update": None, "orthogonalize": orthogonalize, "matrices": None})
@@ -100,7 +100,7 @@ class Celo2(Stateful):
     def __getstate__(self) -> dict[str, Any]:
         names = ("rule", "ns_dtype", "state_dtype", "replicas", "passes", "orthogonalized", "_shapes")
         own = {name: getattr(self, name) for name in names}
-        return {**super().__getstate__(), **own, "_rule_on": {}, "_planned": ((), {})}
+        return {**super().__getstate__(), **own, "_rule_on": {}, "_planned": ([], {})}
 
     @torch._disable_dynamo  # torch.compile would take minutes for small functions and save nothing
     @torch.no_grad()
@@ -122,7 +122,8 @@ class Celo2(Stateful):
             check_capture(self)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         work: dict[torch.device, Work] = defaultdict(Work)
-        if self._planned[0] != (now := arrangement(self.param_groups)):  # the first step, or something has changed
+        now = [(*map(g.get, PLANNED), *((id(p), p.shape) for p in g["params"])) for g in self.param_groups]
+        if self._planned[0] != now:  # the first step, or something has changed
             self._planned = now, self._plan()
         for group, entries in [(group, self._with_gradient(i, group)) for i, group in enumerate(self.param_groups)]:
             by_rule = [entry for entry in entries if entry.by_rule]
@@ -169,11 +170,6 @@ class Celo2(Stateful):
         ns_dtype = self.ns_dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
         gate = None if found_inf is None else gate_of(found_inf, device)
         return Context(self._rule_on[device], self.passes or passes_for(device), ns_dtype, gate, self._has_step_sizes)
-
-
-def arrangement(groups: Sequence[Mapping[str, Any]]) -> tuple:
-    """What a plan depends on: the parameters, their shapes, and which update their group names."""
-    return tuple((g["update"], g["orthogonalize"], g["matrices"], *((id(p), p.shape) for p in g["params"])) for g in groups)
 
 
 def adamw_(

@@ -31,7 +31,7 @@ class Stateful(torch.optim.Optimizer):
     ns_dtype: torch.dtype | None
     state_dtype: torch.dtype
     replicas: Replicas | None
-    _planned: tuple[tuple, dict[Tensor, Entry]]  # the arrangement of the groups at the last plan, and the plan
+    _planned: tuple[list[tuple], dict[Tensor, Entry]]  # what the last plan was made for, group by group, and the plan
     _shapes: list[tuple[int, ...]]  # of all parameters, as they were added
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -255,7 +255,7 @@ def keeping_dtypes(optimizer: Stateful) -> Iterator[None]:
         for index, (group, own_group) in enumerate(zip(optimizer.param_groups, own_groups, strict=True)):
             group |= {key: value for key, value in own_group.items() if key not in group}  # keys of others
             check_group(group, f"parameter group {index}")  # makes tuples of lists
-        optimizer._planned = (), {}  # the loaded groups may say otherwise
+        optimizer._planned = [], {}  # the loaded groups may say otherwise
         if optimizer.replicas is not None:
             optimizer.replicas.consolidated = None if any(saved) else {}
         entries = [entry for i, group in enumerate(optimizer.param_groups) for entry in optimizer._entries_of(i, group)]

@@ -126,7 +126,7 @@ def check(options: argparse.Namespace) -> None:
     if 0 in options.lr.values():
         raise ConfigError("--lr 0: expected a number above 0")
     if not (math.isfinite(options.adamw_lr) and options.adamw_lr >= 0):
-        raise ConfigError(f"--adamw-lr {options.adamw_lr}: expected a finite number of at least 0")
+        raise ConfigError(f"--adamw-lr {options.adamw_lr}: expected at least 0, and finite")
     if 0 in options.weight_decay.values() and "weight_decay" in options.search:
         raise ConfigError("--weight-decay 0: a search of weight_decay by factors cannot begin there")
     if options.adamw_lr == 0 and "adamw_lr" in options.search:

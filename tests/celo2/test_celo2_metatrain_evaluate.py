@@ -239,7 +239,7 @@ def test_runs_are_known_by_what_rule_and_text_hold(tmp_path, capsys):
         (["--search", "lr,beta"], "--search lr,beta: expected different ones of lr, adamw_lr, weight_decay"),
         (["--search", "lr,lr"], "expected different ones"),
         (["--search", "lr,adamw_lr", "--adamw-lr", "0"], "a search of adamw_lr by factors cannot begin there"),
-        (["--adamw-lr", "nan"], "--adamw-lr nan: expected a finite number"),
+        (["--adamw-lr", "nan"], "--adamw-lr nan: expected at least 0"),
         (["--validation-batches", "0"], "--validation-batches 0: expected at least 1"),
         (["--lr", "0"], "--lr 0: expected a number above 0"),
         (["--lr", "fast"], "--lr fast: expected a number of at least 0, or OPTIMIZER=NUMBER"),

@@ -84,15 +84,16 @@ def named(*names: str) -> tuple[dict[str, nn.Parameter], Celo2]:
     return params, Celo2(list(params.items()), lr=0.1)
 
 
-def test_state_goes_to_the_parameter_of_its_name():
-    """The same names in another order: by name, as they are saved and as the optimizer has them."""
+@pytest.mark.parametrize("prefix", ["", "module.", "model."])
+def test_state_goes_to_the_parameter_of_its_name(prefix):
+    """The same names in another order, with a wrapper or without."""
     params, optimizer = named("wq", "wk", "wv")
     train(optimizer, range(2))
-    others, another = named("wv", "wq", "wk")
+    others, another = named(*(f"{prefix}{name}" for name in ("wv", "wq", "wk")))
     another.load_state_dict(through_torch_save(optimizer.state_dict()))
     for name, p in params.items():
-        assert torch.equal(another.state[others[name]]["momentum"], optimizer.state[p]["momentum"])
-    assert another.param_groups[0]["param_names"] == ["wv", "wq", "wk"]
+        assert torch.equal(another.state[others[f"{prefix}{name}"]]["momentum"], optimizer.state[p]["momentum"])
+    assert another.param_groups[0]["param_names"] == list(others)
 
 
 @pytest.mark.parametrize(("prefix", "other"), [("module.", ""), ("", "_orig_mod."), ("model.", ""), ("a._orig_mod.", "module.")])
