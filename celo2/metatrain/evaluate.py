@@ -93,9 +93,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", default="evaluation.jsonl", help="file: a line per training run (default: evaluation.jsonl)")
     parser.add_argument("--picture", metavar="PNG", help="draw the gain over the first optimizer, over the training steps")
     options = parser.parse_args(arguments)
-    options.tasks = [name for name in options.tasks.split(",") if name]
+    options.tasks = list(dict.fromkeys(name for name in options.tasks.split(",") if name))  # each once, however often it is named
     options.search = [name for name in options.search.split(",") if name]
-    options.optimizers = [name for name in options.baselines.split(",") if name] + options.rules
+    baselines = [name for name in options.baselines.split(",") if name]
+    options.optimizers = list(dict.fromkeys([*baselines, *options.rules]))
     options.search_steps = options.steps if options.search_steps is None else options.search_steps
     try:
         options.lr = by_optimizer("--lr", options.lr, options.optimizers)
@@ -146,8 +147,8 @@ def by_optimizer(option: str, text: str, optimizers: Sequence[str]) -> dict[str,
     """The numbers of "0.004,muon=0.04" by optimizer, "" for those without one of their own."""
     found: dict[str, float] = {}
     for part in filter(None, text.split(",")):
-        name, _, value = part.rpartition("=")
-        if name and name not in optimizers:
+        name, named, value = part.rpartition("=")
+        if named and name not in optimizers:
             raise ConfigError(f"{option} {part}: there is no '{name}' among {', '.join(optimizers)}")
         if name in found:
             raise ConfigError(f"{option} {text}: two numbers for {name or 'all'}")
@@ -274,13 +275,20 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         whole, newline, torn = text.rpartition("\n")
         records = [json.loads(line) for line in whole.splitlines()]
-        if not all(isinstance(record, dict) for record in records) or (torn and not torn.startswith("{")):
-            raise ValueError("expected an object on every line")
+        if not all(map(is_record, records)) or (torn and not torn.startswith("{")):
+            raise ValueError("expected an object with a loss and a curve of numbers on every line")
         if torn:
             path.write_text(whole + newline, encoding="utf-8")
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: not a file of training runs ({error})") from None
     return [{"final": FINAL, "validation_batches": VALIDATION_BATCHES} | record for record in records]
+
+
+def is_record(value: Any) -> bool:
+    """Whether a line of the file is a training run: its loss and its curve are numbers."""
+    if not isinstance(value, dict) or not isinstance(value.get("curve"), list):
+        return False
+    return all(isinstance(number, (int, float)) for number in (value.get("loss"), *value["curve"]))
 
 
 def table(rows: Sequence[Row], steps: int) -> str:
@@ -329,8 +337,10 @@ def gaps(a: Mapping[int, float], b: Mapping[int, float]) -> list[float]:
 
 
 def spread(values: Sequence[float], sign: str = "") -> str:
-    """Mean (standard deviation)."""
-    deviation = stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else math.nan
+    """Mean (standard deviation); of one value the value alone."""
+    if len(values) == 1:
+        return f"{values[0]:{sign}.4f}"
+    deviation = stdev(values) if all(map(math.isfinite, values)) else math.nan
     return f"{mean(values):{sign}.4f} ({deviation:.4f})"
 
 

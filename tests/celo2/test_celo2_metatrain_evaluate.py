@@ -220,8 +220,26 @@ def test_runs_are_known_by_what_rule_and_text_hold(tmp_path, capsys):
     out.write_text("these are notes")
     assert evaluate.main(["--tasks", "gpt-tiny", "--text", str(tmp_path / "a.txt"), "--out", str(out)]) == 2
     assert "not a file of training runs" in capsys.readouterr().err and out.read_text() == "these are notes"
+    for wrong in ({"loss": None}, {"loss": "low"}, {"curve": 3}, {"curve": [None]}):
+        out.write_text(damaged := json.dumps(records[0] | wrong) + "\n")
+        assert evaluate.main(["--tasks", "gpt-tiny", "--text", str(tmp_path / "a.txt"), "--out", str(out)]) == 2
+        assert "expected an object with a loss and a curve" in capsys.readouterr().err and out.read_text() == damaged
     assert content_of("adamw") is None and content_of("celo2") != content_of("celo2-lm")
     assert digest_of(torch.zeros(3)) != digest_of(torch.ones(3))
+
+
+def test_what_is_named_twice_is_compared_once(tmp_path, capsys):
+    """As `hand-nesterov`, which is a baseline: no pair with itself, and Holm's correction is for one pair. One seed has no SD."""
+    (tmp_path / "text.txt").write_bytes(bytes(np.random.default_rng(0).integers(97, 105, 12_000, np.uint8)))
+    words = ["hand-nesterov", "--baselines", "muon,hand-nesterov,muon", "--tasks", "gpt-tiny,gpt-tiny", "--steps", "2"]
+    words += ["--trials", "1", "--text", str(tmp_path / "text.txt"), "--out", str(tmp_path / "runs.jsonl"), "--seeds"]
+    assert evaluate.main([*words, "1"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("| gpt-tiny | muon ") == 2 and out.count("| gpt-tiny | hand-nesterov ") == 1 and "nan" not in out
+    assert evaluate.main([*words, "3"]) == 0
+    (pair,) = [line for line in capsys.readouterr().out.splitlines() if " minus " in line and "muon minus" in line]
+    *_, p, corrected, _, _ = pair.split("|")
+    assert p == corrected != "  "
 
 
 @pytest.mark.parametrize(
@@ -243,6 +261,7 @@ def test_runs_are_known_by_what_rule_and_text_hold(tmp_path, capsys):
         (["--validation-batches", "0"], "--validation-batches 0: expected at least 1"),
         (["--lr", "0"], "--lr 0: expected a number above 0"),
         (["--lr", "fast"], "--lr fast: expected a number of at least 0, or OPTIMIZER=NUMBER"),
+        (["--lr", "=3"], "--lr =3: there is no '' among adamw, muon,"),
         (["--lr", "0.1,0.2"], "--lr 0.1,0.2: two numbers for all"),
         (["--lr", "0.1,moun=0.2"], "--lr moun=0.2: there is no 'moun' among adamw, muon,"),
         (["--weight-decay", "-1"], "--weight-decay -1: expected a number of at least 0"),
