@@ -37,8 +37,10 @@ def check_folder(folder: Path) -> None:
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode)):
             raise UnsafeFolder(f"{path} is neither a file nor a folder: remove it")
         if stat.S_ISLNK(mode) and not leads_inside(path, inside) and not (path.name == CHECKPOINTS and holds_checkpoints(path)):
+            lost = path.name == CHECKPOINTS and not path.exists()
+            remedy = "mount what it leads to, or remove the link" if lost else "remove the link"
             raise UnsafeFolder(
-                f"{path} is a link to {os.readlink(path)}, out of the run's folder, where the run would write: remove the link"
+                f"{path} is a link to {os.readlink(path)}, out of the run's folder, where the run would write: {remedy}"
             )
 
 

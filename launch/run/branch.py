@@ -37,6 +37,7 @@ from launch.checkpoint.verify import (
 )
 from launch.checkpoint.writer import Progress
 from launch.monitoring.trackers import ID_FILES, flat
+from launch.run.restart import read_events
 from launch.run.schedule import with_cooldown
 
 # What changes the steps of a line: with another value there, the same checkpoint is another line's beginning.
@@ -125,6 +126,12 @@ def choose_start(config: Config, run_dir: Path, progress: Progress = nothing) ->
     if path is None and notes:  # starting from the beginning would throw the run away
         raise CheckpointError(
             f"{run_dir}: no checkpoint is whole ({'; '.join(notes)}); choose another run.dir to start from the beginning"
+        )
+    saved = [event["step"] for event in read_events(run_dir) if event.get("event") == "checkpoint" and "step" in event]
+    if path is None and origin is None and saved:  # as where a disk is not mounted
+        raise CheckpointError(
+            f"{run_dir} saved a checkpoint of step {saved[-1]} (events.jsonl), but {checkpoints} holds none now: mount it or "
+            "bring it back, or choose another run.dir to start from the beginning"
         )
     if path is None and origin is not None:
         raise CheckpointError(f"{run_dir} began at {origin.checkpoint}, but holds no checkpoint any more; choose another run.dir")

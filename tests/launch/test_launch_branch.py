@@ -242,6 +242,24 @@ def test_a_run_with_copies_alone_is_not_started_anew(tmp_path):
     assert choose_start(config_of(tmp_path / "checkpoints/step_mine"), tmp_path).begins
 
 
+@pytest.mark.parametrize("gone", ["empty", "missing"])
+def test_a_run_whose_checkpoints_are_gone_is_not_started_anew(tmp_path, gone):
+    """As where their disk is not mounted. Before the first checkpoint a run begins anew."""
+    make_run(tmp_path, (2, 4), "old")
+    (tmp_path / "checkpoints").rename(tmp_path / "elsewhere")
+    if gone == "empty":
+        (tmp_path / "checkpoints").mkdir()
+    events = tmp_path / "events.jsonl"
+    events.write_text('{"event": "start", "step": 0}\n')
+    assert choose_start(config_of("auto"), tmp_path).checkpoint is None
+    events.write_text('{"event": "start", "step": 0}\n{"event": "checkpoint", "step": 2}\n{"event": "checkpoint", "step": 4}\n')
+    with pytest.raises(CheckpointError, match=r"saved a checkpoint of step 4 .* holds none now: mount it or bring it back"):
+        choose_start(config_of("auto"), tmp_path)
+    (tmp_path / "checkpoints").rmdir() if gone == "empty" else None
+    (tmp_path / "elsewhere").rename(tmp_path / "checkpoints")
+    assert choose_start(config_of("auto"), tmp_path).checkpoint == tmp_path / "checkpoints" / checkpoint_name(4)
+
+
 def test_what_is_kept(tmp_path):
     settings = {"config": {"checkpoint": {"keep_every": 20}}}
     values = {10: 3.0, 20: 2.0, 30: 1.0, 40: 1.5, 50: None, 60: 0.5, 70: 4.0}
