@@ -28,7 +28,7 @@ from data.preparation.sources import Source, Unit, open_source, total_bytes
 from data.preparation.split import choose_split, cut_document, text_notes
 from data.preparation.workers import cores, encode_units, save_bpe, unit_path
 from data.shards import FORMAT, VERSION
-from data.special_tokens import CONFIG, END_OF_TEXT, as_trained, declared_tokens, end_of_text
+from data.special_tokens import CONFIG, END_OF_TEXT, as_trained, check_not_of_texts, declared_tokens, end_of_text
 from data.token_files import is_saved
 from data.tokenizer import (
     byte_tokenizer,
@@ -175,6 +175,7 @@ def _tokenizer(
     elif not path.exists():
         tok, declared = (byte_tokenizer(), {}) if kind == "bytes" else (load_tokenizer(kind), load_declared(kind))
         end = end_of_text(tok, declared, asked)
+        check_not_of_texts(tok, end)
         save_tokenizer(as_trained(tok, end), partial, end, declared)
     tok = Tokenizer.from_file(str(path))
     end = end_of_text(tok, declared_tokens(partial), asked)
@@ -203,7 +204,8 @@ def _write_shards(
     paths = [unit_path(partial, i) for i in range(len(units))]
     first_val = len(sources[0].units)
     split = choose_split(paths, dtype, first_val, fraction)
-    cut = cut_document(split, units, arguments["text_key"], Encoder(tok, end))
+    encode = Encoder(tok, end)
+    cut = cut_document(split, units, arguments["text_key"], encode)
     splits = assemble(paths, folder, dtype, split, cut, arguments["shard_tokens"])
     try:
         _check_splits(splits, arguments)
@@ -211,7 +213,7 @@ def _write_shards(
         shutil.rmtree(partial)
         raise
     notes = [note for opened in sources for note in opened.notes]
-    for note in text_notes(paths, dtype, split, fraction):
+    for note in text_notes(paths, encode, split, fraction):
         say(note)
         notes.append(note)
     return {

@@ -71,6 +71,14 @@ def end_of_text(tok: Tokenizer, declared: dict[str, str] | None = None, asked: s
     )
 
 
+def check_not_of_texts(tok: Tokenizer, end: str) -> None:
+    """Raise DataError if `end` is a character, or stands for a byte, that texts need: without it they would lose that."""
+    added = tok.get_added_tokens_decoder().values()
+    if len(end) == 1 and end not in [token.content for token in added]:
+        special = [token.content for token in added if token.special]
+        raise DataError(f"the end of text would be {end!r}, which texts are made of: they would lose it; {_choice(special)}")
+
+
 def as_trained(tok: Tokenizer, end: str) -> Tokenizer:
     """`tok` as training uses it, a copy where something changes: `end` is special, and nothing is added around a text."""
     if not any(token.special and token.content == end for token in tok.get_added_tokens_decoder().values()):

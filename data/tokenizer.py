@@ -32,10 +32,13 @@ def is_byte_tokenizer(tok: Tokenizer) -> bool:
 def train_bpe(texts: Iterable[str], vocab_size: int, end: str = END_OF_TEXT) -> Tokenizer:
     """Byte-level BPE with GPT-2's word pattern; the end of text, `end`, is id 0. The same texts give the same tokenizer.
 
-    The vocabulary may come out smaller than `vocab_size`: pairs seen only once are not merged. DataError below 257.
+    The vocabulary may come out smaller than `vocab_size`: pairs seen only once are not merged. DataError below 257, and for an
+    `end` that is one of the characters which stand for bytes.
     """
     if vocab_size < SMALLEST_BPE:
         raise DataError(f"vocab_size {vocab_size} is too small for byte-level BPE: at least {SMALLEST_BPE}")
+    if end in pre_tokenizers.ByteLevel.alphabet():
+        raise DataError(f"the end of text would be {end!r}, which stands for a byte: texts would lose it; name one like </s>")
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.decoder = decoders.ByteLevel()

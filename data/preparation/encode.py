@@ -11,14 +11,15 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, pre_tokenizers
 
+from data import DataError, first_line
 from data.files import replacing
 from data.special_tokens import unknown_token
 from data.tokenizer import is_byte_tokenizer, vocabulary_size
 
 # Its first token in NAME.tokens; text_hash; bytes of its UTF-8 text, 0 for one that is empty and has no tokens; how many of
-# its tokens stand for characters that the tokenizer does not know.
+# its tokens stand for characters that the tokenizer does not know or, where it has no token for them, how many are left out.
 DOCUMENT = np.dtype([("start", "<u8"), ("hash", "<u8"), ("bytes", "<u8"), ("unknown", "<u8")])
 BATCH = 2**20  # characters encoded in one call, about; a longer document is one call, since parts of it could give other tokens
 DOCUMENT_COST = 100  # characters: what a document costs in a call besides its length
@@ -43,11 +44,39 @@ class Encoder:
         self.tok = plain_text_tokenizer(tok)
         unknown = unknown_token(tok)
         self.unknown = None if unknown is None else tok.token_to_id(unknown)
+        self.leaves_out = leaves_out(tok)
 
     def __call__(self, texts: list[str]) -> list[np.ndarray]:
+        """DataError for a text that the tokenizer refuses."""
         if self.bytes_only:  # 100 times as fast as the tokenizer
             return [np.frombuffer(text.encode(), np.uint8).astype(self.dtype) for text in texts]
-        return [np.array(e.ids, self.dtype) for e in self.tok.encode_batch_fast(texts, add_special_tokens=False)]
+        try:
+            return [np.array(e.ids, self.dtype) for e in self.tok.encode_batch_fast(texts, add_special_tokens=False)]
+        except Exception as error:  # of class Exception itself: word-level and Unigram models without an unknown token
+            raise DataError(
+                f"the tokenizer cannot encode a text, and has no token for what it does not know: {first_line(error)}"
+            ) from None
+
+    def unknown_in(self, text: str, ids: np.ndarray) -> int:
+        """How many characters of a text, with these ids, the tokenizer does not know."""
+        if self.leaves_out:
+            known = set[int]()
+            for start, stop in self.tok.encode(text, add_special_tokens=False).offsets:
+                known.update(range(start, stop))
+            return sum(i not in known and not char.isspace() for i, char in enumerate(text))
+        return 0 if self.unknown is None else int(np.count_nonzero(ids == self.unknown))
+
+
+def leaves_out(tok: Tokenizer) -> bool:
+    """Whether characters may vanish: BPE without a token for the unknown, unless it has every byte, one way or the other."""
+    state = json.loads(tok.to_str())
+    model = state["model"]
+    if model["type"] != "BPE" or unknown_token(tok) is not None:
+        return False
+    if model.get("byte_fallback"):
+        return not {f"<0x{byte:02X}>" for byte in range(256)} <= model["vocab"].keys()
+    by_bytes = "ByteLevel" in json.dumps([state["normalizer"], state["pre_tokenizer"]])
+    return not (by_bytes and set(pre_tokenizers.ByteLevel.alphabet()) <= model["vocab"].keys())
 
 
 def plain_text_tokenizer(tok: Tokenizer) -> Tokenizer:
@@ -91,8 +120,7 @@ def encode_unit(texts: Iterable[str], target: Path, encode: Encoder, report: Cal
                     docs.write(struct.pack("<QQQQ", position, 0, 0, 0))
                     continue
                 utf8 = text.encode()
-                unknown = 0 if encode.unknown is None else np.count_nonzero(ids == encode.unknown)
-                docs.write(struct.pack("<QQQQ", position, text_hash(utf8), len(utf8), unknown))
+                docs.write(struct.pack("<QQQQ", position, text_hash(utf8), len(utf8), encode.unknown_in(text, ids)))
                 tokens.write(ids.data)
                 tokens.write(encode.end)
                 position += len(ids) + 1

@@ -124,13 +124,13 @@ def _cut_after(text: str, fraction: float) -> int:
     return at
 
 
-def text_notes(units: list[Path], dtype: np.dtype, split: Split, fraction: float) -> list[str]:
+def text_notes(units: list[Path], encode: Encoder, split: Split, fraction: float) -> list[str]:
     """What the user should know of the encoded documents, a line each."""
     empty = unknown = tokens = repeated = 0
     held = [np.fromfile(unit.with_suffix(".docs"), DOCUMENT) for unit in units[split.first_val :]]
     validation = np.unique(np.concatenate([part["hash"] for part in held])) if held else np.zeros(0, np.uint64)
     for i, unit in enumerate(units):
-        found, stops = read_documents(unit, dtype)
+        found, stops = read_documents(unit, encode.dtype)
         empty += unit.with_suffix(".docs").stat().st_size // DOCUMENT.itemsize - len(found)
         unknown += int(found["unknown"].sum())
         tokens += int(stops[-1]) if len(stops) else 0
@@ -139,7 +139,9 @@ def text_notes(units: list[Path], dtype: np.dtype, split: Split, fraction: float
     notes = []
     if empty:
         notes.append(f"left out: {empty:,} documents that are empty or white space")
-    if unknown:
+    if unknown and encode.leaves_out:
+        notes.append(f"left out: {unknown:,} characters that the tokenizer does not know, since it has no token for the unknown")
+    elif unknown:
         notes.append(f"{unknown:,} of {tokens:,} tokens stand for characters that the tokenizer does not know")
     if repeated:
         notes.append(f"{repeated:,} training documents are in the validation source too")

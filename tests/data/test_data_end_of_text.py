@@ -12,7 +12,7 @@ from data.preparation.encode import Encoder
 from data.prepare import prepare
 from data.shards import TokenShards
 from data.special_tokens import as_trained, end_of_text
-from data.tokenizer import byte_tokenizer, end_of_text_id, load_tokenizer
+from data.tokenizer import byte_tokenizer, end_of_text_id, load_tokenizer, train_bpe
 
 ENDS = ["</s>", "<|endoftext|>", "<eos>", "<|im_end|>", "[SEP]", "<|END|>", "<|eot_id|>", "<pad>", "<s>", "a</s>b"]
 
@@ -82,6 +82,23 @@ def test_an_end_token_that_is_asked_for(tmp_path, write_jsonl, quiet):
     assert TokenShards(out, "train").eot_id == load_tokenizer(out).token_to_id("</s>") == 0
 
 
+@pytest.mark.parametrize("end", ["§", "#", "a", "Ġ"])
+@pytest.mark.parametrize("kind", ["bpe", "byte-level"])
+def test_an_end_token_that_texts_are_made_of_is_refused(tmp_path, write_jsonl, quiet, kind, end):
+    """Byte-level tokens stand for bytes: § for one that ç has, too. As the end of text they would vanish from texts."""
+    source = write_jsonl(tmp_path / "c.jsonl", [f"# Title {i}, a façade §" for i in range(50)])
+    options = {"tokenizer": "bpe", "vocab_size": 300, "workers": 1, "log": quiet}
+    if kind != "bpe":
+        train_bpe(["# Title, a façade §"] * 3, 300).save(str(tmp_path / "tokenizer.json"))
+        options = {"tokenizer": str(tmp_path / "tokenizer.json"), "workers": 1, "log": quiet}
+    with pytest.raises(DataError, match=r"which (texts are made of|stands for a byte).*would lose it"):
+        prepare(source, tmp_path / "out", end_token=end, **options)
+    out = prepare(source, tmp_path / "good", end_token="☃" if kind == "bpe" else None, **options)
+    shards = TokenShards(out, "train")
+    ids = shards.read(0, shards.n_tokens).tolist()
+    assert "0, a façade §# Title" in load_tokenizer(out).decode([i for i in ids if i != shards.eot_id])
+
+
 def test_no_end_token(tmp_path, write_jsonl, quiet):
     tok = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "<x>": 2}, unk_token="[UNK]"))
     tok.add_special_tokens(["<x>"])
@@ -117,6 +134,37 @@ def test_unknown_characters_are_counted(tmp_path, write_jsonl):
     source = write_jsonl(tmp_path / "c.jsonl", ["the cat 漢", "漢 漢 sat"])
     prepare(source, tmp_path / "o", tokenizer=write(tmp_path / "tok", "bert"), val_fraction=0, workers=1, log=lines.append)
     assert "3 of 8 tokens stand for characters that the tokenizer does not know" in lines
+
+
+BPE_ALONE = {"a": 0, "b": 1, "c": 2, "ab": 3, "</s>": 4}
+
+
+@pytest.mark.parametrize(
+    ("tok", "left_out"),
+    [
+        (Tokenizer(models.BPE(vocab=BPE_ALONE, merges=[("a", "b")])), 4),  # d, é, 漢, 漢; white space does not count
+        (Tokenizer(models.BPE(vocab={"</s>": 0}, merges=[])), 9),
+        (train_bpe(["abc"] * 3, 300, "</s>"), 0),  # every byte
+        (Tokenizer(models.BPE(vocab={**BPE_ALONE, "?": 5}, merges=[], unk_token="?")), 0),
+    ],
+)
+def test_characters_that_a_tokenizer_leaves_out_are_counted(tmp_path, write_jsonl, tok, left_out):
+    lines: list[str] = []
+    tok.add_special_tokens([AddedToken("</s>", special=True)])
+    tok.save(str(tmp_path / "tokenizer.json"))
+    source = write_jsonl(tmp_path / "c.jsonl", ["ab dé", "abc漢漢"])
+    prepare(source, tmp_path / "o", tokenizer=str(tmp_path / "tokenizer.json"), val_fraction=0, workers=1, log=lines.append)
+    note = f"left out: {left_out} characters that the tokenizer does not know, since it has no token for the unknown"
+    assert (note in lines) == bool(left_out) and any("left out" in line for line in lines) == bool(left_out)
+
+
+def test_a_tokenizer_that_refuses_a_text_is_one_line(tmp_path, write_jsonl, quiet):
+    """A word-level model without an unknown token."""
+    tok = Tokenizer(models.WordLevel({"the": 0, "</s>": 1}))
+    tok.save(str(tmp_path / "tokenizer.json"))
+    source = write_jsonl(tmp_path / "c.jsonl", ["the", "cat"])
+    with pytest.raises(DataError, match="cannot encode a text, and has no token for what it does not know: WordLevel error"):
+        prepare(source, tmp_path / "o", tokenizer=str(tmp_path / "tokenizer.json"), val_fraction=0, workers=1, log=quiet)
 
 
 def test_padding_is_a_token_that_training_does_not_need(tmp_path, write_jsonl, quiet):

@@ -68,9 +68,10 @@ def test_no_link_leads_out_of_a_runs_folder(victim, tmp_path, name):
 
 
 def test_checkpoints_on_a_disk_that_is_not_mounted(tmp_path):
-    (tmp_path / "checkpoints").symlink_to(tmp_path / "disk" / "checkpoints")
-    with pytest.raises(UnsafeFolder, match="checkpoints is a link to .*: mount what it leads to, or remove the link"):
-        check_folder(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "disk" / "checkpoints")
+    with pytest.raises(UnsafeFolder, match=r"checkpoints is a link to .*: mount what it leads to, or remove the link"):
+        check_folder(tmp_path / "run")
 
 
 def test_neither_pipes_nor_links_below_are_written_through(victim, tmp_path):
