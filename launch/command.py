@@ -12,11 +12,13 @@ import torch
 from transformers.utils import logging
 
 from configs.load import ConfigError
-from data import DataError, printable
+from data import DataError, first_line, printable
 from launch.checkpoint.verify import CheckpointError
 from launch.monitoring.display import show_any_text
 from launch.monitoring.signals import INTERRUPTED
 from models import LossMismatch, ModelError
+
+LARGEST = 2**63 - 1000  # of a whole number on a command line: what torch takes as a seed, and a few more to count on
 
 
 def carry_out(name: str, act: Callable[[], None]) -> int:
@@ -41,12 +43,23 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def device(text: str) -> str:
+    """A type for argparse: a device that is there."""
+    try:
+        torch.empty(0, device=text)
+    except (AssertionError, RuntimeError) as error:  # torch without CUDA asserts
+        raise argparse.ArgumentTypeError(f"{text} is no device that is there ({first_line(error)})") from None
+    return text
+
+
 def at_least(least: int) -> Callable[[str], int]:
     """A type for argparse: an integer from `least` on."""
 
     def integer(text: str) -> int:
         if not re.fullmatch("-?[0-9]+", text) or int(text) < least:
             raise argparse.ArgumentTypeError(f"{text} is no whole number of at least {least}")
+        if int(text) > LARGEST:
+            raise argparse.ArgumentTypeError(f"{text} is above {LARGEST}")
         return int(text)
 
     return integer

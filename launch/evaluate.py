@@ -17,7 +17,7 @@ from data.shards import TokenShards
 from data.tokenizer import load_tokenizer
 from launch.checkpoint.trained import TrainedModel, open_trained
 from launch.checkpoint.verify import CheckpointError
-from launch.command import at_least, carry_out, default_device
+from launch.command import at_least, carry_out, default_device, device
 from launch.run.evaluation import add_up, bytes_of_tokens, evaluation
 from launch.run.mixture import local
 from models import CausalLMLoss, choose_loss
@@ -37,9 +37,7 @@ def evaluate(options: argparse.Namespace) -> None:
     for text in trained.notes:
         print(f"evaluate: note: {text}; taking {trained.path.name} instead", file=sys.stderr)
     require_same_tokenizer(trained, shards)
-    context = options.context or trained.context
-    if context is None:
-        raise CheckpointError(f"{trained.path} does not say how long a sequence is: give --context")
+    context = trained.context_of(options.context)
     choose_loss(trained.model.to(options.device))
     loss = CausalLMLoss(trained.model).eval()
     batches = validation_batches(shards, context, 1, options.sequences, micro_batch_size=options.batch_size)
@@ -79,7 +77,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=at_least(1), default=8, help="sequences in one forward pass (8)")
     parser.add_argument("--context", type=at_least(1), help="tokens of a sequence; without it, as in training")
     parser.add_argument("--average", action="store_true", help="with the average of the weights, of a run with train.average")
-    parser.add_argument("--device", default=default_device(), help="cpu, cuda, cuda:1, ... (cuda where there is one)")
+    parser.add_argument(
+        "--device", type=device, default=default_device(), help="cpu, cuda, cuda:1, ... (cuda where there is one)"
+    )
     options = parser.parse_args(arguments)
     return carry_out("evaluate", lambda: evaluate(options))
 

@@ -9,8 +9,7 @@ import argparse
 import sys
 
 from launch.checkpoint.trained import open_trained
-from launch.checkpoint.verify import CheckpointError
-from launch.command import at_least, carry_out, default_device, number
+from launch.command import at_least, carry_out, default_device, device, number
 from launch.run.sampling import Drawing, sample_text
 
 
@@ -27,9 +26,7 @@ def sample(options: argparse.Namespace) -> None:
     trained = open_trained(options.model, options.average)
     for text in trained.notes:
         note(f"note: {text}; taking {trained.path.name} instead")
-    context = options.context or trained.context
-    if context is None:
-        raise CheckpointError(f"{trained.path} does not say how long a sequence may be: give --context")
+    context = trained.context_of(options.context)
     model = trained.model.to(options.device)
     drawing = Drawing(0.0 if options.greedy else options.temperature, options.top_k, options.top_p)
     for i in range(options.samples):
@@ -67,7 +64,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--context", type=at_least(2), help="tokens that the model may see; without it, as many as in training")
     parser.add_argument("--average", action="store_true", help="with the average of the weights, of a run with train.average")
-    parser.add_argument("--device", default=default_device(), help="cpu, cuda, cuda:1, ... (cuda where there is one)")
+    parser.add_argument(
+        "--device", type=device, default=default_device(), help="cpu, cuda, cuda:1, ... (cuda where there is one)"
+    )
     options = parser.parse_args(arguments)
     return carry_out("sample", lambda: sample(options))
 

@@ -32,6 +32,19 @@ class TrainedModel(NamedTuple):
     context: int | None  # tokens of a sequence that the model was trained on, T; None: the folder does not say
     notes: list[str]  # what is wrong with newer checkpoints
 
+    def context_of(self, asked: int | None) -> int:
+        """Tokens of a sequence: as asked for, or else as in training.
+
+        Raises:
+            CheckpointError: nobody says it, or it is more than the model takes.
+        """
+        context, longest = asked or self.context, longest_context(self.model.config)
+        if context is None:
+            raise CheckpointError(f"{self.path} does not say how long a sequence is: give --context")
+        if longest is not None and context > longest:
+            raise CheckpointError(f"--context {context}: {self.path} takes sequences of {longest} tokens at the most")
+        return context
+
 
 def open_trained(path: str | Path, average: bool = False) -> TrainedModel:
     """The model of a run (its newest whole checkpoint), of a checkpoint, or of a folder that `models.export` wrote.

@@ -95,6 +95,9 @@ def test_sample_and_evaluate(run, prepared, said, tmp_path, monkeypatch):
         (evaluate, [folder, prepared, "--split", "test"], "no split 'test'"),
         (evaluate, [folder, words], "was prepared with another tokenizer"),
         (evaluate, [exported, words], "was prepared with another tokenizer"),
+        (evaluate, [folder, prepared, "--context", 99], "takes sequences of 32 tokens at the most"),
+        (evaluate, [exported, prepared, "--context", 99], "takes sequences of 32 tokens at the most"),
+        (sample, [folder, "--context", 99], "takes sequences of 32 tokens at the most"),
     ):
         status, _, err = said(main, *arguments)
         assert status == 2 and message in err and err.count("\n") == 1, err
@@ -105,6 +108,20 @@ def test_sample_and_evaluate(run, prepared, said, tmp_path, monkeypatch):
     status, _, err = said(sample, folder, "--tokens", 3)
     assert status == 0 and "taking step_00000020 instead" in err
     assert said(sample, last)[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (("--device", "tpu9"), "tpu9 is no device that is there"),
+        (("--device", "cuda:77"), "cuda:77 is no device that is there"),
+        (("--seed", 10**22), f"{10**22} is above"),
+    ],
+)
+def test_options_that_cannot_be(option, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        sample([str(tmp_path), *map(str, option)])
+    assert ended.value.code == 2 and message in capsys.readouterr().err
 
 
 TEXT = "Größe der Straße – 日本語 😀 The end. <|endoftext|> </s> it's"
