@@ -30,7 +30,15 @@ from data.saved_dataset import copy_saved
 from data.shards import FILES_FORMAT, VERSION, fingerprint, read_index
 from data.special_tokens import as_trained, end_of_text
 from data.token_files import Scan, TokenFile, is_saved, open_token_file, scan
-from data.tokenizer import load_declared, load_tokenizer, save_tokenizer, token_id, tokenizer_hash, vocabulary_size
+from data.tokenizer import (
+    LARGEST_VOCABULARY,
+    load_declared,
+    load_tokenizer,
+    save_tokenizer,
+    token_id,
+    tokenizer_hash,
+    vocabulary_size,
+)
 from data.vocabularies import character_tokenizer, character_vocabulary, number_tokenizer
 
 # The word in a file's name that says its split; test files are left out.
@@ -148,6 +156,8 @@ def choose_tokenizer(
     if vocab_size is not None:
         if vocab_size < 2:
             raise DataError(f"--vocab-size {vocab_size}: at least 2")
+        if vocab_size > LARGEST_VOCABULARY:
+            raise DataError(f"--vocab-size {vocab_size}: at most {LARGEST_VOCABULARY}")
         if asked is not None and not (asked.isascii() and asked.isdecimal() and int(asked) < vocab_size):
             raise DataError(f"--end-token {asked!r}: with --vocab-size it is the number of a token, below {vocab_size}")
         tok = number_tokenizer(vocab_size, str(int(asked))) if asked else number_tokenizer(vocab_size)
@@ -158,6 +168,8 @@ def choose_tokenizer(
         if path.suffix in (".pkl", ".pickle"):
             raise DataError(f"--tokenizer {name} {PICKLE}")
         characters = character_vocabulary(path) if path.suffix == ".json" and path.is_file() else None
+        if characters is not None and max(characters.values()) >= LARGEST_VOCABULARY:
+            raise DataError(f"--tokenizer {name}: the id {max(characters.values())}; ids must be below {LARGEST_VOCABULARY}")
         if characters is not None:
             tok = character_tokenizer(characters)
         else:

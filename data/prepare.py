@@ -76,6 +76,10 @@ def prepare(
     DataError for whatever the user can put right, such as an `out` that holds another preparation, finished or not. If a source
     changed before its preparation was finished, it starts over.
     """
+    given = {"SOURCE": source, "OUT": out, "--tokenizer": tokenizer, "--val-source": val_source}
+    for name, value in given.items():
+        if not str(value).strip():  # an unset variable of a shell, which a path would take for this folder
+            raise DataError(f"{name} is empty")
     out = Path(out)
     arguments: dict[str, Any] = {
         "source": str(source),

@@ -121,6 +121,7 @@ def read_index(folder: Path) -> dict:
             if content["tokens"] != sum(shard["tokens"] for shard in content["shards"]):
                 raise DataError(f"{path}: damaged, the shards of {split} do not have the tokens that it says")
         whole = all(type(number) is int for number in numbers) and all(isinstance(found, str) for found in hashes)
+        whole = whole and index["vocab_size"] > 0 and index["end_of_text_id"] >= 0
     except (LookupError, TypeError, AttributeError):
         whole = False
     if not whole:

@@ -13,6 +13,7 @@ from data.files import replacing
 from data.special_tokens import CONFIG, END_OF_TEXT, declared_tokens, end_of_text, parse_declared, tokenizer_config
 
 SMALLEST_BPE = 257  # 256 bytes and the end of text
+LARGEST_VOCABULARY = 2**24  # 16.8 million, 60 times the largest that is published; a model has a row of weights for each id
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -37,6 +38,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, end: str = END_OF_TEXT) -> 
     """
     if vocab_size < SMALLEST_BPE:
         raise DataError(f"vocab_size {vocab_size} is too small for byte-level BPE: at least {SMALLEST_BPE}")
+    if vocab_size > LARGEST_VOCABULARY:
+        raise DataError(f"vocab_size {vocab_size} is too large: at most {LARGEST_VOCABULARY}")
     if end in pre_tokenizers.ByteLevel.alphabet():
         raise DataError(f"the end of text would be {end!r}, which stands for a byte: texts would lose it; name one like </s>")
     tok = Tokenizer(models.BPE())
@@ -60,6 +63,9 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     """
     path = _local_path(name_or_path)
     tok = _from_hub(str(name_or_path)) if path is None else _from_file(path)
+    largest = max(tok.get_vocab(with_added_tokens=True).values(), default=0)
+    if largest >= LARGEST_VOCABULARY:
+        raise DataError(f"tokenizer {name_or_path}: a token has the id {largest}; ids must be below {LARGEST_VOCABULARY}")
     tok.no_truncation()
     tok.no_padding()
     if getattr(tok.model, "dropout", None):

@@ -18,6 +18,8 @@ def verify(folder: str | Path, log: Callable[[str], None] = print) -> None:
     folder = Path(folder)
     index = read_index(folder)
     check_files(folder, index, *index["splits"])
+    if index["end_of_text_id"] >= index["vocab_size"]:
+        raise DataError(f"{folder / 'index.json'}: damaged, its end of text is no token of its vocabulary")
     log("ok  tokenizer.json")
     for split in index["splits"]:
         for name, size in verify_shards(folder, index, split):

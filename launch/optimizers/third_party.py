@@ -172,7 +172,7 @@ def find_class(path: str, package: str | None = None) -> type[torch.optim.Optimi
     module_name, _, name = path.rpartition(".")
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except (ImportError, TypeError, ValueError) as error:  # the last two: no name before the dot, or a relative one
         hint = f"; pip install {package}" if package else ""
         raise ConfigError(f"optimizer {path}: cannot import '{module_name}' ({error}){hint}") from None
     found = getattr(module, name, None)

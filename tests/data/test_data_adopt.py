@@ -6,6 +6,7 @@ import stat
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models
 
 from data import DataError, shards, token_files
 from data.adopt import adopt, main
@@ -235,6 +236,14 @@ def test_bad_arguments_are_one_line(fineweb, nano, tokenizer, tmp_path, capsys):
     )
     assert "exclude each other" in refused(fineweb, out, tokenizer=tokenizer, vocab_size=9)
     assert "--vocab-size 1: at least 2" in refused(fineweb, out, vocab_size=1)
+    assert "--vocab-size 99999999999: at most 16777216" in refused(fineweb, out, vocab_size=99999999999)
+    for name, found in (("characters", {"a": 0, "b": 4 * 10**9}), ("words", None)):
+        path = tmp_path / f"{name}.json"
+        if found is None:
+            Tokenizer(models.WordLevel({"a": 0, "</s>": 4 * 10**9}, unk_token="a")).save(str(path))
+        else:
+            path.write_text(json.dumps(found))
+        assert "the id 4000000000; ids must be below 16777216" in refused(fineweb, out, tokenizer=str(path))
     assert "--end-token '300': with --vocab-size it is the number of a token, below 300" in refused(
         fineweb, out, vocab_size=300, end_token="300"
     )

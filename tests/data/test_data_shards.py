@@ -91,6 +91,14 @@ def test_unknown_index(folder):
             TokenShards(folder, "train")
 
 
+@pytest.mark.parametrize("wrong", [{"vocab_size": -1}, {"vocab_size": 0}, {"end_of_text_id": 999}, {"end_of_text_id": -1}])
+def test_numbers_out_of_range(folder, wrong):
+    """`data.verify` says so, too, before training does."""
+    edit_index(folder, **wrong)
+    with pytest.raises(DataError, match=r"index.json: damaged, it(s end of text is no token| is not what data.prepare writes)"):
+        verify(folder)
+
+
 def test_empty_split(folder):
     index = read_index(folder)
     index["splits"]["val"] = {"tokens": 0, "documents": 0, "shards": []}

@@ -299,6 +299,8 @@ def test_a_learned_optimizer_gets_loss_and_steps_and_keeps_its_memory(tmp_path, 
     ("config", "message"),
     [
         (Optimizer(name="no_such_package.Soap"), "cannot import 'no_such_package'"),
+        (Optimizer(name="."), "optimizer .: cannot import ''"),
+        (Optimizer(name=".local.Soap"), "optimizer .local.Soap: cannot import '.local'"),
         (Optimizer(name="torch.optim.Nadam"), "'torch.optim' has no Nadam; did you mean NAdam?"),
         (Optimizer(name="torch.nn.Linear"), "torch.nn.Linear is not a torch.optim.Optimizer"),
         (Optimizer(name="torch.optim.NAdam", arguments={"beta": 1}), "has no argument 'beta'; did you mean 'betas'?"),
