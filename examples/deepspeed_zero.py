@@ -4,13 +4,12 @@ torchrun --nproc_per_node 2 examples/deepspeed_zero.py runs/zero --stage 2 --ste
 """
 
 import argparse
-import os
 from pathlib import Path
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from common import SmallGPT, text_sequences
+from common import SmallGPT, end_process, text_sequences
 
 from celo2 import Celo2, param_groups
 from celo2.distributed.deepspeed import ZeroClient
@@ -56,6 +55,4 @@ while step < args.steps:
     if step % args.save_every == 0:
         engine.save_checkpoint(args.folder, tag=f"step_{step:06d}", client_state={"step": step})
         torch.save(optimizer.state_dict(), args.folder / f"step_{step:06d}" / own_state)
-dist.destroy_process_group()
-# Python's shutdown now and then aborts a process that has finished, in gloo's threads (pytorch/pytorch#190489): leave without it.
-os._exit(0)
+end_process()

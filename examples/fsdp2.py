@@ -4,13 +4,12 @@ torchrun --nproc_per_node 2 examples/fsdp2.py runs/fsdp2 --steps 200
 """
 
 import argparse
-import os
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from common import SmallGPT, text_sequences
+from common import SmallGPT, end_process, text_sequences
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 
@@ -57,6 +56,4 @@ while step < args.steps:
     if step % args.save_every == 0:
         parts = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
         dcp.save(parts, checkpoint_id=args.folder / f"step_{step:06d}")
-dist.destroy_process_group()
-# Python's shutdown now and then aborts a process that has finished, in gloo's threads (pytorch/pytorch#190489): leave without it.
-os._exit(0)
+end_process()
