@@ -24,6 +24,7 @@ from celo2.rule import FIRST_LAYER, Rule, weight_shapes
 
 FORMAT = "celo2-rule"
 LARGEST_EXPONENT, LARGEST_FACTOR = 4, 1000.0  # of step sizes; with the published decays none is above 1e17
+LARGEST_WHITENING = 1
 VERSIONS = ("1", "2", "3")  # 2: of rules with step sizes, 3: with whitening, which programs that know less must not read
 VARIANTS = ("celo2", "celo2-base")
 NDARRAY_EXTENSION = 1  # MessagePack extension type of an array in the published files
@@ -190,8 +191,8 @@ def check_description(rule: Rule, path: object) -> None:
         raise RuleError(f"{path}: step_exponents is {rule.step_exponents}, expected {expected}")
     if not 1 / LARGEST_FACTOR <= rule.step_factor <= LARGEST_FACTOR:
         raise RuleError(f"{path}: step_factor is {rule.step_factor}, expected {1 / LARGEST_FACTOR:g} to {LARGEST_FACTOR:g}")
-    if not 0 <= rule.whitening <= 1:
-        raise RuleError(f"{path}: whitening is {rule.whitening}, expected 0 to 1")
+    if not 0 <= rule.whitening <= LARGEST_WHITENING:
+        raise RuleError(f"{path}: whitening is {rule.whitening}, expected 0 to {LARGEST_WHITENING}")
     if rule.whitening and rule.variant == "celo2-base":
         raise RuleError(f"{path}: whitening is a part of orthogonalization, which a celo2-base rule has not")
 

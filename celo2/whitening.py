@@ -29,7 +29,7 @@ def whitener_shapes(shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     return {key: (*shape[:-2], n, n) for key, n in zip(KEYS, shape[-2:], strict=True) if n <= LONGEST}
 
 
-def whiten_(u: Tensor, whiteners: Mapping[str, Tensor], rate: float, taken: Tensor | None = None) -> Tensor:
+def whiten_(u: Tensor, whiteners: Mapping[str, Tensor], rate: float | Tensor, taken: Tensor | None = None) -> Tensor:
     """P_left u P_right, divided by its RMS: float32 (..., R, C). Then moves `whiteners` towards white directions, in place.
 
     A whitener P becomes A P A with A = I - ρ (S - I), divided by its mean diagonal. S is the mean of u uᵀ (of uᵀ u) over the
@@ -39,7 +39,7 @@ def whiten_(u: Tensor, whiteners: Mapping[str, Tensor], rate: float, taken: Tens
     Args:
         u: directions (..., R, C), any float dtype.
         whiteners: P - I, float32, of the shapes of `whitener_shapes`.
-        rate: of a rule, its `whitening`.
+        rate: of a rule, its `whitening`; of several, float32 (..., 1, 1).
         taken: 0 for a step that is refused: no whitener moves; float32 ().
     """
     u = u.float()
@@ -54,7 +54,7 @@ def whiten_(u: Tensor, whiteners: Mapping[str, Tensor], rate: float, taken: Tens
     return u
 
 
-def moved_by(x: Tensor, deviation: Tensor, rate: float) -> Tensor:
+def moved_by(x: Tensor, deviation: Tensor, rate: float | Tensor) -> Tensor:
     """P - I (..., n, n) after a step with directions x (..., n, m) of RMS 1, whose rows are the side of this P.
 
     With Y = S P (ρ² S / 2 - ρ (1 + ρ) I), A P A is (1 + ρ)² P + Y + Yᵀ. Where n > m, S = x xᵀ / m is never made.
@@ -70,7 +70,7 @@ def moved_by(x: Tensor, deviation: Tensor, rate: float) -> Tensor:
     p.mul_((1 + strength).square()).add_(y + y.mT)
     kept = 1 - LEAK * rate
     p.mul_(kept / p.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None])
-    p.diagonal(dim1=-2, dim2=-1).sub_(kept)
+    p.diagonal(dim1=-2, dim2=-1).sub_(kept[..., 0] if isinstance(kept, Tensor) else kept)
     return p
 
 

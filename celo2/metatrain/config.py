@@ -31,6 +31,7 @@ from celo2.training.idle import Idle, refuse_idle
 PART = Range("above 0 and at most 1", lambda x: 0 < x <= 1)
 HIDDEN = 8  # hidden units H of the rule's two layers
 STEP_NUMBERS = 4  # of step sizes: three exponents, and the logarithm of the factor
+WHITENING_NUMBERS = 1  # of whitening: the logarithm of its rate over that of the start
 GROUP_OF = {weight: group for group, weight in FIRST_LAYER.items()}
 FREEZABLE = [GROUP_OF.get(weight, weight) for weight in weight_shapes(HIDDEN)]
 
@@ -116,6 +117,8 @@ class Rule:
     )
     odd: bool = option(False, "keep the rule odd: -g and -W give -u, as in optimizers set by hand; halves the free θ", was="odd")
     step_sizes: bool = option(False, "train the rule's step sizes, too: longer steps where the gradients of a matrix agree")
+    whitening: float | None = option(None, "how far whiteners move in a step; null: as `init`; 0: no whitening", FRACTION)
+    train_whitening: bool = option(False, "train how far whiteners move in a step, too")
     decays: list[float] | None = option(None, "three, of the momenta and of the factored second moments; null: as `init`", DECAY)
     frozen: list[str] = option([], f"weights that keep their value in `init`: any of {', '.join(FREEZABLE)}", was="frozen")
 
@@ -256,8 +259,11 @@ def loaded(name: str) -> rules.Rule:
 
 
 def start_rule(config: Config) -> rules.Rule:
-    """The rule in `rule.init` with the decays that are asked for, for its settings; of `random`, one without weights."""
+    """The rule in `rule.init` with the whitening and the decays that are asked for, for its settings; of `random`, one without
+    weights."""
     found = rules.Rule({}) if config.rule.init == "random" else loaded(config.rule.init)
+    if config.rule.whitening is not None:
+        found = replace(found, whitening=config.rule.whitening)
     if config.rule.decays is None:
         return found
     first, second, third = config.rule.decays
@@ -265,8 +271,8 @@ def start_rule(config: Config) -> rules.Rule:
 
 
 def theta_size(config: Config) -> int:
-    """The numbers D of θ: the weights of a rule, and those of its step sizes."""
-    return sum(math.prod(shape) for shape in weight_shapes(HIDDEN).values()) + STEP_NUMBERS
+    """The numbers D of θ: the weights of a rule, and those of its step sizes and of whitening."""
+    return sum(math.prod(shape) for shape in weight_shapes(HIDDEN).values()) + STEP_NUMBERS + WHITENING_NUMBERS
 
 
 def normalizes(config: Config) -> bool:
@@ -276,7 +282,7 @@ def normalizes(config: Config) -> bool:
 
 
 def whitening(config: Config) -> float:
-    """How far whiteners move in a step (`celo2.whitening`); 0: the rule has none."""
+    """How far whiteners move in a step of the first θ (`celo2.whitening`); 0: the rule has none."""
     return start_rule(config).whitening if config.rule.variant == "celo2" else 0.0
 
 
@@ -347,7 +353,10 @@ def check(config: Config) -> None:
             "(rule.step_sizes=false)"
         )
     if config.rule.variant == "celo2-base" and start_rule(config).whitening:
-        raise ConfigError("rule.variant is celo2-base, expected celo2: rule.init has whitening, a part of orthogonalization")
+        whose = "rule.init" if config.rule.whitening is None else "the rule by rule.whitening"
+        raise ConfigError(f"rule.variant is celo2-base, expected celo2: {whose} has whitening, a part of orthogonalization")
+    if config.rule.train_whitening and not whitening(config):
+        raise ConfigError("rule.train_whitening is true, expected false: the rule has no whitening (rule.whitening=0.1)")
     if config.rule.decays is not None and len(config.rule.decays) != 3:
         raise ConfigError(f"rule.decays is {config.rule.decays}, expected three numbers")
     if len(config.outer.betas) != 2:

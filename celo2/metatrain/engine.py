@@ -25,6 +25,7 @@ from celo2.metatrain.tasks import TEXT, VOCABULARY
 from celo2.metatrain.theta import parts
 from celo2.orthogonalize import newton_schulz
 from celo2.rule import FIRST_LAYER
+from celo2.rule_files import LARGEST_WHITENING
 from celo2.whitening import KEYS, whiten_
 
 WARM_UP = 3  # steps before a CUDA graph is captured: libraries allocate in their first ones
@@ -271,13 +272,13 @@ def loss_and_gradients(
 
 
 def batched_mlp(theta: np.ndarray) -> dict[str, np.ndarray]:
-    """The rules from θ (U, 351): their MLPs, ready for `bmm`, w0 (U, F, H), b0, b1 (U, H), w1 (U, H, H), w2 (U, H), b2 (U,), and
-    `step` (U, 4)."""
+    """The rules from θ (U, 352): their MLPs, ready for `bmm`, w0 (U, F, H), b0, b1 (U, H), w1 (U, H, H), w2 (U, H), b2 (U,),
+    `step` (U, 4) and `whitening` (U, 1)."""
     weights = parts(theta)
     first = np.concatenate([weights[name] for name in FIRST_LAYER.values()], 1)
     return {
         "w0": first,
-        **{n: weights[n] for n in ("b0", "w1", "b1", "step")},
+        **{n: weights[n] for n in ("b0", "w1", "b1", "step", "whitening")},
         "w2": weights["w2"][..., 0],
         "b2": weights["b2"][:, 0],
     }
@@ -337,9 +338,11 @@ def directed(config: Config, networks: Mapping[str, Tensor], given: Given, white
     Moves the whiteners (U, n, n) of a rule with whitening in place.
     """
     u = directions(networks, given.channels)
+    if whiteners:
+        rate = (whitening(config) * networks["whitening"].exp()).clamp(max=LARGEST_WHITENING)  # (U, 1)
+        u = whiten_(u, whiteners, rate[..., None])
     if config.rule.variant == "celo2":
-        rate = whitening(config)
-        u = newton_schulz(whiten_(u, whiteners, rate) if rate else u)
+        u = newton_schulz(u)
     exponents, factor = networks["step"][:, :3], networks["step"][:, 3]  # (U, K), (U,)
     step_size = (factor + (exponents.T * given.agreements).sum(0)).exp()
     return across(step_size, u) * rules.rms_normalized(u, last_axes(u))

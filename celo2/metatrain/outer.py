@@ -17,18 +17,17 @@ from celo2.metatrain.config import FREE, Config, ConfigError, dotted, start_rule
 from celo2.metatrain.engine import choose_unroll
 from celo2.metatrain.families import Arrays, families_of
 from celo2.metatrain.tasks import Data
-from celo2.metatrain.theta import SIZE, STARTS, STEP, first_theta, rule_of
+from celo2.metatrain.theta import SIZE, STARTS, STEP, WHITENING, first_theta, rule_of
 from celo2.rule import Rule
 from celo2.training.atomic import write_atomically
 
 FORMAT = "celo2-metatrain"
 
 
-def with_step_sizes(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """x (..., D) of a state that was written when θ held the weights alone: zeros for the step sizes bring it to `shape`."""
-    missing = SIZE - STARTS[STEP]
-    if x.ndim and shape[-1:] == (SIZE,) and x.shape == (*shape[:-1], SIZE - missing):
-        return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
+def extended(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """x (..., D) of a state that was written when θ had no step sizes or no whitening yet: zeros for them bring it to `shape`."""
+    if x.ndim and shape[-1:] == (SIZE,) and x.shape[:-1] == shape[:-1] and x.shape[-1] in (STARTS[STEP], STARTS[WHITENING]):
+        return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, SIZE - x.shape[-1])])
     return x
 
 
@@ -132,7 +131,7 @@ class Outer(ABC):
         if "start" not in meta and start.whitening:  # no rule had whitening when it was written
             raise ConfigError(f"{path} was written before rules had whitening, and rule.init has it: begin in another run.dir")
         own = self.tensors()
-        arrays = {key: with_step_sizes(x, own[key].shape) if key in own else x for key, x in arrays.items()}
+        arrays = {key: extended(x, own[key].shape) if key in own else x for key, x in arrays.items()}
         if {k: x.shape for k, x in own.items()} != {k: x.shape for k, x in arrays.items()}:
             raise ConfigError(f"{path}: its arrays are not those of this configuration")
         self.iteration, self.seconds = meta["iteration"], meta["seconds"]

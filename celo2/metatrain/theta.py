@@ -1,4 +1,4 @@
-"""θ: the weights of a rule and its step sizes as one vector (351,), the space in which meta-training searches.
+"""θ: the weights of a rule, its step sizes and its whitening as one vector (352,), the space in which meta-training searches.
 
 Odd rules: -g and -W give -u. Every optimizer set by hand is odd. A learned rule that is not odd pushes every matrix in some fixed
 direction, which Newton–Schulz makes as large as any other. A space of half the dimensions is also easier to search.
@@ -12,23 +12,36 @@ import math
 import numpy as np
 import torch
 
-from celo2.metatrain.config import HIDDEN, STEP_NUMBERS, Config, ConfigError, loaded, normalizes, start_rule
+from celo2.metatrain.config import (
+    HIDDEN,
+    STEP_NUMBERS,
+    WHITENING_NUMBERS,
+    Config,
+    ConfigError,
+    loaded,
+    normalizes,
+    start_rule,
+    whitening,
+)
 from celo2.metatrain.problems import START, random
 from celo2.rule import CHANNEL_GROUPS, FIRST_LAYER, Rule, weight_shapes
-from celo2.rule_files import LARGEST_EXPONENT, LARGEST_FACTOR
+from celo2.rule_files import LARGEST_EXPONENT, LARGEST_FACTOR, LARGEST_WHITENING
 
-STEP = "step"  # what θ holds beside the weights: the exponents of step sizes, and the logarithm of their factor
-SHAPES = weight_shapes(HIDDEN) | {STEP: (STEP_NUMBERS,)}
+# What θ holds beside the weights: the exponents of step sizes and the logarithm of their factor; and the logarithm of the rate of
+# whitening over that of the start.
+STEP, WHITENING = "step", "whitening"
+SHAPES = weight_shapes(HIDDEN) | {STEP: (STEP_NUMBERS,), WHITENING: (WHITENING_NUMBERS,)}
 STARTS, SIZE = {}, 0  # where each weight begins in θ
 for _name, _shape in SHAPES.items():
     STARTS[_name] = SIZE
     SIZE += math.prod(_shape)
+BESIDE = SIZE - STARTS[STEP]  # numbers that are no weights
 CHANNELS = sum(group.count for group in CHANNEL_GROUPS)
 ODD = {FIRST_LAYER[group.name] for group in CHANNEL_GROUPS if group.odd} | {"w2", "b2"}  # weights whose sign turns
 
 
 def parts(theta: np.ndarray) -> dict[str, np.ndarray]:
-    """Views of θ (..., 351) as the rule's weights (..., *shape) and of its step sizes (..., 4), by name."""
+    """Views of θ (..., 352) as the rule's weights (..., *shape), its step sizes (..., 4) and its whitening (..., 1), by name."""
     found = {}
     for name, shape in SHAPES.items():
         found[name] = theta[..., STARTS[name] : STARTS[name] + math.prod(shape)].reshape(*theta.shape[:-1], *shape)
@@ -36,18 +49,18 @@ def parts(theta: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def theta_of(rule: Rule) -> np.ndarray:
-    """The weights of a rule and what its step sizes are made of as θ, float32."""
-    weights = [rule.weights[name].numpy().ravel() for name in SHAPES if name != STEP]
-    return np.concatenate([*weights, step_of(rule)])
+    """The weights of a rule and what its step sizes are made of as θ, float32, with the rule's own whitening."""
+    weights = [rule.weights[name].numpy().ravel() for name in weight_shapes(HIDDEN)]
+    return np.concatenate([*weights, step_of(rule), np.zeros(WHITENING_NUMBERS, np.float32)])
 
 
 def step_of(rule: Rule) -> np.ndarray:
-    """The last four numbers of θ: three exponents and the logarithm of the factor, float32."""
+    """Of θ the numbers of step sizes: three exponents and the logarithm of the factor, float32."""
     return np.array([*rule.step_exponents, math.log(rule.step_factor)], np.float32)
 
 
 def within_bounds(theta: np.ndarray) -> np.ndarray:
-    """θ (..., 351) with the nearest step sizes that a rule file may hold: a search that leaves the bounds stops at them."""
+    """θ (..., 352) with the nearest step sizes that a rule file may hold: a search that leaves the bounds stops at them."""
     theta = theta.copy()
     step = parts(theta)[STEP]
     exponents, factor = step[..., :3], step[..., 3]
@@ -56,11 +69,18 @@ def within_bounds(theta: np.ndarray) -> np.ndarray:
     return theta
 
 
+def whitening_of(theta: np.ndarray, config: Config) -> np.ndarray:
+    """How far whiteners move in a step under θ (..., 352): (...), at most what a rule file may say; zeros without whitening."""
+    return np.minimum(whitening(config) * np.exp(parts(theta)[WHITENING][..., 0].astype(np.float64)), LARGEST_WHITENING)
+
+
 def rule_of(theta: np.ndarray, config: Config, description: str) -> Rule:
     """The rule with the weights θ, as the configuration uses it."""
     weights = {name: torch.from_numpy(part.copy()) for name, part in parts(within_bounds(theta.astype(np.float32))).items()}
     step, start = weights.pop(STEP).numpy(), start_rule(config)
+    weights.pop(WHITENING)
     settings = start.settings() | {"variant": config.rule.variant, "normalize_gradient": normalizes(config)}
+    settings |= {"whitening": float(whitening_of(theta, config))}
     if not np.array_equal(step, step_of(start)):  # else they stay as they are, not rounded to float32
         factor = min(max(math.exp(step[3]), 1 / LARGEST_FACTOR), LARGEST_FACTOR)  # exp of a rounded bound may lie beyond it
         settings |= {"step_exponents": tuple(step[:3].tolist()), "step_factor": factor}
@@ -77,13 +97,13 @@ def first_theta(config: Config) -> np.ndarray:
     else:
         theta = theta_of(start_rule(config)).astype(np.float64)
         if theta.shape != (SIZE,):
-            raise ConfigError(f"rule.init is '{init}', a rule of {theta.size - STEP_NUMBERS} weights, expected {STARTS[STEP]}")
+            raise ConfigError(f"rule.init is '{init}', a rule of {theta.size - BESIDE} weights, expected {STARTS[STEP]}")
     theta = theta + config.rule.init_noise * free(config) * rng.standard_normal(SIZE)
     return (odd_part(theta) if config.rule.odd else theta).astype(np.float32)
 
 
 def expert_theta(config: Config) -> np.ndarray | None:
-    """θ (351,) of the expert, or None.
+    """θ (352,) of the expert, or None.
 
     Raises:
         ConfigError: a rule of another size, or with other accumulators or another gradient than the rule that it is to help; or
@@ -95,30 +115,32 @@ def expert_theta(config: Config) -> np.ndarray | None:
     theta = theta_of(expert)
     if theta.shape != (SIZE,):
         raise ConfigError(
-            f"expert.rule is '{config.expert.rule}', a rule of {theta.size - STEP_NUMBERS} weights, expected {STARTS[STEP]}"
+            f"expert.rule is '{config.expert.rule}', a rule of {theta.size - BESIDE} weights, expected {STARTS[STEP]}"
         )
     for name in ("momentum_decays", "second_moment_decay", "factored_decays"):
         if getattr(expert, name) != getattr(own, name):
             raise ConfigError(
                 f"expert.rule has {name} {getattr(expert, name)}, expected {getattr(own, name)}, as the rule that is trained"
             )
-    for name, rule in (("expert.rule", expert), ("rule.init", own)):
+    whose = "rule.init" if config.rule.whitening is None else "the rule by rule.whitening"
+    for name, rule in (("expert.rule", expert), (whose, own)):
         if rule.whitening:
             raise ConfigError(f"{name} has whitening {rule.whitening}, expected 0 where an expert helps")
     return theta
 
 
 def free(config: Config) -> np.ndarray:
-    """(351,): 1 for the numbers that are trained, 0 for the others."""
+    """(352,): 1 for the numbers that are trained, 0 for the others."""
     mask = np.ones(SIZE)
     parts(mask)[STEP][...] = config.rule.step_sizes
+    parts(mask)[WHITENING][...] = config.rule.train_whitening
     for name in config.rule.frozen:
         parts(mask)[FIRST_LAYER.get(name, name)][...] = 0
     return mask
 
 
 def useful(config: Config, theta: np.ndarray) -> np.ndarray:
-    """(351,): 1 for the free numbers that can change an update of the rule θ or of one that differs from it in free numbers.
+    """(352,): 1 for the free numbers that can change an update of the rule θ or of one that differs from it in free numbers.
 
     Outputs 1 and 2 never can; nor can a unit whose weights to the next layer, or from the one before, are frozen zeros.
     """
@@ -133,12 +155,12 @@ def useful(config: Config, theta: np.ndarray) -> np.ndarray:
     for name in (*FIRST_LAYER.values(), "b0"):
         at[name][...] = heard_1
     at["w1"][...] = fed_1[:, None] & heard_2
-    at["b1"][...], at["w2"][:, 0], at["b2"][0], at[STEP][...] = heard_2, fed_2, 1, 1
+    at["b1"][...], at["w2"][:, 0], at["b2"][0], at[STEP][...], at[WHITENING][...] = heard_2, fed_2, 1, 1, 1
     return mask * free(config)
 
 
 def directions_of(config: Config, theta: np.ndarray) -> np.ndarray:
-    """The directions (n, 351) of a search: orthogonal, with entries 0, 1 and -1. In an odd rule weights go in pairs."""
+    """The directions (n, 352) of a search: orthogonal, with entries 0, 1 and -1. In an odd rule weights go in pairs."""
     unit, found = np.eye(SIZE), []
     place, sign = mirror()
     for i in np.flatnonzero(useful(config, theta)):
@@ -153,14 +175,14 @@ def directions_of(config: Config, theta: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def mirror() -> tuple[np.ndarray, np.ndarray]:
-    """(place, sign), both (351,): sign · θ[place] is the rule u'(g, W) = -u(-g, -W) of θ's u.
+    """(place, sign), both (352,): sign · θ[place] is the rule u'(g, W) = -u(-g, -W) of θ's u.
 
     Hidden units go in pairs: one does for the signs turned round what its partner does for the signs as they are.
     """
     partner = np.arange(HIDDEN) ^ 1  # of each hidden unit
     place, sign = [], []
     for name, here in parts(np.arange(SIZE)).items():
-        if name not in ("b2", STEP):  # the axis of what a weight comes from, where that is a hidden unit
+        if name not in ("b2", STEP, WHITENING):  # the axis of what a weight comes from, where that is a hidden unit
             here = here[:, partner] if name in FIRST_LAYER.values() else here[partner]
         if name == "w1":  # the axis of what it leads to
             here = here[:, partner]
@@ -170,12 +192,12 @@ def mirror() -> tuple[np.ndarray, np.ndarray]:
 
 
 def odd_noise(noise: np.ndarray) -> np.ndarray:
-    """Normal noise (..., 351) of deviation 1 as noise of odd rules, whose free numbers have deviation 1 again."""
+    """Normal noise (..., 352) of deviation 1 as noise of odd rules, whose free numbers have deviation 1 again."""
     place, _ = mirror()
     return np.where(place == np.arange(SIZE), 1.0, math.sqrt(2)) * odd_part(noise)
 
 
 def odd_part(theta: np.ndarray) -> np.ndarray:
-    """The nearest θ (..., 351) of an odd rule; half of the dimensions remain."""
+    """The nearest θ (..., 352) of an odd rule; half of the dimensions remain."""
     place, sign = mirror()
     return (theta + sign * theta[..., place]) / 2

@@ -39,11 +39,11 @@ class MetaTraining(Outer):
     """PES with AdamW: perturb θ, unroll a truncation, estimate the gradient.
 
     Attributes:
-        theta: (351,), a parameter of the outer AdamW.
-        xi: (N, 351) the sum of ε of each problem since it started.
+        theta: (352,), a parameter of the outer AdamW.
+        xi: (N, 352) the sum of ε of each problem since it started.
         problems: of each family.
         buckets: running scale of the loss differences, or None.
-        expert: (351,) θ of the rule that helps at first, or None.
+        expert: (352,) θ of the rule that helps at first, or None.
     """
 
     def __init__(self, config: Config, *data: Data) -> None:
@@ -108,10 +108,10 @@ class MetaTraining(Outer):
         }
 
     def advance(self, theta: np.ndarray, share: float = 0.0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
-        """The next truncation of every problem under θ (2N, 351), with so much of what an expert may do.
+        """The next truncation of every problem under θ (2N, 352), with so much of what an expert may do.
 
         Returns:
-            inner losses (2N, T), where problems start again (N,), the ξ of the late states that they go on from (N, 351), and the
+            inner losses (2N, T), where problems start again (N,), the ξ of the late states that they go on from (N, 352), and the
             imitation terms (2N, T, 2), or None where no expert helps.
         """
         losses, resets, terms = [], [], []

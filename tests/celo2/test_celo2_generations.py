@@ -80,11 +80,14 @@ def test_directions_are_those_that_change_an_update():
     free_config = small(
         "rule.init=celo2-lm"
     )  # nothing is frozen: then every weight but those of outputs 1 and 2 can have an effect
-    assert useful(free_config, theta).sum() == len(theta) - 4 - 8 * 2 - 2  # nor are step sizes trained
+    assert useful(free_config, theta).sum() == len(theta) - 5 - 8 * 2 - 2  # nor are step sizes and whitening trained
     sized = small(TEXT_RULE + " rule.step_sizes=true")
     assert directions_of(sized, theta).shape == (15 + 4, len(theta))
-    np.testing.assert_array_equal(directions_of(sized, theta)[15:, -4:], np.eye(4))
-    for direction in np.eye(len(theta))[-4:]:
+    np.testing.assert_array_equal(directions_of(sized, theta)[15:, -5:-1], np.eye(4))
+    whitened = small(TEXT_RULE + " rule.step_sizes=true rule.whitening=0.1 rule.train_whitening=true")
+    assert directions_of(whitened, theta).shape == (15 + 4 + 1, len(theta))
+    np.testing.assert_array_equal(directions_of(whitened, theta)[15:, -5:], np.eye(5))
+    for direction in np.eye(len(theta))[-5:-1]:
         assert np.abs(updated(theta + 0.3 * direction) - updated(theta)).max() > 1e-3
     with pytest.raises(ConfigError, match="leaves nothing to search for"):
         directions_of(small(TEXT_RULE.replace("]", ",gradient,clipped_gradient,momentum,scaled_momentum,factored_gradient,"

@@ -38,10 +38,12 @@ def whitened_state(state):
 
 @pytest.mark.parametrize("shape", [(12, 20), (20, 12), (16, 16)])
 def test_a_step_of_the_plain_engine_is_that_of_the_rule(shape):
-    """Three unrolls, each with its own θ: updates, whiteners and all other accumulators in every one of six steps."""
+    """Three unrolls, each with its own θ and rate of whitening: updates, whiteners and all other accumulators in every one of six
+    steps."""
     config, unrolls = small(WHITENED), 3
     random = np.random.default_rng(0)
     theta = (theta_of(load_rule("hand-whitened")) + 0.1 * random.standard_normal((unrolls, SIZE))).astype(np.float32)
+    theta[:, -1] = np.log([0.5, 2, 20])  # the last: a rate of 1, the largest
     networks = {name: torch.from_numpy(x) for name, x in plain.batched_mlp(theta).items()}
     shapes = accumulator_shapes(shape, factored_axes(shape), whitened=True)
     parameter = {key: torch.zeros(unrolls, *of_key) for key, of_key in shapes.items()}
@@ -121,6 +123,7 @@ def test_fast_equals_plain_over_twenty_steps(case, data, fast):  # noqa: F811
     config = small(f"{WHITENED} inner.schedule=cosine tasks.problems=2 inner.truncation=20 inner.max_length=60 {changes}")
     family = family_of(config, data[name])
     truncation, state, theta = prepared(config, family, spread)
+    theta[:, -1] = np.log(np.linspace(0.5, 2, len(theta)))  # rates of whitening from 0.05 to 0.2
     other = {key: x.copy() for key, x in state.items()}
     expected = plain.unroll(config, family, state, theta, truncation)
     losses = fast.unroll(config, family, other, theta, truncation)
@@ -235,6 +238,31 @@ def test_generations_keep_whitening(tmp_path):
 
 
 @pytest.mark.parametrize("text", [TINY, CMA], ids=["pes", "cma"])
+def test_the_rate_of_whitening_is_trained_where_it_is_asked_for(text, tmp_path):
+    """A start without whitening gets one; a run in pieces equals a whole one; unasked the rate stays what it is."""
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    asked = ("rule.init=hand-nesterov", "rule.whitening=0.05", "rule.train_whitening=true")
+    whole = load_rule(folder_of(path, "whole", *asked, "outer.iterations=4") / "rule.safetensors")
+    for iterations in (2, 4):
+        pieces = folder_of(path, "pieces", *asked, f"outer.iterations={iterations}")
+    assert load_rule(pieces / "rule.safetensors") == whole and numbers(pieces) == numbers(tmp_path / "whole")
+    assert whole.whitening not in (0, 0.05) and 0.01 < whole.whitening < 0.25
+    kept = folder_of(path, "kept", *asked[:2], "outer.iterations=4")
+    assert load_rule(kept / "rule.safetensors").whitening == 0.05
+    without = folder_of(path, "without", "rule.init=hand-whitened", "rule.whitening=0", "outer.iterations=2")
+    assert load_rule(without / "rule.safetensors").whitening == 0
+
+
+def test_a_rate_beyond_a_rule_file_is_the_largest(digits, tmp_path):  # noqa: F811
+    config = small("rule.init=hand-nesterov rule.whitening=0.1 rule.train_whitening=true")
+    theta = MetaTraining(config, digits).current().copy()
+    theta[-1] = 5
+    save_rule(rule_of(theta, config, ""), tmp_path / "rule.safetensors")
+    assert load_rule(tmp_path / "rule.safetensors").whitening == 1
+
+
+@pytest.mark.parametrize("text", [TINY, CMA], ids=["pes", "cma"])
 def test_a_run_does_not_continue_with_another_start(text, tmp_path, capsys, monkeypatch):
     """The same path with another rule in it: other whitening, decays, weights. And states from before rules had whitening."""
     monkeypatch.setattr(configuration, "loaded", load_rule)  # without a cache
@@ -271,6 +299,11 @@ def test_a_run_does_not_continue_with_another_start(text, tmp_path, capsys, monk
         ([WHITENED, "expert.rule=hand-agreement"], "rule.init has whitening 0.1, expected 0 where an expert helps"),
         ([WHITENED, "expert.rule=hand-whitened"], "expert.rule has whitening 0.1, expected 0 where an expert helps"),
         (["rule.init=hand-agreement", "expert.rule=hand-whitened"], "expert.rule has whitening 0.1, expected 0"),
+        (["rule.train_whitening=true"], "rule.train_whitening is true, expected false: the rule has no whitening"),
+        ([WHITENED, "rule.whitening=0", "rule.train_whitening=true"], "the rule has no whitening (rule.whitening=0.1)"),
+        (["rule.whitening=1.5"], "rule.whitening is 1.5, expected a fraction between 0 and 1"),
+        (["rule.whitening=0.2", "rule.variant=celo2-base"], "celo2: the rule by rule.whitening has whitening"),
+        (["rule.whitening=0.2", "expert.rule=hand-nesterov"], "the rule by rule.whitening has whitening 0.2, expected 0"),
     ],
 )
 def test_a_mistake_is_one_clear_line(overrides, message, tmp_path, capsys):

@@ -19,13 +19,14 @@ import numpy as np
 from celo2 import orthogonalize
 from celo2 import rule as rules
 from celo2 import whitening as whiteners
-from celo2.metatrain.config import Config, Images, normalizes, start_rule, whitening
+from celo2.metatrain.config import Config, Images, normalizes, start_rule
 from celo2.metatrain.engine import Expert
 from celo2.metatrain.families import Arrays, Family
 from celo2.metatrain.numba_engine import mlp, transformer
 from celo2.metatrain.numba_engine.kernels import ADAM, MATRIX, VECTOR, Update
 from celo2.metatrain.numba_engine.products import padded
 from celo2.metatrain.problems import Truncation
+from celo2.metatrain.theta import whitening_of
 
 SOURCES = ("config", "families", "tasks", "theta")  # modules of celo2.metatrain whose constants the kernels hold
 NETWORKS = {"images": mlp, "text": transformer}
@@ -153,7 +154,7 @@ def update_of(config: Config, family: Family, theta: np.ndarray, expert: Expert 
         np.float32(config.expert.lr),
         np.float32(math.inf if clip is None else clip),
         np.float32(0 if expert is None else expert.forcing),
-        np.float32(whitening(config)),
+        np.float32(whitening_of(theta, config)),
     )
 
 
