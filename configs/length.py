@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from celo2.training.configuration import ConfigError, Written
-from configs.schema import Config
+from configs.schema import LARGEST_BATCH, Config
 from data.batch_sizes import BatchSizes
 
 
@@ -25,6 +25,8 @@ def batch_sizes(train: Mapping[str, Any]) -> BatchSizes:
             )
         if type(size) is not int or size < 1:
             raise ConfigError(f"train.ramp.{step} is {size!r}, expected a number of sequences, 1 or above")
+        if size > LARGEST_BATCH:
+            raise ConfigError(f"train.ramp.{step} is {size}, expected at most {LARGEST_BATCH} sequences")
         ramp[int(step)] = size
     return BatchSizes(train["batch_size"], ramp)
 

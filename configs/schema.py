@@ -23,6 +23,8 @@ from celo2.training.configuration import (
     section,
 )
 
+LARGEST_BATCH = 2**24  # sequences; their order must fit into memory
+BATCH_SIZE = Range(f"at least 1 and at most {LARGEST_BATCH}", lambda x: 1 <= x <= LARGEST_BATCH)
 RECOMPUTED = Range(
     "false, true, operations, or a number of blocks",
     lambda x: x.lower() in ("false", "true", "no", "yes", "off", "on", "operations") or x.isdecimal(),
@@ -138,7 +140,7 @@ class Schedule:
 class Train:
     steps: int = option(1000, "optimizer steps", at_least(1))
     tokens: int | None = option(None, "training tokens, in place of train.steps; a step takes batch_size x context", at_least(1))
-    batch_size: int = option(32, "sequences in one optimizer step, over all ranks", at_least(1))
+    batch_size: int = option(32, "sequences in one optimizer step, over all ranks", BATCH_SIZE)
     ramp: dict[str, Any] | None = option(
         None, "other batch sizes from given steps on, counted from 0: {1000: 64, 4000: 128}; null: none"
     )

@@ -41,7 +41,7 @@ def parse_declared(text: str) -> dict[str, str]:
     if not isinstance(config, dict):
         raise ValueError("not an object")
     tokens = {key: config.get(key) for key in ("eos_token", "pad_token")}
-    tokens = {key: token["content"] if isinstance(token, dict) else token for key, token in tokens.items()}
+    tokens = {key: token.get("content") if isinstance(token, dict) else token for key, token in tokens.items()}
     return {key: token for key, token in tokens.items() if isinstance(token, str)}
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from data import DataError
 from data.shards import check_files, read_index, verify_shards
+from data.tokenizer import load_declared, load_tokenizer
 
 
 def verify(folder: str | Path, log: Callable[[str], None] = print) -> None:
@@ -20,6 +21,8 @@ def verify(folder: str | Path, log: Callable[[str], None] = print) -> None:
     check_files(folder, index, *index["splits"])
     if index["end_of_text_id"] >= index["vocab_size"]:
         raise DataError(f"{folder / 'index.json'}: damaged, its end of text is no token of its vocabulary")
+    load_tokenizer(folder)
+    load_declared(folder)
     log("ok  tokenizer.json")
     for split in index["splits"]:
         for name, size in verify_shards(folder, index, split):

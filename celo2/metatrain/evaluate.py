@@ -146,18 +146,19 @@ def check(options: argparse.Namespace) -> None:
 def by_optimizer(option: str, text: str, optimizers: Sequence[str]) -> dict[str, float]:
     """The numbers of "0.004,muon=0.04" by optimizer, "" for those without one of their own."""
     found: dict[str, float] = {}
-    for part in filter(None, text.split(",")):
+    for part in text.split(",") if text else []:
         name, named, value = part.rpartition("=")
         if named and name not in optimizers:
             raise ConfigError(f"{option} {part}: there is no '{name}' among {', '.join(optimizers)}")
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not 0 <= number < math.inf:
+            raise ConfigError(f"{option} {part or text}: expected a number of at least 0, or OPTIMIZER=NUMBER")
         if name in found:
             raise ConfigError(f"{option} {text}: two numbers for {name or 'all'}")
-        try:
-            found[name] = float(value)
-        except ValueError:
-            found[name] = math.nan
-        if not 0 <= found[name] < math.inf:
-            raise ConfigError(f"{option} {part}: expected a number of at least 0, or OPTIMIZER=NUMBER")
+        found[name] = number
     return found
 
 

@@ -31,7 +31,7 @@ from celo2.rule import Rule
 from celo2.rule_files import save_rule
 from celo2.training.atomic import write_atomically
 from celo2.training.configuration import to_yaml
-from celo2.training.metrics import read_metrics, rewind
+from celo2.training.metrics import finite, read_metrics, rewind
 from celo2.training.schedule import cosine
 
 
@@ -200,7 +200,7 @@ def run(config: Config, show: Callable[[int, dict[str, float]], None]) -> Path:
             record = {"iteration": i, "seconds": round(training.seconds, 3), **means}
             recent = []
             with metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(json.dumps({key: finite(value) for key, value in record.items()}) + "\n")
             show(i, record)
         if i % config.checkpoint.snapshot_every == 0 or last:
             save_whole(training.rule(), folder / "rules" / f"{i:08d}.safetensors")

@@ -61,6 +61,12 @@ def test_run_leaves_metrics_curve_and_a_rule_that_loads(variant, tiny):
     assert load_config(folder / "config.yaml").rule.variant == variant
 
 
+def test_metrics_are_json_whatever_becomes_of_a_run(tiny):
+    """The norm of weights that have diverged is null, which every reader of JSON knows."""
+    text = (folder_of(tiny, "run", "outer.lr=1e30", "outer.iterations=4") / "metrics.jsonl").read_text()
+    assert [json.loads(line)["theta_norm"] for line in text.splitlines()] == [None, None] and "Infinity" not in text
+
+
 def test_same_seed_same_rule_another_seed_another(tiny):
     first, again, other = (folder_of(tiny, name, f"run.seed={seed}") for name, seed in (("a", 0), ("b", 0), ("c", 1)))
     assert load_rule(first / "rule.safetensors") == load_rule(again / "rule.safetensors")

@@ -261,6 +261,8 @@ def test_what_is_named_twice_is_compared_once(tmp_path, capsys):
         (["--validation-batches", "0"], "--validation-batches 0: expected at least 1"),
         (["--lr", "0"], "--lr 0: expected a number above 0"),
         (["--lr", "fast"], "--lr fast: expected a number of at least 0, or OPTIMIZER=NUMBER"),
+        (["--lr", ","], "--lr ,: expected a number of at least 0, or OPTIMIZER=NUMBER"),
+        (["--weight-decay", "0.1,"], "--weight-decay 0.1,: expected a number of at least 0, or OPTIMIZER=NUMBER"),
         (["--lr", "=3"], "--lr =3: there is no '' among adamw, muon,"),
         (["--lr", "0.1,0.2"], "--lr 0.1,0.2: two numbers for all"),
         (["--lr", "0.1,moun=0.2"], "--lr moun=0.2: there is no 'moun' among adamw, muon,"),

@@ -99,6 +99,17 @@ def test_numbers_out_of_range(folder, wrong):
         verify(folder)
 
 
+@pytest.mark.parametrize("text", ["", "[]", "{", '"x"', "\udcff"])
+def test_verify_reads_what_the_tokenizer_declares(text, folder):
+    path = folder / "tokenizer_config.json"
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(DataError, match=r"tokenizer_config.json: damaged, not a JSON object"):
+        verify(folder)
+    for harmless in ("{}", '{"eos_token": {}}', '{"eos_token": null}'):
+        path.write_text(harmless)
+        verify(folder)
+
+
 def test_empty_split(folder):
     index = read_index(folder)
     index["splits"]["val"] = {"tokens": 0, "documents": 0, "shards": []}

@@ -79,6 +79,8 @@ def test_a_ramp_that_cannot_be_is_refused(run, prepared):
         ("train.ramp={0: 16}", "train.ramp has the key 0, expected a step from which on a batch size holds, 1 or above"),
         ("train.ramp={2.5: 16}", "train.ramp has the key 2.5"),
         ("train.ramp={4: 0}", "train.ramp.4 is 0, expected a number of sequences, 1 or above"),
+        ("train.ramp={2: 99999999999}", "train.ramp.2 is 99999999999, expected at most 16777216 sequences"),
+        ("train.batch_size=9999999999", "train.batch_size is 9999999999, expected at least 1 and at most 16777216"),
         ("train.ramp=16", "expected a mapping"),
         ("train.tokens=0", "train.tokens is 0, expected at least 1"),
     ):
