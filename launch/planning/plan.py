@@ -22,7 +22,7 @@ from launch.planning.remedies import remedy_lines
 from launch.planning.table import cost_lines
 from launch.planning.units import size
 from launch.run.check import prompt_notes
-from launch.run.evaluation import open_exams, open_sets
+from launch.run.evaluation import open_sets, open_tasks
 from launch.run.mixture import mixture_notes
 from launch.run.schedule import lr_factor
 from launch.run.setup import build_from_config, open_data, vocabulary
@@ -123,7 +123,7 @@ def make_plan(config: Config, world: int, machine: Machine) -> str:
     if shards is not None:
         open_sets(config, validation, fetch=False)
         without = replace(config, eval=replace(config.eval, lm_eval=[]))  # lm-eval lists its tasks for a long time
-        open_exams(without, validation, context)
+        open_tasks(without, validation, context)
         batches = Batches(shards, context, sizes, config.run.seed)
         notes = [*prompt_notes(config, shards, context), *mixture_notes(batches, shards, config.train.steps)]
         lines += [f"note: {note}" for note in notes]

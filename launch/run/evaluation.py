@@ -29,7 +29,7 @@ from launch.run.mixture import local
 from launch.run.multiple_choice import MultipleChoice
 from launch.run.ranks import Fact, require_same
 from launch.run.schedule import due
-from launch.run.scoring import Exam, Scorer, Stopped
+from launch.run.scoring import Scorer, Stopped, Task
 from launch.run.state import RunState
 
 
@@ -110,9 +110,9 @@ class Evaluator:
         self.lengths = bytes_of_tokens(validation)  # all sets have its tokenizer
         if len(self.sets) > 1:
             require_same(accelerator, self.facts)
-        self.exams: list[Exam] = []  # on the first rank alone
+        self.tasks: list[Task] = []  # on the first rank alone
         if config.eval.tasks or config.eval.lm_eval:
-            on_first_rank(accelerator, lambda: self.exams.extend(open_exams(config, validation, context)), mark)
+            on_first_rank(accelerator, lambda: self.tasks.extend(open_tasks(config, validation, context)), mark)
 
     def facts(self) -> list[Fact]:
         """What must be the same on all ranks."""
@@ -132,15 +132,15 @@ class Evaluator:
         `stopping`: asked before every batch whether to stop, on every rank alike.
         """
         average, every = strategy.average, self.config.eval.tasks_every
-        exams = bool(self.config.eval.tasks or self.config.eval.lm_eval) and (
+        tasks = bool(self.config.eval.tasks or self.config.eval.lm_eval) and (
             not every or due(step, every, self.config.train.steps)
         )
         set_mode(strategy.optimizer, "eval")
         try:
-            found = self._weights(strategy, exams, stopping)
+            found = self._weights(strategy, tasks, stopping)
             if average is not None and average.begun:
                 with average.in_place(strategy.weights_changed):
-                    of_average = self._weights(strategy, exams, stopping)
+                    of_average = self._weights(strategy, tasks, stopping)
                 found.record.update({f"average/{key}": value for key, value in of_average.record.items()})
                 found.lines.extend(f"average: {line}" for line in of_average.lines)
             return found
@@ -148,8 +148,8 @@ class Evaluator:
             return None
 
     @torch.no_grad()
-    def _weights(self, strategy: Strategy, exams: bool, stopping: Callable[[], bool]) -> Found:
-        """What the weights that are in place make of every set, and with `exams` of the tasks."""
+    def _weights(self, strategy: Strategy, tasks: bool, stopping: Callable[[], bool]) -> Found:
+        """What the weights that are in place make of every set, and if `tasks` of the tasks."""
         found = Found(math.nan, {}, [])
         strategy.loss_model.eval()
         try:
@@ -158,11 +158,11 @@ class Evaluator:
                 found.record.update(of_set.record(name))
                 found.lines.append(f"validation {of_set.text()}" if not name else f"{name}: {of_set.text()}")
                 found = found if name else found._replace(loss=of_set.loss)
-            if exams:
+            if tasks:
                 with torch.compiler.set_stance("force_eager"):  # every length would be compiled anew
                     scores = Scorer(
                         strategy, self.context, self.config.train.micro_batch_size, self.end, stopping, self.mark
-                    ).examine(self.exams)
+                    ).run_tasks(self.tasks)
                 found.record.update(scores)
                 found.lines.extend(in_words(scores))
         finally:
@@ -217,15 +217,15 @@ def open_sets(config: Config, validation: TokenShards, fetch: bool = True) -> di
     return sets
 
 
-def open_exams(config: Config, validation: TokenShards, context: int) -> list[Exam]:
+def open_tasks(config: Config, validation: TokenShards, context: int) -> list[Task]:
     """The tasks of `eval.tasks` and `eval.lm_eval`. Raises ConfigError for one that cannot be used."""
     tokenizer, end, most = load_tokenizer(validation.folder), validation.eot_id, config.eval.task_examples
-    exams: list[Exam] = [
+    tasks: list[Task] = [
         MultipleChoice(name, file, tokenizer, end, context, most) for name, file in (config.eval.tasks or {}).items()
     ]
     if config.eval.lm_eval:
-        exams.append(LMEvalTasks(config.eval.lm_eval, config.eval.lm_eval_include, tokenizer, end, context, most))
-    return exams
+        tasks.append(LMEvalTasks(config.eval.lm_eval, config.eval.lm_eval_include, tokenizer, end, context, most))
+    return tasks
 
 
 def evaluation(loss: float, targets: float, length: float) -> Evaluation:

@@ -1,6 +1,6 @@
-"""Log-probabilities of continuations under the model that trains, and exams that are built on them.
+"""Log-probabilities of continuations under the model that trains, and tasks that are built on them.
 
-An exam runs on the first rank alone, and asks for the scores of rows of tokens. The other ranks get the rows, and compute their
+A task runs on the first rank alone, and asks for the scores of rows of tokens. The other ranks get the rows, and compute their
 part. The rows of a forward pass depend on the rows alone: any number of ranks makes the same passes, each on one of them, so
 that every number is the same, bit for bit.
 
@@ -35,7 +35,7 @@ class Row(NamedTuple):
 Ask = Callable[[Sequence[Row]], Tensor]  # rows -> (N, 2) float64: log-probability in nats; 1 if every token is the likeliest
 
 
-class Exam(Protocol):
+class Task(Protocol):
     """Something that a model is asked."""
 
     name: str  # as in the configuration
@@ -137,15 +137,15 @@ class Scorer:
             targets[i, end - scored : end] = torch.from_numpy(tokens[-scored:])
         return inputs, targets
 
-    def examine(self, exams: Sequence[Exam]) -> dict[str, float]:
-        """The numbers of all exams, on every rank. Every rank must call it; only the first one's exams count.
+    def run_tasks(self, tasks: Sequence[Task]) -> dict[str, float]:
+        """The numbers of all tasks, on every rank. Every rank must call it; only the first one's tasks count.
 
         Raises:
             Stopped: on every rank.
-            ConfigError: on every rank, for an exam that fails.
+            ConfigError: on every rank, for a task that fails.
         """
         if self.rank == 0:
-            kind, value = self._examine(exams)
+            kind, value = self._run_tasks(tasks)
             self._from_first((kind, value))
         else:
             while (heard := self._from_first(None))[0] == "rows":
@@ -155,19 +155,19 @@ class Scorer:
             raise ConfigError(value)
         return value
 
-    def _examine(self, exams: Sequence[Exam]) -> tuple[str, Any]:
+    def _run_tasks(self, tasks: Sequence[Task]) -> tuple[str, Any]:
         def ask(rows: Sequence[Row]) -> Tensor:
             self._from_first(("rows", list(rows)))
             return self.score(rows)
 
         numbers: dict[str, float] = {}
-        for exam in exams:
+        for task in tasks:
             try:
-                numbers |= exam(ask)
+                numbers |= task(ask)
             except Exception as error:  # whatever a library raises: the other ranks wait for rows
                 if self.scoring:  # they know, or raise the same
                     raise
-                return "error", f"{exam.name}: {first_line(error)}"
+                return "error", f"{task.name}: {first_line(error)}"
         return "numbers", numbers
 
     def _from_first(self, value: Any) -> Any:

@@ -48,10 +48,10 @@ def scorer_of(rank, world, marks, stop_after=None):
     return Scorer(strategy, 64, 2, 7, stopping, marks.append)
 
 
-def outcome(rank, world, exams, stop_after=None):
+def outcome(rank, world, tasks, stop_after=None):
     marks = []
     try:
-        found = scorer_of(rank, world, marks, stop_after).examine(exams)
+        found = scorer_of(rank, world, marks, stop_after).run_tasks(tasks)
     except (ConfigError, Stopped) as error:
         found = repr(error)
     return found, len(marks)
@@ -67,7 +67,7 @@ def forked(world, folder):
         if (child := os.fork()) == 0:
             try:
                 dist.init_process_group("gloo", init_method=f"file://{folder}/meet{world}", rank=rank, world_size=world)
-                found = {name: outcome(rank, world, exams if rank == 0 else [], stop) for name, (exams, stop) in CASES.items()}
+                found = {name: outcome(rank, world, tasks if rank == 0 else [], stop) for name, (tasks, stop) in CASES.items()}
                 (folder / f"{world}-{rank}").write_bytes(pickle.dumps(found))
             finally:
                 os._exit(0)
@@ -79,7 +79,7 @@ def forked(world, folder):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="ranks are forks")
 def test_any_number_of_ranks_gives_the_same_bits(tmp_path):
-    alone = {name: outcome(0, 1, exams, stop) for name, (exams, stop) in CASES.items()}
+    alone = {name: outcome(0, 1, tasks, stop) for name, (tasks, stop) in CASES.items()}
     assert len(alone["numbers"][0]) == 2 * len(ROWS) and "eval.tasks.two: 'broken'" in alone["error"][0]
     assert alone["stop"][0] == "Stopped()"
     for world in (2, 3):
