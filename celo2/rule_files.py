@@ -45,7 +45,7 @@ class RuleError(ValueError):
 
 
 PRETRAINED = Path(__file__).parent / "pretrained"  # <name>.safetensors, and <name>.md: how it was made and how good it is
-SHIPPED = ("celo2", "celo2-base", "celo2-lm", *HAND_SET)
+SHIPPED = ("celo2", "celo2-base", "celo2-lm", "celo2-whitened", *HAND_SET)
 
 
 def load_rule(source: str | Path | Rule, variant: str | None = None) -> Rule:

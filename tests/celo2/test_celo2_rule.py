@@ -267,6 +267,7 @@ def test_update_has_rms_one():
         ("celo2", "meta-trained"),
         ("celo2-base", "meta-trained"),
         ("celo2-lm", "meta-trained"),
+        ("celo2-whitened", "meta-trained"),
         ("hand-momentum", "hand-set"),
         ("hand-nesterov", "hand-set"),
         ("hand-agreement", "hand-set"),
