@@ -31,18 +31,20 @@ def declared_tokens(folder: Path) -> dict[str, str]:
             try:
                 found |= parse_declared(path.read_text(encoding="utf-8"))
             except (ValueError, RecursionError):
-                raise DataError(f"{path}: damaged, not a JSON object") from None
+                raise DataError(f"{path}: damaged, not a JSON object of UTF-8") from None
     return found
 
 
 def parse_declared(text: str) -> dict[str, str]:
-    """eos_token and pad_token in the text of such a file. ValueError if it is no JSON object."""
+    """eos_token and pad_token in the text of such a file. ValueError if it is no JSON object, or one is no UTF-8."""
     config = json.loads(text)
     if not isinstance(config, dict):
         raise ValueError("not an object")
     tokens = {key: config.get(key) for key in ("eos_token", "pad_token")}
     tokens = {key: token.get("content") if isinstance(token, dict) else token for key, token in tokens.items()}
-    return {key: token for key, token in tokens.items() if isinstance(token, str)}
+    found = {key: token for key, token in tokens.items() if isinstance(token, str)}
+    "".join(found.values()).encode()  # half of a surrogate pair is no text
+    return found
 
 
 def end_of_text(tok: Tokenizer, declared: dict[str, str] | None = None, asked: str | None = None) -> str:

@@ -1,4 +1,4 @@
-"""python -m data.verify FOLDER: Hash every file of a prepared folder. Status 0 if all are undamaged, else 2."""
+"""python -m data.verify FOLDER: Read its tokenizer, hash all its files. Status 0 if they are undamaged, else 2."""
 
 import argparse
 import sys
@@ -21,8 +21,9 @@ def verify(folder: str | Path, log: Callable[[str], None] = print) -> None:
     check_files(folder, index, *index["splits"])
     if index["end_of_text_id"] >= index["vocab_size"]:
         raise DataError(f"{folder / 'index.json'}: damaged, its end of text is no token of its vocabulary")
-    load_tokenizer(folder)
-    load_declared(folder)
+    tok, end = load_tokenizer(folder), load_declared(folder).get("eos_token")
+    if end is not None and tok.token_to_id(end) != index["end_of_text_id"]:
+        raise DataError(f"{folder / 'tokenizer_config.json'}: its eos_token {end!r} is not the end of text of these shards")
     log("ok  tokenizer.json")
     for split in index["splits"]:
         for name, size in verify_shards(folder, index, split):

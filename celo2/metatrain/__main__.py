@@ -35,6 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, RuleError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except MemoryError as error:
+        print(f"error: {error}: take fewer problems or candidates, smaller batches or shorter episodes", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         return 130

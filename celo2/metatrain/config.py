@@ -28,6 +28,10 @@ from celo2.training.configuration import (
 )
 from celo2.training.idle import Idle, refuse_idle
 
+MOST = Range(f"at least 1 and at most {2**16}", lambda x: 1 <= x <= 2**16)  # of what an iteration holds in memory at once
+POPULATION = Range(f"at least 4 and at most {2**16}", lambda x: 4 <= x <= 2**16)
+LENGTH = Range(f"at least 1 and at most {2**24}", lambda x: 1 <= x <= 2**24)  # of an episode in steps
+OUTER_LR = Range("at least 0 and at most 1e+30", lambda x: 0 <= x <= 1e30)  # AdamW's first step is ten times as long
 PART = Range("above 0 and at most 1", lambda x: 0 < x <= 1)
 HIDDEN = 8  # hidden units H of the rule's two layers
 STEP_NUMBERS = 4  # of step sizes: three exponents, and the logarithm of the factor
@@ -53,12 +57,12 @@ class Tasks:
         was="tasks",
         path=True,
     )
-    problems: int = option(8, "inner problems per task, each unrolled with both signs of ε", at_least(1), was="problems_per_task")
+    problems: int = option(8, "inner problems per task, each unrolled with both signs of ε", MOST, was="problems_per_task")
 
 
 @dataclass
 class Images:
-    batch_size: int = option(64, "images per inner step", at_least(1), was="batch_size")
+    batch_size: int = option(64, "images per inner step", MOST, was="batch_size")
     lr: float = option(1e-3, "learning rate of matrices (celo2-base: of everything)", at_least(0), was="inner_lr")
     adam_lr: float = option(0.02, "learning rate of biases under Adam (celo2)", at_least(0), was="inner_adam_lr")
     min_scale: float = option(1e-3, "smallest s; s is log-uniform, the optimizer sees w / s", POSITIVE, was="min_scale")
@@ -67,11 +71,11 @@ class Images:
 
 @dataclass
 class Text:
-    layers: int = option(1, "blocks of the transformer", at_least(1), was="text_layers")
-    width: int = option(32, "of the transformer; its MLP is four times as wide", at_least(1))
-    heads: int = option(1, "of its attention", at_least(1))
-    context: int = option(32, "bytes of a sequence", at_least(1))
-    sequences: int = option(8, "of a batch", at_least(1))
+    layers: int = option(1, "blocks of the transformer", MOST, was="text_layers")
+    width: int = option(32, "of the transformer; its MLP is four times as wide", MOST)
+    heads: int = option(1, "of its attention", MOST)
+    context: int = option(32, "bytes of a sequence", MOST)
+    sequences: int = option(8, "of a batch", MOST)
     also: list[str] = option(
         [], "further sizes, each trained on all texts: what differs, as 'layers=2 width=64'; any option of `text` above 0"
     )
@@ -83,9 +87,9 @@ class Text:
 
 @dataclass
 class Inner:
-    truncation: int = option(50, "inner steps per outer iteration", at_least(1), was="truncation")
-    min_length: int = option(100, "shortest episode in steps; lengths are log-uniform", at_least(1), was="min_length")
-    max_length: int = option(2000, "longest episode in steps", at_least(1), was="max_length")
+    truncation: int = option(50, "inner steps per outer iteration", LENGTH, was="truncation")
+    min_length: int = option(100, "shortest episode in steps; lengths are log-uniform", LENGTH, was="min_length")
+    max_length: int = option(2000, "longest episode in steps", LENGTH, was="max_length")
     staggered: bool = option(
         True,
         "problems start at ages spread over their episode; false: at 0, so that a truncation can be an episode",
@@ -99,7 +103,7 @@ class Inner:
     restart: float = option(
         1.0, "probability that an ended problem starts anew; else it goes on from a late state that was saved", FRACTION
     )
-    saved: int = option(2, "late states kept of each problem, if inner.restart is below 1", at_least(1))
+    saved: int = option(2, "late states kept of each problem, if inner.restart is below 1", MOST)
     reparametrization: Literal["none", "global", "tensor", "parameter"] = option(
         "global", "what shares one scale s: all weights of a problem, a tensor, or nothing", was="reparametrization"
     )
@@ -144,8 +148,8 @@ class Outer:
         "pes", "pes: AdamW on PES gradients; cma: CMA-ES on the loss at the end of whole episodes, where few numbers are free"
     )
     iterations: int = option(100_000, "outer iterations; of cma, generations", at_least(1), was="iterations")
-    population: int | None = option(None, "cma: candidates of a generation; null: 4 + 3 ln n of n free numbers", at_least(4))
-    lr: float = option(5e-5, "learning rate of AdamW (published: 5e-5 celo2, 1e-4 celo2-base)", at_least(0), was="outer_lr")
+    population: int | None = option(None, "cma: candidates of a generation; null: 4 + 3 ln n of n free numbers", POPULATION)
+    lr: float = option(5e-5, "learning rate of AdamW (published: 5e-5 celo2, 1e-4 celo2-base)", OUTER_LR, was="outer_lr")
     betas: list[float] = option([0.9, 0.999], "decays of AdamW", DECAY, was="outer_betas")
     weight_decay: float = option(0.0, "decoupled weight decay of AdamW", at_least(0), was="outer_weight_decay")
     grad_clip: float | None = option(None, "largest norm of the estimated gradient; null: any", POSITIVE)
@@ -353,10 +357,11 @@ def check(config: Config) -> None:
             "(rule.step_sizes=false)"
         )
     if config.rule.variant == "celo2-base" and start_rule(config).whitening:
-        whose = "rule.init" if config.rule.whitening is None else "the rule by rule.whitening"
-        raise ConfigError(f"rule.variant is celo2-base, expected celo2: {whose} has whitening, a part of orthogonalization")
+        whitened = "rule.init has whitening" if config.rule.whitening is None else f"rule.whitening is {config.rule.whitening}"
+        raise ConfigError(f"rule.variant is celo2-base, expected celo2: {whitened}, a part of orthogonalization")
     if config.rule.train_whitening and not whitening(config):
-        raise ConfigError("rule.train_whitening is true, expected false: the rule has no whitening (rule.whitening=0.1)")
+        remedy = "" if config.rule.variant == "celo2-base" else "; rule.whitening=0.1 would give it one"
+        raise ConfigError(f"rule.train_whitening is true, expected false: the rule has no whitening{remedy}")
     if config.rule.decays is not None and len(config.rule.decays) != 3:
         raise ConfigError(f"rule.decays is {config.rule.decays}, expected three numbers")
     if len(config.outer.betas) != 2:

@@ -31,8 +31,8 @@ class Generations(Outer):
         self.es = CmaEs(np.zeros(len(self.directions)), config.estimator.sigma, config.outer.population)
 
     def theta_of(self, steps: np.ndarray) -> np.ndarray:
-        """θ (..., D) for steps (..., n), its step sizes within the bounds of a rule file."""
-        return within_bounds((self.first_theta + steps @ self.directions).astype(np.float32))
+        """θ (..., D) for steps (..., n), its step sizes and whitening within the bounds of a rule file."""
+        return within_bounds((self.first_theta + steps @ self.directions).astype(np.float32), self.config)
 
     def current(self) -> np.ndarray:
         return self.theta_of(self.es.mean)

@@ -35,6 +35,7 @@ STARTS, SIZE = {}, 0  # where each weight begins in θ
 for _name, _shape in SHAPES.items():
     STARTS[_name] = SIZE
     SIZE += math.prod(_shape)
+SMALLEST_WHITENING = 1e-6
 BESIDE = SIZE - STARTS[STEP]  # numbers that are no weights
 CHANNELS = sum(group.count for group in CHANNEL_GROUPS)
 ODD = {FIRST_LAYER[group.name] for group in CHANNEL_GROUPS if group.odd} | {"w2", "b2"}  # weights whose sign turns
@@ -59,13 +60,19 @@ def step_of(rule: Rule) -> np.ndarray:
     return np.array([*rule.step_exponents, math.log(rule.step_factor)], np.float32)
 
 
-def within_bounds(theta: np.ndarray) -> np.ndarray:
-    """θ (..., 352) with the nearest step sizes that a rule file may hold: a search that leaves the bounds stops at them."""
+def within_bounds(theta: np.ndarray, config: Config) -> np.ndarray:
+    """θ (..., 352) with the nearest step sizes and whitening that a rule may have: a search that leaves the bounds stops there.
+
+    A rate of whitening below SMALLEST_WHITENING, which no training run is long enough to feel, is no better than none.
+    """
     theta = theta.copy()
     step = parts(theta)[STEP]
     exponents, factor = step[..., :3], step[..., 3]
     np.clip(exponents, -LARGEST_EXPONENT, LARGEST_EXPONENT, out=exponents)
     np.clip(factor, -math.log(LARGEST_FACTOR), math.log(LARGEST_FACTOR), out=factor)
+    if start := whitening(config):
+        rate = parts(theta)[WHITENING]
+        np.clip(rate, min(0, math.log(SMALLEST_WHITENING / start)), math.log(LARGEST_WHITENING / start), out=rate)
     return theta
 
 
@@ -76,7 +83,8 @@ def whitening_of(theta: np.ndarray, config: Config) -> np.ndarray:
 
 def rule_of(theta: np.ndarray, config: Config, description: str) -> Rule:
     """The rule with the weights θ, as the configuration uses it."""
-    weights = {name: torch.from_numpy(part.copy()) for name, part in parts(within_bounds(theta.astype(np.float32))).items()}
+    theta = within_bounds(theta.astype(np.float32), config)
+    weights = {name: torch.from_numpy(part.copy()) for name, part in parts(theta).items()}
     step, start = weights.pop(STEP).numpy(), start_rule(config)
     weights.pop(WHITENING)
     settings = start.settings() | {"variant": config.rule.variant, "normalize_gradient": normalizes(config)}
@@ -122,10 +130,10 @@ def expert_theta(config: Config) -> np.ndarray | None:
             raise ConfigError(
                 f"expert.rule has {name} {getattr(expert, name)}, expected {getattr(own, name)}, as the rule that is trained"
             )
-    whose = "rule.init" if config.rule.whitening is None else "the rule by rule.whitening"
-    for name, rule in (("expert.rule", expert), (whose, own)):
+    whose = "rule.init has whitening" if config.rule.whitening is None else "rule.whitening is"
+    for what, rule in (("expert.rule has whitening", expert), (whose, own)):
         if rule.whitening:
-            raise ConfigError(f"{name} has whitening {rule.whitening}, expected 0 where an expert helps")
+            raise ConfigError(f"{what} {rule.whitening}, expected 0 where an expert helps")
     return theta
 
 

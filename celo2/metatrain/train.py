@@ -100,7 +100,7 @@ class MetaTraining(Outer):
         self.theta.grad = torch.from_numpy(gradient.astype(np.float32))
         self.outer.param_groups[0]["lr"] = config.outer.lr * outer_rate(config, self.iteration)
         self.outer.step()
-        self.theta.data.copy_(torch.from_numpy(within_bounds(self.current())))
+        self.theta.data.copy_(torch.from_numpy(within_bounds(self.current(), self.config)))
         return self.means(clipped) | {
             "gradient_norm": norm,
             "theta_norm": float(self.theta.detach().norm()),
@@ -212,7 +212,9 @@ def run(config: Config, show: Callable[[int, dict[str, float]], None]) -> Path:
 
 
 def draw(records: list[dict[str, float]], path: Path) -> None:
-    """The mean inner loss of each task over the iterations."""
+    """The mean inner loss of each task over the iterations; nothing where a finished run has lost its metrics."""
+    if not records:
+        return
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

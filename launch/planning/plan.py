@@ -24,7 +24,7 @@ from launch.planning.units import size
 from launch.run.check import prompt_notes
 from launch.run.evaluation import open_sets, open_tasks
 from launch.run.mixture import mixture_notes
-from launch.run.schedule import lr_factor
+from launch.run.schedule import lr_factor, warmup_steps
 from launch.run.setup import build_from_config, open_data, vocabulary
 from models import flops_per_token
 
@@ -81,7 +81,7 @@ def make_plan(config: Config, world: int, machine: Machine) -> str:
     epoch_tokens = shards.n_tokens - 1 if shards is not None else None
     epochs = f", {tokens / epoch_tokens:.2f} epochs of {epoch_tokens:,}" if epoch_tokens else ""
     begin = config.schedule.start
-    warmup = next((s for s in range(begin, config.train.steps) if lr_factor(config.schedule, s, config.train.steps) == 1), begin)
+    warmup = begin + max(0, warmup_steps(config.schedule, config.train.steps) - 1)  # the first step at the peak
     last = lr_factor(config.schedule, config.train.steps - 1, config.train.steps)
     mean = f"{step_tokens:,}"
     if sizes.at(0) != batch:  # memory and the seconds of a step are those of the last size

@@ -27,8 +27,8 @@ def lr_factor(schedule: Schedule, step: int, steps: int) -> float:
     Linear warm-up over `schedule.warmup * steps` steps, then constant, linear or cosine decay to `final`; or "wsd": constant, and
     linear decay to `final` over the last `schedule.decay * steps` steps. All of this begins at step `schedule.start`.
     """
+    warmup = warmup_steps(schedule, steps)
     step, steps = step - schedule.start, steps - schedule.start
-    warmup = round(schedule.warmup * steps)
     if step < warmup:
         return (step + 1) / warmup
     if schedule.kind == "constant":
@@ -40,6 +40,11 @@ def lr_factor(schedule: Schedule, step: int, steps: int) -> float:
     if schedule.kind == "cosine":
         return cosine(progress, schedule.final)
     return schedule.final + (1 - schedule.final) * (1 - progress)
+
+
+def warmup_steps(schedule: Schedule, steps: int) -> int:
+    """The steps of the warm-up of a run of `steps`, the last of which has the peak learning rate."""
+    return round(schedule.warmup * (steps - schedule.start))
 
 
 def set_lr(optimizer: Optimizer, factor: float) -> None:

@@ -67,6 +67,12 @@ def test_metrics_are_json_whatever_becomes_of_a_run(tiny):
     assert [json.loads(line)["theta_norm"] for line in text.splitlines()] == [None, None] and "Infinity" not in text
 
 
+def test_a_finished_run_without_metrics_stays_one(tiny):
+    folder = folder_of(tiny, "run")
+    (folder / "metrics.jsonl").unlink()
+    assert load_rule(folder_of(tiny, "run") / "rule.safetensors") is not None
+
+
 def test_same_seed_same_rule_another_seed_another(tiny):
     first, again, other = (folder_of(tiny, name, f"run.seed={seed}") for name, seed in (("a", 0), ("b", 0), ("c", 1)))
     assert load_rule(first / "rule.safetensors") == load_rule(again / "rule.safetensors")
@@ -120,6 +126,14 @@ def test_resumes_exactly_after_a_kill(tiny):
         (["tasks.sources=[text:missing.jsonl.gz]"], "text missing.jsonl.gz: cannot be read"),
         (["tasks.sources=[text:novel.pdf]"], "task 'text:novel.pdf': expected text:FILE with FILE a .txt, .jsonl or .jsonl.gz"),
         (["text.layers=0"], "text.layers is 0, expected at least 1"),
+        (["images.batch_size=99999999999"], "images.batch_size is 99999999999, expected at least 1 and at most 65536"),
+        (["tasks.problems=99999999999"], "tasks.problems is 99999999999, expected at least 1 and at most 65536"),
+        (["inner.max_length=99999999999999999999999"], "expected at least 1 and at most 16777216"),
+        (["outer.lr=1e38"], "outer.lr is 1e+38, expected at least 0 and at most 1e+30"),
+        (
+            ["outer.method=cma", "outer.population=9999999999"],
+            "outer.population is 9999999999, expected at least 4 and at most 65536",
+        ),
         (["text.min_scale=0"], "text.min_scale is 0.0, expected above 0"),
         (["rule.frozen=[w0__14]"], "rule.frozen: the rule has no weights 'w0__14', expected some of gradient, clipped_gradient"),
         (["rule.frozen=[w1]", "outer.weight_decay=0.1"], "outer.weight_decay is 0.1, expected 0 with frozen weights"),

@@ -254,12 +254,13 @@ def test_the_rate_of_whitening_is_trained_where_it_is_asked_for(text, tmp_path):
     assert load_rule(without / "rule.safetensors").whitening == 0
 
 
-def test_a_rate_beyond_a_rule_file_is_the_largest(digits, tmp_path):  # noqa: F811
+def test_a_rate_beyond_the_bounds_is_the_nearest(digits, tmp_path):  # noqa: F811
     config = small("rule.init=hand-nesterov rule.whitening=0.1 rule.train_whitening=true")
     theta = MetaTraining(config, digits).current().copy()
-    theta[-1] = 5
-    save_rule(rule_of(theta, config, ""), tmp_path / "rule.safetensors")
-    assert load_rule(tmp_path / "rule.safetensors").whitening == 1
+    for number, rate in ((5, 1), (1e30, 1), (-1e30, 1e-6)):
+        theta[-1] = number
+        save_rule(rule_of(theta, config, ""), tmp_path / "rule.safetensors")
+        assert load_rule(tmp_path / "rule.safetensors").whitening == pytest.approx(rate, rel=1e-5)
 
 
 @pytest.mark.parametrize("text", [TINY, CMA], ids=["pes", "cma"])
@@ -300,10 +301,10 @@ def test_a_run_does_not_continue_with_another_start(text, tmp_path, capsys, monk
         ([WHITENED, "expert.rule=hand-whitened"], "expert.rule has whitening 0.1, expected 0 where an expert helps"),
         (["rule.init=hand-agreement", "expert.rule=hand-whitened"], "expert.rule has whitening 0.1, expected 0"),
         (["rule.train_whitening=true"], "rule.train_whitening is true, expected false: the rule has no whitening"),
-        ([WHITENED, "rule.whitening=0", "rule.train_whitening=true"], "the rule has no whitening (rule.whitening=0.1)"),
+        ([WHITENED, "rule.whitening=0", "rule.train_whitening=true"], "the rule has no whitening; rule.whitening=0.1 would give"),
         (["rule.whitening=1.5"], "rule.whitening is 1.5, expected a fraction between 0 and 1"),
-        (["rule.whitening=0.2", "rule.variant=celo2-base"], "celo2: the rule by rule.whitening has whitening"),
-        (["rule.whitening=0.2", "expert.rule=hand-nesterov"], "the rule by rule.whitening has whitening 0.2, expected 0"),
+        (["rule.whitening=0.2", "rule.variant=celo2-base"], "expected celo2: rule.whitening is 0.2, a part of orthogonalization"),
+        (["rule.whitening=0.2", "expert.rule=hand-nesterov"], "rule.whitening is 0.2, expected 0 where an expert helps"),
     ],
 )
 def test_a_mistake_is_one_clear_line(overrides, message, tmp_path, capsys):

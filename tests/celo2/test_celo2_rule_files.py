@@ -187,7 +187,7 @@ IMPORT = """
     for module in pkgutil.walk_packages(celo2.__path__, "celo2."):
         if not module.name.startswith(("celo2.metatrain", "celo2.kernels")):
             importlib.import_module(module.name)
-    for name in ("celo2", "celo2-base", "celo2-lm", "hand-momentum", "hand-nesterov", "hand-agreement", "hand-whitened"):
+    for name in celo2.rule_files.SHIPPED:
         celo2.load_rule(name)
     celo2.Celo2(celo2.param_groups(torch.nn.Linear(2, 2), 0.1, 0.1), lr=0.1)
 

@@ -99,11 +99,14 @@ def test_numbers_out_of_range(folder, wrong):
         verify(folder)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '"x"', "\udcff"])
+@pytest.mark.parametrize("text", ["", "[]", "{", '"x"', "\udcff", '{"eos_token": "\\ud800"}'])
 def test_verify_reads_what_the_tokenizer_declares(text, folder):
     path = folder / "tokenizer_config.json"
     path.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(DataError, match=r"tokenizer_config.json: damaged, not a JSON object"):
+        verify(folder)
+    path.write_text('{"eos_token": "a"}')
+    with pytest.raises(DataError, match=r"tokenizer_config.json: its eos_token 'a' is not the end of text of these shards"):
         verify(folder)
     for harmless in ("{}", '{"eos_token": {}}', '{"eos_token": null}'):
         path.write_text(harmless)

@@ -1,4 +1,4 @@
-"""Exams over several ranks: the same scores, and the same end on all of them. Ranks are forks of this process."""
+"""Tasks over several ranks: the same scores, and the same end on all of them. Ranks are forks of this process."""
 
 import os
 import pickle
