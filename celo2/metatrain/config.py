@@ -28,8 +28,9 @@ from celo2.training.configuration import (
 )
 from celo2.training.idle import Idle, refuse_idle
 
-MOST = Range(f"at least 1 and at most {2**16}", lambda x: 1 <= x <= 2**16)  # of what an iteration holds in memory at once
-POPULATION = Range(f"at least 4 and at most {2**16}", lambda x: 4 <= x <= 2**16)
+LARGEST = 2**16  # of what an iteration holds in memory at once
+MOST = Range(f"at least 1 and at most {LARGEST}", lambda x: 1 <= x <= LARGEST)
+POPULATION = Range(f"at least 4 and at most {LARGEST}", lambda x: 4 <= x <= LARGEST)
 LENGTH = Range(f"at least 1 and at most {2**24}", lambda x: 1 <= x <= 2**24)  # of an episode in steps
 OUTER_LR = Range("at least 0 and at most 1e+30", lambda x: 0 <= x <= 1e30)  # AdamW's first step is ten times as long
 PART = Range("above 0 and at most 1", lambda x: 0 < x <= 1)
@@ -306,6 +307,8 @@ def text_sizes(config: Config) -> list[Text]:
                 raise ConfigError(f"text.also: '{word}' in '{entry}', expected {name}={kinds[name].__name__}") from None
             if not changes[name] > 0:
                 raise ConfigError(f"text.also: '{word}' in '{entry}', expected {name} above 0")
+            if kinds[name] is int and changes[name] > LARGEST:
+                raise ConfigError(f"text.also: '{word}' in '{entry}', expected {name} of at most {LARGEST}")
         sizes.append(replace(config.text, **changes))
     for size in sizes:
         if size.width % size.heads:

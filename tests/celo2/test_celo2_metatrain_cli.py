@@ -69,8 +69,20 @@ def test_metrics_are_json_whatever_becomes_of_a_run(tiny):
 
 def test_a_finished_run_without_metrics_stays_one(tiny):
     folder = folder_of(tiny, "run")
+    rule = load_rule(folder / "rule.safetensors")
     (folder / "metrics.jsonl").unlink()
-    assert load_rule(folder_of(tiny, "run") / "rule.safetensors") is not None
+    assert load_rule(folder_of(tiny, "run") / "rule.safetensors") == rule
+
+
+def test_too_little_memory_is_one_line(tiny, capsys, monkeypatch):
+    def run(*_):
+        raise MemoryError("Unable to allocate 5.82 TiB")
+
+    monkeypatch.setattr("celo2.metatrain.__main__.run", run)
+    assert main([str(tiny), f"run.dir={tiny.parent / 'run'}"]) == 2
+    assert capsys.readouterr().err == (
+        "error: Unable to allocate 5.82 TiB: take fewer problems or candidates, smaller batches or shorter episodes\n"
+    )
 
 
 def test_same_seed_same_rule_another_seed_another(tiny):
@@ -129,6 +141,10 @@ def test_resumes_exactly_after_a_kill(tiny):
         (["images.batch_size=99999999999"], "images.batch_size is 99999999999, expected at least 1 and at most 65536"),
         (["tasks.problems=99999999999"], "tasks.problems is 99999999999, expected at least 1 and at most 65536"),
         (["inner.max_length=99999999999999999999999"], "expected at least 1 and at most 16777216"),
+        (
+            ["text.also=[width=99999999999]"],
+            "text.also: 'width=99999999999' in 'width=99999999999', expected width of at most 65536",
+        ),
         (["outer.lr=1e38"], "outer.lr is 1e+38, expected at least 0 and at most 1e+30"),
         (
             ["outer.method=cma", "outer.population=9999999999"],

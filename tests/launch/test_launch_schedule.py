@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 
 from configs.schema import Schedule
-from launch.run.schedule import lr_factor
+from launch.run.schedule import lr_factor, warmup_steps
 
 
 def curve(kind, steps=100, **options):
@@ -17,6 +17,17 @@ def test_warmup_rises_linearly_to_the_peak(kind):
     values = curve(kind, warmup=0.1)
     assert values[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert max(values) == 1
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant", "wsd"])
+@pytest.mark.parametrize("start", [0, 7])
+@pytest.mark.parametrize("warmup", [0.01, 0.05, 0.1, 1.0])
+def test_the_last_step_of_the_warmup_is_the_first_at_the_peak(kind, start, warmup):
+    """For a run of any length it is counted, not searched for."""
+    schedule = Schedule(kind=kind, warmup=warmup, start=start, decay=0.0)
+    values = [lr_factor(schedule, step, 100) for step in range(start, 100)]
+    assert values.index(1.0) == warmup_steps(schedule, 100) - 1
+    assert warmup_steps(schedule, start + 10**15) == round(warmup * 10**15)
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "wsd"])
