@@ -11,6 +11,7 @@ F channels (thirty), H hidden units (eight). Everything is float32, but for mome
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +88,7 @@ class Rule:
         step_exponents: of the step size, one for each momentum: how much longer the step of a matrix is, the more its gradients
             agree from step to step. Zeros: every update has RMS 1, as published.
         step_factor: what every step size is multiplied by.
+        step_bound: no step size is larger.
         whitening: how far whiteners move in a step (`celo2.whitening`); 0: directions are not whitened, as published.
         description: how the rule was made, for people.
         source: the file of the Hugging Face Hub that it was loaded from, `hub:OWNER/NAME@COMMIT:FILE`; empty for other rules.
@@ -100,6 +102,7 @@ class Rule:
     normalize_gradient: bool = False
     step_exponents: tuple[float, float, float] = (0.0, 0.0, 0.0)
     step_factor: float = 1.0
+    step_bound: float = math.inf
     whitening: float = 0.0
     description: str = ""
     source: str = ""
@@ -115,13 +118,14 @@ class Rule:
     def settings(self) -> dict[str, Any]:
         """Everything beside the weights that changes an update. Step sizes that are all 1 and a whitening of 0 are left out."""
         others = {"weights", "description", "source"} | (set() if self.has_step_sizes else {"step_exponents", "step_factor"})
+        others |= set() if self.has_step_sizes and self.step_bound < math.inf else {"step_bound"}
         others |= set() if self.whitening else {"whitening"}
         return {name: value for name, value in self.__dict__.items() if name not in others}
 
     @property
     def has_step_sizes(self) -> bool:
         """Whether updates may have another RMS than 1."""
-        return any(self.step_exponents) or self.step_factor != 1
+        return any(self.step_exponents) or self.step_factor != 1 or self.step_bound < 1
 
     @property
     def hidden(self) -> int:
@@ -258,18 +262,19 @@ def step_size_of(rule: Rule, g_square: Tensor, m_square: Tensor) -> Tensor:
     """Step 9 of a rule with step sizes: the RMS of an update, float32 (...).
 
     Args:
-        rule: with `step_exponents` and `step_factor`.
+        rule: with `step_exponents`, `step_factor` and `step_bound`.
         g_square: mean square of the clipped gradient, over a whole matrix or vector each (...).
         m_square: the same of each momentum (K, ...).
 
-    It is step_factor · Π r_k ^ step_exponents_k. r_k is RMS(m_k) / RMS(g) over what that is where gradients are independent from
-    step to step, n_k = sqrt((1 - β_k) / (1 + β_k)). So r_k is n_k for gradients that turn round in every step, 1 for noise, and
-    1 / n_k for gradients that stay the same; it is bounded by the first and the last. Without a gradient it is 1.
+    It is step_factor · Π r_k ^ step_exponents_k, but at most step_bound. r_k is RMS(m_k) / RMS(g) over what that is where
+    gradients are independent from step to step, n_k = sqrt((1 - β_k) / (1 + β_k)). So r_k is n_k for gradients that turn round in
+    every step, 1 for noise, and 1 / n_k for gradients that stay the same; it is bounded by the first and the last. Without a
+    gradient it is 1.
     """
     logarithm = torch.zeros_like(g_square)
     for agreement, exponent in zip(agreements(rule, g_square, m_square), rule.step_exponents, strict=True):
         logarithm += exponent * agreement
-    return rule.step_factor * logarithm.exp()
+    return (rule.step_factor * logarithm.exp()).clamp(max=rule.step_bound)
 
 
 def agreements(rule: Rule, g_square: Tensor, m_square: Tensor) -> list[Tensor]:

@@ -25,7 +25,8 @@ from celo2.rule import FIRST_LAYER, Rule, weight_shapes
 FORMAT = "celo2-rule"
 LARGEST_EXPONENT, LARGEST_FACTOR = 4, 1000.0  # of step sizes; with the published decays none is above 1e17
 LARGEST_WHITENING = 1
-VERSIONS = ("1", "2", "3")  # 2: of rules with step sizes, 3: with whitening, which programs that know less must not read
+# 2: of rules with step sizes, 3: with whitening, 4: with a bound of step sizes. Programs that know less must not read them.
+VERSIONS = ("1", "2", "3", "4")
 VARIANTS = ("celo2", "celo2-base")
 NDARRAY_EXTENSION = 1  # MessagePack extension type of an array in the published files
 HUB = "hub:"
@@ -139,7 +140,7 @@ def save_rule(rule: Rule, path: str | Path) -> None:
     check_description(rule, path)
     if path.suffix == ".safetensors":
         settings = {name: value if isinstance(value, str) else json.dumps(value) for name, value in rule.settings().items()}
-        version = VERSIONS[2 if rule.whitening else 1 if rule.has_step_sizes else 0]
+        version = VERSIONS[3 if "step_bound" in settings else 2 if rule.whitening else 1 if rule.has_step_sizes else 0]
         metadata = {"format": FORMAT, "version": version, **settings, "description": rule.description, "source": rule.source}
         path.write_bytes(save({name: w.detach().contiguous().cpu() for name, w in rule.weights.items()}, metadata))
     elif path.suffix == ".state":
@@ -191,6 +192,8 @@ def check_description(rule: Rule, path: object) -> None:
         raise RuleError(f"{path}: step_exponents is {rule.step_exponents}, expected {expected}")
     if not 1 / LARGEST_FACTOR <= rule.step_factor <= LARGEST_FACTOR:
         raise RuleError(f"{path}: step_factor is {rule.step_factor}, expected {1 / LARGEST_FACTOR:g} to {LARGEST_FACTOR:g}")
+    if not rule.step_bound >= 1 / LARGEST_FACTOR:
+        raise RuleError(f"{path}: step_bound is {rule.step_bound}, expected {1 / LARGEST_FACTOR:g} or more")
     if not 0 <= rule.whitening <= LARGEST_WHITENING:
         raise RuleError(f"{path}: whitening is {rule.whitening}, expected 0 to {LARGEST_WHITENING}")
     if rule.whitening and rule.variant == "celo2-base":
@@ -233,10 +236,17 @@ def read_safetensors(path: Path, name: object) -> tuple[dict[str, Tensor], dict]
 
 
 def read_additions(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Of the description of a `.safetensors` rule what is newer than version 1: step sizes, and with version 3 whitening."""
-    found: dict[str, Any] = {"whitening": float(metadata["whitening"])} if metadata["version"] == VERSIONS[2] else {}
-    if metadata["version"] == VERSIONS[1] or (found and "step_factor" in metadata):
+    """Of the description of a `.safetensors` rule what is newer than version 1: step sizes, their bound, and whitening.
+
+    Version 2 has step sizes, 3 has whitening and may have step sizes, 4 has a bound of its step sizes and may have whitening.
+    """
+    version, found = metadata["version"], dict[str, Any]()
+    if version == VERSIONS[2] or (version == VERSIONS[3] and "whitening" in metadata):
+        found |= {"whitening": float(metadata["whitening"])}
+    if version in (VERSIONS[1], VERSIONS[3]) or (version == VERSIONS[2] and "step_factor" in metadata):
         found |= {"step_exponents": numbers(metadata["step_exponents"]), "step_factor": float(metadata["step_factor"])}
+    if version == VERSIONS[3]:
+        found |= {"step_bound": float(metadata["step_bound"])}
     return found
 
 

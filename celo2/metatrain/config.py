@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from celo2 import rule as rules
 from celo2.rule import FIRST_LAYER, weight_shapes
-from celo2.rule_files import load_rule
+from celo2.rule_files import LARGEST_FACTOR, load_rule
 from celo2.training import configuration
 from celo2.training.configuration import (
     DECAY,
@@ -122,6 +122,7 @@ class Rule:
     )
     odd: bool = option(False, "keep the rule odd: -g and -W give -u, as in optimizers set by hand; halves the free θ", was="odd")
     step_sizes: bool = option(False, "train the rule's step sizes, too: longer steps where the gradients of a matrix agree")
+    step_bound: float | None = option(None, "no step size is larger; null: as `init`", at_least(1 / LARGEST_FACTOR))
     whitening: float | None = option(None, "how far whiteners move in a step; null: as `init`; 0: no whitening", FRACTION)
     train_whitening: bool = option(False, "train how far whiteners move in a step, too")
     decays: list[float] | None = option(None, "three, of the momenta and of the factored second moments; null: as `init`", DECAY)
@@ -264,9 +265,11 @@ def loaded(name: str) -> rules.Rule:
 
 
 def start_rule(config: Config) -> rules.Rule:
-    """The rule in `rule.init` with the whitening and the decays that are asked for, for its settings; of `random`, one without
-    weights."""
+    """The rule in `rule.init` with the bound of step sizes, the whitening and the decays that are asked for, for its settings; of
+    `random`, one without weights."""
     found = rules.Rule({}) if config.rule.init == "random" else loaded(config.rule.init)
+    if config.rule.step_bound is not None:
+        found = replace(found, step_bound=config.rule.step_bound)
     if config.rule.whitening is not None:
         found = replace(found, whitening=config.rule.whitening)
     if config.rule.decays is None:
@@ -289,6 +292,12 @@ def normalizes(config: Config) -> bool:
 def whitening(config: Config) -> float:
     """How far whiteners move in a step of the first θ (`celo2.whitening`); 0: the rule has none."""
     return start_rule(config).whitening if config.rule.variant == "celo2" else 0.0
+
+
+def step_bounds(config: Config) -> tuple[float, float]:
+    """No step size of the rule that is trained is larger than the first, none of its expert larger than the second."""
+    expert = config.expert.rule
+    return start_rule(config).step_bound, math.inf if expert is None else loaded(expert).step_bound
 
 
 def text_sizes(config: Config) -> list[Text]:
@@ -359,6 +368,8 @@ def check(config: Config) -> None:
             f"outer.weight_decay is {config.outer.weight_decay}, expected 0 where rule.init has step sizes that are not trained "
             "(rule.step_sizes=false)"
         )
+    if config.rule.step_bound is not None and not (config.rule.step_sizes or start_rule(config).has_step_sizes):
+        raise ConfigError(f"rule.step_bound is {config.rule.step_bound}, expected null: the rule has no step sizes")
     if config.rule.variant == "celo2-base" and start_rule(config).whitening:
         whitened = "rule.init has whitening" if config.rule.whitening is None else f"rule.whitening is {config.rule.whitening}"
         raise ConfigError(f"rule.variant is celo2-base, expected celo2: {whitened}, a part of orthogonalization")

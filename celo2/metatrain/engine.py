@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from celo2 import rule as rules
-from celo2.metatrain.config import Config, ConfigError, normalizes, start_rule, text_sizes, whitening
+from celo2.metatrain.config import Config, ConfigError, normalizes, start_rule, step_bounds, text_sizes, whitening
 from celo2.metatrain.families import ADAM_BETAS, ADAM_EPS, TINY, Arrays, Family
 from celo2.metatrain.problems import Truncation
 from celo2.metatrain.tasks import TEXT, VOCABULARY
@@ -149,6 +149,7 @@ def advance_(config: Config, family: Family, arrays: tuple[Tensor, ...], unrolls
     gradients = {name: unrolls.scale[name] * g for name, g in gradients.items()}
     if config.inner.grad_clip is not None:
         clip_(gradients, config.inner.grad_clip)
+    bound, expert_bound = step_bounds(config)
     pairs = []  # the steps that rule and expert would take
     for name, g in gradients.items():
         parameter = unrolls.parameter(name)
@@ -158,9 +159,9 @@ def advance_(config: Config, family: Family, arrays: tuple[Tensor, ...], unrolls
         w = parameter["weight"]
         given = accumulated(config, parameter, g)
         whiteners = {key: parameter[key] for key in KEYS if key in parameter}
-        step = across(family.options.lr * rate, g) * directed(config, unrolls.networks, given, whiteners)
+        step = across(family.options.lr * rate, g) * directed(config, unrolls.networks, given, whiteners, bound)
         if unrolls.expert:
-            expert_step = across(config.expert.lr * rate, g) * directed(config, unrolls.expert, given, {})
+            expert_step = across(config.expert.lr * rate, g) * directed(config, unrolls.expert, given, {}, expert_bound)
             pairs.append((step.flatten(1), expert_step.flatten(1)))
             step = (1 - unrolls.expert["forcing"]) * step + unrolls.expert["forcing"] * expert_step
         w -= step
@@ -332,8 +333,10 @@ def accumulated(config: Config, parameter: dict[str, Tensor], g: Tensor) -> Give
     return Given(torch.cat([rules.rms_normalized(group, last) for group in groups]), agreements)
 
 
-def directed(config: Config, networks: Mapping[str, Tensor], given: Given, whiteners: Mapping[str, Tensor]) -> Tensor:
-    """Steps 7 to 9: updates (U, *shape) from what is given and what `batched_mlp` made of θ.
+def directed(
+    config: Config, networks: Mapping[str, Tensor], given: Given, whiteners: Mapping[str, Tensor], bound: float
+) -> Tensor:
+    """Steps 7 to 9: updates (U, *shape) from what is given and what `batched_mlp` made of θ, with step sizes up to `bound`.
 
     Moves the whiteners (U, n, n) of a rule with whitening in place.
     """
@@ -344,7 +347,7 @@ def directed(config: Config, networks: Mapping[str, Tensor], given: Given, white
     if config.rule.variant == "celo2":
         u = newton_schulz(u)
     exponents, factor = networks["step"][:, :3], networks["step"][:, 3]  # (U, K), (U,)
-    step_size = (factor + (exponents.T * given.agreements).sum(0)).exp()
+    step_size = (factor + (exponents.T * given.agreements).sum(0)).exp().clamp(max=bound)
     return across(step_size, u) * rules.rms_normalized(u, last_axes(u))
 
 

@@ -88,7 +88,7 @@ def rule_of(theta: np.ndarray, config: Config, description: str) -> Rule:
     step, start = weights.pop(STEP).numpy(), start_rule(config)
     weights.pop(WHITENING)
     settings = start.settings() | {"variant": config.rule.variant, "normalize_gradient": normalizes(config)}
-    settings |= {"whitening": float(whitening_of(theta, config))}
+    settings |= {"whitening": float(whitening_of(theta, config)), "step_bound": start.step_bound}
     if not np.array_equal(step, step_of(start)):  # else they stay as they are, not rounded to float32
         factor = min(max(math.exp(step[3]), 1 / LARGEST_FACTOR), LARGEST_FACTOR)  # exp of a rounded bound may lie beyond it
         settings |= {"step_exponents": tuple(step[:3].tolist()), "step_factor": factor}

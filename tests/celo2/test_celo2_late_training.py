@@ -39,6 +39,12 @@ NEW = {
     "other decays": ("images", "rule.init={decays}"),
     "an expert with step sizes": ("images", "rule.init={decays} expert.rule={decays}"),
     "a text, an expert with step sizes": ("text", "rule.init={decays} expert.rule={decays}"),
+    "step sizes with a bound": ("images", "rule.init={decays} rule.step_bound=0.9"),
+    "a text, step sizes with a bound, an expert with another": (
+        "text",
+        "rule.init={decays} rule.step_bound=0.9 expert.rule={bounded}",
+    ),
+    "an expert with a bound": ("images", "rule.init={decays} expert.rule={bounded} rule.variant=celo2-base"),
 }
 
 
@@ -52,10 +58,18 @@ def decays(tmp_path_factory):
     return path
 
 
-def setting(case, data, decays):  # noqa: F811
+@pytest.fixture(scope="module")
+def bounded(decays):
+    """The same with a bound of its step sizes."""
+    path = decays.with_name("bounded.safetensors")
+    save_rule(replace(load_rule(decays), step_bound=0.7), path)
+    return path
+
+
+def setting(case, data, decays, bounded):  # noqa: F811
     """Configuration, family, truncation with a reset, state, θ of all unrolls, and an expert or None."""
     kind, changes = NEW[case]
-    config = small(f"tasks.problems=2 {changes.format(decays=decays)}")
+    config = small(f"tasks.problems=2 {changes.format(decays=decays, bounded=bounded)}")
     family = family_of(config, data[kind])
     truncation, state, theta = prepared(config, family)
     expert = None
@@ -66,8 +80,8 @@ def setting(case, data, decays):  # noqa: F811
 
 
 @pytest.mark.parametrize("case", NEW)
-def test_unroll_equals_a_loop(case, data, decays):  # noqa: F811
-    config, family, truncation, state, theta, expert = setting(case, data, decays)
+def test_unroll_equals_a_loop(case, data, decays, bounded):  # noqa: F811
+    config, family, truncation, state, theta, expert = setting(case, data, decays, bounded)
     start = {key: x.copy() for key, x in state.items()}
     losses = plain.unroll(config, family, state, theta, truncation, expert)
     for u in (0, 3):
@@ -81,8 +95,8 @@ def test_unroll_equals_a_loop(case, data, decays):  # noqa: F811
 
 
 @pytest.mark.parametrize("case", NEW)
-def test_fast_equals_plain(case, data, decays, fast):  # noqa: F811
-    config, family, truncation, state, theta, expert = setting(case, data, decays)
+def test_fast_equals_plain(case, data, decays, bounded, fast):  # noqa: F811
+    config, family, truncation, state, theta, expert = setting(case, data, decays, bounded)
     other = {key: x.copy() for key, x in state.items()}
     expected = plain.unroll(config, family, state, theta, truncation, expert)
     terms = None if expert is None else expert.terms.copy()
@@ -342,6 +356,43 @@ def test_a_start_at_the_bounds_keeps_its_step_sizes(factor, digits, tmp_path):  
         training.step()
         save_rule(training.rule(), tmp_path / "rule.safetensors")
         assert (training.rule().step_factor == factor) or asked == "true"
+
+
+def test_the_rule_of_a_run_has_its_bound_of_step_sizes(digits, tmp_path):  # noqa: F811
+    """That of `rule.step_bound`, else that of `rule.init`; the first rule of a run may have no step sizes yet."""
+    path = tmp_path / "c.yaml"
+    path.write_text(TINY)
+    save_rule(replace(load_rule("hand-agreement"), step_bound=1.5), tmp_path / "start.safetensors")
+    trained, start = ["rule.step_sizes=true", "rule.init_noise=0"], f"rule.init={tmp_path}/start.safetensors"
+    for changes, bound in (
+        ([start], 1.5),
+        ([start, "rule.step_bound=2"], 2),
+        ([start, *trained], 1.5),
+        (["rule.init=hand-nesterov", "rule.step_bound=1", *trained], 1),
+        (["rule.init=hand-nesterov", "rule.step_bound=0.5", *trained], 0.5),
+    ):
+        training = MetaTraining(load_config(path, changes), digits)
+        save_rule(training.rule(), tmp_path / "first.safetensors")
+        training.step()
+        save_rule(training.rule(), tmp_path / "rule.safetensors")
+        assert load_rule(tmp_path / "rule.safetensors") == training.rule()
+        assert load_rule(tmp_path / "rule.safetensors").step_bound == bound
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["rule.step_bound=1"], "rule.step_bound is 1.0, expected null: the rule has no step sizes"),
+        (["rule.init=hand-nesterov", "rule.step_bound=1"], "rule.step_bound is 1.0, expected null: the rule has no step sizes"),
+        (["rule.init=hand-agreement", "rule.step_bound=0"], "rule.step_bound is 0.0, expected at least 0.001"),
+        (["rule.init=hand-agreement", "rule.step_bound=.nan"], "rule.step_bound"),
+    ],
+)
+def test_a_bound_that_cannot_be_is_an_error(changes, message, tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(TINY)
+    with pytest.raises(ConfigError, match=message):
+        load_config(path, changes)
 
 
 def test_noise_of_odd_rules_has_deviation_1():

@@ -1,5 +1,6 @@
 """The unroll, its fast path, and the estimator: each against a plain version of itself."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -89,7 +90,9 @@ def text_loss(data, weights, rows, heads=1):
 def loop_of_one_unroll(config, family, state, theta, truncation, u, expert=None):
     """One unroll by `celo2.rule.update` and autograd, with nothing batched: its losses and last weights."""
     n, rule, options = u // 2, rule_of(theta[u], config, ""), family.options
-    teacher = None if expert is None else rule_of(expert.theta, config, "")
+    teacher = None
+    if expert is not None:
+        teacher = replace(rule_of(expert.theta, config, ""), step_bound=load_rule(config.expert.rule).step_bound)
     orthogonalize, losses, terms = config.rule.variant == "celo2", [], []
 
     def started(source):

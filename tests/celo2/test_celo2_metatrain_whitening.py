@@ -1,6 +1,7 @@
 """Meta-training of rules with whitening: both engines against `celo2.rule.update`, and runs that stop and go on."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -52,7 +53,7 @@ def test_a_step_of_the_plain_engine_is_that_of_the_rule(shape):
     for _ in range(6):
         g = torch.from_numpy(random.standard_normal((unrolls, *shape)).astype(np.float32))
         given = plain.accumulated(config, parameter, g)
-        step = plain.directed(config, networks, given, {key: parameter[key] for key in KEYS})
+        step = plain.directed(config, networks, given, {key: parameter[key] for key in KEYS}, math.inf)
         for u, state in enumerate(states):
             expected = update(rule_of(theta[u], config, ""), state, g[u], parameter["weight"][u], orthogonalize=True)
             torch.testing.assert_close(step[u], expected, rtol=0, atol=1e-5)  # worst of 10 seeds 4.8e-7

@@ -117,6 +117,33 @@ def test_the_step_size_is_1_for_noise_and_bounded_by_gradients_that_stay_or_turn
     assert step_size_of(replace(rule, step_exponents=(0.0, 0.0, 0.0)), some, torch.full((3, 1), 0.1)) == 3
 
 
+def test_no_step_size_is_above_the_bound():
+    """Under it a rule with a bound is the one without, bit for bit; at it an update has the bound as its RMS."""
+    free = replace(random_rule(), step_exponents=(1.0, 0.0, 0.0), step_factor=0.8)
+    bounded = replace(free, step_bound=1.0)
+    first, second = ({n: torch.zeros(s) for n, s in accumulator_shapes((12, 20), (0, 1)).items()} for _ in range(2))
+    generator, sizes = torch.Generator().manual_seed(1), []
+    steady = torch.randn(12, 20, generator=generator)
+    for share in (0, 0, 0, 0.3, 0.3, 1, 1, 1, 1, 1):  # of each gradient, what is the same in all
+        g = share * steady + (1 - share) * torch.randn(12, 20, generator=generator)
+        u, expected = update(bounded, first, g, g, orthogonalize=True), update(free, second, g, g, orthogonalize=True)
+        sizes.append(expected.square().mean().sqrt().item())
+        if sizes[-1] < 1:
+            assert torch.equal(u, expected)
+        else:
+            torch.testing.assert_close(u, expected / sizes[-1], rtol=1e-6, atol=0)
+            assert u.square().mean().sqrt().item() == pytest.approx(1, abs=1e-6)
+    assert min(sizes) < 0.9 and max(sizes) > 1.2
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_bound_below_1_alone_makes_every_step_as_long_as_it():
+    rule, g = replace(random_rule(), step_bound=0.25), torch.randn(12, 20, generator=torch.Generator().manual_seed(0))
+    state = {n: torch.zeros(s) for n, s in accumulator_shapes((12, 20), (0, 1)).items()}
+    assert rule.has_step_sizes and not replace(rule, step_bound=1.0).has_step_sizes
+    assert update(rule, state, g, g, orthogonalize=True).square().mean().sqrt().item() == pytest.approx(0.25, rel=1e-5)
+
+
 @pytest.mark.parametrize("shape", [(12, 20), (2, 3, 9, 4), (15,)])
 def test_a_rule_with_step_sizes_is_the_rule_times_the_step_size(shape):
     rule, last_two = random_rule(), (-2, -1)[-len(shape) :]
@@ -151,10 +178,12 @@ SHAPES = [(12, 20), (20, 12), (8, 8), (1, 9), (3, 9, 7), (2, 3, 4, 9), (9, 3, 2)
 
 
 @pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("bound", [math.inf, 0.097])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_optimizer_takes_steps_of_the_reference_size(shape, normalize):
+def test_the_optimizer_takes_steps_of_the_reference_size(shape, bound, normalize):
     """Matrices, stacks, one factored over the batch, one of several blocks, a vector; weights move by lr u of the reference."""
-    rule = replace(random_rule(), variant="celo2-base", step_exponents=EXPONENTS, step_factor=2.0, normalize_gradient=normalize)
+    rule = replace(random_rule(), variant="celo2-base", normalize_gradient=normalize)
+    rule = replace(rule, step_exponents=EXPONENTS, step_factor=2.0, step_bound=bound)
     axes = factored_axes(shape) if len(shape) > 1 else None
     state = {name: torch.zeros(s) for name, s in accumulator_shapes(shape, axes).items()}
     generator, sizes = torch.Generator().manual_seed(0), []
@@ -168,6 +197,9 @@ def test_the_optimizer_takes_steps_of_the_reference_size(shape, normalize):
         sizes.append(u.square().mean().sqrt().item())
         torch.testing.assert_close(before - p.detach(), u, rtol=0, atol=2e-4 * sizes[-1])  # worst measured 2.0e-5
     assert all(abs(size - 2) > 0.5 for size in sizes)  # not the factor alone
+    assert max(sizes) <= bound * (1 + 1e-6)
+    if bound < math.inf and normalize:
+        assert max(sizes) > bound * (1 - 1e-6) > min(sizes) + 5e-4
 
 
 @pytest.mark.parametrize("shape", [(6, 10), (10, 6), (8, 8), (2, 3, 4, 9), (3, 9, 4)])

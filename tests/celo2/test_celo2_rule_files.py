@@ -141,17 +141,24 @@ def test_step_sizes_and_whitening_make_a_file_that_older_programs_refuse(tmp_pat
         (random_rule(step_factor=0.5), "2"),
         (random_rule(whitening=0.1), "3"),
         (random_rule(whitening=0.1, step_exponents=(1.0, 0.0, 0.0)), "3"),
+        (random_rule(step_exponents=(1.0, 0.0, 0.0), step_bound=1.5), "4"),
+        (random_rule(whitening=0.1, step_factor=0.5, step_bound=1.0), "4"),
+        (random_rule(step_bound=0.5), "4"),
+        (random_rule(step_bound=1.5), "1"),  # there is no step size that it could bound
     ):
         save_rule(rule, tmp_path / "rule.safetensors")
         with safe_open(tmp_path / "rule.safetensors", "pt") as file:
             assert file.metadata()["version"] == version
             assert ("step_exponents" in file.metadata()) == rule.has_step_sizes
-            assert ("whitening" in file.metadata()) == (version == "3")
+            assert ("whitening" in file.metadata()) == (rule.whitening > 0)
+            assert ("step_bound" in file.metadata()) == (version == "4")
         assert load_rule(tmp_path / "rule.safetensors") == rule
     with pytest.raises(RuleError, match=r"rule\.state: the published format cannot hold step_exponents \(1.0, 0.0, 0.0\)"):
         save_rule(random_rule(step_exponents=(1.0, 0.0, 0.0)), tmp_path / "rule.state")
     with pytest.raises(RuleError, match=r"rule\.state: the published format cannot hold whitening 0.1"):
         save_rule(random_rule(whitening=0.1), tmp_path / "rule.state")
+    with pytest.raises(RuleError, match=r"rule\.state: the published format cannot hold step_bound 0.5"):
+        save_rule(random_rule(step_bound=0.5), tmp_path / "rule.state")
 
 
 def test_rules_compare_by_weights_and_decays():
@@ -163,7 +170,8 @@ def test_rules_compare_by_weights_and_decays():
     assert rule != random_rule(second_moment_decay=0.9)
     assert rule != random_rule(normalize_gradient=True)
     assert rule != random_rule(step_exponents=(1.0, 0.0, 0.0)) != random_rule(step_exponents=(0.0, 1.0, 0.0))
-    assert rule != random_rule(step_factor=2.0)
+    assert rule != random_rule(step_factor=2.0) != random_rule(step_factor=2.0, step_bound=1.0)
+    assert rule == random_rule(step_bound=1.0) != random_rule(step_bound=0.5)
     assert rule != random_rule(whitening=0.1) != random_rule(whitening=0.2)
     assert rule != "celo2"
 

@@ -74,10 +74,11 @@ DAMAGED_WEIGHTS = {
 
 EXPONENTS = {"version": "2", "step_exponents": "[1, 0, 0]", "step_factor": "1"}
 WHITENED = {"version": "3", "whitening": "0.1"}
+BOUNDED = EXPONENTS | {"version": "4", "step_bound": "1"}
 DAMAGED_DESCRIPTIONS = {
     "no format": ({"format": None}, "format"),
     "other format": ({"format": "pt"}, "format.*pt"),
-    "other version": ({"version": "4"}, "version '4'.*'1' to '3'"),
+    "other version": ({"version": "5"}, "version '5'.*'1' to '4'"),
     "no version": ({"version": None}, "version"),
     "no variant": ({"variant": None}, "variant"),
     "other variant": ({"variant": "celo3"}, "celo3"),
@@ -118,6 +119,13 @@ DAMAGED_DESCRIPTIONS = {
     "exponents in a text": (EXPONENTS | {"step_exponents": '"123"'}, "description.*not a list"),
     "exponents a number": (EXPONENTS | {"step_exponents": "1"}, "description"),
     "step factor of 0": (EXPONENTS | {"step_factor": "0"}, "step_factor is 0.0, expected 0.001 to 1000"),
+    "version 4 without a bound": (EXPONENTS | {"version": "4"}, "description.*step_bound"),
+    "version 4 without step sizes": (BOUNDED | {"step_factor": None}, "description.*step_factor"),
+    "bound of 0": (BOUNDED | {"step_bound": "0"}, "step_bound is 0.0, expected 0.001 or more"),
+    "negative bound": (BOUNDED | {"step_bound": "-1"}, "step_bound is -1.0, expected 0.001 or more"),
+    "NaN bound": (BOUNDED | {"step_bound": "NaN"}, "step_bound is nan"),
+    "bound in words": (BOUNDED | {"step_bound": "one"}, "description"),
+    "bound and NaN whitening": (BOUNDED | {"whitening": "NaN"}, "whitening is nan"),
     "step factor not a number": (EXPONENTS | {"step_factor": "NaN"}, "step_factor is nan"),
 }
 

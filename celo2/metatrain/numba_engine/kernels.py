@@ -81,6 +81,7 @@ class Update(NamedTuple):
         clip: largest norm of an inner gradient; inf: any.
         forcing: the share of the expert in a step.
         whitening: how far whiteners move in a step; 0: there are none.
+        step_bound, expert_step_bound: no step size of the rule, of the expert is larger.
     """
 
     theta: np.ndarray
@@ -96,6 +97,8 @@ class Update(NamedTuple):
     clip: np.float32
     forcing: np.float32
     whitening: np.float32
+    step_bound: np.float32
+    expert_step_bound: np.float32
 
 
 @njit(**OPTIONS)
@@ -301,14 +304,14 @@ def matrix_direction(theta, state, at, g, u, rows, cols, width, s, sums):
 
 
 @njit(**OPTIONS)
-def step_size_of(theta, sums, n, update):
+def step_size_of(theta, sums, n, update, bound):
     """The RMS of an update of n elements: `celo2.rule.step_size_of`, from the sums of squared channels."""
     g, logarithm = lane_sum(load(sums, GRADIENT * LANES)) / n, theta[STEP + 3]
     for k in range(3 if g > SQUARE_FLOOR else 0):
         noise = update.momentum[k] / (TWO - update.momentum[k])
         ratio = (lane_sum(load(sums, (MOMENTUM + k) * LANES)) / n + SQUARE_FLOOR) / (g + SQUARE_FLOOR) / noise
         logarithm += theta[STEP + k] * np.log(min(max(ratio, noise), ONE / noise)) / TWO
-    return np.exp(logarithm)
+    return min(np.exp(logarithm), bound)
 
 
 @njit(**OPTIONS)
@@ -317,7 +320,7 @@ def step_matrix(state, at, g, u, rows, cols, width, lr, expert_lr, update, sums)
     size = rows * width
     s, squares = np.empty(size, np.float32), np.empty(CHANNELS * LANES, np.float32)
     accumulate_matrix(state, at, g, rows, cols, width, s, squares, update)
-    lr *= step_size_of(update.theta, squares, np.float32(rows * cols), update)
+    lr *= step_size_of(update.theta, squares, np.float32(rows * cols), update, update.step_bound)
     matrix_direction(update.theta, state, at, g, u, rows, cols, width, s, squares)
     if update.whitening > ZERO:
         whiten_(u, state, at + 5 * size + 3 * (width + rows), rows, cols, width, update.whitening)
@@ -327,7 +330,7 @@ def step_matrix(state, at, g, u, rows, cols, width, lr, expert_lr, update, sums)
         subtract_normalized(state, at, u, size, rows * cols, lr)
         return
     e = np.empty(size, np.float32)
-    expert_lr *= step_size_of(update.expert, squares, np.float32(rows * cols), update)
+    expert_lr *= step_size_of(update.expert, squares, np.float32(rows * cols), update, update.expert_step_bound)
     matrix_direction(update.expert, state, at, g, e, rows, cols, width, s, squares)
     if update.orthogonalized:
         newton_schulz_(e, rows, width)
@@ -403,13 +406,13 @@ def step_vector(state, at, g, n, width, lr, expert_lr, update, sums):
         for k in range(3):
             place = at + (5 + k) * width + j
             store(state, place, moved(load(state, place), fma(x, x, splat(SQUARE_FLOOR)), update.factored[k]))
-    lr *= step_size_of(update.theta, squares, np.float32(n), update)
+    lr *= step_size_of(update.theta, squares, np.float32(n), update, update.step_bound)
     vector_direction(update.theta, state, at, g, u, n, width, s, squares)
     if len(update.expert) == 0:
         subtract_normalized(state, at, u, width, n, lr)
         return
     e = np.empty(width, np.float32)
-    expert_lr *= step_size_of(update.expert, squares, np.float32(n), update)
+    expert_lr *= step_size_of(update.expert, squares, np.float32(n), update, update.expert_step_bound)
     vector_direction(update.expert, state, at, g, e, n, width, s, squares)
     step_towards(state, at, u, e, width, n, lr, expert_lr, update.forcing, sums)
 

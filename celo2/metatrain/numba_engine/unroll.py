@@ -19,7 +19,7 @@ import numpy as np
 from celo2 import orthogonalize
 from celo2 import rule as rules
 from celo2 import whitening as whiteners
-from celo2.metatrain.config import Config, Images, normalizes, start_rule
+from celo2.metatrain.config import Config, Images, normalizes, start_rule, step_bounds
 from celo2.metatrain.engine import Expert
 from celo2.metatrain.families import Arrays, Family
 from celo2.metatrain.numba_engine import mlp, transformer
@@ -155,6 +155,7 @@ def update_of(config: Config, family: Family, theta: np.ndarray, expert: Expert 
         np.float32(math.inf if clip is None else clip),
         np.float32(0 if expert is None else expert.forcing),
         np.float32(whitening_of(theta, config)),
+        *(np.float32(bound) for bound in step_bounds(config)),
     )
 
 
