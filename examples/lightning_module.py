@@ -1,6 +1,6 @@
 """Lightning. The same command with more epochs goes on where the last checkpoint was saved:
 
-pip install -r examples/requirements.txt
+pip install . -r examples/requirements.txt
 python examples/lightning_module.py runs/lightning --epochs 4
 """
 

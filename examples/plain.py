@@ -1,5 +1,6 @@
 """A plain training loop. The same command goes on where the last checkpoint was saved:
 
+pip install .
 python examples/plain.py runs/plain --steps 200
 """
 

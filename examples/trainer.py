@@ -1,5 +1,6 @@
 """transformers' Trainer. The same command goes on where the last checkpoint was saved:
 
+pip install . -r examples/requirements.txt
 python examples/trainer.py runs/trainer --steps 200
 """
 

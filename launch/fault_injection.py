@@ -40,6 +40,7 @@ from data.prepare import prepare
 from launch.checkpoint.folders import CHECKPOINTS, folders_of
 from launch.checkpoint.save import PHASES, RANK_PHASES
 from launch.checkpoint.verify import MANIFEST, checkpoint_files, find_checkpoint, list_checkpoints, step_of
+from launch.command import at_least
 from launch.distributed.strategy import Strategy
 from launch.monitoring.signals import STOPPED
 from launch.run.hooks import Hooks
@@ -399,12 +400,12 @@ def without_permission(laboratory: Laboratory) -> list[Row]:
     """One rank that may not write; and a folder of checkpoints that is read-only, for all: a second one takes them."""
     laboratory.stop_halfway("refused")
     rows = [disk(laboratory, "no permission to write, one rank", "refused", NoPermission(laboratory.ranks))]
+    second = [f"checkpoint.fallback_dir={laboratory.folder / 'second'}"]
     with read_only(laboratory.folder / "refused" / CHECKPOINTS) as permitted:
         if permitted:
-            second = [f"checkpoint.fallback_dir={laboratory.folder / 'second'}"]
             rows.append(disk(laboratory, "read-only folder", "refused", Hooks()))
             rows.append(disk(laboratory, "read-only folder, second folder", "refused", Hooks(), second, expected=0))
-    recovers = laboratory.recovers("refused")
+    recovers = laboratory.recovers("refused", second)  # where its newest checkpoint may be
     return [row._replace(survived=row.survived * recovers) for row in rows]
 
 
@@ -455,22 +456,21 @@ def bad_gradients(laboratory: Laboratory) -> list[Row]:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the table of faults; status 1 if anything was not survived."""
-    parser = argparse.ArgumentParser(prog="python -m launch.torture", description=__doc__)
-    parser.add_argument(
-        "--kills",
-        type=int,
-        default=50,
-        help="SIGKILLs in all, half of them at random moments and half in the phases of a save (50)",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments (0)")
+    usage = "%(prog)s [section.key=value ...] [--kills N] [--seed N] [--dir DIR] [--ranks N] [--faults KIND ...]"
+    parser = argparse.ArgumentParser(prog="python -m launch.torture", usage=usage, description=__doc__)
+    kills_help = "SIGKILLs in all, half of them at random moments and half in the phases of a save (50)"
+    parser.add_argument("--kills", type=at_least(0), default=50, help=kills_help)
+    parser.add_argument("--seed", type=at_least(0), default=0, help="seed of the random moments (0)")
     parser.add_argument("--dir", help="where to work: a folder on the file system to be tested (a temporary one)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="options of the disturbed run")
-    parser.add_argument("--ranks", type=int, default=1, help="processes of a run (1)")
+    parser.add_argument("--ranks", type=at_least(1), default=1, help="processes of a run (1)")
     parser.add_argument("--faults", nargs="+", choices=FAULTS, default=FAULTS, help="only these kinds (all)")
     args = parser.parse_intermixed_args(argv)
-    if args.dir is not None:
-        Path(args.dir).mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="torture-", dir=args.dir))
+    try:
+        Path(args.dir or tempfile.gettempdir()).mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix="torture-", dir=args.dir))
+    except OSError as error:
+        parser.error(f"--dir {args.dir}: {error.strerror}")
     laboratory = Laboratory(folder, args.overrides, args.ranks)
     print(f"{'fault':52}{'injected':>9}{'survived':>9}  what was lost")
     rows: list[Row] = []

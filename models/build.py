@@ -67,7 +67,11 @@ def build_model(
     else:
         of_gpt3 = [*(["size"] if size is not None else []), *shape, *(["dropout"] if dropout else [])]
         if of_gpt3:
-            raise ModelError(f"hf and {', '.join(of_gpt3)} exclude each other: write the model's own keys into hf")
+            without = " ".join(f"model.{name}={0 if name == 'dropout' else 'null'}" for name in of_gpt3)
+            raise ModelError(
+                f"hf and {', '.join(of_gpt3)} exclude each other: write the model's own keys into hf, and leave the others out "
+                f"({without})"
+            )
         config = _hf_config(hf, vocab_size)
     return prepare_model(model_of(config, device), gradient_checkpointing)
 

@@ -16,6 +16,13 @@ class UnsafeFolder(OSError):
     """A run's folder that holds what must not be there. The message names it and the remedy."""
 
 
+def check_no_file(folder: Path) -> None:
+    """Raise UnsafeFolder if `folder`, which may be missing, cannot be made because a file stands there or further up."""
+    for path in (folder, *folder.parents):
+        if path.exists() and not path.is_dir():
+            raise UnsafeFolder(f"{path} is a file, expected a folder or a name that is free")
+
+
 def check_folder(folder: Path) -> None:
     """Raise UnsafeFolder for a link out of `folder`, and for whatever is neither a file nor a folder, as a pipe or a device.
 

@@ -21,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from celo2.training.folder import check_folder
+from celo2.training.folder import check_folder, check_no_file
 
 HEARTBEAT = 5.0  # s between two signs of life of the holder
 SILENCE = 30.0  # s without one after which a holder on another machine is dead; its job may have been queued again
@@ -57,6 +57,7 @@ class FolderLock:
 
     def __enter__(self) -> FolderLock:
         while True:
+            check_no_file(self.folder)
             self.made |= not self.folder.exists()
             self.folder.mkdir(parents=True, exist_ok=True)
             check_folder(self.folder)

@@ -1,8 +1,8 @@
 """Which documents are validation: by a hash of their text, by position, or those of a source of their own.
 
 By hash, a text goes to the same split wherever it stands, and equal texts together. With few or very unequal documents that
-would leave one split with nearly nothing. Then the last part of the text is validation, and the document in which it begins
-is cut in two.
+would give one split nearly nothing, or validation many times its share. Then the last part of the text is validation, and the
+document in which it begins is cut in two.
 """
 
 from collections.abc import Callable, Iterable
@@ -17,7 +17,7 @@ from data.preparation.readers import documents
 from data.preparation.sources import Unit
 
 LEAST_TRAINING = 1 / 2  # of the share of tokens that training is to get, or the split is by position
-LEAST_VALIDATION = 1 / 10  # of the share that validation is to get
+LEAST_VALIDATION, MOST_VALIDATION = 1 / 10, 3  # times the share that validation is to get
 CUT_SEARCH = 2000  # characters after a cut in which a line end or white space is looked for
 Part = tuple[np.ndarray, int]  # tokens (n,) of a document, the end of text included; bytes of its text
 Cut = tuple[Part | None, Part | None]  # of one document: what is for training, and for validation
@@ -68,7 +68,7 @@ def hash_limit(hashes: Iterable[np.ndarray], fraction: float) -> int:
 
 
 def choose_split(units: list[Path], dtype: np.dtype, first_val: int, fraction: float) -> Split:
-    """The split by hash if both sides get enough of the tokens, else by position."""
+    """The split by hash if both sides get enough of the tokens and validation not too many, else by position."""
     training = units[:first_val]
     if not fraction:
         return Split(first_val)
@@ -80,7 +80,8 @@ def choose_split(units: list[Path], dtype: np.dtype, first_val: int, fraction: f
         total += int(lengths.sum())
         validation += int(lengths[found["hash"] < np.uint64(limit)].sum())
     enough_training = total - validation >= LEAST_TRAINING * (1 - fraction) * total
-    if enough_training and validation >= LEAST_VALIDATION * fraction * total > 0:
+    share = fraction * total
+    if enough_training and 0 < LEAST_VALIDATION * share <= validation <= MOST_VALIDATION * share:
         return Split(first_val, limit)
     return _by_position(training, dtype, first_val, total * (1 - fraction))
 

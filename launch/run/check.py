@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
+from celo2.rule_files import RuleError
 from celo2.training.configuration import Written
+from celo2.training.folder import UnsafeFolder, check_no_file
 from celo2.training.idle import refuse_idle
 from configs.length import batch_sizes
 from configs.load import ConfigError
@@ -16,7 +19,8 @@ from data.tokenizer import load_tokenizer
 from launch.optimizers.build import check_optimizer
 from launch.optimizers.idle import IDLE
 from launch.optimizers.table import entry_of
-from launch.run.own_rule import settled
+from launch.run.own_rule import own_copy, settled
+from launch.run.setup import run_folder
 
 DTYPE_KEYS = ("dtype", "torch_dtype")
 
@@ -28,7 +32,11 @@ def check(config: Config, written: Written, world: int) -> list[str]:
         ConfigError, DataError, RuleError: what training would be refused for, or would ignore.
     """
     notes = refuse_idle(config, IDLE, written)
-    check_optimizer(settled(config).optimizer)
+    try:
+        check_optimizer(settled(config).optimizer)
+    except RuleError as error:
+        copy = own_copy(config)
+        raise RuleError(f"{error}; this run has a copy: optimizer.rule={copy}" if copy else str(error)) from None
     strategy, copies = config.distributed.strategy, config.distributed.replicas
     if strategy != "ddp" and entry_of(config.optimizer).sharded_path is None:
         raise ConfigError(f"optimizer.name {config.optimizer.name} knows whole parameters only: use distributed.strategy=ddp")
@@ -48,6 +56,7 @@ def check(config: Config, written: Written, world: int) -> list[str]:
     if not in_order or (window is not None and window[1] > last and not config.schedule.cooldown):
         raise ConfigError(f"log.profile is {window}, expected a first and a last step, such as [10, 12], between 1 and {last}")
     check_model_keys(config)
+    check_folders(config)
     if not config.schedule.cooldown:
         late = changes_after(config, last)
         notes += [f"{name} changes at step {step}, which the run with train.steps={last} does not reach" for name, step in late]
@@ -72,6 +81,18 @@ def prompt_notes(config: Config, shards: TokenShards, context: int) -> list[str]
     if length < context:
         return []
     return [f"log.sample_prompt has {length} tokens, the context {context}: the model will see the last {context // 2} of them"]
+
+
+def check_folders(config: Config) -> None:
+    """Raise ConfigError for a folder of the run that is a file, or lies below one."""
+    folders: dict[str, str | Path | None] = {"run.dir": run_folder(config)}
+    folders |= {"checkpoint.fallback_dir": config.checkpoint.fallback_dir, "data.cache_dir": config.data.cache_dir}
+    for option, folder in folders.items():
+        try:
+            if folder is not None:
+                check_no_file(Path(folder).expanduser())
+        except UnsafeFolder as error:
+            raise ConfigError(f"{option}: {error}") from None
 
 
 def check_model_keys(config: Config) -> None:

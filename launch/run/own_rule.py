@@ -1,8 +1,9 @@
-"""Where a training run reads a rule of the Hugging Face Hub: one commit of it, and its own copy once it has begun."""
+"""Where a training run reads its rule: of the Hugging Face Hub one commit, and its own copy once it has begun."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from celo2 import load_rule
 from celo2.rule_files import HUB
@@ -26,11 +27,18 @@ def settled(config: Config) -> Config:
     name = config.optimizer.rule or ""
     if not name.startswith(HUB):
         return config
+    rule = str(own_copy(config) or load_rule(name, config.optimizer.name).source)
+    return replace(config, optimizer=replace(config.optimizer, rule=rule))
+
+
+def own_copy(config: Config) -> Path | None:
+    """The copy of the rule that `config` names in the folder of the run that goes on, if that has begun with this name."""
     start = begun(config, run_folder(config))
     copy = start.run / RULE_FILE if start is not None and start.run is not None else None
+    if start is None or copy is None or not copy.is_file():
+        return None
     try:
-        kept = start is not None and read_state(start.path)["config"]["optimizer"].get("rule") == name
+        saved = read_state(start.path)["config"]["optimizer"]
     except CheckpointError:  # of a damaged checkpoint; resuming says it
-        kept = False
-    rule = str(copy) if kept and copy is not None and copy.is_file() else load_rule(name, config.optimizer.name).source
-    return replace(config, optimizer=replace(config.optimizer, rule=rule))
+        return None
+    return copy if all(saved.get(key) == getattr(config.optimizer, key) for key in ("name", "rule")) else None

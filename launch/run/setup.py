@@ -179,7 +179,8 @@ def describe_training(config: Config, parameters: int, optimizer: torch.optim.Op
     """The line that says what is trained, on what, with what."""
     rule = ""
     if isinstance(optimizer, Celo2):
-        rule = f" ({'; '.join(filter(None, (optimizer.rule.description, optimizer.rule.source)))})"
+        name = f", rule {config.optimizer.rule}" if config.optimizer.rule else ""
+        rule = f"{name} ({'; '.join(filter(None, (optimizer.rule.description, optimizer.rule.source)))})"
     largest, sizes = config.train.micro_batch_size, batches.sizes
     micro = fit_micro_batch(sizes.sizes[-1], world, largest)
     lowered = f" (train.micro_batch_size is at most {largest}; this divides the batch)" if micro < largest else ""

@@ -31,7 +31,19 @@ def prepared_from(tmp_path, write_jsonl):
 BOOK = "".join(f"line {i} of a small book\n" for i in range(500))
 
 
-@pytest.mark.parametrize("texts", [[BOOK], [BOOK, "short"], ["short", BOOK, ""], [BOOK] * 3, [BOOK, "a"], ["x" * 5000]])
+@pytest.mark.parametrize(
+    "texts",
+    [
+        [BOOK],
+        [BOOK, "short"],
+        ["short", BOOK, ""],
+        [BOOK] * 3,
+        [BOOK, "a"],
+        ["x" * 5000],
+        [BOOK, BOOK + "end\n"],  # by hash one of both would be validation
+        [BOOK + f"line {i} of the end\n" for i in range(3)],
+    ],
+)
 def test_few_or_unequal_documents_are_split_by_position(prepared_from, texts):
     out, lines = prepared_from(texts, val_fraction=0.1)
     train, val = text_of(out, "train"), text_of(out, "val")

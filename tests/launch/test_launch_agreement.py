@@ -50,6 +50,21 @@ def test_the_rule_is_its_content(run):
     assert "optimizer.rule is celo2 with" in refused(run(*options, "train.steps=5", "optimizer.rule=celo2-lm"))
 
 
+def test_a_rule_whose_file_is_gone_leads_to_the_copy_of_the_run(run):
+    path = run.tmp_path / "mine.safetensors"
+    save_rule(load_rule("celo2-lm"), path)
+    assert run(*QUICK, f"optimizer.rule={path}")[0] == 0
+    assert "celo2, rule " in run.out and f"{path} (meta-trained" in run.out
+    path.unlink()
+    copy = run.tmp_path / "run" / "rule.safetensors"
+    status, _, err = run(*QUICK, f"optimizer.rule={path}", "train.steps=3")
+    assert status == 2 and err.count("\n") == 1
+    assert f"no rule '{path}'" in err and err.endswith(f"; this run has a copy: optimizer.rule={copy}\n")
+    assert run(*QUICK, f"optimizer.rule={copy}", "train.steps=3")[0] == 0
+    status, _, err = run(*QUICK, f"optimizer.rule={path}", "run.dir=another", "train.steps=3")  # which has no copy
+    assert status == 2 and "copy" not in err
+
+
 def test_what_gives_the_optimizers_state_another_meaning(run):
     options = [*QUICK, "optimizer.name=adamw"]
     run(*options)

@@ -12,6 +12,7 @@ from bad_gradients import Poison
 from forked_runs import Launched, torture
 from safetensors.torch import load_file
 
+from launch import fault_injection
 from launch.monitoring import guard as guard_module
 from launch.monitoring.signals import STOP_SIGNALS, STOPPED
 from launch.run.hooks import Hooks
@@ -37,6 +38,14 @@ def injected_and_survived(folder, *arguments):
 
 def test_kills_and_signals_are_survived(tmp_path):
     assert injected_and_survived(tmp_path, "--kills=4", "--faults", "kills", "signals")[:2] == (8, 8)
+
+
+@pytest.mark.parametrize("mistake", ["--kills=-1", "--ranks=0", "--seed=-1", "--dir=/dev/null/x", "--faults=rust"])
+def test_a_mistake_is_one_line(mistake, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        fault_injection.main([mistake])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("python -m launch.torture: error: ") and mistake.partition("=")[0] in last
 
 
 @pytest.mark.slow

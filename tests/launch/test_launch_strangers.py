@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from celo2.training.folder import UnsafeFolder, check_folder
+from celo2.training.lock import FolderLock
 from configs.load import ConfigError
 from configs.schema import Checkpoint as CheckpointSection
 from configs.schema import Config
@@ -91,6 +92,18 @@ def test_neither_pipes_nor_links_below_are_written_through(victim, tmp_path):
         link.unlink()
     (folder / "latest").symlink_to("set_aside/1")  # within the folder
     check_folder(folder)
+
+
+@pytest.mark.parametrize("below", ["", "/below/it"])
+@pytest.mark.parametrize("option", ["run.dir", "checkpoint.fallback_dir", "data.cache_dir"])
+def test_a_file_where_a_folder_must_be_is_refused_by_name(run, option, below):
+    file = run.tmp_path / "file"
+    file.touch()
+    for more in ([], ["--plan"]):
+        status, _, err = run(f"{option}={file}{below}", *more)
+        assert status == 2 and err == f"error: {option}: {file} is a file, expected a folder or a name that is free\n"
+    with pytest.raises(UnsafeFolder, match="is a file"), FolderLock(Path(f"{file}{below}")):
+        pass
 
 
 def test_a_run_in_such_a_folder_is_refused_in_one_line(run, victim):
