@@ -101,7 +101,9 @@ def param_groups(
         group["param_names"].append(name)
         if claim.note and (claim.note == OVERRULED or update == claim.update):
             group.setdefault("notes", {})[name] = claim.note
-    if groups and all(group["update"] != "celo2" for group in groups.values()):
+    if not groups:
+        warnings.warn("this model has no trainable parameter", stacklevel=2)
+    elif all(group["update"] != "celo2" for group in groups.values()):
         warnings.warn("no trainable parameter of this model takes the rule: AdamW updates them all", stacklevel=2)
     return sorted(groups.values(), key=lambda group: group["update"] != "celo2")
 
@@ -142,6 +144,8 @@ def overruled_parameters(model: nn.Module, rules: Mapping[str, str]) -> dict[Ten
             near = difflib.get_close_matches(own, names, n=3)
             hint = f"; near it are {', '.join(near)}" if near else ""
             raise ValueError(f"rules: no parameter or module of the model fits '{pattern}'{hint}")
+        if not any(p.requires_grad for p in fitting):
+            warnings.warn(f"rules: '{pattern}' fits frozen parameters alone", stacklevel=3)
         found |= dict.fromkeys(fitting, update)
     return found
 

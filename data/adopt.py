@@ -26,7 +26,7 @@ from data import DataError, printable
 from data.files import replace_text
 from data.preparation.output import locked, summary
 from data.preparation.workers import cores
-from data.saved_dataset import copy_saved
+from data.saved_dataset import Chosen, copy_saved
 from data.shards import FILES_FORMAT, VERSION, fingerprint, read_index
 from data.special_tokens import as_trained, end_of_text
 from data.token_files import Scan, TokenFile, is_saved, open_token_file, scan
@@ -66,6 +66,9 @@ def adopt(
     the number of a token. val: files (a glob) that are the validation split, where their names do not say so.
     DataError for whatever the user can put right.
     """
+    for name, value in {"SOURCE": source, "FOLDER": out, "--tokenizer": tokenizer, "--val": val}.items():
+        if value is not None and not str(value).strip():  # an unset variable of a shell, which a path would take for this folder
+            raise DataError(f"{name} is empty")
     out = Path(out)
 
     def say(line: str) -> None:
@@ -73,18 +76,17 @@ def adopt(
 
     begun = time.monotonic()
     if is_saved(Path(source)):
-        tok, end, declared = choose_tokenizer(tokenizer, vocab_size, end_token, None)
         arguments = {"adopted": str(source), "val": val}
-        return copy_saved(Path(source), out, val, (tok, end, declared), arguments, say)
+        return copy_saved(Path(source), out, val, choose_tokenizer(tokenizer, vocab_size, end_token, None), arguments, say)
     splits = find_files(source, val, say)
-    tok, end, declared = choose_tokenizer(tokenizer, vocab_size, end_token, splits["train"][0].parent)
+    tok, end, declared, ids = choose_tokenizer(tokenizer, vocab_size, end_token, splits["train"][0].parent)
     raw = "uint16" if (vocab_size or vocabulary_size(tok)) <= 2**16 else "uint32"  # without an end of text that the files lack
     files = {split: [open_token_file(path, raw) for path in paths] for split, paths in splits.items()}
     check_alike([file for split in files.values() for file in split])
     say(f"end of text: {end!r}, id {token_id(tok, end)}")
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
-        index = describe(files, out, tok, token_id(tok, end), say) | {"arguments": {"adopted": str(source), "val": val}}
+        index = describe(files, out, tok, token_id(tok, end), ids, say) | {"arguments": {"adopted": str(source), "val": val}}
         if not sum(split["documents"] for split in index["splits"].values()):
             note = (
                 f"the end of text {end!r} (id {index['end_of_text_id']}) is not in the files: nothing tells their documents "
@@ -138,10 +140,8 @@ def _listed(source: str) -> list[Path]:
     return found
 
 
-def choose_tokenizer(
-    name: str | None, vocab_size: int | None, asked: str | None, source: Path | None
-) -> tuple[Tokenizer, str, dict[str, str]]:
-    """The tokenizer of the data, its end of text, and what it declares of special tokens."""
+def choose_tokenizer(name: str | None, vocab_size: int | None, asked: str | None, source: Path | None) -> Chosen:
+    """The tokenizer of the data."""
     declared: dict[str, str] = {}
     if (name is None) == (vocab_size is None):
         if name is not None:
@@ -161,7 +161,7 @@ def choose_tokenizer(
         if asked is not None and not (asked.isascii() and asked.isdecimal() and int(asked) < vocab_size):
             raise DataError(f"--end-token {asked!r}: with --vocab-size it is the number of a token, below {vocab_size}")
         tok = number_tokenizer(vocab_size, str(int(asked))) if asked else number_tokenizer(vocab_size)
-        asked = str(int(asked)) if asked else None
+        asked, ids = str(int(asked)) if asked else None, vocab_size
     else:
         assert name is not None
         path = Path(name)
@@ -171,11 +171,12 @@ def choose_tokenizer(
         if characters is not None and max(characters.values()) >= LARGEST_VOCABULARY:
             raise DataError(f"--tokenizer {name}: the id {max(characters.values())}; ids must be below {LARGEST_VOCABULARY}")
         if characters is not None:
-            tok = character_tokenizer(characters)
+            tok, ids = character_tokenizer(characters), max(characters.values()) + 1
         else:
             tok, declared = load_tokenizer(name), load_declared(name)
+            ids = vocabulary_size(tok)
     end = end_of_text(tok, declared, asked)
-    return as_trained(tok, end), end, declared
+    return Chosen(as_trained(tok, end), end, declared, ids)
 
 
 def check_alike(files: list[TokenFile]) -> None:
@@ -188,16 +189,16 @@ def check_alike(files: list[TokenFile]) -> None:
 
 
 def describe(
-    files: dict[str, list[TokenFile]], out: Path, tok: Tokenizer, end: int, say: Callable[[str], None]
+    files: dict[str, list[TokenFile]], out: Path, tok: Tokenizer, end: int, ids: int, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """The index of the files, after each of them was read once."""
-    vocab_size, every = vocabulary_size(tok), [file for split in files.values() for file in split]
+    """The index of the files, after each of them was read once; their tokens must be below `ids`."""
+    every = [file for split in files.values() for file in split]
     base = Path(os.path.commonpath([os.path.abspath(file.path.parent) for file in every]))
     inside = base.is_relative_to(os.path.abspath(out))
     content: dict[str, dict] = {}
     with ThreadPoolExecutor(min(8, cores())) as pool:
         stamps = {file.path: os.stat(file.path).st_mtime_ns for file in every}
-        scans = {file.path: pool.submit(scan, file, vocab_size, end) for file in every}
+        scans = {file.path: pool.submit(scan, file, ids, end) for file in every}
         try:
             for split, part in files.items():
                 shards: list[dict[str, Any]] = []
@@ -218,7 +219,7 @@ def describe(
         "format": FILES_FORMAT,
         "version": VERSION,
         "dtype": np.dtype(every[0].dtype).name,
-        "vocab_size": vocab_size,
+        "vocab_size": vocabulary_size(tok),
         "end_of_text_id": end,
         "tokenizer_sha256": tokenizer_hash(tok),
         "files": os.path.relpath(base, os.path.abspath(out)) if inside else str(base),

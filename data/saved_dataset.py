@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -30,11 +30,23 @@ ROWS = 1000  # that are read at a time
 LINE_SECONDS = 10
 
 
+class Chosen(NamedTuple):
+    """The tokenizer of the data, its end of text, what it declares of special tokens; the data's ids are below `ids`.
+
+    The end of text may be one id more, which data without a tokenizer of its own cannot hold.
+    """
+
+    tokenizer: Tokenizer
+    end: str
+    declared: dict[str, str]
+    ids: int
+
+
 def copy_saved(
     source: Path,
     out: Path,
     val: str | None,
-    tokenizer: tuple[Tokenizer, str, dict[str, str]],
+    tokenizer: Chosen,
     arguments: dict[str, Any],
     say: Callable[[str], None],
 ) -> Path:
@@ -44,7 +56,7 @@ def copy_saved(
         DataError: no validation, no such column, rows that are padded or empty, or ids outside the vocabulary.
     """
     begun = time.monotonic()
-    tok, end_text, declared = tokenizer
+    tok, end_text, declared, ids = tokenizer
     end, vocab_size, dtype = token_id(tok, end_text), vocabulary_size(tok), token_dtype(tok)
     paths = split_paths(source, val, say)
     inventory = {split: read_entry(path / "state.json", "_fingerprint") for split, path in paths.items()}
@@ -70,7 +82,7 @@ def copy_saved(
         for split, path in paths.items():
             data = _load(path)
             writer, last = ShardWriter(partial / "shards", split, SHARD_TOKENS), time.monotonic()
-            for tokens in _rows(data, path, vocab_size):
+            for tokens in _rows(data, path, ids):
                 if not pieces and end not in (tokens[0], tokens[-1]):
                     tokens = np.append(tokens, end)
                 writer.write(tokens.astype(dtype), 0)
@@ -148,7 +160,7 @@ def _pieces(data: Any, path: Path) -> bool:
     return len(data) > 2 and len(lengths) == 1
 
 
-def _rows(data: Any, path: Path, vocab_size: int) -> Iterator[np.ndarray]:
+def _rows(data: Any, path: Path, limit: int) -> Iterator[np.ndarray]:
     """The ids (n,) int64 of each row, n > 0."""
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -164,9 +176,9 @@ def _rows(data: Any, path: Path, vocab_size: int) -> Iterator[np.ndarray]:
                 f"{path}: rows from {row:,} on: {COLUMN!r} must be lists of whole numbers, without null; found {column.type}"
             )
         ids = values.to_numpy(zero_copy_only=False)
-        if len(ids) and not (ids.min() >= 0 and ids.max() < vocab_size):
+        if len(ids) and not (ids.min() >= 0 and ids.max() < limit):
             bad = int(ids.min() if ids.min() < 0 else ids.max())
-            raise DataError(f"{path}: rows from {row:,} on: id {bad} is outside the tokenizer's vocabulary of {vocab_size:,}")
+            raise DataError(f"{path}: rows from {row:,} on: id {bad} is outside the tokenizer's vocabulary of {limit:,}")
         stops = np.cumsum(pc.list_value_length(column).to_numpy(zero_copy_only=False))
         for tokens in np.split(ids.astype(np.int64), stops[:-1]):
             if len(tokens):

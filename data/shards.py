@@ -122,6 +122,9 @@ def read_index(folder: Path) -> dict:
                 raise DataError(f"{path}: damaged, the shards of {split} do not have the tokens that it says")
         whole = all(type(number) is int for number in numbers) and all(isinstance(found, str) for found in hashes)
         whole = whole and index["vocab_size"] > 0 and index["end_of_text_id"] >= 0
+        numbers = [content["documents"] for content in index["splits"].values()]
+        whole = whole and all(type(number) is int for number in numbers) and isinstance(index["arguments"], dict)
+        whole = whole and isinstance(index.get("notes", []), list)
     except (LookupError, TypeError, AttributeError):
         whole = False
     if not whole:
@@ -136,7 +139,7 @@ def check_files(folder: Path, index: dict, *splits: str) -> None:
         raise DataError(f"{path}: missing")
     try:
         found = json_hash(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise DataError(f"{path}: damaged, not JSON") from None
     if found != index["tokenizer_sha256"]:
         raise DataError(f"{path}: not the tokenizer of these shards (sha256 {found[:12]}, not {index['tokenizer_sha256'][:12]})")

@@ -111,5 +111,5 @@ def step_seconds(arguments: list[str]) -> float:
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         status = train.main([*arguments, f"run.dir={Path(folder) / 'run'}"], clock)
     if status != 0:
-        raise ConfigError(output.getvalue().strip().splitlines()[-1])
+        raise ConfigError(output.getvalue().strip().splitlines()[-1].removeprefix("error: "))
     return clock.step()

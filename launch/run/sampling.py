@@ -97,8 +97,9 @@ def sample_text(
         draws |= {"temperature": drawing.temperature, "top_k": drawing.top_k, "top_p": drawing.top_p}
     options = GenerationConfig(max_new_tokens=new, eos_token_id=end if stop_at_end else None, pad_token_id=end, **draws)
     inputs = torch.tensor([ids], device=model.device)
-    training, own = model.training, model.generation_config
+    training, own, padding = model.training, model.generation_config, getattr(model.config, "pad_token_id", None)
     model.eval()
+    model.config.pad_token_id = None  # a prompt of this token alone would look like padding, to a warning
     model.generation_config = options  # what is unset in `options` would be filled from the model's own
     torch.manual_seed(seed)
     try:
@@ -113,6 +114,6 @@ def sample_text(
     except (ValueError, TypeError, IndexError) as error:  # of a configuration that only training can do with
         raise ModelError(f"{type(model).__name__} cannot continue a text: {one_line(error)}") from error
     finally:
-        model.generation_config = own
+        model.generation_config, model.config.pad_token_id = own, padding
         model.train(training)
     return tokenizer.decode([token for token in [*unseen, *tokens[0].tolist()] if token != end])

@@ -120,7 +120,7 @@ class Summary:
         text = self.write(model)
         if text is not None:
             name = self.run_dir / "sample.txt"
-            self.say(f"\na sample of {self.config.log.sample_tokens} tokens ({name}):\n{text}\n")
+            self.say(f"\na sample of at most {self.config.log.sample_tokens} tokens ({name}):\n{text}\n")
         with warning("no last line", self.say):
             self.say(last_line(read_metrics(self.run_dir / "metrics.jsonl"), self.run_dir / "loss.png"))
 

@@ -111,3 +111,17 @@ def test_quantized_frozen_weight_is_left_out():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     model[0].weight = nn.Parameter(torch.zeros(32, 1, dtype=torch.uint8), requires_grad=False)
     assert "0.weight" not in update_of(param_groups(model, 1e-3, 2e-2))
+
+
+def test_a_model_in_which_nothing_is_trainable_gets_a_warning():
+    for model in (nn.ReLU(), nn.Linear(4, 4).requires_grad_(False)):
+        with pytest.warns(UserWarning, match="this model has no trainable parameter"):
+            assert param_groups(model, lr=1e-3, adamw_lr=1e-3) == []
+
+
+def test_a_pattern_of_frozen_parameters_alone_gets_a_warning():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].requires_grad_(False)
+    with pytest.warns(UserWarning, match="rules: '1' fits frozen parameters alone"):
+        groups = param_groups(model, lr=1e-3, adamw_lr=1e-3, rules={"1": "adamw"})
+    assert all(not name.startswith("1.") for group in groups for name in group["param_names"])

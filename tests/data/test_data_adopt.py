@@ -214,8 +214,39 @@ def test_tokens_wider_than_the_vocabulary_needs_are_refused(tmp_path, written, s
         tokens_of(200).astype(written).tofile(tmp_path / f"{split}.bin")
     assert refused(tmp_path, tmp_path / "out", vocab_size=size).endswith(
         f"train.bin: every second {needed} is 0, so that its tokens have more bytes, as those of int32 or int64; a vocabulary of "
-        f"{size + 1:,} needs {needed}: array.astype('{needed}').tofile(FILE)"
+        f"{size:,} needs {needed}: array.astype('{needed}').tofile(FILE)"
     )
+
+
+def test_the_first_id_outside_is_refused(tmp_path):
+    """Though the end of text, which the data lacks, has that id in the folder."""
+    characters = tmp_path / "characters.json"
+    characters.write_text(json.dumps([chr(97 + i) for i in range(10)]))
+    for split in ("train", "val"):
+        np.arange(200).__mod__(11).astype("<u2").tofile(tmp_path / f"{split}.bin")
+    save(tmp_path / "saved", {split: [[1, 2], [10], [3]] for split in ("train", "val")})
+    for options in ({"vocab_size": 10}, {"vocab_size": 10, "end_token": "9"}, {"tokenizer": str(characters)}):
+        assert "token 10 at position 10 is outside the tokenizer's vocabulary of 10" in refused(
+            tmp_path, tmp_path / "a", **options
+        )
+        assert "id 10 is outside the tokenizer's vocabulary of 10" in refused(tmp_path / "saved", tmp_path / "b", **options)
+    out = adopted(tmp_path, tmp_path / "out", vocab_size=11)
+    assert (read_index(out)["vocab_size"], read_index(out)["splits"]["train"]["documents"]) == (12, 0)
+
+
+def test_empty_names_are_refused(fineweb, tmp_path, tokenizer, monkeypatch):
+    """As of an unset variable of a shell."""
+    monkeypatch.chdir(fineweb)
+    for name, given in (
+        ("SOURCE", ("", tmp_path / "out", tokenizer, None)),
+        ("FOLDER", (fineweb, "", tokenizer, None)),
+        ("--tokenizer", (fineweb, tmp_path / "out", " ", None)),
+        ("--val", (fineweb, tmp_path / "out", tokenizer, "")),
+    ):
+        source, out, named, val = given
+        with pytest.raises(DataError, match=f"^{name} is empty$"):
+            adopt(str(source), out, tokenizer=named, val=val)
+    assert not (tmp_path / "out").exists() and not (fineweb / "index.json").exists()
 
 
 def test_an_end_of_text_that_the_files_lack_does_not_widen_them(tmp_path):

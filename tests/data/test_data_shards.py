@@ -99,6 +99,26 @@ def test_numbers_out_of_range(folder, wrong):
         verify(folder)
 
 
+@pytest.mark.parametrize("text", ["{", "[" * 200_000])
+def test_a_damaged_tokenizer_is_one_line(text, folder):
+    (folder / "tokenizer.json").write_text(text)
+    with pytest.raises(DataError, match=r"tokenizer.json: damaged, not JSON$"):
+        verify(folder)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"arguments": None}, {"arguments": 5}, {"notes": None}, {"documents": "many"}, {"documents": None}]
+)
+def test_an_index_of_other_types_is_damaged(folder, wrong):
+    index = read_index(folder)
+    if "documents" in wrong:
+        index["splits"]["train"] |= wrong
+        wrong = {"splits": index["splits"]}
+    edit_index(folder, **wrong)
+    with pytest.raises(DataError, match=r"index.json: damaged, it is not what data.prepare writes"):
+        verify(folder)
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{", '"x"', "\udcff", '{"eos_token": "\\ud800"}'])
 def test_verify_reads_what_the_tokenizer_declares(text, folder):
     path = folder / "tokenizer_config.json"

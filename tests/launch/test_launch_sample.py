@@ -53,6 +53,11 @@ def test_sample_and_evaluate(run, prepared, said, tmp_path, monkeypatch):
     both = said(sample, folder, "--tokens", 5, "--samples", 2)[1]
     assert "--- seed 0\n" in both and "--- seed 1\n" in both
     assert said(sample, middle, "--tokens", 5)[0] == 0
+    padding = open_trained(exported).model.config.pad_token_id
+    with monkeypatch.context() as patched:  # an empty prompt, which is the padding token of an export, is no reason to warn
+        warned: list[str] = []
+        patched.setattr("transformers.modeling_utils.logger.warning_once", warned.append)
+        assert said(sample, exported, "--tokens", 5)[0] == 0 and padding is not None and not warned
     status, text, err = said(sample, folder, "--prompt", "long " * 20)
     assert status == 0 and text.startswith("long long") and "the model sees its last 16 tokens" in err
 
