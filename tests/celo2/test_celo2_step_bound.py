@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from test_celo2_metatrain import digits  # noqa: F401
+from test_celo2_metatrain import data, digits  # noqa: F401
 from test_celo2_metatrain_cli import TINY
 
 from celo2 import load_rule, save_rule
