@@ -116,15 +116,13 @@ def read_index(folder: Path) -> dict:
         numbers, hashes = [index["vocab_size"], index["end_of_text_id"]], [index["tokenizer_sha256"]]
         for split, content in index["splits"].items():
             hashes.extend(file.sha256 for file in files_of(folder, index, split))
-            numbers.append(content["tokens"])
+            numbers.extend((content["tokens"], content["documents"]))
             numbers.extend(shard["mtime_ns"] for shard in content["shards"] if index["format"] == FILES_FORMAT)
             if content["tokens"] != sum(shard["tokens"] for shard in content["shards"]):
                 raise DataError(f"{path}: damaged, the shards of {split} do not have the tokens that it says")
         whole = all(type(number) is int for number in numbers) and all(isinstance(found, str) for found in hashes)
         whole = whole and index["vocab_size"] > 0 and index["end_of_text_id"] >= 0
-        numbers = [content["documents"] for content in index["splits"].values()]
-        whole = whole and all(type(number) is int for number in numbers) and isinstance(index["arguments"], dict)
-        whole = whole and isinstance(index.get("notes", []), list)
+        whole = whole and isinstance(index["arguments"], dict) and isinstance(index.get("notes", []), list)
     except (LookupError, TypeError, AttributeError):
         whole = False
     if not whole:

@@ -13,7 +13,7 @@ CHECKPOINTS = "checkpoints"
 
 
 class UnsafeFolder(OSError):
-    """A run's folder that holds what must not be there. The message names it and the remedy."""
+    """A run's folder that is a file, or holds what must not be there. The message names it and the remedy."""
 
 
 def check_no_file(folder: Path) -> None:

@@ -38,7 +38,7 @@ class FolderLock:
 
     Raises:
         FolderInUse: a process that lives holds it.
-        UnsafeFolder: what is in it would make the run write elsewhere.
+        UnsafeFolder: a file stands in its place, or what is in it would make the run write elsewhere.
         OSError: a folder that cannot be written.
     """
 

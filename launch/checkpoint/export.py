@@ -54,6 +54,9 @@ def export(
     Raises:
         CheckpointError: no whole checkpoint, a model or tokenizer that cannot be read, or a folder that cannot be written.
     """
+    for name, value in {"RUN": run, "OUT": out}.items():
+        if not str(value).strip():  # an unset variable of a shell, which a path would take for this folder
+            raise CheckpointError(f"{name} is empty")
     out = Path(os.path.abspath(out))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} exists and is not an empty folder")

@@ -38,7 +38,7 @@ def test_the_rule_of_a_run_has_its_bound_of_step_sizes(digits, tmp_path):  # noq
         (["rule.step_bound=1"], "rule.step_bound is 1.0, expected null: the rule has no step sizes"),
         (["rule.init=hand-nesterov", "rule.step_bound=1"], "rule.step_bound is 1.0, expected null: the rule has no step sizes"),
         (["rule.init=hand-agreement", "rule.step_bound=0"], "rule.step_bound is 0.0, expected at least 0.001"),
-        (["rule.init=hand-agreement", "rule.step_bound=.nan"], "rule.step_bound"),
+        (["rule.init=hand-agreement", "rule.step_bound=.nan"], "rule.step_bound is nan, expected at least 0.001"),
     ],
 )
 def test_a_bound_that_cannot_be_is_an_error(changes, message, tmp_path):

@@ -269,6 +269,14 @@ def test_out_that_exists_is_an_error(run, tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.mark.parametrize(("name", "run_dir", "out"), [("RUN", "", "out"), ("OUT", "run", ""), ("OUT", "run", " ")])
+def test_an_empty_name_is_not_this_folder(name, run_dir, out, tmp_path, monkeypatch, capsys):
+    """As of an unset variable of a shell. This folder is empty, so that an export would replace it."""
+    monkeypatch.chdir(tmp_path)
+    assert main([run_dir, out]) == 2
+    assert capsys.readouterr().err == f"export: {name} is empty\n" and not list(tmp_path.iterdir())
+
+
 def test_failure_while_writing_leaves_nothing(run, tmp_path, monkeypatch):
     def full_disk(self, folder):
         assert list(Path(folder).glob("*.safetensors"))  # the model is already there
