@@ -39,12 +39,12 @@ from launch.private import leave
 from launch.run.agreement import identity_of
 from launch.run.branch import checkpoint_folders, config_of_line
 from launch.run.check import prompt_notes
+from launch.run.diagnostics import Diagnostics, check_device
 from launch.run.evaluation import Evaluator
 from launch.run.grace import Grace
 from launch.run.hooks import Hooks
-from launch.run.inside import Inside, check_device
 from launch.run.mixture import epochs_record, mixture_notes, taken_notes
-from launch.run.own_rule import settled
+from launch.run.pinned_rule import with_pinned_rule
 from launch.run.ranks import facts_of, require_same
 from launch.run.record import training_record
 from launch.run.restart import record_lost_rank, restart_event, restart_note
@@ -109,9 +109,10 @@ def pretrain(
     run_dir = run_folder(config)
     start = find_start(config, run_dir, accelerator, heartbeat)
     config = config_of_line(config, start.origin)
-    chosen, steps = settled(config), config.train.steps
+    steps = config.train.steps
+    resolved = with_pinned_rule(config)  # and, below, with the rates of this width; checkpoints hold `config`
     heartbeat.mark("comparing the ranks")
-    require_same(accelerator, lambda: facts_of(config, chosen, shards, start.checkpoint, run_dir))
+    require_same(accelerator, lambda: facts_of(config, resolved, shards, start.checkpoint, run_dir))
     heartbeat.mark("building the model")
 
     # The model without memory, and where its weights come from; then model and optimizer as the strategy spreads them over the
@@ -123,8 +124,8 @@ def pretrain(
     evaluator = Evaluator(config, accelerator, validation, context, heartbeat.mark)
     flops, parameters, hidden = flops_per_token(model, context), model.num_parameters(), hidden_names(model)
     heartbeat.mark("sharding model and optimizer")
-    chosen = replace(chosen, optimizer=at_width_of(model, chosen.optimizer))
-    strategy = make_strategy(chosen, accelerator, model, weights)
+    resolved = replace(resolved, optimizer=at_width_of(model, resolved.optimizer))
+    strategy = make_strategy(resolved, accelerator, model, weights)
     strategy.host.waits = heartbeat.waits
     require_finite(accelerator, weights, files)
     del weights
@@ -140,10 +141,12 @@ def pretrain(
     state = resume(config, start, strategy, identity, heartbeat.progress)
     heartbeat.mark("writing the run's folder", disk=True)
     on_first_rank(accelerator, lambda: describe_run(config, run_dir, shards, optimizer, start), heartbeat.mark)
-    folders, origin = checkpoint_folders(config, run_dir, start.origin), start.origin.step if start.origin else None
-    grace, restart = Grace(strategy), restart_event(run_dir, state.step) if first and not start.event() else None
+    folders = checkpoint_folders(config, run_dir, start.origin)
+    branched_at = start.origin.step if start.origin else None
+    grace = Grace(strategy)
+    restart = restart_event(run_dir, state.step) if first and not start.event() else None
     display = Display(steps, state.step, first)
-    inside = Inside(config, strategy, run_dir, display.say)
+    diagnostics = Diagnostics(config, strategy, run_dir, display.say)
     metrics = Metrics(accelerator, config, run_dir, display.say)
     metrics.rewind(state.step, state.evaluated)
     summary = Summary(config, run_dir, folders, shards.eot_id, context, display.say, lambda: signals.received, heartbeat.progress)
@@ -154,7 +157,7 @@ def pretrain(
         display.say(note)
         metrics.event({"event": event, "step": state.step, "note": note})
 
-    def report(checkpoint: dict[str, Any]) -> None:
+    def report_checkpoint(checkpoint: dict[str, Any]) -> None:
         if "error" in checkpoint:
             display.say(f"warning: {checkpoint['error']}")
         if warning := grace.saved(checkpoint):
@@ -164,15 +167,22 @@ def pretrain(
     with (
         metrics,
         display,
-        inside,
+        diagnostics,
         Saver(
-            folders, config.checkpoint, report, strategy.host, state.step, hooks.before_save_phase, origin, heartbeat.progress
+            folders,
+            config.checkpoint,
+            report_checkpoint,
+            strategy.host,
+            state.step,
+            hooks.before_save_phase,
+            branched_at,
+            heartbeat.progress,
         ) as saver,
     ):
         batches, stream = open_batches(config, shards, context, state, accelerator)
         start.notes.extend([*([taken] if taken and state.step == 0 else []), *saver.notes])
         start.notes.extend([*prompt_notes(config, shards, context), *mixture_notes(batches, shards, steps)])
-        start.notes.extend(width_note(config.optimizer, chosen.optimizer))
+        start.notes.extend(width_note(config.optimizer, resolved.optimizer))
         if restart:
             start.notes.append(restart_note(restart))
         for note in [*start.notes, describe_training(config, parameters, optimizer, batches, world)]:
@@ -197,8 +207,9 @@ def pretrain(
                     if first and state.step < steps:  # the end has a summary of its own
                         summary.update(strategy.model if strategy.whole else None)
             scheduled = any(due(state.step, every, steps) for every in (config.checkpoint.every, config.checkpoint.keep_every))
-            saving, between = saver.due(state.step, scheduled, stop), config.distributed.check_replicas
-            if between and (saving or due(state.step, between, steps)):
+            saving = saver.due(state.step, scheduled, stop)
+            check_every = config.distributed.check_replicas
+            if check_every and (saving or due(state.step, check_every, steps)):
                 require_equal_replicas(strategy, state.step)
             if saving:
                 heartbeat.mark(f"step {state.step}: writing the checkpoint before", disk=True)
@@ -225,7 +236,7 @@ def pretrain(
             n_targets = batches.n_targets(state.step)
             micro_batches = next(stream)
             heartbeat.mark(f"step {step}: batch loaded")
-            inside.begin(step, micro_batches)
+            diagnostics.begin(step, micro_batches)
             loss = strategy.backward(micro_batches, n_targets, partial(dropout_seed, config.run.seed, state.step))
             hooks.after_backward(step, strategy, loss)
             heartbeat.mark(f"step {step}: gradient computed")
@@ -260,8 +271,8 @@ def pretrain(
                 batches, stream = open_batches(config, shards, context, state, accelerator)
                 since = replace(state)
             elif verdict is not None and logged:
-                record = training_record(state, since, verdict, chosen, factor, peak_speed) | memory(accelerator)
-                record |= statistics.record() | inside.record(verdict.grad_norm) | epochs_record(batches, shards, state.step)
+                record = training_record(state, since, verdict, resolved, factor, peak_speed) | memory(accelerator)
+                record |= statistics.record() | diagnostics.record(verdict.grad_norm) | epochs_record(batches, shards, state.step)
                 metrics.write(record)
                 display.training(record)
                 state.begin_window()

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 UPDATES = ("celo2", "adamw")
 GROUP_KEYS = ("params", "param_names", "lr", "weight_decay", "betas", "eps", "update", "orthogonalize", "matrices")
-PLANNED = ("update", "orthogonalize", "matrices")  # what a plan depends on, beside the parameters and their shapes
+PLANNED = ("update", "orthogonalize", "matrices")  # the options that a plan depends on, beside the parameters and their shapes
 # Other names of our keys, in other optimizers and in the arguments of `param_groups`.
 ALIASES = {
     **{"learning_rate": "lr", "adamw_lr": "lr", "wd": "weight_decay", "l2": "weight_decay", "layout": "matrices"},

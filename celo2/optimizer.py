@@ -90,7 +90,7 @@ class Celo2(Stateful):
         self.orthogonalized = 0  # matrices that this rank has orthogonalized so far
         self._rule_on: dict[torch.device, Rule] = {}
         self._has_step_sizes = False  # of the rule, once it is on a device
-        self._planned = [], {}
+        self._plan_key, self._entries = [], {}
         self._shapes = []
         defaults = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}
         super().__init__(params, defaults | {"update": None, "orthogonalize": orthogonalize, "matrices": None})
@@ -100,7 +100,7 @@ class Celo2(Stateful):
     def __getstate__(self) -> dict[str, Any]:
         names = ("rule", "ns_dtype", "state_dtype", "replicas", "passes", "orthogonalized", "_shapes")
         own = {name: getattr(self, name) for name in names}
-        return {**super().__getstate__(), **own, "_rule_on": {}, "_planned": ([], {})}
+        return {**super().__getstate__(), **own, "_rule_on": {}, "_plan_key": [], "_entries": {}}
 
     @torch._disable_dynamo  # torch.compile would take minutes for small functions and save nothing
     @torch.no_grad()
@@ -122,9 +122,9 @@ class Celo2(Stateful):
             check_capture(self)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         work: dict[torch.device, Work] = defaultdict(Work)
-        now = [(*map(g.get, PLANNED), *((id(p), p.shape) for p in g["params"])) for g in self.param_groups]
-        if self._planned[0] != now:  # the first step, or something has changed
-            self._planned = now, self._plan()
+        key = [(*map(g.get, PLANNED), *((id(p), p.shape) for p in g["params"])) for g in self.param_groups]
+        if key != self._plan_key:  # the first step, or groups or parameters have changed
+            self._plan_key, self._entries = key, self._plan()
         for group, entries in [(group, self._with_gradient(i, group)) for i, group in enumerate(self.param_groups)]:
             by_rule = [entry for entry in entries if entry.by_rule]
             if counts := [self.state[e.p]["count"] for e in by_rule if "count" in self.state.get(e.p, ())]:
@@ -156,7 +156,7 @@ class Celo2(Stateful):
                 continue
             if p.grad.dtype not in FLOATS or p.grad.layout is not torch.strided:
                 raise bad_gradient(index, p.grad)
-            entry, own = self._planned[1][p], [v for name, v in self.state.get(p, {}).items() if name in STATE_KEYS]
+            entry, own = self._entries[p], [v for name, v in self.state.get(p, {}).items() if name in STATE_KEYS]
             if not own or any(value.device != p.device for value in own):
                 self._make_state(entry)
             if 0 not in entry.local_shard.shape:

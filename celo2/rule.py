@@ -22,7 +22,7 @@ from torch import Tensor
 
 from celo2.orthogonalize import newton_schulz
 from celo2.rounding import SECOND_MOMENT_SLOT, lerp_, places
-from celo2.whitening import KEYS, whiten_, whitener_shapes
+from celo2.whitening import WHITENERS, whiten_, whitener_shapes
 
 GRADIENT_CLIP = 1000.0
 SMALL_CLIP = 0.1
@@ -333,7 +333,7 @@ def update(
     if orthogonalize and not is_vector:
         u = u.to(ns_dtype)
         if rule.whitening:
-            u = whiten_(u, {key: state[key] for key in KEYS if key in state}, rule.whitening).to(ns_dtype)
+            u = whiten_(u, {key: state[key] for key in WHITENERS if key in state}, rule.whitening).to(ns_dtype)
         u = newton_schulz(u).float()
     u = rms_normalized(u, last_two)
     if not rule.has_step_sizes:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from celo2.whitening import KEYS
+from celo2.whitening import WHITENERS
 
 Direction = Tensor | list[Tensor]  # of whole matrices (N, R, C); of what is here of a split one, a tensor (1, r, c) a piece
 
@@ -162,7 +162,7 @@ def scatter_(together: Stack, stacks: Sequence[Stack]) -> None:
 
 def whiteners_of(state: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """The whiteners (N, ·, ·) in the state of a parameter of N matrices, which a rule may have (`celo2.whitening`)."""
-    return {key: state[key].view(-1, *state[key].shape[-2:]) for key in KEYS if key in state} if state else {}
+    return {key: state[key].view(-1, *state[key].shape[-2:]) for key in WHITENERS if key in state} if state else {}
 
 
 def some_of(whiteners: Mapping[str, Tensor], which: slice) -> dict[str, Tensor]:

@@ -17,21 +17,23 @@ from celo2.layout import stacked_axes, stacked_shape
 from celo2.older_state import upgraded
 from celo2.rule import Rule, accumulator_shapes
 from celo2.stack import is_dtensor, local
-from celo2.whitening import KEYS
+from celo2.whitening import WHITENERS
 
-REPLICATED = ("row", "col", "step", "count", *KEYS)  # state that is not divided like the weights
+REPLICATED = ("row", "col", "step", "count", *WHITENERS)  # state that is not divided like the weights
 # Every name of `state_form`; wrappers keep things of their own beside them.
 STATE_KEYS = {"momentum", "second_moment", "diag", "exp_avg", "exp_avg_sq", *REPLICATED}
 
 
 class Stateful(torch.optim.Optimizer):
-    """The part of `Celo2` that checks groups, and makes, saves and loads state. Nothing of it runs after the first step."""
+    """The part of `Celo2` that checks groups, and makes, saves and loads state. A step calls nothing of it unless groups,
+    parameters or state have changed."""
 
     rule: Rule
     ns_dtype: torch.dtype | None
     state_dtype: torch.dtype
     replicas: Replicas | None
-    _planned: tuple[list[tuple], dict[Tensor, Entry]]  # what the last plan was made for, group by group, and the plan
+    _plan_key: list[tuple]  # what the last plan was made for, group by group
+    _entries: dict[Tensor, Entry]  # that plan
     _shapes: list[tuple[int, ...]]  # of all parameters, as they were added
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -255,7 +257,7 @@ def keeping_dtypes(optimizer: Stateful) -> Iterator[None]:
         for index, (group, own_group) in enumerate(zip(optimizer.param_groups, own_groups, strict=True)):
             group |= {key: value for key, value in own_group.items() if key not in group}  # keys of others
             check_group(group, f"parameter group {index}")  # makes tuples of lists
-        optimizer._planned = [], {}  # the loaded groups may say otherwise
+        optimizer._plan_key, optimizer._entries = [], {}  # the loaded groups may say otherwise
         if optimizer.replicas is not None:
             optimizer.replicas.consolidated = None if any(saved) else {}
         entries = [entry for i, group in enumerate(optimizer.param_groups) for entry in optimizer._entries_of(i, group)]

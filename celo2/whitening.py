@@ -1,5 +1,4 @@
-"""Whitening: the first half of step 8 of a rule that has it. It equalizes, over many steps, in which rows and columns a direction
-is large, before Newton–Schulz equalizes the singular values of the one at hand.
+"""Whitening, the first half of step 8 of rules that have it: directions are scaled down along what is large in most steps.
 
 Newton–Schulz makes the singular values of every direction equal, those of its noise, too. P_left and P_right turn the mean of
 u uᵀ and of uᵀ u over many steps into multiples of the identity: what is large in every step counts less. Shampoo's preconditioner
@@ -16,25 +15,24 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-LEFT, RIGHT = KEYS = ("left_whitener", "right_whitener")  # state: P - I, so that it starts at zero
-LONGEST = 4096  # a longer side is not whitened: the P of a side of 8192 takes 256 MB, for every matrix that has one
-LEAK = (
-    0.05  # times the rate, the share by which P - I decays in a step. Without it P grows for ever along rows that are always zero
-)
+LEFT, RIGHT = WHITENERS = ("left_whitener", "right_whitener")  # state: P - I, so that it starts at zero
+MAX_SIDE = 4096  # a longer side is not whitened: the P of a side of 8192 takes 256 MB, for every matrix that has one
+# Share of P - I that decays in a step, times the rate. Without it P grows without bound along rows that are always zero.
+LEAK = 0.05
 TINY = 1e-30  # added to a mean square
 
 
 def whitener_shapes(shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the whiteners of a parameter of shape (..., R, C): (..., R, R) and (..., C, C), but for sides above LONGEST."""
-    return {key: (*shape[:-2], n, n) for key, n in zip(KEYS, shape[-2:], strict=True) if n <= LONGEST}
+    """Shapes of the whiteners of a parameter of shape (..., R, C): (..., R, R) and (..., C, C), but for sides above MAX_SIDE."""
+    return {key: (*shape[:-2], n, n) for key, n in zip(WHITENERS, shape[-2:], strict=True) if n <= MAX_SIDE}
 
 
 def whiten_(u: Tensor, whiteners: Mapping[str, Tensor], rate: float | Tensor, taken: Tensor | None = None) -> Tensor:
     """P_left u P_right, divided by its RMS: float32 (..., R, C). Then moves `whiteners` towards white directions, in place.
 
-    A whitener P becomes A P A with A = I - ρ (S - I), divided by its mean diagonal. S is the mean of u uᵀ (of uᵀ u) over the
-    other side, with a trace of R (of C), and ρ = rate / (2 + rate |S|), so that A is positive for every S. Then P - I decays a
-    little.
+    P, stored as the whitener P - I, becomes A P A with A = I - ρ (S - I), divided by its mean diagonal. S is the mean of u uᵀ (of
+    uᵀ u) over the other side, with a trace of R (of C), and ρ = rate / (2 + rate |S|), so that A is positive for every S. Then
+    P - I decays a little.
 
     Args:
         u: directions (..., R, C), any float dtype.
@@ -89,6 +87,6 @@ def whitening_flops(rows: int, cols: int) -> int:
     """FLOPs (a multiplication and an addition count as two) of `whiten_` on one (rows, cols) matrix."""
     total = 0
     for n, m in ((rows, cols), (cols, rows)):
-        if n <= LONGEST:
+        if n <= MAX_SIDE:
             total += 2 * n * n * m + (2 * n * n * m + 4 * n**3 if n <= m else 4 * n * n * m + 6 * n * m * m)
     return total

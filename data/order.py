@@ -2,7 +2,7 @@
 
 Sequences are counted over the whole training run: number g has epoch g // n and position g % n. A pseudo-random
 permutation, whose key is (seed, epoch), gives which of the n sequences lies at that position. So every epoch has every
-sequence once, a batch may extend into the next epoch, and a checkpoint needs the number of sequences that were taken alone.
+sequence once, a batch may extend into the next epoch, and a checkpoint needs only the number of sequences taken so far.
 From there the order goes on with any batch size.
 The permutation is a Feistel network on the smallest power of four >= n, applied again until the result is below n
 (cycle walking; Black and Rogaway 2002). Memory and time are O(batch), and all numbers are integers.
@@ -16,9 +16,14 @@ MASK = 2**64 - 1
 
 
 def sequence_ids(seed: int, first: int, count: int, n_sequences: int) -> np.ndarray:
-    """The ids (count,) int64, in [0, n_sequences), of the sequences numbered first, first + 1, ... in the training run."""
+    """The ids (count,) int64, in [0, n_sequences), of the sequences numbered first, first + 1, ... in the training run.
+
+    Raises ValueError for a number that is out of range.
+    """
     if n_sequences < 1 or count < 1 or first < 0:
-        raise ValueError(f"first {first}, count {count}, n_sequences {n_sequences}: out of range")
+        raise ValueError(
+            f"out of range: first={first} must be at least 0, count={count} and n_sequences={n_sequences} at least 1"
+        )
     counter = first + np.arange(count, dtype=np.int64)
     epoch, position = np.divmod(counter, n_sequences)
     return _permute(position.astype(np.uint64), _epoch_keys(seed, epoch), n_sequences).astype(np.int64)

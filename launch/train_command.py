@@ -24,7 +24,7 @@ from launch.planning.plan import make_plan
 from launch.run.branch import config_to_plan
 from launch.run.check import check
 from launch.run.mixture import fetch_data
-from launch.run.own_rule import settled
+from launch.run.pinned_rule import with_pinned_rule
 from launch.run.setup import run_folder
 from models import LossMismatch, ModelError
 
@@ -76,7 +76,7 @@ def command(argv: list[str] | None, description: str | None, train: Callable[[Co
                 print("".join(f"note: {note}\n" for note in notes), end="", file=sys.stderr)
             if args.plan:
                 config = config_to_plan(config, run_folder(config))
-                plan = make_plan(settled(config), world, machine_of(args.gpu or "h100"))
+                plan = make_plan(with_pinned_rule(config), world, machine_of(args.gpu or "h100"))
                 if rank == "0":
                     print(plan)
                 return 0

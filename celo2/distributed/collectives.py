@@ -23,7 +23,7 @@ def gather_objects(value: Any, group: dist.ProcessGroup) -> list[Any]:
 
 
 def add_up_(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
-    """Replace every tensor (float32, same shapes on all ranks) by its sum over the ranks of `group`, in one all-reduce."""
+    """Replace every tensor (one float dtype, same shapes on all ranks) by its sum over the ranks of `group`: one all-reduce."""
     if not tensors:
         return
     flat = torch.cat([t.flatten() for t in tensors])
@@ -62,6 +62,18 @@ def all_to_all(
 def broadcast_(tensor: Tensor, owner: int, group: dist.ProcessGroup) -> None:
     """Fill `tensor` (contiguous, any dtype) with what rank `owner` of `group` has in it."""
     dist.broadcast(tensor.view(-1).view(torch.uint8), group=group, group_src=owner)
+
+
+def send(tensor: Tensor, to: int, group: dist.ProcessGroup) -> None:
+    """Send `tensor`, of any dtype, to rank `to` of `group`, which calls `receive`."""
+    dist.send(tensor.contiguous().view(-1).view(torch.uint8), group=group, group_dst=to)
+
+
+def receive(shape: Sequence[int], dtype: torch.dtype, device: torch.device, source: int, group: dist.ProcessGroup) -> Tensor:
+    """The tensor that rank `source` of `group` sends with `send`."""
+    data = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8, device=device)
+    dist.recv(data, group=group, group_src=source)
+    return data.view(dtype).view(shape)
 
 
 def broadcast_by_owner_(tensors: Sequence[Tensor], owners: Mapping[Tensor, int], group: dist.ProcessGroup) -> None:

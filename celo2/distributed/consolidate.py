@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from celo2.distributed.collectives import gather_objects
+from celo2.distributed.collectives import gather_objects, receive, send
 
 State = dict[Tensor, dict[str, Tensor]]
 
@@ -38,11 +35,9 @@ def collect_divided(optimizer: Any, to: int) -> State:
             continue
         for key, (shape, dtype) in of_ranks[owner][i].items():
             if replicas.rank == owner:
-                dist.send(optimizer.state[p][key].contiguous().view(-1).view(torch.uint8), group=replicas.group, group_dst=to)
+                send(optimizer.state[p][key], to, replicas.group)
             elif replicas.rank == to:
-                data = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8, device=p.device)
-                dist.recv(data, group=replicas.group, group_src=owner)
-                found.setdefault(p, {})[key] = data.view(dtype).view(shape).cpu()
+                found.setdefault(p, {})[key] = receive(shape, dtype, p.device, owner, replicas.group).cpu()
     return found
 
 

@@ -65,7 +65,7 @@ class ZeroClient(torch.optim.Optimizer):
         for flat in flats:
             if flat not in self.views:
                 raise ShardingError(
-                    f"DeepSpeed gave the optimizer a flat vector of {flat.numel()} elements that nothing explains"
+                    f"DeepSpeed gave the optimizer a flat vector of {flat.numel()} elements without a parameter of bind()"
                 )
         if self.inner is None or not self.gate():
             return

@@ -111,8 +111,8 @@ def check_explained(groups: Sequence[dict[str, Any]], shapes: Sequence[tuple[int
             if left[shape] >= 0:
                 continue
             raise ShardingError(
-                f"parameter group {index}: a tensor of shape {shape} that nothing explains: it has replaced a parameter that "
-                "Celo2 was built with, or that was resized; add new parameters with add_param_group; for DeepSpeed ZeRO use "
+                f"parameter group {index} holds a tensor of shape {shape} that Celo2 was not built with: a parameter was "
+                "replaced or resized; add new parameters with add_param_group; for DeepSpeed ZeRO use "
                 "celo2.distributed.deepspeed.ZeroClient"
             )
 

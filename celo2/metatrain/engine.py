@@ -26,7 +26,7 @@ from celo2.metatrain.theta import parts
 from celo2.orthogonalize import newton_schulz
 from celo2.rule import FIRST_LAYER
 from celo2.rule_files import LARGEST_WHITENING
-from celo2.whitening import KEYS, whiten_
+from celo2.whitening import WHITENERS, whiten_
 
 WARM_UP = 3  # steps before a CUDA graph is captured: libraries allocate in their first ones
 
@@ -158,7 +158,7 @@ def advance_(config: Config, family: Family, arrays: tuple[Tensor, ...], unrolls
             continue
         w = parameter["weight"]
         given = accumulated(config, parameter, g)
-        whiteners = {key: parameter[key] for key in KEYS if key in parameter}
+        whiteners = {key: parameter[key] for key in WHITENERS if key in parameter}
         step = across(family.options.lr * rate, g) * directed(config, unrolls.networks, given, whiteners, bound)
         if unrolls.expert:
             expert_step = across(config.expert.lr * rate, g) * directed(config, unrolls.expert, given, {}, expert_bound)
@@ -321,7 +321,7 @@ def accumulated(config: Config, parameter: dict[str, Tensor], g: Tensor) -> Give
     last = last_axes(g)
     d1, d0 = (0, 0) if len(last) == 1 else rules.factored_axes(g.shape[1:])
     axes = None if len(last) == 1 else (1 + d1, 1 + d0)
-    own = {key: x for key, x in parameter.items() if key not in ("weight", *KEYS)}
+    own = {key: x for key, x in parameter.items() if key not in ("weight", *WHITENERS)}
     accumulators = {key: x if key == "second_moment" else x.transpose(0, 1) for key, x in own.items()}  # K leads
     if normalizes(config):
         g = rules.normalized_gradient(g, last)

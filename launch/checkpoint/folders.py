@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from launch.checkpoint.tensors import is_there
-from launch.checkpoint.verify import MANIFEST, MODEL, CheckpointError, find_checkpoint, nothing, verify
-from launch.checkpoint.writer import Progress
+from launch.checkpoint.verify import MANIFEST, MODEL, CheckpointError, find_checkpoint, verify
+from launch.checkpoint.writer import Progress, no_progress
 
 CHECKPOINTS = "checkpoints"
 FALLBACK = "fallback_folder"  # a file in a run's folder: its line's folder below `checkpoint.fallback_dir`
@@ -41,7 +41,7 @@ def run_of(checkpoint: Path) -> Path:
     return folder.parent if folder.name == CHECKPOINTS else checkpoint
 
 
-def choose_checkpoint(path: Path, progress: Progress = nothing) -> Chosen:
+def choose_checkpoint(path: Path, progress: Progress = no_progress) -> Chosen:
     """The checkpoint `path`, or the newest whole one of the run in that folder.
 
     Raises:

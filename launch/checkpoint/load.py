@@ -18,8 +18,8 @@ from celo2.state import REPLICATED
 from data.files import read_json
 from launch.checkpoint.state import read_state
 from launch.checkpoint.tensors import TensorFiles, files_of, is_there, read_tensors
-from launch.checkpoint.verify import AVERAGE, MODEL, OPTIMIZER, CheckpointError, nothing
-from launch.checkpoint.writer import Progress
+from launch.checkpoint.verify import AVERAGE, MODEL, OPTIMIZER, CheckpointError
+from launch.checkpoint.writer import Progress, no_progress
 from launch.distributed.buffers import persistent_buffers
 from launch.distributed.gather import keeps_state
 from launch.distributed.strategy import Strategy
@@ -43,7 +43,7 @@ def optimizer_bytes(path: Path) -> int | None:
     return size
 
 
-def load_checkpoint(path: Path, strategy: Strategy, progress: Progress = nothing) -> None:
+def load_checkpoint(path: Path, strategy: Strategy, progress: Progress = no_progress) -> None:
     """Fill this rank's weights and optimizer state from a checkpoint, tensor by tensor through CPU memory.
 
     `progress` is called after each tensor.
@@ -64,7 +64,7 @@ def load_checkpoint(path: Path, strategy: Strategy, progress: Progress = nothing
     strategy.weights_changed()
 
 
-def load_weights(path: Path, strategy: Strategy, progress: Progress = nothing) -> None:
+def load_weights(path: Path, strategy: Strategy, progress: Progress = no_progress) -> None:
     """Fill weights and buffers."""
     with TensorFiles(path / MODEL) as file:
         require_same_names(path, "weights", [*strategy.shards, *strategy.buffers], file.keys())
@@ -77,7 +77,7 @@ def load_weights(path: Path, strategy: Strategy, progress: Progress = nothing) -
             buffer.copy_(file.get_tensor(name))
 
 
-def load_optimizer_state(path: Path, strategy: Strategy, progress: Progress = nothing) -> None:
+def load_optimizer_state(path: Path, strategy: Strategy, progress: Progress = no_progress) -> None:
     """Fill the optimizer state that this rank keeps. It keeps its own dtype, whatever was saved."""
     with TensorFiles(path / OPTIMIZER) as file:
         saved: dict[str, list[str]] = defaultdict(list)
@@ -107,7 +107,7 @@ def load_optimizer_state(path: Path, strategy: Strategy, progress: Progress = no
                 progress()
 
 
-def load_average(path: Path, strategy: Strategy, progress: Progress = nothing) -> None:
+def load_average(path: Path, strategy: Strategy, progress: Progress = no_progress) -> None:
     """Fill the average of the weights, if the training run keeps one. It begins anew if the checkpoint has none of its kind."""
     average = strategy.average
     if average is None:
@@ -142,15 +142,15 @@ def require_same_names(path: Path, what: str, own: Collection[str], saved: Colle
     """Raise CheckpointError if two sets of names differ, naming one of the difference."""
     missing, extra = sorted(set(own) - set(saved)), sorted(set(saved) - set(own))
     if missing or extra:
-        which = f"lacks '{missing[0]}'" if missing else f"holds '{extra[0]}', which this run does not have"
-        raise CheckpointError(f"{path}: of another model or optimizer: its {what} {which}; {weights_alone(path)}")
+        which = f"'{missing[0]}' is missing from" if missing else f"this run has no '{extra[0]}', which is in"
+        raise CheckpointError(f"{path} is from another model or optimizer: {which} its {what}; {weights_alone(path)}")
 
 
 def require_same_shape(path: Path, name: str, own: Sequence[int], saved: Sequence[int]) -> None:
     """Raise CheckpointError if a saved tensor has another shape."""
     if tuple(own) != tuple(saved):
-        problem = f"of another model: '{name}' has shape {tuple(saved)}, in this run {tuple(own)}"
-        raise CheckpointError(f"{path}: {problem}; {weights_alone(path)}")
+        problem = f"'{name}' has shape {tuple(saved)} there and {tuple(own)} in this run"
+        raise CheckpointError(f"{path} is from another model: {problem}; {weights_alone(path)}")
 
 
 def weights_alone(path: Path) -> str:

@@ -25,8 +25,8 @@ from configs.schema import Checkpoint as CheckpointConfig
 from launch.checkpoint.publish import Announce, begin, publish, remove, temporary_folder
 from launch.checkpoint.snapshot import Snapshot, take_snapshot
 from launch.checkpoint.tensors import part_name
-from launch.checkpoint.verify import AVERAGE, MODEL, OPTIMIZER, CheckpointError, checkpoint_name, nothing
-from launch.checkpoint.writer import Entry, Progress, TensorWriter, Written
+from launch.checkpoint.verify import AVERAGE, MODEL, OPTIMIZER, CheckpointError, checkpoint_name
+from launch.checkpoint.writer import Entry, Progress, TensorWriter, Written, no_progress
 from launch.distributed.gather import AVERAGES, STATE, WEIGHTS, Share, gather_in_turn, in_order
 from launch.distributed.host_group import HostGroup
 from launch.distributed.strategy import Strategy
@@ -56,7 +56,7 @@ class Saver:
         saved: int,
         announce: Announce = lambda phase: None,
         origin: int | None = None,
-        progress: Progress = nothing,
+        progress: Progress = no_progress,
     ) -> None:
         """A saver of a run. Every rank must make it at the same place.
 
@@ -207,7 +207,7 @@ def write_checkpoint(
     announce: Announce = lambda phase: None,
     origin: int | None = None,
     others: Sequence[Path] = (),
-    progress: Progress = nothing,
+    progress: Progress = no_progress,
 ) -> tuple[Path, int]:
     """Write `folder/step_<state["step"]>`, and then delete the checkpoints that `launch.checkpoint.retention` gives up.
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from data.files import read_json
 from launch.checkpoint.tensors import INDEX, part_name
-from launch.checkpoint.writer import Progress
+from launch.checkpoint.writer import Progress, no_progress
 
 MANIFEST = "manifest.json"
 MODEL, OPTIMIZER, AVERAGE = "model.safetensors", "optimizer.safetensors", "average.safetensors"  # AVERAGE: of the weights, if any
@@ -47,11 +47,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted((path for path in found if any(path.iterdir())), key=step_of)
 
 
-def nothing() -> None:
-    """A `Progress` that tells nobody."""
-
-
-def find_checkpoint(*folders: Path, progress: Progress = nothing) -> tuple[Path | None, list[str]]:
+def find_checkpoint(*folders: Path, progress: Progress = no_progress) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint in `folders`, of the first of them where two have it, and what is wrong with the newer ones."""
     problems: list[str] = []
     found = [path for folder in folders for path in list_checkpoints(folder)]
@@ -65,7 +61,7 @@ def find_checkpoint(*folders: Path, progress: Progress = nothing) -> tuple[Path 
     return None, problems
 
 
-def verify(path: Path, hashes: bool = True, progress: Progress = nothing) -> None:
+def verify(path: Path, hashes: bool = True, progress: Progress = no_progress) -> None:
     """Raise CheckpointError unless the manifest lists just a checkpoint's files, there with their sizes and `hashes`."""
     try:
         manifest = read_json(path / MANIFEST)
@@ -114,7 +110,7 @@ def wrong_names(manifest: Iterable[str], present: Iterable[str]) -> list[str]:
     return wrong
 
 
-def hash_files(files: Collection[Path], progress: Progress = nothing) -> dict[Path, str]:
+def hash_files(files: Collection[Path], progress: Progress = no_progress) -> dict[Path, str]:
     """The sha256 of each file. Several are read at once, as hashing leaves the other threads alone."""
     with ThreadPoolExecutor(min(READERS, os.cpu_count() or 1)) as pool:
         return dict(zip(files, pool.map(lambda file: sha256(file, progress), files), strict=True))
@@ -131,7 +127,7 @@ def require_its_step(path: Path) -> None:
         raise CheckpointError(f"{path} is a copy of step {step} under the name of another step")
 
 
-def sha256(path: Path, progress: Progress = nothing) -> str:
+def sha256(path: Path, progress: Progress = no_progress) -> str:
     """The hash of a file, in hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:

@@ -23,7 +23,11 @@ NAMES = {
 }  # fmt: skip
 PIECE = 64 << 20  # bytes that are written at once
 FLUSH = 256 << 20  # bytes after which the disk must have them, so that no flush takes long
-Progress = Callable[[], None]  # gets called after each piece of work
+Progress = Callable[[], None]  # is called after each piece of work
+
+
+def no_progress() -> None:
+    """A `Progress` that does nothing."""
 
 
 class Entry(NamedTuple):
@@ -50,7 +54,7 @@ class TensorWriter:
     The order decides how tensors are aligned: those with larger elements come first.
     """
 
-    def __init__(self, path: Path, entries: Sequence[Entry], progress: Progress = lambda: None) -> None:
+    def __init__(self, path: Path, entries: Sequence[Entry], progress: Progress = no_progress) -> None:
         self.path, self.progress, self.names = path, progress, tuple(entry.name for entry in entries)
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
         self.tensor_bytes = 0

@@ -31,7 +31,10 @@ from launch.monitoring.trackers import flat
 ROOT = Path(__file__).parents[2]
 POLL_SECONDS = 0.2
 # May differ between a trial and what it would be today: where it lies and how it is kept, not what it computes.
-INCIDENTAL = ("run.dir", "run.name", "checkpoint.", "log.trackers", "log.project", "log.group", "log.sample_")
+INCIDENTAL = (
+    "run.dir", "run.name", "data.cache_", "distributed.timeout", "checkpoint.",
+    "log.trackers", "log.project", "log.group", "log.sample_", "log.memory_snapshot",
+)  # fmt: skip
 
 
 class TrialError(RuntimeError):

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from celo2.layout import Layout, matrix_count, regions, stacked_shape
 from celo2.state import REPLICATED
-from celo2.whitening import KEYS
+from celo2.whitening import WHITENERS
 from launch.distributed.host_group import HostGroup
 from launch.distributed.strategy import ShardedParameter, Strategy
 
 # Means over a matrix, and whiteners: every rank has the newest where the matrix is split, else the rank that has it whole.
-MEANS = ("row", "col", *KEYS)
+MEANS = ("row", "col", *WHITENERS)
 WEIGHTS, STATE, AVERAGES = 0, 1, 2  # kinds of shares; an average of the weights comes with the buffers, as the weights do
 CHECKPOINT_TAG, VERIFICATION_TAG = 0, 1  # who sends: both may be at work at once
 Tensors = dict[str, Tensor]
@@ -174,7 +174,7 @@ def share_of(
         return None
     if key in MEANS:
         stack = stacked_shape(local.shape, layout)
-        rows, matrices = 1 if key in KEYS else value.shape[0], matrix_count(stack)
+        rows, matrices = 1 if key in WHITENERS else value.shape[0], matrix_count(stack)
         size = value.numel() // (rows * matrices)
         found = [Piece(ranks[r], first * size, last * size) for r, first, last in whole_matrices(shard, layout)]
         share = share._replace(rows=rows, pieces=tuple(piece for piece in found if piece.rank != owner))

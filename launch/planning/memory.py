@@ -16,7 +16,7 @@ from celo2.step import DEFAULT_BATCH_ELEMENTS
 from launch.distributed.birth import PIECE
 from launch.distributed.zero import BUCKET
 from launch.planning.cost import BF16, FP32, Setup, Workload, split_matrices, whitener_bytes
-from launch.run.inside import DIRECTIONS
+from launch.run.diagnostics import DIRECTIONS
 
 BATCH_ELEMENTS, CPU_BATCH_ELEMENTS = DEFAULT_BATCH_ELEMENTS, ON_DEVICE["cpu"]  # that Newton–Schulz takes at once
 IMPORTS = 0.5e9  # bytes of host memory of a process that has imported everything: measured 0.45 to 0.48 GB on a CPU

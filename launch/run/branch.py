@@ -31,11 +31,10 @@ from launch.checkpoint.verify import (
     checkpoint_name,
     find_checkpoint,
     list_checkpoints,
-    nothing,
     sha256,
     step_of,
 )
-from launch.checkpoint.writer import Progress
+from launch.checkpoint.writer import Progress, no_progress
 from launch.monitoring.trackers import ID_FILES, flat
 from launch.run.restart import read_events
 from launch.run.schedule import with_cooldown
@@ -98,7 +97,7 @@ def fallback_name(run_dir: Path, origin: Origin | None) -> str:
     return f"{run_dir.resolve().name}-{hashlib.sha256(line.encode()).hexdigest()[:12]}"
 
 
-def choose_start(config: Config, run_dir: Path, progress: Progress = nothing) -> Start:
+def choose_start(config: Config, run_dir: Path, progress: Progress = no_progress) -> Start:
     """The checkpoint that `checkpoint.resume` means. Finishes what a killed process left, and changes nothing else.
 
     `progress` is called while it hashes checkpoints.
@@ -170,7 +169,7 @@ def is_line_of(origin: Origin | None, given: Path, config: Config) -> bool:
     return given.resolve() == path or ((given / MANIFEST).is_file() and sha256(given / MANIFEST) == origin.manifest)
 
 
-def branch_from(given: Path, config: Config, run_dir: Path, progress: Progress = nothing) -> Start:
+def branch_from(given: Path, config: Config, run_dir: Path, progress: Progress = no_progress) -> Start:
     """The start of a new line at the checkpoint or run `given`."""
     if not given.is_dir():
         moved = sorted(path for path in run_dir.glob("set_aside/*/checkpoints/*") if path.name == given.name)

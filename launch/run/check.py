@@ -19,7 +19,7 @@ from data.tokenizer import load_tokenizer
 from launch.optimizers.build import check_optimizer
 from launch.optimizers.idle import IDLE
 from launch.optimizers.table import entry_of
-from launch.run.own_rule import own_copy, settled
+from launch.run.pinned_rule import copy_of_run, with_pinned_rule
 from launch.run.setup import run_folder
 
 DTYPE_KEYS = ("dtype", "torch_dtype")
@@ -33,9 +33,9 @@ def check(config: Config, written: Written, world: int) -> list[str]:
     """
     notes = refuse_idle(config, IDLE, written)
     try:
-        check_optimizer(settled(config).optimizer)
+        check_optimizer(with_pinned_rule(config).optimizer)
     except RuleError as error:
-        copy = own_copy(config)
+        copy = copy_of_run(config)
         raise RuleError(f"{error}; this run has a copy: optimizer.rule={copy}" if copy else str(error)) from None
     strategy, copies = config.distributed.strategy, config.distributed.replicas
     if strategy != "ddp" and entry_of(config.optimizer).sharded_path is None:

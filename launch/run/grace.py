@@ -8,7 +8,7 @@ from typing import Any
 
 from launch.distributed.strategy import Strategy
 
-TORCHRUN = 30.0  # s; torchrun's own
+TORCHRUN_SECONDS = 30.0  # torchrun's default
 VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # of torchrun, in seconds; the ranks see it, unlike its --shutdown-timeout
 
 
@@ -30,7 +30,7 @@ class Grace:
         self.bytes = 0.0
         self.warned = False
         under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-        self.limit = float(os.environ.get(VARIABLE, TORCHRUN)) if under_torchrun else math.inf
+        self.limit = float(os.environ.get(VARIABLE, TORCHRUN_SECONDS)) if under_torchrun else math.inf
 
     def saved(self, record: dict[str, Any]) -> str | None:
         """Learn from the event of a checkpoint. A line that warns, once, where saving takes over half of the launcher's time."""

@@ -210,7 +210,7 @@ def with_keys(config: PretrainedConfig, keys: dict[str, Any]) -> tuple[Pretraine
 def load_source(
     source: Source, config: PretrainedConfig, gradient_checkpointing: bool | str
 ) -> tuple[PreTrainedModel, Weights, str]:
-    """The model of `architecture` without memory, the weights of the source, and what was taken, in one line.
+    """The model of `config` without memory, the weights of the source, and what was taken, in one line.
 
     They are read by slice where the files hold them as the model has them, else whole.
 

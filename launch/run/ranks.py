@@ -64,12 +64,12 @@ class Fact(NamedTuple):
     remedy: str
 
 
-def facts_of(config: Config, settled: Config, shards: TokenShards, checkpoint: Path | None, run_dir: Path) -> list[Fact]:
+def facts_of(config: Config, pinned: Config, shards: TokenShards, checkpoint: Path | None, run_dir: Path) -> list[Fact]:
     """What this rank is about to train.
 
     Args:
         config: as it was given.
-        settled: the same with a rule that is at hand (`launch.run.own_rule`).
+        pinned: the same with its rule pinned (`launch.run.pinned_rule`).
         shards: the training split of its data set.
         checkpoint: the one to go on from, by this rank's path.
         run_dir: the run's folder, by this rank's path.
@@ -89,7 +89,7 @@ def facts_of(config: Config, settled: Config, shards: TokenShards, checkpoint: P
         facts.append(Fact("the weights of data.mix", weights, "give every rank the same weights"))
     if entry_of(config.optimizer).takes_rule:
         remedy = "let optimizer.rule be the same file on every node"
-        facts.append(Fact("the rule of the optimizer", rule_hash(rule_of(settled.optimizer))[:12], remedy))
+        facts.append(Fact("the rule of the optimizer", rule_hash(rule_of(pinned.optimizer))[:12], remedy))
     facts.append(checkpoint_fact(checkpoint, run_dir))
     facts += [Fact(name, found, f"install the same {name} on every node") for name, found in versions(config).items()]
     facts.append(Fact("the code of this project", code_hash(), "check out the same commit on every node"))

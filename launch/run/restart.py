@@ -10,7 +10,7 @@ from celo2.training.metrics import read_lines, read_metrics
 from data import printable
 from launch.monitoring.metrics import Lines, stamped
 
-UNSAID = "it ended without a word, as when its first rank is killed or its machine fails"
+NO_REASON = "it ended without a recorded reason, as when its first rank is killed or its machine fails"
 
 
 def read_events(run_dir: Path) -> list[dict[str, Any]]:
@@ -32,7 +32,7 @@ def restart_event(run_dir: Path, step: int) -> dict[str, Any] | None:
         "finished": "it was finished",
         "stopped": "stopped by a signal" if last.get("reason") == "signal" else str(last.get("error", last.get("reason"))),
     }
-    reason = printable(reasons.get(str(last.get("event")), UNSAID))
+    reason = printable(reasons.get(str(last.get("event")), NO_REASON))
     reached = max((record["step"] for record in read_metrics(run_dir / "metrics.jsonl") if "loss" in record), default=0)
     event = {"event": "restart", "attempt": len(earlier) + 1, "reason": reason, "step": step}
     event |= {"reached": reached, "steps_lost": max(0, reached - step)}

@@ -15,8 +15,8 @@ from launch.checkpoint.folders import CHECKPOINTS
 from launch.checkpoint.load import load_checkpoint
 from launch.checkpoint.save import Saver
 from launch.checkpoint.state import read_state, require_state
-from launch.checkpoint.verify import find_checkpoint, nothing
-from launch.checkpoint.writer import Progress
+from launch.checkpoint.verify import find_checkpoint
+from launch.checkpoint.writer import Progress, no_progress
 from launch.distributed.first_rank import on_first_rank
 from launch.distributed.heartbeat import Heartbeat
 from launch.distributed.strategy import Strategy
@@ -35,7 +35,7 @@ def find_start(config: Config, run_dir: Path, accelerator: Accelerator, heartbea
     """Where the run takes up, which the first rank chooses as `checkpoint.resume` says. Every rank must call it.
 
     Each rank gets a checkpoint of the run by its own path to the folder. The first rank alone reads and hashes checkpoints;
-    `progress` is called after each piece of that.
+    `heartbeat.progress` is called after each piece of that.
 
     Raises:
         ConfigError, CheckpointError: as `choose_start`.
@@ -56,7 +56,9 @@ def find_start(config: Config, run_dir: Path, accelerator: Accelerator, heartbea
     return start._replace(checkpoint=folder / start.checkpoint.name)
 
 
-def resume(config: Config, start: Start, strategy: Strategy, identity: dict[str, Any], progress: Progress = nothing) -> RunState:
+def resume(
+    config: Config, start: Start, strategy: Strategy, identity: dict[str, Any], progress: Progress = no_progress
+) -> RunState:
     """Load the checkpoint of `start`, if there is one, and add a note to it. Returns the state of the run.
 
     Raises:

@@ -22,7 +22,8 @@ from data.files import replace_text
 from data.shards import TokenShards
 from data.tokenizer import copy_tokenizer
 from launch.checkpoint.folders import CHECKPOINTS, FALLBACK
-from launch.checkpoint.verify import MODEL, nothing
+from launch.checkpoint.verify import MODEL
+from launch.checkpoint.writer import no_progress
 from launch.distributed.birth import WithProgress, with_weights
 from launch.distributed.first_rank import on_first_rank
 from launch.run.agreement import RULE_FILE
@@ -125,7 +126,7 @@ def checked_context(config: Config, model: PreTrainedModel) -> int:
 
 
 def make_model(
-    config: Config, shards: TokenShards, checkpoint: Path | None = None, progress: Callable[[], None] = nothing
+    config: Config, shards: TokenShards, checkpoint: Path | None = None, progress: Callable[[], None] = no_progress
 ) -> Made:
     """The model to train without memory, and where its weights come from: its architecture, `model.init`, or the checkpoint that
     the run goes on from, if it is of this model. `progress` is called whenever weights are made or read."""

@@ -22,6 +22,7 @@ from data.files import replacing
 from data.tokenizer import load_tokenizer
 from launch.checkpoint.load import load_model
 from launch.checkpoint.verify import list_checkpoints, step_of
+from launch.checkpoint.writer import Progress, no_progress
 from launch.run.layers_picture import draw_layers
 from launch.run.sampling import after, sample_text
 
@@ -60,7 +61,7 @@ class Summary:
         context: int,
         say: Say,
         stopping: Callable[[], bool],
-        progress: Callable[[], None] = lambda: None,
+        progress: Progress = no_progress,
     ) -> None:
         self.config, self.run_dir, self.folders, self.end, self.context = config, run_dir, folders, end, context
         self.say, self.stopping, self.progress = say, stopping, progress

@@ -25,8 +25,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from celo2.distributed.collectives import gather_objects
 from configs.load import ConfigError
 from launch.checkpoint.tensors import TensorFiles
-from launch.checkpoint.verify import nothing
-from launch.checkpoint.writer import Progress
+from launch.checkpoint.writer import Progress, no_progress
 from launch.distributed.buffers import persistent_buffers
 from launch.private import ignored_in_files
 from launch.run.ranks import Fact, require_same
@@ -139,7 +138,7 @@ def require_finite(accelerator: Accelerator, weights: Weights, files: list[Path]
         )
 
 
-def require_same_files(accelerator: Accelerator, files: list[Path], progress: Progress = nothing) -> None:
+def require_same_files(accelerator: Accelerator, files: list[Path], progress: Progress = no_progress) -> None:
     """Raise ConfigError, on every rank alike, unless all ranks have the same files. Every rank must call it.
 
     Ranks of one host that read the same files divide the work. `progress` is called after each block.
@@ -162,7 +161,7 @@ class Block(NamedTuple):
     sha256: str
 
 
-def hashes(files: list[Path], part: int = 0, parts: int = 1, progress: Progress = nothing) -> list[Block]:
+def hashes(files: list[Path], part: int = 0, parts: int = 1, progress: Progress = no_progress) -> list[Block]:
     """Every `parts`-th block of `files`, from number `part` on. The files are read, not mapped, so that they take no memory."""
     starts = [(i, start) for i, file in enumerate(files) for start in range(0, file.stat().st_size, BLOCK)]
     found = []

@@ -34,7 +34,7 @@ from launch.monitoring.metrics import Lines
 from launch.monitoring.signals import STOP_SIGNALS
 from launch.run.grace import Grace
 from launch.run.hooks import Hooks
-from launch.run.restart import UNSAID, record_lost_rank, restart_event, restart_note
+from launch.run.restart import NO_REASON, record_lost_rank, restart_event, restart_note
 
 ROOT = Path(__file__).parents[2]
 
@@ -110,7 +110,7 @@ def test_events_say_why_a_run_was_started_again(tmp_path):
     events.write({"event": "start", "step": 0})
     Lines(tmp_path / "metrics.jsonl", print).write({"step": 7, "loss": 1.0})
     killed = restart_event(tmp_path, 5)
-    assert killed["attempt"] == 1 and killed["reason"] == UNSAID and (killed["reached"], killed["steps_lost"]) == (7, 2)
+    assert killed["attempt"] == 1 and killed["reason"] == NO_REASON and (killed["reached"], killed["steps_lost"]) == (7, 2)
     assert restart_note(killed).startswith("restart 1 from step 5; 2 steps after it are done again; the start before: it ended")
     events.write(killed)
     record_lost_rank(tmp_path, "rank 1 is gone")

@@ -58,7 +58,7 @@ def segments(family: Family, whole: bool) -> dict[str, Segment]:
         for key, shape in {"weight": weight, **accumulators}.items():
             flip = transposed and key in ELEMENTWISE
             shape = (*shape[:-2], *shape[:-3:-1]) if flip else shape
-            if key in whiteners.KEYS:
+            if key in whiteners.WHITENERS:
                 shape = (padded(shape[0]), padded(shape[1]))
             elif key != "col":  # (K, rows), along the axis that is not padded
                 shape = (*shape[:-1], padded(shape[-1]))

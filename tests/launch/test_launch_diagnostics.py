@@ -14,10 +14,10 @@ from data.batches import Batches
 from data.shards import TokenShards
 from launch.checkpoint.load import load_model
 from launch.checkpoint.tensors import read_tensors
-from launch.run import inside
+from launch.run import diagnostics
 from launch.run.attention import AttentionLogits, largest_logit
+from launch.run.diagnostics import Diagnostics
 from launch.run.hooks import Hooks
-from launch.run.inside import Inside
 
 OPTIONS = [
     "train.steps=4",
@@ -147,8 +147,8 @@ def test_a_profile_and_deterministic_algorithms(run):
 
 def test_a_snapshot_is_written_when_memory_does_not_suffice(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(inside, "record_memory_history", lambda: calls.append("record"))
-    monkeypatch.setattr(inside, "dump_memory_history", calls.append)
+    monkeypatch.setattr(diagnostics, "record_memory_history", lambda: calls.append("record"))
+    monkeypatch.setattr(diagnostics, "dump_memory_history", calls.append)
 
     class OneRank:
         class accelerator:
@@ -156,9 +156,9 @@ def test_a_snapshot_is_written_when_memory_does_not_suffice(tmp_path, monkeypatc
 
     config = Config()
     config.log.memory_snapshot = True
-    with pytest.raises(torch.OutOfMemoryError), Inside(config, OneRank, tmp_path, print):
+    with pytest.raises(torch.OutOfMemoryError), Diagnostics(config, OneRank, tmp_path, print):
         raise torch.OutOfMemoryError("CUDA out of memory")
     assert calls == ["record", tmp_path / "memory_rank_3.pickle"]
-    with pytest.raises(ValueError), Inside(config, OneRank, tmp_path, print):
+    with pytest.raises(ValueError), Diagnostics(config, OneRank, tmp_path, print):
         raise ValueError
     assert calls[2:] == ["record"]

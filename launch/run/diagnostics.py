@@ -1,4 +1,4 @@
-"""Looking inside a training run: statistics of every layer (`log.layers`), a profile of some steps (`log.profile`), and what the
+"""Diagnostics of a training run: statistics of every layer (`log.layers`), a profile of some steps (`log.profile`), and what the
 GPU's memory held when it did not suffice (`log.memory_snapshot`). Without these options nothing here does anything.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from celo2 import Celo2
-from celo2.distributed.collectives import gather_objects
+from celo2.distributed.collectives import add_up_, gather_objects
 from celo2.orthogonalize import newton_schulz
 from celo2.stack import local
 from configs.load import ConfigError
@@ -34,7 +34,7 @@ DIRECTIONS = 3  # of which singular values are taken: the first hidden matrix, o
 MEMORY_SNAPSHOT = "memory_rank_{rank}.pickle"  # https://pytorch.org/memory_viz shows it
 
 
-class Inside:
+class Diagnostics:
     """Observes the steps of a strategy. As a context manager around the loop it ends a profile, and notes what filled the memory.
 
     The numbers of a layer are exact under every strategy: sums over what the ranks hold are added up. At a step with statistics
@@ -154,9 +154,7 @@ class Inside:
         groups = {s.local_shard.group for s in self.strategy.shards.values() if s.local_shard.group is not None}
         for group in sorted(groups, key=dist.get_process_group_ranks):
             names = [name for name, shard in self.strategy.shards.items() if shard.local_shard.group is group]
-            total = torch.stack([squares[name] for name in names])
-            dist.all_reduce(total, group=group)
-            squares |= dict(zip(names, total.unbind(), strict=True))
+            add_up_([squares[name] for name in names], group)
 
     @torch.no_grad()
     def _attention(self, micro_batches: MicroBatches) -> dict[str, float]:
@@ -190,7 +188,7 @@ class Inside:
             table = ended.key_averages().table(sort_by=by, row_limit=40)
             (folder / f"rank_{self.rank}.txt").write_text(table, encoding="utf-8")
 
-    def __enter__(self) -> Inside:
+    def __enter__(self) -> Diagnostics:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:

@@ -1,4 +1,4 @@
-"""Where a training run reads its rule: of the Hugging Face Hub one commit, and its own copy once it has begun."""
+"""Where a run reads a rule of the Hugging Face Hub: from one commit, and from the copy in its own folder once it has begun."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from launch.run.initialize import begun
 from launch.run.setup import run_folder
 
 
-def settled(config: Config) -> Config:
-    """`config` with a rule that neither moves nor goes away in place of a name of the Hub.
+def with_pinned_rule(config: Config) -> Config:
+    """`config` whose rule of the Hub is pinned: it names one commit, or the copy in the run's folder.
 
     A run that has begun with this name goes on with the copy in its folder, whatever the Hub has now and without a network.
     Otherwise the name stands for the commit that it has now.
@@ -27,11 +27,11 @@ def settled(config: Config) -> Config:
     name = config.optimizer.rule or ""
     if not name.startswith(HUB):
         return config
-    rule = str(own_copy(config) or load_rule(name, config.optimizer.name).source)
+    rule = str(copy_of_run(config) or load_rule(name, config.optimizer.name).source)
     return replace(config, optimizer=replace(config.optimizer, rule=rule))
 
 
-def own_copy(config: Config) -> Path | None:
+def copy_of_run(config: Config) -> Path | None:
     """The copy of the rule that `config` names in the folder of the run that goes on, if that has begun with this name."""
     start = begun(config, run_folder(config))
     copy = start.run / RULE_FILE if start is not None and start.run is not None else None
