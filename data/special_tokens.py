@@ -20,6 +20,7 @@ END_OF_TEXT_NAMES = (
 )
 PAD_NAMES = ("<pad>", "[PAD]", "<PAD>", "<|pad|>", "<|padding|>", "<｜▁pad▁｜>", "<|finetune_right_pad_id|>")
 CONFIG = "tokenizer_config.json"
+END_TOKEN_REMEDY = "name one of its tokens with --end-token"
 
 
 def declared_tokens(folder: Path) -> dict[str, str]:
@@ -47,11 +48,13 @@ def parse_declared(text: str) -> dict[str, str]:
     return found
 
 
-def end_of_text(tok: Tokenizer, declared: dict[str, str] | None = None, asked: str | None = None) -> str:
+def end_of_text(
+    tok: Tokenizer, declared: dict[str, str] | None = None, asked: str | None = None, remedy: str = END_TOKEN_REMEDY
+) -> str:
     """The token that ends a document: `asked`, or the eos_token that is declared, or the first of END_OF_TEXT_NAMES.
 
     Of these names a special token goes before another added one, and that before a plain entry of the vocabulary.
-    DataError if there is none.
+    DataError if there is none, with `remedy`.
     """
     added = tok.get_added_tokens_decoder().values()
     special = [token.content for token in added if token.special]
@@ -68,8 +71,7 @@ def end_of_text(tok: Tokenizer, declared: dict[str, str] | None = None, asked: s
         if tok.token_to_id(name) is not None:
             return name
     raise DataError(
-        f"the tokenizer has no end-of-text token: none of {', '.join(END_OF_TEXT_NAMES)}; "
-        f"name one of its tokens with --end-token ({_choice(special)})"
+        f"the tokenizer has no end-of-text token: none of {', '.join(END_OF_TEXT_NAMES)}; {remedy} ({_choice(special)})"
     )
 
 

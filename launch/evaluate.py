@@ -7,6 +7,7 @@ DATA is a folder that `data.prepare` wrote with the model's own tokenizer, or a 
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 
 import torch
@@ -55,7 +56,7 @@ def evaluate(options: argparse.Namespace) -> None:
 
 
 def require_same_tokenizer(trained: TrainedModel, shards: TokenShards) -> None:
-    """Raise CheckpointError if a token of the data is another one for the model."""
+    """Raise CheckpointError if a token of the data is another one for the model, or if another one ends documents."""
     ours = trained.tokenizer.get_vocab(with_added_tokens=True)
     vocabulary = load_tokenizer(shards.folder).get_vocab(with_added_tokens=True)
     for token, number in sorted(vocabulary.items(), key=lambda item: item[1]):
@@ -65,6 +66,12 @@ def require_same_tokenizer(trained: TrainedModel, shards: TokenShards) -> None:
                 f"{shards.folder} was prepared with another tokenizer: its token {token!r} has the number {number}, "
                 f"in that of {trained.path} it {here}"
             )
+    if trained.end != shards.eot_id:
+        theirs, own = (trained.tokenizer.id_to_token(number) for number in (shards.eot_id, trained.end))
+        raise CheckpointError(
+            f"{shards.folder} ends its documents with {theirs!r}, {trained.path} was trained with {own!r}: prepare the data with "
+            f"--end-token {shlex.quote(str(own))}"
+        )
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -57,7 +57,7 @@ def export(
     for name, value in {"RUN": run, "OUT": out}.items():
         if not str(value).strip():  # an unset variable of a shell, which a path would take for this folder
             raise CheckpointError(f"{name} is empty")
-    out = Path(os.path.abspath(out))
+    out = Path(out).resolve()  # of a link, the folder that it names
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} exists and is not an empty folder")
     chosen = choose_checkpoint(Path(run).absolute())
@@ -75,7 +75,9 @@ def export(
     if dtype is not None:
         convert(model, dtype)
 
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    mounted = os.path.ismount(out)  # then it cannot be replaced: the files move into it, config.json last
+    name = f".{out.name}.{os.getpid()}.partial"
+    partial = out / name if mounted else out.with_name(name)
     try:
         partial.mkdir(parents=True)
         save(model, partial, checkpoint)
@@ -83,7 +85,11 @@ def export(
         add_names_of_transformers_4(partial)
         write_card(partial, chosen, model, rows, average)
         usual_permissions(partial)
-        os.replace(partial, out)
+        if mounted:
+            for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
+                os.replace(path, out / path.name)
+        else:
+            os.replace(partial, out)
     except OSError as error:
         raise CheckpointError(f"cannot write {out}: {error}") from error
     finally:

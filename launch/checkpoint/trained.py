@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from data import DataError
 from data.files import read_json
 from data.shards import read_index
-from data.tokenizer import end_of_text_id, load_tokenizer
+from data.special_tokens import CONFIG, declared_tokens, end_of_text
+from data.tokenizer import load_tokenizer, token_id, tokenizer_hash
 from launch.checkpoint.folders import CHECKPOINTS, Chosen, choose_checkpoint
 from launch.checkpoint.load import load_model, read_model_config
 from launch.checkpoint.state import read_state, require_state
@@ -74,10 +75,8 @@ def open_checkpoint(chosen: Chosen, average: bool = False) -> TrainedModel:
     saved = read_state(path)
     require_state(path, saved)
     config, model = saved["config"], load_model(path, average=average)
-    try:  # the data may be gone, or elsewhere
-        end = read_index(Path(config["data"]["dir"]))["end_of_text_id"]
-    except (DataError, OSError):
-        end = end_of(tokenizer, path)
+    end = end_of_data(config["data"].get("dir"), tokenizer) if not (chosen.run / CONFIG).is_file() else None
+    end = end_of(tokenizer, chosen.run) if end is None else end
     return TrainedModel(path, model, tokenizer, end, config["model"]["context"] or longest_context(model.config), chosen.problems)
 
 
@@ -114,12 +113,25 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         raise CheckpointError(str(error)) from error
 
 
-def end_of(tokenizer: Tokenizer, path: Path) -> int:
-    """The end of text by its name in the tokenizer."""
+def end_of(tokenizer: Tokenizer, folder: Path) -> int:
+    """The id of the end of text: the eos_token of the folder's tokenizer_config.json, else one of the usual names."""
+    remedy = f"name one of its tokens as eos_token in {folder / CONFIG}"
     try:
-        return end_of_text_id(tokenizer)
+        return token_id(tokenizer, end_of_text(tokenizer, declared_tokens(folder), remedy=remedy))
     except DataError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+        raise CheckpointError(f"{folder}: {error}") from error
+
+
+def end_of_data(folder: str | None, tokenizer: Tokenizer) -> int | None:
+    """The end of text of prepared data, for runs of former versions, which have no tokenizer_config.json.
+
+    None if the data is gone, or was prepared with another tokenizer since.
+    """
+    try:
+        index = read_index(Path(folder)) if folder else None
+    except (DataError, OSError):
+        return None
+    return index["end_of_text_id"] if index and index["tokenizer_sha256"] == tokenizer_hash(tokenizer) else None
 
 
 def trained_length(folder: Path) -> int | None:

@@ -25,6 +25,7 @@ from configs.schema import Config
 from configs.schema import Model as ModelSection
 from data import first_line
 from data.shards import TokenShards
+from data.special_tokens import declared_tokens
 from launch.checkpoint.folders import CHECKPOINTS, choose_checkpoint, folders_of, run_of
 from launch.checkpoint.load import load_model, read_model_config, weights_file
 from launch.checkpoint.state import read_state
@@ -340,7 +341,9 @@ def check_tokenizer(source: Source, shards: TokenShards) -> str:
         raise ConfigError(
             f"model.init: the tokenizer of {source.name} cuts the data into other tokens than its own did; {remedy}"
         )
-    return "its tokenizer is that of the data"
+    there, here = declared_tokens(source.tokenizer_file.parent).get("eos_token"), own.id_to_token(shards.eot_id)
+    same = "its tokenizer is that of the data"
+    return same if there in (None, here) else f"{same}, but documents end with {here!r} here, with {there!r} there"
 
 
 def read_tokenizer(source: Source) -> Tokenizer | None:

@@ -148,6 +148,21 @@ def test_empty_out_folder_is_fine_and_as_readable_as_any(run, tmp_path):
     assert (tmp_path / "out").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
+@pytest.mark.parametrize("kind", ["link", "mount"])
+def test_out_may_be_a_link_or_a_mounted_folder(kind, run, tmp_path, monkeypatch):
+    out, folder = tmp_path / "out", tmp_path / "folder"
+    folder.mkdir()
+    out.symlink_to(folder)
+    before = os.open(folder, os.O_RDONLY)
+    if kind == "mount":  # such a folder cannot be replaced
+        monkeypatch.setattr(os.path, "ismount", lambda path: str(path) == str(folder))
+    export(run, out)
+    assert out.is_symlink() and (out / "model.safetensors").is_file() and (out / "config.json").is_file()
+    assert not list(tmp_path.rglob("*.partial"))
+    assert (folder.stat().st_ino == os.fstat(before).st_ino) == (kind == "mount")
+    os.close(before)
+
+
 def test_to_gpt2_copies():
     model = build_model(size="gpt3-tiny", vocab_size=99, dropout=0.1)
     gpt2 = to_gpt2(model)
