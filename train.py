@@ -151,6 +151,7 @@ def pretrain(
     metrics.rewind(state.step, state.evaluated)
     summary = Summary(config, run_dir, folders, shards.eot_id, context, display.say, lambda: signals.received, heartbeat.progress)
     guard = Guard(accelerator, config.train, signals)
+    guard.go_on(state.recent_losses, has_checkpoint=start.checkpoint is not None)
     signals.wait = True  # from now on a signal waits for the end of the step and a checkpoint
 
     def tell(event: str, note: str) -> None:
@@ -217,8 +218,9 @@ def pretrain(
                 heartbeat.mark(f"step {state.step}: saving", disk=True)
                 metrics.flush()
                 set_mode(optimizer, "eval")
-                state.sources = batches.taken(state.step)
+                state.sources, state.recent_losses = batches.taken(state.step), list(guard.losses)
                 saver.save(strategy, to_saved(config, state, identity))
+                guard.has_checkpoint = True
             if stop or state.step == steps:
                 break
 

@@ -15,6 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from celo2.distributed.shard import LocalShard
 from celo2.state import REPLICATED
+from configs.average import average_of
+from configs.schema import Config, Train
 from data.files import read_json
 from launch.checkpoint.state import read_state
 from launch.checkpoint.tensors import TensorFiles, files_of, is_there, read_tensors
@@ -108,13 +110,20 @@ def load_optimizer_state(path: Path, strategy: Strategy, progress: Progress = no
 
 
 def load_average(path: Path, strategy: Strategy, progress: Progress = no_progress) -> None:
-    """Fill the average of the weights, if the training run keeps one. It begins anew if the checkpoint has none of its kind."""
+    """Fill the average of the weights, if the training run keeps one.
+
+    It begins anew if the checkpoint has none of its kind, or one that began earlier: the tail of a run that was made longer.
+    """
     average = strategy.average
     if average is None:
         return
     average.begin_anew()
-    saved = read_state(path).get("average", {})
+    state = read_state(path)
+    saved, train = state.get("average", {}), state["config"]["train"]
     if saved.get("kind") != average.options.kind:
+        return
+    options = average_of(Config(train=Train(steps=train["steps"], average=train["average"])))
+    if options is None or options.start < average.options.start:
         return
     with TensorFiles(path / AVERAGE) as file:
         require_same_names(path, "average", [*strategy.shards, *strategy.buffers], file.keys())

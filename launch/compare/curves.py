@@ -84,18 +84,24 @@ def stopped_diverged(folder: Path) -> bool:
     return by_event or (folder / "diverged.json").exists()  # a file that launch.compare itself wrote before there were events
 
 
-def standing(folder: Path, steps: int) -> Outcome:
-    """Where a run of `steps` steps stands, from its folder."""
-    return Outcome("diverged") if stopped_diverged(folder) else judge(read_metrics(folder / "metrics.jsonl"), steps)
+def standing(folder: Path, config: Config) -> Outcome:
+    """Where the run of `config` stands, from its folder."""
+    if stopped_diverged(folder):
+        return Outcome("diverged")
+    return judge(read_metrics(folder / "metrics.jsonl"), config.train.steps, trained=config.model.init is not None)
 
 
-def judge(records: list[dict], steps: int) -> Outcome:
-    """The outcome of a run of `steps` steps with these records: finished, unless it ends no lower than it began."""
+def judge(records: list[dict], steps: int, trained: bool = False) -> Outcome:
+    """The outcome of a run of `steps` steps with these records: finished, unless it ends no lower than it began.
+
+    A model that was `trained` before (model.init) may: its training loss of the first step says little of its validation loss.
+    """
     last = next((r for r in reversed(records) if "val_loss" in r and r["step"] == steps), None)
     if last is None:
         return Outcome("unfinished")
     first = next((r["loss"] for r in records if "loss" in r), None)
-    if last["val_loss"] is None or (first is not None and steps > 1 and last["val_loss"] >= first):
+    no_lower = first is not None and last["val_loss"] is not None and last["val_loss"] >= first
+    if last["val_loss"] is None or (no_lower and steps > 1 and not trained):
         return Outcome("diverged")
     return Outcome("finished", last["val_loss"])
 
@@ -115,7 +121,7 @@ def read_run(folder: Path, label: str = "", command: str = "") -> Run:
             raise ConfigError(f"{folder / 'metrics.jsonl'}, line {number}: neither a training record nor an evaluation")
     training = [r for r in records if r.get("loss") is not None]
     validation = [r for r in records if r.get("val_loss") is not None]
-    status = standing(folder, config.train.steps).status
+    status = standing(folder, config).status
     return Run(label, folder, config, command, training, validation, status, model_flops(folder, config), state_bytes(folder))
 
 

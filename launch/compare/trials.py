@@ -74,13 +74,14 @@ def outcome(trial: Trial) -> Outcome:
     """
     if not (trial.folder / "config.yaml").exists():
         return Outcome("new")
-    before, now = (flat(asdict(config)) for config in (load_config(trial.folder / "config.yaml"), trial.config))
+    config = trial.config
+    before, now = (flat(asdict(c)) for c in (load_config(trial.folder / "config.yaml"), config))
     for key in now:
         if before.get(key) != now[key] and not key.startswith(INCIDENTAL):
             raise ConfigError(
                 f"{trial.folder} holds a run with {key}={before.get(key)}, this comparison has {now[key]}: choose another --out"
             )
-    return standing(trial.folder, int(now["train.steps"]))
+    return standing(trial.folder, config)
 
 
 def visible_devices() -> list[str | None]:

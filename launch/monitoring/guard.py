@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -84,9 +84,15 @@ class Guard:
     def __init__(self, accelerator: Accelerator, config: Train, signals: StopSignals | None = None) -> None:
         self.accelerator, self.config, self.signals = accelerator, config, signals or StopSignals()
         self.bad_in_a_row = 0
+        self.has_checkpoint = False  # whether there is one to roll back to; the same on all ranks
         self.losses: deque[float] = deque(maxlen=SPIKE_WINDOW)
         self.on_device: deque[Judged] = deque()
         self.arrived: deque[tuple[int, list[float]]] = deque()  # step, and numbers of `Judged`
+
+    def go_on(self, losses: Sequence[float], has_checkpoint: bool) -> None:
+        """Continue a run after these losses of its last healthy steps."""
+        self.losses.extend(losses)
+        self.has_checkpoint = has_checkpoint
 
     def agree(self, *values: Tensor | float) -> Tensor:
         """The sums of `values` over all ranks, and as the last number how many ranks got a signal; float64, on the device."""
@@ -131,7 +137,7 @@ class Guard:
         """The verdicts that were waited for. After one that says to roll back comes no other: later steps are undone with it.
 
         Raises:
-            Diverged: `max_bad_steps` steps in a row were not finite, and rolling back is not allowed.
+            Diverged: `max_bad_steps` steps in a row were not finite, and rolling back is not allowed or not possible.
         """
         while self.arrived:
             verdict = self.conclude(*self.arrived.popleft())
@@ -144,7 +150,9 @@ class Guard:
         """The verdict on `step`, after those on all steps before it. Raises Diverged as `verdicts` does."""
         loss, norm, refused, saves, stops, *of_this_rank = numbers
         verdict = Verdict(step, loss, norm, stop=stops > 0, save=saves > 0)
-        may_roll_back = self.config.on_spike == "rollback"
+        asked = self.config.on_spike == "rollback"
+        may_roll_back = asked and self.has_checkpoint
+        but = ", and there is no checkpoint to roll back to" if asked and not may_roll_back else ""
         if refused:
             self.bad_in_a_row += 1
             verdict.healthy = False
@@ -152,13 +160,13 @@ class Guard:
             verdict.problem = f"loss {verdict.loss}, gradient norm {verdict.grad_norm}{whose}: the step is skipped"
             verdict.roll_back = may_roll_back and self.bad_in_a_row >= self.config.max_bad_steps
             if self.bad_in_a_row >= self.config.max_bad_steps and not may_roll_back:
-                raise Diverged(f"{self.bad_in_a_row} steps in a row were not finite, the last with {verdict.problem}")
+                raise Diverged(f"{self.bad_in_a_row} steps in a row were not finite{but}; the last: {verdict.problem}")
         else:
             self.bad_in_a_row = 0
             if self.config.spike and len(self.losses) == SPIKE_WINDOW:
                 usual = statistics.median(self.losses)
                 if verdict.loss > usual + self.config.spike:
-                    verdict.problem = f"loss {verdict.loss:.4f} is a spike above the usual {usual:.4f}"
+                    verdict.problem = f"loss {verdict.loss:.4f} is a spike above the usual {usual:.4f}{but}"
                     verdict.roll_back = may_roll_back
             self.losses.append(verdict.loss)
         if verdict.roll_back:

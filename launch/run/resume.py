@@ -15,7 +15,7 @@ from launch.checkpoint.folders import CHECKPOINTS
 from launch.checkpoint.load import load_checkpoint
 from launch.checkpoint.save import Saver
 from launch.checkpoint.state import read_state, require_state
-from launch.checkpoint.verify import find_checkpoint
+from launch.checkpoint.verify import find_checkpoint, step_of
 from launch.checkpoint.writer import Progress, no_progress
 from launch.distributed.first_rank import on_first_rank
 from launch.distributed.heartbeat import Heartbeat
@@ -28,7 +28,7 @@ from launch.run.ranks import checkpoint_fact, require_same
 from launch.run.schedule import rate_after
 from launch.run.state import RunState, from_saved
 
-MAX_ROLLBACKS = 10
+MAX_ROLLBACKS = 10  # in a row to the same checkpoint: none of them helped
 
 
 def find_start(config: Config, run_dir: Path, accelerator: Accelerator, heartbeat: Heartbeat) -> Start:
@@ -77,6 +77,8 @@ def resume(
     changes = changed_options(saved["config"], config)
     start.notes.append(f"resumed from {path}" + (f" with {', '.join(changes)}" if changes else ""))
     start.notes.extend([rate] if rate else [])
+    if saved.get("average") and strategy.average is not None and not strategy.average.begun:
+        start.notes.append("the average of the weights begins anew: the checkpoint's began earlier, or is of another kind")
     window = config.log.profile
     if window is not None and window[1] <= saved["step"] and saved["config"].get("log", {}).get("profile") != window:
         start.notes.append(f"log.profile is {window}, but the run goes on after step {saved['step']}: nothing is traced")
@@ -98,7 +100,7 @@ def roll_back(run_dir: Path, state: RunState, strategy: Strategy, saver: Saver, 
     Returns the state to go on from, and how many sequences are left out.
 
     Raises:
-        Diverged: no checkpoint to go back to, or too many rollbacks.
+        Diverged: no checkpoint to go back to, or too many rollbacks to the same one.
         ConfigError: the ranks do not find the same checkpoint.
     """
     accelerator = strategy.accelerator
@@ -112,15 +114,20 @@ def roll_back(run_dir: Path, state: RunState, strategy: Strategy, saver: Saver, 
 
     newest = on_first_rank(accelerator, find, heartbeat.mark)
     if newest is None:
-        raise Diverged(f"step {state.step}: no checkpoint to roll back to")
-    if state.rollbacks >= MAX_ROLLBACKS:
-        raise Diverged(f"step {state.step}: {MAX_ROLLBACKS} rollbacks did not help")
+        raise Diverged(f"step {state.step}: no checkpoint to roll back to: none could be written, or all are damaged")
     path = saver.folders[newest[0]] / newest[1]
+    there = step_of(path)
+    in_a_row = state.rollbacks_there + 1 if state.rollbacks_there and state.rolled_back_to == there else 1
+    if in_a_row > MAX_ROLLBACKS:
+        raise Diverged(
+            f"step {state.step}: {MAX_ROLLBACKS} rollbacks to step {there} did not help: lower optimizer.lr, or let the run go "
+            "on with train.on_spike=log"
+        )
     require_same(accelerator, lambda: [checkpoint_fact(path, run_dir)])
     load_checkpoint(path, strategy, heartbeat.progress)
     heartbeat.mark("loaded")
     back = from_saved(read_state(path))
     accelerator.wait_for_everyone()  # the checkpoint is about to be written again, with what is left out
-    on = replace(back, sequences=state.sequences, sources=state.sources)
-    on = replace(on, bad_steps=state.bad_steps, rollbacks=state.rollbacks + 1)
+    on = replace(back, sequences=state.sequences, sources=state.sources, bad_steps=state.bad_steps, recent_losses=[])
+    on = replace(on, rollbacks=state.rollbacks + 1, rolled_back_to=there, rollbacks_there=in_a_row)
     return on, state.sequences - back.sequences

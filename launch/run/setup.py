@@ -22,7 +22,7 @@ from data.files import replace_text
 from data.shards import TokenShards
 from data.tokenizer import copy_tokenizer
 from launch.checkpoint.folders import CHECKPOINTS, FALLBACK
-from launch.checkpoint.verify import MODEL
+from launch.checkpoint.verify import MODEL, step_of
 from launch.checkpoint.writer import no_progress
 from launch.distributed.birth import WithProgress, with_weights
 from launch.distributed.first_rank import on_first_rank
@@ -168,7 +168,9 @@ def describe_run(config: Config, run_dir: Path, shards: TokenShards, optimizer: 
     if start.begins and start.origin is not None:
         begin_line(run_dir, start.origin)
     (run_dir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-    replace_text(run_dir / "config.yaml", to_yaml(config))
+    finished = not start.begins and start.checkpoint is not None and step_of(start.checkpoint) == config.train.steps
+    if not (finished and (run_dir / "config.yaml").is_file()):  # else it is that of the steps that were trained
+        replace_text(run_dir / "config.yaml", to_yaml(config))
     if config.checkpoint.fallback_dir is not None:
         replace_text(run_dir / FALLBACK, str(checkpoint_folders(config, run_dir, start.origin)[1].absolute()))
     copy_tokenizer(shards.folder, run_dir, shards.eot_id)

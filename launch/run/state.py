@@ -24,6 +24,9 @@ class RunState:
     best_loss: float | None = None  # the lowest validation loss so far
     bad_steps: int = 0  # steps that were skipped because loss or gradient norm was not finite
     rollbacks: int = 0
+    rolled_back_to: int = 0  # the step that the last one went to
+    rollbacks_there: int = 0  # how many in a row went to it
+    recent_losses: list[float] = field(default_factory=list)  # of healthy steps, which a spike is measured against
     window_loss: float | None = None  # mean over the targets of the healthy steps since the last logged one; None: no such step
     window_tokens: int = 0  # those targets
 

@@ -145,6 +145,21 @@ def test_an_average_goes_back_with_a_rollback(run):
     assert states == [{"kind": "ema", "members": 8}] * 2
 
 
+@pytest.mark.parametrize(("saved_at", "members"), [(6, 6), (8, 4)])
+def test_the_tail_of_a_longer_run_has_no_steps_from_before_its_beginning(saved_at, members, run):
+    """The tail of the short run began at 3 or 4, that of the long one begins at 6: it is that of a run of 12 steps at once."""
+    own = ["schedule.kind=constant", "schedule.warmup=0", TAIL, "log.sample_tokens=0", "checkpoint.every=4", "checkpoint.keep=9"]
+    assert run(*own, f"train.steps={saved_at}", folder="longer")[0] == 0
+    assert run(*own, "train.steps=12", folder="longer")[0] == 0
+    assert ("the average of the weights begins anew" in run.out) == (saved_at > 3)
+    assert run(*own, "train.steps=12", folder="whole")[0] == 0
+    states = [json.loads((checkpoint(run.tmp_path / name, 12) / "state.json").read_text()) for name in ("longer", "whole")]
+    assert [state["average"]["members"] for state in states] == [members, 6]
+    longer, whole = (tensors(run.tmp_path / name, 12) for name in ("longer", "whole"))
+    assert longer["average"].keys() == whole["average"].keys() and equal({"model": longer["model"]}, whole)
+    assert equal(longer, whole) == (members == 6)
+
+
 def test_no_step_waits_for_its_average(run):
     with HostWaits() as waits:
         assert run(EMA, "train.steps=4", "log.every=4", "eval.every=0", "checkpoint.every=0", hooks=waits)[0] == 0

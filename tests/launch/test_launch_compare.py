@@ -306,6 +306,8 @@ def test_outcomes():
     assert judge([start, end], 9) == ("finished", 4.0)
     assert judge([start, end | {"val_loss": 5.5}], 9).status == "diverged"  # ends above where it began
     assert judge([start, end | {"val_loss": None}], 9).status == "diverged"
+    assert judge([start, end | {"val_loss": 5.5}], 9, trained=True) == ("finished", 5.5)  # as model.init may
+    assert judge([start, end | {"val_loss": None}], 9, trained=True).status == "diverged"
 
 
 def test_divergence_is_recognized_by_the_event_that_train_writes(tmp_path):
