@@ -28,11 +28,11 @@ def with_checked_mix(config: Config) -> Config:
         return config
     if config.data.dir is not None:
         raise ConfigError("data.dir and data.mix are both given: leave one out (data.dir=null)")
-    config.data.mix = [{**item, "dir": sources.dir} for item, sources in zip(config.data.mix, sources_of(config), strict=True)]
+    config.data.mix = [{**item, "dir": sources.dir} for item, sources in zip(config.data.mix, mix_sources(config), strict=True)]
     return config
 
 
-def sources_of(config: Config) -> list[Source]:
+def mix_sources(config: Config) -> list[Source]:
     """The sources of `data.mix`, which must not be None."""
     mix = config.data.mix or []
     if not mix:

@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 
 from data import DataError, printable
 from data.files import replace_text
-from data.preparation.output import locked, summary
+from data.preparation.output import locked, repetition, summary
 from data.preparation.workers import cores
 from data.saved_dataset import Chosen, copy_saved
 from data.shards import FILES_FORMAT, VERSION, fingerprint, read_index
@@ -78,7 +78,7 @@ def adopt(
     if is_saved(Path(source)):
         arguments = {"adopted": str(source), "val": val}
         return copy_saved(Path(source), out, val, choose_tokenizer(tokenizer, vocab_size, end_token, None), arguments, say)
-    splits = find_files(source, val, say)
+    splits = find_files(source, out, val, say)
     tok, end, declared, ids = choose_tokenizer(tokenizer, vocab_size, end_token, splits["train"][0].parent)
     raw = "uint16" if (vocab_size or vocabulary_size(tok)) <= 2**16 else "uint32"  # without an end of text that the files lack
     files = {split: [open_token_file(path, raw) for path in paths] for split, paths in splits.items()}
@@ -94,14 +94,17 @@ def adopt(
             )
             say(note)
             index["notes"].append(note)
+        for note in repetition(index["splits"]):
+            say(note)
+            index["notes"].append(note)
         publish(out, index, tok, end, declared)
     say(f"adopted {out} in {time.monotonic() - begun:.1f} s: {summary(index)}")
     return out
 
 
-def find_files(source: str, val: str | None, say: Callable[[str], None]) -> dict[str, list[Path]]:
+def find_files(source: str, out: Path, val: str | None, say: Callable[[str], None]) -> dict[str, list[Path]]:
     """The token files of each split, in the order of their names. DataError: none, or a name that does not say the split."""
-    found, validation = _listed(source), _listed(val) if val else []
+    found, validation = _listed(source, out), _listed(val, out) if val else []
     splits: dict[str, list[Path]] = {"train": [], "val": validation}
     chosen = {path.resolve() for path in validation}
     for path in found:
@@ -121,11 +124,11 @@ def find_files(source: str, val: str | None, say: Callable[[str], None]) -> dict
     return splits
 
 
-def _listed(source: str) -> list[Path]:
-    """The .bin files that a folder, a glob or a path names."""
+def _listed(source: str, out: Path) -> list[Path]:
+    """The .bin files that a folder, a glob or a path names; also of `out`, where that was adopted in its own place."""
     path = Path(source)
     if path.is_dir():
-        if (path / "index.json").exists():
+        if (path / "index.json").exists() and (path.resolve() != out.resolve() or read_index(path)["format"] != FILES_FORMAT):
             raise DataError(f"{path} is a prepared folder: use it as data.dir")
         found = sorted(path.glob("*.bin"))
         if not found:

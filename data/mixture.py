@@ -46,6 +46,8 @@ class Mixture(TokenShards):
         self.folder, self.split = first.folder, first.split  # of the tokenizer
         self.vocab_size, self.eot_id, self.tokenizer_hash = first.vocab_size, first.eot_id, first.tokenizer_hash
         self.n_tokens = sum(source.n_tokens for source in sources)
+        known = [source.n_bytes for source in sources if source.n_bytes is not None]
+        self.n_bytes = sum(known) if len(known) == len(sources) else None
         prints = sorted(source.fingerprint for source in sources)
         self.fingerprint = prints[0] if len(prints) == 1 else json_hash(json.dumps(prints))  # whatever the weights
         self.dtype = np.result_type(*(source.dtype for source in sources))

@@ -25,9 +25,9 @@ from data.preparation.encode import Encoder, token_dtype
 from data.preparation.output import begin, is_finished, locked, publish, summary
 from data.preparation.progress import progress
 from data.preparation.sources import Source, Unit, open_source, total_bytes
-from data.preparation.split import choose_split, cut_document, text_notes
+from data.preparation.split import choose_split, cut_document, hashes_of_units, text_notes, texts_hash
 from data.preparation.workers import cores, encode_units, save_bpe, unit_path
-from data.shards import FORMAT, VERSION
+from data.shards import FORMAT, VERSION, is_prepared
 from data.special_tokens import CONFIG, END_OF_TEXT, as_trained, check_not_of_texts, declared_tokens, end_of_text
 from data.token_files import is_saved
 from data.tokenizer import (
@@ -132,13 +132,13 @@ def prepare(
 
 def _check_arguments(out: Path, arguments: dict, workers: int) -> None:
     if not 0 <= arguments["val_fraction"] < 1:
-        raise DataError(f"val_fraction {arguments['val_fraction']} is not in [0, 1)")
+        raise DataError(f"--val-fraction {arguments['val_fraction']} is not in [0, 1)")
     if arguments["val_source"] and arguments["val_fraction"]:
         raise DataError("--val-source and --val-fraction exclude each other: validation is a source of its own, or a part")
     if arguments["shard_tokens"] < 1:
-        raise DataError(f"shard_tokens {arguments['shard_tokens']} is not positive")
+        raise DataError(f"--shard-tokens {arguments['shard_tokens']} is not positive")
     if workers < 1:
-        raise DataError(f"workers {workers} is not positive")
+        raise DataError(f"--workers {workers} is not positive")
     if out.exists() and not out.is_dir():
         raise DataError(f"{out}: not a folder")
     source = Path(arguments["source"])
@@ -146,6 +146,8 @@ def _check_arguments(out: Path, arguments: dict, workers: int) -> None:
         raise DataError(
             f"{source}: a data set that `datasets` saved; its tokens: python -m data.adopt {source} {out} --tokenizer NAME"
         )
+    if is_prepared(source):
+        raise DataError(f"{source} is a prepared folder, not text: use it as data.dir, or name the text that it was made of")
     if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
         raise DataError(f"{out} lies inside the source {source}: choose a folder outside it")
 
@@ -229,6 +231,10 @@ def _write_shards(
         "tokenizer_sha256": tokenizer_hash(tok),
         "splits": splits,
         "arguments": arguments,
+        "sources": [
+            {"written_sha256": opened.written, "texts_sha256": texts_hash(hashes_of_units(part, dtype))}
+            for opened, part in zip(sources, (paths[:first_val], paths[first_val:]), strict=False)
+        ],
         "inventory": sources[0].inventory,
         "val_inventory": sources[1].inventory if sources[1:] else None,
         "notes": notes,

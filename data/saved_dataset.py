@@ -1,8 +1,8 @@
 """A data set that `datasets` saved to disk (Dataset or DatasetDict, with a column input_ids) into token shards.
 
 It is copied: Arrow keeps ids as int32 or int64 in small batches, and shards of uint16 take a half or a quarter of that on disk.
-A row is a document, and gets the end of text unless it begins or ends with it. Where all rows of the training split but the last
-have one length, the rows are pieces of a longer text, and stay as they are.
+A row is a document, and gets the end of text unless it begins or ends with it. Where the rows of the training split have one
+length, but for a few shorter ones, they are pieces of a longer text, and stay as they are; so do validation rows of that length.
 """
 
 import shutil
@@ -18,7 +18,7 @@ from data import DataError, first_line
 from data.files import read_json
 from data.preparation.assemble import ShardWriter
 from data.preparation.encode import token_dtype
-from data.preparation.output import locked, publish, summary
+from data.preparation.output import locked, publish, repetition, summary
 from data.shards import FORMAT, VERSION, check_files, read_index
 from data.token_files import is_saved
 from data.tokenizer import save_tokenizer, token_id, tokenizer_hash, vocabulary_size
@@ -27,6 +27,7 @@ COLUMN = "input_ids"
 VALIDATION_NAMES = ("validation", "val", "valid", "dev", "test")
 SHARD_TOKENS = 100_000_000
 ROWS = 1000  # that are read at a time
+PIECES = 0.9  # of the rows have the greatest length, where they are pieces: the last one of every batch may be shorter
 LINE_SECONDS = 10
 
 
@@ -75,24 +76,28 @@ def copy_saved(
         (partial / "shards").mkdir(parents=True)
         notes: list[str] = []
         splits = {}
-        pieces = _pieces(_load(paths["train"]), paths["train"])
-        if pieces:
-            notes.append(f"{paths['train']}: all rows have one length: pieces of a longer text, to which no end of text is added")
-            say(notes[-1])
+        data = {split: _load(path) for split, path in paths.items()}
+        lengths = {split: _lengths(data[split], path) for split, path in paths.items()}
+        block = piece_length(lengths["train"])
         for split, path in paths.items():
-            data = _load(path)
+            pieces = block is not None and are_pieces(lengths[split], block)
+            notes.append(f"{path}: {row_note(lengths[split], pieces)}")
+            say(notes[-1])
             writer, last = ShardWriter(partial / "shards", split, SHARD_TOKENS), time.monotonic()
-            for tokens in _rows(data, path, ids):
+            for tokens in _rows(data[split], path, ids):
                 if not pieces and end not in (tokens[0], tokens[-1]):
                     tokens = np.append(tokens, end)
                 writer.write(tokens.astype(dtype), 0)
                 if time.monotonic() - last >= LINE_SECONDS:
                     last = time.monotonic()
-                    say(f"copying {split}: {writer.documents:,} of {len(data):,} rows, {writer.tokens:,} tokens")
+                    say(f"copying {split}: {writer.documents:,} of {len(data[split]):,} rows, {writer.tokens:,} tokens")
             splits[split] = writer.close()
             del splits[split]["bytes"]  # of text: unknown
             if splits[split]["tokens"] < 2:
                 raise DataError(f"{path}: the split {split!r} has too few tokens")
+        for note in repetition(splits):
+            say(note)
+            notes.append(note)
         save_tokenizer(tok, partial, end_text, declared)
         index = {"format": FORMAT, "version": VERSION, "dtype": dtype.name, "vocab_size": vocab_size, "end_of_text_id": end}
         index |= {"tokenizer_sha256": tokenizer_hash(tok), "splits": splits, "arguments": arguments}
@@ -135,29 +140,52 @@ def _load(path: Path) -> Any:
     """The data set, whose batches are Arrow tables of the column alone (and of attention_mask, if it has one)."""
     from datasets import load_from_disk
 
+    if not read_entry(path / "state.json", "_data_files"):  # which load_from_disk does not take
+        raise DataError(f"{path}: holds no rows")
     try:
         data = load_from_disk(str(path))
     except Exception as error:  # pyarrow, json and datasets have their own
         raise DataError(f"{path}: `datasets` cannot read it: {first_line(error)}") from None
+    if not len(data):
+        raise DataError(f"{path}: holds no rows")
     if COLUMN not in data.column_names:
         has = f"but {', '.join(data.column_names)}" if data.column_names else "and no other"
         raise DataError(f"{path}: no column {COLUMN!r}, {has}; data.prepare tokenizes text")
     return data.select_columns([name for name in (COLUMN, "attention_mask") if name in data.column_names]).with_format("arrow")
 
 
-def _pieces(data: Any, path: Path) -> bool:
-    """Whether all rows but the last have one length, which documents have not."""
+def _lengths(data: Any, path: Path) -> np.ndarray:
+    """How many ids each row has, (n,) int64."""
     import pyarrow.compute as pc
 
-    lengths: set[int] = set()
-    for table in data.select(range(max(0, len(data) - 1))).iter(ROWS):
+    found = []
+    for table in data.iter(ROWS):
         try:
-            lengths.update(pc.unique(pc.list_value_length(table[COLUMN])).to_pylist())
+            found.append(pc.fill_null(pc.list_value_length(table[COLUMN]), 0).to_numpy().astype(np.int64))
         except Exception as error:
             raise DataError(f"{path}: its column {COLUMN!r} holds no lists: {first_line(error)}") from None
-        if len(lengths) > 1:
-            return False
-    return len(data) > 2 and len(lengths) == 1
+    return np.concatenate(found)
+
+
+def piece_length(lengths: np.ndarray) -> int | None:
+    """The length of the pieces that rows of these lengths (n,) are; None for documents, whose lengths differ."""
+    longest = int(lengths.max())
+    return longest if len(lengths) > 2 and are_pieces(lengths, longest) else None
+
+
+def are_pieces(lengths: np.ndarray, block: int) -> bool:
+    """Whether rows of these lengths (n,) are pieces of the length `block`; the last one may be shorter, as may a few others."""
+    whole = lengths[:-1] == block
+    return bool(lengths.max() <= block and (not len(whole) or whole.mean() >= PIECES))
+
+
+def row_note(lengths: np.ndarray, pieces: bool) -> str:
+    """What rows of these lengths (n,) are taken for."""
+    if not pieces:
+        return "its rows are documents, each of which gets the end of text, unless it begins or ends with it"
+    shorter = int((lengths[:-1] < lengths.max()).sum())
+    kind = f"all rows but {shorter:,} of {len(lengths):,} have one length" if shorter else "all rows have one length"
+    return f"{kind}: pieces of a longer text, to which no end of text is added"
 
 
 def _rows(data: Any, path: Path, limit: int) -> Iterator[np.ndarray]:

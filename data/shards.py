@@ -2,7 +2,8 @@
 
 index.json: {format, version, dtype, vocab_size, end_of_text_id, tokenizer_sha256, splits: {train, val: {tokens,
 documents, bytes, shards: [{name, tokens, sha256, documents, docs_sha256}]}}, arguments, inventory, val_inventory, notes}.
-`bytes` (of UTF-8 text), `val_inventory` and `notes` are not in folders of former versions.
+`bytes` (of UTF-8 text), `val_inventory`, `notes` and `sources` are not in folders of former versions. `sources`, of data.prepare
+alone: for SOURCE and --val-source {written_sha256 (names, sizes and times of change), texts_sha256 (the texts of documents)}.
 
 The format "token-files" (data.adopt) is the same over files of others, which stay where they are: `files` is their folder,
 absolute or relative to this one; a shard's `name` is a path in it, its tokens begin at the byte `offset`, it was written at
@@ -30,13 +31,21 @@ VERIFY_BYTES = 10**9  # a split of at most this size is hashed whenever it is op
 DTYPES: dict[str, np.dtype] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 
+class EmptySplit(DataError):
+    """A split without a token. `found`: what its message says before the remedy."""
+
+    def __init__(self, folder: Path, split: str):
+        self.found = f"{folder}: the split {split!r} is empty"
+        super().__init__(f"{self.found}; prepare it with --val-source or --val-fraction above 0")
+
+
 class TokenShards:
     """The tokens of one split, as one long array on disk.
 
     Opening checks the index, the tokenizer's hash, the size of every file, and the sha256 of every file if the split has at most
     VERIFY_BYTES; of a larger one, the sha256 of files of others (data.adopt) that were written to since. `python -m data.verify
     FOLDER` checks everything, whatever its size. A file that changes after that is noticed when it is read. DataError names the
-    file.
+    file; EmptySplit, one of them, is for a split without a token.
     """
 
     def __init__(self, folder: str | Path, split: str):
@@ -53,9 +62,7 @@ class TokenShards:
         self.tokenizer_hash: str = index["tokenizer_sha256"]
         self.fingerprint: str = fingerprint(index)
         if not self.n_tokens:
-            raise DataError(
-                f"{self.folder}: the split {split!r} is empty; prepare it with --val-source or --val-fraction above 0"
-            )
+            raise EmptySplit(self.folder, split)
         self.dtype = DTYPES[index["dtype"]]
         files = list(files_of(self.folder, index, split))
         self._files = ShardFiles(files[:: len(files) // len(self.shards)])  # without those of documents
@@ -95,6 +102,9 @@ def read_index(folder: Path) -> dict:
     """index.json of a prepared folder, of a version that this code knows."""
     path = folder / "index.json"
     advice = f"prepare it first: python -m data.prepare SOURCE {folder}"
+    if folder.is_file():
+        name = f": {folder.parent}" if folder.name == path.name else ""
+        raise DataError(f"{folder}: a file, not a prepared folder; name the folder{name}")
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; {advice}")
     if not path.exists():
@@ -120,14 +130,24 @@ def read_index(folder: Path) -> dict:
             numbers.extend(shard["mtime_ns"] for shard in content["shards"] if index["format"] == FILES_FORMAT)
             if content["tokens"] != sum(shard["tokens"] for shard in content["shards"]):
                 raise DataError(f"{path}: damaged, the shards of {split} do not have the tokens that it says")
+        hashes.extend(kept[key] for kept in index.get("sources", []) for key in ("written_sha256", "texts_sha256"))
         whole = all(type(number) is int for number in numbers) and all(isinstance(found, str) for found in hashes)
         whole = whole and index["vocab_size"] > 0 and index["end_of_text_id"] >= 0
         whole = whole and isinstance(index["arguments"], dict) and isinstance(index.get("notes", []), list)
+        whole = whole and isinstance(index.get("sources", []), list)
     except (LookupError, TypeError, AttributeError):
         whole = False
     if not whole:
         raise DataError(f"{path}: damaged, it is not what data.prepare writes")
     return index
+
+
+def is_prepared(folder: Path) -> bool:
+    """Whether an index.json of tokens lies in a folder, whatever its state."""
+    try:
+        return read_json(folder / "index.json")["format"] in (FORMAT, FILES_FORMAT)
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 def check_files(folder: Path, index: dict, *splits: str) -> None:

@@ -13,6 +13,8 @@ from data.files import replacing
 from data.special_tokens import CONFIG, END_OF_TEXT, declared_tokens, end_of_text, parse_declared, tokenizer_config
 
 SMALLEST_BPE = 257  # 256 bytes and the end of text
+# Files of tokenizers that have no tokenizer.json beside them.
+OTHER_FILES = ("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 LARGEST_VOCABULARY = 2**24  # 16.8 million, 60 times the largest that is published; a model has a row of weights for each id
 
 
@@ -37,9 +39,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int, end: str = END_OF_TEXT) -> 
     `end` that is one of the characters which stand for bytes.
     """
     if vocab_size < SMALLEST_BPE:
-        raise DataError(f"vocab_size {vocab_size} is too small for byte-level BPE: at least {SMALLEST_BPE}")
+        raise DataError(f"--vocab-size {vocab_size} is too small for byte-level BPE: at least {SMALLEST_BPE}")
     if vocab_size > LARGEST_VOCABULARY:
-        raise DataError(f"vocab_size {vocab_size} is too large: at most {LARGEST_VOCABULARY}")
+        raise DataError(f"--vocab-size {vocab_size} is too large: at most {LARGEST_VOCABULARY}")
     if end in pre_tokenizers.ByteLevel.alphabet():
         raise DataError(f"the end of text would be {end!r}, which stands for a byte: texts would lose it; name one like </s>")
     tok = Tokenizer(models.BPE())
@@ -136,6 +138,8 @@ def _local_path(name_or_path: str | Path) -> Path | None:
     """The tokenizer.json that is meant; None for a name of the hub. DataError if it is neither."""
     path = Path(name_or_path)
     if path.is_dir():
+        if not (path / "tokenizer.json").exists() and (other := next((n for n in OTHER_FILES if (path / n).exists()), None)):
+            raise DataError(f"{path} holds {other}, but no tokenizer.json; {_conversion(path)}")
         path = path / "tokenizer.json"
     if path.exists():
         return path
@@ -149,7 +153,17 @@ def _from_file(path: Path) -> Tokenizer:
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises nothing narrower
+        if path.name in OTHER_FILES:
+            raise DataError(f"{path} is not a tokenizer.json; {_conversion(path.parent)}") from None
         raise DataError(f"{path} is not a tokenizer.json: {first_line(error)}") from None
+
+
+def _conversion(folder: Path) -> str:
+    """How to make a tokenizer.json of a folder's other files."""
+    return (
+        f"transformers writes one: AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({f'{folder}-converted'!r}), "
+        "the folder to name then"
+    )
 
 
 def _from_hub(name: str) -> Tokenizer:

@@ -13,13 +13,14 @@ import sys
 import torch
 
 from configs.schema import Config
+from data import DataError
 from data.batches import validation_batches
-from data.shards import TokenShards
+from data.shards import EmptySplit, TokenShards
 from data.tokenizer import load_tokenizer
 from launch.checkpoint.trained import TrainedModel, open_trained
 from launch.checkpoint.verify import CheckpointError
 from launch.command import at_least, carry_out, default_device, device
-from launch.run.evaluation import add_up, bytes_of_tokens, evaluation
+from launch.run.evaluation import add_up, evaluation, lengths_of_tokens
 from launch.run.mixture import local
 from models import CausalLMLoss, choose_loss
 
@@ -33,7 +34,11 @@ def evaluate(options: argparse.Namespace) -> None:
         DataError: no such data.
         LossMismatch: an architecture whose loss is not known.
     """
-    shards = TokenShards(local(Config(), options.data), options.split)
+    try:
+        shards = TokenShards(local(Config(), options.data), options.split)
+    except EmptySplit as error:
+        advice = "; take its split train: --split train" if options.split == "val" else ""
+        raise DataError(f"{error.found}{advice}") from None
     trained = open_trained(options.model, options.average)
     for text in trained.notes:
         print(f"evaluate: note: {text}; taking {trained.path.name} instead", file=sys.stderr)
@@ -45,7 +50,7 @@ def evaluate(options: argparse.Namespace) -> None:
     sums = add_up(
         lambda inputs, targets: loss(inputs.to(options.device), targets.to(options.device)),
         batches,
-        bytes_of_tokens(shards),
+        lengths_of_tokens(shards),
         lambda: True,
     )
     assert sums is not None

@@ -16,9 +16,10 @@ from pathlib import Path
 from data import DataError
 from data.files import replacing
 from data.preparation.sources import Source, open_source
+from data.preparation.split import hashes_of_source, texts_hash
 from data.shards import check_files, fingerprint, read_index
-from data.special_tokens import CONFIG, as_trained
-from data.tokenizer import load_tokenizer, tokenizer_hash
+from data.special_tokens import CONFIG, as_trained, end_of_text
+from data.tokenizer import load_declared, load_tokenizer, tokenizer_hash
 
 UNITS_VERSION = 2  # of what is in OUT/.partial
 
@@ -30,16 +31,26 @@ def is_finished(out: Path, arguments: dict, log: Callable[[str], None]) -> bool:
     index = read_index(out)
     advice = "choose another folder, or remove this one"
     tokenizer = arguments["tokenizer"]
-    if difference := _difference(index["arguments"], arguments):
+    if difference := _changed_arguments(index["arguments"], arguments):
         raise DataError(f"{out} is already prepared with other arguments: {difference}; {advice}")
-    for key, inventory in (("source", "inventory"), ("val_source", "val_inventory")):
-        if arguments[key] and (difference := _difference(index[inventory], _local_inventory(arguments[key]))):
-            raise DataError(f"{out} is already prepared, but the files of {arguments[key]} changed: {difference}; {advice}")
+    for i, (key, inventory) in enumerate((("source", "inventory"), ("val_source", "val_inventory"))):
+        name, source = arguments[key], _local_source(arguments[key])
+        if source is None:
+            continue
+        if difference := _difference(index[inventory], source.inventory):
+            raise DataError(f"{out} is already prepared, but the files of {name} changed: {difference}; {advice}")
+        kept = index.get("sources", [])[i : i + 1]  # nothing in folders of former versions
+        if kept and kept[0]["written_sha256"] != source.written:
+            log(f"{name} was written to since, or copied: comparing its text")
+            if texts_hash(hashes_of_source(source.units, arguments["text_key"])) != kept[0]["texts_sha256"]:
+                raise DataError(f"{out} is already prepared, but the text of {name} changed; {advice}")
     if tokenizer not in ("bytes", "bpe") and Path(tokenizer).exists():
         tok = load_tokenizer(tokenizer)
         end = tok.id_to_token(index["end_of_text_id"])  # former versions kept the tokenizer as it was
         if end is None or index["tokenizer_sha256"] not in map(tokenizer_hash, (tok, as_trained(tok, end))):
             raise DataError(f"{out} is already prepared, but the tokenizer in {tokenizer} changed; {advice}")
+        if (now := end_of_text(tok, load_declared(tokenizer), arguments["end_token"])) != end:
+            raise DataError(f"{out} is already prepared with the end of text {end!r}, but {tokenizer} now says {now!r}; {advice}")
     check_files(out, index, *index["splits"])
     shutil.rmtree(out / ".partial", ignore_errors=True)
     log(f"already prepared: {out}, {summary(index)}")
@@ -53,7 +64,7 @@ def begin(partial: Path, arguments: dict, sources: list[Source], log: Callable[[
     path = partial / "plan.json"
     if path.exists():
         old = json.loads(path.read_text(encoding="utf-8"))
-        difference = _difference(old["arguments"], arguments)
+        difference = _changed_arguments(old["arguments"], arguments)
         if difference and any(partial.glob("*.tokens")):
             raise DataError(
                 f"{partial.parent} holds an unfinished preparation with other arguments: {difference}; "
@@ -106,18 +117,34 @@ def summary(index: dict) -> str:
     return f"{', '.join(parts)}; vocabulary {index['vocab_size']}, fingerprint {fingerprint(index)[:12]}{left_out}"
 
 
+def repetition(splits: dict[str, dict]) -> list[str]:
+    """A note where validation has a file of the same tokens as training, by the splits of an index.json."""
+    train = {shard["sha256"]: shard["name"] for shard in splits["train"]["shards"]}
+    same = [f"{shard['name']} is {train[shard['sha256']]}" for shard in splits["val"]["shards"] if shard["sha256"] in train]
+    return [f"validation holds the tokens of training: {', '.join(same)}; its loss says nothing of new text"] if same else []
+
+
+def _option(argument: str) -> str:
+    """What the command line calls an argument of data.prepare."""
+    return "SOURCE" if argument == "source" else f"--{argument.replace('_', '-')}"
+
+
+def _changed_arguments(old: dict, new: dict) -> str:
+    return _difference(*({_option(key): value for key, value in arguments.items()} for arguments in (old, new)))
+
+
 def _difference(old: dict, new: dict) -> str:
     return ", ".join(f"{key} was {old.get(key)!r} and is now {new[key]!r}" for key in new if old.get(key) != new[key])
 
 
-def _local_inventory(source: str) -> dict:
-    """Empty for the hub, and for files that are gone: a corpus may be deleted once it is prepared."""
-    if source.startswith("hub:"):
-        return {}
+def _local_source(name: str | None) -> Source | None:
+    """None for the hub, and for files that are gone: a corpus may be deleted once it is prepared."""
+    if name is None or name.startswith("hub:"):
+        return None
     try:
-        return open_source(source).inventory
+        return open_source(name)
     except (DataError, OSError):
-        return {}
+        return None
 
 
 def _write_json(path: Path, value: dict) -> None:

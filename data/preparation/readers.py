@@ -16,6 +16,7 @@ import gzip
 import io
 import json
 import re
+import shlex
 import zlib
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -122,10 +123,18 @@ def _read_json_lines(piece: Piece, key: str) -> Iterator[str]:
             except BadRecord as error:
                 where = f"line {_line_number(piece.path, position)}"
                 where += "" if error.byte is None else f" (byte {position + error.byte} of the file)"
-                raise DataError(f"{piece.path}: {where} {error}") from None
+                raise DataError(f"{piece.path}: {where} {error}{_advice(piece, position == 0)}") from None
             if text is not None:
                 yield text
             position += len(line)
+
+
+def _advice(piece: Piece, first: bool) -> str:
+    """What to do about a file whose first line is no record, as its name may not have meant that it has any."""
+    name = Path(piece.path).name.lower().removesuffix(".gz").removesuffix(".zst")
+    if not first or not name.endswith(".json"):
+        return ""
+    return "; a .json file is read as JSON lines, a record on each: a glob such as 'FOLDER/**/*.py' leaves it out"
 
 
 def _line_number(path: str, position: int) -> int:
@@ -145,13 +154,18 @@ def _read_compressed_json_lines(piece: Piece, key: str) -> Iterator[str]:
                 try:
                     text = _json_text(line, key, first=number == 1)
                 except BadRecord as error:
-                    raise DataError(f"{piece.path}: line {number} {error}") from None
+                    raise DataError(f"{piece.path}: line {number} {error}{_advice(piece, number == 1)}") from None
                 if text is not None:
                     yield text
     except (EOFError, zlib.error, OSError) as error:
         if isinstance(error, OSError) and error.errno:
             raise
         kind = "gzip" if piece.path.lower().endswith(".gz") else "zstd"
+        if kind == "zstd" and "too much memory" in str(error):  # libzstd's words
+            raise DataError(
+                f"{piece.path}: its zstd window is above 128 MiB (zstd --long), which is not read; write it anew: "
+                f"zstd -dc --long=31 {shlex.quote(piece.path)} | zstd -o NEW.jsonl.zst"
+            ) from None
         raise DataError(f"{piece.path}: damaged {kind} file: {first_line(error)}") from None
 
 

@@ -48,7 +48,8 @@ class Source:
 
     units: list[Unit]
     inventory: dict[str, str | int]  # the same wherever the files lie and whenever they were written
-    state: str  # sha256 over names, sizes, times of change and units
+    written: str  # sha256 over names, sizes and times of change; '' for the hub
+    state: str  # the same, and over units
     notes: list[str] = field(default_factory=list)  # lines for the user: what is read as what, left out, or cut
 
 
@@ -79,7 +80,8 @@ def open_source(name: str, hub_config: str | None = None, hub_split: str = "trai
             pieces += _file_pieces(base / file, size)
         notes = [*listing.notes(), *_cut_notes(pieces)]
     units = _group(pieces)
-    return Source(units, inventory, _digest([sizes, [stat.st_mtime_ns for stat in stats], units]), notes)
+    times = [stat.st_mtime_ns for stat in stats]
+    return Source(units, inventory, _digest([sizes, times]), _digest([sizes, times, units]), notes)
 
 
 def total_bytes(units: Iterable[Unit]) -> int:
@@ -138,7 +140,7 @@ def _open_hub(name: str, config: str | None, split: str) -> Source:
     revision = hub_revision(name, revision or None)
     parts = load_hub(name, config, split, revision).num_shards
     units: list[Unit] = [(Piece("hub", name, i, i + 1, 0, (config, split, revision, parts)),) for i in range(parts)]
-    return Source(units, {"revision": revision, "shards": parts}, _digest(units))
+    return Source(units, {"revision": revision, "shards": parts}, "", _digest(units))
 
 
 def _group(pieces: list[Piece]) -> list[Unit]:

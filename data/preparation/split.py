@@ -5,14 +5,15 @@ would give one split nearly nothing, or validation many times its share. Then th
 document in which it begins is cut in two.
 """
 
-from collections.abc import Callable, Iterable
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from data.preparation.encode import DOCUMENT, Encoder
+from data.preparation.encode import DOCUMENT, Encoder, text_hash
 from data.preparation.readers import documents
 from data.preparation.sources import Unit
 
@@ -47,6 +48,24 @@ def read_documents(unit: Path, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]
     return found, np.append(found["start"][1:], np.uint64(end))[: len(found)]
 
 
+def texts_hash(hashes: Iterable[np.ndarray]) -> str:
+    """sha256 over the hashes (n,) uint64 of the documents of a source, in their order: the same however it is cut into units."""
+    digest = hashlib.sha256()
+    for part in hashes:
+        digest.update(part.astype("<u8").tobytes())
+    return digest.hexdigest()
+
+
+def hashes_of_units(units: list[Path], dtype: np.dtype) -> Iterator[np.ndarray]:
+    """The hashes (n,) of the documents of each encoded unit."""
+    return (read_documents(unit, dtype)[0]["hash"] for unit in units)
+
+
+def hashes_of_source(units: list[Unit], text_key: str) -> Iterator[np.ndarray]:
+    """The same from the source itself, which is read. DataError as of readers.documents."""
+    return (np.array([text_hash(text.encode()) for text in documents(unit, text_key)], np.uint64) for unit in units)
+
+
 def hash_limit(hashes: Iterable[np.ndarray], fraction: float) -> int:
     """Documents whose 64-bit hash is below the limit are validation: about `fraction` of them, equal texts together.
 
@@ -72,7 +91,7 @@ def choose_split(units: list[Path], dtype: np.dtype, first_val: int, fraction: f
     training = units[:first_val]
     if not fraction:
         return Split(first_val)
-    limit = hash_limit((read_documents(unit, dtype)[0]["hash"] for unit in training), fraction)
+    limit = hash_limit(hashes_of_units(training, dtype), fraction)
     total = validation = 0
     for unit in training:
         found, stops = read_documents(unit, dtype)

@@ -11,7 +11,7 @@ from celo2.training.folder import UnsafeFolder, check_no_file
 from celo2.training.idle import refuse_idle
 from configs.length import batch_sizes
 from configs.load import ConfigError
-from configs.mixture import sources_of
+from configs.mixture import mix_sources
 from configs.schema import Config
 from data.batches import fit_micro_batch
 from data.shards import TokenShards
@@ -68,7 +68,7 @@ def check(config: Config, written: Written, world: int) -> list[str]:
 
 def changes_after(config: Config, last: int) -> list[tuple[str, int]]:
     """The changes of batch size and of the weights of a mixture that come when a run of `last` steps has ended."""
-    weights = [] if config.data.mix is None else [(f"data.mix[{i}].weight", s.weights) for i, s in enumerate(sources_of(config))]
+    weights = [] if config.data.mix is None else [(f"data.mix[{i}].weight", s.weights) for i, s in enumerate(mix_sources(config))]
     found: list[tuple[str, Mapping]] = [("train.ramp", config.train.ramp or {}), *weights]
     return [(name, int(step)) for name, changes in found for step in changes if int(step) >= last]
 

@@ -18,8 +18,8 @@ from configs.schema import Config
 from data import DataError
 from data.batches import IGNORE, MicroBatch, validation_batches
 from data.remote import is_remote
-from data.shards import TokenShards
-from data.text_bytes import token_bytes
+from data.shards import EmptySplit, TokenShards
+from data.text_bytes import bytes_of_tokens
 from data.tokenizer import load_tokenizer
 from launch.distributed.first_rank import on_first_rank
 from launch.distributed.strategy import Strategy
@@ -62,12 +62,14 @@ class Evaluation(NamedTuple):
         return f"loss {self.loss:.4f}, perplexity {self.perplexity:.4g}{bits}"
 
 
-def bytes_of_tokens(shards: TokenShards) -> Tensor:
-    """Bytes (V,) of text that each token of the data's tokenizer stands for; all 0 where the tokenizer cannot tell."""
+def lengths_of_tokens(shards: TokenShards) -> Tensor:
+    """Bytes (V,) float64 of text that each token of a split stands for; all 0 where its tokenizer cannot tell."""
     try:
-        return torch.from_numpy(token_bytes(load_tokenizer(shards.folder), shards.vocab_size, shards.eot_id))
+        return torch.from_numpy(bytes_of_tokens(shards))
+    except DataError:
+        raise
     except Exception:  # what a tokenizer raises while it decodes is its own; the loss does not need it
-        return torch.zeros(shards.vocab_size, dtype=torch.int64)
+        return torch.zeros(shards.vocab_size, dtype=torch.float64)
 
 
 def add_up(
@@ -107,7 +109,7 @@ class Evaluator:
         self.config, self.accelerator, self.context, self.mark = config, accelerator, context, mark
         self.end = validation.eot_id
         self.sets = {"": validation, **open_sets(config, validation)}
-        self.lengths = bytes_of_tokens(validation)  # all sets have its tokenizer
+        self.lengths = {name: lengths_of_tokens(shards) for name, shards in self.sets.items()}
         if len(self.sets) > 1:
             require_same(accelerator, self.facts)
         self.tasks: list[Task] = []  # on the first rank alone
@@ -153,8 +155,8 @@ class Evaluator:
         found = Found(math.nan, {}, [])
         strategy.loss_model.eval()
         try:
-            for name, shards in self.sets.items():
-                of_set = self._set(strategy, shards, stopping)
+            for name in self.sets:
+                of_set = self._set(strategy, name, stopping)
                 found.record.update(of_set.record(name))
                 found.lines.append(f"validation {of_set.text()}" if not name else f"{name}: {of_set.text()}")
                 found = found if name else found._replace(loss=of_set.loss)
@@ -169,8 +171,9 @@ class Evaluator:
             strategy.loss_model.train()
         return found
 
-    def _set(self, strategy: Strategy, shards: TokenShards, stopping: Callable[[], bool]) -> Evaluation:
+    def _set(self, strategy: Strategy, name: str, stopping: Callable[[], bool]) -> Evaluation:
         """The weights on `eval.sequences` sequences of a set. Raises Stopped."""
+        shards = self.sets[name]
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         rows = self.config.train.micro_batch_size
 
@@ -179,7 +182,7 @@ class Evaluator:
             return not stopping()
 
         batches = validation_batches(shards, self.context, self.config.eval.sequences, 1, rank, world, micro_batch_size=rows)
-        sums = add_up(strategy.loss, batches, self.lengths, proceed)
+        sums = add_up(strategy.loss, batches, self.lengths[name], proceed)
         if sums is None:
             raise Stopped
         total = torch.tensor(sums, dtype=torch.float64, device=self.accelerator.device)
@@ -207,6 +210,9 @@ def open_sets(config: Config, validation: TokenShards, fetch: bool = True) -> di
             continue
         try:
             sets[name] = shards = TokenShards(local(config, folder), split)
+        except EmptySplit as error:
+            advice = f"; take its split train: {{dir: {folder}, split: train}}" if split == "val" else ""
+            raise DataError(f"eval.sets.{name}: {error.found}{advice}") from None
         except DataError as error:
             raise DataError(f"eval.sets.{name}: {error}") from None
         if shards.tokenizer_hash != validation.tokenizer_hash or shards.eot_id != validation.eot_id:
@@ -236,4 +242,4 @@ def evaluation(loss: float, targets: float, length: float) -> Evaluation:
     """
     if not targets:
         raise DataError("there is no token to evaluate on")
-    return Evaluation(loss / targets, int(targets), int(length))
+    return Evaluation(loss / targets, int(targets), round(length))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.evaluation import sets_of
-from configs.mixture import sources_of
+from configs.mixture import mix_sources
 from configs.schema import Config
 from data.batches import Batches
 from data.mixture import Mixture
@@ -24,7 +24,7 @@ def open_mixture(config: Config) -> tuple[TokenShards, TokenShards]:
     Raises:
         DataError: of one source, or because they do not fit together.
     """
-    sources = [source._replace(dir=local(config, source.dir)) for source in sources_of(config)]
+    sources = [source._replace(dir=local(config, source.dir)) for source in mix_sources(config)]
     training = Mixture([TokenShards(source.dir, "train") for source in sources], [source.weights for source in sources])
     first = [source for source in sources if source.weights[0]]
     return training, Mixture([TokenShards(source.dir, "val") for source in first], [{0: source.weights[0]} for source in first])
@@ -42,7 +42,7 @@ def fetch_data(config: Config) -> None:
     Raises:
         DataError: as `local_folder`.
     """
-    sources = [config.data.dir] if config.data.mix is None else [source.dir for source in sources_of(config)]
+    sources = [config.data.dir] if config.data.mix is None else [source.dir for source in mix_sources(config)]
     for source in [*sources, *(further.dir for further in sets_of(config))]:
         if source is not None:
             local(config, source)

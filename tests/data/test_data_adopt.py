@@ -99,12 +99,35 @@ def test_the_fingerprint_is_that_of_the_files(fineweb, tokenizer, tmp_path):
     assert inside.fingerprint == first and read_index(moved)["files"] == "."
     moved.rename(fineweb)
     assert TokenShards(fineweb, "val").fingerprint == first
+    again = adopted(f"{fineweb}/", fineweb, tokenizer=tokenizer, val=str(fineweb / "*val*"))  # in its own place
+    assert TokenShards(again, "val").fingerprint == first
     with pytest.raises(DataError, match=r"fineweb10B is a prepared folder: use it as data.dir"):
         adopted(fineweb, tmp_path / "b", tokenizer=tokenizer)
     (fineweb / "index.json").unlink()
     (fineweb / "fineweb_train_000003.bin").unlink()
     with pytest.raises(DataError, match=r"a holds another data set: choose another folder, or remove it"):
         adopted(fineweb, tmp_path / "a", tokenizer=tokenizer)
+
+
+def test_a_folder_of_data_prepare_is_not_adopted_into_itself(tmp_path, tokenizer):
+    (tmp_path / "text.jsonl").write_text('{"text": "a"}\n' * 20)
+    out = prepare(str(tmp_path / "text.jsonl"), tmp_path / "out", tokenizer="bytes", workers=1, log=lambda line: None)
+    with pytest.raises(DataError, match=r"out is a prepared folder: use it as data.dir$"):
+        adopted(out, out, tokenizer=tokenizer)
+
+
+def test_validation_that_is_the_training_data_is_said(tmp_path, tokenizer):
+    for split in ("train", "val"):
+        write(tmp_path / f"{split}.bin", tokens_of(300))
+    note = "validation holds the tokens of training: val.bin is train.bin; its loss says nothing of new text"
+    lines: list[str] = []
+    out = adopted(tmp_path, tmp_path / "a", lines.append, tokenizer=tokenizer)
+    assert note in lines and note in read_index(out)["notes"]
+    write(tmp_path / "val.bin", tokens_of(300, 1))
+    assert note not in read_index(adopted(tmp_path, tmp_path / "b", tokenizer=tokenizer))["notes"]
+    folder = save(tmp_path / "saved", {"train": [[1, 2], [3], [4]]})
+    out = adopted(folder, tmp_path / "c", lines.append, tokenizer=tokenizer, val=str(folder))
+    assert read_index(out)["notes"][-1] == lines[-2] == note.replace(".bin", "_00000.bin")
 
 
 @pytest.mark.parametrize("version", [1, 7])
@@ -347,7 +370,7 @@ def test_an_index_leads_to_no_file_outside(fineweb, tokenizer, tmp_path):
 def test_another_preparation_does_not_overwrite_it(fineweb, tokenizer, tmp_path):
     out = adopted(fineweb, tmp_path / "out", tokenizer=tokenizer)
     (tmp_path / "text.jsonl").write_text('{"text": "a"}\n')
-    with pytest.raises(DataError, match=r"out is already prepared with other arguments: source was None"):
+    with pytest.raises(DataError, match=r"out is already prepared with other arguments: SOURCE was None"):
         prepare(str(tmp_path / "text.jsonl"), out, tokenizer="bytes", log=lambda line: None)
     with pytest.raises(
         DataError, match=r"no file that can be read; left out: 4 .bin .*; files of tokens are for python -m data.adopt"
@@ -401,6 +424,38 @@ def test_saved_pieces_of_one_length_stay_as_they_are(tmp_path, tokenizer):
     out = adopted(folder, tmp_path / "out", lines.append, tokenizer=tokenizer, val=str(val))
     assert TokenShards(out, "train").read(0, 13).tolist() == [i for row in rows for i in row]
     assert any("all rows have one length" in line for line in lines)
+    assert TokenShards(out, "val").read(0, 7).tolist() == [5, 6, END, 7, END, 8, END]
+    rows_of = "its rows are documents, each of which gets the end of text, unless it begins or ends with it"
+    assert f"{val}: {rows_of}" in lines and f"{val}: {rows_of}" in read_index(out)["notes"]
+
+
+def test_saved_pieces_with_some_shorter_rows(tmp_path, tokenizer):
+    """As of texts that are grouped by batches, the last piece of each being what is left."""
+    batch = [[1, 2, 3, 4]] * 19 + [[5, 6]]
+    folder = save(tmp_path / "ds", {"train": batch * 5, "val": [[7, 8, 9]]})
+    lines: list[str] = []
+    out = adopted(folder, tmp_path / "out", lines.append, tokenizer=tokenizer)
+    train, val = (TokenShards(out, split) for split in ("train", "val"))
+    assert train.read(0, train.n_tokens).tolist() == [i for row in batch * 5 for i in row]
+    assert val.read(0, val.n_tokens).tolist() == [7, 8, 9]
+    note = "all rows but 4 of 100 have one length: pieces of a longer text, to which no end of text is added"
+    assert f"{folder / 'train'}: {note}" in lines
+    longer = save(tmp_path / "longer", {"train": batch, "val": [[7, 8, 9, 1, 2], [3]]})
+    val = TokenShards(adopted(longer, tmp_path / "b", tokenizer=tokenizer), "val")
+    assert val.read(0, val.n_tokens).tolist() == [7, 8, 9, 1, 2, END, 3, END]
+    mixed = save(tmp_path / "mixed", {"train": ([[1, 2]] * 4 + [[3]]) * 9, "val": [[4], [5]]})
+    assert TokenShards(adopted(mixed, tmp_path / "c", tokenizer=tokenizer), "train").n_tokens == 9 * 14
+
+
+def test_saved_sets_without_rows(tmp_path, tokenizer):
+    from datasets import Dataset, DatasetDict, Features, Sequence, Value
+
+    features = Features({"input_ids": Sequence(Value("int32"))})
+    parts = {"train": [[1, 2], [3], [4]], "validation": []}
+    parts = {name: Dataset.from_dict({"input_ids": rows}, features=features) for name, rows in parts.items()}
+    DatasetDict(parts).save_to_disk(str(tmp_path / "ds"))
+    message = refused(tmp_path / "ds", tmp_path / "out", tokenizer=tokenizer)
+    assert message == f"{tmp_path / 'ds' / 'validation'}: holds no rows"
 
 
 def test_bad_saved_sets_are_one_line(tmp_path, tokenizer):

@@ -72,7 +72,7 @@ def test_an_end_token_that_is_asked_for(tmp_path, write_jsonl, quiet):
         assert TokenShards(out, "train").eot_id == ZOO["qwen"][0].token_to_id(end)
         assert json.loads((out / "tokenizer_config.json").read_text())["eos_token"] == end
         prepare(source, out, end_token=end, **options)
-        with pytest.raises(DataError, match="already prepared with other arguments: end_token was"):
+        with pytest.raises(DataError, match="already prepared with other arguments: --end-token was"):
             prepare(source, out, **options)
     with pytest.raises(DataError, match=r"--end-token is '<e>', which the tokenizer does not have; its special tokens: <\|endof"):
         prepare(source, tmp_path / "out", end_token="<e>", **options)

@@ -1,6 +1,7 @@
 import gzip
 import io
 import json
+import os
 import shutil
 import sys
 from collections import Counter, namedtuple
@@ -214,9 +215,9 @@ def test_again_with_something_else_names_it(tmp_path, texts, write_jsonl, quiet)
     corpus = write_jsonl(tmp_path / "c.jsonl", texts)
     out = prepare(corpus, tmp_path / "out", vocab_size=300, workers=1, log=quiet)
     for options, message in (
-        ({"vocab_size": 400}, "vocab_size was 300 and is now 400"),
-        ({"vocab_size": 300, "shard_tokens": 7}, "shard_tokens was 100000000 and is now 7"),
-        ({"tokenizer": "bytes"}, "tokenizer was 'bpe' and is now 'bytes', vocab_size was 300 and is now None"),
+        ({"vocab_size": 400}, "--vocab-size was 300 and is now 400"),
+        ({"vocab_size": 300, "shard_tokens": 7}, "--shard-tokens was 100000000 and is now 7"),
+        ({"tokenizer": "bytes"}, "--tokenizer was 'bpe' and is now 'bytes', --vocab-size was 300 and is now None"),
     ):
         with pytest.raises(DataError, match=f"out is already prepared with other arguments: {message}; choose another"):
             prepare(corpus, out, workers=1, log=quiet, **options)
@@ -227,6 +228,63 @@ def test_again_with_something_else_names_it(tmp_path, texts, write_jsonl, quiet)
     write_jsonl(corpus, texts)
     with pytest.raises(DataError, match=r"train_00000.bin: missing"):
         prepare(corpus, out, vocab_size=300, workers=1, log=quiet)
+
+
+def test_again_with_a_changed_text_of_the_same_size(tmp_path, texts, write_jsonl):
+    """A copy, whose times are others, is the same text."""
+    corpus, held_out, out = tmp_path / "c.jsonl", write_jsonl(tmp_path / "v.jsonl", texts[:5]), tmp_path / "out"
+    write_jsonl(corpus, texts)
+    lines: list[str] = []
+    options = {"tokenizer": "bytes", "val_source": str(held_out), "workers": 1, "log": lines.append}
+    prepare(corpus, out, **options)
+    before, lines[:] = contents(out), []
+    prepare(corpus, out, **options)
+    assert [line.split(":")[0] for line in lines] == ["already prepared"]
+    for path in (corpus, held_out):
+        os.utime(path, ns=(10**18, 10**18))
+    prepare(corpus, out, **options)
+    for line in (f"{corpus} was written to since", f"{held_out} was written to since", "already prepared"):
+        assert any(found.startswith(line) for found in lines)
+    for path in (corpus, held_out):
+        content = path.read_text()
+        path.write_text(content.replace('.\\n"', '!\\n"', 1))
+        with pytest.raises(DataError, match=rf"out is already prepared, but the text of {path} changed; choose another folder"):
+            prepare(corpus, out, **options)
+        path.write_text(content)
+    assert contents(out) == before
+    index = json.loads((out / "index.json").read_text())
+    (out / "index.json").write_text(json.dumps({**index, "sources": [{"written_sha256": ""}]}))
+    with pytest.raises(DataError, match=r"index.json: damaged, it is not what data.prepare writes"):
+        prepare(corpus, out, **options)
+    del index["sources"]  # as of a former version
+    (out / "index.json").write_text(json.dumps(index))
+    prepare(corpus, out, **options)
+    assert lines[-1].startswith("already prepared")
+
+
+def test_again_with_another_end_of_text(tmp_path, texts, write_jsonl, quiet):
+    corpus, folder = write_jsonl(tmp_path / "c.jsonl", texts), tmp_path / "tokenizer"
+    folder.mkdir()
+    tok = byte_tokenizer()
+    tok.add_special_tokens(["<|im_end|>"])
+    tok.save(str(folder / "tokenizer.json"))
+    options = {"tokenizer": str(folder), "workers": 1, "log": quiet}
+    prepare(corpus, tmp_path / "out", **options)
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+    message = r"prepared with the end of text '<\|endoftext\|>', but .*tokenizer now says '<\|im_end\|>'; choose another folder"
+    with pytest.raises(DataError, match=message):
+        prepare(corpus, tmp_path / "out", **options)
+    prepare(corpus, tmp_path / "named", end_token="<|endoftext|>", **options)
+    prepare(corpus, tmp_path / "named", end_token="<|endoftext|>", **options)
+
+
+def test_a_prepared_folder_is_no_source(prepared, tmp_path, quiet):
+    with pytest.raises(DataError, match=r"out is a prepared folder, not text: use it as data.dir, or name the text that it was"):
+        prepare(str(prepared), tmp_path / "again", log=quiet)
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "index.json").write_text('{"text": "one"}\n{"text": "two"}\n')
+    prepare(str(site), tmp_path / "other", tokenizer="bytes", val_fraction=0, workers=1, log=quiet)
 
 
 @pytest.fixture
@@ -243,7 +301,7 @@ def unfinished(tmp_path, texts, write_jsonl, small_units, quiet):
 
 def test_unfinished_with_other_arguments_is_an_error(unfinished, quiet):
     corpus, out = unfinished
-    message = r"out holds an unfinished preparation with other arguments: val_fraction was 0.01 and is now 0.5; finish that"
+    message = r"out holds an unfinished preparation with other arguments: --val-fraction was 0.01 and is now 0.5; finish that"
     with pytest.raises(DataError, match=message):
         prepare(corpus, out, tokenizer="bytes", val_fraction=0.5, workers=1, log=quiet)
     with pytest.raises(DataError, match=r"no index.json; its preparation is not finished; run the same command again"):
@@ -317,12 +375,12 @@ def test_command_line_errors_are_one_line(tmp_path, texts, write_jsonl, monkeypa
         ([corpus, ""], "OUT is empty"),
         (["", out], "SOURCE is empty"),
         ([corpus, out, "--tokenizer", ""], "--tokenizer is empty"),
-        ([corpus, out, "--vocab-size", "5000000000"], "vocab_size 5000000000 is too large: at most 16777216"),
+        ([corpus, out, "--vocab-size", "5000000000"], "--vocab-size 5000000000 is too large: at most 16777216"),
         ([tmp_path, out], f"{out} lies inside the source {tmp_path}: choose a folder outside it"),
-        ([corpus, out, "--val-fraction", "1"], "val_fraction 1.0 is not in [0, 1)"),
-        ([corpus, out, "--shard-tokens", "0"], "shard_tokens 0 is not positive"),
-        ([corpus, out, "--workers", "0"], "workers 0 is not positive"),
-        ([corpus, out, "--vocab-size", "12"], "vocab_size 12 is too small for byte-level BPE: at least 257"),
+        ([corpus, out, "--val-fraction", "1"], "--val-fraction 1.0 is not in [0, 1)"),
+        ([corpus, out, "--shard-tokens", "0"], "--shard-tokens 0 is not positive"),
+        ([corpus, out, "--workers", "0"], "--workers 0 is not positive"),
+        ([corpus, out, "--vocab-size", "12"], "--vocab-size 12 is too small for byte-level BPE: at least 257"),
     ):
         shutil.rmtree(out, ignore_errors=True)
         assert main([str(argument) for argument in arguments]) == 2

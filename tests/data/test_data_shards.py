@@ -74,6 +74,10 @@ def test_fingerprint_follows_the_tokens_not_the_place(folder, train):
 def test_missing_folder_and_index(tmp_path, folder):
     with pytest.raises(DataError, match=r"none: no such folder; prepare it first: python -m data.prepare SOURCE .*none$"):
         TokenShards(tmp_path / "none", "train")
+    with pytest.raises(DataError, match=rf"index.json: a file, not a prepared folder; name the folder: {folder}$"):
+        TokenShards(folder / "index.json", "train")
+    with pytest.raises(DataError, match=r"tokenizer.json: a file, not a prepared folder; name the folder$"):
+        TokenShards(folder / "tokenizer.json", "train")
     with pytest.raises(DataError, match="no split 'test', but train, val"):
         TokenShards(folder, "test")
     (folder / "index.json").unlink()

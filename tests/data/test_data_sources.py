@@ -88,6 +88,39 @@ def test_gzip(tmp_path, texts, name):
         read(tmp_path)
 
 
+def test_a_json_file_that_is_no_json_lines(tmp_path):
+    """The remedy is for the first line alone: where that is a record, the file was meant."""
+    advice = r"; a .json file is read as JSON lines, a record on each: a glob such as 'FOLDER/\*\*/\*.py' leaves it out$"
+    for content, problem in (
+        (b'{\n "name": "x"\n}\n', "is not a JSON line: .* at character 3"),
+        (b'[{"text": "a"}]', "holds list, not a JSON object with the key 'text'"),
+        (b'{"name": "x"}', r"has no 'text' \(it has: name\); name the text with --text-key"),
+    ):
+        for name, data in (("package.json", content), ("package.json.gz", gzip.compress(content))):
+            (tmp_path / name).write_bytes(data)
+            with pytest.raises(DataError, match=f"{name}: line 1 {problem}{advice}"):
+                read(tmp_path / name)
+        (tmp_path / "package.jsonl").write_bytes(content)
+        with pytest.raises(DataError, match=f"line 1 {problem}$"):
+            read(tmp_path / "package.jsonl")
+    (tmp_path / "lines.json").write_text('{"text": "a"}\n{"txt": "b"}\n')
+    with pytest.raises(DataError, match=r"line 2 has no 'text' .*--text-key$"):
+        read(tmp_path / "lines.json")
+
+
+def test_zstd_with_a_long_window(tmp_path):
+    """As of dumps that `zstd --long=31` packed: the beginning of such a frame, with its window of 2 GiB."""
+    pytest.importorskip("pyarrow")
+    packed = bytes.fromhex("28b52ffd00a8") + bytes(99)  # magic, descriptor, window of 2 GiB
+    (tmp_path / "dump.jsonl.zst").write_bytes(packed)
+    message = r"dump.jsonl.zst: its zstd window is above 128 MiB \(zstd --long\), which is not read; write it anew: "
+    with pytest.raises(DataError, match=message + r"zstd -dc --long=31 \S*dump.jsonl.zst \| zstd -o NEW.jsonl.zst$"):
+        read(tmp_path)
+    (tmp_path / "dump.jsonl.zst").write_bytes(b"no zstd")
+    with pytest.raises(DataError, match=r"dump.jsonl.zst: damaged zstd file"):
+        read(tmp_path)
+
+
 def test_parquet_by_row_groups(tmp_path, texts, small_units):
     write_parquet(tmp_path / "c.parquet", [*texts[:5], None, *texts[5:]], row_group_size=50)
     assert sum(len(unit) for unit in open_source(str(tmp_path)).units) == 7

@@ -102,3 +102,15 @@ def test_errors(tmp_path, monkeypatch):
 
 def test_vocabulary_with_a_gap_counts_its_largest_id():
     assert vocabulary_size(Tokenizer(models.BPE(vocab={"a": 0, "b": 9}, merges=[]))) == 10
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "tokenizer.model", "vocab.txt"])
+def test_a_folder_without_tokenizer_json_names_the_remedy(tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    remedy = f"transformers writes one: AutoTokenizer.from_pretrained('{tmp_path}').save_pretrained('{tmp_path}-converted')"
+    for given, problem in ((tmp_path, f"{tmp_path} holds {name}, but no"), (tmp_path / name, f"{tmp_path / name} is not a")):
+        with pytest.raises(DataError) as error:
+            load_tokenizer(given)
+        assert str(error.value) == f"{problem} tokenizer.json; {remedy}, the folder to name then"
+    byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    load_tokenizer(tmp_path)

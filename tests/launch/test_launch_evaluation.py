@@ -44,6 +44,7 @@ def others(prepared, tmp_path_factory):
         folder.mkdir()
         (folder / "text.jsonl").write_text("".join(json.dumps({"text": "UPPER CASE " * n}) + "\n" for n in range(3, 30)))
         prepare(str(folder / "text.jsonl"), folder / "upper", tokenizer=str(prepared), val_fraction=0.3, workers=1)
+        prepare(str(folder / "text.jsonl"), folder / "whole", tokenizer=str(prepared), val_fraction=0, workers=1)
         prepare(str(folder / "text.jsonl"), folder / "bpe", tokenizer="bpe", vocab_size=257, val_fraction=0.3, workers=1)
     return folder
 
@@ -73,6 +74,14 @@ def test_sets_and_tasks_beside_the_main_set(run, prepared, others, capsys):
     for name, arguments in (("upper", [str(others / "upper")]), ("2024", [str(prepared), "--split", "train"])):
         assert evaluate([str(run.tmp_path / "run"), *arguments, "--sequences", "8"]) == 0
         assert f"loss {last[f'val_loss/{name}']:.4f}" in capsys.readouterr().out
+    whole = others / "whole"
+    for given, message in (
+        (whole, f"{whole}: the split 'val' is empty; take its split train: --split train"),
+        (whole / "index.json", f"{whole / 'index.json'}: a file, not a prepared folder; name the folder: {whole}"),
+    ):
+        assert evaluate([str(run.tmp_path / "run"), str(given)]) == 2
+        assert capsys.readouterr().err == f"evaluate: {message}\n"
+    assert evaluate([str(run.tmp_path / "run"), str(whole), "--split", "train", "--sequences", "2"]) == 0
 
 
 def test_scores_of_rows_are_those_of_the_logits():
@@ -181,6 +190,11 @@ def test_bad_input_is_one_line(run, prepared, others):
     for overrides, message in (
         (["eval.sets={new: nowhere}"], "eval.sets.new: nowhere: no such folder; prepare it first"),
         ([f"eval.sets={{new: {others / 'bpe'}}}"], f"has another tokenizer than {prepared}: prepare it with --tokenizer"),
+        (
+            [f"eval.sets={{z: {others / 'whole'}}}"],
+            f"eval.sets.z: {others / 'whole'}: the split 'val' is empty; take its split train: {{dir: {others / 'whole'}, "
+            "split: train}",
+        ),
         ([f"eval.sets={{'a/b': {prepared}}}"], "eval.sets has the name 'a/b', expected letters"),
         ([f"eval.sets={{a: {{dir: {prepared}, part: 1}}}}"], "eval.sets.a has the unknown key 'part'; a set is FOLDER or"),
         ([f"eval.sets={{a: {{dir: {prepared}, split: test}}}}"], "eval.sets.a.split is 'test', expected train or val"),
