@@ -329,3 +329,13 @@ def test_settings_of_the_run_keep_whitening(digits, tmp_path):  # noqa: F811
     assert rule == training.rule() and (rule.whitening, rule.momentum_decays) == (0.1, (0.8, 0.9, 0.95))
     with pytest.raises(ConfigError, match="expected celo2"):
         load_config(path, [WHITENED, "rule.variant=celo2-base"])
+
+
+@pytest.mark.parametrize(("shape", "order"), [((20, 40), (RIGHT, LEFT)), ((40, 20), (LEFT, RIGHT))])
+def test_the_segment_of_a_weight_is_as_drawn(shape, order, fast):  # noqa: F811
+    shapes = {"weight": shape, **accumulator_shapes(shape, factored_axes(shape), True)}
+    family = SimpleNamespace(shapes={"w": shape}, accumulator_shapes=lambda _: {k: x for k, x in shapes.items() if k != "weight"})
+    layout = fast.segments(family, whole=True)
+    assert list(layout) == [f"w.{key}" for key in ("weight", "momentum", "second_moment", "row", "col", *order)]
+    expected = [(40, 32), (3, 40, 32), (40, 32), (3, 32), (3, 40), (48, 48), (32, 32)]
+    assert [segment.shape for segment in layout.values()] == expected
