@@ -72,9 +72,13 @@ def load_rule(source: str | Path | Rule, variant: str | None = None) -> Rule:
 
         return load(name, variant)
     path = PRETRAINED / f"{name}.safetensors" if name in SHIPPED else Path(source)
-    if inside := [file for file in FILES if (path / file).is_file()]:
-        path = path / the_rule(path, inside)
-    if not path.is_file():
+    try:
+        if inside := [file for file in FILES if (path / file).is_file()]:
+            path = path / the_rule(path, inside)
+        found = path.is_file()
+    except OSError as error:  # too long a name, or a folder that must not be looked into
+        raise RuleError(f"rule '{name}': {error.strerror}") from None
+    if not found:
         raise RuleError(
             f"no rule '{name}': neither a shipped rule ({', '.join(SHIPPED)}) nor a file, or a folder with one; a rule of the "
             f"Hugging Face Hub is {HUB}OWNER/NAME"
@@ -286,6 +290,8 @@ def read_theta(path: Path, name: object) -> tuple[dict[str, Tensor], dict]:
     try:
         arrays = msgpack.unpackb(path.read_bytes(), ext_hook=unpack_array)["ff_mod_stack"]["~"]
         weights = {key: torch.from_numpy(array.astype(np.float32)) for key, array in arrays.items()}
+    except OSError as error:
+        raise RuleError(f"{name}: cannot be read ({error.strerror})") from error
     except (ValueError, KeyError, TypeError, AttributeError, msgpack.UnpackException) as error:
         raise RuleError(f"{name}: not a published theta.state ({type(error).__name__}: {error})") from error
     return weights, {"description": f"published weights, read from {path.name}"}

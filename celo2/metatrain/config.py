@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from celo2 import rule as rules
+from celo2.metatrain.tasks import TEXT
 from celo2.rule import FIRST_LAYER, weight_shapes
 from celo2.rule_files import LARGEST_FACTOR, load_rule
 from celo2.training import configuration
@@ -218,6 +219,16 @@ class Config:
 FREE = {"run.dir", "outer.iterations", "engine.threads", "checkpoint.every", "checkpoint.snapshot_every", "log.every"}
 
 
+def texts_of(config: Config) -> list[str]:
+    """The texts among the sources."""
+    return [source for source in config.tasks.sources if source.startswith(TEXT)]
+
+
+def is_fast(config: Config) -> bool:
+    """Whether the engine is the compiled one."""
+    return config.engine.name == "fast" or (config.engine.name == "auto" and config.engine.device == "cpu")
+
+
 def of_method(method: str, *names: str) -> list[Idle]:
     """Options that act with one outer method alone."""
     message = "is {value}, which outer.method={choice} does not use"
@@ -228,8 +239,26 @@ IDLE = (
     *of_method("cma", "outer.population", "estimator.last"),
     *of_method(
         "pes", "inner.truncation", "inner.staggered", "inner.restart", "estimator.scale_buckets", "outer.lr",
-        "outer.weight_decay", "outer.grad_clip", "outer.warm_up", "outer.schedule", "expert.rule",
+        "outer.betas", "outer.weight_decay", "outer.grad_clip", "outer.warm_up", "outer.schedule", "expert.rule",
     ),
+    *(
+        Idle(f"{section}.{part.name}", "tasks.sources", there, f"needs {what} in tasks.sources", detail=True)
+        for section, kind, what, there in (
+            ("images", Images, "images", lambda config: len(texts_of(config)) < len(config.tasks.sources)),
+            ("text", Text, "a text", lambda config: bool(texts_of(config))),
+        )
+        for part in fields(kind)
+    ),
+    *(
+        Idle(f"{section}.{key}", choice, acts, f"is {{value}}, which {choice}={{choice}} does not use", detail=True)
+        for section in ("images", "text")
+        for key, choice, acts in (
+            ("adam_lr", "rule.variant", lambda config: config.rule.variant == "celo2"),
+            ("min_scale", "inner.reparametrization", lambda config: config.inner.reparametrization != "none"),
+            ("max_scale", "inner.reparametrization", lambda config: config.inner.reparametrization != "none"),
+        )
+    ),
+    Idle("engine.threads", "engine.name", lambda config: is_fast(config), "needs engine.name=fast", detail=True),
     Idle("inner.final", "inner.schedule", lambda config: config.inner.schedule == "cosine", "needs inner.schedule=cosine"),
     Idle("inner.saved", "inner.restart", lambda config: config.inner.restart < 1, "needs inner.restart below 1"),
     Idle("outer.final", "outer.schedule", lambda config: config.outer.schedule == "cosine", "needs outer.schedule=cosine"),
@@ -314,6 +343,8 @@ def text_sizes(config: Config) -> list[Text]:
                 changes[name] = kinds[name](value)
             except ValueError:
                 raise ConfigError(f"text.also: '{word}' in '{entry}', expected {name}={kinds[name].__name__}") from None
+            if changes[name] == math.inf:
+                raise ConfigError(f"text.also: '{word}' in '{entry}', expected a finite {name}")
             if not changes[name] > 0:
                 raise ConfigError(f"text.also: '{word}' in '{entry}', expected {name} above 0")
             if kinds[name] is int and changes[name] > LARGEST:

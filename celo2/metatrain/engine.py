@@ -18,10 +18,20 @@ import torch
 from torch import Tensor
 
 from celo2 import rule as rules
-from celo2.metatrain.config import Config, ConfigError, normalizes, start_rule, step_bounds, text_sizes, whitening
+from celo2.metatrain.config import (
+    Config,
+    ConfigError,
+    is_fast,
+    normalizes,
+    start_rule,
+    step_bounds,
+    text_sizes,
+    texts_of,
+    whitening,
+)
 from celo2.metatrain.families import ADAM_BETAS, ADAM_EPS, TINY, Arrays, Family
 from celo2.metatrain.problems import Truncation
-from celo2.metatrain.tasks import TEXT, VOCABULARY
+from celo2.metatrain.tasks import VOCABULARY
 from celo2.metatrain.theta import parts
 from celo2.orthogonalize import newton_schulz
 from celo2.rule import FIRST_LAYER
@@ -51,17 +61,21 @@ Unroll = Callable[[Config, Family, Arrays, np.ndarray, Truncation, Expert | None
 
 
 def choose_unroll(config: Config) -> Unroll:
-    """The engine that the configuration asks for."""
-    name, device = config.engine.name, config.engine.device
-    if name == "plain" or (name == "auto" and device != "cpu"):
-        return GraphUnroll() if torch.device(device).type == "cuda" else unroll
+    """The engine that the configuration asks for.
+
+    Raises:
+        ConfigError: a device that is not there, or sizes that the compiled engine does not take.
+    """
+    device = config.engine.device
+    if not is_fast(config):
+        return GraphUnroll() if usable(device).type == "cuda" else unroll
     if device != "cpu" or config.images.batch_size % 8:
         raise ConfigError("engine.name=fast needs engine.device cpu and an images.batch_size that 8 divides; plain takes any")
     try:
         from celo2.metatrain.numba_engine.unroll import unroll as compiled_unroll
     except ImportError:
         raise ConfigError("engine.name=fast needs numba: pip install numba, or engine.name=plain (ten times as slow)") from None
-    if any(source.startswith(TEXT) for source in config.tasks.sources):
+    if texts_of(config):
         for size in text_sizes(config):
             if size.width % (16 * size.heads) or size.context % 16 or size.width >= VOCABULARY:
                 raise ConfigError(
@@ -69,6 +83,15 @@ def choose_unroll(config: Config) -> Unroll:
                     f"and text.context, not width {size.width}, {size.heads} heads, context {size.context}; plain takes any"
                 )
     return compiled_unroll
+
+
+def usable(device: str) -> torch.device:
+    """The device of that name. Raises ConfigError unless it is here and holds numbers, as `meta` does not."""
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError):  # torch raises them for no such name, no driver and no such build
+        raise ConfigError(f"engine.device is '{device}', expected cpu, or a device that is here, as cuda or cuda:1") from None
+    return torch.device(device)
 
 
 @dataclass

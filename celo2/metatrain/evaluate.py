@@ -27,8 +27,10 @@ from celo2.metatrain.evaluation.picture import draw
 from celo2.metatrain.evaluation.suite import (
     ADAMW_LR,
     BASELINES,
+    BY_HAND,
     FIRST_LR,
     FIRST_WEIGHT_DECAY,
+    OF_TORCH,
     TASKS,
     USUAL_FIRST_LR,
     VALIDATION_BATCHES,
@@ -36,6 +38,7 @@ from celo2.metatrain.evaluation.suite import (
     content_of,
     digest_of,
     images_of,
+    optimizer_of,
     text_of,
     train,
 )
@@ -48,6 +51,7 @@ from celo2.training.statistics import Difference, difference, holm
 KEYS = {"lr": 2.0, "adamw_lr": 4.0, "weight_decay": 4.0}  # what can be searched for, and the first factor of the search
 FIRST_LRS = 3  # that a search begins with
 REFERENCE = "hand-momentum"  # what a learned rule must be held against
+RECORD = b'{"task": "'  # how a line of `--out` begins
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -95,30 +99,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     options.tasks = list(dict.fromkeys(name for name in options.tasks.split(",") if name))  # each once, however often it is named
     options.search = [name for name in options.search.split(",") if name]
-    baselines = [name for name in options.baselines.split(",") if name]
-    options.optimizers = list(dict.fromkeys([*baselines, *options.rules]))
+    options.baselines = [name for name in options.baselines.split(",") if name]
+    options.optimizers = list(dict.fromkeys([*options.baselines, *options.rules]))
     options.search_steps = options.steps if options.search_steps is None else options.search_steps
     try:
         options.lr = by_optimizer("--lr", options.lr, options.optimizers)
         options.weight_decay = by_optimizer("--weight-decay", options.weight_decay, options.optimizers)
         check(options)
         evaluate(options)
-    except (ConfigError, RuleError) as error:
+    except (ConfigError, RuleError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command adds what is missing", file=sys.stderr)
+        return 130
     return 0
 
 
 def check(options: argparse.Namespace) -> None:
     """Raise ConfigError or RuleError for options that cannot be: now, not after hours of training."""
+    if not options.tasks:
+        raise ConfigError(f"--tasks names none, expected some of {', '.join(TASKS)}")
     for name in options.tasks:
         if name not in TASKS:
             raise ConfigError(f"task '{name}': expected one of {', '.join(TASKS)}")
+    if not options.optimizers:
+        raise ConfigError("nothing to evaluate: name a RULE, or some --baselines")
     for name in options.search or [""]:
         if name not in KEYS or options.search.count(name) > 1:
             raise ConfigError(f"--search {','.join(options.search)}: expected different ones of {', '.join(KEYS)}")
     for name in options.optimizers:
-        content_of(name)
+        try:
+            optimizer_of(name)
+        except RuleError as error:
+            if name not in options.baselines:
+                raise
+            raise ConfigError(f"--baselines {name}: expected {', '.join((*OF_TORCH, *BY_HAND))}, or a rule ({error})") from None
     if options.device not in ("cpu", "cuda") or (options.device == "cuda" and not torch.cuda.is_available()):
         raise ConfigError(f"--device {options.device}: expected cpu or a cuda that is there")
     for name in ("seeds", "steps", "trials", "search_seeds", "search_steps", "validation_batches"):
@@ -136,6 +152,8 @@ def check(options: argparse.Namespace) -> None:
         raise ConfigError(f"--final {options.final}: expected 0 to 1")
     if options.picture and (not options.picture.endswith(".png") or not Path(options.picture).parent.is_dir()):
         raise ConfigError(f"--picture {options.picture}: expected a name that ends in .png, in a folder that exists")
+    if options.picture and len(options.optimizers) < 2:
+        raise ConfigError(f"--picture {options.picture}: expected two optimizers or more: it draws the gain over the first one")
     out = Path(options.out)
     if not out.parent.is_dir() or not os.access(out if out.exists() else out.parent, os.W_OK) or out.is_dir():
         raise ConfigError(f"--out {options.out}: expected a file that can be written, in a folder that exists")
@@ -178,6 +196,10 @@ class Row(NamedTuple):
     losses: dict[int, float]
     curves: dict[int, list[float]]
 
+    def whole_curves(self) -> dict[int, list[float]]:
+        """The curves of the seeds whose runs did not diverge."""
+        return {seed: curve for seed, curve in self.curves.items() if math.isfinite(self.losses[seed])}
+
 
 def evaluate(options: argparse.Namespace) -> None:
     """Search and train every optimizer on every task, with a progress bar on a terminal."""
@@ -191,7 +213,7 @@ def evaluate(options: argparse.Namespace) -> None:
     print(table(rows, options.steps))
     print(f"\n{pairs(rows)}")
     if options.picture:
-        of_tasks = {task: {row.optimizer: row.curves for row in rows if row.task == task} for task in options.tasks}
+        of_tasks = {task: {row.optimizer: row.whole_curves() for row in rows if row.task == task} for task in options.tasks}
         draw(of_tasks, options.steps, Path(options.picture))
 
 
@@ -243,7 +265,8 @@ class Runs:
         kinds = {TASKS[name].data for name in options.tasks}
         self.data = {kind: text_of(options.text) if kind == "text" else images_of(options.images) for kind in sorted(kinds)}
         self.digests = {kind: digest_of(data) for kind, data in self.data.items()}
-        self.rules = {name: content_of(name) for name in options.optimizers}
+        self.optimizers = {name: optimizer_of(name) for name in options.optimizers}  # once: their files may change
+        self.contents = {name: content_of(optimizer) for name, optimizer in self.optimizers.items()}
         self.records = read_records(self.path)
 
     def trained(self, task: str, optimizer: str, values: Mapping[str, float], seed: int, steps: int) -> tuple[float, list[float]]:
@@ -252,37 +275,59 @@ class Runs:
         how: dict[str, Any] = {name: vars(options)[name] for name in ("device", "precision", "final", "validation_batches")}
         how |= {"seed": seed, "steps": steps} | dict(values)
         identity: dict[str, Any] = {"task": task, "data_sha256": self.digests[kind]} | how
-        rule = self.rules[optimizer]
-        identity |= {"optimizer": optimizer} if rule is None else {"rule_sha256": rule}
+        content = self.contents[optimizer]
+        identity |= {"optimizer": optimizer} if content is None else {"rule_sha256": content}
         bar = self.bar.task_ids[0]
         self.bar.update(bar, description=f"{task} {optimizer} lr {values['lr']:g} seed {seed}")
         record: dict[str, Any] | None = next((record for record in self.records if identity.items() <= record.items()), None)
         if record is None:
             named = {"optimizer": optimizer, "data": options.text if kind == "text" else options.images}
-            record = identity | named | train(TASKS[task], self.data[kind], optimizer, **how)
+            record = identity | named | train(TASKS[task], self.data[kind], self.optimizers[optimizer], **how)
             self.records.append(record)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(record) + "\n")
+            except OSError as error:
+                says = f"{error.strerror}: mend that, and the same command adds what is missing"
+                raise ConfigError(f"--out {self.path}: {says}") from None
         self.bar.advance(bar)
         return float(record["loss"]), record["curve"]
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The training runs in a file of JSON lines. A last line that a kill cut short is taken out of the file.
+    """The training runs in a file of JSON lines. A last line that a kill cut short is taken out of the file; one that lacks its
+    newline alone gets it.
 
     Lines from before `--final` and `--validation-batches` are of their defaults.
+
+    Raises:
+        ConfigError: a line that is no training run. The file stays as it is.
     """
     try:
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        whole, newline, torn = text.rpartition("\n")
+        whole, newline, last = (path.read_bytes() if path.exists() else b"").rpartition(b"\n")
         records = [json.loads(line) for line in whole.splitlines()]
-        if not all(map(is_record, records)) or (torn and not torn.startswith("{")):
+        torn = is_torn(last, RECORD if not records else b"{")
+        if last and not torn:
+            records.append(json.loads(last))
+        if not all(map(is_record, records)):
             raise ValueError("expected an object with a loss and a curve of numbers on every line")
         if torn:
-            path.write_text(whole + newline, encoding="utf-8")
-    except (OSError, ValueError) as error:
+            os.truncate(path, len(whole + newline))
+        elif last:
+            with path.open("ab") as file:
+                file.write(b"\n")
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not a file of training runs ({error})") from None
     return [{"final": FINAL, "validation_batches": VALIDATION_BATCHES} | record for record in records]
+
+
+def is_torn(line: bytes, beginning: bytes) -> bool:
+    """Whether a line is the beginning of a record that a kill cut short: it is no JSON, and begins as records do."""
+    try:
+        json.loads(line)
+    except ValueError:
+        return bool(line) and (line.startswith(beginning) or beginning.startswith(line))
+    return False
 
 
 def is_record(value: Any) -> bool:

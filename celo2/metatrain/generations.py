@@ -10,7 +10,7 @@ import numpy as np
 from celo2.metatrain.cma import CmaEs
 from celo2.metatrain.config import Config
 from celo2.metatrain.families import Arrays
-from celo2.metatrain.outer import Outer
+from celo2.metatrain.outer import MetaState
 from celo2.metatrain.problems import NOISE, random, whole_episodes
 from celo2.metatrain.tasks import Data
 from celo2.metatrain.theta import directions_of, within_bounds
@@ -18,7 +18,7 @@ from celo2.metatrain.theta import directions_of, within_bounds
 KEPT = 2  # candidates of a generation beside those of the search: the mean of its distribution, and the first θ
 
 
-class Generations(Outer):
+class Generations(MetaState):
     """One iteration is a generation. Its problems are new, and the same for all candidates, the mean and the first θ among them.
 
     Attributes:

@@ -8,6 +8,7 @@ or `text:FILE`, a .txt, or a .jsonl or .jsonl.gz whose lines have "text". A text
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,6 +48,14 @@ class Data:
     counts: np.ndarray
     names: tuple[str, ...]
 
+    def digests(self) -> dict[str, str]:
+        """A digest of everything that is there of each task, by name."""
+        ends, found = [*self.starts[1:], len(self.arrays[0])], {}
+        for name, start, end in zip(self.names, self.starts, ends, strict=True):
+            content = b"".join(x[start:end].tobytes() for x in self.arrays)
+            found[name] = hashlib.sha256(content).hexdigest()[:16]
+        return found
+
 
 def load_data(sources: Sequence[str], context: int = 32) -> list[Data]:
     """The images of `sources`, if any, then the texts, if any; `context`: the longest sequence that is taken of them.
@@ -63,13 +72,17 @@ def load_images(sources: Sequence[str]) -> Data:
     """The data sets of `sources`, in their order.
 
     Raises:
-        ConfigError: a source that is unknown, cannot be read, or is not 8 × 8 images with ten classes.
+        ConfigError: a source that is unknown, cannot be read, or is not 8 × 8 images of finite pixels with ten classes.
     """
     sets = [found for source in sources for found in read_source(source)]
     pixels, labels = [], []
     for name, x, y in sets:
         if x.ndim != 3 or x.shape[1:] != (SIDE, SIDE) or y.shape != x.shape[:1] or len(x) == 0:
             raise ConfigError(f"task {name}: images {x.shape} and labels {y.shape}, expected (N, 8, 8) and (N,)")
+        if not (is_real(x) and np.isfinite(x).all()):
+            raise ConfigError(f"task {name}: images of {x.dtype}, expected pixels that are finite numbers")
+        if not (is_real(y) and (y == np.floor(y)).all()):
+            raise ConfigError(f"task {name}: labels of {y.dtype}, expected whole numbers")
         if y.min() < 0 or y.max() >= CLASSES:
             raise ConfigError(f"task {name}: labels from {y.min()} to {y.max()}, expected 0 to {CLASSES - 1}")
         x = x.reshape(len(x), -1).astype(np.float64)
@@ -80,6 +93,11 @@ def load_images(sources: Sequence[str]) -> Data:
     counts = np.array([len(x) for x in pixels])
     arrays, names = (np.concatenate(pixels), np.concatenate(labels)), tuple(name for name, _, _ in sets)
     return Data("images", arrays, np.cumsum(counts) - counts, counts, names)
+
+
+def is_real(x: np.ndarray) -> bool:
+    """Whether an array holds real numbers."""
+    return x.dtype.kind in "biuf"
 
 
 def load_texts(sources: Sequence[str], context: int = 32) -> Data:
@@ -154,10 +172,11 @@ def read_npz(path: Path, name: str | None) -> list[tuple[str, np.ndarray, np.nda
             if not names:
                 raise ConfigError(f"task {path}: no array NAME_images in the file")
             return [(n, arrays[f"{n}_images"], arrays[f"{n}_labels"]) for n in ([name] if name else names)]
-    except (OSError, ValueError, KeyError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"task {path}: cannot be read ({error})") from None
+    except ConfigError:
+        raise
+    except Exception as error:  # zipfile, zlib and numpy raise many types for a damaged file, and for one of another kind
+        says = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(f"task {path}: cannot be read ({says})") from None
 
 
 def read_hub(name: str) -> tuple[str, np.ndarray, np.ndarray]:

@@ -96,7 +96,11 @@ def rule_of(theta: np.ndarray, config: Config, description: str) -> Rule:
 
 
 def first_theta(config: Config) -> np.ndarray:
-    """θ before the first iteration. `random`: normal weights with deviation 1 / sqrt(inputs), biases zero."""
+    """θ before the first iteration. `random`: normal weights with deviation 1 / sqrt(inputs), biases zero.
+
+    Raises:
+        ConfigError: a start of another size, or one that is not odd where the rule is to be: the nearest odd rule is another one.
+    """
     rng, init = random(config.run.seed, START), config.rule.init
     if init == "random":
         theta = np.concatenate([rng.standard_normal(STARTS[STEP]), np.zeros(SIZE - STARTS[STEP])])
@@ -106,6 +110,8 @@ def first_theta(config: Config) -> np.ndarray:
         theta = theta_of(start_rule(config)).astype(np.float64)
         if theta.shape != (SIZE,):
             raise ConfigError(f"rule.init is '{init}', a rule of {theta.size - BESIDE} weights, expected {STARTS[STEP]}")
+        if config.rule.odd and not np.allclose(odd_part(theta), theta, rtol=0, atol=1e-6 * np.abs(theta).max()):
+            raise ConfigError(f"rule.init is '{init}', which is not odd: take rule.odd=false, or an odd start, as hand-nesterov")
     theta = theta + config.rule.init_noise * free(config) * rng.standard_normal(SIZE)
     return (odd_part(theta) if config.rule.odd else theta).astype(np.float32)
 

@@ -23,7 +23,7 @@ from celo2.metatrain.config import Config, ConfigError, text_sizes
 from celo2.metatrain.engine import Expert
 from celo2.metatrain.families import Arrays
 from celo2.metatrain.generations import Generations
-from celo2.metatrain.outer import Outer
+from celo2.metatrain.outer import MetaState
 from celo2.metatrain.problems import NOISE, Problems, random
 from celo2.metatrain.tasks import Data, load_data
 from celo2.metatrain.theta import SIZE, expert_theta, free, odd_noise, within_bounds
@@ -31,15 +31,18 @@ from celo2.rule import Rule
 from celo2.rule_files import save_rule
 from celo2.training.atomic import write_atomically
 from celo2.training.configuration import to_yaml
+from celo2.training.folder import RULE, check_own
 from celo2.training.metrics import finite, read_metrics, rewind
 from celo2.training.schedule import cosine
 
+STATE = "state.safetensors"
 
-class MetaTraining(Outer):
-    """PES with AdamW: perturb θ, unroll a truncation, estimate the gradient.
+
+class PESTraining(MetaState):
+    """PES with AdamW: perturb θ, unroll a truncation, estimate the gradient, update θ.
 
     Attributes:
-        theta: (352,), a parameter of the outer AdamW.
+        theta: (352,), a parameter of `adamw`.
         xi: (N, 352) the sum of ε of each problem since it started.
         problems: of each family.
         buckets: running scale of the loss differences, or None.
@@ -50,10 +53,10 @@ class MetaTraining(Outer):
         super().__init__(config, *data)
         self.theta = torch.nn.Parameter(torch.from_numpy(self.first_theta.copy()))
         outer = config.outer
-        self.outer = torch.optim.AdamW(
+        self.adamw = torch.optim.AdamW(
             [self.theta], lr=outer.lr, betas=(outer.betas[0], outer.betas[1]), weight_decay=outer.weight_decay
         )
-        self.outer.state[self.theta] = {"step": torch.zeros(())} | {
+        self.adamw.state[self.theta] = {"step": torch.zeros(())} | {
             key: torch.zeros_like(self.theta) for key in ("exp_avg", "exp_avg_sq")
         }
         numbered = zip(self.families, self.first_numbers, strict=True)
@@ -68,44 +71,58 @@ class MetaTraining(Outer):
         return self.theta.detach().numpy()
 
     def search(self) -> dict[str, float]:
-        config, steps = self.config, self.config.inner.truncation
-        streams = [random(config.run.seed, NOISE, self.iteration, n) for n in range(len(self.task))]
-        noise = np.stack([stream.standard_normal(SIZE) for stream in streams])
-        if config.rule.odd:
-            noise = odd_noise(noise)
-        # ε is what float32 makes of it, so that θ + ε and θ - ε lie where the estimate believes.
-        epsilon = (config.estimator.sigma * free(config) * noise).astype(np.float32)
-        before_reset = self.of_buckets()
+        config = self.config
+        epsilon, buckets = self.perturbations(), self.of_buckets()
         share = pes.fallen(1.0, self.iteration, config.expert.begin, config.expert.end)
         raw, reset_at, resumed, terms = self.advance(pes.antithetic(self.current(), epsilon), share)
-
-        finite = np.isfinite(raw)
-        losses, clipped = self.bounded(raw)
+        finite_losses = np.isfinite(raw)
+        losses, shown = self.bounded(raw)
         if config.estimator.loss_clip is None:  # a pair with a loss that is not finite says nothing
-            losses = np.where(np.repeat(finite[0::2] & finite[1::2], 2, axis=0), losses, 0.0)
-            clipped = np.minimum(losses, clipped)
+            losses = np.where(np.repeat(finite_losses[0::2] & finite_losses[1::2], 2, axis=0), losses, 0.0)
         if terms is not None:
             losses = pes.with_imitation(losses, terms, (share * config.expert.direction, share * config.expert.size))
+        gradient = self.estimate(losses, reset_at, epsilon, resumed, buckets)
+        norm = float(np.linalg.norm(gradient))
+        if config.outer.grad_clip is not None and norm > config.outer.grad_clip:
+            gradient *= config.outer.grad_clip / norm
+        self.update(gradient)
+        return self.means(shown) | {
+            "gradient_norm": norm,
+            "theta_norm": float(self.theta.detach().norm()),
+            "not_finite": float(1 - finite_losses.mean()),
+        }
+
+    def perturbations(self) -> np.ndarray:
+        """ε (N, 352) of every problem: what float32 makes of it, so that θ + ε and θ - ε lie where the estimate believes."""
+        streams = [random(self.config.run.seed, NOISE, self.iteration, n) for n in range(len(self.task))]
+        noise = np.stack([stream.standard_normal(SIZE) for stream in streams])
+        if self.config.rule.odd:
+            noise = odd_noise(noise)
+        return (self.config.estimator.sigma * free(self.config) * noise).astype(np.float32)
+
+    def estimate(
+        self, losses: np.ndarray, reset_at: np.ndarray, epsilon: np.ndarray, resumed: np.ndarray, buckets: np.ndarray
+    ) -> np.ndarray:
+        """The gradient (352,) from the losses (2N, T) of a truncation; moves ξ past it.
+
+        reset_at (N,) and resumed (N, 352) are of `advance`; buckets (N,) are those before the truncation.
+        """
+        steps = self.config.inner.truncation
         before, after = pes.differences(losses, reset_at)
         xi, xi_after = self.xi + epsilon, epsilon + resumed
         weights = np.ones((2, len(self.task)))
         if self.buckets is not None:  # each part under the scale that it ran with
             parts = np.stack([reset_at > 0, reset_at < steps])
-            weights = self.buckets.weights(np.stack([before_reset, self.of_buckets()]), np.stack([before, after]), parts)
-        gradient = pes.estimate(before, after, xi, xi_after, config.estimator.sigma, weights)
+            weights = self.buckets.weights(np.stack([buckets, self.of_buckets()]), np.stack([before, after]), parts)
         self.xi = pes.persisted(xi, xi_after, reset_at, steps)
-        norm = float(np.linalg.norm(gradient))
-        if config.outer.grad_clip is not None and norm > config.outer.grad_clip:
-            gradient *= config.outer.grad_clip / norm
+        return pes.estimate(before, after, xi, xi_after, self.config.estimator.sigma, weights)
+
+    def update(self, gradient: np.ndarray) -> None:
+        """One step of AdamW with the gradient (352,); θ stays within the bounds of a rule."""
         self.theta.grad = torch.from_numpy(gradient.astype(np.float32))
-        self.outer.param_groups[0]["lr"] = config.outer.lr * outer_rate(config, self.iteration)
-        self.outer.step()
+        self.adamw.param_groups[0]["lr"] = self.config.outer.lr * outer_rate(self.config, self.iteration)
+        self.adamw.step()
         self.theta.data.copy_(torch.from_numpy(within_bounds(self.current(), self.config)))
-        return self.means(clipped) | {
-            "gradient_norm": norm,
-            "theta_norm": float(self.theta.detach().norm()),
-            "not_finite": float(1 - finite.mean()),
-        }
 
     def advance(self, theta: np.ndarray, share: float = 0.0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
         """The next truncation of every problem under θ (2N, 352), with so much of what an expert may do.
@@ -148,7 +165,7 @@ class MetaTraining(Outer):
 
     def tensors(self) -> Arrays:
         """Every array of the meta-state by name; what is written into one changes the meta-state."""
-        adam = {f"outer.{key}": x.numpy() for key, x in self.outer.state[self.theta].items()}
+        adam = {f"outer.{key}": x.numpy() for key, x in self.adamw.state[self.theta].items()}
         buckets = {f"buckets.{key}": x for key, x in vars(self.buckets).items()} if self.buckets is not None else {}
         problems = {key: x for part in self.problems for key, x in part.tensors().items()}
         own = {"theta": self.theta.detach().numpy(), "average": self.average, "xi": self.xi}
@@ -165,9 +182,9 @@ def outer_rate(config: Config, iteration: int) -> float:
     return cosine((iteration - outer.warm_up) / max(1, outer.iterations - outer.warm_up), outer.final)
 
 
-def training_of(config: Config, *data: Data) -> Outer:
+def training_of(config: Config, *data: Data) -> MetaState:
     """The meta-training by `outer.method`."""
-    return (Generations if config.outer.method == "cma" else MetaTraining)(config, *data)
+    return (Generations if config.outer.method == "cma" else PESTraining)(config, *data)
 
 
 def save_whole(rule: Rule, path: Path) -> None:
@@ -178,14 +195,22 @@ def save_whole(rule: Rule, path: Path) -> None:
 
 
 def run(config: Config, show: Callable[[int, dict[str, float]], None]) -> Path:
-    """Meta-train, or continue, to `outer.iterations`; `show` gets each record of the metrics. Returns the path of the rule."""
+    """Meta-train, or continue, to `outer.iterations`; `show` gets each record of the metrics. Returns the path of the rule.
+
+    Raises:
+        ConfigError: tasks, a start, an engine or a folder that cannot be used, a state of another run, or θ is no longer finite.
+        RuleError: a rule that cannot be read.
+        UnsafeFolder: a folder that holds what is not of a meta-training, and would be replaced.
+        OSError: a folder that cannot be written.
+    """
     folder = Path(config.run.dir)
+    check_own(folder, Config, "iteration", STATE)
     training = training_of(config, *load_data(config.tasks.sources, max(size.context for size in text_sizes(config))))
     try:
         (folder / "rules").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"run.dir '{folder}': {error.strerror}") from None
-    state, metrics, rule_path = folder / "state.safetensors", folder / "metrics.jsonl", folder / "rule.safetensors"
+    state, metrics, rule_path = folder / STATE, folder / "metrics.jsonl", folder / RULE
     if state.exists():
         training.load(state)
     write_atomically(folder / "config.yaml", to_yaml(config).encode())

@@ -1,4 +1,4 @@
-"""What a training run's folder may hold, so that a folder from somebody else cannot make the run write elsewhere.
+"""What a training run's folder may hold: nothing that makes the run write elsewhere, and nothing of another program.
 
 Archives carry links. A link named metrics.jsonl that leads to a file of the user's would be written through.
 """
@@ -7,9 +7,15 @@ from __future__ import annotations
 
 import os
 import stat
+from dataclasses import fields
 from pathlib import Path
 
+from celo2.training.configuration import renamed
+from celo2.training.metrics import read_metrics
+from celo2.training.yaml_values import ConfigError, is_null, read_yaml_file
+
 CHECKPOINTS = "checkpoints"
+RULE = "rule.safetensors"
 
 
 class UnsafeFolder(OSError):
@@ -64,3 +70,39 @@ def holds_checkpoints(path: Path) -> bool:
     if not path.is_dir() or (path.resolve().parent / "metrics.jsonl").exists():
         return False
     return all(entry.name.lstrip(".").startswith("step_") or entry.is_symlink() for entry in path.iterdir())
+
+
+def check_own(folder: Path, schema: type, number: str, *signs: str) -> None:
+    """Raise UnsafeFolder where a run would replace files in `folder` that are of something else.
+
+    Args:
+        folder: may be missing.
+        schema: of the run's configuration, of whose sections alone its config.yaml is.
+        number: "step" or "iteration", which every record of its metrics has.
+        signs: what is in the folder of such a run before its rule is; one of them will do.
+    """
+    config, metrics, rule = (folder / name for name in ("config.yaml", "metrics.jsonl", RULE))
+    if config.exists() and not is_of(schema, config):
+        raise foreign(config)
+    if not all(number in record for record in read_metrics(metrics)):
+        raise foreign(metrics)
+    if rule.exists() and not any((folder / sign).exists() for sign in signs):
+        raise UnsafeFolder(
+            f"{folder} holds {RULE}, which the run would replace, but no {' or '.join(signs)}: bring that back, or choose "
+            "another run.dir"
+        )
+
+
+def is_of(schema: type, path: Path) -> bool:
+    """Whether a configuration has no keys but sections, or old keys, of the schema."""
+    try:
+        tree = read_yaml_file(path)
+    except (ConfigError, RecursionError):
+        return False
+    known = {section.name for section in fields(schema)} | renamed(schema).keys()
+    return is_null(tree) or (isinstance(tree, dict) and tree.keys() <= known)
+
+
+def foreign(path: Path) -> UnsafeFolder:
+    """The error for a file of another program's run."""
+    return UnsafeFolder(f"{path} is not of a run of this program, which would replace it: choose another run.dir")

@@ -33,18 +33,18 @@ def refuse_idle(config: Any, table: Iterable[Idle], written: Written | None = No
     Raises:
         ConfigError: an option without effect, naming it.
     """
-    notes = []
+    notes, defaults = [], type(config)()
     for row in table:
         section, _, key = row.option.partition(".")
-        siblings = {name: field for name, part, field in declared(type(config)) if part == section}
-        value, default = getattr(getattr(config, section), key), siblings[row.option].default
+        siblings = {name for name, part, _ in declared(type(config)) if part == section}
+        value, default = (getattr(getattr(whole, section), key) for whole in (config, defaults))
         wanted = row.wish and written is not None and row.option in written.overrides - written.file
         if (value == default and not wanted) or row.acts(config) or (row.detail and written is None):
             continue
         choice_section, _, choice_key = row.choice.partition(".")
         choice = getattr(getattr(config, choice_section), choice_key)
         message = f"{row.option} {row.message.format(value=value, choice=choice)}"
-        passed_over = written is not None and (row.choice in written.overrides or siblings.keys() <= written.file)
+        passed_over = written is not None and (row.choice in written.overrides or siblings <= written.file)
         if not (row.detail and passed_over) or (written is not None and row.option in written.overrides):
             raise ConfigError(f"{message}: leave it out")
         notes.append(f"{message}: not used")

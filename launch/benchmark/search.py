@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from scipy.optimize import minimize
 
+from celo2.baselines import hand_nesterov
 from celo2.metatrain.evaluation.suite import ADAMW_LR, TASKS, USUAL_FIRST_LR, WEIGHT_DECAY, text_of, train
 from celo2.training.search import Key, Search, Setting, begin, best, grid, next_setting
 from launch.benchmark.measure import Column, Row
@@ -122,7 +123,7 @@ def real_losses(method: Method, text: torch.Tensor) -> list[float]:
     def loss(setting: Setting, seed: int = 0) -> float:
         lr, adamw_lr, decay = (a * b for a, b in zip(setting, first, strict=True))
         if (setting, seed) not in known:
-            found = train(TASKS["gpt-tiny"], text, "hand-nesterov", lr, seed, REAL_STEPS, adamw_lr=adamw_lr, weight_decay=decay)
+            found = train(TASKS["gpt-tiny"], text, hand_nesterov(), lr, seed, REAL_STEPS, adamw_lr=adamw_lr, weight_decay=decay)
             known[setting, seed] = float(str(found["loss"]))
         return known[setting, seed]
 

@@ -13,7 +13,7 @@ import torch
 
 from celo2.metatrain.config import Config, Engine, Tasks
 from celo2.metatrain.tasks import CLASSES, SIDE, Data
-from celo2.metatrain.train import MetaTraining
+from celo2.metatrain.train import PESTraining
 from launch.benchmark.measure import TIMES, Column, Row, summary, time_rounds
 
 EXAMPLES = 1000  # of each of the published four data sets; random pixels take as long as real ones
@@ -40,7 +40,7 @@ def measure(args: Namespace, device: torch.device) -> tuple[str, list[Row]]:
     if device.type == "cuda":
         many = Tasks(problems=MANY * Tasks().problems)
         configs["plain, many"] = Config(tasks=many, engine=Engine("plain", "cuda"))
-    found = {name: MetaTraining(config, random_images(config.tasks.sources)) for name, config in configs.items()}
+    found = {name: PESTraining(config, random_images(config.tasks.sources)) for name, config in configs.items()}
     seconds = time_rounds({name: training.step for name, training in found.items()}, args.rounds, device)
     rows = []
     for name, values in seconds.items():

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from celo2 import Celo2, save_rule
+from celo2.training.folder import check_own
 from celo2.training.lock import FolderLock
 from configs.length import batch_sizes
 from configs.load import ConfigError, to_yaml
@@ -153,13 +154,21 @@ def run_folder(config: Config) -> Path:
 
 @contextmanager
 def lock_run(config: Config, accelerator: Accelerator, mark: Callable[..., None]) -> Iterator[None]:
-    """Hold the run's folder, on the first rank: a second process that would train there is refused, on every rank.
+    """Hold the run's folder, on the first rank: a second process that would train there is refused, on every rank, and so is a
+    folder of something else.
 
     `mark` is the heartbeat's.
     """
+
+    def lock() -> Path:
+        folder = run_folder(config)
+        path = stack.enter_context(FolderLock(folder)).path
+        check_own(folder, Config, "step", CHECKPOINTS, "config.yaml")
+        return path
+
     with ExitStack() as stack:
         mark("locking the run's folder", True)
-        on_first_rank(accelerator, lambda: stack.enter_context(FolderLock(run_folder(config))).path, mark)
+        on_first_rank(accelerator, lock, mark)
         yield
 
 

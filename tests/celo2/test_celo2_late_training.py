@@ -21,7 +21,7 @@ from celo2.metatrain.families import families_of, family_of
 from celo2.metatrain.generations import Generations
 from celo2.metatrain.outer import FORMAT
 from celo2.metatrain.theta import SIZE, odd_noise, odd_part, theta_of
-from celo2.metatrain.train import MetaTraining, outer_rate
+from celo2.metatrain.train import PESTraining, outer_rate
 from celo2.rule_files import LARGEST_EXPONENT, LARGEST_FACTOR
 from celo2.training.metrics import rewind
 
@@ -130,7 +130,7 @@ def test_an_expert_in_full_is_the_expert_and_one_without_a_share_changes_nothing
 
 def test_ended_problems_go_on_from_late_states_with_their_sums_of_epsilon(digits):  # noqa: F811
     """Every restart in 24 truncations, against a record of where all problems stood before each truncation."""
-    training = MetaTraining(
+    training = PESTraining(
         small("inner.restart=0.3 inner.saved=2 rule.init=hand-momentum outer.lr=0.01 images.batch_size=8"), digits
     )
     (problems,) = training.problems
@@ -259,8 +259,8 @@ def test_outer_warm_up_cosine_and_clip(digits):  # noqa: F811
     np.testing.assert_allclose(rates[:4], [0.25, 0.5, 0.75, 1.0])
     assert rates[4] == 1.0 and (np.diff(rates[4:]) < 0).all() and 0.1 < rates[-1] < 0.11
     assert [outer_rate(small(), i) for i in (0, 5)] == [1.0, 1.0]
-    free = MetaTraining(small("rule.init=hand-momentum"), digits)
-    clipped = MetaTraining(small("rule.init=hand-momentum outer.grad_clip=1e-3"), digits)
+    free = PESTraining(small("rule.init=hand-momentum"), digits)
+    clipped = PESTraining(small("rule.init=hand-momentum outer.grad_clip=1e-3"), digits)
     norm = free.step()["gradient_norm"]
     assert clipped.step()["gradient_norm"] == norm > 1e-3
     torch.testing.assert_close(clipped.theta.grad, free.theta.grad * (1e-3 / norm))
@@ -269,7 +269,7 @@ def test_outer_warm_up_cosine_and_clip(digits):  # noqa: F811
 @pytest.mark.parametrize("reset_at", [0, 3, 6])
 def test_a_difference_counts_under_the_scale_it_ran_with(reset_at, digits):  # noqa: F811
     """One problem with s = 0.1 (bucket 0), then s = 10 (bucket 1): the steps before and after a reset go to theirs."""
-    training = MetaTraining(small("estimator.scale_buckets=2 rule.init=hand-momentum tasks.problems=1"), digits)
+    training = PESTraining(small("estimator.scale_buckets=2 rule.init=hand-momentum tasks.problems=1"), digits)
     (problems,) = training.problems
     low, high = ({name: np.full_like(s, value) for name, s in problems.scale.items()} for value in (0.1, 10.0))
     problems.scale = low
@@ -298,19 +298,19 @@ def test_a_rule_keeps_the_settings_of_its_start(digits, decays, tmp_path):  # no
     for init, expected in (("celo2-lm", True), ("hand-nesterov", False), ("random", False)):
         config = load_config(path, [f"rule.init={init}"])
         assert config.rule.normalize_gradient is expected
-        assert MetaTraining(config, digits).rule().normalize_gradient is expected
+        assert PESTraining(config, digits).rule().normalize_gradient is expected
     assert load_config(path, ["rule.init=celo2-lm", "rule.normalize_gradient=false"]).rule.normalize_gradient is False
-    found, start = MetaTraining(load_config(path, [f"rule.init={decays}"]), digits).rule(), load_rule(decays)
+    found, start = PESTraining(load_config(path, [f"rule.init={decays}"]), digits).rule(), load_rule(decays)
     assert found.settings() == start.settings()
     with pytest.raises(ConfigError, match=r"expert\.rule has momentum_decays"):
-        MetaTraining(load_config(path, [f"rule.init={decays}", "expert.rule=celo2"]), digits)
+        PESTraining(load_config(path, [f"rule.init={decays}", "expert.rule=celo2"]), digits)
 
 
 def test_other_decays_are_those_of_the_rule_and_of_its_problems(digits, tmp_path):  # noqa: F811
     path = tmp_path / "c.yaml"
     path.write_text(TINY)
     config = load_config(path, ["rule.init=celo2-lm", "rule.init_noise=0", "rule.decays=[0.8,0.9,0.95]"])
-    rule = MetaTraining(config, digits).rule()
+    rule = PESTraining(config, digits).rule()
     assert rule.momentum_decays == rule.factored_decays == (0.8, 0.9, 0.95)
     assert rule == replace(load_rule("celo2-lm"), momentum_decays=(0.8, 0.9, 0.95), factored_decays=(0.8, 0.9, 0.95))
     with pytest.raises(ConfigError, match=r"rule.decays is \[0.8, 0.9\], expected three numbers"):
@@ -334,7 +334,7 @@ def test_step_sizes_stop_at_the_bounds_of_a_rule_file(method, digits, tmp_path):
     path.write_text(TINY)
     changes = f"rule.init=hand-agreement rule.init_noise=0 rule.step_sizes=true outer.method={method}".split()
     config = load_config(path, changes)
-    training = (Generations if config.outer.method == "cma" else MetaTraining)(config, digits)
+    training = (Generations if config.outer.method == "cma" else PESTraining)(config, digits)
     for _ in range(3):
         training.step()
         rule = training.rule()
@@ -351,7 +351,7 @@ def test_a_start_at_the_bounds_keeps_its_step_sizes(factor, digits, tmp_path):  
     path.write_text(TINY)
     for asked in ("false", "true"):
         config = load_config(path, [f"rule.init={tmp_path}/start.safetensors", "rule.init_noise=0", f"rule.step_sizes={asked}"])
-        training = MetaTraining(config, digits)
+        training = PESTraining(config, digits)
         assert training.rule() == start
         training.step()
         save_rule(training.rule(), tmp_path / "rule.safetensors")
@@ -372,7 +372,7 @@ def test_step_sizes_are_trained_where_they_are_asked_for(digits, tmp_path):  # n
     path.write_text(TINY)
     start = load_rule("hand-agreement")
     for asked in (False, True):
-        training = MetaTraining(load_config(path, ["rule.init=hand-agreement", f"rule.step_sizes={asked}".lower()]), digits)
+        training = PESTraining(load_config(path, ["rule.init=hand-agreement", f"rule.step_sizes={asked}".lower()]), digits)
         for _ in range(2):
             training.step()
         rule = training.rule()
@@ -386,7 +386,7 @@ def test_a_state_with_fewer_numbers_goes_on(missing, digits, tmp_path):  # noqa:
     path = tmp_path / "c.yaml"
     path.write_text(TINY)
     config = load_config(path, ["rule.init=celo2-lm"])
-    whole, older = MetaTraining(config, digits), MetaTraining(config, digits)
+    whole, older = PESTraining(config, digits), PESTraining(config, digits)
     whole.step()
     whole.save(tmp_path / "state.safetensors")
     with safe_open(tmp_path / "state.safetensors", "numpy") as file:
@@ -425,7 +425,7 @@ def test_further_sizes_are_families_of_their_own(data):  # noqa: F811
     assert (second.options.layers, second.options.width, second.options.context) == (2, 64, 32)
     assert third.shapes["position"] == (16, 32) and third.batch == 2 and third.options.lr == 0.005
     assert len({family.name for family in (first, second, third)}) == 3
-    training = MetaTraining(config, data["text"])
+    training = PESTraining(config, data["text"])
     assert training.tasks == ["code", "code layers=2 width=64", "code context=16 sequences=2 lr=0.005"]
     assert [list(p.number) for p in training.problems] == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
 

@@ -18,7 +18,7 @@ from celo2.metatrain.families import family_of
 from celo2.metatrain.problems import Problems, draw_episode, warm_up_and_cosine
 from celo2.metatrain.tasks import load_data
 from celo2.metatrain.theta import SIZE, odd_part, parts, rule_of, theta_of
-from celo2.metatrain.train import MetaTraining
+from celo2.metatrain.train import PESTraining
 from celo2.rule import accumulator_shapes, factored_axes, update
 from celo2.rule_files import load_rule
 from celo2.training.configuration import Nest, build
@@ -366,7 +366,7 @@ def test_meta_training_lowers_the_loss(digits):
     """A rule that walks uphill is turned round; the fixed seed makes the test exact."""
     short = "engine.name=auto tasks.problems=8 images.batch_size=8 inner.truncation=5 inner.min_length=5 inner.max_length=10"
     steep = "images.min_scale=10.0 images.max_scale=10.0 rule.init=hand-momentum estimator.sigma=0.1 outer.lr=0.2 run.seed=1"
-    training = MetaTraining(small(f"{short} {steep}"), digits)
+    training = PESTraining(small(f"{short} {steep}"), digits)
     with torch.no_grad():
         training.theta.mul_(0.0).add_(torch.from_numpy(uphill_theta()))
     losses = [training.step()["loss"] for _ in range(60)]
@@ -375,21 +375,22 @@ def test_meta_training_lowers_the_loss(digits):
 
 @pytest.mark.parametrize("loss_clip", [None, 1.5])
 def test_losses_that_are_not_finite_do_not_spoil_theta(loss_clip, digits):
-    """Clipped they count as the bound; raw, the pair says nothing."""
-    training = MetaTraining(small(f"estimator.loss_clip={loss_clip or 'null'} rule.init=hand-momentum"), digits)
+    """Clipped they count as the bound; raw, the pair says nothing. The metrics show a uniform guess for each."""
+    training = PESTraining(small(f"estimator.loss_clip={loss_clip or 'null'} rule.init=hand-momentum"), digits)
     losses = np.ones((2 * len(training.task), training.config.inner.truncation), np.float32)
     losses[1, 3:], losses[4, :] = np.nan, np.inf
     training.unrolls[0] = lambda *_: losses
     record = training.step()
     assert np.isfinite(training.theta.detach().numpy()).all()
     assert record["not_finite"] == pytest.approx((3 + 6) / 36)
+    assert record["loss"] == record["loss/digits"] == pytest.approx((27 + 9 * np.log(10)) / 36)
     assert (record["gradient_norm"] == 0) == (loss_clip is None)
 
 
 def test_both_families_make_one_gradient(data):
     """Images are what they are alone; the estimate is of all problems, each loss bounded by its own uniform guess."""
     config = small("rule.init=hand-momentum estimator.loss_clip=1.5 estimator.scale_buckets=2")
-    alone, both = MetaTraining(config, data["images"]), MetaTraining(config, data["images"], data["text"])
+    alone, both = PESTraining(config, data["images"]), PESTraining(config, data["images"], data["text"])
     theta = pes.antithetic(both.theta.detach().numpy(), np.zeros((6, SIZE), np.float32))
     np.testing.assert_array_equal(both.advance(theta)[0][:6], alone.advance(theta[:6])[0])
     np.testing.assert_allclose(both.uniform_loss, np.log([10] * 3 + [128] * 3))
@@ -401,8 +402,8 @@ def test_both_families_make_one_gradient(data):
 
 
 def test_the_rule_says_that_it_normalizes_gradients(digits):
-    assert MetaTraining(small("rule.normalize_gradient=true"), digits).rule().normalize_gradient
-    assert not MetaTraining(small(), digits).rule().normalize_gradient
+    assert PESTraining(small("rule.normalize_gradient=true"), digits).rule().normalize_gradient
+    assert not PESTraining(small(), digits).rule().normalize_gradient
 
 
 def uphill_theta() -> np.ndarray:
@@ -431,7 +432,7 @@ def test_odd_rules_turn_with_their_input():
 
 
 def test_an_odd_rule_stays_odd(digits):
-    training = MetaTraining(small("rule.odd=true rule.init=hand-momentum rule.init_noise=0.1 outer.lr=0.01"), digits)
+    training = PESTraining(small("rule.odd=true rule.init=hand-momentum rule.init_noise=0.1 outer.lr=0.01"), digits)
     start = training.theta.detach().numpy().copy()
     for _ in range(3):
         training.step()
@@ -442,7 +443,7 @@ def test_an_odd_rule_stays_odd(digits):
 
 
 def test_frozen_weights_keep_their_value(digits):
-    training = MetaTraining(small("rule.frozen=[weight,w1] rule.init=celo2 rule.init_noise=0.1 outer.lr=0.01"), digits)
+    training = PESTraining(small("rule.frozen=[weight,w1] rule.init=celo2 rule.init_noise=0.1 outer.lr=0.01"), digits)
     for _ in range(2):
         training.step()
     first, last = load_rule("celo2").weights, training.rule().weights

@@ -135,8 +135,11 @@ def test_resumes_exactly_after_a_kill(tiny):
         (["tasks.sources=[cats]"], "task 'cats': expected digits, hub:NAME"),
         (["tasks.sources=[hub:cats]"], "task 'hub:cats': expected one of mnist"),
         (["tasks.sources=[missing.npz]"], "task missing.npz: cannot be read"),
-        (["tasks.sources=[text:missing.jsonl.gz]"], "text missing.jsonl.gz: cannot be read"),
-        (["tasks.sources=[text:novel.pdf]"], "task 'text:novel.pdf': expected text:FILE with FILE a .txt, .jsonl or .jsonl.gz"),
+        (["tasks.sources=[digits,text:missing.jsonl.gz]"], "text missing.jsonl.gz: cannot be read"),
+        (
+            ["tasks.sources=[digits,text:novel.pdf]"],
+            "task 'text:novel.pdf': expected text:FILE with FILE a .txt, .jsonl or .jsonl.gz",
+        ),
         (["text.layers=0"], "text.layers is 0, expected at least 1"),
         (["images.batch_size=99999999999"], "images.batch_size is 99999999999, expected at least 1 and at most 65536"),
         (["tasks.problems=99999999999"], "tasks.problems is 99999999999, expected at least 1 and at most 65536"),

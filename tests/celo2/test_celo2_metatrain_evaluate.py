@@ -10,7 +10,7 @@ import torch
 from celo2.metatrain import evaluate
 from celo2.metatrain.evaluate import Row
 from celo2.metatrain.evaluation.picture import gains
-from celo2.metatrain.evaluation.suite import TASKS, build_optimizers, content_of, digest_of
+from celo2.metatrain.evaluation.suite import TASKS, build_optimizers, content_of, digest_of, optimizer_of
 from celo2.rule_files import load_rule, save_rule
 from celo2.training.search import Key, open_sides
 
@@ -163,7 +163,7 @@ def test_evaluation_with_another_adamw_lr(tmp_path, capsys):
     assert tables[0] == tables[2] != tables[1]
     records = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
     assert [(record["adamw_lr"], record["lr"]) for record in records] == [(0.003, 0.002), (0.03, 0.002)]
-    rule, adamw = build_optimizers("hand-momentum", TASKS["gpt-tiny"].build(), 1e-3, 0.5)
+    rule, adamw = build_optimizers(optimizer_of("hand-momentum"), TASKS["gpt-tiny"].build(), 1e-3, 0.5)
     assert [group["lr"] for group in rule.param_groups + adamw.param_groups] == [1e-3, 0.5]
 
 
@@ -224,7 +224,7 @@ def test_runs_are_known_by_what_rule_and_text_hold(tmp_path, capsys):
         out.write_text(damaged := json.dumps(records[0] | wrong) + "\n")
         assert evaluate.main(["--tasks", "gpt-tiny", "--text", str(tmp_path / "a.txt"), "--out", str(out)]) == 2
         assert "expected an object with a loss and a curve" in capsys.readouterr().err and out.read_text() == damaged
-    assert content_of("adamw") is None and content_of("celo2") != content_of("celo2-lm")
+    assert content_of("adamw") is None and content_of(load_rule("celo2")) != content_of(load_rule("celo2-lm"))
     assert digest_of(torch.zeros(3)) != digest_of(torch.ones(3))
 
 
@@ -282,7 +282,7 @@ def test_evaluation_mistakes(arguments, message, capsys):
 @pytest.mark.parametrize("task", sorted(set(TASKS) - {"gpt", "gpt-wide"}))
 def test_every_parameter_of_every_network_is_trained_once(task, optimizer):
     network = TASKS[task].build()
-    parts = build_optimizers(optimizer, network, 1e-3)
+    parts = build_optimizers(optimizer_of(optimizer), network, 1e-3)
     claimed = [id(p) for part in parts for group in part.param_groups for p in group["params"]]
     assert sorted(claimed) == sorted(id(p) for p in network.parameters())
     if optimizer == "hand-momentum":

@@ -23,15 +23,15 @@ from celo2.metatrain.config import ConfigError, load_config
 from celo2.metatrain.families import family_of
 from celo2.metatrain.outer import FORMAT
 from celo2.metatrain.theta import SIZE, rule_of, theta_of
-from celo2.metatrain.train import MetaTraining
+from celo2.metatrain.train import PESTraining
 from celo2.rule import accumulator_shapes, factored_axes, update
-from celo2.whitening import KEYS, LEFT, RIGHT, whiten_
+from celo2.whitening import LEFT, RIGHT, WHITENERS, whiten_
 
 WHITENED = "rule.init=hand-whitened"
 
 
 def whitened_state(state):
-    return {key: x for key, x in state.items() if key.endswith(KEYS)}
+    return {key: x for key, x in state.items() if key.endswith(WHITENERS)}
 
 
 # --- engines ------------------------------------------------------------------------------------------------------------------
@@ -53,24 +53,24 @@ def test_a_step_of_the_plain_engine_is_that_of_the_rule(shape):
     for _ in range(6):
         g = torch.from_numpy(random.standard_normal((unrolls, *shape)).astype(np.float32))
         given = plain.accumulated(config, parameter, g)
-        step = plain.directed(config, networks, given, {key: parameter[key] for key in KEYS}, math.inf)
+        step = plain.directed(config, networks, given, {key: parameter[key] for key in WHITENERS}, math.inf)
         for u, state in enumerate(states):
             expected = update(rule_of(theta[u], config, ""), state, g[u], parameter["weight"][u], orthogonalize=True)
             torch.testing.assert_close(step[u], expected, rtol=0, atol=1e-5)  # worst of 10 seeds 4.8e-7
             for key, x in state.items():
                 torch.testing.assert_close(parameter[key][u], x, rtol=1e-5, atol=1e-6)
-    assert all(parameter[key].abs().max() > 0.05 for key in KEYS)
+    assert all(parameter[key].abs().max() > 0.05 for key in WHITENERS)
 
 
 def test_only_matrices_under_the_rule_have_whiteners(data):  # noqa: F811
     for name, matrices in (("images", {"w1", "w2"}), ("text", {f"{m}0" for m in ("q", "k", "v", "o", "up", "down")})):
-        state = MetaTraining(small(WHITENED), data[name]).problems[0].state
+        state = PESTraining(small(WHITENED), data[name]).problems[0].state
         assert {key.partition(".")[0] for key in whitened_state(state)} == matrices
         assert not any(x.any() for x in whitened_state(state).values())
         for changes in ("rule.init=hand-agreement", f"{WHITENED} rule.variant=celo2-base"):
             config = small(changes)
             family = family_of(config, data[name])
-            assert not any(set(KEYS) & family.accumulator_shapes(weight).keys() for weight in family.shapes)
+            assert not any(set(WHITENERS) & family.accumulator_shapes(weight).keys() for weight in family.shapes)
     up = family_of(small(WHITENED), data["text"]).accumulator_shapes("up0")
     assert (up[LEFT], up[RIGHT]) == ((128, 128), (32, 32))
 
@@ -159,7 +159,7 @@ def test_a_reset_sets_whiteners_to_zero(name, engine, data, fast):  # noqa: F811
 
 
 def test_problems_that_start_anew_have_whiteners_of_zeros(digits):  # noqa: F811
-    training = MetaTraining(small(WHITENED), digits)
+    training = PESTraining(small(WHITENED), digits)
     training.step()
     (problems,) = training.problems
     assert all(x.any() for x in whitened_state(problems.state).values())
@@ -220,7 +220,7 @@ def test_resumes_exactly_from_late_states_too(engine, tmp_path, fast):  # noqa: 
     for key, x in first.items():
         np.testing.assert_array_equal(x, second[key])
     for key in ("images.state.w1", "images.late.state.w1", "text.state.up0", "text.late.state.up0"):
-        assert all(first[f"{key}.{side}"].any() for side in KEYS)
+        assert all(first[f"{key}.{side}"].any() for side in WHITENERS)
     assert rule.settings() == load_rule("hand-whitened").settings()
 
 
@@ -257,7 +257,7 @@ def test_the_rate_of_whitening_is_trained_where_it_is_asked_for(text, tmp_path):
 
 def test_a_rate_beyond_the_bounds_is_the_nearest(digits, tmp_path):  # noqa: F811
     config = small("rule.init=hand-nesterov rule.whitening=0.1 rule.train_whitening=true")
-    theta = MetaTraining(config, digits).current().copy()
+    theta = PESTraining(config, digits).current().copy()
     for number, rate in ((5, 1), (1e30, 1), (-1e30, 1e-6)):
         theta[-1] = number
         save_rule(rule_of(theta, config, ""), tmp_path / "rule.safetensors")
@@ -322,10 +322,20 @@ def test_settings_of_the_run_keep_whitening(digits, tmp_path):  # noqa: F811
     path = tmp_path / "tiny.yaml"
     path.write_text(TINY)
     config = load_config(path, [WHITENED, "rule.decays=[0.8,0.9,0.95]", "rule.step_sizes=true"])
-    training = MetaTraining(config, digits)
+    training = PESTraining(config, digits)
     training.step()
     save_rule(training.rule(), tmp_path / "rule.safetensors")
     rule = load_rule(tmp_path / "rule.safetensors")
     assert rule == training.rule() and (rule.whitening, rule.momentum_decays) == (0.1, (0.8, 0.9, 0.95))
     with pytest.raises(ConfigError, match="expected celo2"):
         load_config(path, [WHITENED, "rule.variant=celo2-base"])
+
+
+@pytest.mark.parametrize(("shape", "order"), [((20, 40), (RIGHT, LEFT)), ((40, 20), (LEFT, RIGHT))])
+def test_the_segment_of_a_weight_is_as_drawn(shape, order, fast):  # noqa: F811
+    shapes = {"weight": shape, **accumulator_shapes(shape, factored_axes(shape), True)}
+    family = SimpleNamespace(shapes={"w": shape}, accumulator_shapes=lambda _: {k: x for k, x in shapes.items() if k != "weight"})
+    layout = fast.segments(family, whole=True)
+    assert list(layout) == [f"w.{key}" for key in ("weight", "momentum", "second_moment", "row", "col", *order)]
+    expected = [(40, 32), (3, 40, 32), (40, 32), (3, 32), (3, 40), (48, 48), (32, 32)]
+    assert [segment.shape for segment in layout.values()] == expected

@@ -322,3 +322,18 @@ def test_other_endings_are_refused(tmp_path, capsys, name):
     assert main(["celo2", str(tmp_path / name)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / name).exists()
+
+
+def test_a_name_that_no_file_can_have():
+    with pytest.raises(RuleError, match=r"rule 'x{300}': File name too long"):
+        load_rule("x" * 300)
+
+
+def test_a_theta_state_that_may_not_be_read(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    write_state(tmp_path / "theta.state")
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(RuleError, match=r"theta\.state: cannot be read \(Permission denied\)"):
+        load_rule(tmp_path / "theta.state")

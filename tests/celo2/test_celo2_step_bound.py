@@ -8,7 +8,7 @@ from test_celo2_metatrain_cli import TINY
 
 from celo2 import load_rule, save_rule
 from celo2.metatrain.config import ConfigError, load_config
-from celo2.metatrain.train import MetaTraining
+from celo2.metatrain.train import PESTraining
 
 
 def test_the_rule_of_a_run_has_its_bound_of_step_sizes(digits, tmp_path):  # noqa: F811
@@ -24,7 +24,7 @@ def test_the_rule_of_a_run_has_its_bound_of_step_sizes(digits, tmp_path):  # noq
         (["rule.init=hand-nesterov", "rule.step_bound=1", *trained], 1),
         (["rule.init=hand-nesterov", "rule.step_bound=0.5", *trained], 0.5),
     ):
-        training = MetaTraining(load_config(path, changes), digits)
+        training = PESTraining(load_config(path, changes), digits)
         save_rule(training.rule(), tmp_path / "first.safetensors")
         training.step()
         save_rule(training.rule(), tmp_path / "rule.safetensors")

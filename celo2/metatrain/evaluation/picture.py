@@ -11,13 +11,16 @@ Curves = Mapping[int, list[float]]  # of each seed: the means of equal parts of 
 
 
 def gains(curves: Curves, reference: Curves) -> np.ndarray:
-    """(seeds, parts): reference minus own loss, for seeds where neither run diverged. Equal seeds see equal batches."""
+    """(seeds, parts): reference minus own loss, for seeds with whole curves in both. Equal seeds see equal batches."""
     whole = [seed for seed in curves if seed in reference and len(curves[seed]) == len(reference[seed])]
     return np.array([np.subtract(reference[seed], curves[seed]) for seed in whole])
 
 
 def draw(tasks: Mapping[str, Mapping[str, Curves]], steps: int, path: Path) -> None:
-    """A panel for each task: the mean gain of each optimizer over the first one, with ± a standard error."""
+    """A panel for each task: the mean gain of each optimizer over the first one, with ± a standard error.
+
+    `tasks`: of each task and optimizer the curves of the seeds that did not diverge.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -66,43 +66,48 @@ FIRST_WEIGHT_DECAY = {"muon": 0.03}
 
 
 def build_optimizers(
-    name: str,
+    optimizer: str | Rule,
     network: Network,
     lr: float,
     adamw_lr: float = ADAMW_LR,
     ns_dtype: torch.dtype | None = None,
     weight_decay: float = WEIGHT_DECAY,
 ) -> list[torch.optim.Optimizer]:
-    """The optimizers of a network: the hidden matrices by `name`, a baseline or a rule, everything else by AdamW at `adamw_lr`.
+    """The optimizers of a network: `optimizer` (of `optimizer_of`) for the hidden matrices, AdamW at `adamw_lr` for the rest.
 
     A rule of Celo2-base takes every parameter. `ns_dtype` is that of the rules' Newton–Schulz; torch's Muon has bfloat16 always.
     """
     boundary = {id(p) for module in network.boundary for p in module.parameters()}
     hidden = [p for p in network.parameters() if p.ndim == 2 and id(p) not in boundary]
     rest = [p for p in network.parameters() if p.ndim != 2 or id(p) in boundary]
-    if name in OF_TORCH:
-        return [OF_TORCH[name](hidden, lr=lr, weight_decay=weight_decay), adamw(rest, lr=adamw_lr, weight_decay=weight_decay)]
-    rule = rule_of(name)
-    if rule.variant == "celo2-base":
+    if isinstance(optimizer, str):
+        of_hidden = OF_TORCH[optimizer](hidden, lr=lr, weight_decay=weight_decay)
+        return [of_hidden, adamw(rest, lr=adamw_lr, weight_decay=weight_decay)]
+    if optimizer.variant == "celo2-base":
         groups = [{"params": hidden + rest, "update": "celo2"}]
-        return [Celo2(groups, lr=lr, rule=rule, orthogonalize=False, weight_decay=weight_decay)]
-    celo2 = Celo2(hidden, lr=lr, rule=rule, weight_decay=weight_decay, ns_dtype=ns_dtype)
+        return [Celo2(groups, lr=lr, rule=optimizer, orthogonalize=False, weight_decay=weight_decay)]
+    celo2 = Celo2(hidden, lr=lr, rule=optimizer, weight_decay=weight_decay, ns_dtype=ns_dtype)
     return [celo2, adamw(rest, lr=adamw_lr, weight_decay=weight_decay)]
 
 
-def rule_of(name: str) -> Rule:
-    """The rule of a baseline that is set by hand, or of a name or file."""
+def optimizer_of(name: str) -> str | Rule:
+    """What a name stands for: one of OF_TORCH for itself, or the rule of a baseline that is set by hand, or of a name or file.
+
+    Raises:
+        RuleError: as `load_rule`.
+    """
+    if name in OF_TORCH:
+        return name
     return BY_HAND[name]() if name in BY_HAND else load_rule(name)
 
 
-def content_of(name: str) -> str | None:
+def content_of(optimizer: str | Rule) -> str | None:
     """A digest of what a rule computes, whatever it is called and wherever it lies; None for an optimizer without a rule."""
-    if name in OF_TORCH:
+    if isinstance(optimizer, str):
         return None
-    rule = rule_of(name)
-    digest = hashlib.sha256(repr(sorted(rule.settings().items())).encode())
-    for key in sorted(rule.weights):
-        digest.update(key.encode() + rule.weights[key].contiguous().numpy().tobytes())
+    digest = hashlib.sha256(repr(sorted(optimizer.settings().items())).encode())
+    for key in sorted(optimizer.weights):
+        digest.update(key.encode() + optimizer.weights[key].contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -117,7 +122,7 @@ def digest_of(data: Batch | Tensor) -> str:
 def train(
     task: Task,
     data: Batch | Tensor,
-    optimizer: str,
+    optimizer: str | Rule,
     lr: float,
     seed: int,
     steps: int,
@@ -189,5 +194,8 @@ def images_of(source: str) -> Batch:
     if len(images.names) != 1:
         raise ConfigError(f"images {source}: {len(images.names)} data sets, expected one: {source}:{images.names[0]}")
     pixels, labels = images.arrays
+    if len(labels) * VALIDATION_SHARE < 1:
+        least = round(1 / VALIDATION_SHARE)
+        raise ConfigError(f"images {source}: {len(labels)}, expected at least {least}, to keep some for validation")
     order = np.random.default_rng(0).permutation(len(labels))
     return torch.from_numpy(pixels[order]), torch.from_numpy(labels[order])

@@ -1,7 +1,14 @@
 """The truncated unroll on CPU threads: packs the state for the compiled kernels, runs them, and unpacks it.
 
 Each unroll is one call that runs all T steps in memory of its own, so the result does not depend on the number of threads.
-`kernels.py` says how the state is packed.
+
+The state of an unroll is one row of float32, weight after weight. A weight (20, 40) of the state with whiteners lies there as
+
+    weight    momentum     second_moment  row      col      right_whitener  left_whitener
+    (40, 32)  (3, 40, 32)  (40, 32)       (3, 32)  (3, 40)  (48, 48)        (32, 32)
+
+with its longer axis as rows, and rows padded with zeros to whole vectors. A weight (40, 20) has the same shapes without a turn,
+and its left whitener first. `kernels.py` reads the parts of such a segment in that order.
 """
 
 from __future__ import annotations
@@ -53,9 +60,7 @@ def segments(family: Family, whole: bool) -> dict[str, Segment]:
     for name, weight in family.shapes.items():
         transposed = len(weight) == 2 and weight[0] <= weight[1]
         accumulators = family.accumulator_shapes(name) if whole else {}
-        if transposed and whiteners.LEFT in accumulators:  # first the whitener of what is a row here
-            accumulators[whiteners.LEFT] = accumulators.pop(whiteners.LEFT)
-        for key, shape in {"weight": weight, **accumulators}.items():
+        for key, shape in in_order({"weight": weight, **accumulators}, transposed):
             flip = transposed and key in ELEMENTWISE
             shape = (*shape[:-2], *shape[:-3:-1]) if flip else shape
             if key in whiteners.WHITENERS:
@@ -65,6 +70,13 @@ def segments(family: Family, whole: bool) -> dict[str, Segment]:
             result[f"{name}.{key}"] = Segment(at, shape, flip)
             at += math.prod(shape)
     return result
+
+
+def in_order(shapes: dict[str, tuple[int, ...]], transposed: bool) -> list[tuple[str, tuple[int, ...]]]:
+    """The arrays of a weight in the order of its segment: that of the state, and the whitener of what is a row there first."""
+    sides = [key for key in (whiteners.RIGHT, whiteners.LEFT) if key in shapes]
+    last = sides if transposed else sides[::-1]
+    return [(key, shapes[key]) for key in [*(key for key in shapes if key not in last), *last]]
 
 
 def table_of(family: Family) -> np.ndarray:
