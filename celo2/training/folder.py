@@ -72,17 +72,19 @@ def holds_checkpoints(path: Path) -> bool:
     return all(entry.name.lstrip(".").startswith("step_") or entry.is_symlink() for entry in path.iterdir())
 
 
-def check_own(folder: Path, schema: type, number: str, *signs: str) -> None:
+def check_own(folder: Path, schema: type, number: str, state: str, *others: str) -> None:
     """Raise UnsafeFolder where a run would replace files in `folder` that are of something else.
 
     Args:
         folder: may be missing.
         schema: of the run's configuration, of whose sections alone its config.yaml is.
         number: "step" or "iteration", which every record of its metrics has.
-        signs: what is in the folder of such a run before its rule is; one of them will do.
+        state: where such a run keeps its state. A config.yaml that cannot be read is taken for the run's own beside it.
+        others: what else is in the folder of such a run before its rule is.
     """
     config, metrics, rule = (folder / name for name in ("config.yaml", "metrics.jsonl", RULE))
-    if config.exists() and not is_of(schema, config):
+    signs = (state, *others)
+    if config.exists() and not is_of(schema, config, unreadable=(folder / state).exists()):
         raise foreign(config)
     if not all(number in record for record in read_metrics(metrics)):
         raise foreign(metrics)
@@ -93,12 +95,12 @@ def check_own(folder: Path, schema: type, number: str, *signs: str) -> None:
         )
 
 
-def is_of(schema: type, path: Path) -> bool:
-    """Whether a configuration has no keys but sections, or old keys, of the schema."""
+def is_of(schema: type, path: Path, unreadable: bool) -> bool:
+    """Whether a configuration has no keys but sections, or old keys, of the schema; `unreadable` for one that cannot be read."""
     try:
         tree = read_yaml_file(path)
     except (ConfigError, RecursionError):
-        return False
+        return unreadable
     known = {section.name for section in fields(schema)} | renamed(schema).keys()
     return is_null(tree) or (isinstance(tree, dict) and tree.keys() <= known)
 

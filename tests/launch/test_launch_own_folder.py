@@ -43,3 +43,10 @@ def test_a_run_begins_again_after_a_kill_before_its_first_checkpoint(run):
     assert (folder / "rule.safetensors").exists()
     status, again, _ = run("train.steps=2", "checkpoint.every=2")
     assert status == 0 and [record["step"] for record in again] == [record["step"] for record in whole]
+
+
+def test_a_damaged_config_of_a_run_that_has_checkpoints_does_not_stop_it(run):
+    config = run.tmp_path / "run" / "config.yaml"
+    assert run("train.steps=2")[0] == 0
+    config.write_text("run: {name: [\n")
+    assert run("train.steps=3")[0] == 0 and "steps: 3" in config.read_text()
