@@ -35,6 +35,7 @@ from launch.run.initialize import (
     check_tokenizer,
     find_source,
     load_source,
+    model_options,
     weight_files,
 )
 from launch.run.mixture import local, open_mixture
@@ -95,11 +96,9 @@ def build_from_config(config: Config, vocab_size: int, device: str | None = None
     if source is not None:
         model = model_of(architecture(config.model, source, vocab_size), device)
         return prepare_model(model, config.model.gradient_checkpointing), checked_context(config, model)
-    if config.model.hf is None:
-        model = build_model(**options)
-        return model, model.config.max_position_embeddings
-    model = build_model(**options | {"context": None})
-    return model, checked_context(config, model)
+    with model_options():
+        model = build_model(**options | ({} if config.model.hf is None else {"context": None}))
+    return model, model.config.max_position_embeddings if config.model.hf is None else checked_context(config, model)
 
 
 class Made(NamedTuple):
