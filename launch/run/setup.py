@@ -23,7 +23,7 @@ from data.shards import TokenShards
 from data.tokenizer import copy_tokenizer
 from launch.checkpoint.folders import CHECKPOINTS, FALLBACK
 from launch.checkpoint.verify import MODEL
-from launch.checkpoint.writer import no_progress
+from launch.checkpoint.writer import Progress, no_progress
 from launch.distributed.birth import WithProgress, with_weights
 from launch.distributed.first_rank import on_first_rank
 from launch.run.agreement import RULE_FILE
@@ -162,10 +162,20 @@ def lock_run(config: Config, accelerator: Accelerator, mark: Callable[..., None]
         yield
 
 
-def describe_run(config: Config, run_dir: Path, shards: TokenShards, optimizer: torch.optim.Optimizer, start: Start) -> None:
-    """Write configuration, tokenizer, rule and branch into the run's folder, once nothing more can refuse the start."""
+def describe_run(
+    config: Config,
+    run_dir: Path,
+    shards: TokenShards,
+    optimizer: torch.optim.Optimizer,
+    start: Start,
+    progress: Progress = no_progress,
+) -> None:
+    """Write configuration, tokenizer, rule and branch into the run's folder, once nothing more can refuse the start.
+
+    `progress` is called after each file that it copies.
+    """
     if start.begins and start.origin is not None:
-        begin_line(run_dir, start.origin)
+        begin_line(run_dir, start.origin, progress)
     (run_dir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     replace_text(run_dir / "config.yaml", to_yaml(config))
     if config.checkpoint.fallback_dir is not None:
