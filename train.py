@@ -140,7 +140,8 @@ def pretrain(
     identity = identity_of(config, shards, context, optimizer)
     state = resume(config, start, strategy, identity, heartbeat.progress)
     heartbeat.mark("writing the run's folder", disk=True)
-    on_first_rank(accelerator, lambda: describe_run(config, run_dir, shards, optimizer, start), heartbeat.mark)
+    progress = heartbeat.progress
+    on_first_rank(accelerator, lambda: describe_run(config, run_dir, shards, optimizer, start, progress), heartbeat.mark)
     folders = checkpoint_folders(config, run_dir, start.origin)
     branched_at = start.origin.step if start.origin else None
     grace = Grace(strategy)

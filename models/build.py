@@ -32,7 +32,14 @@ SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 class ModelError(ValueError):
-    """A model that cannot be built from what the user asked for. The message is one line."""
+    """A model that cannot be built from what the user asked for. The message is one line.
+
+    `argument`: the argument of `build_model` that is wrong, if it is one of them.
+    """
+
+    def __init__(self, message: str, argument: str | None = None) -> None:
+        super().__init__(message)
+        self.argument = argument
 
 
 def build_model(
@@ -70,7 +77,8 @@ def build_model(
             without = " ".join(f"model.{name}={0 if name == 'dropout' else 'null'}" for name in of_gpt3)
             raise ModelError(
                 f"hf and {', '.join(of_gpt3)} exclude each other: write the model's own keys into hf, and leave the others out "
-                f"({without})"
+                f"({without})",
+                "hf",
             )
         config = _hf_config(hf, vocab_size)
     return prepare_model(model_of(config, device), gradient_checkpointing)
@@ -88,14 +96,15 @@ def prepare_model(model: PreTrainedModel, gradient_checkpointing: bool | int | s
     try:
         recompute(model, gradient_checkpointing)
     except ValueError as error:
-        raise ModelError(str(error)) from None
+        raise ModelError(str(error), "gradient_checkpointing") from None
     return model.train()
 
 
 def named_size(name: str) -> Any:
     """The numbers of a named size. Raises ModelError for an unknown one."""
     if name not in SIZES:
-        raise ModelError(f"unknown size {name!r}{nearest(name, SIZES)}; sizes are {', '.join(SIZES)}")
+        near = nearest(name, SIZES)
+        raise ModelError(f"unknown size {name!r}{f'{near} Sizes' if near else '; sizes'} are {', '.join(SIZES)}", "size")
     return SIZES[name]
 
 
@@ -104,15 +113,15 @@ def _gpt3_config(size: str | None, shape: dict, vocab_size: int, dropout: float)
         shape = {**vars(named_size(size)), **shape}
     missing = [name for name in ("layers", "width", "heads", "context") if name not in shape]
     if missing:
-        raise ModelError(f"give a size, or all of layers, width, heads, context: {', '.join(missing)} missing")
+        raise ModelError(f"give a size, or all of layers, width, heads, context: {', '.join(missing)} missing", "size")
     for name, value in shape.items():
         _require_count(name, value)
     if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-        raise ModelError(f"dropout must be a probability, 0 <= dropout < 1, got {dropout!r}")
+        raise ModelError(f"dropout must be a probability, 0 <= dropout < 1, got {dropout!r}", "dropout")
     try:
         return GPT3Config(vocab_size=vocab_size, dropout=float(dropout), **shape)
     except ValueError as error:  # heads that do not divide the width
-        raise ModelError(str(error)) from None
+        raise ModelError(str(error), "heads") from None
 
 
 def _hf_config(hf: dict, vocab_size: int) -> PretrainedConfig:
@@ -123,12 +132,12 @@ def _hf_config(hf: dict, vocab_size: int) -> PretrainedConfig:
         raise ModelError(str(error)) from None
     model_type = keys.pop("model_type", None)
     if model_type is None:
-        raise ModelError('hf needs a model_type, such as {"model_type": "qwen3"}')
+        raise ModelError('hf needs a model_type, such as {"model_type": "qwen3"}', "hf")
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         if model_type in CONFIG_MAPPING_NAMES:
-            raise ModelError(f"{model_type!r} is a model of transformers, but not a causal language model")
+            raise ModelError(f"{model_type!r} is a model of transformers, but not a causal language model", "hf")
         near = nearest(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-        raise ModelError(f"transformers has no causal language model of model_type {model_type!r}{near}")
+        raise ModelError(f"transformers has no causal language model of model_type {model_type!r}{near}", "hf")
     with _model_errors(model_type):
         default = AutoConfig.for_model(model_type)
     if "vocab_size" not in default.to_dict():
@@ -137,7 +146,7 @@ def _hf_config(hf: dict, vocab_size: int) -> PretrainedConfig:
     keys.setdefault("vocab_size", vocab_size)
     _require_count("vocab_size", keys["vocab_size"])
     if keys["vocab_size"] < vocab_size:
-        raise ModelError(f"hf.vocab_size {keys['vocab_size']} is smaller than the tokenizer's {vocab_size}")
+        raise ModelError(f"hf.vocab_size {keys['vocab_size']} is smaller than the tokenizer's {vocab_size}", "hf")
     for name in SPECIAL_TOKENS:
         if name not in keys and _accepts(default, {name: None}):
             keys[name] = None
@@ -152,9 +161,10 @@ def _text_model(composite: PretrainedConfig, keys: dict) -> dict:
     with suppress(ValueError):  # two of them
         text_type = composite.get_text_config().model_type
     if text_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or text_type == composite.model_type:
-        raise ModelError(f"{is_composite}, which transformers does not offer by itself")
+        raise ModelError(f"{is_composite}, which transformers does not offer by itself", "hf")
     if keys.keys() != {"text_config"} or not isinstance(keys["text_config"], dict):
-        raise ModelError(f"{is_composite}; did you mean {text_type!r}? Or give that model's keys alone, in hf.text_config")
+        message = f"{is_composite}; did you mean {text_type!r}? Or give that model's keys alone, in hf.text_config"
+        raise ModelError(message, "hf")
     return {"model_type": text_type, **keys["text_config"]}
 
 
@@ -167,7 +177,7 @@ def _require_known(config: PretrainedConfig, keys: dict, where: str) -> None:
         known |= _read_by_the_code(config)
     for key, value in keys.items():
         if key not in known:
-            raise ModelError(f"{where} has no configuration key {key!r}{nearest(key, known)}")
+            raise ModelError(f"{where} has no configuration key {key!r}{nearest(key, known)}", "hf")
         if isinstance(value, dict) and key in config.sub_configs and getattr(config, key) is not None:
             _require_known(getattr(config, key), value, f"{where}.{key}")
 
@@ -208,7 +218,7 @@ def _model_errors(model_type: str, config: PretrainedConfig | None = None) -> It
         raise
     except Exception as error:
         hint = without_value(config, error) if config is not None else ""
-        raise ModelError(f"{model_type}: {one_line(error)}{hint}") from error
+        raise ModelError(f"{model_type}: {one_line(error)}{hint}", "hf" if config is None else None) from error
 
 
 def without_value(config: PretrainedConfig, error: Exception) -> str:
@@ -226,7 +236,7 @@ def one_line(error: Exception) -> str:
 
 def _require_count(name: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ModelError(f"{name} must be a positive integer, got {value!r}")
+        raise ModelError(f"{name} must be a positive integer, got {value!r}", name)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -311,8 +311,8 @@ def checked(kind: Any, value: Any, name: str, allowed: Range | None = None) -> A
         raise ConfigError(f"{name} is {shown(value)}, expected {expected}")
     if allowed is not None and not allowed.holds(found):
         raise ConfigError(f"{name} is {shown(found)}, expected {allowed.words}")
-    if plain is float and not math.isfinite(found):
-        raise ConfigError(f"{name} is {found}, expected a finite number")
+    if plain in (int, float) and not math.isfinite(as_float(found)):  # a whole number has no end, but no file needs one so large
+        raise ConfigError(f"{name} is {shown(found)}, expected a finite number")
     return found
 
 
@@ -321,7 +321,7 @@ def as_float(value: int | float) -> float:
     try:
         return float(value)
     except OverflowError:
-        return math.copysign(math.inf, value)
+        return math.inf if value > 0 else -math.inf
 
 
 def options(schema: type) -> list[tuple[str, Any, str]]:

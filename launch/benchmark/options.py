@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import io
+import json
 import random
 import statistics
 import tempfile
@@ -55,7 +56,8 @@ class Clock(Hooks):
 
 
 def contestants(data: str, batch: int) -> dict[str, tuple[str, list[str]]]:
-    """By name: with what it is compared, and its options."""
+    """By name: with what it is compared, and its options. `data`: the folder, by any path."""
+    data = json.dumps(data, ensure_ascii=False)  # within YAML a path may need its quotes
     alone = {
         "log.every=1": ["log.every=1"],
         "log.layers=1": ["log.layers=1"],

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from launch.checkpoint.tensors import is_there
-from launch.checkpoint.verify import MANIFEST, MODEL, CheckpointError, find_checkpoint, verify
+from launch.checkpoint.verify import MANIFEST, MODEL, CheckpointError, find_checkpoint, list_checkpoints, verify
 from launch.checkpoint.writer import Progress, no_progress
 
 CHECKPOINTS = "checkpoints"
@@ -54,5 +54,8 @@ def choose_checkpoint(path: Path, progress: Progress = no_progress) -> Chosen:
         return Chosen(path, run_of(path), [])
     checkpoint, problems = find_checkpoint(*folders_of(path), progress=progress)
     if checkpoint is None:
+        if beside := list_checkpoints(path):
+            run = f", or the run {path.parent}" if path.name == CHECKPOINTS else ""
+            problems.append(f"name a checkpoint in it, such as {beside[-1]}{run}")
         raise CheckpointError("; ".join([f"{path} holds no whole checkpoint ({CHECKPOINTS}/step_*)", *problems]))
     return Chosen(checkpoint, path, problems)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import types
 import typing
 from collections.abc import Iterator
@@ -24,7 +25,8 @@ LATER: dict[str, Any] = {  # what state.json of earlier versions lacks
     "recent_losses": list[float],
     "skipped": list[list[int]],
 }
-LARGEST = 1 << 62  # of a number
+LARGEST_COUNT = 1 << 62  # of what a run counts; an option may be as large as the schema lets it be
+LARGEST = sys.float_info.max
 HALF = re.compile("[\ud800-\udfff]")  # half of a character: no text that can be written
 
 
@@ -60,21 +62,26 @@ def wrong_kinds(saved: dict[str, Any]) -> Iterator[str]:
         if not isinstance(values, dict):
             yield prefix.rstrip(".")
         else:
-            yield from (prefix + key for key, kind in kinds.items() if key in values and not fits(kind, values[key]))
+            largest = LARGEST if prefix.startswith("config.") else LARGEST_COUNT
+            yield from (prefix + key for key, kind in kinds.items() if key in values and not fits(kind, values[key], largest))
 
 
-def fits(kind: Any, value: Any) -> bool:
-    """Whether a value of JSON may be one of type `kind`. An option that is a text by now may have been a bool."""
+def fits(kind: Any, value: Any, largest: float) -> bool:
+    """Whether a value of JSON may be one of type `kind`. An option that is a text by now may have been a bool.
+
+    A whole number is at most `largest`, and any other is finite.
+    """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
-        return value is None or fits(arguments[0], value)
+        return value is None or fits(arguments[0], value, largest)
     if origin is Literal or kind is str:
         return isinstance(value, bool) or (isinstance(value, str) and not HALF.search(value))
     if origin in (dict, list):
         items = value.values() if isinstance(value, dict) else value
-        return isinstance(value, origin) and all(fits(arguments[-1], item) for item in items)
+        return isinstance(value, origin) and all(fits(arguments[-1], item, largest) for item in items)
     if kind in (int, float):  # NaN fails, too
-        return isinstance(value, int | kind) and not isinstance(value, bool) and -LARGEST < value < LARGEST
+        bound = LARGEST if kind is float else largest
+        return isinstance(value, int | kind) and not isinstance(value, bool) and -bound <= value <= bound
     return kind is Any or isinstance(value, kind)
 
 

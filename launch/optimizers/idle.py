@@ -6,6 +6,7 @@ from celo2.training.idle import Idle
 from configs.schema import Config
 from launch.optimizers.table import chooses_route, entry_of, names_that_take_a_rule, uses_adamw_lr
 from launch.optimizers.third_party import find_class
+from models.sizes import SIZES
 
 
 def takes_rule(config: Config) -> bool:
@@ -22,6 +23,13 @@ def averages(config: Config) -> bool:
 WITH_RULE = names_that_take_a_rule()
 FOR_A_RULE = f"{{value}} is for {WITH_RULE}, not for {{choice}}"
 IDLE = (
+    Idle(
+        "model.size",
+        "model.width",
+        lambda c: c.model.size not in SIZES or None in (c.model.layers, c.model.width, c.model.heads, c.model.context),
+        "{value} does nothing beside model.layers, model.width, model.heads and model.context (null takes the size's)",
+        detail=True,
+    ),
     Idle("optimizer.rule", "optimizer.name", takes_rule, FOR_A_RULE, detail=True),
     Idle("optimizer.state_dtype", "optimizer.name", takes_rule, FOR_A_RULE),
     Idle(

@@ -212,7 +212,7 @@ def construct(cls: type[torch.optim.Optimizer], groups: list[dict[str, Any]], ar
         if key not in known:
             near = close(str(key), known)
             hint = f"; did you mean '{near[0]}'?" if near else f"; it takes {', '.join(known) or 'none'}"
-            raise ConfigError(f"{name} has no argument '{key}'{hint}")
+            raise ConfigError(f"optimizer.arguments: {name} has no argument '{key}'{hint}")
     if "weight_decay" not in known and any(group["weight_decay"] for group in groups):
         raise ConfigError(f"{name} knows no weight decay: set optimizer.weight_decay=0")
     settings: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
@@ -221,4 +221,5 @@ def construct(cls: type[torch.optim.Optimizer], groups: list[dict[str, Any]], ar
     try:
         return cls(groups, **settings)
     except Exception as error:  # a library may raise whatever it likes at a value that it does not take
-        raise ConfigError(f"{name} refuses its arguments: {' '.join(str(error).split())}") from None
+        option = "optimizer.arguments: " if arguments else ""
+        raise ConfigError(f"{option}{name} refuses its arguments: {' '.join(str(error).split())}") from None

@@ -8,6 +8,7 @@ along. `origin.json` records where the line began, so that the same command cont
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -18,11 +19,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from configs.load import ConfigError
+from configs.load import ConfigError, options
 from configs.schema import Config
 from data.files import read_json, replacing
 from launch.checkpoint.folders import CHECKPOINTS, FALLBACK, choose_checkpoint, folders_of, second_folder
-from launch.checkpoint.publish import flush, remove_leftovers
+from launch.checkpoint.publish import flush, remove, remove_leftovers, temporary_folder
 from launch.checkpoint.state import read_state
 from launch.checkpoint.verify import (
     MANIFEST,
@@ -45,6 +46,12 @@ INCIDENTAL = (
     "model.gradient_checkpointing", "train.steps", "train.micro_batch_size", "train.compile", "train.on_batch_change",
     "train.tokens", "train.deterministic", "train.max_bad_steps", "train.spike", "train.on_spike",
 )  # fmt: skip
+CURVES = "tensorboard"  # of one line alone: a line that goes back begins another
+FOLDERS = (CURVES, "profile")  # in a run's folder, which are kept with the line that is set aside
+WORDS = {  # what people write for the two words that checkpoint.resume knows
+    **dict.fromkeys(("auto", "latest", "newest", "last", "true", "yes", "on"), "auto continues from the newest checkpoint"),
+    **dict.fromkeys(("never", "false", "no", "off", "none", "null"), "never begins at step 0, in a folder that holds no run"),
+}
 
 
 @dataclass(frozen=True)
@@ -107,7 +114,7 @@ def choose_start(config: Config, run_dir: Path, progress: Progress = no_progress
         CheckpointError: no whole checkpoint where there must be one.
     """
     remove_leftovers(run_dir / CHECKPOINTS)
-    put_in_place(run_dir)
+    put_in_place(run_dir, progress)
     checkpoints, origin = run_dir / CHECKPOINTS, read_origin(run_dir)
     folders = checkpoint_folders(config, run_dir, origin)
     for folder in folders[1:]:
@@ -126,14 +133,17 @@ def choose_start(config: Config, run_dir: Path, progress: Progress = no_progress
         raise CheckpointError(
             f"{run_dir}: no checkpoint is whole ({'; '.join(notes)}); choose another run.dir to start from the beginning"
         )
-    saved = [event["step"] for event in read_events(run_dir) if event.get("event") == "checkpoint" and "step" in event]
+    saved = [e["step"] for e in read_events(run_dir) if e.get("event") == "checkpoint" and "step" in e and "error" not in e]
     if path is None and origin is None and saved:  # as where a disk is not mounted
         raise CheckpointError(
             f"{run_dir} saved a checkpoint of step {saved[-1]} (events.jsonl), but {checkpoints} holds none now: mount it or "
             "bring it back, or choose another run.dir to start from the beginning"
         )
     if path is None and origin is not None:
-        raise CheckpointError(f"{run_dir} began at {origin.checkpoint}, but holds no checkpoint any more; choose another run.dir")
+        again = f", and checkpoint.resume={origin.checkpoint} to begin there again" if Path(origin.checkpoint).is_dir() else ""
+        raise CheckpointError(
+            f"{run_dir} began at {origin.checkpoint}, but holds no checkpoint any more; choose another run.dir{again}"
+        )
     copies = [] if path else sorted(copy.parent.name for copy in checkpoints.glob(f"step_*/{MANIFEST}"))
     if copies:
         raise CheckpointError(
@@ -162,20 +172,37 @@ def is_line_of(origin: Origin | None, given: Path, config: Config) -> bool:
     """Whether the line in the run's folder began at the checkpoint or run `given`, with the same settings."""
     if origin is None:
         return False
-    now = decisive(with_cooldown(config, origin.step))
-    if any(now[key] != value for key, value in origin.settings.items() if key in now):
+    if not same_settings(origin.settings, decisive(with_cooldown(config, origin.step))):
         return False
     path = Path(origin.checkpoint) if origin.own else Path(origin.resume).resolve()
     return given.resolve() == path or ((given / MANIFEST).is_file() and sha256(given / MANIFEST) == origin.manifest)
 
 
+def same_settings(there: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether `there`, as in origin.json, are the `decisive` settings `now`. An option that it does not know had its default.
+
+    Of an option that is a mapping, each key is a setting; a key that is missing is null.
+    """
+    before = decisive(Config()) | {key: value for key, value in there.items() if is_decisive(key)}
+    known = {name for name, _, _ in options()}
+    keys = [key for key in before | now if ".".join(key.split(".")[:2]) in known]
+    return all(before.get(key, "None") == now.get(key, "None") for key in keys)
+
+
+def no_such_folder(given: Path, run_dir: Path) -> CheckpointError:
+    """The error for a `checkpoint.resume` that is no folder, with what may be meant."""
+    moved = sorted(path for path in run_dir.glob("set_aside/*/checkpoints/*") if path.name == given.name)
+    there = [path.name for path in list_checkpoints(given.parent)] if given.parent.is_dir() else []
+    hint = f"; there is {moved[-1]}" if moved else f"; beside it are {', '.join(there)}" if there else ""
+    meant = WORDS.get(str(given).lower())
+    hint = f"; {meant}" if meant else hint
+    return CheckpointError(f"checkpoint.resume: {given} is no whole checkpoint: there is no such folder{hint}")
+
+
 def branch_from(given: Path, config: Config, run_dir: Path, progress: Progress = no_progress) -> Start:
     """The start of a new line at the checkpoint or run `given`."""
     if not given.is_dir():
-        moved = sorted(path for path in run_dir.glob("set_aside/*/checkpoints/*") if path.name == given.name)
-        there = [path.name for path in list_checkpoints(given.parent)] if given.parent.is_dir() else []
-        hint = f"; there is {moved[-1]}" if moved else f"; beside it are {', '.join(there)}" if there else ""
-        raise CheckpointError(f"checkpoint.resume: {given} is no whole checkpoint: there is no such folder{hint}")
+        raise no_such_folder(given, run_dir)
     found, _, notes = choose_checkpoint(given.resolve(), progress)
     checkpoint = found.resolve()
     own = checkpoint.parent == (run_dir / CHECKPOINTS).resolve()
@@ -188,6 +215,7 @@ def branch_from(given: Path, config: Config, run_dir: Path, progress: Progress =
         used = [int(path.name) for path in run_dir.glob("set_aside/*") if path.name.isdigit()]
         origin = replace(origin, set_aside=f"set_aside/{max(used, default=0) + 1}")
         aside = run_dir / str(origin.set_aside)
+        require_room(run_dir, beyond(run_dir, origin))
         notes = [*notes, f"what {run_dir} held beyond step {step} is kept in {aside}, a run's folder of its own"]
     elif own:
         origin = replace(origin, id="")
@@ -217,17 +245,21 @@ def config_to_plan(config: Config, run_dir: Path) -> Config:
     if not config.schedule.cooldown or config.checkpoint.resume in ("auto", "never") or is_line_of(origin, given, config):
         return config_of_line(config, origin)
     if not given.is_dir():
-        raise CheckpointError(f"checkpoint.resume: {given} is no whole checkpoint: there is no such folder")
+        raise no_such_folder(given, run_dir)
     return with_cooldown(config, read_state(choose_checkpoint(given.resolve()).path)["step"])
 
 
 def decisive(config: Config) -> dict[str, Any]:
     """The settings that a line of steps depends on."""
-    settings = flat(asdict(config))
-    return {key: value for key, value in settings.items() if key.startswith(DECISIVE) and key not in INCIDENTAL}
+    return {key: value for key, value in flat(asdict(config)).items() if is_decisive(key)}
 
 
-def begin_line(run_dir: Path, origin: Origin) -> None:
+def is_decisive(key: str) -> bool:
+    """Whether a line of steps depends on a setting."""
+    return key.startswith(DECISIVE) and key not in INCIDENTAL
+
+
+def begin_line(run_dir: Path, origin: Origin, progress: Progress = no_progress) -> None:
     """Make the run's folder hold the line that begins at `origin`. A kill at any moment is made good by the next start.
 
     Raises:
@@ -235,11 +267,11 @@ def begin_line(run_dir: Path, origin: Origin) -> None:
     """
     before = read_origin(run_dir)
     write_origin(run_dir, replace(origin, before=asdict(replace(before, before=None)) if before else None))
-    put_in_place(run_dir)
+    put_in_place(run_dir, progress)
 
 
-def put_in_place(run_dir: Path) -> None:
-    """Carry out what origin.json says, as far as it is not done yet."""
+def put_in_place(run_dir: Path, progress: Progress = no_progress) -> None:
+    """Carry out what origin.json says, as far as it is not done yet. `progress` is called after each file that it copies."""
     origin = read_origin(run_dir)
     if origin is None or origin.done:
         return
@@ -248,14 +280,15 @@ def put_in_place(run_dir: Path) -> None:
     if origin.set_aside is not None:
         aside = run_dir / origin.set_aside
         if not aside.exists():
-            copy_files(run_dir, aside, origin.before)
+            copy_files(run_dir, aside, origin.before, progress)
         for path in beyond(run_dir, origin):
-            path.rename(aside / CHECKPOINTS / path.name)
+            move_checkpoint(path, aside / CHECKPOINTS / path.name, progress)
+        remove(run_dir / CURVES)
         for name in ID_FILES:
             (run_dir / name).unlink(missing_ok=True)  # the new line is a run of its own there
     target = checkpoints / checkpoint_name(origin.step)
     if not is_copy(target, origin):
-        link_checkpoint(source, target)
+        link_checkpoint(source, target, progress)
     (run_dir / FALLBACK).unlink(missing_ok=True)
     if not origin.own:
         runs = [source.parent.parent, Path(origin.resume), *run_dir.glob("set_aside/*")]
@@ -277,7 +310,7 @@ def is_copy(path: Path, origin: Origin) -> bool:
     return step_of(path) == origin.step and manifest.is_file() and sha256(manifest) == origin.manifest
 
 
-def copy_files(run_dir: Path, aside: Path, before: dict[str, Any] | None) -> None:
+def copy_files(run_dir: Path, aside: Path, before: dict[str, Any] | None, progress: Progress = no_progress) -> None:
     """Make `aside` a run's folder with the files of `run_dir`, but without checkpoints yet. It appears complete."""
     partial = aside.with_name(f".{aside.name}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
@@ -285,13 +318,65 @@ def copy_files(run_dir: Path, aside: Path, before: dict[str, Any] | None) -> Non
     for file in run_dir.iterdir():
         if file.is_file() and file.name not in ("lock", "origin.json"):
             shutil.copy2(file, partial / file.name)
+        elif file.name in FOLDERS and file.is_dir():
+            copy_folder(file, partial / file.name, progress)
     if before is not None:
         (partial / "origin.json").write_text(json.dumps(before, indent=1), encoding="utf-8")
     partial.rename(aside)
     flush(aside.parent)
 
 
-def link_checkpoint(source: Path, target: Path) -> None:
+def require_room(run_dir: Path, checkpoints: list[Path]) -> None:
+    """Raise CheckpointError if `checkpoints`, of a run, are on another disk than its folder, which has no room for them."""
+    elsewhere = [path for path in checkpoints if path.stat().st_dev != run_dir.stat().st_dev]
+    needed = sum(file.stat().st_size for path in elsewhere for file in path.rglob("*"))
+    free = shutil.disk_usage(run_dir).free
+    if needed > free:
+        raise CheckpointError(
+            f"{run_dir}: the checkpoints that going back sets aside are on another disk and take {needed / 1e9:.3g} GB, but here "
+            f"are {free / 1e9:.3g} GB free; make room, or choose another run.dir"
+        )
+
+
+def copy_folder(source: Path, target: Path, progress: Progress = no_progress) -> None:
+    """Copy a folder, whose files are on the disk when this returns. Raises OSError, with its first reason."""
+
+    def copy(file: str, to: str) -> None:
+        shutil.copy2(file, to)
+        flush(Path(to))
+        progress()
+
+    try:
+        shutil.copytree(source, target, symlinks=True, copy_function=copy)
+    except shutil.Error as error:
+        raise OSError(f"{source} cannot be copied to {target}: {error.args[0][0][2]}") from None
+
+
+def move_checkpoint(path: Path, target: Path, progress: Progress = no_progress) -> None:
+    """Make `target` what the checkpoint `path` is, which goes. A kill leaves one of them whole, or both, and this goes on then.
+
+    Raises:
+        OSError: the disk is full, for one.
+    """
+    try:
+        path.rename(target)
+        return
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+    if not target.exists():  # `checkpoints` is a link to another disk, or mounted
+        partial = temporary_folder(target.parent, step_of(target))
+        shutil.rmtree(partial, ignore_errors=True)
+        copy_folder(path, partial, progress)
+        partial.rename(target)
+        flush(target.parent)
+    leftover = temporary_folder(path.parent, step_of(path))
+    remove(leftover)
+    path.rename(leftover)
+    remove(leftover)
+
+
+def link_checkpoint(source: Path, target: Path, progress: Progress = no_progress) -> None:
     """Make `target` the same checkpoint as `source`: with hard links, which take no space, or else a copy."""
     partial = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
@@ -301,6 +386,7 @@ def link_checkpoint(source: Path, target: Path) -> None:
             os.link((source / name).resolve(), partial / name)
         except OSError:  # another disk, or one without links
             shutil.copy2(source / name, partial / name)
+            progress()
     partial.rename(target)
     flush(target.parent)
 

@@ -16,6 +16,8 @@ from configs.schema import Config
 from data.batches import fit_micro_batch
 from data.shards import TokenShards
 from data.tokenizer import load_tokenizer
+from launch.checkpoint.folders import CHECKPOINTS
+from launch.checkpoint.verify import MANIFEST, list_checkpoints
 from launch.optimizers.build import check_optimizer
 from launch.optimizers.idle import IDLE
 from launch.optimizers.table import entry_of
@@ -84,7 +86,7 @@ def prompt_notes(config: Config, shards: TokenShards, context: int) -> list[str]
 
 
 def check_folders(config: Config) -> None:
-    """Raise ConfigError for a folder of the run that is a file, or lies below one."""
+    """Raise ConfigError for a folder of the run that is a file or lies below one, or belongs to another run or the data."""
     folders: dict[str, str | Path | None] = {"run.dir": run_folder(config)}
     folders |= {"checkpoint.fallback_dir": config.checkpoint.fallback_dir, "data.cache_dir": config.data.cache_dir}
     for option, folder in folders.items():
@@ -93,6 +95,29 @@ def check_folders(config: Config) -> None:
                 check_no_file(Path(folder).expanduser())
         except UnsafeFolder as error:
             raise ConfigError(f"{option}: {error}") from None
+    for option in ("run.dir", "checkpoint.fallback_dir"):
+        if (folder := folders[option]) is not None and (taken := among_checkpoints(Path(folder).resolve())) is not None:
+            raise ConfigError(
+                f"{option} {folder} is in {taken}, whose run deletes old checkpoints with all that is in them: name another "
+                "folder; checkpoint.resume goes on from a checkpoint"
+            )
+    data = [config.data.dir] if config.data.mix is None else [source.dir for source in mix_sources(config)]
+    run = run_folder(config)
+    if run.resolve() in [Path(name).resolve() for name in data if name is not None]:
+        raise ConfigError(f"run.dir {run} is the folder of the data: choose another run.dir")
+
+
+def among_checkpoints(folder: Path) -> Path | None:
+    """The checkpoint, or the folder of a run's checkpoints, that the resolved `folder` is or lies in; None for neither."""
+    for path in (folder, *folder.parents):
+        if is_checkpoint(path) or (path.name == CHECKPOINTS and any(map(is_checkpoint, list_checkpoints(path)))):
+            return path
+    return None
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder holds a checkpoint, under whatever name."""
+    return (path / MANIFEST).is_file() and (path / "state.json").is_file()
 
 
 def check_model_keys(config: Config) -> None:

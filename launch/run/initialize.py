@@ -33,7 +33,7 @@ from launch.checkpoint.tensors import files_of
 from launch.checkpoint.verify import AVERAGE, MANIFEST, MODEL, list_checkpoints
 from launch.run.branch import checkpoint_folders, read_origin
 from launch.run.weights import FromGPT2, source_of
-from models.build import model_of, named_size, prepare_model
+from models.build import ModelError, model_of, named_size, prepare_model
 from models.function import function_differences
 from models.gpt2 import from_gpt2, gpt3_config
 from models.gpt3 import GPT3Config
@@ -165,7 +165,8 @@ def architecture(model: ModelSection, source: Source, vocab_size: int) -> Pretra
             f"model.init: {source.name} has a vocabulary of {config.vocab_size}, the data one of {vocab_size}: "
             "prepare the data with the tokenizer of these weights"
         )
-    size = vars(named_size(model.size)) if model.size is not None else {}
+    with model_options():
+        size = vars(named_size(model.size)) if model.size is not None else {}
     asked = [(f"model.{key}", key, getattr(model, key) or size.get(key)) for key in NUMBERS]
     asked = [("model.size", key, value) if getattr(model, key) is None else (name, key, value) for name, key, value in asked]
     there: dict[str, Any] = {"vocab_size": config.vocab_size}
@@ -189,6 +190,17 @@ def architecture(model: ModelSection, source: Source, vocab_size: int) -> Pretra
         text, keys = "; ".join(text for _, text in differences), ", ".join(dict(differences))
         raise ConfigError(f"model.init: the architecture comes from {source.name}: {text}; leave {keys} out")
     return config
+
+
+@contextmanager
+def model_options() -> Iterator[None]:
+    """Let a ModelError name the option that is wrong: `model.` and the argument of `models.build_model`."""
+    try:
+        yield
+    except ModelError as error:
+        if error.argument is None:
+            raise
+        raise ModelError(f"model.{error.argument}: {error}", error.argument) from error
 
 
 def with_keys(config: PretrainedConfig, keys: dict[str, Any]) -> tuple[PretrainedConfig, dict[str, tuple[Any, Any]]]:

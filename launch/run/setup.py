@@ -24,7 +24,7 @@ from data.shards import TokenShards
 from data.tokenizer import copy_tokenizer
 from launch.checkpoint.folders import CHECKPOINTS, FALLBACK
 from launch.checkpoint.verify import MODEL, step_of
-from launch.checkpoint.writer import no_progress
+from launch.checkpoint.writer import Progress, no_progress
 from launch.distributed.birth import WithProgress, with_weights
 from launch.distributed.first_rank import on_first_rank
 from launch.run.agreement import RULE_FILE
@@ -36,6 +36,7 @@ from launch.run.initialize import (
     check_tokenizer,
     find_source,
     load_source,
+    model_options,
     weight_files,
 )
 from launch.run.mixture import local, open_mixture
@@ -96,11 +97,9 @@ def build_from_config(config: Config, vocab_size: int, device: str | None = None
     if source is not None:
         model = model_of(architecture(config.model, source, vocab_size), device)
         return prepare_model(model, config.model.gradient_checkpointing), checked_context(config, model)
-    if config.model.hf is None:
-        model = build_model(**options)
-        return model, model.config.max_position_embeddings
-    model = build_model(**options | {"context": None})
-    return model, checked_context(config, model)
+    with model_options():
+        model = build_model(**options | ({} if config.model.hf is None else {"context": None}))
+    return model, model.config.max_position_embeddings if config.model.hf is None else checked_context(config, model)
 
 
 class Made(NamedTuple):
@@ -172,10 +171,20 @@ def lock_run(config: Config, accelerator: Accelerator, mark: Callable[..., None]
         yield
 
 
-def describe_run(config: Config, run_dir: Path, shards: TokenShards, optimizer: torch.optim.Optimizer, start: Start) -> None:
-    """Write configuration, tokenizer, rule and branch into the run's folder, once nothing more can refuse the start."""
+def describe_run(
+    config: Config,
+    run_dir: Path,
+    shards: TokenShards,
+    optimizer: torch.optim.Optimizer,
+    start: Start,
+    progress: Progress = no_progress,
+) -> None:
+    """Write configuration, tokenizer, rule and branch into the run's folder, once nothing more can refuse the start.
+
+    `progress` is called after each file that it copies.
+    """
     if start.begins and start.origin is not None:
-        begin_line(run_dir, start.origin)
+        begin_line(run_dir, start.origin, progress)
     (run_dir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     finished = not start.begins and start.checkpoint is not None and step_of(start.checkpoint) == config.train.steps
     if not (finished and (run_dir / "config.yaml").is_file()):  # else it is that of the steps that were trained

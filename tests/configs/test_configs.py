@@ -86,6 +86,8 @@ def test_resolved_configuration_reads_back(file, tmp_path):
         ("distributed.timeout=.inf", "distributed.timeout is inf, expected above 0 and at most 31536000"),
         ("distributed.timeout=12:30", "distributed.timeout is '12:30', expected a number"),
         ("optimizer.lr=.inf", "optimizer.lr is inf, expected a finite number"),
+        (f"optimizer.lr={10**400}", "optimizer.lr is inf, expected a finite number"),
+        (f"log.every={10**400}", f"log.every is 1{76 * '0'}..., expected a finite number"),
         ("optimizer.lr=.nan", "optimizer.lr is nan, expected at least 0"),
         ("model.context=0", "model.context is 0, expected at least 1"),
         ("model.dropout=1", "model.dropout is 1.0, expected in [0, 1)"),

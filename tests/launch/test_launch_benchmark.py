@@ -47,6 +47,10 @@ def test_every_option_that_is_measured_is_one():
     for name, (against, changes) in compared.items():
         load_config("configs/demo.yaml", ["data.dir=prepared/stdlib", *options.QUIET, *changes])
         assert against in compared, name
+    folder = "my data, v2 {x}: 'a' \"b\" #"
+    named = options.contestants(folder, 16)
+    config = load_config("configs/demo.yaml", [*named["data.mix"][1], *named["eval.sets, one more"][1]])
+    assert config.data.mix == [{"dir": folder, "weight": 1}] and config.eval.sets["more"]["dir"] == folder
     clock = options.Clock()
     clock.seconds = [0.0, 9.0, 9.0, 10.0, 11.0, 12.0, 13.0, 18.0]
     assert clock.step() == 2  # the mean of those that count

@@ -1,14 +1,16 @@
 """Going back to a checkpoint: both lines are kept, the same command continues, a kill at any moment harms nothing."""
 
+import errno
 import json
 import os
 import shutil
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
 from stopping import StopIn
 
-from configs.load import build
+from configs.load import ConfigError, build
 from configs.schema import Checkpoint
 from launch.checkpoint import publish
 from launch.checkpoint.publish import write_manifest
@@ -16,7 +18,8 @@ from launch.checkpoint.retention import surplus
 from launch.checkpoint.verify import CheckpointError, checkpoint_name, find_checkpoint, list_checkpoints, step_of
 from launch.monitoring.signals import STOPPED
 from launch.run import branch
-from launch.run.branch import begin_line, choose_start, read_origin
+from launch.run.branch import begin_line, choose_start, config_to_plan, read_origin
+from launch.run.check import check_folders
 
 
 def names(folder):
@@ -79,7 +82,13 @@ def config_of(resume, **optimizer):
 
 def tree(folder):
     """Every file with its content, but for the name that a line has by chance."""
-    found = {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()}
+    places = {"": folder, "checkpoints/": (folder / "checkpoints").resolve()}  # it may be a link
+    found = {
+        prefix + path.relative_to(place).as_posix(): path.read_text()
+        for prefix, place in places.items()
+        for path in place.rglob("*")
+        if path.is_file()
+    }
     origins = {name: json.loads(text) for name, text in found.items() if name.endswith("origin.json")}
     return found | {name: {**origin, "id": ""} for name, origin in origins.items()}
 
@@ -88,10 +97,22 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("source", ["own", "own copy", "other"])
+def rename_on_one_disk(path, target, rename=Path.rename):
+    """`Path.rename` where every folder that is a checkpoint's lies on another disk if its parent does."""
+    if path.resolve().parent != Path(target).parent.resolve():
+        raise OSError(errno.EXDEV, "Invalid cross-device link", str(path))
+    return rename(path, target)
+
+
+@pytest.mark.parametrize(("source", "disks"), [("own", 1), ("own copy", 1), ("other", 1), ("own", 2), ("other", 2)])
 @pytest.mark.parametrize("then", ["the same command", "auto"])
-def test_a_kill_between_any_two_operations(source, then, tmp_path, monkeypatch):
+def test_a_kill_between_any_two_operations(source, disks, then, tmp_path, monkeypatch):
     make_run(tmp_path / "template", (2, 4, 6, 8), "old")
+    for name in ("tensorboard", "profile"):
+        (tmp_path / "template" / name).mkdir()
+        (tmp_path / "template" / name / "file").write_text(name)
+    if disks == 2:
+        monkeypatch.setattr(Path, "rename", rename_on_one_disk)
     make_run(tmp_path / "other", (3, 4, 5), "other")
     shutil.copytree(tmp_path / "template/checkpoints/step_00000004", tmp_path / "template/checkpoints/step_best")
     resume = {
@@ -115,13 +136,18 @@ def test_a_kill_between_any_two_operations(source, then, tmp_path, monkeypatch):
     for kill in range(100):
         shutil.rmtree(run_dir, ignore_errors=True)
         shutil.copytree(tmp_path / "template", run_dir)
+        if disks == 2:
+            shutil.rmtree(tmp_path / "disk", ignore_errors=True)
+            shutil.move(run_dir / "checkpoints", tmp_path / "disk")
+            (run_dir / "checkpoints").symlink_to(tmp_path / "disk")
         start = choose_start(config, run_dir)
-        assert start.begins and start.checkpoint == (tmp_path / resume[source])
+        assert start.begins and start.checkpoint == (tmp_path / resume[source]).resolve()
         left[0], killed = kill, False
         with monkeypatch.context() as patch:
             for owner, name in ((Path, "rename"), (Path, "replace"), (Path, "mkdir"), (Path, "write_text"), (branch.os, "link")):
                 patch.setattr(owner, name, killing(getattr(owner, name)))
-            patch.setattr(branch.shutil, "copy2", killing(shutil.copy2))
+            for name in ("copy2", "rmtree"):
+                patch.setattr(branch.shutil, name, killing(getattr(shutil, name)))
             try:
                 begin_line(run_dir, start.origin)
             except Killed:
@@ -149,6 +175,8 @@ def test_a_kill_between_any_two_operations(source, then, tmp_path, monkeypatch):
     origin = "other" if source == "other" else "template"
     assert (run_dir / "metrics.jsonl").read_text() == (tmp_path / origin / "metrics.jsonl").read_text()
     assert (run_dir / "checkpoints/step_best").exists()  # a copy is never moved
+    assert (aside / "tensorboard/file").read_text() == "tensorboard" and not (run_dir / "tensorboard").exists()
+    assert (aside / "profile/file").read_text() == (run_dir / "profile/file").read_text() == "profile"
     assert len(list((tmp_path / "other/checkpoints").iterdir())) == 3  # nor is anything of the other run
 
 
@@ -192,6 +220,118 @@ def test_the_line_is_known_again(tmp_path, monkeypatch):
         choose_start(config_of("branch/checkpoints/step_00000007"), tmp_path / "new")
     with pytest.raises(CheckpointError, match=r"a\*\*b is no whole checkpoint: there is no such folder$"):
         choose_start(config_of("a**b"), run_dir)
+
+
+def test_checkpoints_on_another_disk_are_set_aside_if_there_is_room(tmp_path, monkeypatch):
+    other = Path("/dev/shm")
+    if not os.access(other, os.W_OK) or other.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("one disk")
+    run_dir, disk = tmp_path / "run", other / f"checkpoints-{os.getpid()}"
+    make_run(run_dir, (2, 4, 6), "old")
+    shutil.move(run_dir / "checkpoints", disk)
+    try:
+        (run_dir / "checkpoints").symlink_to(disk)
+        config = config_of(run_dir / "checkpoints/step_00000002")
+        with monkeypatch.context() as patch:
+            patch.setattr(branch.shutil, "disk_usage", lambda folder: namedtuple("Usage", "total used free")(100, 90, 10))
+            with pytest.raises(CheckpointError, match=r"GB, but here are 1e-08 GB free; make room, or choose another run\.dir$"):
+                choose_start(config, run_dir)
+        assert not (run_dir / "origin.json").exists() and names(disk) == [checkpoint_name(step) for step in (2, 4, 6)]
+        begin_line(run_dir, choose_start(config, run_dir).origin)
+        assert names(disk) == [checkpoint_name(2)]
+        aside = run_dir / "set_aside/1"
+        assert names(aside / "checkpoints") == [checkpoint_name(4), checkpoint_name(6)]
+        assert choose_start(config_of("auto"), aside).checkpoint == aside / "checkpoints" / checkpoint_name(6)
+    finally:
+        shutil.rmtree(disk)
+
+
+MAPPINGS = (
+    ("train", "average", {"kind": "ema", "decay": 0.5}, {"kind": "ema", "decay": 0.9}),
+    ("train", "ramp", {"4": 16}, {"4": 16, "8": 32}),
+    ("optimizer", "arguments", {"betas": [0.9, 0.99]}, {"betas": [0.9, 0.99], "eps": 1e-7}),
+)
+
+
+@pytest.mark.parametrize(("section", "option", "one", "two"), MAPPINGS)
+def test_an_option_that_is_a_mapping_makes_another_branch(section, option, one, two, tmp_path):
+    for number, (before, after) in enumerate(((None, one), (one, None), (one, two), (two, one))):
+        run_dir = tmp_path / str(number)
+        make_run(run_dir, (2, 4), "old")
+        resume = {"checkpoint": {"resume": str(run_dir / "checkpoints/step_00000002")}}
+        config = build(resume | {section: {option: before}})
+        begin_line(run_dir, choose_start(config, run_dir).origin)
+        assert not choose_start(config, run_dir).begins
+        assert choose_start(build(resume | {section: {option: after}}), run_dir).begins
+
+
+def test_a_line_of_another_version_is_known_again(tmp_path):
+    """Its origin.json lacks options that came later, and has some that are gone."""
+    make_run(tmp_path, (2, 4), "old")
+    given = tmp_path / "checkpoints/step_00000002"
+    begin_line(tmp_path, choose_start(config_of(given), tmp_path).origin)
+    origin = json.loads((tmp_path / "origin.json").read_text())
+    del origin["settings"]["optimizer.base_width"], origin["settings"]["train.average"]
+    origin["settings"] |= {"optimizer.gone": 3, "train.steps": 7}
+    (tmp_path / "origin.json").write_text(json.dumps(origin))
+    assert not choose_start(config_of(given), tmp_path).begins
+    assert choose_start(config_of(given, base_width=64), tmp_path).begins
+
+
+def test_what_checkpoint_resume_may_mean(tmp_path):
+    make_run(tmp_path / "a", (2, 4), "old")
+    for word, meant in (
+        ("latest", "auto continues from the newest checkpoint"),
+        ("Auto", "auto continues from the newest checkpoint"),
+        ("false", "never begins at step 0, in a folder that holds no run"),
+    ):
+        with pytest.raises(CheckpointError, match=rf"{word} is no whole checkpoint: there is no such folder; {meant}$"):
+            choose_start(config_of(word), tmp_path / "a")
+    cooldown = build({"checkpoint": {"resume": "latest"}, "schedule": {"cooldown": 3, "kind": "constant"}})
+    with pytest.raises(CheckpointError, match=r"no such folder; auto continues from the newest checkpoint$"):
+        config_to_plan(cooldown, tmp_path / "a")
+    folder = tmp_path / "a/checkpoints"
+    with pytest.raises(
+        CheckpointError, match=rf"; name a checkpoint in it, such as {folder}/step_00000004, or the run {folder.parent}$"
+    ):
+        choose_start(config_of(folder), tmp_path / "b")
+
+    given, run_dir = folder / checkpoint_name(2), tmp_path / "b"
+    begin_line(run_dir, choose_start(config_of(given), run_dir).origin)
+    shutil.rmtree(run_dir / "checkpoints")
+    message = f"{run_dir} began at {given}, but holds no checkpoint any more; choose another run.dir"
+    for again in (f", and checkpoint.resume={given} to begin there again", ""):
+        with pytest.raises(CheckpointError) as error:
+            choose_start(config_of("auto"), run_dir)
+        assert str(error.value) == message + again
+        shutil.rmtree(given, ignore_errors=True)
+
+
+@pytest.mark.parametrize("option", ["run.dir", "checkpoint.fallback_dir"])
+@pytest.mark.parametrize("folder", ["checkpoints", "checkpoints/new", "checkpoints/step_00000002/new", "copy/new"])
+def test_no_run_lies_among_checkpoints(folder, option, tmp_path):
+    """They are deleted with all that is in them."""
+    make_run(tmp_path, (2, 4), "old")
+    shutil.copytree(tmp_path / "checkpoints/step_00000002", tmp_path / "copy")
+    section, key = option.split(".")
+    taken = tmp_path / folder.removesuffix("/new")
+    with pytest.raises(ConfigError) as error:
+        check_folders(build({section: {key: str(tmp_path / folder)}}))
+    assert str(error.value) == (
+        f"{option} {tmp_path / folder} is in {taken}, whose run deletes old checkpoints with all that is in them: name another "
+        "folder; checkpoint.resume goes on from a checkpoint"
+    )
+    for good in (tmp_path, tmp_path / "set_aside/1", tmp_path / "new"):
+        check_folders(build({section: {key: str(good)}}))
+
+
+def test_no_run_lies_in_the_folder_of_its_data(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    run, mix = {"dir": str(tmp_path / "link")}, [{"dir": str(tmp_path / name), "weight": 1} for name in "ba"]
+    for data in ({"dir": str(tmp_path / "a")}, {"mix": mix}):
+        with pytest.raises(ConfigError, match=r"^run\.dir .*/link is the folder of the data: choose another run\.dir$"):
+            check_folders(build({"run": run, "data": data}))
+    check_folders(build({"run": run, "data": {"dir": str(tmp_path)}}))
 
 
 def test_the_newest_checkpoint_by_name_is_no_branch(run):
@@ -250,8 +390,9 @@ def test_a_run_whose_checkpoints_are_gone_is_not_started_anew(tmp_path, gone):
     if gone == "empty":
         (tmp_path / "checkpoints").mkdir()
     events = tmp_path / "events.jsonl"
-    events.write_text('{"event": "start", "step": 0}\n')
-    assert choose_start(config_of("auto"), tmp_path).checkpoint is None
+    for saved in ("", '{"event": "checkpoint", "step": 2, "error": "no space left"}\n'):
+        events.write_text('{"event": "start", "step": 0}\n' + saved)
+        assert choose_start(config_of("auto"), tmp_path).checkpoint is None
     events.write_text('{"event": "start", "step": 0}\n{"event": "checkpoint", "step": 2}\n{"event": "checkpoint", "step": 4}\n')
     with pytest.raises(CheckpointError, match=r"saved a checkpoint of step 4 .* holds none now: mount it or bring it back"):
         choose_start(config_of("auto"), tmp_path)

@@ -1,6 +1,9 @@
 """Checkpoints on their own: what is in them, and what becomes of a damaged one."""
 
 import json
+import sys
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,12 +12,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
+from configs.load import ConfigError, build, options
 from configs.schema import Checkpoint, Config, Optimizer
 from launch.checkpoint import publish
 from launch.checkpoint import save as save_module
 from launch.checkpoint.load import load_checkpoint
 from launch.checkpoint.save import take_snapshot, write_checkpoint
-from launch.checkpoint.state import read_state
+from launch.checkpoint.state import read_state, wrong_kinds
 from launch.checkpoint.verify import CheckpointError, find_checkpoint, verify
 from launch.distributed.setup import make_strategy
 from models import build_model
@@ -195,3 +199,23 @@ def test_every_piece_of_work_is_told(tmp_path):
     calls.clear()
     load_checkpoint(path, strategy, lambda: calls.append(0))
     assert len(calls) >= len(snapshot.shares)
+
+
+def test_what_the_schema_accepts_is_read_again(run):
+    """However large a number is: the checkpoints of a run that trains with it would be lost."""
+    taken = set()
+    for name, _, _ in options():
+        section, key = name.split(".")
+        for value in (sys.float_info.max, 1e20, 10**300, 1 << 62):
+            with suppress(ConfigError):
+                config = build({section: {key: value}})
+                assert not list(wrong_kinds({"config": json.loads(json.dumps(asdict(config)))})), name
+                taken.add(name)
+    assert {"train.grad_clip", "train.spike", "optimizer.lr", "optimizer.adamw_lr", "checkpoint.keep", "log.every"} <= taken
+    assert not list(wrong_kinds({"val_loss": 1e30, "best_loss": 1e30, "window_loss": 1e30}))
+    assert list(wrong_kinds({"step": 1 << 63})) == ["step"]
+
+    large = ["train.grad_clip=1e20", "train.spike=1e30", f"checkpoint.keep={10**20}", "eval.every=0", "log.sample_tokens=0"]
+    assert run(*large, "train.steps=2")[0] == 0
+    status, _, _ = run(*large, "train.steps=3")
+    assert status == 0 and "resumed from" in run.out

@@ -147,7 +147,11 @@ def test_search_seeds_and_report(start, tmp_path):
         ("metrics.jsonl", '{"step": 1, "tokens": "8", "loss": 2, "seconds": 1}\n', "line 1: neither"),
         ("metrics.jsonl", '{"step": 1, "tokens": 8, "loss": 2, "seconds": 1}\n', "has no evaluation"),
         ("tokenizer.json", "{", "tokenizer.json is damaged"),
-        ("config.yaml", "model: {layers: 1, width: 32, heads: 3, context: 8}", "config.yaml: 3 heads do not divide the width 32"),
+        (
+            "config.yaml",
+            "model: {layers: 1, width: 32, heads: 3, context: 8}",
+            "config.yaml: model.heads: 3 heads do not divide the width 32",
+        ),
     ],
 )
 def test_damaged_runs_are_named_in_one_line(start, prepared, tmp_path, monkeypatch, capsys, name, content, message):

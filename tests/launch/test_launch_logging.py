@@ -104,6 +104,20 @@ def test_tensorboard_has_one_folder_and_each_step_once(run):
         assert [event.step for event in found.Scalars(key)] == steps
 
 
+def test_tensorboard_has_each_line_as_a_run_of_its_own(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    options = ["log.trackers=[tensorboard]", "log.sample_tokens=0", "eval.every=0"]
+    folder = run.tmp_path / "run"
+    assert run(*options)[0] == 0
+    assert (
+        run(*options, "train.steps=5", f"checkpoint.resume={folder / 'checkpoints/step_00000003'}", "optimizer.lr=1e-3")[0] == 0
+    )
+    for line, steps in ((folder / "set_aside/1", [1, 2, 3, 4, 5, 6]), (folder, [4, 5])):
+        found = EventAccumulator(str(line / "tensorboard")).Reload()
+        assert [event.step for event in found.Scalars("loss")] == steps
+
+
 @pytest.fixture
 def wandb(monkeypatch):
     """A stand-in for the package wandb that notes what it gets."""

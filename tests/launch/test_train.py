@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from configs.load import load_written
+from launch.run.check import check
 from launch.run.hooks import Hooks
 
 ROOT = Path(__file__).parents[2]
@@ -157,8 +159,20 @@ def test_trackers_get_the_same_numbers(run):
         (["--gpu", "h100"], "--gpu is for --plan"),
         (["--train.steps=5"], "'--train.steps=5': write train.steps=5, without dashes"),
         (["--train.steps", "5"], "'--train.steps': write train.steps=VALUE, without dashes"),
-        (["model.size=gpt3-126m"], "unknown size 'gpt3-126m'; did you mean 'gpt3-125m'"),
-        (["model.heads=3"], "3"),
+        (["model.size=gpt3-126m"], "model.size: unknown size 'gpt3-126m'; did you mean 'gpt3-125m'? Sizes are gpt3-125m, "),
+        (["model.size=giant", "model.layers=null"], "model.size: unknown size 'giant'; sizes are gpt3-125m, "),
+        (["--plan", "model.size=gpt3-126m", "model.width=null"], "model.size: unknown size 'gpt3-126m'; did you mean"),
+        (
+            ["model.size=gpt3-mini"],
+            "model.size gpt3-mini does nothing beside model.layers, model.width, model.heads and model.context (null takes the "
+            "size's): leave it out",
+        ),
+        (["model.heads=3"], "model.heads: 3 heads do not divide the width 32"),
+        (["model.hf={model_type: qwen3}"], "model.hf: hf and layers, width, heads exclude each other: write"),
+        (
+            ["optimizer.name=torch.optim.NAdam", "optimizer.arguments={bets: 1}"],
+            "optimizer.arguments: torch.optim.nadam.NAdam has",
+        ),
         (["model.vocab_size=100"], "model.vocab_size is 100, but the data has tokens up to 256"),
         (["optimizer.rule=nothing"], "no rule 'nothing'"),
         (["optimizer.rule=celo2-base"], "is a celo2-base rule"),
@@ -170,8 +184,11 @@ def test_trackers_get_the_same_numbers(run):
             "distributed.replicas is 2, which does not divide 1 processes",
         ),
         (["checkpoint.resume=/nowhere"], "/nowhere is no whole checkpoint"),
-        (["model.layers=null"], "layers missing"),
-        (["model.hf={model_type: qwen9}", "model.layers=null", "model.width=null", "model.heads=null"], "qwen9"),
+        (["model.layers=null"], "model.size: give a size, or all of layers, width, heads, context: layers missing"),
+        (
+            ["model.hf={model_type: qwen9}", "model.layers=null", "model.width=null", "model.heads=null"],
+            "model.hf: transformers has no causal language model of model_type 'qwen9'",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(run, overrides, message):
@@ -181,6 +198,19 @@ def test_bad_input_is_one_line_and_status_2(run, overrides, message):
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert not list(run.tmp_path.glob("run/checkpoints/*"))
+
+
+def test_a_size_whose_numbers_the_command_line_gives_is_passed_over(run):
+    (run.tmp_path / "size.yaml").write_text("model: {size: gpt3-mini}\ntrain: {steps: 1}\n")
+    config, written = load_written(
+        run.tmp_path / "size.yaml", [f"model.{key}=8" for key in ("layers", "width", "heads", "context")]
+    )
+    assert check(config, written, 1) == [
+        "model.size gpt3-mini does nothing beside model.layers, model.width, model.heads and model.context (null takes the "
+        "size's): not used"
+    ]
+    config, written = load_written(run.tmp_path / "size.yaml", ["model.width=8", "model.heads=8", "model.context=8"])
+    assert check(config, written, 1) == []
 
 
 def test_missing_and_malformed_configuration(capsys):

@@ -92,7 +92,7 @@ GOOD = {"layers": 2, "width": 32, "heads": 4, "context": 16, "vocab_size": 99}
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"size": "gpt3-125M", "vocab_size": 9}, "unknown size 'gpt3-125M'; did you mean 'gpt3-125m'?"),
+        ({"size": "gpt3-125M", "vocab_size": 9}, r"unknown size 'gpt3-125M'; did you mean 'gpt3-125m'\? Sizes are gpt3-125m, "),
         ({"size": "banana", "vocab_size": 9}, "unknown size 'banana'; sizes are gpt3-125m, "),
         ({"vocab_size": 9}, "give a size, or all of .*: layers, width, heads, context missing"),
         ({"layers": 2, "width": 32, "vocab_size": 9}, "heads, context missing"),
