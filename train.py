@@ -191,6 +191,8 @@ def pretrain(
             tell("start", note)
         if branch := start.event() or restart:
             metrics.event(branch)
+        if start.changes and state.step < steps:
+            metrics.event({"event": "changed", "step": state.step, "options": start.changes})
         stop = False
         since = replace(state)  # the state at the last logged step
 

@@ -20,7 +20,7 @@ from launch.checkpoint.load import optimizer_bytes
 from launch.checkpoint.state import read_state
 from launch.checkpoint.verify import list_checkpoints
 from launch.monitoring.trackers import flat
-from launch.run.branch import read_origin
+from launch.run.branch import is_decisive, read_origin
 from launch.run.restart import read_events
 from launch.run.setup import build_from_config, vocabulary
 from models import ModelError, flops_per_token
@@ -48,6 +48,7 @@ class Run:
     status: str = "finished"  # or "unfinished", "diverged"
     flops_per_token: float | None = None
     state_bytes: int | None = None
+    changes: Sequence[str] = ()  # settings that were others for its first steps, in words
 
     @property
     def seed(self) -> int:
@@ -122,7 +123,22 @@ def read_run(folder: Path, label: str = "", command: str = "") -> Run:
     training = [r for r in records if r.get("loss") is not None]
     validation = [r for r in records if r.get("val_loss") is not None]
     status = standing(folder, config).status
-    return Run(label, folder, config, command, training, validation, status, model_flops(folder, config), state_bytes(folder))
+    flops, size = model_flops(folder, config), state_bytes(folder)
+    return Run(label, folder, config, command, training, validation, status, flops, size, changes_of(folder))
+
+
+def changes_of(folder: Path) -> list[str]:
+    """What was changed in the middle of a run, as "optimizer.lr 0.001 -> 0.005 after step 300".
+
+    What does not change the steps is left out; train.steps does, as schedules depend on it.
+    """
+    found = []
+    for event in read_events(folder):
+        if event.get("event") == "changed":
+            options = [str(option) for option in event["options"]]
+            kept = [o for o in options if is_decisive(o.split()[0]) or o.startswith(("train.steps ", "data."))]
+            found += [f"{option} after step {event['step']}" for option in kept]
+    return found
 
 
 def is_record(record: Any) -> bool:

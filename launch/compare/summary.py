@@ -159,6 +159,7 @@ def caveats(runs: Sequence[Run], tokens: float) -> list[str]:
     unfinished = [str(run.folder) for run in runs if run.status == "unfinished"]
     if unfinished:
         said.append(f"Not finished, taken as far as they are: {', '.join(unfinished)}.")
+    said += [f"{run.folder} was changed on its way: {', '.join(run.changes)}." for run in runs if run.changes]
     if runs and not any("optimizer_seconds" in r for run in runs for r in run.training):
         said.append("These runs logged neither the time of an optimizer step nor update statistics.")
     return said

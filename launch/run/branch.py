@@ -77,6 +77,7 @@ class Start(NamedTuple):
     notes: list[str]
     origin: Origin | None  # of the line; None: it began at step 0
     begins: bool  # the line begins with this start: `begin_line` is due
+    changes: list[str]  # options that are others than in the checkpoint, in words; `resume` fills it
 
     def event(self) -> dict[str, Any] | None:
         """The event that says that the run branches; None if it does not."""
@@ -122,7 +123,7 @@ def choose_start(config: Config, run_dir: Path, progress: Progress = no_progress
     if config.checkpoint.resume == "never":
         if (run_dir / "metrics.jsonl").exists() or any(map(list_checkpoints, folders)):
             raise ConfigError(f"{run_dir} holds a run already: choose another run.dir, or checkpoint.resume=auto to continue it")
-        return Start(None, [], None, False)
+        return Start(None, [], None, False, [])
     if config.checkpoint.resume != "auto":
         given = Path(config.checkpoint.resume).expanduser()
         if not (given.is_dir() and given.resolve() == run_dir.resolve()) and not is_line_of(origin, given, config):
@@ -153,7 +154,7 @@ def choose_start(config: Config, run_dir: Path, progress: Progress = no_progress
         notes.append(
             f"{run_dir} already went on from step {origin.step} and continues; to begin there again, name another run.dir"
         )
-    return Start(path, notes, origin, False)
+    return Start(path, notes, origin, False, [])
 
 
 def require_newest(run_dir: Path, folders: list[Path]) -> None:
@@ -219,7 +220,7 @@ def branch_from(given: Path, config: Config, run_dir: Path, progress: Progress =
         notes = [*notes, f"what {run_dir} held beyond step {step} is kept in {aside}, a run's folder of its own"]
     elif own:
         origin = replace(origin, id="")
-    return Start(checkpoint, notes, origin, True)
+    return Start(checkpoint, notes, origin, True, [])
 
 
 def config_of_line(config: Config, origin: Origin | None) -> Config:

@@ -74,8 +74,8 @@ def resume(
     require_agreement(path, saved, config, strategy.model.config, identity)
     rate = rate_after(saved, config)
     load_checkpoint(path, strategy, progress)
-    changes = changed_options(saved["config"], config)
-    start.notes.append(f"resumed from {path}" + (f" with {', '.join(changes)}" if changes else ""))
+    start.changes.extend(changed_options(saved["config"], config))
+    start.notes.append(f"resumed from {path}" + (f" with {', '.join(start.changes)}" if start.changes else ""))
     start.notes.extend([rate] if rate else [])
     if saved.get("average") and strategy.average is not None and not strategy.average.begun:
         start.notes.append("the average of the weights begins anew: the checkpoint's began earlier, or is of another kind")

@@ -97,7 +97,7 @@ def test_the_first_rank_alone_hashes_a_checkpoint(first, tmp_path, monkeypatch):
     for name in FILES:
         (path / name).write_text('{"step": 4}')
     write_manifest(path)
-    hashed, told = [], [Start(path, [], None, False), 0, "checkpoints"]
+    hashed, told = [], [Start(path, [], None, False, []), 0, "checkpoints"]
     monkeypatch.setattr(verify, "sha256", lambda file, progress: hashed.append(file.name) or sha256(file))
     monkeypatch.setattr(first_rank.dist, "broadcast_object_list", lambda outcome, src: outcome.__setitem__(0, outcome[0] or told))
     accelerator = SimpleNamespace(is_main_process=first, num_processes=2)

@@ -73,11 +73,3 @@ def test_the_monitor_of_spikes_continues(run):
     run(*options, folder="parts")
     problems = [[(e["step"], e["problem"]) for e in events(run, "problem", folder)] for folder in ("whole", "parts")]
     assert problems[0] == problems[1] and any(8 < step <= 13 for step, _ in problems[0])
-
-
-def test_the_configuration_of_a_finished_run_is_that_of_its_steps(run):
-    assert run("log.sample_tokens=0")[0] == 0
-    config = run.tmp_path / "run" / "config.yaml"
-    before = config.read_text()
-    assert run("log.sample_tokens=0", "optimizer.lr=1e-3")[0] == 0 and config.read_text() == before
-    assert run("log.sample_tokens=0", "optimizer.lr=1e-3", "train.steps=8")[0] == 0 and "lr: 0.001" in config.read_text()
