@@ -95,6 +95,7 @@ def param_groups(
                 "lr": lr if update == "celo2" else adamw_lr,
                 "weight_decay": decay,
                 "matrices": claim.layout,
+                "variant": variant,
             },
         )
         group["params"].append(p)
