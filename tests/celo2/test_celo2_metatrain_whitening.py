@@ -25,13 +25,13 @@ from celo2.metatrain.outer import FORMAT
 from celo2.metatrain.theta import SIZE, rule_of, theta_of
 from celo2.metatrain.train import MetaTraining
 from celo2.rule import accumulator_shapes, factored_axes, update
-from celo2.whitening import KEYS, LEFT, RIGHT, whiten_
+from celo2.whitening import LEFT, RIGHT, WHITENERS, whiten_
 
 WHITENED = "rule.init=hand-whitened"
 
 
 def whitened_state(state):
-    return {key: x for key, x in state.items() if key.endswith(KEYS)}
+    return {key: x for key, x in state.items() if key.endswith(WHITENERS)}
 
 
 # --- engines ------------------------------------------------------------------------------------------------------------------
@@ -53,13 +53,13 @@ def test_a_step_of_the_plain_engine_is_that_of_the_rule(shape):
     for _ in range(6):
         g = torch.from_numpy(random.standard_normal((unrolls, *shape)).astype(np.float32))
         given = plain.accumulated(config, parameter, g)
-        step = plain.directed(config, networks, given, {key: parameter[key] for key in KEYS}, math.inf)
+        step = plain.directed(config, networks, given, {key: parameter[key] for key in WHITENERS}, math.inf)
         for u, state in enumerate(states):
             expected = update(rule_of(theta[u], config, ""), state, g[u], parameter["weight"][u], orthogonalize=True)
             torch.testing.assert_close(step[u], expected, rtol=0, atol=1e-5)  # worst of 10 seeds 4.8e-7
             for key, x in state.items():
                 torch.testing.assert_close(parameter[key][u], x, rtol=1e-5, atol=1e-6)
-    assert all(parameter[key].abs().max() > 0.05 for key in KEYS)
+    assert all(parameter[key].abs().max() > 0.05 for key in WHITENERS)
 
 
 def test_only_matrices_under_the_rule_have_whiteners(data):  # noqa: F811
@@ -70,7 +70,7 @@ def test_only_matrices_under_the_rule_have_whiteners(data):  # noqa: F811
         for changes in ("rule.init=hand-agreement", f"{WHITENED} rule.variant=celo2-base"):
             config = small(changes)
             family = family_of(config, data[name])
-            assert not any(set(KEYS) & family.accumulator_shapes(weight).keys() for weight in family.shapes)
+            assert not any(set(WHITENERS) & family.accumulator_shapes(weight).keys() for weight in family.shapes)
     up = family_of(small(WHITENED), data["text"]).accumulator_shapes("up0")
     assert (up[LEFT], up[RIGHT]) == ((128, 128), (32, 32))
 
@@ -220,7 +220,7 @@ def test_resumes_exactly_from_late_states_too(engine, tmp_path, fast):  # noqa: 
     for key, x in first.items():
         np.testing.assert_array_equal(x, second[key])
     for key in ("images.state.w1", "images.late.state.w1", "text.state.up0", "text.late.state.up0"):
-        assert all(first[f"{key}.{side}"].any() for side in KEYS)
+        assert all(first[f"{key}.{side}"].any() for side in WHITENERS)
     assert rule.settings() == load_rule("hand-whitened").settings()
 
 

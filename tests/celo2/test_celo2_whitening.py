@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from celo2 import Celo2, load_rule, whitening
 from celo2.layout import as_layout, stacked_axes, stacked_shape
 from celo2.rule import accumulator_shapes, update
-from celo2.whitening import KEYS, LEAK, LEFT, RIGHT, whiten_, whitener_shapes, whitening_flops
+from celo2.whitening import LEAK, LEFT, RIGHT, WHITENERS, whiten_, whitener_shapes, whitening_flops
 
 RULE = load_rule("hand-whitened")
 
@@ -67,7 +67,7 @@ def test_directions_become_white():
         assert u.square().mean().item() == pytest.approx(1, rel=1e-5)
         if step >= 500:
             found.append((u @ u.T / cols, u.T @ u / rows))
-            for key in KEYS:
+            for key in WHITENERS:
                 seen[key].append(whiteners[key].clone())
     for mean, n in zip((torch.stack(grams).mean(0) for grams in zip(*found, strict=True)), (rows, cols), strict=True):
         torch.testing.assert_close(mean, torch.eye(n), rtol=0, atol=0.35)  # worst measured 0.23; 4.7 where nothing moves
@@ -99,16 +99,16 @@ def test_directions_of_zeros_leave_the_leak_alone_and_refused_steps_nothing():
         whiten_(torch.randn(6, 9, generator=torch.Generator().manual_seed(step)), whiteners, 0.3)
     before = {key: value.clone() for key, value in whiteners.items()}
     assert not whiten_(torch.zeros(6, 9), whiteners, 0.3).any()
-    for key in KEYS:
+    for key in WHITENERS:
         torch.testing.assert_close(whiteners[key], (1 - 0.3 * LEAK) * before[key], rtol=0, atol=1e-6)  # measured 5e-8
     before = {key: value.clone() for key, value in whiteners.items()}
     whiten_(torch.full((6, 9), torch.nan), whiteners, 0.3, taken=torch.tensor(0.0))
-    assert all(torch.equal(whiteners[key], before[key]) for key in KEYS)
+    assert all(torch.equal(whiteners[key], before[key]) for key in WHITENERS)
 
 
 def test_a_side_that_is_too_long_is_left_as_it_is(monkeypatch):
     assert whitener_shapes((4096, 4097)) == {LEFT: (4096, 4096)}
-    monkeypatch.setattr(whitening, "LONGEST", 8)
+    monkeypatch.setattr(whitening, "MAX_SIDE", 8)
     assert whitener_shapes((3, 9, 7)) == {RIGHT: (3, 7, 7)}
     assert whitener_shapes((9, 9)) == {}
     u = torch.randn(9, 9, generator=torch.Generator().manual_seed(0))
@@ -117,7 +117,7 @@ def test_a_side_that_is_too_long_is_left_as_it_is(monkeypatch):
     optimizer = Celo2([p], lr=0.1, rule=RULE)
     p.grad = u
     optimizer.step()
-    assert not set(KEYS) & optimizer.state[p].keys() and not torch.equal(p, u)
+    assert not set(WHITENERS) & optimizer.state[p].keys() and not torch.equal(p, u)
 
 
 def kinds():
@@ -157,7 +157,7 @@ def test_the_optimizer_whitens_as_the_reference():
             stack, orthogonalize = stacked_shape(tuple(p.shape), layout), own.get("orthogonalize", True)
             axes = stacked_axes(stack, layout)
             with_whiteners = orthogonalize and axes is not None
-            assert set(KEYS) <= state.keys() if with_whiteners else not set(KEYS) & state.keys(), kind
+            assert set(WHITENERS) <= state.keys() if with_whiteners else not set(WHITENERS) & state.keys(), kind
             shapes = accumulator_shapes(stack, axes, with_whiteners)
             reference = states.setdefault(kind, {key: torch.zeros(shape) for key, shape in shapes.items()})
             dims, order, _ = layout or (stack, range(len(stack)), stack)
@@ -166,7 +166,7 @@ def test_the_optimizer_whitens_as_the_reference():
             u = update(RULE, reference, seen(p.grad), w, orthogonalize=orthogonalize, axes=axes)
             moved = w - 0.1 * (u + own.get("weight_decay", 0.0) * w)
             torch.testing.assert_close(seen(p.detach()), moved, rtol=0, atol=1e-5, msg=lambda m, k=kind: f"{k}: {m}")
-            for key in set(KEYS) & state.keys():  # worst measured of both 3.3e-7
+            for key in set(WHITENERS) & state.keys():  # worst measured of both 3.3e-7
                 torch.testing.assert_close(state[key], reference[key], rtol=0, atol=1e-5)
                 whitened += bool(reference[key].abs().max() > 0.01)
             expected[kind].copy_(p.detach())
