@@ -18,7 +18,7 @@ from celo2.groups import GROUP_KEYS, add_checked, check_group, meant_by, names_o
 from celo2.layout import stacked_axes, stacked_shape
 from celo2.older_state import upgraded
 from celo2.rule import Rule, accumulator_shapes
-from celo2.rule_files import SHIPPED, load_rule
+from celo2.rule_files import SHIPPED, is_fake, load_rule
 from celo2.stack import is_dtensor, local
 from celo2.whitening import WHITENERS
 
@@ -77,7 +77,7 @@ class Stateful(torch.optim.Optimizer):
         orthogonalize = group["orthogonalize"] and self.rule.variant != "celo2-base"
         whitened = orthogonalize and self.rule.whitening > 0
         entries = [
-            Entry(name, p, local_shard_of(p), self.takes_rule(p, group), orthogonalize, group["matrices"], whitened)
+            Entry(name, p, local_shard_of(p), self.takes_rule(p, group), orthogonalize, group["matrices"], whitened, group)
             for name, p in zip(names_of(index, group), group["params"], strict=True)
         ]
         if self.replicas is not None:
@@ -93,8 +93,14 @@ class Stateful(torch.optim.Optimizer):
             entries += self._entries_of(index, group)
         for entry in entries:
             self._check_state(entry)
-        make_plan(entries, lambda: fingerprint(self.rule, self.ns_dtype), self.replicas)
+        make_plan(entries, self._recipe, self.replicas)
         return {entry.p: entry for entry in entries}
+
+    def _recipe(self) -> dict[str, Any]:
+        """What every rank must compute with, beside its parameters; the rule is its fingerprint."""
+        dtypes = {"ns_dtype": str(self.ns_dtype), "state_dtype": str(self.state_dtype)}
+        divided = {} if self.replicas is None else {"shard_state": self.replicas.shard_state}
+        return {"rule": fingerprint(self.rule, None), **dtypes, **divided}
 
     def _check_state(self, entry: Entry) -> None:
         """Raise ValueError if a parameter has state of another shape or update, because its group has changed."""
@@ -268,7 +274,7 @@ def checked(optimizer: Stateful, state_dict: dict[str, Any]) -> dict[str, Any]:
 
 def own_fingerprint(rule: Rule) -> dict[str, str]:
     """What a state dict holds of the rule; nothing of one whose weights are no numbers, as under FakeTensorMode."""
-    return {} if any(hasattr(weight, "fake_mode") for weight in rule.weights.values()) else {"rule": fingerprint(rule, None)}
+    return {} if any(map(is_fake, rule.weights.values())) else {"rule": fingerprint(rule, None)}
 
 
 def other_rules(rule: Rule, state_dict: dict[str, Any]) -> str:
