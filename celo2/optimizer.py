@@ -151,7 +151,7 @@ class Celo2(Stateful):
             if p.grad is None:
                 continue
             if p.grad.dtype not in FLOATS or p.grad.layout is not torch.strided:
-                raise bad_gradient(index, p.grad)
+                raise bad_gradient(index, group, p)
             entry, own = self._entries[p], [v for name, v in self.state.get(p, {}).items() if name in STATE_KEYS]
             if not own or any(value.device != p.device for value in own):
                 self._make_state(entry)

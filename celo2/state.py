@@ -14,7 +14,7 @@ from torch import Tensor
 from celo2.distributed.consolidate import collect_divided, whole_state
 from celo2.distributed.plan import Entry, Replicas, check_explained, fingerprint, make_plan
 from celo2.distributed.shard import LocalShard, local_shard_of
-from celo2.groups import GROUP_KEYS, add_checked, check_group, meant_by, names_of, places_of
+from celo2.groups import GROUP_KEYS, add_checked, check_group, meant_by, names_of, places_by_name, unmatched_names
 from celo2.layout import stacked_axes, stacked_shape
 from celo2.older_state import upgraded
 from celo2.rule import Rule, accumulator_shapes
@@ -236,7 +236,8 @@ def checked(optimizer: Stateful, state_dict: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"no state of an optimizer: it lacks {' and '.join(sorted(absent))}")
     groups, saved_groups = optimizer.param_groups, list(state_dict["param_groups"])
     if len(groups) != len(saved_groups):
-        raise ValueError(f"the saved state has {len(saved_groups)} parameter groups, expected {len(groups)}")
+        unlike = unmatched_names(groups, saved_groups)
+        raise ValueError(f"the saved state has {len(saved_groups)} parameter groups, expected {len(groups)}{unlike}")
     for index, (group, saved_group) in enumerate(zip(groups, saved_groups, strict=True)):
         where = f"parameter group {index}"
         missing = [key for key in GROUP_KEYS if key in group and key not in saved_group and key != "param_names"]
@@ -244,9 +245,10 @@ def checked(optimizer: Stateful, state_dict: dict[str, Any]) -> dict[str, Any]:
             near = [f"'{key}', which may mean {meant_by(key)}" for key in saved_group if meant_by(key) in missing]
             raise ValueError(f"{where}: the saved group lacks {', '.join(missing)}{''.join(f'; it has {n}' for n in near)}")
         if len(saved_group["params"]) != len(group["params"]):
-            raise ValueError(f"{where}: {len(saved_group['params'])} parameters were saved, expected {len(group['params'])}")
+            found, unlike = len(saved_group["params"]), unmatched_names(groups, saved_groups)
+            raise ValueError(f"{where}: {found} parameters were saved, expected {len(group['params'])}{unlike}")
         if names := group.get("param_names"):
-            params = [saved_group["params"][i] for i in places_of(names, saved_group.get("param_names"), where)]
+            params = [saved_group["params"][i] for i in places_by_name(names, saved_group.get("param_names"), where)]
             saved_groups[index] = {**saved_group, "params": params, "param_names": names}
     state_dict = upgraded(groups, {**state_dict, "param_groups": saved_groups})
     rules, by_rule = other_rules(optimizer._rule, state_dict), False

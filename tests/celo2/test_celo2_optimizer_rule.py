@@ -104,6 +104,24 @@ def test_a_state_dict_under_fake_tensor_mode_has_no_fingerprint():
         assert "rule" not in optimizer.state_dict()
 
 
+def moved(make, steps: int = 300, lr: float = 1e-3) -> float:
+    """RMS distance, in learning rates, after one gradient and `steps` gradients of zeros."""
+    p = nn.Parameter(0.1 * randn(32, 32))
+    before, optimizer = p.detach().clone(), make([p], lr)
+    for step in range(1 + steps):
+        p.grad = 1e-3 * randn(32, 32, seed=1) if step == 0 else torch.zeros_like(p)
+        optimizer.step()
+    return ((p - before).square().mean().sqrt() / lr).item()
+
+
+def test_gradients_of_zeros_are_full_steps():
+    """Directions have RMS 1, however small the momentum; AdamW's steps end with its momentum. As docs/optimizer.md says."""
+    of_rules = {rule: moved(lambda params, lr, rule=rule: Celo2(params, lr, rule=rule)) for rule in ("celo2", "hand-nesterov")}
+    adamw = moved(lambda params, lr: torch.optim.AdamW(params, lr, betas=(0.9, 0.95), weight_decay=0.0))
+    print(f"\nmoved, in lr: {', '.join(f'{name} {distance:.1f}' for name, distance in of_rules.items())}, AdamW {adamw:.1f}")
+    assert 285 < of_rules["celo2"] < 301 and 299 < of_rules["hand-nesterov"] < 301 and 6.5 < adamw < 7.1
+
+
 def model() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
 
