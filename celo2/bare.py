@@ -14,9 +14,13 @@ STATE_SPACE = re.compile(
 )  # whole names, as in Mamba
 GENERIC = re.compile("weights?|params?|parameters?")  # says nothing at the end of a name
 # The last word says what a thing is: "gate_proj" is a projection, "proj_gate" a gate.
-VECTOR = re.compile("gates?|gating|scales?|scaling|gamma|beta|alpha|lambda|temperature|tau|decay|mix|slopes?|norm")
+VECTOR = re.compile("gates?|gating|scales?|scaling|gamma|beta|alpha|lambda|temperature|tau|decay|mix|slopes?|norm|gains?")
 MATRIX = re.compile("proj|projection|projector|kernel|matrix|linear|dense|fc|mlp|router|lora")
 LETTER = re.compile(r"w[a-z]?\d*|w?(qkv|kv|[qkvour])\d*|up|down|in|out|hidden|recurrent")  # of hand-written layers: W_q, w1, up
+# Beside such a letter: of what the letter's layer adds or multiplies by (b_Q, norm_q, gain_out), and of what may be no matrix.
+ADDED = re.compile("b\\d*|norms?|scales?|scaling|gains?|gamma|beta|alpha|temperature|tau|slopes?")
+NO_WEIGHT = re.compile("[hcs]0|init|inits|initial|mix|decay|lambda")  # h0_in, init_hidden
+BOUNDARY = ("W_E", "W_U")  # TransformerLens: embedding and unembedding, where they stand outside of repeated blocks
 # Any word: the rows are positions, types, tokens or classes.
 TABLE = re.compile(
     "emb|embs|embeds?|embeddings?|encodings?|pos|positions?|positional|rel|relpos|ape|pe|types?|tokens?|quer(y|ies)|probe|latents?|"
@@ -50,9 +54,12 @@ def kind_of(module: nn.Module, attribute: str, p: Tensor, name: str) -> Kind:
         return "vector"
     if MATRIX.fullmatch(last) or "lora" in words:
         return "matrix"
-    if is_table or any(map(TABLE.fullmatch, words)):
+    if is_table or any(map(TABLE.fullmatch, words)) or (attribute in BOUNDARY and not re.search(r"\.\d+\.", f".{name}.")):
         return "table"
-    return "matrix" if LETTER.fullmatch(last) else "unknown"
+    others = [] if last.startswith("w") or "w" in words else words[:-1]  # w_q, decay_w1: a weight by its name
+    if not LETTER.fullmatch(last) or any(map(NO_WEIGHT.fullmatch, others)):
+        return "unknown"
+    return "vector" if any(map(ADDED.fullmatch, others)) else "matrix"
 
 
 def words_of(name: str) -> list[str]:

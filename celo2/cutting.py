@@ -21,6 +21,8 @@ def cut(layout: Layout, start: int, stop: int) -> Iterator[Block]:
     A range that begins and ends within rows is up to five boxes: the rest of a row, the rest of a matrix, whole matrices, whole
     rows, the beginning of a row.
     """
+    if start >= stop:
+        return
     axes = merged_axes(layout)
     for box in boxes(layout[0], start, stop):
         yield from strided(layout[0], axes, box)

@@ -163,7 +163,7 @@ def names_of(index: int, group: Mapping[str, Any]) -> Sequence[str]:
     return names if len(names) == count else [f"parameter {i} of group {index}" for i in range(count)]
 
 
-def places_of(names: Sequence[str], saved: Sequence[str] | None, where: str) -> Sequence[int]:
+def places_by_name(names: Sequence[str], saved: Sequence[str] | None, where: str) -> Sequence[int]:
     """Where each parameter of a group stands in the saved group, by name; without saved names in order.
 
     Two names are the same if they differ only in wrappers (`module.`), or in what stands before (`model.`).
@@ -195,10 +195,28 @@ def is_same(one: Sequence[str], other: Sequence[str]) -> bool:
     return one[-shorter:] == other[-shorter:]
 
 
-def bad_gradient(index: int, g: Tensor) -> RuntimeError:
-    """The error for a gradient in group `index` that no update can take."""
+def unmatched_names(groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Mapping[str, Any]]) -> str:
+    """What to say of groups that do not have the parameters of the saved ones: names that only one side has, as far as known."""
+    own, saved = ([name for group in of for name in group.get("param_names") or ()] for of in (groups, saved_groups))
+    if not own or not saved:
+        return ""
+    if set(own) == set(saved):
+        return (
+            "; the parameters are the same, but other options divide them otherwise (param_groups makes one group less where "
+            "weight_decay is 0): build the optimizer with the options that were saved, and set others in its groups after loading"
+        )
+    sides = (("not saved", own, saved), ("no longer here", saved, own))
+    found = [(what, [name for name in names if name not in set(others)]) for what, names, others in sides]
+    return "".join(f"; {what}: {', '.join([*names[:3], '...'] if len(names) > 3 else names)}" for what, names in found if names)
+
+
+def bad_gradient(index: int, group: Mapping[str, Any], p: Tensor) -> RuntimeError:
+    """The error for a parameter `p` of group `index` with a gradient that no update can take."""
+    g: Any = p.grad
+    name = next(name for name, q in zip(names_of(index, group), group["params"], strict=True) if q is p)
     kind = "complex" if g.is_complex() else str(g.dtype) if g.layout is torch.strided else "sparse"
-    return RuntimeError(f"parameter group {index}: {kind} gradient of shape {tuple(g.shape)}; use a dense one of a float dtype")
+    remedy = "use a dense one of a float dtype" + (", as of nn.Embedding(..., sparse=False)" if kind == "sparse" else "")
+    return RuntimeError(f"parameter group {index}: {kind} gradient of shape {tuple(g.shape)} of '{name}'; {remedy}")
 
 
 def check_capture(optimizer: Celo2) -> None:

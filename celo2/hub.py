@@ -161,7 +161,7 @@ def from_pretrained(name: str | Path, *, variant: str | None = None, revision: s
     """The rule of a folder, of a file, or of the Hub.
 
     Args:
-        name: a folder or file, or `OWNER/NAME`.
+        name: a folder or file, the name of a shipped rule, or `OWNER/NAME`.
         variant: as for `load_rule`.
         revision: a branch, tag or commit; None is main.
         options: `token`, `cache_dir`, `local_files_only`, `force_download`, as huggingface_hub has them.
@@ -171,6 +171,8 @@ def from_pretrained(name: str | Path, *, variant: str | None = None, revision: s
     """
     if Path(name).exists():
         return load_rule(Path(name), variant)
+    if str(name) in SHIPPED and revision is None:
+        return load_rule(name, variant)
     return load(str(name) if revision is None else str(replace(parse(str(name)), revision=revision)), variant, **options)
 
 

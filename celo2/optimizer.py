@@ -22,7 +22,6 @@ from celo2.distributed.plan import Entry, Replicas, check_explained
 from celo2.groups import FLOATS, PLANNED, bad_gradient, check_capture, warn_of_unused
 from celo2.kernels import passes_for
 from celo2.rule import Rule
-from celo2.rule_files import load_rule
 from celo2.stack import gate_of, local, local_gradient
 from celo2.state import STATE_KEYS, Stateful
 from celo2.step import Context, Work, orthogonalized_here
@@ -82,15 +81,12 @@ class Celo2(Stateful):
             raise ValueError(f"ns_dtype must be a float dtype of 16, 32 or 64 bits, not {ns_dtype}")
         if shard_state and replicas is None:
             raise ValueError("shard_state=True needs replicas, the process group that the state is divided over")
-        self.rule = load_rule(rule)
+        self.rule = rule  # the setter loads it
         self.ns_dtype = ns_dtype
         self.state_dtype = state_dtype
         self.replicas = Replicas(replicas, shard_state) if replicas is not None else None
         self.passes: Passes | None = None  # None: `passes_for` chooses; benchmarks and tests set them
         self.orthogonalized = 0  # matrices that this rank has orthogonalized so far
-        self._rule_on: dict[torch.device, Rule] = {}
-        self._has_step_sizes = False  # of the rule, once it is on a device
-        self._plan_key, self._entries = [], {}
         self._shapes = []
         defaults = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}
         super().__init__(params, defaults | {"update": None, "orthogonalize": orthogonalize, "matrices": None})
@@ -98,7 +94,7 @@ class Celo2(Stateful):
         check_explained(self.param_groups, self._shapes)
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("rule", "ns_dtype", "state_dtype", "replicas", "passes", "orthogonalized", "_shapes")
+        names = ("_rule", "ns_dtype", "state_dtype", "replicas", "passes", "orthogonalized", "_shapes")
         own = {name: getattr(self, name) for name in names}
         return {**super().__getstate__(), **own, "_rule_on": {}, "_plan_key": [], "_entries": {}}
 
@@ -132,7 +128,7 @@ class Celo2(Stateful):
             adamw_([entry.p for entry in entries if not entry.by_rule], self.state, group, self.replicas, found_inf)
             if found_inf is not None:  # the update of a refused step is finite, and multiplied by 0
                 group = {**group, "lr": (1 - found_inf.to(getattr(group["lr"], "dtype", torch.float64))) * group["lr"]}
-            orthogonalize = group["orthogonalize"] and self.rule.variant != "celo2-base"
+            orthogonalize = group["orthogonalize"] and self._rule.variant != "celo2-base"
             for entry in by_rule:
                 owner = 0 if self.replicas is None else self.replicas.owners[entry.p]
                 work[entry.p.device].add(entry, self.state.get(entry.p), group, orthogonalize, owner)
@@ -155,7 +151,7 @@ class Celo2(Stateful):
             if p.grad is None:
                 continue
             if p.grad.dtype not in FLOATS or p.grad.layout is not torch.strided:
-                raise bad_gradient(index, p.grad)
+                raise bad_gradient(index, group, p)
             entry, own = self._entries[p], [v for name, v in self.state.get(p, {}).items() if name in STATE_KEYS]
             if not own or any(value.device != p.device for value in own):
                 self._make_state(entry)
@@ -166,7 +162,7 @@ class Celo2(Stateful):
     def _context(self, device: torch.device, found_inf: Tensor | None) -> Context:
         """What the driver needs on a device; the rule is copied there once."""
         if device not in self._rule_on:
-            self._rule_on[device], self._has_step_sizes = self.rule.to(device), self.rule.has_step_sizes
+            self._rule_on[device], self._has_step_sizes = self._rule.to(device), self._rule.has_step_sizes
         ns_dtype = self.ns_dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
         gate = None if found_inf is None else gate_of(found_inf, device)
         return Context(self._rule_on[device], self.passes or passes_for(device), ns_dtype, gate, self._has_step_sizes)

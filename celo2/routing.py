@@ -33,14 +33,14 @@ OVERRULED = "overruled"
 class Claim(NamedTuple):
     """What one module says of a parameter that it holds."""
 
-    role: str  # "hidden", "input", "output", "vector"
+    kind: str  # "hidden", "input", "output", "vector"
     layout: Layout | None = None
     note: str = ""
 
     @property
     def update(self) -> str:
-        """The update of a rule that is not for every parameter."""
-        return "celo2" if self.role == "hidden" else "adamw"
+        """The update where the rule is of the variant celo2; one of celo2-base updates every parameter."""
+        return "celo2" if self.kind == "hidden" else "adamw"
 
 
 def param_groups(
@@ -71,8 +71,8 @@ def param_groups(
             anything: {"lm_head": "adamw", "*.mlp.gate": "adamw"}. The last pattern that fits decides.
 
     Raises:
-        ValueError: a parameter that two modules claim differently or that nothing claims, several layers that could be the output
-            projection, or a pattern that fits nothing.
+        ValueError: a parameter that two modules claim differently or that is no real float, several layers that could be the
+            output projection, or a pattern that fits nothing.
         ShardingError: parameters that a wrapper has flattened, as FSDP1 does.
     """
     if variant not in VARIANTS:
@@ -84,7 +84,7 @@ def param_groups(
     for name, (p, claims) in claimed_parameters(model, overruled).items():
         claim = single_claim(name, p, claims)
         update = overruled.get(p) or ("celo2" if variant == "celo2-base" else claim.update)
-        decays = decay_vectors or not (claim.role == "vector" or is_vector(p))
+        decays = decay_vectors or not (claim.kind == "vector" or is_vector(p))
         decay = weight_decay if decays else 0.0
         group = groups.setdefault(
             (update, claim.layout, decay),
@@ -95,6 +95,7 @@ def param_groups(
                 "lr": lr if update == "celo2" else adamw_lr,
                 "weight_decay": decay,
                 "matrices": claim.layout,
+                "variant": variant,
             },
         )
         group["params"].append(p)
@@ -175,7 +176,7 @@ def claimed_parameters(model: nn.Module, overruled: Mapping[Tensor, str]) -> dic
             claim = claim_of(owner, plain, p, name, inputs, outputs, parents)
             if p in overruled:
                 by_rule = overruled[p] == "celo2" and not is_vector(p)
-                claim = Claim(claim.role, hidden(owner, plain, p, parents).layout if by_rule else None, OVERRULED)
+                claim = Claim(claim.kind, hidden_claim(owner, plain, p, parents).layout if by_rule else None, OVERRULED)
             claims.append(claim)
     return {name: (p, claims) for name, p, claims in found.values()}
 
@@ -189,14 +190,14 @@ def claim_of(module: nn.Module, attribute: str, p: Tensor, name: str, inputs: Fo
     if is_vector(p) or is_depthwise(module, p) or (is_experts(module) and p.ndim == 2):  # a bias an expert
         return Claim("vector")
     if is_layer(module, attribute):
-        return hidden(module, attribute, p, parents)
+        return hidden_claim(module, attribute, p, parents)
     kind = kind_of(module, attribute, p, name)
     if kind == "matrix":
-        return hidden(module, attribute, p, parents)
+        return hidden_claim(module, attribute, p, parents)
     return {"vector": Claim("vector"), "table": Claim("input"), "unknown": Claim("input", None, NOT_KNOWN)}[kind]
 
 
-def hidden(module: nn.Module, attribute: str, p: Tensor, parents: Parents) -> Claim:
+def hidden_claim(module: nn.Module, attribute: str, p: Tensor, parents: Parents) -> Claim:
     """The claim on a hidden weight."""
     return Claim("hidden", *matrices_of(module, attribute, tuple(p.shape), parents))
 
@@ -218,11 +219,14 @@ def is_depthwise(module: nn.Module, p: Tensor) -> bool:
 def single_claim(name: str, p: Tensor, claims: list[Claim]) -> Claim:
     """The one claim on a parameter. An embedding or output layer that shares it with others decides."""
     if not claims:
-        raise ValueError(f"nothing claims parameter '{name}' ({p.dtype}, shape {tuple(p.shape)})")
-    claims = [claim for claim in claims if claim.role in ("input", "output")] or claims
+        raise ValueError(
+            f"parameter '{name}', shape {tuple(p.shape)}, is {p.dtype}, and only real floats can learn here: hold it as real "
+            "numbers (torch.view_as_real), or freeze it with requires_grad_(False)"
+        )
+    claims = [claim for claim in claims if claim.kind in ("input", "output")] or claims
     if len({(claim.update, claim.layout) for claim in claims}) > 1:
-        roles = " and as ".join(f"{claim.role} ({claim.update}, matrices {claim.layout})" for claim in claims)
-        raise ValueError(f"parameter '{name}' is claimed more than once: as {roles}")
+        kinds = " and as ".join(f"{claim.kind} ({claim.update}, matrices {claim.layout})" for claim in claims)
+        raise ValueError(f"parameter '{name}' is claimed more than once: as {kinds}")
     return claims[0]
 
 
@@ -245,16 +249,15 @@ def routing_rows(groups: Sequence[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
     """The cells of `routing_table` for each parameter, without the count."""
     for index, group in enumerate(groups):
         for name, p in zip(names_of(index, group), group["params"], strict=True):
-            stacked = stacked_shape(p.shape, group["matrices"])
+            stacked = stacked_shape(p.shape, group.get("matrices"))
             by_axes = "celo2" if p.ndim > 1 else "adamw (celo2-base: celo2)"
-            update = group["update"] or by_axes
+            update = group.get("update") or by_axes
             count = matrix_count(stacked) if update == "celo2" else 0
             yield (
                 re.sub(r"(?<=\.)\d+(?=\.)", "*", name),
                 " × ".join(map(str, p.shape)) or "scalar",
                 update,
-                f"{float(group['lr']):g}",
-                f"{float(group['weight_decay']):g}",
+                *(f"{float(group[key]):g}" if key in group else "–" for key in ("lr", "weight_decay")),
                 f"{count} of {stacked[-2]} × {stacked[-1]}" if count else "–",
                 group.get("notes", {}).get(name, ""),
             )

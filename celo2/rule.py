@@ -138,7 +138,7 @@ class Rule:
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **options: Any) -> Rule:
-        """The rule of a folder or of a repository of the Hugging Face Hub; options: `celo2.hub.from_pretrained`."""
+        """The rule of a folder, shipped, or of a repository of the Hugging Face Hub; options: `celo2.hub.from_pretrained`."""
         from celo2 import hub
 
         return hub.from_pretrained(name, **options)

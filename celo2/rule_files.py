@@ -8,6 +8,7 @@ when they are converted.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -53,17 +54,20 @@ def load_rule(source: str | Path | Rule, variant: str | None = None) -> Rule:
     """A rule by a name of `SHIPPED`, by the path of a file or folder, or from the Hugging Face Hub.
 
     Args:
-        source: the name; a file (`.safetensors` of this project or of PyLO, or a published `theta.state`); a folder with one of
-            `FILES`; or `hub:OWNER/NAME`, `hub:OWNER/NAME@REVISION`, `hub:OWNER/NAME@REVISION:FILE` (see `celo2.hub`).
+        source: the name; a `Rule`, which is checked; a file (`.safetensors` of this project or of PyLO, or a published
+            `theta.state`); a folder with one of `FILES`; or `hub:OWNER/NAME`, `hub:OWNER/NAME@REVISION`,
+            `hub:OWNER/NAME@REVISION:FILE` (see `celo2.hub`).
         variant: "celo2" or "celo2-base": what the weights are for. It matters where the file does not say so; None stands
             for "celo2" then, except for a `theta.state` of the Hub, which must be known or asked for.
 
     Raises:
-        RuleError: unknown name, no such file, a file whose names, shapes, dtypes or description are not a rule's, or a rule
-            of the other variant.
+        RuleError: unknown name, no such file, a file or a `Rule` whose names, shapes, dtypes or description are not a rule's,
+            a rule of the other variant, or a `source` of another kind.
     """
     if isinstance(source, Rule):
-        return of_variant(source, variant, "this")
+        return of_variant(checked_rule(source), variant, "the rule")
+    if not isinstance(source, str | Path):
+        raise RuleError(f"a rule is a name, a path or a Rule, not {source!r:.60}")
     name = str(source)
     if name in HAND_SET:
         return of_variant(HAND_SET[name](), variant, name)
@@ -84,6 +88,21 @@ def load_rule(source: str | Path | Rule, variant: str | None = None) -> Rule:
             f"Hugging Face Hub is {HUB}OWNER/NAME"
         )
     return read_rule(path, name if name in SHIPPED else path, variant)
+
+
+def checked_rule(rule: Rule) -> Rule:
+    """`rule`, which somebody made in memory. Raises RuleError for weights or settings that no rule file may have."""
+    try:
+        check_weights(rule.weights, "the rule")
+        check_description(rule, "the rule")
+    except (TypeError, AttributeError) as error:
+        raise RuleError(f"the rule: a weight or a setting of another kind ({error})") from None
+    return rule
+
+
+def is_fake(weight: Tensor) -> bool:
+    """Whether a weight has a shape and no numbers, as under FakeTensorMode."""
+    return hasattr(weight, "fake_mode")
 
 
 def the_rule(place: object, files: Collection[str]) -> str:
@@ -136,6 +155,8 @@ def of_variant(rule: Rule, variant: str | None, name: object) -> Rule:
 def save_rule(rule: Rule, path: str | Path) -> None:
     """Write `rule` to `path`: `.safetensors` with its description, or, for a name ending in `.state`, the published format.
 
+    The published format does not say the variant: of a celo2-base rule that is a warning.
+
     Raises:
         RuleError: another ending, or weights that are not a rule's.
     """
@@ -152,6 +173,8 @@ def save_rule(rule: Rule, path: str | Path) -> None:
         for name in rule.settings():
             if name != "variant" and getattr(rule, name) != getattr(published, name):
                 raise RuleError(f"{path}: the published format cannot hold {name} {getattr(rule, name)}; write .safetensors")
+        if rule.variant != published.variant:
+            warnings.warn(f"{path} cannot say its variant: load it with load_rule(..., variant='{rule.variant}')", stacklevel=2)
         arrays = {name: pack_array(w.detach().cpu().numpy()) for name, w in sorted(rule.weights.items())}
         path.write_bytes(msgpack.packb({"ff_mod_stack": {"~": arrays}}))
     else:
@@ -174,7 +197,7 @@ def check_weights(weights: Mapping[str, Tensor], path: object) -> None:
             raise RuleError(f"{path}: weight {name} has shape {tuple(weight.shape)}, expected {expected[name]}")
         if weight.dtype != torch.float32:
             raise RuleError(f"{path}: weight {name} is {weight.dtype}, expected torch.float32")
-        if not weight.isfinite().all():
+        if not is_fake(weight) and not weight.isfinite().all():
             raise RuleError(f"{path}: weight {name} is not finite")
 
 

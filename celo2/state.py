@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,10 +14,11 @@ from torch import Tensor
 from celo2.distributed.consolidate import collect_divided, whole_state
 from celo2.distributed.plan import Entry, Replicas, check_explained, fingerprint, make_plan
 from celo2.distributed.shard import LocalShard, local_shard_of
-from celo2.groups import GROUP_KEYS, add_checked, check_group, meant_by, names_of, places_of
+from celo2.groups import GROUP_KEYS, add_checked, check_group, meant_by, names_of, places_by_name, unmatched_names
 from celo2.layout import stacked_axes, stacked_shape
 from celo2.older_state import upgraded
 from celo2.rule import Rule, accumulator_shapes
+from celo2.rule_files import SHIPPED, is_fake, load_rule
 from celo2.stack import is_dtensor, local
 from celo2.whitening import WHITENERS
 
@@ -28,7 +31,9 @@ class Stateful(torch.optim.Optimizer):
     """The part of `Celo2` that checks groups, and makes, saves and loads state. A step calls nothing of it unless groups,
     parameters or state have changed."""
 
-    rule: Rule
+    _rule: Rule
+    _rule_on: dict[torch.device, Rule]  # its copies on the devices of a step
+    _has_step_sizes: bool  # of the rule, once it is on a device
     ns_dtype: torch.dtype | None
     state_dtype: torch.dtype
     replicas: Replicas | None
@@ -36,9 +41,29 @@ class Stateful(torch.optim.Optimizer):
     _entries: dict[Tensor, Entry]  # that plan
     _shapes: list[tuple[int, ...]]  # of all parameters, as they were added
 
+    @property
+    def rule(self) -> Rule:
+        """The rule of the next step. Another one may be set between steps, as `load_rule` accepts it.
+
+        The state stays, and takes some steps to follow other decays. If the other rule needs state of another form, as one
+        with whitening does, the next step raises ValueError, which says how to begin the state anew.
+        """
+        return self._rule
+
+    @rule.setter
+    def rule(self, rule: str | Path | Rule) -> None:
+        self._rule, self._rule_on, self._has_step_sizes = load_rule(rule), {}, False
+        self._plan_key, self._entries = [], {}  # what is planned follows from the rule
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Check and add a group, and give its parameters owners among replicas."""
+        """Check and add a group, and give its parameters owners among replicas; one of `param_groups` says for which variant."""
         group = add_checked(self.param_groups, param_group, super().add_param_group)
+        if (variant := group.pop("variant", self.rule.variant)) != self.rule.variant:
+            warnings.warn(
+                f"the groups are those of param_groups(..., variant='{variant}'), but the rule is a {self.rule.variant} rule: "
+                f"give param_groups variant='{self.rule.variant}'",
+                stacklevel=2,
+            )
         self._shapes += [entry.local_shard.shape for entry in self._entries_of(len(self.param_groups) - 1, group)]
 
     def takes_rule(self, p: Tensor, group: dict[str, Any]) -> bool:
@@ -52,7 +77,7 @@ class Stateful(torch.optim.Optimizer):
         orthogonalize = group["orthogonalize"] and self.rule.variant != "celo2-base"
         whitened = orthogonalize and self.rule.whitening > 0
         entries = [
-            Entry(name, p, local_shard_of(p), self.takes_rule(p, group), orthogonalize, group["matrices"], whitened)
+            Entry(name, p, local_shard_of(p), self.takes_rule(p, group), orthogonalize, group["matrices"], whitened, group)
             for name, p in zip(names_of(index, group), group["params"], strict=True)
         ]
         if self.replicas is not None:
@@ -68,8 +93,14 @@ class Stateful(torch.optim.Optimizer):
             entries += self._entries_of(index, group)
         for entry in entries:
             self._check_state(entry)
-        make_plan(entries, lambda: fingerprint(self.rule, self.ns_dtype), self.replicas)
+        make_plan(entries, self._recipe, self.replicas)
         return {entry.p: entry for entry in entries}
+
+    def _recipe(self) -> dict[str, Any]:
+        """What every rank must compute with, beside its parameters; the rule is its fingerprint."""
+        dtypes = {"ns_dtype": str(self.ns_dtype), "state_dtype": str(self.state_dtype)}
+        divided = {} if self.replicas is None else {"shard_state": self.replicas.shard_state}
+        return {"rule": fingerprint(self.rule, None), **dtypes, **divided}
 
     def _check_state(self, entry: Entry) -> None:
         """Raise ValueError if a parameter has state of another shape or update, because its group has changed."""
@@ -78,8 +109,8 @@ class Stateful(torch.optim.Optimizer):
         if shapes and shapes != form:
             update = "celo2" if entry.by_rule else "adamw"
             raise ValueError(
-                f"{entry.name}, shape {tuple(entry.p.shape)}: its state {shapes} is not that of the update {update}, {form}; it "
-                "was changed after a step; optimizer.state.pop(parameter) begins its state anew"
+                f"{entry.name}, shape {tuple(entry.p.shape)}: its state {shapes} is not that of the update {update}, {form}; it, "
+                "its group or the rule was changed after a step; optimizer.state.pop(parameter) begins its state anew"
             )
 
     def allocate_state(self) -> None:
@@ -101,13 +132,13 @@ class Stateful(torch.optim.Optimizer):
         return self.replicas is None or self.replicas.keeps_state(p)
 
     def state_dict(self) -> dict[str, Any]:
-        """Groups and state as torch has them.
+        """Groups and state as torch has them, and as `rule` the fingerprint of the rule.
 
         Raises:
             RuntimeError: state that is divided over ranks (`shard_state`), without `consolidate_state_dict` after the last step.
         """
         with whole_state(self):
-            return super().state_dict()
+            return super().state_dict() | own_fingerprint(self._rule)
 
     def consolidate_state_dict(self, to: int = 0) -> None:
         """Under `shard_state`: bring the state of all ranks to rank `to` of `replicas`, into CPU memory, until the next step.
@@ -123,7 +154,8 @@ class Stateful(torch.optim.Optimizer):
 
         Saved float32 accumulators are rounded to nearest where this optimizer has bfloat16 ones, whose `count` starts again;
         saved bfloat16 ones become float32 as they are. As with torch's optimizers, a parameter whose state was not saved has
-        none afterwards. Under `shard_state` every rank is given the state of all, and keeps its part.
+        none afterwards. State of another rule that fits is loaded with a warning. Under `shard_state` every rank is given the
+        state of all, and keeps its part.
 
         Raises:
             ValueError: groups, state names or shapes that do not fit this optimizer, naming the parameter group.
@@ -204,7 +236,8 @@ def checked(optimizer: Stateful, state_dict: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"no state of an optimizer: it lacks {' and '.join(sorted(absent))}")
     groups, saved_groups = optimizer.param_groups, list(state_dict["param_groups"])
     if len(groups) != len(saved_groups):
-        raise ValueError(f"the saved state has {len(saved_groups)} parameter groups, expected {len(groups)}")
+        unlike = unmatched_names(groups, saved_groups)
+        raise ValueError(f"the saved state has {len(saved_groups)} parameter groups, expected {len(groups)}{unlike}")
     for index, (group, saved_group) in enumerate(zip(groups, saved_groups, strict=True)):
         where = f"parameter group {index}"
         missing = [key for key in GROUP_KEYS if key in group and key not in saved_group and key != "param_names"]
@@ -212,11 +245,13 @@ def checked(optimizer: Stateful, state_dict: dict[str, Any]) -> dict[str, Any]:
             near = [f"'{key}', which may mean {meant_by(key)}" for key in saved_group if meant_by(key) in missing]
             raise ValueError(f"{where}: the saved group lacks {', '.join(missing)}{''.join(f'; it has {n}' for n in near)}")
         if len(saved_group["params"]) != len(group["params"]):
-            raise ValueError(f"{where}: {len(saved_group['params'])} parameters were saved, expected {len(group['params'])}")
+            found, unlike = len(saved_group["params"]), unmatched_names(groups, saved_groups)
+            raise ValueError(f"{where}: {found} parameters were saved, expected {len(group['params'])}{unlike}")
         if names := group.get("param_names"):
-            params = [saved_group["params"][i] for i in places_of(names, saved_group.get("param_names"), where)]
+            params = [saved_group["params"][i] for i in places_by_name(names, saved_group.get("param_names"), where)]
             saved_groups[index] = {**saved_group, "params": params, "param_names": names}
     state_dict = upgraded(groups, {**state_dict, "param_groups": saved_groups})
+    rules, by_rule = other_rules(optimizer._rule, state_dict), False
     for index, (group, saved_group) in enumerate(zip(groups, saved_groups, strict=True)):
         loaded = {**saved_group, "params": group["params"], "param_names": group.get("param_names")}
         check_group(loaded, f"parameter group {index}")
@@ -224,15 +259,33 @@ def checked(optimizer: Stateful, state_dict: dict[str, Any]) -> dict[str, Any]:
             saved = state_dict["state"].get(key, {})
             if not saved.keys() & STATE_KEYS or not optimizer.keeps_state(entry.p):
                 continue
+            by_rule |= entry.by_rule
             where = f"parameter group {index}, a parameter of shape {tuple(entry.p.shape)}"
             form = state_form(entry, optimizer.state_dtype)
             if (form.keys() ^ saved.keys()) & STATE_KEYS - {"count"}:  # only bfloat16 accumulators have it
-                raise ValueError(f"{where}: saved state holds {sorted(saved)}, expected {sorted(form)}")
+                remedy = f"; {rules}: build it with the saved rule, or clear the saved 'state' to begin anew" if rules else ""
+                raise ValueError(f"{where}: saved state holds {sorted(saved)}, expected {sorted(form)}{remedy}")
             for name in (name for name in form if name in saved):
                 shape, expected = tuple(torch.as_tensor(saved[name]).shape), form[name][0]
                 if shape not in accepted_shapes(name, expected, entry.p):
                     raise ValueError(f"{where}: saved {name} has shape {shape}, expected {expected}")
+    if rules and by_rule:
+        warnings.warn(f"{rules}: what was saved was accumulated with its decays", stacklevel=2)
     return state_dict
+
+
+def own_fingerprint(rule: Rule) -> dict[str, str]:
+    """What a state dict holds of the rule; nothing of one whose weights are no numbers, as under FakeTensorMode."""
+    return {} if any(map(is_fake, rule.weights.values())) else {"rule": fingerprint(rule, None)}
+
+
+def other_rules(rule: Rule, state_dict: dict[str, Any]) -> str:
+    """Words for the saved rule and this one where they differ; empty where they do not, or nothing was saved of the rule."""
+    saved, own = state_dict.get("rule"), own_fingerprint(rule).get("rule")
+    if saved is None or own is None or saved == own:
+        return ""
+    names = {fingerprint(load_rule(name), None): name for name in SHIPPED}
+    return f"the saved state is of the rule {names.get(saved, saved)}, this optimizer has {names.get(own, own)}"
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +45,7 @@ class Entry:
     orthogonalize: bool
     layout: Layout | None
     whitened: bool = False  # its matrices have whiteners
+    group: Mapping[str, Any] = field(default_factory=dict)  # its parameter group, for what ranks compare
     split: dict[int, SplitMatrix] = field(default_factory=dict)  # by the number of the matrix in the stack
     # Of a DTensor with matrices that lie whole on one rank: those whose row and column means this rank gets from others.
     others: tuple[slice, ...] | None = None
@@ -117,9 +118,9 @@ def check_explained(groups: Sequence[dict[str, Any]], shapes: Sequence[tuple[int
             )
 
 
-def make_plan(entries: Sequence[Entry], recipe: Callable[[], str], replicas: Replicas | None = None) -> None:
-    """Compare `entries` and `recipe()`, what the optimizer computes, over the ranks of each process group among the local shards
-    and over `replicas`, and find the split matrices of each entry and their owners.
+def make_plan(entries: Sequence[Entry], recipe: Callable[[], Mapping[str, Any]], replicas: Replicas | None = None) -> None:
+    """Compare `entries` and `recipe()`, by name what the optimizer computes with, over the ranks of each process group among the
+    local shards and over `replicas`, and find the split matrices of each entry and their owners.
 
     Raises:
         ShardingError: on every rank alike, for ranks that disagree, elements that no rank or two ranks hold, or matrices over
@@ -138,7 +139,7 @@ def make_plan(entries: Sequence[Entry], recipe: Callable[[], str], replicas: Rep
         for entry, of_ranks in zip(members, ranges, strict=True):
             check_cover(entry.local_shard.shape, of_ranks, entry.name)
             shape = entry.stacked_shape
-            if not entry.by_rule or len(shape) < 2:
+            if not entry.by_rule or len(shape) < 2 or 0 in shape:
                 continue
             if is_factored_over_batch(shape, entry.layout):
                 raise ShardingError(
@@ -185,29 +186,55 @@ def split_matrices(
     return {n: SplitMatrix(rows, cols, by_rank) for n, by_rank in held.items()}, holders
 
 
-def gather_ranges(members: Sequence[Entry], group: dist.ProcessGroup, recipe: Callable[[], str]) -> list[Ranges]:
+def gather_ranges(members: Sequence[Entry], group: dist.ProcessGroup, recipe: Callable[[], Mapping[str, Any]]) -> list[Ranges]:
     """The local shard (start, stop) of every parameter on every rank of `group`.
 
     Raises:
         ShardingError: on all ranks, if they disagree about what the parameters are or what is computed.
     """
-    facts = [(e.name, e.local_shard.shape, e.by_rule, e.orthogonalize, e.layout) for e in members]
+    facts = [facts_of(entry) for entry in members]
     ranges = [(e.local_shard.start, e.local_shard.stop) for e in members]
     everyone: list[Any] = gather_objects((recipe(), facts, ranges), group)
     ranks = dist.get_process_group_ranks(group)
     first_recipe, first_facts, _ = everyone[0]
     for rank, (other_recipe, other_facts, _) in zip(ranks, everyone, strict=True):
-        if other_recipe != first_recipe:
-            raise ShardingError(
-                f"ranks {ranks[0]} and {rank} run different rules, optimizers or ns_dtype ({first_recipe}, {other_recipe}); "
-                "give every rank the same"
-            )
+        if unlike := differences(first_recipe, other_recipe):
+            raise ShardingError(f"ranks {ranks[0]} and {rank} run different optimizers: {unlike}; give every rank the same")
         if len(other_facts) != len(first_facts):
-            raise ShardingError(f"rank {ranks[0]} has {len(first_facts)} parameters, rank {rank} has {len(other_facts)}")
+            raise ShardingError(
+                f"rank {ranks[0]} has {len(first_facts)} parameters, rank {rank} has {len(other_facts)}; give every rank the "
+                "same model and groups"
+            )
         for mine, theirs in zip(first_facts, other_facts, strict=True):
-            if mine != theirs:
-                raise ShardingError(f"ranks {ranks[0]} and {rank} disagree about a parameter: {mine}, {theirs}")
+            if unlike := differences(mine, theirs):
+                raise ShardingError(
+                    f"ranks {ranks[0]} and {rank} disagree about the parameter '{mine['name']}': {unlike}; give every rank the "
+                    "same model and groups"
+                )
     return [[tuple(theirs[i]) for _, _, theirs in everyone] for i in range(len(members))]
+
+
+def facts_of(entry: Entry) -> dict[str, Any]:
+    """What all ranks must say of a parameter, by name. Of a tensor on a device, as lr may be, the host does not ask the value."""
+    options = {name: entry.group[name] for name in ("lr", "weight_decay", "betas", "eps") if name in entry.group}
+    for name, value in options.items():
+        if isinstance(value, Tensor):
+            options[name] = value.item() if value.device.type == "cpu" else f"a tensor on {value.device.type}"
+    return {
+        "name": entry.name,
+        "shape": entry.local_shard.shape,
+        "update": "celo2" if entry.by_rule else "adamw",
+        "orthogonalize": entry.orthogonalize,
+        "matrices": entry.layout,
+        **options,
+    }
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """What two ranks say differently, by name; empty if they agree."""
+    return ", ".join(
+        f"{name} {one.get(name)} and {other.get(name)}" for name in {**one, **other} if one.get(name) != other.get(name)
+    )
 
 
 def fingerprint(rule: Rule, ns_dtype: torch.dtype | None) -> str:

@@ -130,7 +130,7 @@ def read_run(folder: Path, label: str = "", command: str = "") -> Run:
 def changes_of(folder: Path) -> list[str]:
     """What was changed in the middle of a run, as "optimizer.lr 0.001 -> 0.005 after step 300".
 
-    What does not change the steps is left out; train.steps does, as schedules depend on it.
+    What does not change the steps is left out; train.steps is kept, as schedules depend on it.
     """
     found = []
     for event in read_events(folder):

@@ -47,7 +47,7 @@ class ShardedMuon(torch.optim.Optimizer):
             for group in self.param_groups:
                 for name, p in zip(group["param_names"], group["params"], strict=True):
                     self.entries[p] = Entry(name, p, local_shard_of(p), by_rule=True, orthogonalize=True, layout=None)
-            make_plan(list(self.entries.values()), lambda: "muon")
+            make_plan(list(self.entries.values()), lambda: {"optimizer": "muon"})
         split: dict[dist.ProcessGroup, list[tuple]] = {}
         for group in self.param_groups:
             for p in group["params"]:

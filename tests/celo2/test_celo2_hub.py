@@ -433,3 +433,8 @@ def test_what_a_rule_computes_has_no_source(tmp_path):
     assert loaded == rule and loaded.settings() == rule.settings()
     save_rule(loaded, tmp_path / "rule.safetensors")
     assert load_rule(tmp_path / "rule.safetensors").source == loaded.source  # a run's copy says where it came from
+
+
+def test_from_pretrained_takes_shipped_names():
+    for name in ("celo2-lm", "hand-nesterov"):
+        assert Rule.from_pretrained(name) == load_rule(name)

@@ -23,7 +23,7 @@ from optimizer_kinds import (
 )
 from torch import nn
 
-from celo2 import Celo2
+from celo2 import Celo2, param_groups
 
 # --- saving, loading, copying -----------------------------------------------------------------------------------------------
 
@@ -120,6 +120,35 @@ def test_state_of_another_parameter_is_refused():
         del group["param_names"]
     another.load_state_dict(saved)
     assert another.state and another.param_groups[0]["param_names"] == ["b.weight"]
+
+
+def test_other_parameters_than_the_saved_ones_are_named():
+    """A parameter more or less, by the names that only one side has."""
+    _, saved = named("a", "b", "c", "d", "e")
+    for names, unlike in (
+        (("a", "b", "c", "d", "e", "f"), "; not saved: f$"),
+        (("a", "z"), "; not saved: z; no longer here: b, c, d, ...$"),
+        (("e",), "; no longer here: a, b, c, ...$"),
+    ):
+        text = rf"parameter group 0: 5 parameters were saved, expected {len(names)}{unlike}"
+        with pytest.raises(ValueError, match=text):
+            named(*names)[1].load_state_dict(saved.state_dict())
+
+
+def test_a_decay_that_divides_the_groups_otherwise_is_said():
+    """`param_groups` without decay has one group less. The remedy: the options that were saved, and others after loading."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3))
+    build = lambda decay: Celo2(param_groups(model, 1e-3, 1e-2, decay), lr=1e-3)  # noqa: E731
+    saved = build(0.1)
+    train(saved, range(1))
+    text = r"the saved state has 3 parameter groups, expected 2; the parameters are the same, .* where weight_decay is 0\): build"
+    with pytest.raises(ValueError, match=text):
+        build(0.0).load_state_dict(saved.state_dict())
+    again = build(0.1)
+    again.load_state_dict(saved.state_dict())
+    for group in again.param_groups:
+        group["weight_decay"] = 0.0
+    train(again, range(1, 2))
 
 
 def test_what_wrappers_keep_is_loaded():
@@ -367,14 +396,18 @@ def test_bad_gradient_names_the_group(kind, update):
     optimizer = Celo2([{"params": [good]}, {"params": [bad], "update": update}], lr=0.1)
     bad.grad_dtype = None
     bad.grad = torch.ones(4, 5).to_sparse() if kind == "sparse" else torch.ones(4, 5, dtype=torch.complex64)
-    with pytest.raises((RuntimeError, TypeError), match=rf"parameter group 1\b.*{kind} gradient.*\(4, 5\)"):
+    with pytest.raises(
+        (RuntimeError, TypeError), match=rf"parameter group 1\b.*{kind} gradient.*\(4, 5\) of 'parameter 0 of group 1'; "
+    ):
         optimizer.step()
     assert not bad.any()
 
 
 def test_sparse_embedding_gradient():
     embedding = nn.Embedding(6, 4, sparse=True)
-    optimizer = Celo2([{"params": embedding.parameters(), "update": "adamw"}], lr=0.1)
+    optimizer = Celo2([{"params": embedding.named_parameters("words"), "update": "adamw"}], lr=0.1)
     embedding(torch.tensor([1, 2])).sum().backward()
-    with pytest.raises(RuntimeError, match=r"parameter group 0.*sparse"):
+    with pytest.raises(
+        RuntimeError, match=r"parameter group 0: sparse .* of 'words.weight'; use .* as of nn\.Embedding\(\.\.\., sparse=False\)$"
+    ):
         optimizer.step()

@@ -55,14 +55,24 @@ class Layer(nn.Module):
             (8, 4),
             "table",
         ),
+        ("b_Q b_K b_in b_up b_down scale_q norm_q gain_out layer_gain", (8, 4), "vector"),
         ("weight W w1 W_q wo q_proj mm_input_projection_weight kernel lora_A lora_B qkv up down", (8, 4), "matrix"),
-        ("thing fn S A B freqs", (8, 4), "unknown"),
+        ("W_Q W_in gate_up time_decay_w1 w_b_q attn_out W_U", (8, 4), "matrix"),
+        ("thing fn S A B freqs h0_in init_hidden decay_out mix_q W_E", (8, 4), "unknown"),
     ],
 )
 def test_kinds_of_bare_parameters(names, shape, kind):
     for name in names.split():
         layer = Layer(name, shape)
-        assert kind_of(layer, name, getattr(layer, name), f"model.layer.{name}") == kind, name
+        assert kind_of(layer, name, getattr(layer, name), f"model.layers.0.{name}") == kind, name
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_embedding_and_unembedding_of_transformer_lens(prefix):
+    """`W_E` and `W_U` of the model itself, not of what stands in repeated blocks."""
+    for name in ("W_E", "W_U"):
+        layer = Layer(name, (8, 4))
+        assert kind_of(layer, name, getattr(layer, name), prefix + name) == "table"
 
 
 def test_what_holds_a_list_or_a_parameter_says_its_kind():

@@ -1,6 +1,7 @@
 """Routing of modules that are none of transformers', and what is refused."""
 
 import itertools
+import re
 from collections import Counter
 
 import pytest
@@ -145,6 +146,9 @@ def test_table_of_groups_that_were_made_by_hand():
     for params in (layer.named_parameters(), layer.parameters()):
         lines = routing_table(Celo2(params, lr=1e-2).param_groups).splitlines()
         assert "celo2 " in lines[1] and "adamw (celo2-base: celo2)" in lines[2]
+    _, weight, bias = routing_table([{"params": list(layer.parameters())}]).splitlines()  # as nobody completed them
+    assert weight.split("  ")[0] == "parameter 0 of group 0" and re.search(r"celo2 +– +– +1 of 4 × 6 +1$", weight)
+    assert re.search(r"adamw \(celo2-base: celo2\) +– +– +– +1$", bias)
 
 
 def test_module_that_is_one_parameter_list():
@@ -176,10 +180,12 @@ def test_weight_shared_with_an_embedding_or_a_head_goes_with_it():
     assert by_rule(param_groups(model, 1e-3, 2e-2, 0.1)) == set()
 
 
-def test_parameter_that_nothing_claims_is_an_error():
+def test_complex_parameter_is_an_error_that_names_the_remedies():
     model = nn.ModuleDict({"layer": nn.Linear(2, 2), "odd": Holder(nn.Parameter(torch.zeros(2, 3, dtype=torch.complex64)))})
-    with pytest.raises(ValueError, match=r"nothing claims.*'odd\.kernel'"):
-        param_groups(model, 1e-3, 2e-2, 0.1)
+    text = r"parameter 'odd\.kernel', shape \(2, 3\), is torch\.complex64, and only real floats can .* freeze it"
+    for rules in ({}, {"odd": "adamw"}):
+        with pytest.raises(ValueError, match=text):
+            param_groups(model, 1e-3, 2e-2, 0.1, rules=rules)
     model["odd"].kernel.requires_grad_(False)
     assert len(by_name(param_groups(model, 1e-3, 2e-2, 0.1))) == 2
 

@@ -12,7 +12,7 @@ import torch
 from rule_files import assert_same_weights, random_rule, write_safetensors
 from safetensors.torch import save_file
 
-from celo2 import RuleError, load_rule, save_rule
+from celo2 import Celo2, Rule, RuleError, load_rule, save_rule
 from celo2.convert import main
 
 
@@ -301,6 +301,16 @@ UNSAVABLE = {
     "negative decay": random_rule(second_moment_decay=-0.5),
     "normalization a number": random_rule(normalize_gradient=1),
 }
+UNUSABLE = UNSAVABLE | {
+    "no weights": Rule({}),
+    "step factor 0": random_rule(step_factor=0.0),
+    "decay above 1": random_rule(second_moment_decay=1.5),
+    "whitening 5": random_rule(whitening=5.0),
+    "whitening not a number": random_rule(whitening=float("nan")),
+    "a base rule whitened": random_rule(variant="celo2-base", whitening=0.1),
+    "decays a number": random_rule(momentum_decays=0.9),
+    "weights a list": Rule([]),
+}
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "state"])
@@ -313,6 +323,27 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path, name, ending):
         save_rule(UNSAVABLE[name], path)
     assert str(path) in str(caught.value)
     assert path.read_text() == "before"
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_a_rule_made_in_memory_is_checked(name):
+    """As one from a file, by whatever takes a rule; the optimizer keeps the rule that it has."""
+    optimizer = Celo2([torch.zeros(2, 3)], lr=0.1, rule="hand-nesterov")
+    for use in (
+        load_rule,
+        lambda rule: Celo2([torch.zeros(2, 3)], lr=0.1, rule=rule),
+        lambda rule: setattr(optimizer, "rule", rule),
+    ):
+        with pytest.raises(RuleError, match=r"^the rule: ") as caught:
+            use(UNUSABLE[name])
+        assert "\n" not in str(caught.value)
+    assert optimizer.rule == load_rule("hand-nesterov")
+
+
+@pytest.mark.parametrize("source", [None, 3, b"celo2", ["celo2"]])
+def test_what_is_no_rule(source):
+    with pytest.raises(RuleError, match=r"^a rule is a name, a path or a Rule, not "):
+        Celo2([torch.zeros(2, 3)], lr=0.1, rule=source)
 
 
 @pytest.mark.parametrize("name", ["rule.pt", "rule", "rule.msgpack"])

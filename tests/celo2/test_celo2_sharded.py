@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 from dataclasses import replace
 from unittest import mock
 
@@ -286,6 +287,25 @@ def replicas(rank, world):
             assert held == (whole if shard_state else whole * world)
 
 
+def replica_step(group, **options):
+    p = nn.Parameter(torch.ones(4, 3))
+    p.grad = torch.ones_like(p)
+    Celo2(
+        [{"params": [p], "param_names": ["layer"], **group}], lr=0.1, rule=random_rule(), replicas=dist.group.WORLD, **options
+    ).step()
+
+
+def empty_parameters(rank, world):
+    """A DTensor without elements under the rule is left out, as on one process."""
+    mesh = init_device_mesh("cpu", (world,))
+    params = [nn.Parameter(distribute_tensor(torch.ones(shape), mesh, [Shard(0)])) for shape in ((0, 4), (6, 4), (3, 0, 2))]
+    optimizer = Celo2([{"params": [p]} for p in params], lr=0.1, rule=random_rule())
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert not torch.equal(params[1].full_tensor(), torch.ones(6, 4))
+
+
 def refusals(rank, world):
     def attempt(start, stop, shape=(6, 8), layout=None, lr_rule=None):
         p = nn.Parameter(torch.zeros(stop - start))
@@ -299,28 +319,40 @@ def refusals(rank, world):
         attempt(0, 20) if rank == 0 else attempt(24, 48) if rank == 1 else attempt(48, 48)
     with pytest.raises(ShardingError, match=r"two ranks update elements 20 to 23 of layer.weight"):
         attempt(0, 24) if rank == 0 else attempt(20, 48) if rank == 1 else attempt(48, 48)
-    with pytest.raises(ShardingError, match="ranks 0 and 1 disagree about a parameter"):
+    with pytest.raises(
+        ShardingError, match=r"ranks 0 and 1 disagree about the parameter 'layer.weight': shape \(6, 8\) and \(8, 6\); give"
+    ):
         attempt(0 if rank == 0 else edge if rank > 1 else 24, edge, (6, 8) if rank == 0 else (8, 6))
-    with pytest.raises(ShardingError, match="ranks 0 and 1 run different rules"):
+    with pytest.raises(ShardingError, match=r"ranks 0 and 1 run different optimizers: rule [0-9a-f]{12} and [0-9a-f]{12}; give"):
         attempt(
             0 if rank == 0 else 48 if rank > 1 else 24, edge, lr_rule=random_rule() if rank == 0 else random_rule("celo2-base")
         )
-    with pytest.raises(ShardingError, match="ranks 0 and 1 run different rules"):
+    with pytest.raises(ShardingError, match=r"ranks 0 and 1 run different optimizers: rule [0-9a-f]{12} and [0-9a-f]{12}; give"):
         attempt(0 if rank == 0 else 48 if rank > 1 else 24, edge, lr_rule=random_rule(normalize_gradient=rank == 0))
     with pytest.raises(ShardingError, match=r"layer.weight, shape .9, 2, 2., is split over ranks.*`matrices`"):
         attempt(*((0, 10) if rank == 0 else (10, 36) if rank == 1 else (36, 36)), (9, 2, 2))
 
-    with pytest.raises(ShardingError, match=r"ranks 0 and 1 disagree about a parameter: \('layer'.*True.*False"):
-        p = nn.Parameter(torch.ones(4, 3))
-        p.grad = torch.ones_like(p)
-        group = {"params": [p], "param_names": ["layer"], "update": "celo2" if rank == 0 else "adamw"}
-        Celo2([group], lr=0.1, rule=random_rule(), replicas=dist.group.WORLD).step()
+    unlike = {
+        "update": ("celo2", "adamw"),
+        "lr": (0.1, 0.2),
+        "weight_decay": (0.0, 0.1),
+        "betas": ((0.9, 0.95), (0.9, 0.99)),
+        "eps": (1e-8, 1e-6),
+    }
+    for option, values in unlike.items():
+        shown = re.escape(f"disagree about the parameter 'layer': {option} {values[0]} and {values[1]}; give every rank the same")
+        with pytest.raises(ShardingError, match=f"ranks 0 and 1 {shown} model and groups$"):
+            replica_step({option: values[min(rank, 1)]})
+    for option, values in {"shard_state": (True, False), "state_dtype": (torch.float32, torch.bfloat16)}.items():
+        shown = f"ranks 0 and 1 run different optimizers: {option} {values[0]} and {values[1]}; give every rank the same$"
+        with pytest.raises(ShardingError, match=shown):
+            replica_step({}, **{option: values[min(rank, 1)]})
 
 
 def process(rank, world, path):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
-    for scenario in (flat_runs, dtensors, replicas, refusals):
+    for scenario in (flat_runs, dtensors, replicas, empty_parameters, refusals):
         scenario(rank, world)
     dist.barrier()
     os._exit(0)  # see `launch.distributed.leave`: threads of a group that a DeviceMesh keeps can abort the interpreter's end
