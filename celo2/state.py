@@ -18,7 +18,7 @@ from celo2.groups import GROUP_KEYS, add_checked, check_group, meant_by, names_o
 from celo2.layout import stacked_axes, stacked_shape
 from celo2.older_state import upgraded
 from celo2.rule import Rule, accumulator_shapes
-from celo2.rule_files import SHIPPED, is_fake, load_rule
+from celo2.rule_files import load_rule
 from celo2.stack import is_dtensor, local
 from celo2.whitening import WHITENERS
 
@@ -132,13 +132,13 @@ class Stateful(torch.optim.Optimizer):
         return self.replicas is None or self.replicas.keeps_state(p)
 
     def state_dict(self) -> dict[str, Any]:
-        """Groups and state as torch has them, and as `rule` the fingerprint of the rule.
+        """Groups and state as torch has them.
 
         Raises:
             RuntimeError: state that is divided over ranks (`shard_state`), without `consolidate_state_dict` after the last step.
         """
         with whole_state(self):
-            return super().state_dict() | own_fingerprint(self._rule)
+            return super().state_dict()
 
     def consolidate_state_dict(self, to: int = 0) -> None:
         """Under `shard_state`: bring the state of all ranks to rank `to` of `replicas`, into CPU memory, until the next step.
@@ -154,7 +154,7 @@ class Stateful(torch.optim.Optimizer):
 
         Saved float32 accumulators are rounded to nearest where this optimizer has bfloat16 ones, whose `count` starts again;
         saved bfloat16 ones become float32 as they are. As with torch's optimizers, a parameter whose state was not saved has
-        none afterwards. State of another rule that fits is loaded with a warning. Under `shard_state` every rank is given the
+        none afterwards. Under `shard_state` every rank is given the
         state of all, and keeps its part.
 
         Raises:
@@ -251,7 +251,6 @@ def checked(optimizer: Stateful, state_dict: dict[str, Any]) -> dict[str, Any]:
             params = [saved_group["params"][i] for i in places_by_name(names, saved_group.get("param_names"), where)]
             saved_groups[index] = {**saved_group, "params": params, "param_names": names}
     state_dict = upgraded(groups, {**state_dict, "param_groups": saved_groups})
-    rules, by_rule = other_rules(optimizer._rule, state_dict), False
     for index, (group, saved_group) in enumerate(zip(groups, saved_groups, strict=True)):
         loaded = {**saved_group, "params": group["params"], "param_names": group.get("param_names")}
         check_group(loaded, f"parameter group {index}")
@@ -259,33 +258,19 @@ def checked(optimizer: Stateful, state_dict: dict[str, Any]) -> dict[str, Any]:
             saved = state_dict["state"].get(key, {})
             if not saved.keys() & STATE_KEYS or not optimizer.keeps_state(entry.p):
                 continue
-            by_rule |= entry.by_rule
             where = f"parameter group {index}, a parameter of shape {tuple(entry.p.shape)}"
             form = state_form(entry, optimizer.state_dtype)
             if (form.keys() ^ saved.keys()) & STATE_KEYS - {"count"}:  # only bfloat16 accumulators have it
-                remedy = f"; {rules}: build it with the saved rule, or clear the saved 'state' to begin anew" if rules else ""
-                raise ValueError(f"{where}: saved state holds {sorted(saved)}, expected {sorted(form)}{remedy}")
+                remedy = "build it with the rule and the groups of what was saved, or clear the saved 'state' to begin anew"
+                raise ValueError(
+                    f"{where}: saved state holds {sorted(saved)}, expected {sorted(form)}, as this optimizer has another rule or "
+                    f"update for it; {remedy}"
+                )
             for name in (name for name in form if name in saved):
                 shape, expected = tuple(torch.as_tensor(saved[name]).shape), form[name][0]
                 if shape not in accepted_shapes(name, expected, entry.p):
                     raise ValueError(f"{where}: saved {name} has shape {shape}, expected {expected}")
-    if rules and by_rule:
-        warnings.warn(f"{rules}: what was saved was accumulated with its decays", stacklevel=2)
     return state_dict
-
-
-def own_fingerprint(rule: Rule) -> dict[str, str]:
-    """What a state dict holds of the rule; nothing of one whose weights are no numbers, as under FakeTensorMode."""
-    return {} if any(map(is_fake, rule.weights.values())) else {"rule": fingerprint(rule, None)}
-
-
-def other_rules(rule: Rule, state_dict: dict[str, Any]) -> str:
-    """Words for the saved rule and this one where they differ; empty where they do not, or nothing was saved of the rule."""
-    saved, own = state_dict.get("rule"), own_fingerprint(rule).get("rule")
-    if saved is None or own is None or saved == own:
-        return ""
-    names = {fingerprint(load_rule(name), None): name for name in SHIPPED}
-    return f"the saved state is of the rule {names.get(saved, saved)}, this optimizer has {names.get(own, own)}"
 
 
 @contextmanager
