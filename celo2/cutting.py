@@ -29,15 +29,15 @@ def cut(layout: Layout, start: int, stop: int) -> Iterator[Block]:
 
 
 def merged_axes(layout: Layout) -> list[list[int]]:
-    """Which axes of `split` make up N, R and C; ValueError where `shape` is not a merging of adjacent permuted axes."""
-    split, order, shape = layout
+    """Which axes of `dims` make up N, R and C; ValueError where `shape` is not a merging of adjacent permuted axes."""
+    dims, order, shape = layout
     left, axes = list(order), []
     for size in shape:
         axis: list[int] = []
-        while math.prod(split[i] for i in axis) < size and left:
+        while math.prod(dims[i] for i in axis) < size and left:
             axis.append(left.pop(0))
-        if math.prod(split[i] for i in axis) != size:
-            raise ValueError(f"matrices {layout}: {shape} does not merge adjacent axes of {tuple(split[i] for i in order)}")
+        if math.prod(dims[i] for i in axis) != size:
+            raise ValueError(f"matrices {layout}: {shape} does not merge adjacent axes of {tuple(dims[i] for i in order)}")
         axes.append(axis)
     return axes
 
@@ -62,22 +62,22 @@ def boxes(dims: tuple[int, ...], start: int, stop: int) -> Iterator[list[Range]]
     yield from ([(last, last + 1), *box] for box in boxes(dims[1:], 0, tail))
 
 
-def strided(split: tuple[int, ...], axes: list[list[int]], box: list[Range]) -> Iterator[Block]:
+def strided(dims: tuple[int, ...], axes: list[list[int]], box: list[Range]) -> Iterator[Block]:
     """`box` cut until each of its N, R and C is one slice with one stride."""
-    steps = [math.prod(split[i + 1 :]) for i in range(len(split))]
+    steps = [math.prod(dims[i + 1 :]) for i in range(len(dims))]
     slices, strides = [], []
     for axis in axes:
         long = [i for i in axis if box[i][1] - box[i][0] > 1]
         inner = axis[axis.index(long[0]) + 1 :] if long else []
-        full = all(box[i] == (0, split[i]) for i in inner)
-        adjacent = all(steps[a] == steps[b] * split[b] for a, b in itertools.pairwise(long))
+        full = all(box[i] == (0, dims[i]) for i in inner)
+        adjacent = all(steps[a] == steps[b] * dims[b] for a, b in itertools.pairwise(long))
         if not (full and adjacent):
             for i in range(*box[long[0]]):
-                yield from strided(split, axes, [(i, i + 1) if j == long[0] else r for j, r in enumerate(box)])
+                yield from strided(dims, axes, [(i, i + 1) if j == long[0] else r for j, r in enumerate(box)])
             return
         first = 0
         for i in axis:
-            first = first * split[i] + box[i][0]
+            first = first * dims[i] + box[i][0]
         slices.append(slice(first, first + math.prod(box[i][1] - box[i][0] for i in axis)))
         strides.append(steps[long[-1]] if long else 0)  # 1 would hide from compiled kernels how addresses are aligned
     yield slices, strides, sum(r[0] * step for r, step in zip(box, steps, strict=True))

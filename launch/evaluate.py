@@ -21,7 +21,7 @@ from launch.checkpoint.trained import TrainedModel, open_trained
 from launch.checkpoint.verify import CheckpointError
 from launch.command import at_least, carry_out, default_device, device
 from launch.run.evaluation import add_up, evaluation, lengths_of_tokens
-from launch.run.mixture import local
+from launch.run.mixture import local_data_folder
 from models import CausalLMLoss, choose_loss
 
 
@@ -35,7 +35,7 @@ def evaluate(options: argparse.Namespace) -> None:
         LossMismatch: an architecture whose loss is not known.
     """
     try:
-        shards = TokenShards(local(Config(), options.data), options.split)
+        shards = TokenShards(local_data_folder(Config(), options.data), options.split)
     except EmptySplit as error:
         advice = "; take its split train: --split train" if options.split == "val" else ""
         raise DataError(f"{error.found}{advice}") from None

@@ -26,7 +26,7 @@ from launch.checkpoint.publish import Announce, begin, publish, remove, temporar
 from launch.checkpoint.snapshot import Snapshot, take_snapshot
 from launch.checkpoint.tensors import part_name
 from launch.checkpoint.verify import AVERAGE, MODEL, OPTIMIZER, CheckpointError, checkpoint_name
-from launch.checkpoint.writer import Entry, Progress, TensorWriter, Written, no_progress
+from launch.checkpoint.writer import Progress, TensorHeader, TensorWriter, Written, no_progress
 from launch.distributed.gather import AVERAGES, STATE, WEIGHTS, Share, gather_in_turn, in_order
 from launch.distributed.host_group import HostGroup
 from launch.distributed.strategy import Strategy
@@ -304,7 +304,7 @@ class OwnFiles:
         """Begin a file of the tensors `shares`."""
         if self.problem is None:
             with self._careful():
-                self._writer = TensorWriter(path, [Entry(s.name, s.dtype, s.shape) for s in shares], self.progress)
+                self._writer = TensorWriter(path, [TensorHeader(s.name, s.dtype, s.shape) for s in shares], self.progress)
 
     def write(self, tensor: Tensor) -> None:
         """Add the next tensor to the file."""

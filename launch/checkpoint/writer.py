@@ -30,7 +30,7 @@ def no_progress() -> None:
     """A `Progress` that does nothing."""
 
 
-class Entry(NamedTuple):
+class TensorHeader(NamedTuple):
     """A tensor that a file will hold."""
 
     name: str
@@ -54,7 +54,7 @@ class TensorWriter:
     The order decides how tensors are aligned: those with larger elements come first.
     """
 
-    def __init__(self, path: Path, entries: Sequence[Entry], progress: Progress = no_progress) -> None:
+    def __init__(self, path: Path, entries: Sequence[TensorHeader], progress: Progress = no_progress) -> None:
         self.path, self.progress, self.names = path, progress, tuple(entry.name for entry in entries)
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
         self.tensor_bytes = 0

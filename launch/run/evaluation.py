@@ -25,7 +25,7 @@ from launch.distributed.first_rank import on_first_rank
 from launch.distributed.strategy import Strategy
 from launch.optimizers.build import set_mode
 from launch.run.lm_eval_tasks import LMEvalTasks
-from launch.run.mixture import local
+from launch.run.mixture import local_data_folder
 from launch.run.multiple_choice import MultipleChoice
 from launch.run.ranks import Fact, require_same
 from launch.run.schedule import due
@@ -209,7 +209,7 @@ def open_sets(config: Config, validation: TokenShards, fetch: bool = True) -> di
         if is_remote(folder) and not fetch:
             continue
         try:
-            sets[name] = shards = TokenShards(local(config, folder), split)
+            sets[name] = shards = TokenShards(local_data_folder(config, folder), split)
         except EmptySplit as error:
             advice = f"; take its split train: {{dir: {folder}, split: train}}" if split == "val" else ""
             raise DataError(f"eval.sets.{name}: {error.found}{advice}") from None

@@ -32,7 +32,7 @@ from launch.checkpoint.state import read_state
 from launch.checkpoint.tensors import files_of
 from launch.checkpoint.verify import AVERAGE, MANIFEST, MODEL, list_checkpoints
 from launch.run.branch import checkpoint_folders, read_origin
-from launch.run.weights import FromGPT2, source_of
+from launch.run.weights import FromGPT2, file_weights
 from models.build import ModelError, model_of, named_size, prepare_model
 from models.function import function_differences
 from models.gpt2 import from_gpt2, gpt3_config
@@ -234,7 +234,7 @@ def load_source(
     dtypes = stored_dtypes(weight_files(source))
     convert = isinstance(config, GPT3Config) and source.step is None and source_config(source).model_type == "gpt2"
     stored, _ = without_memory(lambda: model_of(source_config(source) if convert else config))
-    found = source_of(source.path / source.file, stored)
+    found = file_weights(source.path / source.file, stored)
     if found is None:
         model = whole_model(source, config, convert)
         weights: Weights = Held(model, {name for name, p in model.named_parameters() if not p.isfinite().all()})

@@ -24,13 +24,13 @@ def open_mixture(config: Config) -> tuple[TokenShards, TokenShards]:
     Raises:
         DataError: of one source, or because they do not fit together.
     """
-    sources = [source._replace(dir=local(config, source.dir)) for source in mix_sources(config)]
+    sources = [source._replace(dir=local_data_folder(config, source.dir)) for source in mix_sources(config)]
     training = Mixture([TokenShards(source.dir, "train") for source in sources], [source.weights for source in sources])
     first = [source for source in sources if source.weights[0]]
     return training, Mixture([TokenShards(source.dir, "val") for source in first], [{0: source.weights[0]} for source in first])
 
 
-def local(config: Config, folder: str) -> str:
+def local_data_folder(config: Config, folder: str) -> str:
     """A data folder on this machine: for a URL its copy in the cache."""
     cache = Path(config.data.cache_dir or "~/.cache/celo2-data").expanduser()
     return local_folder(folder, cache, config.data.cache_gb * 1e9, log)
@@ -45,7 +45,7 @@ def fetch_data(config: Config) -> None:
     sources = [config.data.dir] if config.data.mix is None else [source.dir for source in mix_sources(config)]
     for source in [*sources, *(further.dir for further in sets_of(config))]:
         if source is not None:
-            local(config, source)
+            local_data_folder(config, source)
 
 
 def log(line: str) -> None:

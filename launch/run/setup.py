@@ -39,9 +39,9 @@ from launch.run.initialize import (
     model_options,
     weight_files,
 )
-from launch.run.mixture import local, open_mixture
+from launch.run.mixture import local_data_folder, open_mixture
 from launch.run.state import RunState
-from launch.run.weights import source_of
+from launch.run.weights import file_weights
 from models import build_model, choose_loss, longest_context
 from models.build import model_of, prepare_model
 from models.gpt3 import GPT3Config
@@ -56,7 +56,7 @@ def open_data(config: Config) -> tuple[TokenShards, TokenShards]:
         return open_mixture(config)
     if config.data.dir is None:
         raise ConfigError("data.dir is missing: prepare a folder with python -m data.prepare SOURCE FOLDER and name it")
-    folder = local(config, config.data.dir)
+    folder = local_data_folder(config, config.data.dir)
     return TokenShards(folder, "train"), TokenShards(folder, "val")
 
 
@@ -142,7 +142,7 @@ def make_model(
         made = Made(model, weights, checked_context(config, model), f"{taken}; {tokenizer}", weight_files(source))
     if not isinstance(model.config, GPT3Config):
         with_weights(model, WithProgress(weights, progress), choose_loss)
-    saved = source_of(checkpoint / MODEL, model) if checkpoint is not None else None
+    saved = file_weights(checkpoint / MODEL, model) if checkpoint is not None else None
     return made._replace(weights=WithProgress(saved or weights, progress))
 
 

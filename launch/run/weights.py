@@ -1,6 +1,6 @@
 """Weights in safetensors files, of which each rank reads its part alone: those of `model.init`, and of a run that continues.
 
-`source_of` finds where in the files each parameter of a model lies. What is stored in another way than the model has it
+`file_weights` finds where in the files each parameter of a model lies. What is stored in another way than the model has it
 (transformers' conversions) is for transformers to read, whole.
 """
 
@@ -87,7 +87,7 @@ class FromGPT2:
         return origin.of(self.held[1]).reshape(-1)[start:stop].clone()
 
 
-def source_of(path: Path, model: PreTrainedModel) -> FileWeights | None:
+def file_weights(path: Path, model: PreTrainedModel) -> FileWeights | None:
     """The weights of `model` in the files of `path`, whose buffers it gets at once; None unless they hold all of them, as the
     model has them, and nothing else."""
     try:
