@@ -17,10 +17,11 @@ GENERIC = re.compile("weights?|params?|parameters?")  # says nothing at the end 
 VECTOR = re.compile("gates?|gating|scales?|scaling|gamma|beta|alpha|lambda|temperature|tau|decay|mix|slopes?|norm|gains?")
 MATRIX = re.compile("proj|projection|projector|kernel|matrix|linear|dense|fc|mlp|router|lora")
 LETTER = re.compile(r"w[a-z]?\d*|w?(qkv|kv|[qkvour])\d*|up|down|in|out|hidden|recurrent")  # of hand-written layers: W_q, w1, up
-# Beside such a letter: of what the letter's layer adds or multiplies by (b_Q, norm_q, gain_out), and of what may be no matrix.
-ADDED = re.compile("b\\d*|norms?|scales?|scaling|gains?|gamma|beta|alpha|temperature|tau|slopes?")
+# Beside such a letter: what the letter's layer multiplies by (norm_q) or adds (b_Q; B_q is a factor), and what may be no matrix.
+ADDED = re.compile("norms?|scales?|scaling|gains?|gamma|beta|alpha|temperature|tau|slopes?")
+BIAS = re.compile(r"b\d*(_|[A-Z])")
 NO_WEIGHT = re.compile("[hcs]0|init|inits|initial|mix|decay|lambda")  # h0_in, init_hidden
-BOUNDARY = ("W_E", "W_U")  # TransformerLens: embedding and unembedding, where they stand outside of repeated blocks
+BOUNDARY = re.compile(r"(model\.|module\.)*W_[EU]")  # embedding and unembedding, where the model itself holds them
 # Any word: the rows are positions, types, tokens or classes.
 TABLE = re.compile(
     "emb|embs|embeds?|embeddings?|encodings?|pos|positions?|positional|rel|relpos|ape|pe|types?|tokens?|quer(y|ies)|probe|latents?|"
@@ -54,12 +55,13 @@ def kind_of(module: nn.Module, attribute: str, p: Tensor, name: str) -> Kind:
         return "vector"
     if MATRIX.fullmatch(last) or "lora" in words:
         return "matrix"
-    if is_table or any(map(TABLE.fullmatch, words)) or (attribute in BOUNDARY and not re.search(r"\.\d+\.", f".{name}.")):
+    if is_table or any(map(TABLE.fullmatch, words)) or BOUNDARY.fullmatch(name):
         return "table"
     others = [] if last.startswith("w") or "w" in words else words[:-1]  # w_q, decay_w1: a weight by its name
     if not LETTER.fullmatch(last) or any(map(NO_WEIGHT.fullmatch, others)):
         return "unknown"
-    return "vector" if any(map(ADDED.fullmatch, others)) else "matrix"
+    is_vector = any(map(ADDED.fullmatch, others)) or BIAS.match(name.rpartition(".")[2])
+    return "vector" if is_vector else "matrix"
 
 
 def words_of(name: str) -> list[str]:

@@ -6,7 +6,7 @@ import difflib
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from celo2.layout import as_layout
 
 if TYPE_CHECKING:
     from celo2.optimizer import Celo2
+    from celo2.rule import Rule
 
 UPDATES = ("celo2", "adamw")
 GROUP_KEYS = ("params", "param_names", "lr", "weight_decay", "betas", "eps", "update", "orthogonalize", "matrices")
@@ -137,6 +138,24 @@ def as_betas(value: Any, where: str) -> tuple[Any, Any]:
     return first, second
 
 
+class ParamGroups(list[dict[str, Any]]):
+    """The groups that `param_groups` returns, which knows for which variant of a rule they are."""
+
+    def __init__(self, groups: Iterable[dict[str, Any]], variant: str) -> None:
+        super().__init__(groups)
+        self.variant = variant
+
+
+def warn_of_variant(params: Any, rule: Rule) -> None:
+    """Warn of `ParamGroups` that are for a rule of another variant. Groups made by hand say nothing of it."""
+    if isinstance(params, ParamGroups) and params.variant != rule.variant:
+        warnings.warn(
+            f"the groups are those of param_groups(..., variant='{params.variant}'), but the rule is a {rule.variant} rule: give "
+            f"param_groups variant='{rule.variant}'",
+            stacklevel=3,
+        )
+
+
 def warn_of_unused(optimizer: torch.optim.Optimizer) -> None:
     """Warn of every argument of an optimizer that has no effect because each of its groups has another value of its own."""
     parameters = inspect.signature(type(optimizer)).parameters
@@ -173,7 +192,7 @@ def places_by_name(names: Sequence[str], saved: Sequence[str] | None, where: str
     """
     if saved is None or len(saved) != len(names):
         return range(len(names))
-    own, others = ([tuple(part for part in name.split(".") if part not in HELD) for name in of] for of in (names, saved))
+    own, others = (list(map(parts_of, of)) for of in (names, saved))
     if len(set(own)) == len(own) and set(own) == set(others):
         place = {name: i for i, name in enumerate(others)}
         return [place[name] for name in own]
@@ -195,18 +214,28 @@ def is_same(one: Sequence[str], other: Sequence[str]) -> bool:
     return one[-shorter:] == other[-shorter:]
 
 
+def parts_of(name: str) -> tuple[str, ...]:
+    """The parts of a parameter's name without those of wrappers."""
+    return tuple(part for part in name.split(".") if part not in HELD)
+
+
+def has_name(name: str, others: Collection[str]) -> bool:
+    """Whether one of `others` is the same name, as for `places_by_name`."""
+    return name in others or any(is_same(parts_of(name), parts_of(other)) for other in others)
+
+
 def unmatched_names(groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Mapping[str, Any]]) -> str:
     """What to say of groups that do not have the parameters of the saved ones: names that only one side has, as far as known."""
     own, saved = ([name for group in of for name in group.get("param_names") or ()] for of in (groups, saved_groups))
     if not own or not saved:
         return ""
-    if set(own) == set(saved):
+    sides = (("not saved", own, saved), ("no longer here", saved, own))
+    found = [(what, [name for name in names if not has_name(name, others)]) for what, names, others in sides]
+    if not any(names for _, names in found):
         return (
             "; the parameters are the same, but other options divide them otherwise (param_groups makes one group less where "
             "weight_decay is 0): build the optimizer with the options that were saved, and set others in its groups after loading"
         )
-    sides = (("not saved", own, saved), ("no longer here", saved, own))
-    found = [(what, [name for name in names if name not in set(others)]) for what, names, others in sides]
     return "".join(f"; {what}: {', '.join([*names[:3], '...'] if len(names) > 3 else names)}" for what, names in found if names)
 
 

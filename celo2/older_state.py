@@ -23,3 +23,11 @@ def upgraded(groups: Sequence[dict[str, Any]], state_dict: dict[str, Any]) -> di
                 moved = {name: from_stack(of_p[name], shape, layout) for name in ("momentum", "second_moment")}
                 state[key] = {**of_p, **moved}
     return {**state_dict, "state": state}
+
+
+def upgraded_pickle(state: dict[str, Any]) -> dict[str, Any]:
+    """What a pickled optimizer holds, as this version does; `rule` was once an attribute, and the plan had another form."""
+    if "rule" not in state:
+        return state
+    kept = {key: value for key, value in state.items() if key not in ("rule", "_planned")}
+    return kept | {"_rule": state["rule"], "_rule_on": {}, "_plan_key": [], "_entries": {}}

@@ -19,7 +19,7 @@ from celo2.blocked import Passes
 from celo2.distributed.collectives import broadcast_by_owner_
 from celo2.distributed.owners import orthogonalized_by_owners, orthogonalized_over
 from celo2.distributed.plan import Entry, Replicas, check_explained
-from celo2.groups import FLOATS, PLANNED, bad_gradient, check_capture, warn_of_unused
+from celo2.groups import FLOATS, PLANNED, bad_gradient, check_capture, warn_of_unused, warn_of_variant
 from celo2.kernels import passes_for
 from celo2.rule import Rule
 from celo2.stack import gate_of, local, local_gradient
@@ -86,10 +86,10 @@ class Celo2(Stateful):
         self.state_dtype = state_dtype
         self.replicas = Replicas(replicas, shard_state) if replicas is not None else None
         self.passes: Passes | None = None  # None: `passes_for` chooses; benchmarks and tests set them
-        self.orthogonalized = 0  # matrices that this rank has orthogonalized so far
-        self._shapes = []
+        self.orthogonalized, self._shapes = 0, []  # matrices that this rank has orthogonalized so far
         defaults = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}
         super().__init__(params, defaults | {"update": None, "orthogonalize": orthogonalize, "matrices": None})
+        warn_of_variant(params, self.rule)
         warn_of_unused(self)
         check_explained(self.param_groups, self._shapes)
 

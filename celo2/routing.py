@@ -21,7 +21,7 @@ from celo2.bare import kind_of
 from celo2.boundary import EMBEDDINGS, Found, boundary_of
 from celo2.distributed.shard import ShardingError, refuse_fsdp1
 from celo2.fused import CONVOLUTIONS, WRAPPERS, Parents, class_names, is_experts, matrices_of, owner_of
-from celo2.groups import UPDATES, names_of
+from celo2.groups import UPDATES, ParamGroups, names_of
 from celo2.layout import Layout, matrix_count, stacked_shape
 from celo2.rule_files import VARIANTS
 
@@ -95,7 +95,6 @@ def param_groups(
                 "lr": lr if update == "celo2" else adamw_lr,
                 "weight_decay": decay,
                 "matrices": claim.layout,
-                "variant": variant,
             },
         )
         group["params"].append(p)
@@ -106,7 +105,7 @@ def param_groups(
         warnings.warn("this model has no trainable parameter", stacklevel=2)
     elif all(group["update"] != "celo2" for group in groups.values()):
         warnings.warn("no trainable parameter of this model takes the rule: AdamW updates them all", stacklevel=2)
-    return sorted(groups.values(), key=lambda group: group["update"] != "celo2")
+    return ParamGroups(sorted(groups.values(), key=lambda group: group["update"] != "celo2"), variant)
 
 
 def is_vector(p: Tensor) -> bool:

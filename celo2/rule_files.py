@@ -8,6 +8,7 @@ when they are converted.
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -66,9 +67,9 @@ def load_rule(source: str | Path | Rule, variant: str | None = None) -> Rule:
     """
     if isinstance(source, Rule):
         return of_variant(checked_rule(source), variant, "the rule")
-    if not isinstance(source, str | Path):
+    if not isinstance(source, str | os.PathLike):
         raise RuleError(f"a rule is a name, a path or a Rule, not {source!r:.60}")
-    name = str(source)
+    name = os.fspath(source)
     if name in HAND_SET:
         return of_variant(HAND_SET[name](), variant, name)
     if name.startswith(HUB):
@@ -101,8 +102,8 @@ def checked_rule(rule: Rule) -> Rule:
 
 
 def is_fake(weight: Tensor) -> bool:
-    """Whether a weight has a shape and no numbers, as under FakeTensorMode."""
-    return hasattr(weight, "fake_mode")
+    """Whether a weight has a shape and no numbers, as under FakeTensorMode or on the device meta."""
+    return weight.is_meta or hasattr(weight, "fake_mode")
 
 
 def the_rule(place: object, files: Collection[str]) -> str:
@@ -196,7 +197,7 @@ def check_weights(weights: Mapping[str, Tensor], path: object) -> None:
         if tuple(weight.shape) != expected[name]:
             raise RuleError(f"{path}: weight {name} has shape {tuple(weight.shape)}, expected {expected[name]}")
         if weight.dtype != torch.float32:
-            raise RuleError(f"{path}: weight {name} is {weight.dtype}, expected torch.float32")
+            raise RuleError(f"{path}: weight {name} is {weight.dtype}, expected torch.float32: take weight.float()")
         if not is_fake(weight) and not weight.isfinite().all():
             raise RuleError(f"{path}: weight {name} is not finite")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,7 @@ from celo2.distributed.plan import Entry, Replicas, check_explained, fingerprint
 from celo2.distributed.shard import LocalShard, local_shard_of
 from celo2.groups import GROUP_KEYS, add_checked, check_group, meant_by, names_of, places_by_name, unmatched_names
 from celo2.layout import stacked_axes, stacked_shape
-from celo2.older_state import upgraded
+from celo2.older_state import upgraded, upgraded_pickle
 from celo2.rule import Rule, accumulator_shapes
 from celo2.rule_files import load_rule
 from celo2.stack import is_dtensor, local
@@ -46,24 +45,23 @@ class Stateful(torch.optim.Optimizer):
         """The rule of the next step. Another one may be set between steps, as `load_rule` accepts it.
 
         The state stays, and takes some steps to follow other decays. If the other rule needs state of another form, as one
-        with whitening does, the next step raises ValueError, which says how to begin the state anew.
+        with whitening does, the next step raises ValueError, which says how to begin the state anew. A rule of the other
+        variant, which wants other groups, is a RuleError.
         """
         return self._rule
 
     @rule.setter
     def rule(self, rule: str | Path | Rule) -> None:
-        self._rule, self._rule_on, self._has_step_sizes = load_rule(rule), {}, False
+        rule = load_rule(rule, self._rule.variant if hasattr(self, "_rule") else None)
+        self._rule, self._rule_on, self._has_step_sizes = rule, {}, False
         self._plan_key, self._entries = [], {}  # what is planned follows from the rule
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(upgraded_pickle(state))
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Check and add a group, and give its parameters owners among replicas; one of `param_groups` says for which variant."""
+        """Check and add a group, and give its parameters owners among replicas."""
         group = add_checked(self.param_groups, param_group, super().add_param_group)
-        if (variant := group.pop("variant", self.rule.variant)) != self.rule.variant:
-            warnings.warn(
-                f"the groups are those of param_groups(..., variant='{variant}'), but the rule is a {self.rule.variant} rule: "
-                f"give param_groups variant='{self.rule.variant}'",
-                stacklevel=2,
-            )
         self._shapes += [entry.local_shard.shape for entry in self._entries_of(len(self.param_groups) - 1, group)]
 
     def takes_rule(self, p: Tensor, group: dict[str, Any]) -> bool:
@@ -154,8 +152,7 @@ class Stateful(torch.optim.Optimizer):
 
         Saved float32 accumulators are rounded to nearest where this optimizer has bfloat16 ones, whose `count` starts again;
         saved bfloat16 ones become float32 as they are. As with torch's optimizers, a parameter whose state was not saved has
-        none afterwards. Under `shard_state` every rank is given the
-        state of all, and keeps its part.
+        none afterwards. Under `shard_state` every rank is given the state of all, and keeps its part.
 
         Raises:
             ValueError: groups, state names or shapes that do not fit this optimizer, naming the parameter group.

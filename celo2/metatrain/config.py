@@ -258,7 +258,6 @@ IDLE = (
             ("max_scale", "inner.reparametrization", lambda config: config.inner.reparametrization != "none"),
         )
     ),
-    Idle("engine.threads", "engine.name", lambda config: is_fast(config), "needs engine.name=fast", detail=True),
     Idle("inner.final", "inner.schedule", lambda config: config.inner.schedule == "cosine", "needs inner.schedule=cosine"),
     Idle("inner.saved", "inner.restart", lambda config: config.inner.restart < 1, "needs inner.restart below 1"),
     Idle("outer.final", "outer.schedule", lambda config: config.outer.schedule == "cosine", "needs outer.schedule=cosine"),

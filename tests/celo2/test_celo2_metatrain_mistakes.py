@@ -122,8 +122,6 @@ def test_a_start_that_is_not_odd(tmp_path):
         (["tasks.sources=[text:x.txt]", "images.lr=0.5"], "images.lr needs images in tasks.sources"),
         (["tasks.sources=[digits]", "text.layers=2"], "text.layers needs a text in tasks.sources"),
         (["tasks.sources=[digits]", "text.also=[layers=2]"], "text.also needs a text in tasks.sources"),
-        (["engine.threads=3", "engine.name=plain"], "engine.threads needs engine.name=fast"),
-        (["engine.threads=3", "engine.device=cuda"], "engine.threads needs engine.name=fast"),
         (
             ["tasks.sources=[text:x.txt]", "text.min_scale=0.1", "inner.reparametrization=none"],
             "text.min_scale is 0.1, which inner.reparametrization=none does not use",

@@ -1,15 +1,17 @@
 """The rule of `Celo2`: another one set between steps, state of another one, and groups that were made for another variant."""
 
 import copy
+import dataclasses
 import re
 import warnings
+from pathlib import PurePosixPath
 
 import pytest
 import torch
 from optimizer_kinds import assert_same_state, copy_of_state, randn, train
 from torch import nn
 
-from celo2 import Celo2, load_rule, param_groups
+from celo2 import Celo2, RuleError, load_rule, param_groups, save_rule
 
 
 def optimizer_of(rule, *shapes: tuple[int, ...]) -> Celo2:
@@ -38,18 +40,68 @@ def test_a_rule_that_is_set_between_steps_is_the_rule_of_the_next(other, steps):
         assert_same_state(copy_of_state(optimizer), copy_of_state(swapped))
 
 
-@pytest.mark.parametrize("other", ["hand-whitened", "celo2-base"])
-def test_a_rule_that_needs_other_state_is_refused_until_the_state_begins_anew(other):
+def test_a_rule_of_the_other_variant_is_refused():
+    for groups in ([{"params": [nn.Parameter(randn(6, 8))]}], param_groups(model(), 1e-3, 1e-2)):
+        optimizer = Celo2(groups, lr=0.1, rule="celo2")
+        with pytest.raises(RuleError, match="celo2-base"):
+            optimizer.rule = "celo2-base"
+        assert optimizer.rule == load_rule("celo2")
+
+
+def test_an_optimizer_that_an_earlier_version_pickled_goes_on():
+    optimizer, twin = optimizer_of("celo2-lm"), optimizer_of("celo2-lm")
+    train(optimizer, range(2))
+    train(twin, range(2))
+    state = optimizer.__getstate__()
+    state["rule"] = state.pop("_rule")  # as it was
+    state |= {"_planned": ([], {})}
+    del state["_plan_key"], state["_entries"]
+    old = Celo2.__new__(Celo2)
+    old.__setstate__(state)
+    assert old.rule == load_rule("celo2-lm")
+    train(copy.deepcopy(old), range(2, 3))
+    train(old, range(2, 4))
+    train(twin, range(2, 4))
+    assert all(map(torch.equal, weights(old), weights(twin)))
+
+
+def test_any_path_of_a_rule_and_the_kinds_of_weights(tmp_path):
+    save_rule(load_rule("celo2-lm"), tmp_path / "r.safetensors")
+    assert load_rule(PurePosixPath(tmp_path / "r.safetensors")) == load_rule("celo2-lm")
+    load_rule(load_rule("celo2").to(torch.device("meta")))
+    rule = load_rule("celo2")
+    double = dataclasses.replace(rule, weights={name: weight.double() for name, weight in rule.weights.items()})
+    with pytest.raises(RuleError, match=r"expected torch.float32: take weight.float\(\)"):
+        load_rule(double)
+
+
+def test_groups_hold_nothing_but_what_optimizers_read():
+    """No key of param_groups stops a checkpoint of another optimizer; a key that a user adds stays."""
+    assert all("variant" not in group for group in param_groups(model(), 1e-3, 1e-2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer = Celo2([{"params": [nn.Parameter(randn(6, 8))], "variant": "large"}], lr=1e-3)
+    assert optimizer.param_groups[0]["variant"] == "large"
+
+
+def test_errors_about_groups_see_through_wrappers():
+    saved = Celo2(param_groups(nn.ModuleDict({"module": model()}), 1e-3, 1e-2, 0.1), lr=1e-3).state_dict()
+    other = Celo2(param_groups(model(), 1e-3, 1e-2, 0.0), lr=1e-3)
+    with pytest.raises(ValueError, match="the parameters are the same, but other options divide them"):
+        other.load_state_dict(saved)
+
+
+def test_a_rule_that_needs_other_state_is_refused_until_the_state_begins_anew():
     optimizer = optimizer_of("hand-agreement")
     train(optimizer, range(2))
     before = weights(optimizer)
-    optimizer.rule = other
+    optimizer.rule = "hand-whitened"
     with pytest.raises(ValueError, match=r"or the rule was changed after a step; optimizer\.state\.pop\(parameter\) begins"):
         train(optimizer, range(2, 3))
     assert all(map(torch.equal, weights(optimizer), before))
     optimizer.state.clear()
     train(optimizer, range(2, 3))
-    assert ("left_whitener" in optimizer.state[optimizer.param_groups[0]["params"][0]]) == (other == "hand-whitened")
+    assert "left_whitener" in optimizer.state[optimizer.param_groups[0]["params"][0]]
 
 
 @pytest.mark.parametrize(("of", "to"), [("celo2-lm", "celo2-whitened"), ("hand-whitened", "celo2-lm")])

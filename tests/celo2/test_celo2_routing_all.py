@@ -56,7 +56,11 @@ class Layer(nn.Module):
             "table",
         ),
         ("b_Q b_K b_in b_up b_down scale_q norm_q gain_out layer_gain", (8, 4), "vector"),
-        ("weight W w1 W_q wo q_proj mm_input_projection_weight kernel lora_A lora_B qkv up down", (8, 4), "matrix"),
+        (
+            "weight W w1 W_q wo A_q B_q B_up expert_b_up q_proj mm_input_projection_weight kernel lora_A lora_B qkv up down",
+            (8, 4),
+            "matrix",
+        ),
         ("W_Q W_in gate_up time_decay_w1 w_b_q attn_out W_U", (8, 4), "matrix"),
         ("thing fn S A B freqs h0_in init_hidden decay_out mix_q W_E", (8, 4), "unknown"),
     ],
@@ -73,6 +77,8 @@ def test_embedding_and_unembedding_of_transformer_lens(prefix):
     for name in ("W_E", "W_U"):
         layer = Layer(name, (8, 4))
         assert kind_of(layer, name, getattr(layer, name), prefix + name) == "table"
+    layer = Layer("W_U", (8, 4))  # an up-projection of an MLP that stands once
+    assert kind_of(layer, "W_U", layer.W_U, f"{prefix}block_0.mlp.W_U") == "matrix"
 
 
 def test_what_holds_a_list_or_a_parameter_says_its_kind():
