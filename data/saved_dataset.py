@@ -27,7 +27,7 @@ COLUMN = "input_ids"
 VALIDATION_NAMES = ("validation", "val", "valid", "dev", "test")
 SHARD_TOKENS = 100_000_000
 ROWS = 1000  # that are read at a time
-PIECES = 0.9  # of the rows have the greatest length, where they are pieces: the last one of every batch may be shorter
+PIECES = 0.98  # of the rows have the greatest length, where they are pieces: the last one of every batch may be shorter
 LINE_SECONDS = 10
 
 
@@ -185,7 +185,10 @@ def row_note(lengths: np.ndarray, pieces: bool) -> str:
         return "its rows are documents, each of which gets the end of text, unless it begins or ends with it"
     shorter = int((lengths[:-1] < lengths.max()).sum())
     kind = f"all rows but {shorter:,} of {len(lengths):,} have one length" if shorter else "all rows have one length"
-    return f"{kind}: pieces of a longer text, to which no end of text is added"
+    return (
+        f"{kind}: pieces of a longer text, to which no end of text is added; if they are documents that were cut off, prepare "
+        "their text with data.prepare"
+    )
 
 
 def _rows(data: Any, path: Path, limit: int) -> Iterator[np.ndarray]:

@@ -209,7 +209,7 @@ def search(
             say(f"{label}: {reason}")
         try_next(f"extension {number}")
     for label, s in searches.items():
-        sides = open_sides(s.keys, s.tried)
+        sides, said = open_sides(s.keys, s.tried), len(s.notes)
         if s.chosen is None:
             s.notes.append(f"every {s.keys[0].name} that was tried diverged")
         else:
@@ -218,8 +218,8 @@ def search(
                 f"a value {side} {s.value(name):g} may be better"
                 for name, side in sides.items()
             ]
-        if s.chosen is None or sides:
-            say(f"{label}: {s.notes[-1]}")
+        for note in s.notes[said:]:
+            say(f"{label}: {note}")
 
 
 def explained(s: Search, setting: Setting, sides: Mapping[str, str]) -> str:

@@ -21,6 +21,7 @@ import threading
 import time
 from argparse import ArgumentParser, Namespace
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,7 @@ def plan_of(config: str, overrides: list[str], world: int) -> dict[str, float]:
     workload = workload_of(
         model, groups, context, 0.0, kept, loss_elements(model, context * settings.train.micro_batch_size), 0.0
     )
-    found = peaks_on_cpu(workload, setup_of(settings, world))
+    found = peaks_on_cpu(workload, replace(setup_of(settings, world), cpu=True))
     last = f"step {settings.train.steps}"
     return {"shard": found["start"] / 1e6, last: found["step"] / 1e6, f"save after {last}": found["save"] / 1e6}
 

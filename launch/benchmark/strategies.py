@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -79,7 +80,7 @@ def measure_row(row: str, accelerator: Accelerator, folder: Path) -> Row:
     model = build_model(**MODEL)
     groups = optimizer_groups(config.optimizer, model)
     workload = workload_of(model, groups, MODEL["context"], 0.0, 0.0, 0.0, False)
-    formula = sent_bytes(workload, setup_of(config, world))
+    formula = sent_bytes(workload, replace(setup_of(config, world), cpu=True))
     strategies = STRATEGIES | dict.fromkeys(("zero1", "zero2", "zero3"), ZeroOfLargeModel)
     strategy = make_strategy(config, accelerator, model, strategies=strategies)
 

@@ -19,7 +19,8 @@ IDENTITY = {"data set": str, "run.seed": int, "train.batch_size": int, "model.co
 NUMBERS = {"step": int, "tokens": int, "seconds": float}
 LATER: dict[str, Any] = {  # what state.json of earlier versions lacks
     **dict.fromkeys(("sequences", "evaluated", "bad_steps", "rollbacks", "window_tokens"), int),
-    **dict.fromkeys(("rolled_back_to", "rollbacks_there"), int),
+    **dict.fromkeys(("rolled_back_to", "rollbacks_in_a_row"), int),
+    "healthy_since": bool,
     **dict.fromkeys(("val_loss", "best_loss", "window_loss"), float | None),
     "sources": dict[str, int],
     "recent_losses": list[float],

@@ -25,6 +25,8 @@ from launch.run.restart import read_events
 from launch.run.setup import build_from_config, vocabulary
 from models import ModelError, flops_per_token
 
+SPIKE = 1.0  # nats above the first evaluation of a trained model, from which on it has diverged
+ALSO = ("train.steps ", "data.dir ", "data.mix")  # what changes the steps of a run besides `is_decisive`
 Curve = list[tuple[float, float]]  # (x, y), x ascending
 
 
@@ -95,14 +97,16 @@ def standing(folder: Path, config: Config) -> Outcome:
 def judge(records: list[dict], steps: int, trained: bool = False) -> Outcome:
     """The outcome of a run of `steps` steps with these records: finished, unless it ends no lower than it began.
 
-    A model that was `trained` before (model.init) may: its training loss of the first step says little of its validation loss.
+    The loss of a model that was `trained` before (model.init) may rise a little, and is compared with its first evaluation.
     """
     last = next((r for r in reversed(records) if "val_loss" in r and r["step"] == steps), None)
     if last is None:
         return Outcome("unfinished")
     first = next((r["loss"] for r in records if "loss" in r), None)
-    no_lower = first is not None and last["val_loss"] is not None and last["val_loss"] >= first
-    if last["val_loss"] is None or (no_lower and steps > 1 and not trained):
+    if trained:
+        first = next((r["val_loss"] for r in records if r.get("val_loss") is not None and r is not last), None)
+    no_lower = first is not None and last["val_loss"] is not None and last["val_loss"] >= first + (SPIKE if trained else 0)
+    if last["val_loss"] is None or (no_lower and steps > 1):
         return Outcome("diverged")
     return Outcome("finished", last["val_loss"])
 
@@ -132,13 +136,15 @@ def changes_of(folder: Path) -> list[str]:
 
     What does not change the steps is left out; train.steps is kept, as schedules depend on it.
     """
-    found = []
+    found: list[tuple[int, str]] = []
     for event in read_events(folder):
-        if event.get("event") == "changed":
+        step = event.get("step", 0)
+        if event.get("event") == "start":  # what was done after this step is undone
+            found = [change for change in found if change[0] < step]
+        elif event.get("event") == "changed":
             options = [str(option) for option in event["options"]]
-            kept = [o for o in options if is_decisive(o.split()[0]) or o.startswith(("train.steps ", "data."))]
-            found += [f"{option} after step {event['step']}" for option in kept]
-    return found
+            found += [(step, option) for option in options if is_decisive(option.split()[0]) or option.startswith(ALSO)]
+    return [f"{option} after step {step}" for step, option in found]
 
 
 def is_record(record: Any) -> bool:

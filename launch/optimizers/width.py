@@ -65,10 +65,9 @@ def width_note(asked: Optimizer, taken: Optimizer) -> list[str]:
     """What a person should know where the rates that are taken are not those that were asked for."""
     if (asked.lr, asked.weight_decay) == (taken.lr, taken.weight_decay):
         return []
-    return [
-        f"optimizer.base_width={asked.base_width}: at the width of this model lr {asked.lr:g} becomes {taken.lr:.3g}, "
-        f"weight_decay {asked.weight_decay:g} {taken.weight_decay:.3g}"
-    ]
+    pairs = [(name, getattr(asked, name), getattr(taken, name)) for name in ("lr", "weight_decay")]
+    changed = ", ".join(f"{name} {before:g} becomes {now:.3g}" for name, before, now in pairs if before != now)
+    return [f"optimizer.base_width={asked.base_width}: at the width of this model {changed}"]
 
 
 def stated(found_at: str) -> str:

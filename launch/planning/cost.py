@@ -81,6 +81,7 @@ class Setup:
     layers: bool = False  # log.layers
     orthogonalize: bool = True  # false: optimizer.arguments turns it off
     whitens: bool = False  # as the rule says
+    cpu: bool = False  # whose Newton–Schulz is in float32
 
     @property
     def entry(self) -> OptimizerEntry:
@@ -106,7 +107,7 @@ class Setup:
     @property
     def direction_bytes(self) -> int:
         """Bytes of an element of a direction: bfloat16 where GPUs orthogonalize it; Muon's is bfloat16 everywhere."""
-        return BF16 if self.entry.orthogonalizes and (self.bf16 or not self.entry.takes_rule) else FP32
+        return BF16 if self.entry.orthogonalizes and not (self.cpu and self.entry.takes_rule) else FP32
 
 
 def setup_of(config: Config, world: int) -> Setup:
@@ -214,7 +215,7 @@ def sent_bytes(workload: Workload, setup: Setup) -> dict[str, float]:
         # Rows, columns and 12 channels; 6 channels; the norm of the direction, and of the gradient where the rule asks for it.
         numbers = 12 + 6 + 1 + setup.normalize_gradient
         sent["sums"] = all_reduce(FP32 * sum(rows + cols + numbers for rows, cols in split), shards)
-    sent["agreement"] = all_reduce(3 * 8, world)  # loss, save, signalled: float64
+    sent["agreement"] = all_reduce(5 * 8, world)  # float64: what `launch.monitoring.guard.Guard.judge` sends
     return sent
 
 

@@ -19,7 +19,7 @@ from launch.planning.cost import ASSUMED_STATE, setup_of, workload_of
 from launch.planning.machines import Machine
 from launch.planning.memory import phases
 from launch.planning.remedies import remedy_lines
-from launch.planning.table import cost_lines
+from launch.planning.table import WORLDS, cost_lines
 from launch.planning.units import size
 from launch.run.check import prompt_notes
 from launch.run.evaluation import open_sets, open_tasks
@@ -118,8 +118,9 @@ def make_plan(config: Config, world: int, machine: Machine) -> str:
         f"{size(machine.memory_bandwidth)}/s; nodes of {machine.gpus_per_node} with {size(machine.host_memory)}, "
         f"{size(machine.intra_node_bandwidth)}/s in one, {size(machine.inter_node_bandwidth)}/s between",
     ]
-    lines += ["", *cost_lines(workload, largest, batch, machine, steps=-(-tokens // step_tokens))]
-    lines += remedy_lines(workload, recomputed, largest, batch, machine)
+    worlds = tuple(n for n in WORLDS if all(size % n == 0 for size in sizes.sizes))  # training refuses others from the start
+    lines += ["", *cost_lines(workload, largest, batch, machine, worlds, -(-tokens // step_tokens))]
+    lines += remedy_lines(workload, recomputed, largest, batch, machine, worlds)
     if shards is not None:
         open_sets(config, validation, fetch=False)
         without = replace(config, eval=replace(config.eval, lm_eval=[]))  # lm-eval lists its tasks for a long time

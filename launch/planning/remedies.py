@@ -8,24 +8,26 @@ from dataclasses import replace
 from launch.planning.cost import Setup, Workload
 from launch.planning.machines import Machine
 from launch.planning.memory import peaks
-from launch.planning.table import fitting_worlds, on, short_of
+from launch.planning.table import WORLDS, fitting_worlds, on, short_of
 from launch.planning.units import size
 
 SHOWN = 3  # remedies for a number of GPUs
 
 
-def remedy_lines(workload: Workload, recomputed: Workload, setup: Setup, batch: int, machine: Machine) -> list[str]:
+def remedy_lines(
+    workload: Workload, recomputed: Workload, setup: Setup, batch: int, machine: Machine, worlds: tuple[int, ...] = WORLDS
+) -> list[str]:
     """A line for each number of GPUs on which the run does not fit, those with the same remedies together.
 
     `recomputed` is `workload` with gradient checkpointing.
     """
     by_remedy: dict[tuple[str, str], list[str]] = {}
-    for world in fitting_worlds(setup, batch):
+    for world in fitting_worlds(setup, batch, worlds):
         here = on(setup, world, batch)
         if short := short_of(workload, here, machine):
             by_remedy.setdefault((short, remedies(workload, recomputed, here, batch, machine)), []).append(str(world))
     words = {"GPU": "", "host": " for the memory of the hosts"}
-    return [f"too large   on {', '.join(worlds)} GPU(s){words[short]}: {text}" for (short, text), worlds in by_remedy.items()]
+    return [f"too large   on {', '.join(on_these)} GPU(s){words[short]}: {text}" for (short, text), on_these in by_remedy.items()]
 
 
 def used(workload: Workload, setup: Setup) -> float:
@@ -55,7 +57,10 @@ def remedies(workload: Workload, recomputed: Workload, setup: Setup, batch: int,
     takes = f"{size(device)} of a GPU and {size(host)} of its host"
     if not (short := short_of(recomputed, smallest, machine)):
         return f"{' '.join(together)} fits with {takes}"
-    return f"even {' '.join(together)} takes {takes}: more or larger {'GPUs' if short == 'GPU' else 'hosts'}"
+    kind = "GPUs" if short == "GPU" else "hosts"
+    if setup.entry.sharded_path is None:  # every process holds everything
+        return f"even {' '.join(together)} takes {takes}: larger {kind}, or an optimizer that is sharded (celo2, adamw, muon)"
+    return f"even {' '.join(together)} takes {takes}: more or larger {kind}"
 
 
 def single_changes(workload: Workload, recomputed: Workload, setup: Setup, batch: int) -> Iterator[tuple[str, Workload, Setup]]:

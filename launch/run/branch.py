@@ -46,8 +46,7 @@ INCIDENTAL = (
     "model.gradient_checkpointing", "train.steps", "train.micro_batch_size", "train.compile", "train.on_batch_change",
     "train.tokens", "train.deterministic", "train.max_bad_steps", "train.spike", "train.on_spike",
 )  # fmt: skip
-CURVES = "tensorboard"  # of one line alone: a line that goes back begins another
-FOLDERS = (CURVES, "profile")  # in a run's folder, which are kept with the line that is set aside
+FOLDERS = ("tensorboard", "profile")  # in a run's folder, of one line alone: they move with the line that is set aside
 WORDS = {  # what people write for the two words that checkpoint.resume knows
     **dict.fromkeys(("auto", "latest", "newest", "last", "true", "yes", "on"), "auto continues from the newest checkpoint"),
     **dict.fromkeys(("never", "false", "no", "off", "none", "null"), "never begins at step 0, in a folder that holds no run"),
@@ -281,10 +280,12 @@ def put_in_place(run_dir: Path, progress: Progress = no_progress) -> None:
     if origin.set_aside is not None:
         aside = run_dir / origin.set_aside
         if not aside.exists():
-            copy_files(run_dir, aside, origin.before, progress)
+            copy_files(run_dir, aside, origin.before)
         for path in beyond(run_dir, origin):
             move_checkpoint(path, aside / CHECKPOINTS / path.name, progress)
-        remove(run_dir / CURVES)
+        for name in FOLDERS:
+            if (run_dir / name).exists() and not (aside / name).exists():
+                (run_dir / name).rename(aside / name)
         for name in ID_FILES:
             (run_dir / name).unlink(missing_ok=True)  # the new line is a run of its own there
     target = checkpoints / checkpoint_name(origin.step)
@@ -296,6 +297,9 @@ def put_in_place(run_dir: Path, progress: Progress = no_progress) -> None:
         of = [run / "metrics.jsonl" for run in runs if source.parent in (folder.resolve() for folder in folders_of(run))]
         known = next(filter(Path.exists, of), None)
         replace_file(run_dir / "metrics.jsonl", known.read_bytes() if known else b"")
+        if known and not (run_dir / "events.jsonl").exists():  # what was changed before it is of the new line, too
+            changes = [e for e in read_events(known.parent) if e.get("event") == "changed" and e.get("step", 0) < origin.step]
+            replace_file(run_dir / "events.jsonl", "".join(json.dumps(event) + "\n" for event in changes).encode())
     write_origin(run_dir, replace(origin, done=True))
 
 
@@ -311,7 +315,7 @@ def is_copy(path: Path, origin: Origin) -> bool:
     return step_of(path) == origin.step and manifest.is_file() and sha256(manifest) == origin.manifest
 
 
-def copy_files(run_dir: Path, aside: Path, before: dict[str, Any] | None, progress: Progress = no_progress) -> None:
+def copy_files(run_dir: Path, aside: Path, before: dict[str, Any] | None) -> None:
     """Make `aside` a run's folder with the files of `run_dir`, but without checkpoints yet. It appears complete."""
     partial = aside.with_name(f".{aside.name}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
@@ -319,8 +323,6 @@ def copy_files(run_dir: Path, aside: Path, before: dict[str, Any] | None, progre
     for file in run_dir.iterdir():
         if file.is_file() and file.name not in ("lock", "origin.json"):
             shutil.copy2(file, partial / file.name)
-        elif file.name in FOLDERS and file.is_dir():
-            copy_folder(file, partial / file.name, progress)
     if before is not None:
         (partial / "origin.json").write_text(json.dumps(before, indent=1), encoding="utf-8")
     partial.rename(aside)

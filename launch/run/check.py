@@ -9,6 +9,7 @@ from celo2.rule_files import RuleError
 from celo2.training.configuration import Written
 from celo2.training.folder import UnsafeFolder, check_no_file
 from celo2.training.idle import refuse_idle
+from configs.evaluation import sets_of
 from configs.length import batch_sizes
 from configs.load import ConfigError
 from configs.mixture import mix_sources
@@ -102,6 +103,7 @@ def check_folders(config: Config) -> None:
                 "folder; checkpoint.resume goes on from a checkpoint"
             )
     data = [config.data.dir] if config.data.mix is None else [source.dir for source in mix_sources(config)]
+    data += [validation.dir for validation in sets_of(config)]
     run = run_folder(config)
     if run.resolve() in [Path(name).resolve() for name in data if name is not None]:
         raise ConfigError(f"run.dir {run} is the folder of the data: choose another run.dir")

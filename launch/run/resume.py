@@ -28,7 +28,7 @@ from launch.run.ranks import checkpoint_fact, require_same
 from launch.run.schedule import rate_after
 from launch.run.state import RunState, from_saved
 
-MAX_ROLLBACKS = 10  # in a row to the same checkpoint: none of them helped
+MAX_ROLLBACKS = 10  # in a row that did not help
 
 
 def find_start(config: Config, run_dir: Path, accelerator: Accelerator, heartbeat: Heartbeat) -> Start:
@@ -100,7 +100,7 @@ def roll_back(run_dir: Path, state: RunState, strategy: Strategy, saver: Saver, 
     Returns the state to go on from, and how many sequences are left out.
 
     Raises:
-        Diverged: no checkpoint to go back to, or too many rollbacks to the same one.
+        Diverged: no checkpoint to go back to, or too many rollbacks that did not help.
         ConfigError: the ranks do not find the same checkpoint.
     """
     accelerator = strategy.accelerator
@@ -114,14 +114,18 @@ def roll_back(run_dir: Path, state: RunState, strategy: Strategy, saver: Saver, 
 
     newest = on_first_rank(accelerator, find, heartbeat.mark)
     if newest is None:
-        raise Diverged(f"step {state.step}: no checkpoint to roll back to: none could be written, or all are damaged")
+        raise Diverged(
+            f"step {state.step}: no checkpoint to roll back to: none could be written, or all are damaged; make "
+            "room, or let the run go on with train.on_spike=log"
+        )
     path = saver.folders[newest[0]] / newest[1]
     there = step_of(path)
-    in_a_row = state.rollbacks_there + 1 if state.rollbacks_there and state.rolled_back_to == there else 1
+    helped = state.healthy_since and state.rolled_back_to != there
+    in_a_row = 1 if helped else state.rollbacks_in_a_row + 1
     if in_a_row > MAX_ROLLBACKS:
         raise Diverged(
-            f"step {state.step}: {MAX_ROLLBACKS} rollbacks to step {there} did not help: lower optimizer.lr, or let the run go "
-            "on with train.on_spike=log"
+            f"step {state.step}: {MAX_ROLLBACKS} rollbacks in a row did not help, the last to step {there}: lower optimizer.lr, "
+            "or let the run go on with train.on_spike=log"
         )
     require_same(accelerator, lambda: [checkpoint_fact(path, run_dir)])
     load_checkpoint(path, strategy, heartbeat.progress)
@@ -129,5 +133,5 @@ def roll_back(run_dir: Path, state: RunState, strategy: Strategy, saver: Saver, 
     back = from_saved(read_state(path))
     accelerator.wait_for_everyone()  # the checkpoint is about to be written again, with what is left out
     on = replace(back, sequences=state.sequences, sources=state.sources, bad_steps=state.bad_steps, recent_losses=[])
-    on = replace(on, rollbacks=state.rollbacks + 1, rolled_back_to=there, rollbacks_there=in_a_row)
+    on = replace(on, rollbacks=state.rollbacks + 1, rolled_back_to=there, rollbacks_in_a_row=in_a_row, healthy_since=False)
     return on, state.sequences - back.sequences

@@ -25,7 +25,8 @@ class RunState:
     bad_steps: int = 0  # steps that were skipped because loss or gradient norm was not finite
     rollbacks: int = 0
     rolled_back_to: int = 0  # the step that the last one went to
-    rollbacks_there: int = 0  # how many in a row went to it
+    rollbacks_in_a_row: int = 0  # that did not help: to the same checkpoint, or without a healthy step after the last one
+    healthy_since: bool = True  # whether a step was healthy after the last rollback
     recent_losses: list[float] = field(default_factory=list)  # of healthy steps, which a spike is measured against
     window_loss: float | None = None  # mean over the targets of the healthy steps since the last logged one; None: no such step
     window_tokens: int = 0  # those targets
@@ -40,6 +41,7 @@ class RunState:
         if loss is None:
             self.bad_steps += 1
             return
+        self.healthy_since = True
         self.window_tokens += tokens
         mean = self.window_loss or 0.0
         self.window_loss = mean + (loss - mean) * (tokens / self.window_tokens)  # exactly `loss` where it is the only step

@@ -431,18 +431,23 @@ def test_saved_pieces_of_one_length_stay_as_they_are(tmp_path, tokenizer):
 
 def test_saved_pieces_with_some_shorter_rows(tmp_path, tokenizer):
     """As of texts that are grouped by batches, the last piece of each being what is left."""
-    batch = [[1, 2, 3, 4]] * 19 + [[5, 6]]
-    folder = save(tmp_path / "ds", {"train": batch * 5, "val": [[7, 8, 9]]})
+    batch = [[1, 2, 3, 4]] * 99 + [[5, 6]]
+    folder = save(tmp_path / "ds", {"train": batch * 2, "val": [[7, 8, 9]]})
     lines: list[str] = []
     out = adopted(folder, tmp_path / "out", lines.append, tokenizer=tokenizer)
     train, val = (TokenShards(out, split) for split in ("train", "val"))
-    assert train.read(0, train.n_tokens).tolist() == [i for row in batch * 5 for i in row]
+    assert train.read(0, train.n_tokens).tolist() == [i for row in batch * 2 for i in row]
     assert val.read(0, val.n_tokens).tolist() == [7, 8, 9]
-    note = "all rows but 4 of 100 have one length: pieces of a longer text, to which no end of text is added"
+    note = (
+        "all rows but 1 of 200 have one length: pieces of a longer text, to which no end of text is added; if they are documents "
+        "that were cut off, prepare their text with data.prepare"
+    )
     assert f"{folder / 'train'}: {note}" in lines
     longer = save(tmp_path / "longer", {"train": batch, "val": [[7, 8, 9, 1, 2], [3]]})
     val = TokenShards(adopted(longer, tmp_path / "b", tokenizer=tokenizer), "val")
     assert val.read(0, val.n_tokens).tolist() == [7, 8, 9, 1, 2, END, 3, END]
+    cut = save(tmp_path / "cut", {"train": [[1, 2]] * 95 + [[3]] * 5, "val": [[4], [5]]})  # long documents, cut off
+    assert TokenShards(adopted(cut, tmp_path / "d", tokenizer=tokenizer), "train").n_tokens == 95 * 3 + 5 * 2
     mixed = save(tmp_path / "mixed", {"train": ([[1, 2]] * 4 + [[3]]) * 9, "val": [[4], [5]]})
     assert TokenShards(adopted(mixed, tmp_path / "c", tokenizer=tokenizer), "train").n_tokens == 9 * 14
 

@@ -98,8 +98,8 @@ class Killed(BaseException):
 
 
 def rename_on_one_disk(path, target, rename=Path.rename):
-    """`Path.rename` where every folder that is a checkpoint's lies on another disk if its parent does."""
-    if path.resolve().parent != Path(target).parent.resolve():
+    """`Path.rename` where the checkpoints of each folder lie on a disk of their own."""
+    if path.name.startswith("step_") and path.resolve().parent != Path(target).parent.resolve():
         raise OSError(errno.EXDEV, "Invalid cross-device link", str(path))
     return rename(path, target)
 
@@ -176,7 +176,7 @@ def test_a_kill_between_any_two_operations(source, disks, then, tmp_path, monkey
     assert (run_dir / "metrics.jsonl").read_text() == (tmp_path / origin / "metrics.jsonl").read_text()
     assert (run_dir / "checkpoints/step_best").exists()  # a copy is never moved
     assert (aside / "tensorboard/file").read_text() == "tensorboard" and not (run_dir / "tensorboard").exists()
-    assert (aside / "profile/file").read_text() == (run_dir / "profile/file").read_text() == "profile"
+    assert (aside / "profile/file").read_text() == "profile" and not (run_dir / "profile").exists()
     assert len(list((tmp_path / "other/checkpoints").iterdir())) == 3  # nor is anything of the other run
 
 

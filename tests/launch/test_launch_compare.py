@@ -312,6 +312,9 @@ def test_outcomes():
     assert judge([start, end | {"val_loss": None}], 9).status == "diverged"
     assert judge([start, end | {"val_loss": 5.5}], 9, trained=True) == ("finished", 5.5)  # as model.init may
     assert judge([start, end | {"val_loss": None}], 9, trained=True).status == "diverged"
+    first = {"step": 3, "val_loss": 4.0}
+    for loss, status in ((4.9, "finished"), (5.1, "diverged")):
+        assert judge([start, first, end | {"val_loss": loss}], 9, trained=True).status == status
 
 
 def test_divergence_is_recognized_by_the_event_that_train_writes(tmp_path):

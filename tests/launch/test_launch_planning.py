@@ -107,6 +107,18 @@ LARGE = Workload(
 RECOMPUTED = replace(LARGE, activations=4e8, recompute=True)
 
 
+def test_gpus_that_a_ramp_does_not_divide_over_are_left_out(run, capsys):
+    """Training would refuse them at its first step, whatever the last batch is."""
+    assert run("train.batch_size=2", "train.ramp={3: 8}", "--plan")[0] == 0
+    rows = [line.split()[0] for line in run.out.splitlines() if " yes " in line or " no " in line]
+    assert rows == ["1", "2"]
+
+
+def test_more_gpus_are_no_remedy_for_an_optimizer_that_is_not_sharded():
+    lines = remedy_lines(LARGE, RECOMPUTED, Setup("ddp", 2, optimizer="lion"), 2, Machine(memory=1e9))
+    assert lines and all(line.endswith("larger GPUs, or an optimizer that is sharded (celo2, adamw, muon)") for line in lines)
+
+
 def test_what_to_change_when_it_does_not_fit():
     setup = Setup("ddp", micro_batch=8, optimizer="adamw")
     lines = remedy_lines(LARGE, RECOMPUTED, setup, 8, Machine(memory=50e9))

@@ -58,12 +58,20 @@ class Always(Hooks):
 def test_rollbacks_that_do_not_help_end_the_run(run):
     options = [*OPTIONS, "train.on_spike=rollback", "train.max_bad_steps=1", "checkpoint.every=2"]
     status, _, err = run(*options, hooks=Always())
-    assert status == 2 and "step 4: 10 rollbacks to step 2 did not help: lower optimizer.lr" in err and err.count("\n") == 1
-    assert len(events(run, "rollback")) == 10 and state(run, 2)["rollbacks_there"] == 10
+    said = "step 4: 10 rollbacks in a row did not help, the last to step 2: lower optimizer.lr"
+    assert status == 2 and said in err and err.count("\n") == 1
+    assert len(events(run, "rollback")) == 10 and state(run, 2)["rollbacks_in_a_row"] == 10
     # The count is saved; another start that gets further begins to count anew.
-    assert "10 rollbacks to step 2 did not help" in run(*options, hooks=Always())[2]
+    assert "10 rollbacks in a row did not help" in run(*options, hooks=Always())[2]
     assert run(*options, hooks=Poison([6]))[0] == 0
-    assert state(run, 4)["rollbacks_there"] == 1 and state(run, 4)["rolled_back_to"] == 4
+    assert state(run, 4)["rollbacks_in_a_row"] == 1 and state(run, 4)["rolled_back_to"] == 4
+
+
+def test_checkpoints_of_skipped_steps_are_no_progress(run):
+    """A checkpoint is also written where a step was skipped: each rollback goes to a later one, and none helps."""
+    options = [*OPTIONS, "train.on_spike=rollback", "train.max_bad_steps=3", "checkpoint.every=2", "train.steps=200"]
+    status, _, err = run(*options, hooks=Always())
+    assert status == 2 and "10 rollbacks in a row did not help" in err and len(events(run, "rollback")) == 10
 
 
 def test_the_monitor_of_spikes_continues(run):

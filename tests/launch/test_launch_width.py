@@ -99,7 +99,7 @@ def test_a_run_with_it_is_the_run_with_its_rates(run, name):
 def test_the_plan_says_the_rates(run):
     words = ["model.width=32", "model.heads=2", "optimizer.lr=2e-3", "optimizer.adamw_lr=1e-2", "optimizer.base_width=128"]
     assert run(*words, "--plan")[0] == 0
-    said = "note: optimizer.base_width=128: at the width of this model lr 0.002 becomes 0.004, weight_decay 0.1 0.4\n"
+    said = "note: optimizer.base_width=128: at the width of this model lr 0.002 becomes 0.004, weight_decay 0.1 becomes 0.4\n"
     assert said in run.out and "celo2   0.004" in run.out
     assert run(*words[:-1], "--plan")[0] == 0
     assert "base_width" not in run.out
