@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from data import DataError
-from data.files import replace_text, replacing
+from data.files import replacing
 from data.preparation.sources import Source, open_source
 from data.preparation.split import hashes_of_source, texts_hash
 from data.shards import check_files, fingerprint, read_index
@@ -46,7 +46,7 @@ def is_finished(out: Path, arguments: dict, log: Callable[[str], None]) -> bool:
                 raise DataError(f"{out} is already prepared, but the text of {name} changed; {advice}")
             kept[0]["written_sha256"] = source.written
             with suppress(OSError):  # a folder that is only read compares again the next time
-                replace_text(out / "index.json", json.dumps(index, indent=1))
+                _write_json(out / "index.json", index)
     if tokenizer not in ("bytes", "bpe") and Path(tokenizer).exists():
         tok = load_tokenizer(tokenizer)
         end = tok.id_to_token(index["end_of_text_id"])  # former versions kept the tokenizer as it was
