@@ -20,7 +20,7 @@ from launch.checkpoint.publish import indexes, write_manifest
 from launch.checkpoint.tensors import INDEX, TensorFiles, part_name
 from launch.checkpoint.trained import open_trained
 from launch.checkpoint.verify import MODEL, OPTIMIZER, CheckpointError, find_checkpoint, sha256, verify
-from launch.checkpoint.writer import Entry, TensorWriter
+from launch.checkpoint.writer import TensorHeader, TensorWriter
 from launch.distributed.gather import choose_owners, number_rounds
 from launch.run.branch import checkpoint_folders, fallback_name
 from launch.run.hooks import Hooks
@@ -33,7 +33,7 @@ LLAMA = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num
 
 def write(path, tensors):
     """The file of `tensors` that a rank writes."""
-    writer = TensorWriter(path, [Entry(name, t.dtype, tuple(t.shape)) for name, t in tensors.items()])
+    writer = TensorWriter(path, [TensorHeader(name, t.dtype, tuple(t.shape)) for name, t in tensors.items()])
     for tensor in tensors.values():
         writer.write(tensor)
     return writer.close()
