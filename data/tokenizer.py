@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from data import DataError, first_line
 from data.files import replacing
-from data.special_tokens import CONFIG, END_OF_TEXT, declared_tokens, end_of_text, parse_declared, tokenizer_config
+from data.special_tokens import CONFIG, END_OF_TEXT, declared_tokens, parse_declared, tokenizer_config
 
 SMALLEST_BPE = 257  # 256 bytes and the end of text
 # Files of tokenizers that have no tokenizer.json beside them.
@@ -110,11 +110,6 @@ def json_hash(text: str) -> str:
     """sha256 of a JSON text in canonical form; the hash of a tokenizer.json file is that of its text."""
     canonical = json.dumps(json.loads(text), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def end_of_text_id(tok: Tokenizer) -> int:
-    """The id that ends a document, by its name alone: see `special_tokens.end_of_text`."""
-    return token_id(tok, end_of_text(tok))
 
 
 def token_id(tok: Tokenizer, token: str) -> int:

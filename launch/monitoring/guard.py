@@ -152,7 +152,7 @@ class Guard:
         verdict = Verdict(step, loss, norm, stop=stops > 0, save=saves > 0)
         asked = self.config.on_spike == "rollback"
         may_roll_back = asked and self.has_checkpoint
-        but = ", and there is no checkpoint to roll back to" if asked and not may_roll_back else ""
+        no_checkpoint = ", and there is no checkpoint to roll back to" if asked and not may_roll_back else ""
         if refused:
             self.bad_in_a_row += 1
             verdict.healthy = False
@@ -160,13 +160,13 @@ class Guard:
             verdict.problem = f"loss {verdict.loss}, gradient norm {verdict.grad_norm}{whose}: the step is skipped"
             verdict.roll_back = may_roll_back and self.bad_in_a_row >= self.config.max_bad_steps
             if self.bad_in_a_row >= self.config.max_bad_steps and not may_roll_back:
-                raise Diverged(f"{self.bad_in_a_row} steps in a row were not finite{but}; the last: {verdict.problem}")
+                raise Diverged(f"{self.bad_in_a_row} steps in a row were not finite{no_checkpoint}; the last: {verdict.problem}")
         else:
             self.bad_in_a_row = 0
             if self.config.spike and len(self.losses) == SPIKE_WINDOW:
                 usual = statistics.median(self.losses)
                 if verdict.loss > usual + self.config.spike:
-                    verdict.problem = f"loss {verdict.loss:.4f} is a spike above the usual {usual:.4f}{but}"
+                    verdict.problem = f"loss {verdict.loss:.4f} is a spike above the usual {usual:.4f}{no_checkpoint}"
                     verdict.roll_back = may_roll_back
             self.losses.append(verdict.loss)
         if verdict.roll_back:

@@ -46,3 +46,5 @@ def test_one_device():
     assert files == listed() - OVER_RANKS
     assert len(files) <= 6 and lines_of(files) <= 1060
     assert lines_of(listed()) <= 1600  # under FSDP2
+    text = (FOLDER.parent / "docs" / "architecture.md").read_text()
+    assert f"6 files and {lines_of(files):,} lines on one device, 8\nfiles and {lines_of(listed()):,} lines under FSDP2" in text

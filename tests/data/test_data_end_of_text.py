@@ -12,7 +12,7 @@ from data.preparation.encode import Encoder
 from data.prepare import prepare
 from data.shards import TokenShards
 from data.special_tokens import as_trained, end_of_text
-from data.tokenizer import byte_tokenizer, end_of_text_id, load_tokenizer, train_bpe
+from data.tokenizer import byte_tokenizer, load_tokenizer, token_id, train_bpe
 
 ENDS = ["</s>", "<|endoftext|>", "<eos>", "<|im_end|>", "[SEP]", "<|END|>", "<|eot_id|>", "<pad>", "<s>", "a</s>b"]
 
@@ -125,7 +125,7 @@ def test_special_goes_before_added_and_added_before_plain():
     assert end_of_text(tok) == "[SEP]"
     plain = Tokenizer(models.WordLevel({"<|endoftext|>": 0, "a": 1}, unk_token="a"))
     trained = as_trained(plain, "<|endoftext|>")
-    assert trained.get_added_tokens_decoder()[0].special and end_of_text_id(trained) == 0
+    assert trained.get_added_tokens_decoder()[0].special and token_id(trained, end_of_text(trained)) == 0
     assert Encoder(trained, 0)(["<|endoftext|>"])[0].tolist() == [1]
 
 

@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerFast
 
 from data import DataError
 from data.preparation.encode import Encoder
-from data.tokenizer import byte_tokenizer, end_of_text_id, load_tokenizer, tokenizer_hash, train_bpe, vocabulary_size
+from data.special_tokens import end_of_text
+from data.tokenizer import byte_tokenizer, load_tokenizer, token_id, tokenizer_hash, train_bpe, vocabulary_size
 
 TEXT = "Crème brûlée, 漢字 🙂\r\n\ttabs \x00\x7f and <|endoftext|> as text  \n"
 
@@ -19,12 +20,16 @@ def bpe(texts):
     return train_bpe(texts, 400)
 
 
+def end_id(tok: Tokenizer) -> int:
+    return token_id(tok, end_of_text(tok))
+
+
 def test_byte_ids_are_byte_values():
     tok = byte_tokenizer()
-    ids = Encoder(tok, end_of_text_id(tok))([TEXT])[0].tolist()
+    ids = Encoder(tok, end_id(tok))([TEXT])[0].tolist()
     assert ids == list(TEXT.encode())
     assert vocabulary_size(tok) == 257
-    assert end_of_text_id(tok) == 256
+    assert end_id(tok) == 256
     assert [tok.token_to_id(tok.id_to_token(byte)) for byte in range(257)] == list(range(257))
 
 
@@ -32,14 +37,14 @@ def test_byte_shortcut_equals_the_tokenizer():
     tok = byte_tokenizer()
     tok.encode_special_tokens = True
     texts = [TEXT, "a", "".join(map(chr, range(0x300)))]
-    assert [tok.encode(text).ids for text in texts] == [ids.tolist() for ids in Encoder(tok, end_of_text_id(tok))(texts)]
+    assert [tok.encode(text).ids for text in texts] == [ids.tolist() for ids in Encoder(tok, end_id(tok))(texts)]
 
 
 def test_text_survives_bpe(bpe, texts):
-    for text, ids in zip([TEXT, *texts], Encoder(bpe, end_of_text_id(bpe))([TEXT, *texts]), strict=True):
+    for text, ids in zip([TEXT, *texts], Encoder(bpe, end_id(bpe))([TEXT, *texts]), strict=True):
         assert bpe.decode(ids.tolist(), skip_special_tokens=False) == text
-        assert end_of_text_id(bpe) not in ids.tolist()
-    assert len(Encoder(bpe, end_of_text_id(bpe))(texts[:1])[0]) < len(texts[0].encode()) / 2
+        assert end_id(bpe) not in ids.tolist()
+    assert len(Encoder(bpe, end_id(bpe))(texts[:1])[0]) < len(texts[0].encode()) / 2
 
 
 @pytest.mark.parametrize("kind", ["bytes", "bpe"])
@@ -51,7 +56,7 @@ def test_transformers_loads_the_file(kind, bpe, tmp_path):
     ids = fast(plain)["input_ids"]
     assert ids == tok.encode(plain).ids
     assert fast.decode(ids) == plain
-    assert fast.eos_token_id == end_of_text_id(tok)
+    assert fast.eos_token_id == end_id(tok)
 
 
 def test_same_texts_same_tokenizer_in_another_process(texts):
@@ -97,7 +102,7 @@ def test_errors(tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"256 is too small.*at least 257"):
         train_bpe(["text"], 256)
     with pytest.raises(DataError, match=r"no end-of-text token: none of <\|endoftext\|>"):
-        end_of_text_id(Tokenizer(models.BPE(vocab={"a": 0}, merges=[])))
+        end_of_text(Tokenizer(models.BPE(vocab={"a": 0}, merges=[])))
 
 
 def test_vocabulary_with_a_gap_counts_its_largest_id():
