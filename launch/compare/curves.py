@@ -26,7 +26,7 @@ from launch.run.setup import build_from_config, vocabulary
 from models import ModelError, flops_per_token
 
 SPIKE = 1.0  # nats above the first evaluation of a trained model, from which on it has diverged
-ALSO = ("train.steps ", "data.dir ", "data.mix")  # what changes the steps of a run besides `is_decisive`
+ALSO = ("train.steps ", "data.mix")  # what changes the steps of a run besides `is_decisive`
 Curve = list[tuple[float, float]]  # (x, y), x ascending
 
 
