@@ -81,7 +81,7 @@ def optimizer_groups(config: OptimizerConfig, model: nn.Module) -> Groups:
     adamw_lr = config.lr if config.adamw_lr is None else config.adamw_lr
     variant = "celo2-base" if entry.all_hidden else "celo2"
     groups = param_groups(model, config.lr, adamw_lr, config.weight_decay, variant=variant)
-    return [{**without(group, "update"), "role": ROLES[group["update"]]} for group in groups]
+    return [{**group, "role": ROLES[group.pop("update")]} for group in groups]
 
 
 def as_celo2_groups(groups: Groups) -> Groups:
