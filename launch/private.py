@@ -72,6 +72,13 @@ def zero_gradient_norm(zero: Any) -> torch.Tensor:
     return torch.as_tensor(zero._global_grad_norm)
 
 
+def zero_forget_lost_groups(deepspeed: Any) -> None:
+    """Make DeepSpeed forget the process groups of an earlier training run of this process, which ended with that run."""
+    groups = deepspeed.utils.groups
+    if groups._WORLD_GROUP is not None and groups._WORLD_GROUP not in _world.pg_map:
+        groups._release_process_group_references()
+
+
 def zero_outline(deepspeed: Any, model: torch.nn.Module, options: dict[str, Any]) -> None:
     """Give the parameters of `model`, which is on the meta device, what DeepSpeed needs to divide them, and no values.
 

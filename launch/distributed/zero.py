@@ -24,6 +24,7 @@ from launch.optimizers.build import build_optimizer
 from launch.private import (
     forbid_deepspeed_compilation,
     zero3_refresh_weights,
+    zero_forget_lost_groups,
     zero_gradient_norm,
     zero_in_float32,
     zero_outline,
@@ -63,6 +64,7 @@ class Zero(Strategy):
         super().__init__(config, accelerator, model, weights)
         self.whole = config.distributed.strategy != "zero3"
         deepspeed = import_deepspeed(accelerator.device)
+        zero_forget_lost_groups(deepspeed)
         names = dict(model.named_parameters())
         self.client = ZeroClient(self.groups)
         options = engine_config(config, self.world, self.zero_options)

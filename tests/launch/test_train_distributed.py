@@ -426,6 +426,15 @@ def problems(folder):
     return [{key: event[key] for key in keys if key in event} for event in events]
 
 
+@pytest.mark.parametrize("strategy", ["zero2", "zero3", "fsdp2"])
+def test_a_second_run_of_one_process(strategy, run):
+    """A notebook's: the first run takes its process groups along, and libraries remember them."""
+    found = [run(f"distributed.strategy={strategy}", folder=folder) for folder in ("first", "second")]
+    assert [status for status, *_ in found] == [0, 0], found
+    first, second = (losses(records) for _, records, _ in found)
+    assert first == second and len(first) == 6
+
+
 def test_a_rank_that_hangs_is_named_and_the_same_command_continues(run, prepared):
     """Under torchrun, which starts it by itself: test_launch_faults.py."""
     _, single, _ = run(*STEPS, "distributed.strategy=zero2", folder="one")
