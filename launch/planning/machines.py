@@ -90,7 +90,7 @@ def machine_of(name: str) -> Machine:
     """The machine of a GPU. Raises ConfigError for one that is not in the table."""
     key = name.strip().lower().replace(" ", "-").replace("_", "-")
     if key not in MACHINES:
-        near = close(key, MACHINES)
+        near = [*(known for known in MACHINES if known in key or key in known), *close(key, MACHINES)]
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(f"--gpu {name} is not known, only {', '.join(MACHINES)}{hint}")
     return replace(MACHINES[key], name=key)

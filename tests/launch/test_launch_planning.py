@@ -64,8 +64,9 @@ def test_every_gpu_is_known():
         assert machine_of(name.upper()).name == name and machine.flops > machine.fp32_flops and machine.memory >= 24e9
     assert replace(machine_of("h100"), name="h100") == Machine()
     assert machine_of("RTX 4090").memory == 24e9
-    with pytest.raises(ConfigError, match=r"--gpu h20 is not known, only h100, h200, .*; did you mean h200\?"):
-        machine_of("h20")
+    for name, near in {"h20": "h200", "4090": "rtx-4090", "a100-sxm4-80gb": "a100", "gh200": "h200"}.items():
+        with pytest.raises(ConfigError, match=rf"--gpu {name} is not known, only h100, h200, .*; did you mean {near}\?"):
+            machine_of(name)
 
 
 def test_what_is_planned(run, monkeypatch):
