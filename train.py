@@ -167,6 +167,7 @@ def pretrain(
         metrics.event(checkpoint)
 
     with (
+        strategy,
         metrics,
         display,
         diagnostics,

@@ -21,8 +21,10 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             yield file
             sync(file)
         os.replace(aside, path)
-    except BaseException:
+    except BaseException as error:
         aside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            error.filename = str(path)  # a full disk
         raise
 
 

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState
 from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout, _world
 from torch.optim import _muon
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -70,6 +71,21 @@ def leave(status: int) -> NoReturn:
 def zero_gradient_norm(zero: Any) -> torch.Tensor:
     """The norm of the whole gradient, which DeepSpeed's engine tells only after the update; `zero` is `engine.optimizer`."""
     return torch.as_tensor(zero._global_grad_norm)
+
+
+def forget_accelerator() -> None:
+    """Make Accelerate forget the precision of an earlier training run of this process, and its ranks if their group is gone."""
+    AcceleratorState._reset_state(reset_partial_state=not dist.is_initialized())
+
+
+def zero_end(engine: Any) -> None:
+    """Let the memory of a training run go: what DeepSpeed hangs on modules and parameters keeps all of it alive otherwise."""
+    engine.destroy()
+    engine.module_forward_pre_hook.remove()
+    engine.module_forward_post_hook.remove()
+    for p in engine.module.parameters():
+        vars(p).clear()
+        p.data = p.new_empty(0)
 
 
 def zero_forget_lost_groups(deepspeed: Any) -> None:

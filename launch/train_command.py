@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import threading
 from collections.abc import Callable
 
 from celo2 import RuleError, ShardingError
@@ -62,6 +63,9 @@ def command(argv: list[str] | None, description: str | None, train: Callable[[Co
     Exit status 0: done; 2: bad input or a run that cannot go on, said in one line; 70: another rank is gone; 75: saved and
     stopped by a signal; 130: stopped at once by a signal.
     """
+    if threading.current_thread() is not threading.main_thread():
+        print_error("training runs in a process's main thread, which alone gets its signals: call it there, or start train.py")
+        return 2
     show_any_text()
     rank = os.environ.get("RANK", "0")
     with StopSignals() as signals:  # until the last line is printed

@@ -23,8 +23,13 @@ class UnsafeFolder(OSError):
 
 
 def check_no_file(folder: Path) -> None:
-    """Raise UnsafeFolder if `folder`, which may be missing, cannot be made because a file stands there or further up."""
+    """Raise UnsafeFolder if `folder`, which may be missing, cannot be made because a file or a link that leads to nothing stands
+    there or further up."""
     for path in (folder, *folder.parents):
+        if path.is_symlink() and not path.exists():
+            raise UnsafeFolder(
+                f"{path} is a link to {os.readlink(path)}, which is missing: mount what it leads to, or remove the link"
+            )
         if path.exists() and not path.is_dir():
             raise UnsafeFolder(f"{path} is a file, expected a folder or a name that is free")
 

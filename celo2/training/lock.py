@@ -65,7 +65,7 @@ class FolderLock:
             try:
                 self._take()
             except BaseException as error:
-                os.close(self.descriptor)
+                self._give_up(error)
                 if isinstance(error, OSError) and error.errno is not None:
                     error.filename = str(self.path)  # a full disk
                 raise
@@ -74,6 +74,15 @@ class FolderLock:
             os.close(self.descriptor)  # its last holder has just removed it
         self.thread.start()
         return self
+
+    def _give_up(self, error: BaseException) -> None:
+        """Close the file after `error`, and remove it if it is not another process's."""
+        with suppress(OSError):
+            if not isinstance(error, FolderInUse) and self._content() in (b"", self.own):
+                self.path.unlink()
+                if self.made:
+                    self.folder.rmdir()
+        os.close(self.descriptor)
 
     def __exit__(self, *_: object) -> None:
         self.released.set()

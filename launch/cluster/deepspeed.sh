@@ -3,6 +3,7 @@
 #
 #     launch/cluster/deepspeed.sh configs/demo.yaml distributed.strategy=zero3
 #
+# Paths are relative to the project folder, from wherever this is called.
 # The launcher sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; rank 0 hosts the store. A signal to the launcher
 # does not save the run: on one machine SIGTERM ends the launcher and leaves the ranks running. Send it to any one rank
 # (kill -TERM PID of a train.py), and all save and stop; or use torchrun.sh, or slurm.sbatch, which pass signals on.
@@ -20,7 +21,11 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
 # export DS_ACCELERATOR=cpu             # on a machine without GPUs: processes over gloo
 # Other machines get variables that begin with PYTHON, NCCL, UCX or MV2, and what the file .deepspeed_env lists (A=1).
 
-cd "$(dirname "$0")/../.."
+cd "$(dirname "$(readlink -f "$0")")/../.."
+if ! command -v "$DEEPSPEED" >/dev/null; then
+    echo "error: there is no $DEEPSPEED in $PWD: make venv, or set DEEPSPEED" >&2
+    exit 2
+fi
 if [[ -n "$HOSTFILE" ]]; then
     where=(--hostfile "$HOSTFILE")
 else

@@ -5,7 +5,7 @@
 #
 # Each start goes on from the newest checkpoint, with the GPUs that are there. The loop ends with the run: at status 0; at 2 (bad
 # input) and 130 (stopped at once by a person), which another start does not mend; after a signal to the loop itself, which it
-# passes on; and after QUICK failures in a row that took less than SHORT seconds each (torchrun says 1 for every reason).
+# passes on, INT and QUIT as TERM; and after QUICK failures in a row that took less than SHORT seconds each (torchrun says 1 for every reason).
 set -uo pipefail
 
 QUICK="${QUICK:-3}"
@@ -16,9 +16,12 @@ stopped=no
 child=
 pass_on() {
     stopped=yes
-    [[ -z "$child" ]] || kill -s "$1" "$child" 2>/dev/null
+    interrupted=yes
+    local name="$1" # bash starts a child in the background with these two ignored, until the child handles them
+    [[ "$name" != INT && "$name" != QUIT ]] || name=TERM
+    [[ -z "$child" ]] || kill -s "$name" "$child" 2>/dev/null
 }
-for name in TERM INT HUP USR1 USR2; do
+for name in TERM INT HUP QUIT USR1 USR2 XCPU; do
     # shellcheck disable=SC2064
     trap "pass_on $name" "$name"
 done
@@ -28,9 +31,9 @@ while true; do
     began=$SECONDS
     "$@" &
     child=$!
-    wait "$child"
-    status=$?
-    while kill -0 "$child" 2>/dev/null; do # a signal ended the wait, not the run
+    interrupted=yes
+    while [[ "$interrupted" == yes ]]; do # a signal ended the wait before, not the run
+        interrupted=no
         wait "$child"
         status=$?
     done

@@ -3,6 +3,7 @@
 #
 #     launch/cluster/torchrun.sh configs/demo.yaml distributed.strategy=fsdp2
 #
+# Paths are relative to the project folder, from wherever this is called.
 # torchrun sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. The signals below reach every rank; the run ends its
 # step, saves and stops, and the same command continues it. torchrun's own status is then 1, whatever the ranks say (75).
 # A rank that dies or hangs makes torchrun start all ranks again, from the newest checkpoint, RESTARTS times.
@@ -17,7 +18,11 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}" # CPU threads of one process; tor
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="$SAVING" # as --shutdown-timeout, but the ranks know it, too
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1    # every start gets a store of its own (pytorch issue 135712)
 
-cd "$(dirname "$0")/../.."
+cd "$(dirname "$(readlink -f "$0")")/../.."
+if ! command -v "$PYTHON" >/dev/null; then
+    echo "error: there is no $PYTHON in $PWD: make venv, or set PYTHON" >&2
+    exit 2
+fi
 # Of the last three signals torchrun would die by itself, and leave the ranks behind.
 exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$GPUS" --max-restarts "$RESTARTS" \
     --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2,SIGXCPU train.py "$@"

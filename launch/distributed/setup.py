@@ -30,7 +30,7 @@ from launch.distributed.rendezvous import init_method
 from launch.distributed.strategy import Strategy
 from launch.distributed.zero import Zero
 from launch.monitoring.trackers import require_installed
-from launch.private import set_collective_timeout
+from launch.private import forget_accelerator, set_collective_timeout
 from models import peak_flops
 from models.initialization import Held, Weights
 
@@ -80,6 +80,7 @@ def make_accelerator(config: Config) -> Accelerator:
             f"process {local_rank} of this machine has no GPU: {torch.cuda.device_count()} are here; start one process for each"
         )
     require_installed(config)
+    forget_accelerator()
     try:
         accelerator = Accelerator(
             mixed_precision="bf16" if config.train.precision == "bf16" else "no",

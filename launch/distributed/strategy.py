@@ -88,6 +88,12 @@ class Strategy:
             backend = "nccl" if accelerator.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
+    def __enter__(self) -> Strategy:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """The training run ends, and with it what a library keeps of it."""
+
     def compile(self) -> None:
         """Compile the blocks, if the configuration says so. To be called after `unused` is found, which is no step."""
         if self.config.train.compile:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from launch.optimizers.build import build_optimizer
 from launch.private import (
     forbid_deepspeed_compilation,
     zero3_refresh_weights,
+    zero_end,
     zero_forget_lost_groups,
     zero_gradient_norm,
     zero_in_float32,
@@ -85,6 +87,9 @@ class Zero(Strategy):
                 fill(shard.weight, weights, name, shard.local_shard.start)
             self.weights_changed()
 
+    def __exit__(self, *_: object) -> None:
+        zero_end(self.engine)
+
     def micro_batch(self, last: bool) -> AbstractContextManager:
         """DeepSpeed learns here in which micro-batch a step ends: their number may change from step to step."""
         self.engine.set_gradient_accumulation_boundary(last)
@@ -140,8 +145,13 @@ def import_deepspeed(device: torch.device) -> Any:
     forbid_deepspeed_compilation(deepspeed)
     # DeepSpeed itself calls what newer versions of torch deprecate, and warns of an optimizer that was made for it.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-    deepspeed.utils.logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())
+    deepspeed.utils.logger.addFilter(says_something)
     return deepspeed
+
+
+def says_something(record: logging.LogRecord) -> bool:
+    """Whether a line of DeepSpeed's log is worth showing."""
+    return "untested optimizer" not in record.getMessage()
 
 
 def engine_config(config: Config, world: int, zero_options: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The lock on a run's folder: one process at a time, free at once when its process is dead, on this machine or another."""
 
+import errno
 import json
 import os
 import signal
@@ -132,3 +133,16 @@ def test_a_folder_that_cannot_be_made_and_one_that_was_empty(tmp_path):
         with FolderLock(tmp_path / name):
             pass
         assert (tmp_path / name).exists() == stays
+
+
+@pytest.mark.parametrize("folder", ["new", "held before"])
+def test_a_lock_that_a_full_disk_refuses_leaves_nothing(tmp_path, quick, monkeypatch, folder):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if folder == "held before":
+        (tmp_path / folder).mkdir()
+    monkeypatch.setattr(lock_module.os, "pwrite", full)
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path / folder / 'lock'}'"), FolderLock(tmp_path / folder):
+        pass
+    assert [path.name for path in tmp_path.rglob("*")] == ([folder] if folder == "held before" else [])

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 import train
 from data.prepare import prepare
@@ -53,7 +52,6 @@ def run(prepared, tmp_path, capsys):
         run_dir = tmp_path / folder
         capsys.readouterr()
         status = train.main([str(config), f"data.dir={prepared}", f"run.dir={run_dir}", *overrides], hooks)
-        AcceleratorState._reset_state(reset_partial_state=True)  # a process has one; here it has many runs
         captured = capsys.readouterr()
         start.out = captured.out
         path = run_dir / "metrics.jsonl"

@@ -18,7 +18,6 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from accelerate.state import AcceleratorState
 from host_waits import HostWaits
 
 import train
@@ -147,7 +146,6 @@ def carry_out(folder, runs):
     orthogonalized; or what `Fault` does.
     """
     rank = os.environ["RANK"]
-    dist.destroy_process_group = lambda *_: None  # the runs share the group: a new one would meet stale addresses
     passes_for, version, statuses = optimizer.passes_for, ranks.version, []
     for arguments in runs:
         optimizer.passes_for, ranks.version = passes_for, version
@@ -173,7 +171,6 @@ def carry_out(folder, runs):
                 Path(run_dir).joinpath("waits.json").write_text(json.dumps(waits.of_step))
         else:
             statuses.append(train.main(arguments))
-        AcceleratorState._reset_state(reset_partial_state=True)
     (folder / f"rank{rank}.statuses").write_text(json.dumps(statuses))
     return 0
 

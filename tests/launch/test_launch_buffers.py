@@ -111,7 +111,6 @@ def test_weights_without_a_gradient_over_two_processes(run, prepared):
 
 if __name__ == "__main__":
     import torch.distributed as dist
-    from accelerate.state import AcceleratorState
 
     from launch.private import leave
 
@@ -119,11 +118,8 @@ if __name__ == "__main__":
     if not any("bart" in word for arguments in json.loads(os.environ["RUNS"]) for word in arguments):
         launch.run.setup.build_model = with_statistics
     launch.run.summary.draw_losses = lambda *_: None  # takes longer than all the rest
-    # The runs of one start share the group, which DeepSpeed remembers.
-    torch.distributed.destroy_process_group = lambda *_: None
     torch.set_num_threads(1)
     statuses = []
     for arguments in json.loads(os.environ["RUNS"]):
         statuses.append(train.main(arguments))
-        AcceleratorState._reset_state(reset_partial_state=True)
     leave(max(statuses))

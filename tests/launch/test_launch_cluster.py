@@ -145,6 +145,29 @@ def test_the_loop_starts_again_what_another_start_mends(statuses, ended, starts,
     assert (status, len(count.read_text().split())) == (ended, starts)
 
 
+@pytest.mark.parametrize("script", ["torchrun.sh", "deepspeed.sh"])
+def test_a_link_to_a_script_finds_the_project_and_a_missing_environment_is_named(script, tmp_path):
+    link, variable = tmp_path / "link", "PYTHON" if script == "torchrun.sh" else "DEEPSPEED"
+    link.symlink_to(CLUSTER / script)
+    done = subprocess.run([link], env={**os.environ, variable: "none/here"}, capture_output=True, text=True, cwd=tmp_path)
+    root = CLUSTER.parents[1]
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: there is no none/here in {root}: make venv, or set {variable}\n"
+
+
+@pytest.mark.parametrize("name", ["TERM", "INT", "HUP", "QUIT", "USR1", "USR2", "XCPU"])
+def test_every_stop_signal_to_the_loop_ends_both(name, tmp_path):
+    """The child handles nothing, as in the first seconds of a start, when bash lets it ignore INT and QUIT."""
+    ready = tmp_path / "ready"
+    loop = subprocess.Popen(["bash", CLUSTER / "loop.sh", "bash", "-c", f"touch {ready}; exec sleep 60"])
+    end = time.monotonic() + 10
+    while not ready.exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    number = signal.Signals[f"SIG{name}"]
+    loop.send_signal(number)
+    assert loop.wait(10) == 128 + (signal.SIGTERM if name in ("INT", "QUIT") else number)
+
+
 def test_a_signal_to_the_loop_is_one_to_the_run(tmp_path):
     ready = tmp_path / "ready"
     script = f"trap 'sleep 0.3; exit 75' TERM; touch {ready}; for _ in $(seq 100); do sleep 0.1; done"

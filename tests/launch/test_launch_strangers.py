@@ -1,5 +1,6 @@
 """Folders, checkpoints and configurations from somebody else: nothing is written or run that the user did not ask for."""
 
+import errno
 import json
 import math
 import os
@@ -104,6 +105,17 @@ def test_a_file_where_a_folder_must_be_is_refused_by_name(run, option, below):
         assert status == 2 and err == f"error: {option}: {file} is a file, expected a folder or a name that is free\n"
     with pytest.raises(UnsafeFolder, match="is a file"), FolderLock(Path(f"{file}{below}")):
         pass
+
+
+@pytest.mark.parametrize("below", ["", "/below/it"])
+@pytest.mark.parametrize("option", ["run.dir", "checkpoint.fallback_dir", "data.cache_dir"])
+def test_a_link_to_a_disk_that_is_not_mounted_is_named(run, option, below):
+    link = run.tmp_path / "link"
+    link.symlink_to("/nowhere")
+    for more in ([], ["--plan"]):
+        status, _, err = run(f"{option}={link}{below}", *more)
+        problem = f"{link} is a link to /nowhere, which is missing: mount what it leads to, or remove the link"
+        assert status == 2 and err == f"error: {option}: {problem}\n"
 
 
 def test_a_run_in_such_a_folder_is_refused_in_one_line(run, victim):
@@ -486,3 +498,9 @@ def test_a_model_card_holds_no_markup_from_a_checkpoint(checkpoint, tmp_path, ca
 def test_a_name_does_not_lead_out_of_its_folder(run, name):
     status, _, error = run(f"run.name={json.dumps(name)}")
     assert status == 2 and "run.name is" in error and error.count("\n") == 1
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path / 'file'}'"), replacing(tmp_path / "file"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert not list(tmp_path.iterdir())

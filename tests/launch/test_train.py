@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -218,6 +219,14 @@ def test_missing_and_malformed_configuration(capsys):
 
     assert train.main(["nowhere.yaml"]) == 2
     assert capsys.readouterr().err == "error: cannot read configuration 'nowhere.yaml' (No such file or directory)\n"
+
+
+def test_training_outside_the_main_thread_is_refused(run):
+    with ThreadPoolExecutor() as threads:
+        status, records, err = threads.submit(run).result()
+    assert (status, records) == (2, []) and err == (
+        "error: training runs in a process's main thread, which alone gets its signals: call it there, or start train.py\n"
+    )
 
 
 def test_slurm_tasks_without_a_launcher_are_refused(run, monkeypatch):

@@ -2,6 +2,7 @@
 rank that hangs named. One start takes several runs (forked_runs.py).
 """
 
+import gc
 import json
 import socket
 from dataclasses import replace
@@ -426,13 +427,34 @@ def problems(folder):
     return [{key: event[key] for key in keys if key in event} for event in events]
 
 
-@pytest.mark.parametrize("strategy", ["zero2", "zero3", "fsdp2"])
-def test_a_second_run_of_one_process(strategy, run):
-    """A notebook's: the first run takes its process groups along, and libraries remember them."""
-    found = [run(f"distributed.strategy={strategy}", folder=folder) for folder in ("first", "second")]
-    assert [status for status, *_ in found] == [0, 0], found
-    first, second = (losses(records) for _, records, _ in found)
-    assert first == second and len(first) == 6
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3", "fsdp2"])
+def test_further_runs_of_one_process(strategy, run):
+    """A notebook's: a run takes its process groups along and leaves no memory behind, though libraries remember much of it."""
+    precisions = {"first": "fp32", "second": "bf16", "third": "fp32"}
+    found = [run(f"distributed.strategy={strategy}", f"train.precision={p}", folder=name) for name, p in precisions.items()]
+    assert [status for status, *_ in found] == [0, 0, 0], found
+    first, second, third = (losses(records) for _, records, _ in found)
+    assert first == third and len(first) == 6
+    assert second == pytest.approx(first, rel=0.01) and second != first
+
+    before = live_elements()
+    assert run(f"distributed.strategy={strategy}", folder="fourth")[0] == 0
+    assert live_elements() < before + 1000  # the model has 36,736 weights; DeepSpeed alone holds 50 million elements more
+
+
+def live_elements():
+    """Elements of all tensors that something in this process holds."""
+    gc.collect()
+    return sum(found.numel() for found in gc.get_objects() if issubclass(type(found), torch.Tensor))
+
+
+def test_further_runs_of_the_same_processes(run, prepared):
+    """Each run meets anew, the second one goes on where a signal stopped the first."""
+    run("train.steps=1")  # writes config.yaml
+    common = [str(run.tmp_path / "config.yaml"), f"data.dir={prepared}", *STEPS, f"run.dir={run.tmp_path / 'two'}"]
+    others = [common[0], common[1], "train.micro_batch_size=4", f"run.dir={run.tmp_path / 'other'}", "distributed.strategy=fsdp2"]
+    spawn(2, run.tmp_path, [["signal", *common], common, others], [75, 0, 0])
+    assert list(losses(read(run.tmp_path / "two"))) == list(range(1, 13))
 
 
 def test_a_rank_that_hangs_is_named_and_the_same_command_continues(run, prepared):
