@@ -310,7 +310,7 @@ def choose_loss(model: PreTrainedModel) -> None:
     slack = 1e-5 if model.dtype == torch.float32 else 5e-3
     if (z - z_other_end)[:, :-1].abs().max() > slack * z.abs().max():
         said = getattr(model.config, "is_decoder", True)
-        remedy = "" if said else "; set is_decoder to true, in model.hf or in the config.json beside the weights"
+        remedy = "" if said else "; set is_decoder to true, in model.hf or, for weights of a folder, in its config.json"
         raise ModelError(f"{architecture} is not causal as configured: a token changes the logits before it{remedy}")
 
 

@@ -32,6 +32,7 @@ from models.gpt2 import to_gpt2
 from models.gpt3 import GPT3LMHeadModel
 
 DTYPES = ("float32", "bfloat16", "float16")
+RETURNED = ("output_attentions", "output_hidden_states")  # what a model returns beside its logits, which the reader chooses
 
 
 def export(
@@ -100,6 +101,10 @@ def export(
 
 def save(model: PreTrainedModel, folder: Path, checkpoint: Path) -> None:
     """As transformers saves a model. CheckpointError where it refuses the configuration, which is that of `checkpoint`."""
+    for part in (model.config, model.config.get_text_config(), model.generation_config):
+        for key in RETURNED:
+            if getattr(part, key, False):
+                setattr(part, key, False)
     try:
         model.save_pretrained(folder)
     except OSError:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tokenizers import Tokenizer
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from data import DataError
 from data.files import read_json
@@ -96,7 +96,9 @@ def open_export(path: Path) -> TrainedModel:
     """The model of a folder in the form of transformers; nothing is downloaded, unpickled or run from it."""
     if (path / "adapter_config.json").exists():  # transformers would load the model that it names
         raise CheckpointError(f"{path} holds an adapter: merge it into its model, and name that folder")
-    tokenizer, config = read_tokenizer(path), read_model_config(path)
+    tokenizer = read_tokenizer(path)
+    with quiet():
+        config = read_model_config(path)
     try:
         with quiet():
             stored, _ = without_memory(lambda: model_of(config))
@@ -117,10 +119,12 @@ def open_export(path: Path) -> TrainedModel:
             choose_loss(model)
     except ModelError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    end = model.config.eos_token_id
-    end = end[0] if isinstance(end, list) else end
+    end, rows = end_of_export(tokenizer, config, path), model.get_input_embeddings().weight.shape[0]
+    if end >= rows:
+        raise CheckpointError(
+            f"{path}: its tokenizer ends a document with token {end}, its model knows {rows}: put its own tokenizer there"
+        )
     lengths = [length for length in (longest_context(model.config), trained_length(path)) if length]
-    end = end_of(tokenizer, path) if end is None else end
     return TrainedModel(path, model.eval(), tokenizer, end, min(lengths, default=None), [])
 
 
@@ -139,6 +143,19 @@ def end_of(tokenizer: Tokenizer, folder: Path) -> int:
         return token_id(tokenizer, end_of_text(tokenizer, declared_tokens(folder), remedy=remedy))
     except DataError as error:
         raise CheckpointError(f"{folder}: {error}") from error
+
+
+def end_of_export(tokenizer: Tokenizer, config: PretrainedConfig, folder: Path) -> int:
+    """The id of the end of text: what the tokenizer of a folder declares, as for `model.init`, else a token that its
+    configuration names, else one of the usual names."""
+    try:
+        declared = declared_tokens(folder).get("eos_token")
+    except DataError as error:
+        raise CheckpointError(str(error)) from error
+    said = config.eos_token_id[0] if isinstance(config.eos_token_id, list) and config.eos_token_id else config.eos_token_id
+    if declared is None and isinstance(said, int) and tokenizer.id_to_token(said) is not None:
+        return said
+    return end_of(tokenizer, folder)
 
 
 def end_of_data(folder: str | None, tokenizer: Tokenizer) -> int | None:

@@ -144,6 +144,39 @@ def test_a_folder_that_is_no_model_of_its_configuration_is_refused(tmp_path, pre
         assert not out and err.count("\n") == 1 and f"{folder}" in err and message in err, err
 
 
+@pytest.mark.parametrize(
+    ("declared", "said", "end"),
+    [
+        (True, 2, 256),  # the default of LlamaConfig, of another tokenizer
+        (True, 400, 256),
+        (True, [2, 256], 256),
+        (False, 65, 65),
+        (False, [65, 66], 65),
+        (False, [], 256),
+        (False, 400, 256),  # no token, so that the name counts
+        (False, None, 256),
+    ],
+)
+def test_the_end_of_text_of_a_folder_is_that_of_its_tokenizer(tmp_path, prepared, capsys, declared, said, end):
+    folder = tmp_path / "stock"
+    stock_folder(folder, prepared, build_model(hf=LLAMA, vocab_size=320))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": said}))
+    if not declared:
+        (folder / "tokenizer_config.json").write_text("{}")
+    assert open_trained(folder).end == end
+    assert evaluate([str(folder), str(prepared), "--sequences", "2"]) == (0 if end == 256 else 2)
+    assert sample([str(folder), "--tokens", "2", "--context", "32"]) == 0
+
+
+def test_an_end_of_text_beyond_the_rows_of_the_model_is_one_line(tmp_path, prepared, capsys):
+    folder = tmp_path / "stock"
+    stock_folder(folder, prepared, build_model(hf=LLAMA, vocab_size=200))
+    assert sample([str(folder), "--tokens", "2"]) == 2
+    message = "its tokenizer ends a document with token 256, its model knows 200: put its own tokenizer there"
+    assert capsys.readouterr().err == f"sample: {folder}: {message}\n"
+
+
 def test_a_loss_that_is_not_finite_is_an_error(tmp_path, prepared, capsys):
     """Weights that are, in float16."""
     folder = tmp_path / "stock"
