@@ -246,11 +246,9 @@ def load_source(
         ConfigError: weights that are not there, pickled, damaged, or not those of the configuration.
         CheckpointError: the same of a checkpoint.
     """
-    stored_in = stored_dtypes(weight_files(source))
     convert = isinstance(config, GPT3Config) and source.step is None and source_config(source).model_type == "gpt2"
     stored, _ = without_memory(lambda: model_of(source_config(source) if convert else config))
-    if problem := not_real(stored_in, stored):
-        raise ConfigError(f"model.init: {source.name} has {problem}, which cannot be trained: name the original model")
+    stored_in = stored_dtypes(source, stored)
     found = file_weights(source.path / source.file, stored)
     if found is None:
         model = whole_model(source, config, convert, {name for name, _ in stored.named_parameters()})
@@ -304,15 +302,29 @@ def weight_files(source: Source) -> list[Path]:
     raise ConfigError(f"model.init: {source.name} has no {missing[0]}: name a folder that save_pretrained() wrote, whole")
 
 
-def stored_dtypes(files: list[Path]) -> dict[str, str]:
-    """The dtype of each tensor in safetensors files."""
+def stored_dtypes(source: Source, model: PreTrainedModel) -> dict[str, str]:
+    """The dtype of each tensor in the files of a source, which have the weights of `model`, perhaps without memory.
+
+    Raises ConfigError for files that are missing or damaged, and for weights that are no real numbers.
+    """
     found: dict[str, str] = {}
-    for path in files:
+    for path in weight_files(source):
         try:
             found |= dtypes_in(path)
         except (SafetensorError, OSError) as error:
             raise ConfigError(f"model.init: {path} is damaged ({first_line(error)}): copy or download it again") from None
+    if problem := not_real(found, model):
+        raise ConfigError(f"model.init: {source.name} has {problem}, which cannot be trained: name the original model")
     return found
+
+
+def check_files(config: Config, run_dir: Path) -> None:
+    """Raise ConfigError where the headers of `model.init`'s files show that it cannot be taken. Of the hub nothing is read, nor
+    where the run has begun."""
+    init = config.model.init
+    if init is not None and not init.startswith(HUB) and begun(config, run_dir) is None:
+        source = find_source(init)
+        stored_dtypes(source, without_memory(lambda: model_of(source_config(source)))[0])
 
 
 def from_pretrained(source: Source, config: PretrainedConfig) -> PreTrainedModel:

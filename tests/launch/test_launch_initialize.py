@@ -257,6 +257,24 @@ def test_weights_that_are_no_plain_real_numbers_are_refused(run, dtype, kind, na
     )
 
 
+def test_the_plan_refuses_what_the_files_show(run):
+    folder = run.tmp_path / "source"
+    model = qwen()
+    model.save_pretrained(folder)
+    common = [*QUICK, *BARE[:3], f"model.init={folder}", "--plan"]
+    assert run(*common)[0] == 0
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {"model.norm.weight": tensors["model.norm.weight"].to(torch.int8)}, path, {"format": "pt"})
+    refused(run(*common), "has quantized weights (model.norm.weight in I8), which cannot be trained")
+    path.write_bytes(path.read_bytes()[:-10])
+    refused(run(*common), "is damaged")
+    path.unlink()
+    refused(run(*common), "has no model.safetensors: name a folder that save_pretrained() wrote, whole")
+    torch.save(tensors, folder / "pytorch_model.bin")
+    refused(run(*common), "holds pickled weights alone")
+
+
 def test_a_mask_of_whole_numbers_beside_the_weights_is_none(run):
     """Old files of GPT-2 hold the causal mask, as bytes."""
     folder = run.tmp_path / "source"

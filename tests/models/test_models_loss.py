@@ -322,7 +322,7 @@ def test_choosing_leaves_no_trace():
         ({"model_type": "xlnet", "d_model": 32, "n_layer": 1, "n_head": 2, "d_inner": 32}, "XLNetLMHeadModel is not causal"),
         (
             {"model_type": "bert", **SMALL_BERT},
-            r"BertLMHeadModel is not causal .*; set is_decoder to true, in model\.hf or, for weights of a folder, in its config\.json$",
+            r"Bert\w+ is not causal .*; set is_decoder to true, in model\.hf or, for weights of a folder, in its config\.json$",
         ),
         ({"model_type": "roberta", "is_decoder": True, **SMALL_BERT}, "forward pass fails: .*None.*; keys .* are pad_token_id"),
         ({"model_type": "deepseek_v3", **DEEPSEEK, "output_router_logits": True}, "DeepseekV3ForCausalLM has no router loss"),
