@@ -103,7 +103,7 @@ def save(model: PreTrainedModel, folder: Path, checkpoint: Path) -> None:
     """As transformers saves a model. CheckpointError where it refuses the configuration, which is that of `checkpoint`."""
     for part in (model.config, model.config.get_text_config(), model.generation_config):
         for key in RETURNED:
-            if getattr(part, key, False):
+            if getattr(part, key, False) is True:
                 setattr(part, key, False)
     try:
         model.save_pretrained(folder)
