@@ -15,6 +15,7 @@ STATE_SPACE = re.compile(
 GENERIC = re.compile("weights?|params?|parameters?")  # says nothing at the end of a name
 # The last word says what a thing is: "gate_proj" is a projection, "proj_gate" a gate.
 VECTOR = re.compile("gates?|gating|scales?|scaling|gamma|beta|alpha|lambda|temperature|tau|decay|mix|slopes?|norm|gains?")
+GATE = re.compile("gates?|gating")
 MATRIX = re.compile("proj|projection|projector|kernel|matrix|linear|dense|fc|mlp|router|lora")
 LETTER = re.compile(r"w[a-z]?\d*|w?(qkv|kv|[qkvour])\d*|up|down|in|out|hidden|recurrent")  # of hand-written layers: W_q, w1, up
 # Beside such a letter: what the letter's layer multiplies by (norm_q) or adds (b_Q; B_q is a factor), and what may be no matrix.
@@ -33,6 +34,8 @@ TABLE = re.compile(
 HOLDS_TABLE = re.compile(
     "emb|embs|embeds?|embeddings?|encodings?|pos|positions?|positional|ape|pe|wte|wpe|codebooks?|heads?|classifier|unembed|unembedding"
 )
+# The last word of either, of what scales its inputs, also per head with a `weight` of two axes.
+HOLDS_NORM = re.compile(r"[a-z]*norm\d*")
 
 Kind = Literal["vector", "table", "matrix", "unknown"]
 
@@ -42,8 +45,11 @@ def kind_of(module: nn.Module, attribute: str, p: Tensor, name: str) -> Kind:
     if STATE_SPACE.fullmatch(attribute) or getattr(p, "_no_weight_decay", False):
         return "vector"
     holder = name.rpartition(".")[0].rpartition(".")[2]
-    is_table = any(HOLDS_TABLE.fullmatch(words_of(part)[-1]) for part in (*class_names(module), holder) if words_of(part))
+    kinds = [words_of(part)[-1] for part in (*class_names(module), holder) if words_of(part)]
+    is_table = any(map(HOLDS_TABLE.fullmatch, kinds))
     words = words_of(attribute)
+    if not words and not is_table and any(map(HOLDS_NORM.fullmatch, kinds)):
+        return "vector"
     if not words and not is_table and p.ndim == 2 and not isinstance(module, (nn.ParameterList, nn.ParameterDict)):
         return "matrix"  # `weight` of a module that is like a linear layer: a router, a quantized layer
     while not words and "." in name:  # what holds it says more
@@ -51,6 +57,8 @@ def kind_of(module: nn.Module, attribute: str, p: Tensor, name: str) -> Kind:
         words = words_of(name.rpartition(".")[2])
     last = words[-1] if words else ""
     is_kernel_of_depth_1 = p.ndim >= 3 and p.shape[1] == 1 and any(word.startswith("conv") for word in words)
+    if GATE.fullmatch(last) and GENERIC.fullmatch(attribute.rpartition("_")[2]) and words_of(attribute) and p.ndim >= 3:
+        return "matrix"  # input_gate_weight: what makes the gate, for each head
     if VECTOR.fullmatch(last) or {"bias", "biases"} & set(words) or is_kernel_of_depth_1:
         return "vector"
     if MATRIX.fullmatch(last) or "lora" in words:

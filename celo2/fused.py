@@ -173,6 +173,7 @@ FUSED: list[tuple[str, Splitter, str]] = [
     ),
     ("x_proj", in_one_piece, "MambaMixer FalconMambaMixer JambaMambaMixer"),
     ("in_proj_qkvz", grouped_by_key, "Qwen3NextGatedDeltaNet"),
+    ("in_proj_ba", lambda m, n: Split(m.num_k_heads, (n // (2 * m.num_k_heads),) * 2), "Qwen3NextGatedDeltaNet"),
     (
         "in_proj_qkv",
         lambda m, n: Split(1, (m.key_dim, m.key_dim, m.value_dim)),

@@ -7,6 +7,7 @@ DATA is a folder that `data.prepare` wrote with the model's own tokenizer, or a 
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 import sys
 
@@ -55,6 +56,11 @@ def evaluate(options: argparse.Namespace) -> None:
     )
     assert sums is not None
     found = evaluation(*sums)
+    if not math.isfinite(found.loss):
+        dtype = str(trained.model.dtype).removeprefix("torch.")
+        raise CheckpointError(
+            f"the loss of {trained.path} is {found.loss}: its numbers leave the range of {dtype}, or it diverged"
+        )
     print(f"{trained.path} on the split {shards.split} of {shards.folder}: {found.tokens:,} tokens in sequences of {context}")
     print(f"loss {found.loss:.4f} nats per token, perplexity {found.perplexity:.4f}", end="")
     print(f", {found.bits_per_byte:.4f} bits per byte of {found.bytes:,} bytes" if found.bytes else "")

@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from models.experts import fit_experts
 from models.foreign import ForeignCode, refuse_code
+from models.function import flat, is_dropout
 from models.gpt3 import GPT3Config
 from models.recompute import recompute
 from models.sizes import SIZES
@@ -86,7 +87,11 @@ def build_model(
 
 def model_of(config: PretrainedConfig, device: str | torch.device | None = None) -> PreTrainedModel:
     """A freshly initialized causal language model of a configuration of transformers."""
-    with torch.device(device) if device is not None else nullcontext(), _model_errors(config.model_type, config):
+    for key, value in flat(config.to_dict()).items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_dropout(key) and number and not 0 <= value < 1:
+            raise ModelError(f"{config.model_type}: {key} must be a probability, 0 <= {key} < 1, got {value!r}")
+    with torch.device(device) if device is not None else nullcontext(), model_errors(config.model_type, config):
         return AutoModelForCausalLM.from_config(config)
 
 
@@ -133,12 +138,14 @@ def _hf_config(hf: dict, vocab_size: int) -> PretrainedConfig:
     model_type = keys.pop("model_type", None)
     if model_type is None:
         raise ModelError('hf needs a model_type, such as {"model_type": "qwen3"}', "hf")
+    if not isinstance(model_type, str):
+        raise ModelError(f"hf.model_type must be a name, such as qwen3, got {model_type!r}", "hf")
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         if model_type in CONFIG_MAPPING_NAMES:
             raise ModelError(f"{model_type!r} is a model of transformers, but not a causal language model", "hf")
         near = nearest(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
         raise ModelError(f"transformers has no causal language model of model_type {model_type!r}{near}", "hf")
-    with _model_errors(model_type):
+    with model_errors(model_type):
         default = AutoConfig.for_model(model_type)
     if "vocab_size" not in default.to_dict():
         return _hf_config(_text_model(default, keys), vocab_size)
@@ -150,7 +157,7 @@ def _hf_config(hf: dict, vocab_size: int) -> PretrainedConfig:
     for name in SPECIAL_TOKENS:
         if name not in keys and _accepts(default, {name: None}):
             keys[name] = None
-    with _model_errors(model_type):
+    with model_errors(model_type):
         return type(default)(**keys)
 
 
@@ -210,7 +217,7 @@ def longest_context(config: PretrainedConfig) -> int | None:
 
 
 @contextmanager
-def _model_errors(model_type: str, config: PretrainedConfig | None = None) -> Iterator[None]:
+def model_errors(model_type: str, config: PretrainedConfig | None = None) -> Iterator[None]:
     """ModelError for whatever transformers raises when it makes a configuration, or a model of numbers that do not fit."""
     try:
         yield

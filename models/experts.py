@@ -12,9 +12,14 @@ def fit_experts(model: PreTrainedModel) -> None:
     transformers computes all experts in one grouped product, which fails there with "strides should be multiple of 16 bytes".
     Its loop over the experts gives the same to within rounding.
     """
-    if model.config._experts_implementation != "grouped_mm":
-        return
+    if model.config._experts_implementation == "grouped_mm" and needs_loop(model):
+        model.set_experts_implementation("eager")
+
+
+def needs_loop(model: PreTrainedModel) -> bool:
+    """Whether `model` has experts that the grouped product, which transformers takes unless it is told, refuses."""
+    if model.get_correct_experts_implementation(None) != "grouped_mm":  # no experts, or of a kind that has no such product
+        return False
     modules = [module for module in model.modules() if not isinstance(module, nn.Conv1d)]
     stacks = [p.shape for module in modules for p in module.parameters(recurse=False) if p.ndim == 3]
-    if any(size % ALIGNED for shape in stacks for size in shape[1:]):
-        model.set_experts_implementation("eager")
+    return any(size % ALIGNED for shape in stacks for size in shape[1:])

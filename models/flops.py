@@ -6,6 +6,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from models.function import flat
+
+# What configurations call the number of experts of a layer, and how many of them a token visits.
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+VISITED = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")
+
 
 def flops_per_token(model: PreTrainedModel, context: int | None = None) -> float:
     """FLOPs of one token, forward and backward, in a sequence of `context` tokens (by default the model's).
@@ -20,23 +26,31 @@ def flops_per_token(model: PreTrainedModel, context: int | None = None) -> float
     """
     config = model.config.get_text_config()
     values = config.to_dict()  # an attribute that differs between layers cannot be read
+    nested = {key.rpartition(".")[2]: value for key, value in flat(values).items()}  # DBRX has them in `ffn_config`
 
     def number(name: str) -> int:
         return values.get(config.attribute_map.get(name, name)) or 0
+
+    def first(names: tuple[str, ...]) -> int:
+        return next((found for name in names if (found := number(name) or nested.get(name) or 0)), 0)
 
     head = model.get_output_embeddings()
     looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     if head is not None:
         looked_up.discard(id(head.weight))
-    names = ("num_local_experts", "num_experts", "n_routed_experts")
-    experts = next((number(name) for name in names if number(name)), 0)
-    visited = number("num_experts_per_tok") or experts
+    experts = first(EXPERTS)
+    visited = first(VISITED) or experts
     multiplied = 0.0
-    for parameter in model.parameters():
-        if parameter.ndim < 2 or id(parameter) in looked_up:
-            continue
-        stacked = experts and parameter.ndim == 3 and parameter.shape[0] == experts  # (experts, out, in)
-        multiplied += parameter.numel() * (visited / experts if stacked else 1)
+    counted = set(looked_up)
+    for module in model.modules():
+        flattened = type(module).__name__ == "DbrxExpertGLU"  # (experts * out, in)
+        for parameter in module.parameters(recurse=False):
+            if parameter.ndim < 2 or id(parameter) in counted:
+                continue
+            counted.add(id(parameter))
+            count = experts if flattened else parameter.shape[0]  # of a stack (experts, out, in)
+            stacked = flattened or (parameter.ndim == 3 and count in (experts, experts + number("zero_expert_num")))
+            multiplied += parameter.numel() * (visited / count if experts and stacked else 1)
     context = number("max_position_embeddings") if context is None else context
     heads = number("num_attention_heads")
     head_size = number("head_dim") or number("hidden_size") // max(heads, 1)

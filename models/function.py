@@ -21,8 +21,14 @@ def changes_function(key: str) -> bool:
     Names, special tokens that only generation reads, dropout and initialization do not.
     """
     parts = key.split(".")
-    training = "dropout" in parts[-1] or "initializer" in parts[-1] or parts[-1].endswith(("pdrop", "layerdrop"))
+    training = is_dropout(key) or "initializer" in parts[-1]
     return not (training or WITHOUT_EFFECT & {*parts} or parts[-1].startswith("_attn"))
+
+
+def is_dropout(key: str) -> bool:
+    """Whether a (dotted) key is the probability that something is left out in training."""
+    name = key.rpartition(".")[2]
+    return "dropout" in name or name.endswith(("pdrop", "layerdrop"))
 
 
 def function_differences(

@@ -19,7 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 from data import printable
 from data.tokenizer import vocabulary_size
 from launch.checkpoint.card import write_card
-from launch.checkpoint.compatibility import add_names_of_transformers_4
+from launch.checkpoint.compatibility import add_names_of_transformers_4, change
 from launch.checkpoint.folders import choose_checkpoint
 from launch.checkpoint.load import load_model
 from launch.checkpoint.permissions import usual_permissions
@@ -27,10 +27,12 @@ from launch.checkpoint.push import check_name, push
 from launch.checkpoint.tokenizer import configure, export_tokenizer, trained_context
 from launch.checkpoint.verify import CheckpointError
 from launch.checkpoint.vocabulary import one_row_a_token
+from models.experts import needs_loop
 from models.gpt2 import to_gpt2
 from models.gpt3 import GPT3LMHeadModel
 
 DTYPES = ("float32", "bfloat16", "float16")
+RETURNED = ("output_attentions", "output_hidden_states")  # what a model returns beside its logits, which the reader chooses
 
 
 def export(
@@ -99,12 +101,18 @@ def export(
 
 def save(model: PreTrainedModel, folder: Path, checkpoint: Path) -> None:
     """As transformers saves a model. CheckpointError where it refuses the configuration, which is that of `checkpoint`."""
+    for part in (model.config, model.config.get_text_config(), model.generation_config):
+        for key in RETURNED:
+            if getattr(part, key, False) is True:
+                setattr(part, key, False)
     try:
         model.save_pretrained(folder)
     except OSError:
         raise
     except Exception as error:  # of several libraries
         raise CheckpointError(f"{checkpoint / 'config.json'} cannot be saved again: {' '.join(str(error).split())}") from error
+    if needs_loop(model):  # save_pretrained() never writes it, and from_pretrained() reads it
+        change(folder / "config.json", {"experts_implementation": "eager"})
 
 
 def convert(model: PreTrainedModel, dtype: str) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from data import DataError
 from data.files import read_json
@@ -16,9 +17,12 @@ from data.tokenizer import load_tokenizer, token_id, tokenizer_hash
 from launch.checkpoint.folders import CHECKPOINTS, Chosen, choose_checkpoint
 from launch.checkpoint.load import load_model, read_model_config
 from launch.checkpoint.state import read_state, require_state
-from launch.checkpoint.tensors import is_there
+from launch.checkpoint.stock import dtypes_in, not_real, quiet, read_stock
+from launch.checkpoint.tensors import files_of, is_there
 from launch.checkpoint.verify import MANIFEST, MODEL, CheckpointError
-from models import longest_context
+from models import LossMismatch, ModelError, choose_loss, longest_context
+from models.build import model_of
+from models.initialization import without_memory
 
 UNLIMITED = 10**9  # transformers writes 10**30 where a tokenizer has no limit
 
@@ -54,7 +58,7 @@ def open_trained(path: str | Path, average: bool = False) -> TrainedModel:
     the weights of a run or checkpoint.
 
     Raises:
-        CheckpointError: none of these, or one that is damaged or has no tokenizer.
+        CheckpointError: none of these, or one that is damaged, has no tokenizer, is not causal, or whose numbers are not finite.
     """
     path = Path(path)
     if not path.is_dir():
@@ -63,10 +67,18 @@ def open_trained(path: str | Path, average: bool = False) -> TrainedModel:
     if not any((path / name).exists() for name in known) and (path / "config.json").is_file():
         if average:
             raise CheckpointError(f"{path} is an exported folder, with one kind of weights: leave --average out")
-        return open_export(path)
+        return finite(open_export(path))
     if not any((path / name).exists() for name in known) and not is_there(path / MODEL):
         raise CheckpointError(f"{path} is no training run, no checkpoint and no exported folder")
-    return open_checkpoint(choose_checkpoint(path), average)
+    return finite(open_checkpoint(choose_checkpoint(path), average))
+
+
+def finite(trained: TrainedModel) -> TrainedModel:
+    """`trained`. Raises CheckpointError if one of its weights holds a number that is not finite."""
+    for name, p in trained.model.named_parameters():
+        if p.is_floating_point() and not p.isfinite().all():
+            raise CheckpointError(f"{trained.path} has numbers in {name} that are not finite: take another model or checkpoint")
+    return trained
 
 
 def open_checkpoint(chosen: Chosen, average: bool = False) -> TrainedModel:
@@ -84,24 +96,35 @@ def open_export(path: Path) -> TrainedModel:
     """The model of a folder in the form of transformers; nothing is downloaded, unpickled or run from it."""
     if (path / "adapter_config.json").exists():  # transformers would load the model that it names
         raise CheckpointError(f"{path} holds an adapter: merge it into its model, and name that folder")
-    tokenizer, config = read_tokenizer(path), read_model_config(path)
+    tokenizer = read_tokenizer(path)
+    with quiet():
+        config = read_model_config(path)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            path,
-            config=config,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        with quiet():
+            stored, _ = without_memory(lambda: model_of(config))
+        dtypes = {name: dtype for file in files_of(path / MODEL) for name, dtype in dtypes_in(file).items()}
+        if getattr(config, "quantization_config", None) is None and (problem := not_real(dtypes, stored)):
+            raise CheckpointError(
+                f"{path} has {problem}, and its config.json does not say how they are meant: name another model"
+            )
+        model, problem = read_stock(path, config, "auto")
+    except CheckpointError:
+        raise
     except Exception as error:  # whatever transformers raises for files that are missing or damaged
         raise CheckpointError(f"cannot read {path}: {' '.join(str(error).split())}") from error
-    if missing := sorted(report["missing_keys"]):
-        raise CheckpointError(f"{path} lacks weights: {', '.join(missing[:3])}")
-    end = model.config.eos_token_id
-    end = end[0] if isinstance(end, list) else end
+    if problem:
+        raise CheckpointError(f"{path} {problem}")
+    try:
+        with suppress(LossMismatch):  # of training alone
+            choose_loss(model)
+    except ModelError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    end, rows = end_of_export(tokenizer, config, path), model.get_input_embeddings().weight.shape[0]
+    if end >= rows:
+        raise CheckpointError(
+            f"{path}: its tokenizer ends a document with token {end}, its model knows {rows}: put its own tokenizer there"
+        )
     lengths = [length for length in (longest_context(model.config), trained_length(path)) if length]
-    end = end_of(tokenizer, path) if end is None else end
     return TrainedModel(path, model.eval(), tokenizer, end, min(lengths, default=None), [])
 
 
@@ -120,6 +143,19 @@ def end_of(tokenizer: Tokenizer, folder: Path) -> int:
         return token_id(tokenizer, end_of_text(tokenizer, declared_tokens(folder), remedy=remedy))
     except DataError as error:
         raise CheckpointError(f"{folder}: {error}") from error
+
+
+def end_of_export(tokenizer: Tokenizer, config: PretrainedConfig, folder: Path) -> int:
+    """The id of the end of text: what the tokenizer of a folder declares, as for `model.init`, else a token that its
+    configuration names, else one of the usual names."""
+    try:
+        declared = declared_tokens(folder).get("eos_token")
+    except DataError as error:
+        raise CheckpointError(str(error)) from error
+    said = config.eos_token_id[0] if isinstance(config.eos_token_id, list) and config.eos_token_id else config.eos_token_id
+    if declared is None and isinstance(said, int) and tokenizer.id_to_token(said) is not None:
+        return said
+    return end_of(tokenizer, folder)
 
 
 def end_of_data(folder: str | None, tokenizer: Tokenizer) -> int | None:

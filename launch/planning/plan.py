@@ -23,9 +23,10 @@ from launch.planning.table import WORLDS, cost_lines
 from launch.planning.units import size
 from launch.run.check import prompt_notes
 from launch.run.evaluation import open_sets, open_tasks
+from launch.run.initialize import check_files
 from launch.run.mixture import mixture_notes
 from launch.run.schedule import lr_factor, warmup_steps
-from launch.run.setup import build_from_config, open_data, vocabulary
+from launch.run.setup import build_from_config, open_data, run_folder, vocabulary
 from models import flops_per_token
 
 MANY_EPOCHS = 4  # up to here repeated tokens are nearly as good as new ones (arXiv 2305.16264)
@@ -35,7 +36,8 @@ GPT2_VOCABULARY = 50257  # assumed where neither model.vocab_size nor data.dir s
 def make_plan(config: Config, world: int, machine: Machine) -> str:
     """The plan as text, for a configuration that `launch.run.check` has passed.
 
-    Raises what training would raise for the same configuration before its first step.
+    Raises what training would raise before its first step for the same configuration and data, and for what the headers of
+    `model.init`'s files show. Weights are not read, and no forward pass is made: a model that is not causal is only refused then.
     """
     shards, tokenizer_size = None, config.model.vocab_size or (1 if config.model.init else GPT2_VOCABULARY)
     assumed = "the vocabulary of model.init" if config.model.init else f"a vocabulary of {tokenizer_size:,}"
@@ -45,6 +47,7 @@ def make_plan(config: Config, world: int, machine: Machine) -> str:
     if all(folder is not None and os.path.isdir(folder) for folder in folders):
         shards, validation = open_data(config)
         tokenizer_size, data = shards.vocab_size, names
+    check_files(config, run_folder(config))
     model, context = build_from_config(config, vocabulary(config, tokenizer_size), device="meta")
     if config.distributed.strategy == "fsdp2":
         required_blocks(model)

@@ -5,18 +5,17 @@ The architecture comes from there, too. Optimizer, step and data begin anew. Onl
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PretrainedConfig, PreTrainedModel
+from transformers import AutoTokenizer, GPT2Config, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import logging
 
 from celo2.hub import explain
 from celo2.rule_files import HUB
@@ -29,18 +28,20 @@ from data.special_tokens import declared_tokens
 from launch.checkpoint.folders import CHECKPOINTS, choose_checkpoint, folders_of, run_of
 from launch.checkpoint.load import load_model, read_model_config, weights_file
 from launch.checkpoint.state import read_state
+from launch.checkpoint.stock import DTYPES, dtypes_in, not_real, quiet, read_stock
 from launch.checkpoint.tensors import files_of
 from launch.checkpoint.verify import AVERAGE, MANIFEST, MODEL, list_checkpoints
 from launch.run.branch import checkpoint_folders, read_origin
 from launch.run.weights import FromGPT2, file_weights
-from models.build import ModelError, model_of, named_size, prepare_model
+from models.build import ModelError, model_errors, model_of, named_size, prepare_model
+from models.foreign import ForeignCode, refuse_code
 from models.function import function_differences
 from models.gpt2 import from_gpt2, gpt3_config
 from models.gpt3 import GPT3Config
 from models.initialization import Held, Weights, without_memory
 
 OF_AVERAGE = "average:"  # before a run or checkpoint: the average of its weights
-DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")  # accepted, but no attributes under these names
 ROPE_PARTS = ("rope_theta", "partial_rotary_factor")  # old keys of their own for what lies in `rope_parameters` today
 NUMBERS = ("layers", "width", "heads", "vocab_size")  # of a GPT-3 but its context: a training sequence may be shorter
 PROBE = 4096  # tokens of the data that both tokenizers must write alike
@@ -159,7 +160,10 @@ def architecture(model: ModelSection, source: Source, vocab_size: int) -> Pretra
     found = source_config(source)
     config = found
     if isinstance(found, GPT2Config) and model.hf is None:
-        config = gpt3_config(found, model.dropout) or found
+        try:
+            config = gpt3_config(found, model.dropout) or found
+        except Exception as error:  # of the class, for numbers that do not fit
+            raise ConfigError(f"model.init: the config.json of {source.name} describes no model: {first_line(error)}") from error
     if config.vocab_size < vocab_size:
         raise ConfigError(
             f"model.init: {source.name} has a vocabulary of {config.vocab_size}, the data one of {vocab_size}: "
@@ -204,19 +208,30 @@ def model_options() -> Iterator[None]:
 
 
 def with_keys(config: PretrainedConfig, keys: dict[str, Any]) -> tuple[PretrainedConfig, dict[str, tuple[Any, Any]]]:
-    """`config` with `keys` in place of its own, and those of them that would make it another function, with both values."""
+    """`config` with `keys` in place of its own, and those of them that would make it another function, with both values.
+
+    Raises:
+        ModelError: values that the class of `config` refuses.
+        ConfigError: a key that asks for code from outside.
+    """
+    try:
+        refuse_code({"model_type": config.model_type} | keys, "model.hf")
+    except ForeignCode as error:
+        raise ConfigError(str(error)) from None
     before = config.to_dict()
     tree = config.to_dict()
     asked = keys.pop("model_type", config.model_type)
     if asked != config.model_type:
         return config, {"model_type": (config.model_type, asked)}
-    unknown = {key for key in keys if not hasattr(config, config.attribute_map.get(key, key)) and key not in ROPE_PARTS}
+    known = (*ROPE_PARTS, *IMPLEMENTATIONS)
+    unknown = {key for key in keys if not hasattr(config, config.attribute_map.get(key, key)) and key not in known}
     for key, value in keys.items():
         if key in ROPE_PARTS or (key == "rope_scaling" and isinstance(value, dict)):
             tree["rope_parameters"] = {**(tree.get("rope_parameters") or {}), **({key: value} if key in ROPE_PARTS else value)}
         else:
             tree[config.attribute_map.get(key, key)] = value
-    changed = type(config).from_dict(tree)
+    with model_options(), model_errors(config.model_type):
+        changed = type(config).from_dict(tree)
     return changed, function_differences(before, changed) | {key: ("not a key", keys[key]) for key in unknown}
 
 
@@ -231,30 +246,39 @@ def load_source(
         ConfigError: weights that are not there, pickled, damaged, or not those of the configuration.
         CheckpointError: the same of a checkpoint.
     """
-    dtypes = stored_dtypes(weight_files(source))
     convert = isinstance(config, GPT3Config) and source.step is None and source_config(source).model_type == "gpt2"
     stored, _ = without_memory(lambda: model_of(source_config(source) if convert else config))
+    stored_in = stored_dtypes(source, stored)
     found = file_weights(source.path / source.file, stored)
     if found is None:
-        model = whole_model(source, config, convert)
+        model = whole_model(source, config, convert, {name for name, _ in stored.named_parameters()})
         weights: Weights = Held(model, {name for name, p in model.named_parameters() if not p.isfinite().all()})
     elif convert:
         model, _ = without_memory(lambda: model_of(config))
         weights = FromGPT2(found, {name: tuple(p.shape) for name, p in stored.named_parameters()}, config.layers)
     else:
         model, weights = stored, found
+    dtypes = " and ".join(sorted({DTYPES.get(dtype, dtype) for dtype in stored_in.values()}))
     step = "" if source.step is None else f" of step {source.step:,}"
     line = f"began with the weights{step} of {source.name}{source.note}: {model.num_parameters():,} in {dtypes}"
     return prepare_model(model, gradient_checkpointing), weights, line + ("" if dtypes == "float32" else ", trained in float32")
 
 
-def whole_model(source: Source, config: PretrainedConfig, convert: bool) -> PreTrainedModel:
-    """The model with the weights of the source, in float32, on the CPU; `convert`: from a GPT-2."""
+def whole_model(source: Source, config: PretrainedConfig, convert: bool, names: Collection[str]) -> PreTrainedModel:
+    """The model with the weights of the source, in float32, on the CPU; `convert`: from a GPT-2.
+
+    `names`: the parameters of the model whose weights the source holds, as its configuration makes them.
+    """
     model: PreTrainedModel
     if source.step is not None:
         model = load_model(source.path, config, source.file == AVERAGE).float()
     else:
         model = from_pretrained(source, source_config(source) if convert else config)
+        if apart := sorted({name for name, _ in model.named_parameters()} - set(names)):
+            raise ConfigError(
+                f"model.init: {source.name} has a {apart[0]} of its own, which its config.json ties to another weight: "
+                "set tie_word_embeddings to false there"
+            )
         if convert:
             model = from_gpt2(model, config)
     return model
@@ -278,59 +302,42 @@ def weight_files(source: Source) -> list[Path]:
     raise ConfigError(f"model.init: {source.name} has no {missing[0]}: name a folder that save_pretrained() wrote, whole")
 
 
-def stored_dtypes(files: list[Path]) -> str:
-    """The dtypes of the weights in safetensors files."""
-    found = set()
-    for path in files:
+def stored_dtypes(source: Source, model: PreTrainedModel) -> dict[str, str]:
+    """The dtype of each tensor in the files of a source, which have the weights of `model`, perhaps without memory.
+
+    Raises ConfigError for files that are missing or damaged, and for weights that are no real numbers.
+    """
+    found: dict[str, str] = {}
+    for path in weight_files(source):
         try:
-            with safe_open(path, "pt") as file:
-                found |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+            found |= dtypes_in(path)
         except (SafetensorError, OSError) as error:
             raise ConfigError(f"model.init: {path} is damaged ({first_line(error)}): copy or download it again") from None
-    return " and ".join(sorted(DTYPES.get(name, name) for name in found))
+    if problem := not_real(found, model):
+        raise ConfigError(f"model.init: {source.name} has {problem}, which cannot be trained: name the original model")
+    return found
+
+
+def check_files(config: Config, run_dir: Path) -> None:
+    """Raise ConfigError where the headers of `model.init`'s files show that it cannot be taken. Of the hub nothing is read, nor
+    where the run has begun."""
+    init = config.model.init
+    if init is not None and not init.startswith(HUB) and begun(config, run_dir) is None:
+        source = find_source(init)
+        stored_dtypes(source, without_memory(lambda: model_of(source_config(source)))[0])
 
 
 def from_pretrained(source: Source, config: PretrainedConfig) -> PreTrainedModel:
     """The model of a folder of transformers. Raises ConfigError unless its weights are those of `config`, no more and no less."""
     try:
-        with quiet():
-            model, info = AutoModelForCausalLM.from_pretrained(
-                source.path,
-                config=config,
-                dtype=torch.float32,
-                local_files_only=True,
-                use_safetensors=True,
-                trust_remote_code=False,
-                ignore_mismatched_sizes=True,  # they are found below, by name
-                output_loading_info=True,
-            )
+        model, problem = read_stock(source.path, config, torch.float32)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # transformers raises what reading its files raises
         raise ConfigError(f"model.init: {source.name} cannot be loaded: {first_line(error)}") from error
-    shapes = [f"{name} of shape {tuple(there)}, not {tuple(here)}" for name, there, here in info["mismatched_keys"]]
-    for problem, names in (("lacks", info["missing_keys"]), ("has unknown", info["unexpected_keys"]), ("has", shapes)):
-        if names:
-            more = f" and {len(names) - 2} more" if len(names) > 2 else ""
-            raise ConfigError(
-                f"model.init: {source.name} {problem} {', '.join(sorted(names)[:2])}{more}: its weights are not those of its "
-                f"config.json, a {config.model_type}; restore the config.json that belongs to them"
-            )
+    if problem:
+        raise ConfigError(f"model.init: {source.name} {problem}")
     return model
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without transformers' progress bars, tables and advice; errors are raised all the same."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def check_tokenizer(source: Source, shards: TokenShards) -> str:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from route_all import DOZEN, built, class_names, odd_ones, route_all
 from torch import nn
 
@@ -45,6 +46,8 @@ class Layer(nn.Module):
         ),
         ("gate attn_gate input_gate_weight layer_scale gamma temperature time_decay", (8, 4), "vector"),
         ("conv_kernel conv1d_weight", (8, 1, 4), "vector"),
+        ("input_gate_weight recurrent_gate_weight gates_weights", (2, 8, 8), "matrix"),  # RecurrentGemma: what makes the gates
+        ("gate input_gate_bias layer_scale_weight norm_weight", (2, 8, 8), "vector"),
         (
             "pos_embed position_embeddings token_type_embed rel_pos_h query_tokens latents register_tokens mask_token",
             (8, 4),
@@ -90,6 +93,35 @@ def test_what_holds_a_list_or_a_parameter_says_its_kind():
     layer = Layer("weight", (8, 4))  # of a class that says nothing
     held = {"pos_embed": "table", "positions": "table", "query": "matrix", "router": "matrix", "up_proj": "matrix"}
     assert {name: kind_of(layer, "weight", layer.weight, f"model.{name}.weight") for name in held} == held
+
+
+@pytest.mark.parametrize("make", [nn.LayerNorm, nn.RMSNorm])
+def test_norms_of_two_axes_are_vectors(make):
+    """As of queries and keys, with a scale for each head."""
+    model = nn.ModuleDict({"scale": make((4, 8)), "fc": nn.Linear(4, 4)})
+    found = {name: group for group in param_groups(model, 1, 1, 0.1) for name in group["param_names"]}
+    for name in {"scale.weight", "scale.bias"} & found.keys():
+        assert (found[name]["update"], found[name]["weight_decay"]) == ("adamw", 0.0), name
+
+
+@pytest.mark.parametrize(
+    ("cls", "holder"), [("MyLayerNorm", "a"), ("MyRMSNorm", "a"), ("Norm", "a"), ("Layer", "q_norm"), ("Layer", "k_layernorm")]
+)
+def test_a_norm_is_known_by_its_class_or_by_its_name(cls, holder):
+    norm = type(cls, (Layer,), {})("weight", (4, 8))
+    assert kind_of(norm, "weight", norm.weight, f"model.layers.0.{holder}.weight") == "vector"
+    linear = type("NormProjection", (Layer,), {})("weight", (4, 8))
+    assert kind_of(linear, "weight", linear.weight, "model.layers.0.norm_out.weight") == "matrix"
+
+
+def test_norms_of_queries_and_keys_in_cohere():
+    sizes = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 40}
+    model = transformers.CohereForCausalLM(transformers.CohereConfig(**sizes, use_qk_norm=True, pad_token_id=0))
+    groups = param_groups(model, 1, 1, 0.1)
+    found = {name: (group["update"], group["weight_decay"]) for group in groups for name in group["param_names"]}
+    for part in ("q_norm", "k_norm"):
+        assert found[f"model.layers.0.self_attn.{part}.weight"] == ("adamw", 0.0)
+    assert found["model.layers.0.self_attn.q_proj.weight"] == ("celo2", 0.1)
 
 
 def test_parameter_that_says_it_does_not_decay():

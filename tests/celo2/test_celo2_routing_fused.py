@@ -259,6 +259,18 @@ def split(model: nn.Module, name: str) -> Tensor:
     return to_stack(p.detach(), tuple(p.shape), group["matrices"])
 
 
+def test_qwen3_next_reads_the_two_numbers_of_each_value_head():
+    """`in_proj_ba`: b and a of each key head, one after the other."""
+    model = qwen3_next()
+    (name, layer), *_ = ((n, m) for n, m in model.named_modules() if hasattr(m, "in_proj_ba"))
+    p, group = by_name(param_groups(model, 1e-3, 2e-2, 0.1))[f"{name}.in_proj_ba.weight"]
+    b, a = to_stack(p, tuple(p.shape), group["matrices"])
+    x = torch.randn(2, 3, 16)
+    *_, own_b, own_a = layer.fix_query_key_value_ordering(layer.in_proj_qkvz(x), layer.in_proj_ba(x))
+    torch.testing.assert_close(x @ b.T, own_b)
+    torch.testing.assert_close(x @ a.T, own_a)
+
+
 def test_multihead_attention():
     layer = randomized(nn.MultiheadAttention(16, 2, batch_first=True))
     x = torch.randn(1, 5, 16, dtype=torch.float64)

@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from data.tokenizer import byte_tokenizer, save_tokenizer
 from launch.checkpoint.export import export
 from launch.checkpoint.load import load_model
 from launch.checkpoint.publish import write_manifest
@@ -323,6 +324,19 @@ def test_weights_are_rounded_as_asked_and_a_range_that_is_too_small_is_an_error(
     shutil.copy(run / "tokenizer.json", tmp_path / "run")
     with pytest.raises(CheckpointError, match=r"ln_f\.weight is beyond the range of float16: export as bfloat16 or float32"):
         export(large, tmp_path / "large", dtype="float16")
+
+
+def test_what_a_model_returns_is_for_the_reader_to_choose(tmp_path, capsys):
+    """transformers saves no configuration that returns attention, as that is for another implementation."""
+    hf = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 1}
+    model = build_model(hf=hf | {"output_attentions": True, "output_hidden_states": True}, vocab_size=320)
+    save_checkpoint(model, tmp_path / "run" / "checkpoints" / "step_00000001")
+    save_tokenizer(byte_tokenizer(), tmp_path / "run", "<|endoftext|>")
+    assert main([str(tmp_path / "run"), str(tmp_path / "out")]) == 0, capsys.readouterr().err
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert not loaded.config.output_attentions and not loaded.config.output_hidden_states
+    tokens = torch.tensor([[1, 2, 3]])
+    torch.testing.assert_close(loaded(tokens).logits, model.eval()(tokens).logits[..., :257])
 
 
 def test_what_other_tools_read(run, tmp_path, capfd):

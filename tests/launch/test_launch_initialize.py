@@ -5,9 +5,10 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from data.prepare import prepare
 from launch.checkpoint.export import export
@@ -25,8 +26,6 @@ def gpt2(**keys):
 
 
 def qwen(**keys):
-    from transformers import AutoConfig
-
     torch.manual_seed(3)
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(**QWEN, **keys))
 
@@ -213,6 +212,132 @@ def test_what_is_no_model_for_this_is_one_line(run, what, message):
     damaged(folder, what)
     refused(run(*QUICK, *BARE, f"model.init={folder}"), message, str(folder))
     assert not list(run.tmp_path.glob("run/checkpoints/*"))
+
+
+def test_a_head_of_its_own_where_the_configuration_ties_it_is_refused(run):
+    """transformers unties it, and the checkpoints would hold a weight that their configuration has no place for."""
+    folder = run.tmp_path / "source"
+    qwen().save_pretrained(folder)
+    own = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(own | {"tie_word_embeddings": True}))
+    message = (
+        "has a lm_head.weight of its own, which its config.json ties to another weight: set tie_word_embeddings to false there"
+    )
+    refused(run(*QUICK, *BARE[:3], f"model.init={folder}"), message)
+    (folder / "config.json").write_text(json.dumps(own | {"tie_word_embeddings": False}))
+    assert run(*QUICK, *BARE[:3], f"model.init={folder}")[0] == 0
+    assert {"lm_head.weight", "model.embed_tokens.weight"} <= weights(run).keys()
+    # The same numbers twice are one weight.
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(own | {"tie_word_embeddings": True}))
+    assert run(*QUICK, *BARE[:3], f"model.init={folder}", folder="tied")[0] == 0
+    assert "lm_head.weight" not in weights(run, "tied")
+    assert run(*QUICK, "train.steps=2", *BARE[:3], f"model.init={folder}", folder="tied")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind", "name"),
+    [
+        (torch.int8, "quantized", "I8"),
+        (torch.uint8, "quantized", "U8"),
+        (torch.float8_e4m3fn, "quantized", "F8_E4M3"),
+        (torch.complex64, "complex", "C64"),
+    ],
+)
+def test_weights_that_are_no_plain_real_numbers_are_refused(run, dtype, kind, name):
+    folder = run.tmp_path / "source"
+    qwen().save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    weight = "model.layers.1.mlp.up_proj.weight"
+    save_file(tensors | {weight: tensors[weight].to(dtype)}, folder / "model.safetensors", {"format": "pt"})
+    refused(
+        run(*QUICK, *BARE[:3], f"model.init={folder}"),
+        f"has {kind} weights ({weight} in {name}), which cannot be trained: name the original model",
+    )
+
+
+def test_the_plan_refuses_what_the_files_show(run):
+    folder = run.tmp_path / "source"
+    model = qwen()
+    model.save_pretrained(folder)
+    common = [*QUICK, *BARE[:3], f"model.init={folder}", "--plan"]
+    assert run(*common)[0] == 0
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {"model.norm.weight": tensors["model.norm.weight"].to(torch.int8)}, path, {"format": "pt"})
+    refused(run(*common), "has quantized weights (model.norm.weight in I8), which cannot be trained")
+    path.write_bytes(path.read_bytes()[:-10])
+    refused(run(*common), "is damaged")
+    path.unlink()
+    refused(run(*common), "has no model.safetensors: name a folder that save_pretrained() wrote, whole")
+    torch.save(tensors, folder / "pytorch_model.bin")
+    refused(run(*common), "holds pickled weights alone")
+
+
+def test_a_mask_of_whole_numbers_beside_the_weights_is_none(run):
+    """Old files of GPT-2 hold the causal mask, as bytes."""
+    folder = run.tmp_path / "source"
+    gpt2().save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    masks = {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 48, 48, dtype=torch.uint8) for i in range(2)}
+    save_file(tensors | masks, folder / "model.safetensors", {"format": "pt"})
+    assert run(*QUICK, *BARE, "model.context=32", f"model.init={folder}")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ("{attention_dropout: abc}", "model.hf: qwen3: Validation error for field 'attention_dropout'"),
+        ("{hidden_act: [silu]}", "model.hf: qwen3: Validation error for field 'hidden_act'"),
+        ("{attention_dropout: 2.0}", "qwen3: attention_dropout must be a probability, 0 <= attention_dropout < 1, got 2.0"),
+        ("{attn_implementation: a/b}", "model.hf: attn_implementation names a repository, 'a/b', whose code is never run"),
+        ("{attn_implementation: fast}", 'qwen3: Specified `attn_implementation="fast"` is not supported'),
+    ],
+)
+def test_values_that_no_model_takes_are_one_line(run, keys, message):
+    folder = run.tmp_path / "source"
+    qwen().save_pretrained(folder)
+    refused(run(*QUICK, *BARE[:3], f"model.init={folder}", f"model.hf={keys}"), message)
+
+
+def test_how_the_function_is_computed_may_be_chosen(run):
+    folder = run.tmp_path / "source"
+    qwen().save_pretrained(folder)
+    common = [*QUICK, *FROZEN, *BARE[:3], f"model.init={folder}"]
+    losses = []
+    for name in ("eager", "sdpa"):
+        status, records, err = run(*common, f"model.hf={{attn_implementation: {name}}}", folder=name)
+        assert status == 0, err
+        losses.append(next(r["val_loss"] for r in records if "val_loss" in r))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_numbers_of_a_gpt2_that_do_not_fit_are_one_line(run):
+    folder = run.tmp_path / "source"
+    gpt2().save_pretrained(folder)
+    own = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(own | {"n_head": 5}))
+    message = f"model.init: the config.json of {folder} describes no model: 5 heads do not divide the width 32"
+    refused(run(*QUICK, *BARE, f"model.init={folder}"), message)
+
+
+NO_CAUSAL = "it is a {}, which is no causal language model; name one"
+NO_HEAD = "it is a base model ({}), without the output layer; name a folder with the whole model"
+
+
+@pytest.mark.parametrize(
+    ("cls", "keys", "message"),
+    [
+        ("Qwen3ForSequenceClassification", {**QWEN, "pad_token_id": 0}, NO_CAUSAL),
+        ("BartForConditionalGeneration", {"model_type": "bart", "d_model": 32, "vocab_size": 320}, NO_CAUSAL),
+        ("Qwen3Model", QWEN, NO_HEAD),
+    ],
+)
+def test_what_a_folder_says_of_itself_is_named(run, cls, keys, message):
+    folder = run.tmp_path / "source"
+    getattr(transformers, cls)(AutoConfig.for_model(**keys)).save_pretrained(folder)
+    refused(run(*QUICK, *BARE[:3], f"model.init={folder}"), "lacks lm_head.weight", message.format(cls))
 
 
 def test_names_that_lead_nowhere(run, tmp_path):

@@ -1,16 +1,21 @@
-"""The end of text of a trained model: what its run says, wherever the data is now."""
+"""Trained models from wherever they are: the end of text that their run says, and folders that are refused."""
 
 import json
 import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from test_launch_mixture import mix, other  # noqa: F401  (a fixture)
+from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
 
 from data.prepare import prepare
 from data.shards import read_index
+from launch.checkpoint.export import export
 from launch.checkpoint.trained import open_trained
 from launch.checkpoint.verify import CheckpointError
 from launch.evaluate import main as evaluate
+from models import build_model
 from models.sample import main as sample
 
 ENDS = ("<|endoftext|>", "<|stop|>")
@@ -85,3 +90,125 @@ def test_data_with_another_end_of_text(run, two_ends, tmp_path, capsys):
     )
     status, _, _ = run(*SMALL, f"data.dir={two_ends[1]}", f"model.init={tmp_path / 'run'}", folder="second")
     assert status == 0 and "but documents end with '<|stop|>' here, with '<|endoftext|>' there" in run.out
+
+
+def stock_folder(folder, prepared, model):
+    """A folder of transformers with the tokenizer of the prepared data."""
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(prepared / name, folder)
+
+
+def change_weights(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+LLAMA = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 2}
+WEIGHT = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("one layer", "has unknown model.layers.1.input_layernorm.weight, model.layers.1.mlp.down_proj.weight and 7 more: "),
+        ("three layers", "lacks model.layers.2.input_layernorm.weight, model.layers.2.mlp.down_proj.weight and 7 more: "),
+        ("misshapen", f"has {WEIGHT} of shape (48, 31), not (48, 32): its weights are not those of its config.json, a llama"),
+        ("nan", f"has numbers in {WEIGHT} that are not finite: take another model or checkpoint"),
+        ("int8", f"has quantized weights ({WEIGHT} in I8), and its config.json does not say how they are meant: name another"),
+        ("bert", "BertLMHeadModel is not causal as configured: a token changes the logits before it; set is_decoder to true, in"),
+    ],
+)
+def test_a_folder_that_is_no_model_of_its_configuration_is_refused(tmp_path, prepared, capsys, what, message):
+    """Without a progress bar or table of transformers."""
+    folder = tmp_path / "stock"
+    if what == "bert":
+        small = {key: value for key, value in LLAMA.items() if key != "model_type"}
+        stock_folder(folder, prepared, BertForMaskedLM(BertConfig(vocab_size=320, **small)))
+    else:
+        stock_folder(folder, prepared, build_model(hf=LLAMA, vocab_size=320))
+    if "layer" in what:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1 if what == "one layer" else 3}))
+    if what == "misshapen":
+        change_weights(folder, lambda tensors: tensors.update({WEIGHT: tensors[WEIGHT][:, 1:].clone()}))
+    if what == "nan":
+        change_weights(folder, lambda tensors: tensors[WEIGHT].view(-1)[7].fill_(float("nan")))
+    if what == "int8":
+        change_weights(folder, lambda tensors: tensors.update({WEIGHT: tensors[WEIGHT].to(torch.int8)}))
+    capsys.readouterr()
+    for main, arguments in ((sample, ["--tokens", "3"]), (evaluate, [str(prepared), "--sequences", "2"])):
+        assert main([str(folder), *arguments]) == 2
+        out, err = capsys.readouterr()
+        assert not out and err.count("\n") == 1 and f"{folder}" in err and message in err, err
+
+
+@pytest.mark.parametrize(
+    ("declared", "said", "end"),
+    [
+        (True, 2, 256),  # the default of LlamaConfig, of another tokenizer
+        (True, 400, 256),
+        (True, [2, 256], 256),
+        (False, 65, 65),
+        (False, [65, 66], 65),
+        (False, [], 256),
+        (False, 400, 256),  # no token, so that the name counts
+        (False, None, 256),
+    ],
+)
+def test_the_end_of_text_of_a_folder_is_that_of_its_tokenizer(tmp_path, prepared, capsys, declared, said, end):
+    folder = tmp_path / "stock"
+    stock_folder(folder, prepared, build_model(hf=LLAMA, vocab_size=320))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": said}))
+    if not declared:
+        (folder / "tokenizer_config.json").write_text("{}")
+    assert open_trained(folder).end == end
+    assert evaluate([str(folder), str(prepared), "--sequences", "2"]) == (0 if end == 256 else 2)
+    assert sample([str(folder), "--tokens", "2", "--context", "32"]) == 0
+
+
+def test_an_end_of_text_beyond_the_rows_of_the_model_is_one_line(tmp_path, prepared, capsys):
+    folder = tmp_path / "stock"
+    stock_folder(folder, prepared, build_model(hf=LLAMA, vocab_size=200))
+    assert sample([str(folder), "--tokens", "2"]) == 2
+    message = "its tokenizer ends a document with token 256, its model knows 200: put its own tokenizer there"
+    assert capsys.readouterr().err == f"sample: {folder}: {message}\n"
+
+
+def test_a_loss_that_is_not_finite_is_an_error(tmp_path, prepared, capsys):
+    """Weights that are, in float16."""
+    folder = tmp_path / "stock"
+    model = build_model(hf=LLAMA, vocab_size=320)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight.fill_(6e4)
+            layer.mlp.up_proj.weight.fill_(6e4)
+    stock_folder(folder, prepared, model.half())
+    assert evaluate([str(folder), str(prepared), "--sequences", "2"]) == 2
+    err = capsys.readouterr().err
+    assert f"evaluate: the loss of {folder} is nan: its numbers leave the range of float16, or it diverged\n" == err
+
+
+def test_experts_of_any_size_run_where_they_were_exported(run, prepared, tmp_path, capsys):
+    """transformers' product of all experts at once refuses them, so that the export says to take them one after the other."""
+    odd = {"hidden_size": 20, "intermediate_size": 25, "num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 1}
+    hf = json.dumps({"model_type": "mixtral", "num_local_experts": 4, **odd})
+    bare = [f"model.{key}=null" for key in ("layers", "width", "heads")]
+    status, _, err = run(*SMALL, *bare, "eval.every=1", f"model.hf={hf}")
+    assert status == 0, err
+    export(tmp_path / "run", tmp_path / "out")
+    capsys.readouterr()
+    assert sample([str(tmp_path / "out"), "--tokens", "3"]) == 0
+    assert evaluate([str(tmp_path / "out"), str(prepared), "--sequences", "4"]) == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["experts_implementation"] == "eager"
+    tokens = torch.tensor([[1, 2, 3, 4, 5]])
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(tokens).logits
+    own = open_trained(tmp_path / "run").model(tokens).logits[..., : stock.shape[-1]]
+    torch.testing.assert_close(stock, own)
+    # A folder that somebody else wrote does not say it.
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    del config["experts_implementation"]
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    assert sample([str(tmp_path / "out"), "--tokens", "3"]) == 0

@@ -113,6 +113,16 @@ GOOD = {"layers": 2, "width": 32, "heads": 4, "context": 16, "vocab_size": 99}
         ),
         ({"hf": {"model_type": "vit"}, "vocab_size": 9}, "'vit' is a model of transformers, but not a causal language model"),
         ({"hf": {"model_type": "t5"}, "vocab_size": 9}, "'t5' is a model of transformers, but not a causal language model"),
+        ({"hf": {"model_type": ["llama"]}, "vocab_size": 9}, r"hf\.model_type must be a name, such as qwen3, got \['llama'\]$"),
+        ({"hf": {"model_type": {"a": 1}}, "vocab_size": 9}, r"hf\.model_type must be a name, such as qwen3, got {'a': 1}$"),
+        (
+            {"hf": {**LLAMA, "attention_dropout": 2.0}, "vocab_size": 9},
+            r"^llama: attention_dropout must be .*, 0 <= .* < 1, got 2\.0$",
+        ),
+        (
+            {"hf": {"model_type": "gpt2", "n_head": 2, "resid_pdrop": -0.5}, "vocab_size": 9},
+            r"^gpt2: resid_pdrop must .* got -0\.5$",
+        ),
         ({"hf": {"model_type": "banana"}, "vocab_size": 9}, "no causal language model of model_type 'banana'$"),
         ({"hf": {**LLAMA, "model_type": "gemma3"}, "vocab_size": 9}, "'gemma3' is a composite.*keys alone, in hf.text_config"),
         (
@@ -173,11 +183,39 @@ def test_flops_per_token_are_what_torch_counts(hf):
     assert flops_per_token(model) == flops_per_token(model, context=own_context)
 
 
-def test_flops_of_experts_count_only_the_visited():
-    dense_share = flops_per_token(build_model(hf={**MIXTRAL, "num_experts_per_tok": 4}, vocab_size=99, device="meta"), 0)
-    half = flops_per_token(build_model(hf=MIXTRAL, vocab_size=99, device="meta"), 0)
-    experts = 2 * 4 * 3 * 64 * 96  # layers x experts x (gate, up, down) matrices
-    assert dense_share - half == 6 * experts / 2
+ARIA = {**LLAMA, "model_type": "aria_text", "moe_num_experts": 4, "moe_num_shared_experts": 1}
+GEMMA4 = {
+    **{**GEMMA3, "model_type": "gemma4_text", "hidden_size": 64, "num_hidden_layers": 2, "global_head_dim": 16},
+    **{"enable_moe_block": True, "num_experts": 4, "moe_intermediate_size": 96},
+    **{"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0},
+}
+DBRX = {"model_type": "dbrx", "d_model": 64, "n_heads": 4, "n_layers": 2, "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4}}
+LONGCAT = {
+    **{"model_type": "longcat_flash", "hidden_size": 64, "num_layers": 2, "num_attention_heads": 4, "n_routed_experts": 4},
+    **{"zero_expert_num": 2, "expert_ffn_hidden_size": 96, "ffn_hidden_size": 96, "q_lora_rank": 16, "kv_lora_rank": 16},
+    **{"qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16},
+}
+
+
+def with_experts(visited, name):
+    """A model with two layers of four experts of 64 x 96 of which a token visits so many."""
+    if name == "dbrx":
+        return {**DBRX, "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": visited}}
+    models = {
+        "mixtral": (MIXTRAL, "num_experts_per_tok"),
+        "aria_text": (ARIA, "moe_topk"),
+        "gemma4_text": (GEMMA4, "top_k_experts"),
+        "longcat_flash": (LONGCAT, "moe_topk"),
+    }
+    hf, key = models[name]
+    return {**hf, key: visited}
+
+
+@pytest.mark.parametrize("name", ["mixtral", "aria_text", "gemma4_text", "dbrx", "longcat_flash"])
+def test_flops_of_experts_count_only_the_visited(name):
+    all_four = flops_per_token(build_model(hf=with_experts(4, name), vocab_size=99, device="meta"), 0)
+    two = flops_per_token(build_model(hf=with_experts(2, name), vocab_size=99, device="meta"), 0)
+    assert all_four - two == 6 * 2 * 2 * 3 * 64 * 96  # layers x experts x (gate, up, down) matrices
 
 
 def test_flops_of_the_largest_size_need_no_memory():

@@ -289,6 +289,23 @@ def test_an_output_layer_that_does_more_than_project_is_taken_from_the_model():
     assert relative(CausalLMLoss(model)(ids[:, :-1], ids[:, 1:]), own_logits_loss(model, ids[:, :-1], ids[:, 1:])) < 1e-6
 
 
+@pytest.mark.parametrize(
+    ("model_type", "widths"),
+    [
+        ("electra", {"embedding_size": 32}),
+        ("roformer", {"embedding_size": 32}),
+        ("rembert", {"input_embedding_size": 32, "output_embedding_size": 48}),
+    ],
+)
+def test_an_output_layer_of_another_width_is_taken_from_the_model(model_type, widths):
+    small = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 96, "pad_token_id": 0}
+    model = build_model(hf={"model_type": model_type, "is_decoder": True, **small, **widths}, vocab_size=101).eval()
+    choose_loss(model)
+    assert not model.chunked_loss
+    ids = torch.randint(101, (3, 18), generator=torch.Generator().manual_seed(0))
+    assert relative(CausalLMLoss(model)(ids[:, :-1], ids[:, 1:]), own_logits_loss(model, ids[:, :-1], ids[:, 1:])) < 1e-6
+
+
 def test_choosing_leaves_no_trace():
     model = small_model("phi").to(torch.bfloat16).eval()
     before = {name: p.clone() for name, p in model.named_parameters()}
@@ -303,7 +320,10 @@ def test_choosing_leaves_no_trace():
     ("hf", "message"),
     [
         ({"model_type": "xlnet", "d_model": 32, "n_layer": 1, "n_head": 2, "d_inner": 32}, "XLNetLMHeadModel is not causal"),
-        ({"model_type": "bert", **SMALL_BERT}, r"BertLMHeadModel is not causal .*; hf\.is_decoder=true makes it so"),
+        (
+            {"model_type": "bert", **SMALL_BERT},
+            r"Bert\w+ is not causal .*; set is_decoder to true, in model\.hf or, for weights of a folder, in its config\.json$",
+        ),
         ({"model_type": "roberta", "is_decoder": True, **SMALL_BERT}, "forward pass fails: .*None.*; keys .* are pad_token_id"),
         ({"model_type": "deepseek_v3", **DEEPSEEK, "output_router_logits": True}, "DeepseekV3ForCausalLM has no router loss"),
         ({"model_type": "jetmoe", **JETMOE, "output_router_logits": True}, "JetMoeForCausalLM has no router loss that"),

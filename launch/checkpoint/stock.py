@@ -1,0 +1,100 @@
+"""Folders of transformers: how their weights are read, and what is wrong with them.
+
+`model.init`, `models.sample` and `launch.evaluate` take the same folders. Nothing is downloaded, unpickled or run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
+
+from models.experts import fit_experts
+
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # of weights that can be used
+INTEGERS = {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"}  # of masks and other buffers
+
+
+def read_stock(path: Path, config: PretrainedConfig, dtype: torch.dtype | str) -> tuple[PreTrainedModel, str]:
+    """The model of a folder on the CPU, in evaluation mode, and what of its weights is not that of `config`, if anything.
+
+    `dtype`: of the weights; "auto": as the folder says. Raises whatever transformers raises for missing or damaged files.
+    """
+    with quiet():
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # they are found below, by name
+            output_loading_info=True,
+        )
+    fit_experts(model)
+    return model, misfit_of(info, config)
+
+
+def misfit_of(info: Mapping[str, Any], config: PretrainedConfig) -> str:
+    """What transformers has found of a folder's weights that is not in its `config`, or the reverse, and the remedy; empty if all
+    fit."""
+    shapes = [f"{name} of shape {tuple(there)}, not {tuple(here)}" for name, there, here in info["mismatched_keys"]]
+    for problem, names in (("lacks", info["missing_keys"]), ("has unknown", info["unexpected_keys"]), ("has", shapes)):
+        if names:
+            more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+            return f"{problem} {', '.join(sorted(names)[:2])}{more}: {why_not(config)}"
+    return ""
+
+
+def why_not(config: PretrainedConfig) -> str:
+    """Why weights are not those of a causal language model of `config`, as far as it says so itself, and the remedy."""
+    kind = next(iter(config.architectures or ()), "")
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, "")
+    if kind and kind not in ((causal,) if isinstance(causal, str) else causal):
+        if "For" in kind:
+            return f"it is a {kind}, which is no causal language model; name one"
+        return f"it is a base model ({kind}), without the output layer; name a folder with the whole model"
+    return f"its weights are not those of its config.json, a {config.model_type}; restore the config.json that belongs to them"
+
+
+def dtypes_in(file: Path) -> dict[str, str]:
+    """The dtype of each tensor in a safetensors file, as safetensors calls it."""
+    with safe_open(file, "pt") as opened:
+        return {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
+
+
+def not_real(dtypes: Mapping[str, str], model: nn.Module) -> str:
+    """The first weight in files that is no plain real number, with its kind; empty if there is none.
+
+    transformers would take whole numbers as they stand, without the scale that a quantization keeps elsewhere. Buffers may hold
+    whole numbers, as masks do. `model`: of the files' configuration, perhaps without memory.
+    """
+    weights = {name for name, p in model.named_parameters(remove_duplicate=False) if p.is_floating_point()}
+    weights |= {name.removeprefix(f"{getattr(model, 'base_model_prefix', '')}.") for name in weights}
+    for name, dtype in sorted(dtypes.items()):
+        is_weight = name in weights or name.endswith(".weight")  # as of experts that the model stacks
+        if dtype not in DTYPES and (is_weight or dtype not in INTEGERS):
+            return f"{'complex' if dtype.startswith('C') else 'quantized'} weights ({name} in {dtype})"
+    return ""
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' progress bars, tables and advice; errors are raised all the same."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
