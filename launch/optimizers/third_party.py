@@ -25,6 +25,7 @@ NUMBERS = {bool: torch.bool, int: torch.int64, float: torch.float64}
 SCHEDULED = ("lr", "initial_lr")  # follow from the configuration and the step
 COUNTER = "group:"  # prefix of a group's counter in the state of the group's first parameter
 ATTRIBUTE = "own:"  # prefix of an optimizer's attribute in the state of its first parameter
+DECAY_BESIDE = "decay_beside"  # of a group: decoupled weight decay, which the library's optimizer is not told
 
 
 class ThirdParty(torch.optim.Optimizer):
@@ -33,7 +34,7 @@ class ThirdParty(torch.optim.Optimizer):
     A number `step` becomes the tensor `step.int`, a list `GG` the tensors `GG.list` (its length), `GG.0`, `GG.1`, ...; a counter
     `k` of a group becomes `group:k.int` of the group's first parameter, an attribute `a` of the optimizer (VeLO's LSTM)
     `own:a...` of the first parameter of all. `train()` and `eval()` are passed on to libraries that average weights and have them
-    (Schedule-free), and do nothing for the others.
+    (Schedule-free), and do nothing for the others. Groups may have a decay of their own, `DECAY_BESIDE`, which `step` does first.
 
     Attributes:
         loss: float32 (), of the global batch, to be set before a step. Learned optimizers ask for it.
@@ -84,7 +85,11 @@ class ThirdParty(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step of the library's optimizer."""
+        """The decay of `DECAY_BESIDE`, and one step of the library's optimizer."""
+        for group in self.param_groups:
+            for p in group["params"] if group.get(DECAY_BESIDE) else ():
+                if p.grad is not None:
+                    p.mul_(1 - group["lr"] * group[DECAY_BESIDE])
         with self._unpacked() as inner:
             if self.takes_loss:
                 learned: Any = inner

@@ -22,7 +22,8 @@ from launch.distributed.heartbeat import Heartbeat
 from launch.distributed.strategy import Strategy
 from launch.monitoring.guard import Diverged
 from launch.monitoring.trackers import flat
-from launch.run.agreement import require_agreement
+from launch.optimizers.third_party import DECAY_BESIDE
+from launch.run.agreement import DECOUPLED, require_agreement
 from launch.run.branch import Start, checkpoint_folders, choose_start
 from launch.run.ranks import checkpoint_fact, require_same
 from launch.run.schedule import rate_after
@@ -75,6 +76,8 @@ def resume(
     rate = rate_after(saved, config)
     load_checkpoint(path, strategy, progress)
     start.changes.extend(changed_options(saved["config"], config))
+    if DECOUPLED not in saved["identity"] and any(DECAY_BESIDE in group for group in strategy.optimizer.param_groups):
+        start.changes.append("weight decay in the gradient, of an earlier version -> decoupled")
     start.notes.append(f"resumed from {path}" + (f" with {', '.join(start.changes)}" if start.changes else ""))
     start.notes.extend([rate] if rate else [])
     if saved.get("average") and strategy.average is not None and not strategy.average.begun:

@@ -19,8 +19,9 @@ from launch.checkpoint.save import take_snapshot, write_checkpoint
 from launch.distributed.setup import make_strategy
 from launch.monitoring.step_statistics import StepStatistics, hidden_names
 from launch.optimizers.build import Combined, build_optimizer, check_optimizer, optimizer_groups, set_mode
+from launch.optimizers.decay import couples
 from launch.optimizers.table import TABLE
-from launch.optimizers.third_party import ThirdParty, pack, unpack
+from launch.optimizers.third_party import DECAY_BESIDE, ThirdParty, pack, unpack
 from models import build_model
 
 LIBRARIES = [name for name, entry in TABLE.items() if entry.third_party]
@@ -196,6 +197,86 @@ def test_routes():
     assert isinstance(adamw, torch.optim.AdamW) and {group["lr"] for group in adamw.param_groups} == {0.5}
     claimed = [p for group in hidden.param_groups for p in group["params"]]
     assert len(claimed) == len({id(p) for p in claimed}) == len(list(tiny().parameters()))
+
+
+DECOUPLING = {
+    "NAdam": {},
+    "Adam": {},
+    "RAdam": {},
+    "AdamW": {},
+    "SGD": {"momentum": 0.9},
+    "RMSprop": {},
+    "Adagrad": {},
+    "Adamax": {},
+}
+
+
+@pytest.mark.parametrize("name", DECOUPLING)
+def test_the_decay_of_a_dotted_path_is_decoupled(name):
+    """Each step is the one without decay, from weights that the decay has shrunk; without a gradient, 2 becomes 1.998."""
+    arguments = DECOUPLING[name] or None
+    path, lr, decay = f"torch.optim.{name}", 0.01, 0.1
+    decayed, bare = tiny(), tiny()
+    optimizer = optimizer_of(Optimizer(name=path, route="all", lr=lr, weight_decay=decay, arguments=arguments), decayed)
+    plain = optimizer_of(Optimizer(name=path, route="all", lr=lr, weight_decay=0.0, arguments=arguments), bare)
+    names = ("layers.0.mlp.up_proj.weight", "layers.0.mlp.up_proj.bias")
+    weight, bias = (decayed.model.get_parameter(key) for key in names)
+    other, other_bias = (bare.model.get_parameter(key) for key in names)
+    for seed in range(3):
+        step(decayed, optimizer, seed)
+        with torch.no_grad():
+            other.mul_(1 - lr * decay)
+        step(bare, plain, seed)
+    torch.testing.assert_close(weight, other, rtol=0, atol=1e-6)  # coupled decay is off by 3e-4 or more
+    assert torch.equal(bias, other_bias)
+
+    model = tiny()
+    alone = optimizer_of(Optimizer(name=path, route="all", lr=lr, weight_decay=decay, arguments=arguments), model)
+    weight = model.model.get_parameter(names[0])
+    with torch.no_grad():
+        weight.fill_(2.0)
+    weight.grad = torch.zeros_like(weight)
+    alone.step()
+    torch.testing.assert_close(weight, torch.full_like(weight, 1.998), rtol=0, atol=1e-6)
+
+
+def test_a_decay_in_the_gradient_can_be_asked_for_where_there_is_a_switch():
+    config = Optimizer(name="torch.optim.NAdam", arguments={"decoupled_weight_decay": False})
+    library = optimizer_of(config, tiny()).optimizers[0]
+    assert [group["decoupled_weight_decay"] for group in library.param_groups] == [False]
+    assert [group["weight_decay"] for group in library.param_groups] == [0.1]
+
+
+def test_a_decay_beside_the_optimizer_leaves_parameters_without_a_gradient_alone():
+    model = tiny()
+    optimizer = optimizer_of(Optimizer(name="torch.optim.RMSprop", route="all", lr=1.0), model)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_the_named_ones_have_a_decay_of_their_own(name):
+    """Their authors' decay is decoupled, and stays in the library's hands."""
+    optimizer = optimizer_of(config_of(name), tiny())
+    library = getattr(optimizer, "optimizers", [optimizer])[0]
+    assert not any(DECAY_BESIDE in group for group in library.param_groups)
+    assert all(group["weight_decouple"] for group in library.param_groups if "weight_decouple" in group)
+
+
+def test_a_decay_of_another_kind_is_left_alone():
+    """A class that does not step on a parameter alone, or ignores the decay, is none that adds it to the gradient."""
+    for cls in (Listing, Learned, torch.optim.Adafactor, torch.optim.Muon):
+        assert not couples(cls, {}, torch.device("cpu")), cls
+    assert not couples(torch.optim.SGD, {}, torch.device("cpu"))  # the same as decoupled decay
+    assert couples(torch.optim.SGD, {"momentum": 0.9}, torch.device("meta"))
+
+
+def test_a_trial_of_the_decay_leaves_random_numbers_alone():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    couples(torch.optim.RMSprop, {}, torch.device("cpu"))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_lion_decays_three_times_as_much():
