@@ -409,7 +409,10 @@ def test_the_same_name_twice_is_told_apart():
         (["c.yaml", "--optimizers", "adamw", "--seeds", "0"], "--seeds: 0 is no whole number of at least 1"),
         (["c.yaml", "--optimizers", "adamw", "--trials", "many"], "--trials: many is no whole number of at least 1"),
         (["c.yaml", "--optimizers", "adamw", "--no-such"], "unrecognized arguments: --no-such"),
-        (["c.yaml", "--optimizers", "adamw{arguments: {eps: small}}"], "refuses its arguments"),
+        (
+            ["c.yaml", "--optimizers", "adamw{arguments: {eps: small}}"],
+            "optimizer.arguments.eps is 'small', expected a number, such as 1e-08",
+        ),
         (["c.yaml", "--optimizers", "muon{arguments: {betas: 1}}"], "has no argument 'betas'"),
     ],
 )

@@ -404,6 +404,58 @@ def test_mistakes_are_named(config, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("adamw", {"amsgrad": "on"}, "optimizer.arguments.amsgrad is 'on', expected true or false"),
+        ("adamw", {"foreach": "on"}, "optimizer.arguments.foreach is 'on', expected true or false"),
+        ("torch.optim.Adam", {"betas": 0.9}, "optimizer.arguments.betas is 0.9, expected 2 numbers, such as [0.9, 0.999]"),
+        ("torch.optim.Adam", {"betas": [0.9]}, "optimizer.arguments.betas is [0.9], expected 2 numbers, such as [0.9, 0.999]"),
+        ("torch.optim.Adam", {"betas": [0.9, "b"]}, "optimizer.arguments.betas is [0.9, 'b'], expected 2 numbers, "),
+        (
+            "torch.optim.Adam",
+            {"betas": {"a": 1}},
+            "optimizer.arguments.betas is {'a': 1}, expected 2 numbers, such as [0.9, 0.999]",
+        ),
+        ("torch.optim.Adam", {"betas": None}, "optimizer.arguments.betas is None, expected 2 numbers, such as [0.9, 0.999]"),
+        ("torch.optim.Adam", {"eps": "small"}, "optimizer.arguments.eps is 'small', expected a number, such as 1e-08"),
+        ("torch.optim.Adam", {"eps": True}, "optimizer.arguments.eps is True, expected a number, such as 1e-08"),
+        ("muon", {"ns_steps": 2.5}, "optimizer.arguments.ns_steps is 2.5, expected a whole number, such as 5"),
+        ("celo2", {"betas": 0.9}, "optimizer.arguments.betas is 0.9, expected 2 numbers, such as [0.9, 0.95]"),
+        ("celo2", {"orthogonalize": "no"}, "optimizer.arguments.orthogonalize is 'no', expected true or false"),
+        ("soap", {"data_format": 3}, "optimizer.arguments.data_format is 3, expected text"),
+    ],
+)
+def test_an_argument_of_another_type_than_its_default_is_named(name, arguments, message):
+    if name in LIBRARIES:
+        pytest.importorskip(TABLE[name].path.partition(".")[0])
+    with pytest.raises(ConfigError) as error:
+        check_optimizer(Optimizer(name=name, arguments=arguments))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+class Loose(torch.optim.SGD):
+    """Without annotations, and with numbers of any length."""
+
+    def __init__(self, params, lr=1e-3, weight_decay=0, clip=False, scales: tuple[float, ...] = (1.0,), name=None):
+        super().__init__(params, lr=lr, weight_decay=weight_decay)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("torch.optim.Adam", {"betas": [0.0, 0.5], "eps": 1, "fused": None, "foreach": True}),
+        ("torch.optim.Adafactor", {"eps": [None, 0.1]}),
+        ("torch.optim.Adafactor", {"eps": [1e-30, 0.1]}),
+        ("muon", {"adjust_lr_fn": "original"}),
+        ("test_launch_optimizers.Loose", {"clip": 1.0, "scales": [1, 2, 3], "name": "mine"}),
+        ("test_launch_optimizers.Loose", {"clip": True, "name": [1]}),
+    ],
+)
+def test_arguments_that_fit_are_taken(name, arguments):
+    check_optimizer(Optimizer(name=name, arguments=arguments))
+
+
 def test_a_missing_library_names_its_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "schedulefree", None)
     with pytest.raises(ConfigError, match="pip install schedulefree"):
