@@ -190,6 +190,13 @@ def test_what_to_change_when_it_does_not_fit():
         (Config(optimizer=Optimizer("adamw", rule="celo2-lm")), {"optimizer.rule", "optimizer.name"}, set(), "refused"),
         (Config(optimizer=Optimizer("adamw", rule="celo2-lm")), set(), {"optimizer.rule", "optimizer.name"}, "refused"),
         (Config(optimizer=Optimizer("adamw", adamw_lr=0.1)), set(), {"optimizer.adamw_lr"}, "accepted"),  # of embeddings
+        (Config(optimizer=Optimizer("scion", weight_decay=0.2)), {"optimizer.name", "optimizer.weight_decay"}, set(), "refused"),
+        (Config(optimizer=Optimizer("scion", weight_decay=0.2)), {"optimizer.weight_decay"}, {"optimizer.name"}, "noted"),
+        (Config(optimizer=Optimizer("scion", cautious_weight_decay=True)), set(), {"optimizer.cautious_weight_decay"}, "refused"),
+        (Config(optimizer=Optimizer("scion", base_width=64)), {"optimizer.name"}, {"optimizer.base_width"}, "refused"),
+        (Config(optimizer=Optimizer("scion", base_width=64)), {"optimizer.base_width"}, {"optimizer.name"}, "noted"),
+        (Config(optimizer=Optimizer("scion", route="hidden", weight_decay=0.2)), set(), {"optimizer.weight_decay"}, "accepted"),
+        (Config(optimizer=Optimizer("mars", weight_decay=0.2, base_width=64)), set(), {"optimizer.weight_decay"}, "accepted"),
         (Config(log=Log(group="sweep")), set(), {"log.group"}, "refused"),
         (Config(log=Log(group="sweep")), {"log.group"}, {"log.trackers"}, "noted"),
         (Config(log=Log(project="mine", group="sweep", trackers=["wandb"])), set(), {"log.group"}, "accepted"),
