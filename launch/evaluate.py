@@ -58,9 +58,8 @@ def evaluate(options: argparse.Namespace) -> None:
     assert sums is not None
     found = evaluation(*sums)
     precision = ", in bfloat16" if trained.bf16 else ""
-    print(
-        f"{trained.path} on the split {shards.split} of {shards.folder}: {found.tokens:,} tokens in sequences of {context}{precision}"
-    )
+    counted = f"{found.tokens:,} tokens in sequences of {context}{precision}"
+    print(f"{trained.path} on the split {shards.split} of {shards.folder}: {counted}")
     print(f"loss {found.loss:.4f} nats per token, perplexity {found.perplexity:.4f}", end="")
     print(f", {found.bits_per_byte:.4f} bits per byte of {found.bytes:,} bytes" if found.bytes else "")
 
