@@ -29,7 +29,7 @@ def average_of(config: Config) -> AverageOptions | None:
     if given is None:
         return None
     kind = given.get("kind")
-    if kind not in DEFAULTS:
+    if not isinstance(kind, str) or kind not in DEFAULTS:
         raise ConfigError(f"train.average.kind is {kind!r}, expected one of {', '.join(DEFAULTS)}: {EXAMPLES}")
     key, default = DEFAULTS[kind]
     if unknown := [name for name in given if name not in ("kind", key)]:

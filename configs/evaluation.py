@@ -31,7 +31,12 @@ def with_checked_evaluation(config: Config) -> Config:
         section.sets = {name: {"dir": folder, "split": split} for name, folder, split in sets_of(config)}
     if section.tasks is not None:
         section.tasks = {named("eval.tasks", key): path_of(f"eval.tasks.{key}", value) for key, value in section.tasks.items()}
-    if section.tasks_every and (not section.every or section.tasks_every % section.every):
+    if section.tasks_every and not section.every:
+        raise ConfigError(
+            f"eval.tasks_every is {section.tasks_every}, but eval.every is 0: tasks are part of an evaluation, and the only "
+            "one is at the end; set eval.every, or leave eval.tasks_every out"
+        )
+    if section.tasks_every and section.tasks_every % section.every:
         raise ConfigError(
             f"eval.tasks_every is {section.tasks_every}, expected a multiple of eval.every {section.every}: tasks are part of an "
             "evaluation"

@@ -17,7 +17,8 @@ def batch_sizes(train: Mapping[str, Any]) -> BatchSizes:
         ConfigError: a step or a size in `train.ramp` that is none.
     """
     ramp = {}
-    for step, size in (train.get("ramp") or {}).items():
+    for given, sequences in (train.get("ramp") or {}).items():
+        step, size = whole(given), whole(sequences)
         if not (type(step) is int or (isinstance(step, str) and step.isdecimal())) or int(step) < 1:
             raise ConfigError(
                 f"train.ramp has the key {step!r}, expected a step from which on a batch size holds, 1 or above; "
@@ -27,8 +28,15 @@ def batch_sizes(train: Mapping[str, Any]) -> BatchSizes:
             raise ConfigError(f"train.ramp.{step} is {size!r}, expected a number of sequences, 1 or above")
         if size > LARGEST_BATCH:
             raise ConfigError(f"train.ramp.{step} is {size}, expected at most {LARGEST_BATCH} sequences")
+        if int(step) in ramp:
+            raise ConfigError(f"train.ramp has the key {int(step)} twice")
         ramp[int(step)] = size
     return BatchSizes(train["batch_size"], ramp)
+
+
+def whole(value: Any) -> Any:
+    """`value`, as an int where it is a whole number such as 1e3."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def with_steps(config: Config, written: Written) -> Config:
@@ -42,7 +50,7 @@ def with_steps(config: Config, written: Written) -> Config:
     train = config.train
     sizes = batch_sizes(vars(train))
     if train.ramp is not None:
-        train.ramp = dict(sorted((int(step), size) for step, size in train.ramp.items()))  # type: ignore[misc]
+        train.ramp = dict(sorted((int(step), int(size)) for step, size in train.ramp.items()))  # type: ignore[misc]
     if train.tokens is None:
         return config
     if "train.steps" in written.overrides and "train.tokens" not in written.overrides:

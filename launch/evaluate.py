@@ -1,7 +1,8 @@
 """Loss, perplexity and bits per byte of a trained model: python -m launch.evaluate RUN|CHECKPOINT|EXPORT DATA.
 
 DATA is a folder that `data.prepare` wrote with the model's own tokenizer, or a URL of one. With `--sequences` as
-`eval.sequences` of the training run, the loss of a checkpoint is the `val_loss` of its step.
+`eval.sequences` of the training run, the loss of a checkpoint is the `val_loss` of its step: it is computed in the run's
+`train.precision`. An exported folder does not say it, and is evaluated as it loads.
 """
 
 from __future__ import annotations
@@ -48,12 +49,13 @@ def evaluate(options: argparse.Namespace) -> None:
     choose_loss(trained.model.to(options.device))
     loss = CausalLMLoss(trained.model).eval()
     batches = validation_batches(shards, context, 1, options.sequences, micro_batch_size=options.batch_size)
-    sums = add_up(
-        lambda inputs, targets: loss(inputs.to(options.device), targets.to(options.device)),
-        batches,
-        lengths_of_tokens(shards),
-        lambda: True,
-    )
+    with torch.autocast(torch.device(options.device).type, torch.bfloat16, enabled=trained.bf16):
+        sums = add_up(
+            lambda inputs, targets: loss(inputs.to(options.device), targets.to(options.device)),
+            batches,
+            lengths_of_tokens(shards),
+            lambda: True,
+        )
     assert sums is not None
     found = evaluation(*sums)
     if not math.isfinite(found.loss):
@@ -61,7 +63,9 @@ def evaluate(options: argparse.Namespace) -> None:
         raise CheckpointError(
             f"the loss of {trained.path} is {found.loss}: its numbers leave the range of {dtype}, or it diverged"
         )
-    print(f"{trained.path} on the split {shards.split} of {shards.folder}: {found.tokens:,} tokens in sequences of {context}")
+    precision = ", in bfloat16" if trained.bf16 else ""
+    counted = f"{found.tokens:,} tokens in sequences of {context}{precision}"
+    print(f"{trained.path} on the split {shards.split} of {shards.folder}: {counted}")
     print(f"loss {found.loss:.4f} nats per token, perplexity {found.perplexity:.4f}", end="")
     print(f", {found.bits_per_byte:.4f} bits per byte of {found.bytes:,} bytes" if found.bytes else "")
 

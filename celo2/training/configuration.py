@@ -285,7 +285,7 @@ def checked(kind: Any, value: Any, name: str, allowed: Range | None = None) -> A
     if origin is list:
         if not isinstance(value, list):
             items = [f"{key}: {item}" for key, item in value.items()] if isinstance(value, dict) else str(value).split(",")
-            example = ", ".join(item.strip() for item in items)
+            example = "" if is_null(value) else ", ".join(item.strip() for item in items)
             example = f"[{{{example}}}]" if isinstance(value, dict) else f"[{example}]"
             raise ConfigError(f"{name} is {shown(value)}, expected a list: {name}='{example}'")
         return [checked(arguments[0], item, f"{name}[{i}]", allowed) for i, item in enumerate(value)]

@@ -47,15 +47,29 @@ def untyped(value: Any, name: str) -> Any:
     """`value` with every `Plain` in it as null, true, false, a number or text.
 
     Raises:
-        ConfigError: yes, no, on or off, which YAML 1.1 and 1.2 read differently, and no schema tells what is meant.
+        ConfigError: yes, no, on or off, which YAML 1.1 and 1.2 read differently, and no schema tells what is meant; or a key that
+            stands twice, as 4 and 4.0.
     """
     if isinstance(value, dict):
-        return {untyped(key, name): untyped(item, f"{name}.{key}") for key, item in value.items()}
+        found: dict[Any, Any] = {}
+        for written, item in value.items():
+            if unclear(written):
+                raise ConfigError(f"{name} has the key {written}: write '{written}' in quotes")
+            key = scalar(written)
+            if key in found:
+                raise ConfigError(f"{name} has the key {written} twice, in two forms")
+            found[key] = untyped(item, f"{name}.{written}")
+        return found
     if isinstance(value, list):
         return [untyped(item, f"{name}[{i}]") for i, item in enumerate(value)]
-    if isinstance(value, Plain) and value.lower() in ("yes", "no", "on", "off"):
+    if unclear(value):
         raise ConfigError(f"{name} is {value}: write true or false, or '{value}' in quotes")
     return scalar(value)
+
+
+def unclear(value: Any) -> bool:
+    """Whether `value` is true or false in YAML 1.1 and text in YAML 1.2."""
+    return isinstance(value, Plain) and value.lower() in ("yes", "no", "on", "off")
 
 
 def is_null(value: Any) -> bool:

@@ -36,6 +36,7 @@ class TrainedModel(NamedTuple):
     end: int  # the token that ends a document
     context: int | None  # tokens of a sequence that the model was trained on, T; None: the folder does not say
     notes: list[str]  # what is wrong with newer checkpoints
+    bf16: bool = False  # whether the run computes in bfloat16, by autocast; an exported folder does not say
 
     def context_of(self, asked: int | None) -> int:
         """Tokens of a sequence: as asked for, or else as in training.
@@ -89,7 +90,8 @@ def open_checkpoint(chosen: Chosen, average: bool = False) -> TrainedModel:
     config, model = saved["config"], load_model(path, average=average)
     end = end_of_data(config["data"].get("dir"), tokenizer) if not (chosen.run / CONFIG).is_file() else None
     end = end_of(tokenizer, chosen.run) if end is None else end
-    return TrainedModel(path, model, tokenizer, end, config["model"]["context"] or longest_context(model.config), chosen.problems)
+    context, bf16 = config["model"]["context"] or longest_context(model.config), config["train"].get("precision") == "bf16"
+    return TrainedModel(path, model, tokenizer, end, context, chosen.problems, bf16)
 
 
 def open_export(path: Path) -> TrainedModel:

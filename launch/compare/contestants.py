@@ -12,7 +12,7 @@ from celo2.training.yaml_values import dump_yaml, read_yaml, untyped
 from configs.load import ConfigError, build
 from configs.schema import Config, Optimizer
 from launch.optimizers.build import check_optimizer
-from launch.optimizers.table import TABLE, entry_of, uses_adamw_lr
+from launch.optimizers.table import TABLE, decays, entry_of, uses_adamw_lr
 from launch.optimizers.third_party import accepted, find_class
 
 
@@ -48,12 +48,18 @@ def parse(spec: str, config: Config) -> Contestant:
         raise ConfigError(f"--optimizers '{spec}': expected NAME or NAME{{key: value, ...}}")
     same = name == config.optimizer.name  # then the options of the configuration are meant for it
     own = untyped(own, spec)
+    unused: dict[str, Any] = {}  # what the configuration says for others, and this one has no use for
     if not same:
         own = {"rule": None, "arguments": None, "route": Optimizer().route} | own
         if not uses_adamw_lr(Optimizer(name=name, route=own["route"])):
             own = {"adamw_lr": None} | own
         if not entry_of(Optimizer(name=name)).takes_rule and config.optimizer.state_dtype != Optimizer().state_dtype:
             own = {"state_dtype": Optimizer().state_dtype} | own  # the others have no other state
+        if not decays(Optimizer(name=name, route=own["route"])):
+            unused = {key: getattr(Optimizer(), key) for key in ("weight_decay", "cautious_weight_decay")}
+        if entry_of(Optimizer(name=name)).width_rule == "none":
+            unused["base_width"] = None
+        own = unused | own
     usual = asdict(config.optimizer) if same else {"weight_decay": config.optimizer.weight_decay}
     section = build({"optimizer": usual | own | {"name": name}}).optimizer
     check_optimizer(section)  # now, not after the trials of the others
@@ -65,7 +71,8 @@ def parse(spec: str, config: Config) -> Contestant:
         raise ConfigError(f"{spec}: a grid of learning rates cannot begin at {lr:g}")
     given = [f"optimizer.{key}={flow(value)}" for key, value in own.items() if key != "lr"]
     overrides = (f"optimizer.name={name}", *given, *entry.needs)
-    special = [option for option in overrides[1:] if not option.endswith("=null") and option != "optimizer.route=hidden"]
+    plain = {"optimizer.route=hidden", *(f"optimizer.{key}={flow(value)}" for key, value in unused.items())}
+    special = [option for option in overrides[1:] if not option.endswith("=null") and option not in plain]
     if not uses_adamw_lr(section):
         special.append("trains every parameter with its own learning rate, without adamw_lr")
     if name in TABLE and entry.third_party:

@@ -11,7 +11,7 @@ from celo2.training.search import FACTOR, Key
 from configs.load import ConfigError
 from configs.schema import Config
 from launch.compare.contestants import Contestant, flow
-from launch.optimizers.table import entry_of
+from launch.optimizers.table import decays, entry_of
 from launch.optimizers.third_party import accepted, find_class
 
 DIGITS = 3  # of a value: it fits into a folder's name and reads back the same
@@ -70,6 +70,7 @@ def keys_of(contestant: Contestant, names: Sequence[str], config: Config) -> tup
     own_schedule = any(word.startswith("schedule.kind=") for word in contestant.overrides)
     for name in names:
         idle = name not in firsts or (name == "adamw_lr" and not contestant.takes_adamw_lr)
+        idle |= name == "weight_decay" and not decays(contestant.section)
         if idle or (name.startswith("schedule.") and own_schedule):
             continue
         entry, first = SEARCHABLE[name], firsts[name]

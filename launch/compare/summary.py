@@ -18,6 +18,7 @@ from launch.compare.evaluations import other_curves, other_evaluations
 from launch.compare.planning import seeds_for
 from launch.compare.sensitivity import search_record, worth_sentence
 from launch.compare.target import target_record
+from launch.optimizers.table import rate_of_the_rest
 
 LEVEL = 1 - CONFIDENCE
 SAME_LENGTH = 1e-3  # runs of as many steps differ by a few tokens, since the last sequence of an epoch is shorter
@@ -178,7 +179,7 @@ def row(
     result: dict[str, Any] = {
         "label": label,
         "lr": config.lr if config else None,
-        "adamw_lr": (config.lr if config.adamw_lr is None else config.adamw_lr) if config else None,
+        "adamw_lr": rate_of_the_rest(config) if config else None,
         "seeds": [run.seed for run in runs],
         "diverged_seeds": [run.seed for run in runs if run.status == "diverged"],
         "final": {str(seed): loss for seed, loss in finals.items()},

@@ -21,6 +21,7 @@ from configs.load import ConfigError
 from configs.schema import Config, Distributed
 from configs.schema import Optimizer as OptimizerConfig
 from launch.optimizers.additions import CAUTIOUS, add_options, without_decay
+from launch.optimizers.decay import decoupled_arguments, decoupled_groups
 from launch.optimizers.idle import IDLE
 from launch.optimizers.table import ADAMW, ROUTES, STEPS, OptimizerEntry, entry_of
 from launch.optimizers.third_party import ThirdParty, accepted, construct, find_class
@@ -170,9 +171,9 @@ def build_by_class(config: OptimizerConfig, entry: OptimizerEntry, groups: Group
     ]
     arguments = {
         key: steps if isinstance(value, str) and value == STEPS else value
-        for key, value in (arguments | (config.arguments or {})).items()
+        for key, value in (decoupled_arguments(cls) | arguments | (config.arguments or {})).items()
     }
-    optimizer = construct(cls, own, arguments)
+    optimizer = construct(cls, decoupled_groups(cls, own, arguments) if entry.third_party else own, arguments)
     if entry.third_party:
         optimizer = ThirdParty(optimizer)
     return Combined(optimizer, torch.optim.AdamW(rest, **ADAMW)) if rest else optimizer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from celo2.training.idle import Idle
 from configs.schema import Config
-from launch.optimizers.table import chooses_route, entry_of, names_that_take_a_rule, uses_adamw_lr
+from launch.optimizers.table import chooses_route, decays, entry_of, names_that_take_a_rule, uses_adamw_lr
 from launch.optimizers.third_party import find_class
 from models.sizes import SIZES
 
@@ -63,6 +63,17 @@ IDLE = (
         "optimizer.weight_decay",
         lambda c: c.optimizer.weight_decay > 0,
         "says where to decay, and optimizer.weight_decay is {choice}",
+    ),
+    *(
+        Idle(key, "optimizer.name", lambda c: decays(c.optimizer), "is not for {choice}, which has no weight decay", detail=True)
+        for key in ("optimizer.weight_decay", "optimizer.cautious_weight_decay")
+    ),
+    Idle(
+        "optimizer.base_width",
+        "optimizer.name",
+        lambda c: entry_of(c.optimizer).width_rule != "none",
+        "is not for {choice}, whose rates are those of every width",
+        detail=True,
     ),
     Idle("distributed.shard_state", "optimizer.name", takes_rule, f"divides the state of {WITH_RULE}, not of {{choice}}"),
     Idle(

@@ -176,6 +176,17 @@ def uses_adamw_lr(config: OptimizerConfig) -> bool:
     return not entry.all_hidden and not (entry.one_lr and entry.route == "all")
 
 
+def decays(config: OptimizerConfig) -> bool:
+    """Whether `optimizer.weight_decay` decays anything: what the optimizer updates, or embeddings that are AdamW's."""
+    entry = entry_of(config)
+    return entry.decay > 0 or entry.route == "hidden"
+
+
+def rate_of_the_rest(config: OptimizerConfig) -> float:
+    """The peak learning rate of what is no hidden matrix: `optimizer.adamw_lr`, or `optimizer.lr` where no parameter has that."""
+    return config.adamw_lr if config.adamw_lr is not None and uses_adamw_lr(config) else config.lr
+
+
 def names_that_take_a_rule() -> str:
     """For error messages: the optimizers that have a rule."""
     return " and ".join(name for name, entry in TABLE.items() if entry.takes_rule)

@@ -17,14 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from celo2.training.configuration import close
+from celo2.training.configuration import close, shown
 from configs.load import ConfigError
 
 KEPT = (bool, int, float, Tensor, list, tuple, dict)  # what of an optimizer's attributes may be its memory
 NUMBERS = {bool: torch.bool, int: torch.int64, float: torch.float64}
+BOOLEANS = ("bool", "bool | None", "Optional[bool]", "typing.Optional[bool]")  # annotations
 SCHEDULED = ("lr", "initial_lr")  # follow from the configuration and the step
 COUNTER = "group:"  # prefix of a group's counter in the state of the group's first parameter
 ATTRIBUTE = "own:"  # prefix of an optimizer's attribute in the state of its first parameter
+DECAY_BESIDE = "decay_beside"  # of a group: decoupled weight decay, which the library's optimizer is not told
 
 
 class ThirdParty(torch.optim.Optimizer):
@@ -33,7 +35,7 @@ class ThirdParty(torch.optim.Optimizer):
     A number `step` becomes the tensor `step.int`, a list `GG` the tensors `GG.list` (its length), `GG.0`, `GG.1`, ...; a counter
     `k` of a group becomes `group:k.int` of the group's first parameter, an attribute `a` of the optimizer (VeLO's LSTM)
     `own:a...` of the first parameter of all. `train()` and `eval()` are passed on to libraries that average weights and have them
-    (Schedule-free), and do nothing for the others.
+    (Schedule-free), and do nothing for the others. Groups may have a decay of their own, `DECAY_BESIDE`, which `step` does first.
 
     Attributes:
         loss: float32 (), of the global batch, to be set before a step. Learned optimizers ask for it.
@@ -84,7 +86,11 @@ class ThirdParty(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step of the library's optimizer."""
+        """The decay of `DECAY_BESIDE`, and one step of the library's optimizer."""
+        for group in self.param_groups:
+            for p in group["params"] if group.get(DECAY_BESIDE) else ():
+                if p.grad is not None:
+                    p.mul_(1 - group["lr"] * group[DECAY_BESIDE])
         with self._unpacked() as inner:
             if self.takes_loss:
                 learned: Any = inner
@@ -194,11 +200,34 @@ def accepted(cls: type) -> dict[str, inspect.Parameter]:
     }
 
 
+def expected(parameter: inspect.Parameter, value: Any) -> str:
+    """What `value` should be instead, by the default and the annotation of a constructor's parameter; empty where it fits."""
+    default, annotation = parameter.default, inspect.formatannotation(parameter.annotation).strip("'")
+    bare = parameter.annotation is parameter.empty
+    optional = bare or "None" in annotation or "Optional" in annotation
+    numbers: tuple[type, ...] = (int, float)
+    if (value is None and optional) or (isinstance(value, str) and "str" in annotation):
+        return ""
+    if type(default) is bool or annotation in BOOLEANS:
+        return "" if isinstance(value, bool) or (bare and type(value) in numbers) else "true or false"
+    if type(default) in numbers:
+        whole = annotation == "int"
+        return "" if type(value) in numbers[: 1 if whole else 2] else f"a {'whole ' * whole}number, such as {default}"
+    if type(default) in (tuple, list) and default and all(item is None or type(item) in numbers for item in default):
+        any_length = "..." in annotation or "Sequence" in annotation
+        fits = isinstance(value, list | tuple) and (len(value) == len(default) or (any_length and len(value) > 0))
+        fits = fits and all(item is None or type(item) in numbers for item in value)
+        return "" if fits else f"{'' if any_length else f'{len(default)} '}numbers, such as {list(default)}"
+    is_text = type(default) is str and (annotation == "str" or "Literal" in annotation)
+    return "text" if is_text and not isinstance(value, str) else ""
+
+
 def construct(cls: type[torch.optim.Optimizer], groups: list[dict[str, Any]], arguments: dict[str, Any]) -> torch.optim.Optimizer:
     """`cls` over `groups` with further `arguments` of its constructor.
 
     Raises:
-        ConfigError: an argument that the constructor does not name or does not take, or weight decay that it does not know.
+        ConfigError: an argument that the constructor does not name or does not take, as one of another type than its default, or
+            weight decay that it does not know.
     """
     name, known = f"{cls.__module__}.{cls.__qualname__}", accepted(cls)
     asked = list(inspect.signature(cls.step).parameters.values())[1:]
@@ -206,13 +235,15 @@ def construct(cls: type[torch.optim.Optimizer], groups: list[dict[str, Any]], ar
     needed = [p.name for p in asked if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     if missing := [key for key in needed if key not in given]:
         raise ConfigError(f"{name}: its step asks for '{missing[0]}', and train.py can give it the loss alone: not supported")
-    for key in arguments:
+    for key, value in arguments.items():
         if key in ("lr", "weight_decay"):
             raise ConfigError(f"optimizer.arguments holds '{key}': give it as optimizer.{key}")
         if key not in known:
             near = close(str(key), known)
             hint = f"; did you mean '{near[0]}'?" if near else f"; it takes {', '.join(known) or 'none'}"
             raise ConfigError(f"optimizer.arguments: {name} has no argument '{key}'{hint}")
+        if wanted := expected(known[key], value):
+            raise ConfigError(f"optimizer.arguments.{key} is {shown(value)}, expected {wanted}")
     if "weight_decay" not in known and any(group["weight_decay"] for group in groups):
         raise ConfigError(f"{name} knows no weight decay: set optimizer.weight_decay=0")
     settings: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}

@@ -25,12 +25,14 @@ from data.shards import TokenShards
 from launch.checkpoint.folders import run_of
 from launch.checkpoint.load import read_config, weights_alone
 from launch.checkpoint.verify import CheckpointError
+from launch.optimizers.decay import decoupled_arguments
 from launch.optimizers.table import entry_of
 from launch.optimizers.third_party import find_class
 from launch.run.mixture import name_of_data
 from models.function import NOT_SET, function_differences, plain
 
 RULE_FILE = "rule.safetensors"  # in a run's folder: a copy of the rule that it trains with
+DECOUPLED = "decoupled decay"  # in the identity: a library's decay is decoupled; in earlier versions it was as its default said
 # Arguments of optimizers that have an option of their own, or say how a step is computed and not what it is.
 FREE_ARGUMENTS = {
     "lr", "weight_decay", "rule", "state_dtype", "replicas", "shard_state", "foreach", "fused", "capturable", "differentiable",
@@ -57,6 +59,7 @@ def identity_of(config: Config, shards: TokenShards, context: int, optimizer: to
         "model.context": context,
         "optimizer.name": config.optimizer.name,
         "rule": rule_hash(optimizer.rule) if isinstance(optimizer, Celo2) else None,
+        DECOUPLED: True,
     }
 
 
@@ -163,7 +166,8 @@ def optimizer_differences(
         yield Difference("optimizer.route", entry_of(was).route, entry_of(now).route)
     if bool(was.ema_nesterov) != bool(now.ema_nesterov):
         yield Difference("optimizer.ema_nesterov", was.ema_nesterov, now.ema_nesterov)
-    old, new = effective_arguments(was), effective_arguments(now)
+    same_decay = DECOUPLED in saved["identity"] or not was.weight_decay or was.cautious_weight_decay
+    old, new = effective_arguments(was, decoupled=same_decay), effective_arguments(now)
     for key in sorted(old.keys() | new.keys()):
         pair = old.get(key, NOT_SET), new.get(key, NOT_SET)
         if plain(pair[0]) != plain(pair[1]):
@@ -186,11 +190,16 @@ def optimizer_differences(
         )
 
 
-def effective_arguments(config: OptimizerConfig) -> dict[str, Any]:
-    """Every argument that the optimizer's constructor gets and its state or step depends on, defaults included."""
+def effective_arguments(config: OptimizerConfig, decoupled: bool = True) -> dict[str, Any]:
+    """Every argument that the optimizer's constructor gets and its state or step depends on, defaults included.
+
+    `decoupled`: with those that decouple the decay, as `launch.optimizers.build` gives them.
+    """
     entry = entry_of(config)
-    parameters = inspect.signature(find_class(entry.path, entry.package)).parameters.values()
+    cls = find_class(entry.path, entry.package)
+    parameters = inspect.signature(cls).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    defaults |= decoupled_arguments(cls) if decoupled else {}
     given = defaults | entry.arguments | (config.arguments or {})
     return {key: value for key, value in given.items() if key not in FREE_ARGUMENTS}
 

@@ -34,7 +34,7 @@ def check(config: Config, written: Written, world: int) -> list[str]:
     Raises:
         ConfigError, DataError, RuleError: what training would be refused for, or would ignore.
     """
-    notes = refuse_idle(config, IDLE, written)
+    notes = [*refuse_idle(config, IDLE, written), *unmet_needs(config)]
     try:
         check_optimizer(with_pinned_rule(config).optimizer)
     except RuleError as error:
@@ -66,6 +66,18 @@ def check(config: Config, written: Written, world: int) -> list[str]:
     for size in batch_sizes(vars(config.train)).sizes:
         name = "train.batch_size" if size == config.train.batch_size else "a size of train.ramp"
         fit_micro_batch(size, world, config.train.micro_batch_size, name)
+    return notes
+
+
+def unmet_needs(config: Config) -> list[str]:
+    """A note on each option that the authors of the optimizer want to be another one."""
+    notes = []
+    for need in entry_of(config.optimizer).needs:
+        option, _, wanted = need.partition("=")
+        section, _, key = option.partition(".")
+        given = getattr(getattr(config, section), key)
+        if str(given) != wanted:
+            notes.append(f"optimizer.name {config.optimizer.name} is made for {need}, and {option} is {given}")
     return notes
 
 

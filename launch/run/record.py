@@ -6,6 +6,7 @@ from typing import Any
 
 from configs.schema import Config
 from launch.monitoring.guard import Verdict
+from launch.optimizers.table import rate_of_the_rest
 from launch.run.state import RunState
 
 
@@ -20,7 +21,7 @@ def training_record(
     speed = (state.tokens - since.tokens) / (state.seconds - since.seconds)
     record = {"step": state.step, "tokens": state.tokens, "loss": state.window_loss, "step_loss": verdict.loss}
     record |= {"lr": optimizer.lr * factor, "grad_norm": verdict.grad_norm}
-    record["adamw_lr"] = (optimizer.lr if optimizer.adamw_lr is None else optimizer.adamw_lr) * factor
+    record["adamw_lr"] = rate_of_the_rest(optimizer) * factor
     record |= {"tokens_per_second": speed, "seconds": state.seconds}
     if peak_speed:
         record["mfu"] = speed / peak_speed

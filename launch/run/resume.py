@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
+from configs.evaluation import sets_of
 from configs.load import ConfigError, options
 from configs.schema import Config
 from launch.checkpoint.folders import CHECKPOINTS
@@ -22,10 +24,12 @@ from launch.distributed.heartbeat import Heartbeat
 from launch.distributed.strategy import Strategy
 from launch.monitoring.guard import Diverged
 from launch.monitoring.trackers import flat
-from launch.run.agreement import require_agreement
+from launch.optimizers.third_party import DECAY_BESIDE
+from launch.run.agreement import DECOUPLED, require_agreement
 from launch.run.branch import Start, checkpoint_folders, choose_start
 from launch.run.ranks import checkpoint_fact, require_same
 from launch.run.schedule import rate_after
+from launch.run.setup import run_folder
 from launch.run.state import RunState, from_saved
 
 MAX_ROLLBACKS = 10  # in a row that did not help
@@ -75,8 +79,12 @@ def resume(
     rate = rate_after(saved, config)
     load_checkpoint(path, strategy, progress)
     start.changes.extend(changed_options(saved["config"], config))
+    if DECOUPLED not in saved["identity"] and any(DECAY_BESIDE in group for group in strategy.optimizer.param_groups):
+        start.changes.append("weight decay in the gradient, of an earlier version -> decoupled")
     start.notes.append(f"resumed from {path}" + (f" with {', '.join(start.changes)}" if start.changes else ""))
     start.notes.extend([rate] if rate else [])
+    if saved["step"] == saved.get("evaluated") == config.train.steps:
+        start.notes.extend(not_evaluated(saved["config"], config, start.changes))
     if saved.get("average") and strategy.average is not None and not strategy.average.begun:
         start.notes.append("the average of the weights begins anew: the checkpoint's began earlier, or is of another kind")
     window = config.log.profile
@@ -92,6 +100,23 @@ def changed_options(saved: dict[str, Any], config: Config) -> list[str]:
     known = {name for name, _, _ in options()}
     keys = [key for key in now | before if ".".join(key.split(".")[:2]) in known]
     return [f"{key} {before.get(key)} -> {now.get(key)}" for key in keys if before.get(key, "None") != now.get(key, "None")]
+
+
+def not_evaluated(saved: dict[str, Any], config: Config, changes: list[str]) -> list[str]:
+    """A note on the `changes` of `eval` that come when a run is finished, with the commands for sets that are new."""
+    changed = dict.fromkeys(".".join(change.split(" ")[0].split(".")[:2]) for change in changes)
+    asked = [option for option in changed if option.startswith("eval.") and not option.endswith("every")]
+    if not asked:
+        return []
+    known = saved.get("eval", {}).get("sets") or {}
+    folder, sequences = shlex.quote(str(run_folder(config))), config.eval.sequences
+    commands = [
+        f"python -m launch.evaluate {folder} {shlex.quote(new.dir)} --split {new.split} --sequences {sequences}"
+        for new in sets_of(config)
+        if known.get(new.name) != {"dir": new.dir, "split": new.split}
+    ]
+    hint = f"; a set is evaluated by {' and '.join(commands)}" if commands else ""
+    return [f"the run is finished, and what is new in {' and '.join(asked)} is not evaluated{hint}"]
 
 
 def roll_back(run_dir: Path, state: RunState, strategy: Strategy, saver: Saver, heartbeat: Heartbeat) -> tuple[RunState, int]:

@@ -94,6 +94,15 @@ def test_resolved_configuration_reads_back(file, tmp_path):
         ("run.name=", "run.name is '', expected some text"),
         ("run.dir=~nobody-of-this-name/x", "run.dir is '~nobody-of-this-name/x', but there is no such user"),
         ("run.seed=20261125123456", "expected between 0 and 4294967295"),
+        ("log.trackers=null", "log.trackers is None, expected a list: log.trackers='[]'"),
+        ("train.ramp={on: 64}", "train.ramp has the key on: write 'on' in quotes"),
+        ("eval.sets={no: a}", "eval.sets has the key no: write 'no' in quotes"),
+        ("train.ramp={'on': 64}", "train.ramp has the key 'on', expected a step from which on a batch size holds"),
+        ("train.ramp={4: 8, 4.0: 16}", "train.ramp has the key 4.0 twice, in two forms"),
+        ("train.ramp={4: 8, '04': 16}", "train.ramp has the key 4 twice"),
+        ("train.ramp={1.5: 8}", "train.ramp has the key 1.5, expected a step from which on a batch size holds"),
+        ("train.ramp={4: 8.5}", "train.ramp.4 is 8.5, expected a number of sequences, 1 or above"),
+        ("train.average={kind: [ema]}", "train.average.kind is ['ema'], expected one of ema, tail"),
         ("log.trackers=wandb,tensorboard", "expected a list: log.trackers='[wandb, tensorboard]'"),
         ("model.hf=llama", "expected a mapping, such as {key: value}"),
         ("model.hf={tie_word_embeddings: no}", "model.hf.tie_word_embeddings is no: write true or false"),
@@ -192,6 +201,20 @@ def test_files_that_are_no_configuration(tmp_path, text, message):
     with pytest.raises(ConfigError) as error:
         load_config(tmp_path / "bad.yaml")
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_step_of_the_ramp_may_be_written_as_a_power_of_ten(file):
+    config = load_config(file, ["train.ramp={1e3: 16, 4: 1e1}"])
+    assert config.train.ramp == {4: 10, 1000: 16} and all(type(n) is int for pair in config.train.ramp.items() for n in pair)
+
+
+def test_tasks_between_evaluations_that_are_not_made(file):
+    with pytest.raises(ConfigError) as error:
+        load_config(file, ["eval.every=0", "eval.tasks_every=12"])
+    assert str(error.value) == (
+        "eval.tasks_every is 12, but eval.every is 0: tasks are part of an evaluation, and the only one is at the end; "
+        "set eval.every, or leave eval.tasks_every out"
+    )
 
 
 def test_files_that_are_not_there(tmp_path):

@@ -81,6 +81,37 @@ def test_what_gives_the_optimizers_state_another_meaning(run):
     assert run(*more, *free, "model.dropout=0.1", "distributed.strategy=fsdp2")[0] == 0
 
 
+def earlier(monkeypatch):
+    """Checkpoints as versions wrote them that left the decay of a dotted path in the gradient."""
+    identity_of = train.identity_of
+    monkeypatch.setattr(train, "identity_of", lambda *a: {k: v for k, v in identity_of(*a).items() if k != "decoupled decay"})
+
+
+def test_a_decay_that_was_in_the_gradient_does_not_become_another_in_silence(run, monkeypatch):
+    options, more = [*QUICK, "optimizer.name=torch.optim.NAdam"], "train.steps=3"
+    earlier(monkeypatch)
+    run(*options)
+    restore = "optimizer.arguments.decoupled_weight_decay=false"
+    err = refused(run(*options, more))
+    assert f"optimizer.arguments.decoupled_weight_decay is false in the checkpoint, true now. Restore {restore}" in err
+    monkeypatch.undo()
+    assert run(*options, more, restore)[0] == 0
+    assert refused(run(*options, "train.steps=4"))  # and it stays so
+    assert run(*options, folder="new")[0] == 0
+    assert run(*options, more, folder="new")[0] == 0 and "resumed from" in run.out
+
+
+def test_a_decay_that_was_in_the_gradient_and_cannot_be_any_more_is_said(run, monkeypatch):
+    options = [*QUICK, "optimizer.name=torch.optim.RMSprop"]
+    earlier(monkeypatch)
+    run(*options)
+    run(*options, "train.steps=3")
+    change = "weight decay in the gradient, of an earlier version -> decoupled"
+    assert f"with train.steps 2 -> 3, {change}" in run.out
+    events = [json.loads(line) for line in (run.tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert [event["options"][-1] for event in events if event["event"] == "changed"] == [change]
+
+
 def test_every_key_of_a_transformers_model(run):
     options = [*QUICK, *HF]
     run(*options, QWEN + ", rope_theta: 5000.0}")

@@ -16,15 +16,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from configs.load import ConfigError, load_config
+from celo2.training.idle import refuse_idle
+from configs.load import ConfigError, load_config, load_written
 from configs.schema import Config
 from launch.compare import __main__ as compare
 from launch.compare import trials
 from launch.compare.contestants import parse, parse_all
 from launch.compare.curves import judge, stopped_diverged
+from launch.compare.keys import keys_of
 from launch.monitoring.guard import Diverged, Guard
 from launch.monitoring.metrics import Metrics
 from launch.monitoring.signals import STOPPED
+from launch.optimizers.idle import IDLE
 
 ROOT = Path(__file__).parents[2]
 STAND_IN = f"""
@@ -369,6 +372,22 @@ def test_only_celo2_has_state_in_bfloat16():
     assert not any("state_dtype" in word for word in parse("celo2-base", config).overrides)
 
 
+def test_scion_gets_no_decay_and_no_width(tmp_path):
+    """What the others are given in common; a trial of it is not refused, and no search is made over its decay."""
+    pytest.importorskip("pytorch_optimizer")
+    (tmp_path / "c.yaml").write_text("")
+    common = ["optimizer.weight_decay=0.3", "optimizer.cautious_weight_decay=true", "optimizer.base_width=64"]
+    config = load_config(tmp_path / "c.yaml", common)
+    scion, mars = parse_all(["scion", "mars"], config)
+    trial, written = load_written(tmp_path / "c.yaml", [*common, *scion.overrides])
+    assert refuse_idle(trial, IDLE, written) == []
+    own = trial.optimizer
+    assert (own.weight_decay, own.cautious_weight_decay, own.base_width) == (0.1, False, None)
+    assert not any("optimizer." in text for text in scion.special)
+    assert [key.name for key in keys_of(scion, ["lr", "weight_decay"], config)] == ["lr"]
+    assert [key.name for key in keys_of(mars, ["lr", "weight_decay"], config)] == ["lr", "weight_decay"]
+
+
 def test_schedule_free_gets_no_schedule():
     pytest.importorskip("schedulefree")
     assert "schedule.kind=constant" in parse("schedule-free", Config()).overrides
@@ -409,7 +428,10 @@ def test_the_same_name_twice_is_told_apart():
         (["c.yaml", "--optimizers", "adamw", "--seeds", "0"], "--seeds: 0 is no whole number of at least 1"),
         (["c.yaml", "--optimizers", "adamw", "--trials", "many"], "--trials: many is no whole number of at least 1"),
         (["c.yaml", "--optimizers", "adamw", "--no-such"], "unrecognized arguments: --no-such"),
-        (["c.yaml", "--optimizers", "adamw{arguments: {eps: small}}"], "refuses its arguments"),
+        (
+            ["c.yaml", "--optimizers", "adamw{arguments: {eps: small}}"],
+            "optimizer.arguments.eps is 'small', expected a number, such as 1e-08",
+        ),
         (["c.yaml", "--optimizers", "muon{arguments: {betas: 1}}"], "has no argument 'betas'"),
     ],
 )

@@ -70,6 +70,15 @@ def test_a_difference_outside_the_noise_is_a_claim():
     assert results["compared_at_tokens"] == 1000
 
 
+def test_a_row_has_the_rates_that_parameters_have():
+    """An optimizer that updates everything at one rate passes optimizer.adamw_lr over."""
+    groups = {name: [make_run(name, 0, 3.0, name=name)] for name in ("adamw", "adafactor", "celo2-base")}
+    for (run,) in groups.values():
+        run.config.optimizer.lr, run.config.optimizer.adamw_lr = 5e-3, 1e-2
+    rows = {row["label"]: (row["lr"], row["adamw_lr"]) for row in results_of(groups)["optimizers"]}
+    assert rows == {"adamw": (5e-3, 1e-2), "adafactor": (5e-3, 5e-3), "celo2-base": (5e-3, 5e-3)}
+
+
 def test_a_difference_inside_the_noise_is_none():
     results = results_of({"a": seeds("a", [4.0, 4.3, 4.1]), "b": seeds("b", [4.1, 4.2, 4.2])})
     assert results["sentences"] == ["a and b: no difference beyond the noise (−0.033 ± 0.287, 3 seeds, p = 0.67)."]

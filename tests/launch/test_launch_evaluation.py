@@ -84,6 +84,23 @@ def test_sets_and_tasks_beside_the_main_set(run, prepared, others, capsys):
     assert evaluate([str(run.tmp_path / "run"), str(whole), "--split", "train", "--sequences", "2"]) == 0
 
 
+def test_what_is_asked_of_a_finished_run_is_said_to_be_left_out(run, prepared, others):
+    """`eval.sets` with the command that evaluates it, tasks without one; not what is the same, nor a run that goes on."""
+    folder, sets = run.tmp_path / "run", [f"eval.sets={{old: {{dir: {prepared}, split: train}}}}", "train.steps=1"]
+    finished = "the run is finished, and what is new in"
+    assert run(*sets)[0] == 0
+    assert run(*sets)[0] == 0 and finished not in run.out
+    command = f"python -m launch.evaluate {folder} {others / 'upper'} --split val --sequences 8"
+    new = f"eval.sets={{old: {{dir: {prepared}, split: train}}, new: {others / 'upper'}}}"
+    _, records, _ = run(*sets, new)
+    assert f"{finished} eval.sets is not evaluated; a set is evaluated by {command}\n" in run.out
+    assert not any("val_loss/new" in record for record in records)
+    tasks = f"eval.tasks={{tiny: {write(run.tmp_path / 'tiny.jsonl', QUESTIONS)}}}"
+    assert run(*sets, tasks)[0] == 0 and f"{finished} eval.tasks is not evaluated\n" in run.out
+    _, records, _ = run(*sets, new, "train.steps=2")
+    assert finished not in run.out and any("val_loss/new" in record for record in records)
+
+
 def test_scores_of_rows_are_those_of_the_logits():
     """Worst log-probability: 2e-6. The rows that are scored together depend on nothing but the rows."""
     torch.manual_seed(0)

@@ -67,6 +67,22 @@ def test_steps_that_were_skipped_are_not_in_the_mean():
     )  # a checkpoint of an earlier version
 
 
+@pytest.mark.parametrize(
+    ("name", "route", "rest"), [("adafactor", "null", 5e-3), ("celo2-base", "null", 5e-3), ("adafactor", "hidden", 1e-2)]
+)
+def test_the_logged_rates_are_those_that_parameters_have(run, name, route, rest):
+    """The file says adamw_lr 1e-2, which an optimizer that updates everything at one rate passes over."""
+    _, records, _ = run(
+        "train.steps=1",
+        "eval.every=0",
+        "schedule.kind=constant",
+        "schedule.warmup=0",
+        f"optimizer.name={name}",
+        f"optimizer.route={route}",
+    )
+    assert [(r["lr"], r["adamw_lr"]) for r in records if "lr" in r] == [(5e-3, rest)]
+
+
 def test_evaluations_have_perplexity_and_bits_per_byte(run):
     """A token of this data is a byte or, at the end of a document, nothing."""
     _, records, _ = run("eval.sequences=1000")

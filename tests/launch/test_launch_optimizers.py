@@ -19,8 +19,9 @@ from launch.checkpoint.save import take_snapshot, write_checkpoint
 from launch.distributed.setup import make_strategy
 from launch.monitoring.step_statistics import StepStatistics, hidden_names
 from launch.optimizers.build import Combined, build_optimizer, check_optimizer, optimizer_groups, set_mode
+from launch.optimizers.decay import couples
 from launch.optimizers.table import TABLE
-from launch.optimizers.third_party import ThirdParty, pack, unpack
+from launch.optimizers.third_party import DECAY_BESIDE, ThirdParty, pack, unpack
 from models import build_model
 
 LIBRARIES = [name for name, entry in TABLE.items() if entry.third_party]
@@ -198,6 +199,86 @@ def test_routes():
     assert len(claimed) == len({id(p) for p in claimed}) == len(list(tiny().parameters()))
 
 
+DECOUPLING = {
+    "NAdam": {},
+    "Adam": {},
+    "RAdam": {},
+    "AdamW": {},
+    "SGD": {"momentum": 0.9},
+    "RMSprop": {},
+    "Adagrad": {},
+    "Adamax": {},
+}
+
+
+@pytest.mark.parametrize("name", DECOUPLING)
+def test_the_decay_of_a_dotted_path_is_decoupled(name):
+    """Each step is the one without decay, from weights that the decay has shrunk; without a gradient, 2 becomes 1.998."""
+    arguments = DECOUPLING[name] or None
+    path, lr, decay = f"torch.optim.{name}", 0.01, 0.1
+    decayed, bare = tiny(), tiny()
+    optimizer = optimizer_of(Optimizer(name=path, route="all", lr=lr, weight_decay=decay, arguments=arguments), decayed)
+    plain = optimizer_of(Optimizer(name=path, route="all", lr=lr, weight_decay=0.0, arguments=arguments), bare)
+    names = ("layers.0.mlp.up_proj.weight", "layers.0.mlp.up_proj.bias")
+    weight, bias = (decayed.model.get_parameter(key) for key in names)
+    other, other_bias = (bare.model.get_parameter(key) for key in names)
+    for seed in range(3):
+        step(decayed, optimizer, seed)
+        with torch.no_grad():
+            other.mul_(1 - lr * decay)
+        step(bare, plain, seed)
+    torch.testing.assert_close(weight, other, rtol=0, atol=1e-6)  # coupled decay is off by 3e-4 or more
+    assert torch.equal(bias, other_bias)
+
+    model = tiny()
+    alone = optimizer_of(Optimizer(name=path, route="all", lr=lr, weight_decay=decay, arguments=arguments), model)
+    weight = model.model.get_parameter(names[0])
+    with torch.no_grad():
+        weight.fill_(2.0)
+    weight.grad = torch.zeros_like(weight)
+    alone.step()
+    torch.testing.assert_close(weight, torch.full_like(weight, 1.998), rtol=0, atol=1e-6)
+
+
+def test_a_decay_in_the_gradient_can_be_asked_for_where_there_is_a_switch():
+    config = Optimizer(name="torch.optim.NAdam", arguments={"decoupled_weight_decay": False})
+    library = optimizer_of(config, tiny()).optimizers[0]
+    assert [group["decoupled_weight_decay"] for group in library.param_groups] == [False]
+    assert [group["weight_decay"] for group in library.param_groups] == [0.1]
+
+
+def test_a_decay_beside_the_optimizer_leaves_parameters_without_a_gradient_alone():
+    model = tiny()
+    optimizer = optimizer_of(Optimizer(name="torch.optim.RMSprop", route="all", lr=1.0), model)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_the_named_ones_have_a_decay_of_their_own(name):
+    """Their authors' decay is decoupled, and stays in the library's hands."""
+    optimizer = optimizer_of(config_of(name), tiny())
+    library = getattr(optimizer, "optimizers", [optimizer])[0]
+    assert not any(DECAY_BESIDE in group for group in library.param_groups)
+    assert all(group["weight_decouple"] for group in library.param_groups if "weight_decouple" in group)
+
+
+def test_a_decay_of_another_kind_is_left_alone():
+    """A class that does not step on a parameter alone, or ignores the decay, is none that adds it to the gradient."""
+    for cls in (Listing, Learned, torch.optim.Adafactor, torch.optim.Muon):
+        assert not couples(cls, {}, torch.device("cpu")), cls
+    assert not couples(torch.optim.SGD, {}, torch.device("cpu"))  # the same as decoupled decay
+    assert couples(torch.optim.SGD, {"momentum": 0.9}, torch.device("meta"))
+
+
+def test_a_trial_of_the_decay_leaves_random_numbers_alone():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    couples(torch.optim.RMSprop, {}, torch.device("cpu"))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_lion_decays_three_times_as_much():
     lion = optimizer_of(config_of("lion"), tiny())
     assert [group["weight_decay"] for group in lion.param_groups] == pytest.approx([0.3, 0.3, 0.0])
@@ -321,6 +402,58 @@ def test_mistakes_are_named(config, message):
     with pytest.raises(ConfigError) as error:
         check_optimizer(config)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("adamw", {"amsgrad": "on"}, "optimizer.arguments.amsgrad is 'on', expected true or false"),
+        ("adamw", {"foreach": "on"}, "optimizer.arguments.foreach is 'on', expected true or false"),
+        ("torch.optim.Adam", {"betas": 0.9}, "optimizer.arguments.betas is 0.9, expected 2 numbers, such as [0.9, 0.999]"),
+        ("torch.optim.Adam", {"betas": [0.9]}, "optimizer.arguments.betas is [0.9], expected 2 numbers, such as [0.9, 0.999]"),
+        ("torch.optim.Adam", {"betas": [0.9, "b"]}, "optimizer.arguments.betas is [0.9, 'b'], expected 2 numbers, "),
+        (
+            "torch.optim.Adam",
+            {"betas": {"a": 1}},
+            "optimizer.arguments.betas is {'a': 1}, expected 2 numbers, such as [0.9, 0.999]",
+        ),
+        ("torch.optim.Adam", {"betas": None}, "optimizer.arguments.betas is None, expected 2 numbers, such as [0.9, 0.999]"),
+        ("torch.optim.Adam", {"eps": "small"}, "optimizer.arguments.eps is 'small', expected a number, such as 1e-08"),
+        ("torch.optim.Adam", {"eps": True}, "optimizer.arguments.eps is True, expected a number, such as 1e-08"),
+        ("muon", {"ns_steps": 2.5}, "optimizer.arguments.ns_steps is 2.5, expected a whole number, such as 5"),
+        ("celo2", {"betas": 0.9}, "optimizer.arguments.betas is 0.9, expected 2 numbers, such as [0.9, 0.95]"),
+        ("celo2", {"orthogonalize": "no"}, "optimizer.arguments.orthogonalize is 'no', expected true or false"),
+        ("soap", {"data_format": 3}, "optimizer.arguments.data_format is 3, expected text"),
+    ],
+)
+def test_an_argument_of_another_type_than_its_default_is_named(name, arguments, message):
+    if name in LIBRARIES:
+        pytest.importorskip(TABLE[name].path.partition(".")[0])
+    with pytest.raises(ConfigError) as error:
+        check_optimizer(Optimizer(name=name, arguments=arguments))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+class Loose(torch.optim.SGD):
+    """Without annotations, and with numbers of any length."""
+
+    def __init__(self, params, lr=1e-3, weight_decay=0, clip=False, scales: tuple[float, ...] = (1.0,), name=None):
+        super().__init__(params, lr=lr, weight_decay=weight_decay)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("torch.optim.Adam", {"betas": [0.0, 0.5], "eps": 1, "fused": None, "foreach": True}),
+        ("torch.optim.Adafactor", {"eps": [None, 0.1]}),
+        ("torch.optim.Adafactor", {"eps": [1e-30, 0.1]}),
+        ("muon", {"adjust_lr_fn": "original"}),
+        ("test_launch_optimizers.Loose", {"clip": 1.0, "scales": [1, 2, 3], "name": "mine"}),
+        ("test_launch_optimizers.Loose", {"clip": True, "name": [1]}),
+    ],
+)
+def test_arguments_that_fit_are_taken(name, arguments):
+    check_optimizer(Optimizer(name=name, arguments=arguments))
 
 
 def test_a_missing_library_names_its_package(monkeypatch):

@@ -1,13 +1,15 @@
 """`--plan`: processes, GPUs, units, remedies and warnings; the micro-batch that fits; details that are passed over."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from celo2 import routing_table
 from celo2.training.configuration import Written
 from celo2.training.idle import refuse_idle
-from configs.load import ConfigError
+from configs.load import ConfigError, load_config
 from configs.schema import Checkpoint, Config, Eval, Log, Optimizer, Schedule
 from data import DataError
 from data.batches import fit_micro_batch
@@ -16,6 +18,7 @@ from launch.optimizers.idle import IDLE
 from launch.planning.cost import Setup, Workload
 from launch.planning.machines import MACHINES, Machine, machine_of
 from launch.planning.memory import peaks
+from launch.planning.plan import make_plan
 from launch.planning.remedies import remedy_lines
 from launch.planning.table import fitting_worlds, on
 from launch.planning.units import duration, size
@@ -67,6 +70,35 @@ def test_every_gpu_is_known():
     for name, near in {"h20": "h200", "4090": "rtx-4090", "a100-sxm4-80gb": "a100", "gh200": "h200"}.items():
         with pytest.raises(ConfigError, match=rf"--gpu {name} is not known, only h100, h200, .*; did you mean {near}\?"):
             machine_of(name)
+
+
+@pytest.mark.parametrize("name", ["gpt3_125m", "gpt3_350m", "gpt3_760m", "gpt3_1.3b"])
+def test_the_head_of_a_shipped_file_says_what_the_plan_says(name):
+    """On 8 GPUs: weights, tokens, batch, FLOPs and memory."""
+    path = Path(__file__).parents[2] / "configs" / f"{name}.yaml"
+    head = path.read_text(encoding="utf-8").split("\n\n")[0]
+    config = load_config(path)
+    config.data.dir = None
+    plan = make_plan(config, 8, machine_of("h100"))
+
+    weights, tokens = re.search(r": ([\d,]+) weights, trained on ([\d,]+) tokens", head).groups()
+    assert f"model       {weights} parameters" in plan and f"= {tokens}; 20." in plan
+    processes, count, micro = re.search(r"8 GPUs: (\d+) processes x (\d+) micro-batches x (\d+) sequences", head).groups()
+    assert f"= {processes} process(es) x {count} micro-batch(es) x {micro} sequences" in plan
+    batch, context, step = re.search(r"# batch    (\d+) sequences x ([\d,]+) tokens = ([\d,]+) tokens a step", head).groups()
+    assert f"batch       {batch} x {context.replace(',', '')} = {step} tokens a step" in plan
+    assert f"tokens      {re.search(r'# steps    ([0-9,]+ x [0-9,]+)', head)[1].replace(' x', ' steps x')} = {tokens}" in plan
+    assert f"FLOPs       {re.search(r'# FLOPs    ([^ ]+) in all', head)[1]} in all" in plan
+
+    whole, of_weights, state = re.search(
+        r"memory   about (.+) GB a process .* gradients (.+), optimizer state (.+)\n", head
+    ).groups()
+    assert f"  step      {whole} GB (" in plan and f"optimizer state {state} GB" in plan
+    (row,) = [line.split() for line in plan.splitlines() if line.startswith("     8 ")]
+    assert f"{whole}GB" == row[4], "the row of 8 GPUs"
+    sizes = re.search(r"step .*\(weights (\S+) (.B), .*, gradients (\S+) (.B), .*not travelled (\S+) (.B)\)", plan).groups()
+    parts = [float(number) * {"MB": 1e-3, "GB": 1}[unit] for number, unit in zip(sizes[::2], sizes[1::2], strict=True)]
+    assert float(of_weights) == pytest.approx(sum(parts), rel=5e-3)  # three digits
 
 
 def test_what_is_planned(run, monkeypatch):
@@ -158,6 +190,13 @@ def test_what_to_change_when_it_does_not_fit():
         (Config(optimizer=Optimizer("adamw", rule="celo2-lm")), {"optimizer.rule", "optimizer.name"}, set(), "refused"),
         (Config(optimizer=Optimizer("adamw", rule="celo2-lm")), set(), {"optimizer.rule", "optimizer.name"}, "refused"),
         (Config(optimizer=Optimizer("adamw", adamw_lr=0.1)), set(), {"optimizer.adamw_lr"}, "accepted"),  # of embeddings
+        (Config(optimizer=Optimizer("scion", weight_decay=0.2)), {"optimizer.name", "optimizer.weight_decay"}, set(), "refused"),
+        (Config(optimizer=Optimizer("scion", weight_decay=0.2)), {"optimizer.weight_decay"}, {"optimizer.name"}, "noted"),
+        (Config(optimizer=Optimizer("scion", cautious_weight_decay=True)), set(), {"optimizer.cautious_weight_decay"}, "refused"),
+        (Config(optimizer=Optimizer("scion", base_width=64)), {"optimizer.name"}, {"optimizer.base_width"}, "refused"),
+        (Config(optimizer=Optimizer("scion", base_width=64)), {"optimizer.base_width"}, {"optimizer.name"}, "noted"),
+        (Config(optimizer=Optimizer("scion", route="hidden", weight_decay=0.2)), set(), {"optimizer.weight_decay"}, "accepted"),
+        (Config(optimizer=Optimizer("mars", weight_decay=0.2, base_width=64)), set(), {"optimizer.weight_decay"}, "accepted"),
         (Config(log=Log(group="sweep")), set(), {"log.group"}, "refused"),
         (Config(log=Log(group="sweep")), {"log.group"}, {"log.trackers"}, "noted"),
         (Config(log=Log(project="mine", group="sweep", trackers=["wandb"])), set(), {"log.group"}, "accepted"),

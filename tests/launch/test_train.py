@@ -308,6 +308,15 @@ def test_schedule_free_keeps_its_average_and_continues_exactly(run):
     assert losses[0] == losses[1] and len(losses[0]) == 6
 
 
+@pytest.mark.parametrize("mode", [["--plan"], ["train.steps=1"]])
+def test_schedule_free_under_a_schedule_is_noted(run, mode):
+    pytest.importorskip("schedulefree")
+    note = "note: optimizer.name schedule-free is made for schedule.kind=constant, and schedule.kind is cosine\n"
+    status, _, err = run("optimizer.name=schedule-free", *mode)
+    assert status == 0 and err.startswith(note)
+    assert "schedule-free" not in run("optimizer.name=schedule-free", "schedule.kind=constant", *mode)[2]
+
+
 class Changes(Hooks):
     """Does something to a file before a step."""
 
