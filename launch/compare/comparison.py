@@ -78,9 +78,7 @@ class Comparison:
         most = max(1, steps // POINTS)
         return min(given, most) if given else most
 
-    def trial(
-        self, contestant: Contestant, values: Mapping[str, float], seed: int, keep: bool, rung: Rung | None = None
-    ) -> Trial:
+    def trial(self, contestant: Contestant, values: dict[str, float], seed: int, keep: bool, rung: Rung | None = None) -> Trial:
         """The training run of some values by key and a seed; of the configuration's model and budget, or of a rung."""
         common = self.args.overrides
         if any(word.startswith("schedule.kind=") for word in contestant.overrides):  # its schedule has other details

@@ -14,7 +14,7 @@ import pytest
 from test_launch_compare_report import seeds as made_runs
 
 from celo2.training.statistics import detectable
-from configs.load import to_yaml
+from configs.load import load_config, to_yaml
 from configs.schema import Config
 from launch.compare import __main__ as compare
 from launch.compare.ladder import Rung, ladder_record, notes, searched_at, sentence, weights_beyond
@@ -213,6 +213,25 @@ def test_betas_schedule_and_clip_are_searched_when_asked(ladder, tmp_path):
     assert adamw == ["schedule.final", "beta1", "beta2", "train.grad_clip"] and muon == ["schedule.final", "train.grad_clip"]
     commands = " ".join(json.loads((tmp_path / "out" / "results.json").read_text())["search_commands"])
     assert "'optimizer.arguments={betas: [0.95, 0.95]}'" in commands and "schedule.final=0.3" in commands
+
+
+def test_a_search_of_other_keys_trains_each_at_its_own_learning_rate(ladder, tmp_path):
+    """Its folders say the rate where it is not the configuration's, so that runs of another are not taken for them."""
+    words = ["--optimizers", "adamw{lr: 8e-3}", "muon", "lion", "--search", "weight_decay", "--trials", "3", "--seeds", "1"]
+    assert ladder(*words)[0] == 0
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["optimizers"]
+    assert [row["lr"] for row in rows] == [8e-3, 1e-3, 2e-4]  # the configuration's is 1e-3, that of celo2
+    for folder, lr in (("adamw-lr-8e-3", 8e-3), ("muon", 1e-3), ("lion", 2e-4)):
+        runs = list((tmp_path / "out" / "trials" / folder).iterdir())
+        assert {load_config(run / "config.yaml").optimizer.lr for run in runs} == {lr}
+        assert all(run.name.startswith(f"lr_{lr:g}_") == (lr != 1e-3) for run in runs)
+
+
+def test_a_ladder_that_searches_other_keys_has_the_own_learning_rate_on_every_rung(ladder, tmp_path):
+    words = ["--optimizers", "adamw{lr: 8e-3}", "--search", "adamw_lr", "--trials", "3", "--seeds", "1"]
+    assert ladder(*words, "--sizes", "gpt3-nano", "gpt3-micro", "--tokens-per-parameter", "5")[0] == 0
+    rungs = json.loads((tmp_path / "out" / "results.json").read_text())["ladder"]["rungs"]
+    assert [rung["settings"]["adamw"]["lr"] for rung in rungs] == [8e-3, 4e-3]  # twice the width, half the rate
 
 
 def synthetic(rng, n, sd, ratios=(5, 20, 80), truth=1.4, sizes=3):
