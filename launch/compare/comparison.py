@@ -91,7 +91,7 @@ class Comparison:
         overrides += ["checkpoint.keep=1", "log.sample_tokens=0"]
         if self.eval_every(steps) != self.config.eval.every:
             overrides.append(f"eval.every={self.eval_every(steps)}")
-        return Trial(contestant.label, folder, self.args.config, tuple(overrides), keep)
+        return Trial(contestant.label, folder, self.args.config, tuple(overrides), keep, contestant.rule)
 
     def losses(
         self, phase: str, wanted: Sequence[tuple[str, Setting]], keys: Mapping[str, Sequence[Key]]
