@@ -32,6 +32,7 @@ from celo2.training.configuration import parse_arguments
 from configs.load import ConfigError
 from data import DataError
 from data.files import read_json
+from launch.checkpoint.verify import CheckpointError
 from launch.command import at_least
 from launch.compare.comparison import FLOPS, INTERVALS, TRIALS_PER_KEY, Comparison, make_folder
 from launch.compare.curves import Run, label_runs, read_run
@@ -252,7 +253,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; finished trials are kept, the same command continues", file=sys.stderr)
         return 130
-    except (ConfigError, DataError, ModelError, RuleError, TrialError, OSError) as error:
+    except (ConfigError, CheckpointError, DataError, ModelError, RuleError, TrialError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

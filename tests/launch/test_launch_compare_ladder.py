@@ -13,7 +13,6 @@ import subprocess
 import pytest
 from test_launch_compare_report import seeds as made_runs
 
-from celo2.rule_files import load_rule, save_rule
 from celo2.training.statistics import detectable
 from configs.load import load_config, to_yaml
 from configs.schema import Config
@@ -24,7 +23,6 @@ from launch.compare.report import render
 from launch.compare.speedup import Cell, Speedup, Speedups, fit, why_no_fit
 from launch.compare.target import RECORD_LEVEL, target_record
 from launch.compare.trials import Pool, outcome
-from launch.run.agreement import rule_hash
 
 SPEEDUP = 1.5  # of muon over adamw
 
@@ -234,31 +232,6 @@ def test_a_ladder_that_searches_other_keys_has_the_own_learning_rate_on_every_ru
     assert ladder(*words, "--sizes", "gpt3-nano", "gpt3-micro", "--tokens-per-parameter", "5")[0] == 0
     rungs = json.loads((tmp_path / "out" / "results.json").read_text())["ladder"]["rungs"]
     assert [rung["settings"]["adamw"]["lr"] for rung in rungs] == [8e-3, 4e-3]  # twice the width, half the rate
-
-
-def test_trials_of_another_rule_are_not_taken(ladder, tmp_path, capsys):
-    """A rule's file was replaced: trials of the former one are refused, and of runs each rule is a contestant of its own."""
-    mine = tmp_path / "mine.safetensors"
-    words = ["--optimizers", f"celo2{{rule: {mine}}}", "--lrs", "1e-3", "--seeds", "2"]
-    trials = tmp_path / "out" / "trials"
-
-    def start(rule):
-        save_rule(load_rule(rule), mine)
-        return ladder(*words)
-
-    assert start("celo2")[0] == 0
-    runs = sorted(run for run in trials.glob("*/*") if run.name in ("lr_0.001_seed_1", "lr_0.001_seed_2"))
-    for run in runs:
-        save_rule(load_rule(mine), run / "rule.safetensors")  # as train.py does
-    assert start("celo2")[0] == 0
-    status, _, err = start("celo2-lm")
-    assert status == 2 and err.count("\n") == 1
-    said = f"{runs[0]} holds a run with another rule than {mine} now is: choose another --out, or bring back that rule, of which"
-    assert err.startswith(f"error: {said}")
-    save_rule(load_rule("celo2-lm"), runs[1] / "rule.safetensors")
-    assert compare.main(["--runs", *map(str, runs), "--out", str(tmp_path / "runs")]) == 0
-    labels = [row["label"] for row in json.loads((tmp_path / "runs" / "results.json").read_text())["optimizers"]]
-    assert labels == [f"celo2 (rule content {rule_hash(load_rule(name))[:12]})" for name in ("celo2", "celo2-lm")]
 
 
 def synthetic(rng, n, sd, ratios=(5, 20, 80), truth=1.4, sizes=3):
