@@ -29,6 +29,13 @@ from models import ModelError, flops_per_token
 
 SPIKE = 1.0  # nats above the first evaluation of a trained model, from which on it has diverged
 ALSO = ("train.steps ", "data.mix")  # what changes the steps of a run besides `is_decisive`
+OF_OPTIMIZER = ("optimizer.", "schedule.", "train.steps")  # what a comparison is about
+# What the losses of a run do not depend on, and the data, which `data_of` tells.
+INCIDENTAL = (
+    "run.", "log.", "checkpoint.", "distributed.", "data.", "model.gradient_checkpointing", "train.tokens",
+    "train.micro_batch_size", "train.on_batch_change", "train.compile", "train.average", "train.deterministic",
+    "train.max_bad_steps", "train.spike", "eval.every", "eval.sets", "eval.task", "eval.lm_eval",
+)  # fmt: skip
 Curve = list[tuple[float, float]]  # (x, y), x ascending
 
 
@@ -240,7 +247,7 @@ def label_runs(runs: list[Run]) -> None:
     """
     for name in {run.config.optimizer.name for run in runs}:
         group = [run for run in runs if run.config.optimizer.name == name]
-        options = [setting(run) | rule_content(run, group) for run in group]
+        options = [option | rule_content(run, group) for run, option in zip(group, settings(group), strict=True)]
         differing = [key for key in sorted(set().union(*options)) if len({o.get(key) for o in options}) > 1]
         for run, option in zip(group, options, strict=True):
             given = [key for key in differing if option.get(key, "None") != "None"]
@@ -253,10 +260,11 @@ def label_runs(runs: list[Run]) -> None:
             raise ConfigError(f"{other.folder} and {run.folder} are both {run.label} with seed {run.seed}: name one of them")
 
 
-def setting(run: Run) -> dict[str, str]:
-    """The options of a run that make it another contestant."""
-    kept = ("optimizer.", "schedule.", "train.steps")
-    return {key: str(value) for key, value in flat(asdict(run.config)).items() if key.startswith(kept)}
+def settings(runs: Sequence[Run]) -> list[dict[str, str]]:
+    """The options of each run on which its losses depend, and its data set."""
+    options = [flat(asdict(run.config)) for run in runs]
+    kept = [{key: str(value) for key, value in option.items() if not key.startswith(INCIDENTAL)} for option in options]
+    return [option | {"data set": data} for option, data in zip(kept, data_of(runs), strict=True)]
 
 
 def rule_content(run: Run, group: Sequence[Run]) -> dict[str, str]:
@@ -267,12 +275,7 @@ def rule_content(run: Run, group: Sequence[Run]) -> dict[str, str]:
 
 def other_differences(runs: list[Run]) -> list[str]:
     """Sentences on what else differs between runs: then a difference of losses is not the optimizer's alone."""
-    incidental: tuple[str, ...] = ("run.", "log.", "checkpoint.", "optimizer.", "schedule.", "distributed.", "data.")
-    incidental += ("train.steps", "train.micro_batch_size", "train.compile", "train.average", "eval.every")
-    incidental += ("eval.sets", "eval.task", "eval.lm_eval")
-    options = [{k: str(v) for k, v in flat(asdict(run.config)).items() if not k.startswith(incidental)} for run in runs]
-    for run, option in zip(runs, options, strict=True):
-        option["the data set"] = data_of(run)
+    options = [{k: v for k, v in option.items() if not k.startswith(OF_OPTIMIZER)} for option in settings(runs)]
     origins = [(run, read_origin(run.folder)) for run in runs]
     sentences = [
         f"{run.folder} branched from {origin.checkpoint}: its losses up to step {origin.step} are that run's."
@@ -282,10 +285,14 @@ def other_differences(runs: list[Run]) -> list[str]:
     for key in sorted(set().union(*options)):
         values = sorted({option.get(key, "none") for option in options})
         if len(values) > 1:
-            sentences.append(f"The runs differ in {key} ({', '.join(values)}): their losses differ for that reason too.")
+            what = "the data set" if key == "data set" else key
+            sentences.append(f"The runs differ in {what} ({', '.join(values)}): their losses differ for that reason too.")
     return sentences
 
 
-def data_of(run: Run) -> str:
-    """What tells a run's data set from others: the fingerprint in its newest checkpoint, else the name of its folder."""
-    return str(identity_in(run.folder).get("data set", Path(run.config.data.dir or "none").name))
+def data_of(runs: Sequence[Run]) -> list[str]:
+    """What tells the runs' data sets apart: the fingerprints in their newest checkpoints, or else the names of their folders."""
+    fingerprints = [identity_in(run.folder).get("data set") for run in runs]
+    if all(fingerprints):
+        return [str(fingerprint)[:12] for fingerprint in fingerprints]
+    return [Path(run.config.data.dir or "none").name for run in runs]

@@ -185,9 +185,9 @@ def test_mistakes_are_named_in_one_line(ladder, tmp_path, words, message):
 
 @pytest.mark.parametrize(("ramp", "steps", "sequences"), [("{40: 16}", 74, 864), ("{900: 16}", 107, 856), ("null", 107, 856)])
 def test_rungs_count_the_tokens_of_a_ramp(ladder, tmp_path, ramp, steps, sequences):
-    """43,904 weights x 5 tokens are 857.5 sequences of 256: 40 steps of 8 and 34 of 16, or 107 of 8. A file's tokens do not count."""
+    """43,904 weights x 5 tokens are 857.5 sequences of 256: 40 steps of 8 and 34 of 16, or 107 of 8."""
     path = tmp_path / "run.yaml"
-    path.write_text(path.read_text().replace("steps: 10,", "tokens: 9999,"))
+    path.write_text(path.read_text().replace("steps: 10,", "tokens: 9999,"))  # which --sizes overrules
     words = ["--lrs", "1e-3", "--seeds", "1", "--sizes", "gpt3-nano", "--tokens-per-parameter", "5", "model.context=256"]
     assert ladder(*words, f"train.ramp={ramp}")[0] == 0
     (rung,) = json.loads((tmp_path / "out" / "results.json").read_text())["ladder"]["rungs"]
