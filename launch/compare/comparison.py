@@ -328,4 +328,6 @@ def make_folder(out: Path, option: str = "--out") -> Path:
         out.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise ConfigError(f"{option} {out}: a file is in the way") from None
+    except OSError as error:
+        raise ConfigError(f"{option} {out}: cannot make it ({error.strerror})") from None
     return out

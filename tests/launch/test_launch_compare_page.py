@@ -139,6 +139,33 @@ def test_a_reference_that_is_none_is_one_line(name, text, said, tmp_path, capsys
         read_references(tmp_path / name)
 
 
+def test_folders_that_cannot_be_are_named_by_their_option(tmp_path, monkeypatch, capsys):
+    """A report is not replaced by one without paths, and the results are not blamed for a folder."""
+    for name in ("draw", "draw_details"):
+        monkeypatch.setattr(report, name, lambda results, path: path.write_bytes(b""))
+    numbers = tmp_path / "results.json"
+    numbers.write_text(json.dumps(results_of(two())))
+    (tmp_path / "file").touch()
+    out, site, file = str(tmp_path / "out"), str(tmp_path / "site"), str(tmp_path / "file")
+    replaced = "the report with all its paths lies there, which this would replace; name another folder"
+    for words, said in (
+        (["--publish", str(tmp_path)], f"--publish {tmp_path}: {replaced}"),
+        (["--out", out, "--publish", f"{site}/../out"], f"--publish {site}/../out: {replaced}"),
+        (["--out", out, "--publish", file], f"--publish {file}: a file is in the way"),
+        (["--out", file], f"--out {file}: a file is in the way"),
+        (["--out", "/proc/out"], "--out /proc/out: cannot make it (No such file or directory)"),
+    ):
+        assert compare.main(["--results", str(numbers), *words]) == 2
+        assert capsys.readouterr().err == f"error: {said}\n"
+        assert not (tmp_path / "out" / "report.html").exists() and not (tmp_path / "index.html").exists()
+    assert compare.main(["--results", str(numbers), "--out", out]) == 0
+    again = ["--results", f"{out}/results.json", "--out", site]
+    capsys.readouterr()
+    assert compare.main([*again, "--publish", out]) == 2 and replaced in capsys.readouterr().err
+    assert compare.main([*again, "--publish", f"{site}/published"]) == 0
+    assert capsys.readouterr().out == f"report: {site}/report.html\n" and (tmp_path / "site" / "report.html").exists()
+
+
 def test_a_folder_to_publish(tmp_path, monkeypatch):
     """Any static host can serve it: no path of this machine, nothing from elsewhere, the reference in it."""
     for name in ("draw", "draw_details"):  # pictures show names of optimizers alone
