@@ -93,6 +93,9 @@ def test_shares_in_words(share, bound, said):
 WANDB = 'Step,"one - eval/loss","one - eval/loss__MIN","one - _step","two - eval/loss"\n10,5.5,5,10,\n20,5,4,20,4.5\n'
 FILES = {
     "mine.csv": ("tokens,lr,val_loss\n2000,1,4.5\n1000,1,5.5\n", [("mine", "tokens", [[1000, 5.5], [2000, 4.5]])]),
+    "spaces.csv": ("Step , Val_Loss\n10, 5.5\n20, 5\n", [("spaces", "step", [[10, 5.5], [20, 5]])]),
+    "semicolons.csv": ("step;loss\n10;5.5\n", [("semicolons", "step", [[10, 5.5]])]),
+    "tabs.csv": ("step\tloss\n10\t5.5\n", [("tabs", "step", [[10, 5.5]])]),
     "wandb.csv": (WANDB, [("one", "step", [[10, 5.5], [20, 5]]), ("two", "step", [[20, 4.5]])]),
     "muon/130m/1/result.json": (json.dumps({"min_loss": 3.46, "baseline": {"loss": 3.47}}), [("muon/130m/1", None, [[0, 3.46]])]),
     "history.json": (json.dumps([{"_step": 1, "eval/loss": 5}, {"_step": 2}]), [("history", "step", [[1, 5]])]),
@@ -121,10 +124,21 @@ def test_references(name, tmp_path):
     ("name", "text", "said"),
     [
         ("a.csv", "tokens,val_loss\n1,much\n", "val_loss holds 'much', no finite number"),
-        ("a.csv", "time,accuracy\n1,2\n", "no column with a loss"),
+        (
+            "a.csv",
+            "time,accuracy\n1,2\n",
+            "no column with a loss (val_loss, validation loss, validation_loss, eval/loss, val/loss, eval_loss, val, loss, "
+            "train/loss) beside one with tokens or steps (tokens, total_tokens, throughput/total_tokens, train/tokens, n_tokens, "
+            "step, _step, global_step, trainer/global_step, train/global_step, iter, iteration); "
+            "its columns: 'time', 'accuracy'\n",
+        ),
+        ("a.csv", "step;los\n1;2\n", "its columns: 'step', 'los'\n"),
         ("a.csv", "", "no column with a loss"),
+        ("a.csv", "step,loss\n1," + "2" * 200_000, "damaged CSV (field larger than field limit (131072))"),
+        ("a.jsonl", '\n{"steps": 1, "loss": 2}\n', "its columns: 'steps', 'loss'\n"),
+        ("a.json", '[{"time": 1}, {"loss": 2}]', "its columns: 'time', 'loss'\n"),
         ("a.json", "{", "damaged JSON"),
-        ("a.json", "3", "no column with a loss"),
+        ("a.json", "3", "its columns: none\n"),
         ("a.json", '{"min_loss": NaN}', "no finite number"),
         ("a.csv", None, "cannot read it"),
     ],
