@@ -258,7 +258,11 @@ class Comparison:
         if any(s.trials for s in searches.values()):
             said += self.search_method(joint, seeds)
         else:
-            said.append(f"The learning rate was given, not searched for. The runs have {seeds}.")
+            what = "The learning rate was" if joint == ["lr"] else "The settings were"
+            said.append(f"{what} given, not searched for. The runs have {seeds}.")
+        if "lr" not in joint:
+            rates = ", ".join(f"{contestant.lr:g} ({contestant.label})" for contestant in self.contestants)
+            said.append(f"The learning rate was no key of the search: {rates}.")
         if self.rungs:
             said.append(self.rule())
         if c.optimizer.base_width is not None:
@@ -296,7 +300,7 @@ class Comparison:
         if list(names) != ["lr"]:
             how = (
                 f"Every optimizer searched {', '.join(names)} together, as far as it has them, by coordinate descent with "
-                f"{self.trials} trials, in steps of a factor {FACTOR:g} (lr) or {SEARCHABLE['adamw_lr'].factor:g}, then finer."
+                f"{self.trials} trials, {steps_of(names)}."
             )
         first, count = c.run.seed, a.search_seeds
         decided = f"with seed {first}" if count == 1 else f"in the mean of seeds {first} to {first + count - 1}"
@@ -307,6 +311,18 @@ class Comparison:
             f"so no trial of the search counts as a result: all results are from new runs with {seeds}. The validation "
             "sequences are the same in both.",
         ]
+
+
+def steps_of(names: Sequence[str]) -> str:
+    """The steps in which keys are searched for, in words."""
+    factors: dict[float, list[str]] = {}
+    for name in names:
+        if not SEARCHABLE[name].values:
+            factors.setdefault(SEARCHABLE[name].factor, []).append(name)
+    said = " or ".join(f"{factor:g} ({', '.join(found)})" for factor, found in sorted(factors.items()))
+    listed = [name for name in names if SEARCHABLE[name].values]
+    parts = [f"in steps of a factor {said}, then finer"] if said else []
+    return "; ".join([*parts, *([f"{', '.join(listed)} over fixed values"] if listed else [])])
 
 
 def weights_of(init: str) -> str | None:

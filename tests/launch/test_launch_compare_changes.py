@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import pytest
 from test_launch_compare_ladder import ladder, write  # noqa: F401
 
 from celo2.rule_files import load_rule, save_rule
@@ -78,3 +79,36 @@ def test_trials_from_other_weights_are_not_taken(ladder, run, tmp_path, monkeypa
     (tmp_path / "run" / "checkpoints" / "step_00000003" / "model.safetensors").write_bytes(b"")
     status, _, err = ladder(*words)
     assert status == 2 and "holds no whole checkpoint" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (
+            ["lr", "weight_decay", "train.grad_clip"],
+            "in steps of a factor 2 (lr, train.grad_clip) or 4 (weight_decay), then finer",
+        ),
+        (["weight_decay"], "in steps of a factor 4 (weight_decay), then finer"),
+        (
+            ["weight_decay", "schedule.final"],
+            "in steps of a factor 4 (weight_decay), then finer; schedule.final over fixed values",
+        ),
+        (["schedule.final"], "schedule.final over fixed values"),
+    ],
+)
+def test_the_report_says_how_keys_were_searched_and_what_lr_was(ladder, tmp_path, keys, said):  # noqa: F811
+    words = ["--optimizers", "adamw{lr: 8e-3}", "muon", "--trials", "3", "--seeds", "1", "--search", *keys]
+    assert ladder(*words)[0] == 0
+    method = json.loads((tmp_path / "out" / "results.json").read_text())["method"]
+    assert any(f"by coordinate descent with 3 trials, {said}. While any" in text for text in method), method
+    assert ("The learning rate was no key of the search: 0.008 (adamw), 0.001 (muon)." in method) == ("lr" not in keys)
+
+
+def test_settings_that_were_given_are_called_so(ladder, tmp_path):  # noqa: F811
+    for words, what in (
+        (["--lrs", "1e-3"], "learning rate was"),
+        (["--search", "weight_decay", "--trials", "1"], "settings were"),
+    ):
+        assert ladder(*words, "--seeds", "1", "--out", str(tmp_path / what))[0] == 0
+        method = json.loads((tmp_path / what / "results.json").read_text())["method"]
+        assert f"The {what} given, not searched for. The runs have seed 1." in method
