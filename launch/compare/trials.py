@@ -87,7 +87,7 @@ def outcome(trial: Trial) -> Outcome:
     if trial.rule is not None and rule_of_run(trial.folder) not in (None, trial.rule):
         raise ConfigError(
             f"{trial.folder} holds a run with another rule than {config.optimizer.rule or config.optimizer.name} now is: choose "
-            f"another --out, or bring back that rule, of which {trial.folder / RULE_FILE} is a copy"
+            f"another --out, or bring back that rule, of which the folder has a copy ({RULE_FILE})"
         )
     return standing(trial.folder, config)
 

@@ -48,8 +48,8 @@ def test_trials_of_another_rule_are_not_taken(ladder, tmp_path):  # noqa: F811
     assert start("celo2")[0] == 0
     status, _, err = start("celo2-lm")
     assert status == 2 and err.count("\n") == 1
-    said = f"{runs[0]} holds a run with another rule than {mine} now is: choose another --out, or bring back that rule, of which"
-    assert err.startswith(f"error: {said}")
+    said = f"{runs[0]} holds a run with another rule than {mine} now is: choose another --out, or bring back that rule, of"
+    assert err == f"error: {said} which the folder has a copy (rule.safetensors)\n"
     save_rule(load_rule("celo2-lm"), runs[1] / "rule.safetensors")
     assert compare.main(["--runs", *map(str, runs), "--out", str(tmp_path / "runs")]) == 0
     labels = [row["label"] for row in json.loads((tmp_path / "runs" / "results.json").read_text())["optimizers"]]
