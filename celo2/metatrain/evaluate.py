@@ -43,6 +43,7 @@ from celo2.metatrain.evaluation.suite import (
     train,
 )
 from celo2.metatrain.problems import FINAL
+from celo2.rule import Rule
 from celo2.rule_files import RuleError
 from celo2.training.configuration import ConfigError
 from celo2.training.search import Key, Search, Setting, begin, grid, next_setting, open_sides
@@ -130,7 +131,9 @@ def check(options: argparse.Namespace) -> None:
             raise ConfigError(f"--search {','.join(options.search)}: expected different ones of {', '.join(KEYS)}")
     for name in options.optimizers:
         try:
-            optimizer_of(name)
+            optimizer = optimizer_of(name)
+            if options.search == ["adamw_lr"] and not uses_adamw_lr(optimizer):
+                raise ConfigError(f"--search adamw_lr: {name} has no such rate, as it trains every parameter; add lr")
         except RuleError as error:
             if name not in options.baselines:
                 raise
@@ -217,6 +220,11 @@ def evaluate(options: argparse.Namespace) -> None:
         draw(of_tasks, options.steps, Path(options.picture))
 
 
+def uses_adamw_lr(optimizer: str | Rule) -> bool:
+    """Whether AdamW trains some parameters beside it; a rule of Celo2-base has them all."""
+    return isinstance(optimizer, str) or optimizer.variant != "celo2-base"
+
+
 def best_of(runs: Runs, task: str, optimizer: str) -> Row:
     """The search, then its best setting with other seeds."""
     options = runs.options
@@ -225,7 +233,9 @@ def best_of(runs: Runs, task: str, optimizer: str) -> Row:
         "adamw_lr": options.adamw_lr,
         "weight_decay": first_of(optimizer, options.weight_decay, FIRST_WEIGHT_DECAY, WEIGHT_DECAY),
     }
-    keys = tuple(Key(name, firsts[name], factor) for name, factor in KEYS.items() if name in options.search)
+    if not uses_adamw_lr(runs.optimizers[optimizer]):
+        del firsts["adamw_lr"]
+    keys = tuple(Key(name, firsts[name], factor) for name, factor in KEYS.items() if name in options.search and name in firsts)
 
     def trained(setting: Setting, seeds: range, steps: int) -> dict[int, tuple[float, list[float]]]:
         values = firsts | dict(zip((key.name for key in keys), setting, strict=True))
@@ -340,11 +350,12 @@ def is_record(value: Any) -> bool:
 def table(rows: Sequence[Row], steps: int) -> str:
     """A Markdown table: validation loss, and its difference to `REFERENCE` seed by seed."""
     reference = {row.task: row.losses for row in rows if row.optimizer == REFERENCE}
-    keys = list(rows[0].setting) if rows else ["lr"]
+    keys = list(dict.fromkeys(key for row in rows for key in row.setting)) or ["lr"]
     lines = [f"| task ({steps} steps) | optimizer | {' | '.join(keys)} | validation loss | minus {REFERENCE} | n |"]
     lines.append("|---" * (5 + len(keys)) + "|")
     for row in rows:
-        values = " | ".join(f"{value:.3g}{' (edge)' if key in row.edges else ''}" for key, value in row.setting.items())
+        found = {key: f"{value:.3g}{' (edge)' if key in row.edges else ''}" for key, value in row.setting.items()}
+        values = " | ".join(found.get(key, "") for key in keys)
         gap = ""
         if row.task in reference and row.optimizer != REFERENCE:
             gap = spread(gaps(row.losses, reference[row.task]), sign="+")

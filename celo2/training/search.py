@@ -213,13 +213,19 @@ def search(
         if s.chosen is None:
             s.notes.append(f"every {s.keys[0].name} that was tried diverged")
         else:
-            s.notes += [
-                f"its best {name} is still at the edge after {MOST_ROUNDS} extensions: "
-                f"a value {side} {s.value(name):g} may be better"
-                for name, side in sides.items()
-            ]
+            s.notes += [still_open(s, sides)] if sides else []
         for note in s.notes[said:]:
             say(f"{label}: {note}")
+
+
+def still_open(s: Search, sides: Mapping[str, str]) -> str:
+    """Which keys have their best value at the edge of what was tried, when no further trials are left."""
+    beyond = " and ".join(f"{side} {s.value(name):g}" for name, side in sides.items())
+    one = len(sides) == 1
+    return (
+        f"its best {' and '.join(sides)} {'is' if one else 'are'} still at the edge after {MOST_ROUNDS} extensions: "
+        f"{'a value' if one else 'values'} {beyond} may be better"
+    )
 
 
 def explained(s: Search, setting: Setting, sides: Mapping[str, str]) -> str:
@@ -230,7 +236,9 @@ def explained(s: Search, setting: Setting, sides: Mapping[str, str]) -> str:
     index = next(i for i in range(len(setting)) if setting[i] != chosen[i])
     name, value = s.keys[index].name, setting[index]
     if name in sides:
-        return f"its best {name}, {chosen[index]:g}, is at the edge of its grid: tries {value:g} {sides[name]} it"
+        others = [f"{other}, {s.value(other):g}" for other in sides if other != name]
+        too = f" (so is its best {' and '.join(others)})" if others else ""
+        return f"its best {name}, {chosen[index]:g}, is at the edge of its grid{too}: tries {value:g} {sides[name]} it"
     return f"tries {name} {value:g} beside its best, for the same budget"
 
 

@@ -32,6 +32,7 @@ from celo2.training.configuration import parse_arguments
 from configs.load import ConfigError
 from data import DataError
 from data.files import read_json
+from launch.checkpoint.verify import CheckpointError
 from launch.command import at_least
 from launch.compare.comparison import FLOPS, INTERVALS, TRIALS_PER_KEY, Comparison, make_folder
 from launch.compare.curves import Run, label_runs, read_run
@@ -50,7 +51,8 @@ LIBRARIES = ("torch", "transformers", "pytorch_optimizer", "schedulefree")  # wh
 
 def compare(args: argparse.Namespace, command: str) -> None:
     """Search, final seeds, report."""
-    comparison = Comparison(args, Path(args.out or f"runs/compare-{Path(args.config).stem}"))
+    comparison = Comparison(args, args.out)
+    make_folders(args)  # now, not after the trials
     with comparison.pool as pool:
         searches = comparison.search()
         plan = comparison.plan(searches)
@@ -62,10 +64,10 @@ def compare(args: argparse.Namespace, command: str) -> None:
         extra["ladder"] = ladder_record(comparison.rungs, groups, weights_beyond(comparison.config), comparison.rule())
     said = about(f"{name}: {title}", command, comparison.method(searches)) | extra
     last = groups[list(groups)[-1]]  # of a ladder the largest and longest rung
-    finish(comparison.out, summarize(last, searches, said, args.target_loss), pool.say, args)
+    finish(summarize(last, searches, said, args.target_loss), pool.say, args)
 
 
-def compare_runs(args: argparse.Namespace, out: Path, command: str) -> None:
+def compare_runs(args: argparse.Namespace, command: str) -> None:
     """A report on runs that are there already."""
     runs = []
     for folder in map(Path, args.runs):
@@ -85,7 +87,8 @@ def compare_runs(args: argparse.Namespace, out: Path, command: str) -> None:
         FLOPS,
     ]
     results = summarize(groups, {}, about(", ".join(groups), command, method), args.target_loss)
-    finish(make_folder(out), results, print, args)
+    make_folders(args)
+    finish(results, print, args)
 
 
 def about(title: str, command: str, method: list[str]) -> dict[str, object]:
@@ -103,29 +106,41 @@ def about(title: str, command: str, method: list[str]) -> dict[str, object]:
 def draw_again(args: argparse.Namespace) -> None:
     """The report of a results.json that is there, beside it or in --out."""
     path = args.results
+    no_results = ConfigError(f"{path} is no results.json of a comparison")
     try:
         results = read_json(Path(path))
-        page = write(make_folder(Path(args.out) if args.out else Path(path).parent), results, args)
     except OSError as error:
         raise ConfigError(f"cannot read results '{path}' ({error.strerror})") from None
+    except ValueError:
+        raise no_results from None
+    make_folders(args)
+    try:
+        page = write(results, args)
     except (ValueError, LookupError, TypeError, AttributeError, TemplateError):
-        raise ConfigError(f"{path} is no results.json of a comparison") from None
+        raise no_results from None
     print(f"report: {page}")
 
 
-def write(out: Path, results: dict, args: argparse.Namespace) -> Path:
+def make_folders(args: argparse.Namespace) -> None:
+    """Those of --out and --publish."""
+    make_folder(args.out)
+    if args.publish:
+        make_folder(args.publish, "--publish")
+
+
+def write(results: dict, args: argparse.Namespace) -> Path:
     """Write the report with --reference, and for --publish; returns the page's path."""
     if args.references:
         results["references"] = args.references
-    page = write_report(out, results)
+    page = write_report(args.out, results)
     if args.publish:
-        publish(results, make_folder(Path(args.publish), "--publish"))
+        publish(results, args.publish)
     return page
 
 
-def finish(out: Path, results: dict, say: Any, args: argparse.Namespace) -> None:
+def finish(results: dict, say: Any, args: argparse.Namespace) -> None:
     """Write the report and say what it says."""
-    page = write(out, results, args)
+    page = write(results, args)
     shown, folded = statements(results)
     for _, line in shown:
         say(line)
@@ -214,7 +229,26 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         raise ConfigError("a configuration is missing: python -m launch.compare CONFIG.yaml --optimizers celo2 adamw")
     elif not args.optimizers:
         raise ConfigError("--optimizers is missing, such as --optimizers celo2 adamw muon")
+    args.out = Path(args.out) if args.out else usual_out(args)
+    args.publish = args.publish and Path(args.publish)
+    if args.publish and args.publish.resolve() in reports(args):
+        raise ConfigError(
+            f"--publish {args.publish}: the report with all its paths lies there, which this would replace; name another folder"
+        )
     return args
+
+
+def usual_out(args: argparse.Namespace) -> Path:
+    """The folder of the report without --out."""
+    if args.results:
+        return Path(args.results).parent
+    return Path("runs/compare" if args.runs else f"runs/compare-{Path(args.config).stem}")
+
+
+def reports(args: argparse.Namespace) -> list[Path]:
+    """The folders of the report that is written, and of the one that --results names."""
+    drawn = [Path(args.results).parent] if args.results and (Path(args.results).parent / "report.html").exists() else []
+    return [path.resolve() for path in (args.out, *drawn)]
 
 
 def learning_rates(option: str, words: list[str]) -> list[float]:
@@ -243,7 +277,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.results:
             draw_again(args)
         elif args.runs:
-            compare_runs(args, Path(args.out or "runs/compare"), command)
+            compare_runs(args, command)
         else:
             compare(args, command)
     except Stopped:
@@ -252,7 +286,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; finished trials are kept, the same command continues", file=sys.stderr)
         return 130
-    except (ConfigError, DataError, ModelError, RuleError, TrialError, OSError) as error:
+    except (ConfigError, CheckpointError, DataError, ModelError, RuleError, TrialError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

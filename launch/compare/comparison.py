@@ -10,10 +10,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from celo2.rule_files import HUB
 from celo2.training.search import FACTOR, MOST_ROUNDS, Key, Search, Setting, at_the_start, begin, grid, lowered, search
 from configs.length import batch_sizes
 from configs.load import ConfigError, load_config
 from data.files import replace_text
+from launch.checkpoint.verify import MANIFEST, sha256
 from launch.compare.contestants import Contestant, parse_all
 from launch.compare.curves import Run, read_run
 from launch.compare.keys import SEARCHABLE, checked, keys_of, overrides_of, values_of
@@ -21,6 +23,7 @@ from launch.compare.ladder import REFERENCE, Rung, rungs_of, searched_at
 from launch.compare.planning import planned
 from launch.compare.trials import Pool, Trial
 from launch.optimizers.width import at_width, stated
+from launch.run.initialize import find_source
 from launch.run.mixture import name_of_data
 from launch.run.setup import open_data
 
@@ -47,7 +50,7 @@ class Comparison:
         self.keys = {c.label: keys_of(c, names, self.config) for c in self.contestants}
         self.trials = args.trials or (5 if names == ["lr"] else TRIALS_PER_KEY * len(names))
         self.rungs = self.ladder() if args.sizes else []
-        self.check_data()
+        self.check_start()
         self.pool = Pool(args.parallel)
         self.searched: list[Trial] = []
         self.error = 0.0  # standard error of a difference in the search
@@ -60,15 +63,32 @@ class Comparison:
             raise ConfigError("--sizes gives every width the rates that follow from the smallest: set optimizer.base_width=null")
         return rungs_of(self.args.config, self.args.overrides, self.args.sizes, self.args.tokens_per_parameter)
 
-    def check_data(self) -> None:
-        """Trials of an earlier start on other data must not be taken for trials on these."""
+    def check_start(self) -> None:
+        """Trials of an earlier start on other data, or from other weights, must not be taken for trials on these.
+
+        Raises:
+            ConfigError: the folder holds such trials.
+        """
+        init = self.config.model.init
         mix = {} if self.config.data.mix is None else {"mix": self.config.data.mix}
-        said = json.dumps({"data": open_data(self.config)[0].fingerprint} | mix) + "\n"
+        said: dict[str, Any] = json.loads(json.dumps({"data": open_data(self.config)[0].fingerprint} | mix))
+        weights = None if init is None else weights_of(init)
         path = make_folder(self.out) / "comparison.json"
-        if path.exists() and path.read_text(encoding="utf-8") != said:
-            _, name = name_of_data(asdict(self.config.data))
-            raise ConfigError(f"{self.out} holds a comparison on other data than {name}: choose another --out")
-        replace_text(path, said)
+        if path.exists():
+            try:
+                before = dict(json.loads(path.read_text(encoding="utf-8")))
+            except (ValueError, TypeError):
+                before = {}
+            began = before.pop("model.init", weights)  # an earlier version did not note it
+            if before != said:
+                _, name = name_of_data(asdict(self.config.data))
+                raise ConfigError(f"{self.out} holds a comparison on other data than {name}: choose another --out")
+            if None not in (began, weights) and began != weights:
+                raise ConfigError(
+                    f"{self.out} holds a comparison that began with other weights than model.init={init} now has: choose "
+                    "another --out, and name a checkpoint or commit, which stays as it is"
+                )
+        replace_text(path, json.dumps(said | ({} if weights is None else {"model.init": weights})) + "\n")
 
     def eval_every(self, steps: int) -> int:
         """Steps between evaluations: what the command line says, else at most a twentieth of the run."""
@@ -78,9 +98,7 @@ class Comparison:
         most = max(1, steps // POINTS)
         return min(given, most) if given else most
 
-    def trial(
-        self, contestant: Contestant, values: Mapping[str, float], seed: int, keep: bool, rung: Rung | None = None
-    ) -> Trial:
+    def trial(self, contestant: Contestant, values: dict[str, float], seed: int, keep: bool, rung: Rung | None = None) -> Trial:
         """The training run of some values by key and a seed; of the configuration's model and budget, or of a rung."""
         common = self.args.overrides
         if any(word.startswith("schedule.kind=") for word in contestant.overrides):  # its schedule has other details
@@ -93,7 +111,7 @@ class Comparison:
         overrides += ["checkpoint.keep=1", "log.sample_tokens=0"]
         if self.eval_every(steps) != self.config.eval.every:
             overrides.append(f"eval.every={self.eval_every(steps)}")
-        return Trial(contestant.label, folder, self.args.config, tuple(overrides), keep)
+        return Trial(contestant.label, folder, self.args.config, tuple(overrides), keep, contestant.rule)
 
     def losses(
         self, phase: str, wanted: Sequence[tuple[str, Setting]], keys: Mapping[str, Sequence[Key]]
@@ -197,6 +215,7 @@ class Comparison:
             for trial in trials:
                 group[trial.label].append(read_run(trial.folder, trial.label, trial.command))
             groups[rung.name if rung else ""] = group
+        self.check_start()  # a run that model.init names may have saved while the trials ran
         return groups
 
     def plan(self, searches: dict[str, Search]) -> dict[str, Any]:
@@ -239,7 +258,11 @@ class Comparison:
         if any(s.trials for s in searches.values()):
             said += self.search_method(joint, seeds)
         else:
-            said.append(f"The learning rate was given, not searched for. The runs have {seeds}.")
+            what = "The learning rate was" if joint == ["lr"] else "The settings were"
+            said.append(f"{what} given, not searched for. The runs have {seeds}.")
+        if "lr" not in joint:
+            rates = ", ".join(f"{contestant.lr:g} ({contestant.label})" for contestant in self.contestants)
+            said.append(f"The learning rate was no key of the search: {rates}.")
         if self.rungs:
             said.append(self.rule())
         if c.optimizer.base_width is not None:
@@ -277,7 +300,7 @@ class Comparison:
         if list(names) != ["lr"]:
             how = (
                 f"Every optimizer searched {', '.join(names)} together, as far as it has them, by coordinate descent with "
-                f"{self.trials} trials, in steps of a factor {FACTOR:g} (lr) or {SEARCHABLE['adamw_lr'].factor:g}, then finer."
+                f"{self.trials} trials, {steps_of(names)}."
             )
         first, count = c.run.seed, a.search_seeds
         decided = f"with seed {first}" if count == 1 else f"in the mean of seeds {first} to {first + count - 1}"
@@ -290,10 +313,37 @@ class Comparison:
         ]
 
 
+def steps_of(names: Sequence[str]) -> str:
+    """The steps in which keys are searched for, in words."""
+    factors: dict[float, list[str]] = {}
+    for name in names:
+        if not SEARCHABLE[name].values:
+            factors.setdefault(SEARCHABLE[name].factor, []).append(name)
+    said = " or ".join(f"{factor:g} ({', '.join(found)})" for factor, found in sorted(factors.items()))
+    listed = [name for name in names if SEARCHABLE[name].values]
+    parts = [f"in steps of a factor {said}, then finer"] if said else []
+    return "; ".join([*parts, *([f"{', '.join(listed)} over fixed values"] if listed else [])])
+
+
+def weights_of(init: str) -> str | None:
+    """What tells the weights of `model.init` from those that the same name may stand for later: the manifest of a checkpoint as
+    sha256, or a commit of the Hugging Face hub. None: a folder of transformers.
+
+    Raises:
+        ConfigError, CheckpointError: as `find_source`.
+    """
+    path = find_source(init, weights=False).path
+    if (path / MANIFEST).is_file():
+        return sha256(path / MANIFEST)
+    return path.name if init.startswith(HUB) else None
+
+
 def make_folder(out: Path, option: str = "--out") -> Path:
     """The folder of the report, which a file cannot be."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise ConfigError(f"{option} {out}: a file is in the way") from None
+    except OSError as error:
+        raise ConfigError(f"{option} {out}: cannot make it ({error.strerror})") from None
     return out

@@ -11,9 +11,10 @@ from celo2.rule_files import HUB
 from celo2.training.yaml_values import dump_yaml, read_yaml, untyped
 from configs.load import ConfigError, build
 from configs.schema import Config, Optimizer
-from launch.optimizers.build import check_optimizer
+from launch.optimizers.build import check_optimizer, rule_of
 from launch.optimizers.table import TABLE, decays, entry_of, uses_adamw_lr
 from launch.optimizers.third_party import accepted, find_class
+from launch.run.agreement import rule_hash
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Contestant:
     special: tuple[str, ...]  # what a reader must know that is not the same for all
     takes_adamw_lr: bool  # whether the common optimizer.adamw_lr changes anything
     section: Optimizer  # of the configuration, with its own options
+    rule: str | None  # `rule_hash` of its rule, if it has one
 
 
 def parse(spec: str, config: Config) -> Contestant:
@@ -80,7 +82,9 @@ def parse(spec: str, config: Config) -> Contestant:
         special += [f"weight decay of matrices times {entry.decay:g}"] if entry.decay != 1 else []
     label = spec.strip()
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", label).strip("-.")
-    return Contestant(label, slug, overrides, lr, tuple(special), uses_adamw_lr(section) and "adamw_lr" not in own, section)
+    takes_adamw_lr = uses_adamw_lr(section) and "adamw_lr" not in own
+    rule = rule_hash(rule_of(section)) if entry.takes_rule else None
+    return Contestant(label, slug, overrides, lr, tuple(special), takes_adamw_lr, section, rule)
 
 
 def parse_all(specs: list[str], config: Config) -> list[Contestant]:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
+from celo2 import load_rule
 from celo2.training.metrics import read_lines, read_metrics
 from configs.load import ConfigError, load_config
 from configs.schema import Config
@@ -20,6 +21,7 @@ from launch.checkpoint.load import optimizer_bytes
 from launch.checkpoint.state import read_state
 from launch.checkpoint.verify import list_checkpoints
 from launch.monitoring.trackers import flat
+from launch.run.agreement import RULE_FILE, rule_hash
 from launch.run.branch import is_decisive, read_origin
 from launch.run.restart import read_events
 from launch.run.setup import build_from_config, vocabulary
@@ -27,6 +29,13 @@ from models import ModelError, flops_per_token
 
 SPIKE = 1.0  # nats above the first evaluation of a trained model, from which on it has diverged
 ALSO = ("train.steps ", "data.mix")  # what changes the steps of a run besides `is_decisive`
+OF_OPTIMIZER = ("optimizer.", "schedule.", "train.steps")  # what a comparison is about
+# What the losses of a run do not depend on, and the data, which `data_of` tells.
+INCIDENTAL = (
+    "run.", "log.", "checkpoint.", "distributed.", "data.", "model.gradient_checkpointing", "train.tokens",
+    "train.micro_batch_size", "train.on_batch_change", "train.compile", "train.average", "train.deterministic",
+    "train.max_bad_steps", "train.spike", "eval.every", "eval.sets", "eval.task", "eval.lm_eval",
+)  # fmt: skip
 Curve = list[tuple[float, float]]  # (x, y), x ascending
 
 
@@ -51,6 +60,7 @@ class Run:
     flops_per_token: float | None = None
     state_bytes: int | None = None
     changes: Sequence[str] = ()  # settings that were others for its first steps, in words
+    rule: str | None = None  # `rule_hash` of its rule; None: it has none, or it is not known
 
     @property
     def seed(self) -> int:
@@ -115,7 +125,7 @@ def read_run(folder: Path, label: str = "", command: str = "") -> Run:
     """A run from its folder; evaluations and losses that were not finite are left out.
 
     Raises:
-        ConfigError: the folder holds no run, or one whose files are damaged.
+        ConfigError, RuleError: the folder holds no run, or one whose files are damaged.
     """
     if not (folder / "config.yaml").exists():
         raise ConfigError(f"{folder} holds no run: config.yaml is missing")
@@ -128,7 +138,8 @@ def read_run(folder: Path, label: str = "", command: str = "") -> Run:
     validation = [r for r in records if r.get("val_loss") is not None]
     status = standing(folder, config).status
     flops, size = model_flops(folder, config), state_bytes(folder)
-    return Run(label, folder, config, command, training, validation, status, flops, size, changes_of(folder))
+    changes, rule = changes_of(folder), rule_of_run(folder)
+    return Run(label, folder, config, command, training, validation, status, flops, size, changes, rule)
 
 
 def changes_of(folder: Path) -> list[str]:
@@ -145,6 +156,26 @@ def changes_of(folder: Path) -> list[str]:
             options = [str(option) for option in event["options"]]
             found += [(step, option) for option in options if is_decisive(option.split()[0]) or option.startswith(ALSO)]
     return [f"{option} after step {step}" for step, option in found]
+
+
+def rule_of_run(folder: Path) -> str | None:
+    """`rule_hash` of the rule that a run trains with; None: it has none, or an earlier version did not note it.
+
+    Raises:
+        RuleError: the copy of the rule in its folder is damaged.
+    """
+    return rule_hash(load_rule(folder / RULE_FILE)) if (folder / RULE_FILE).is_file() else identity_in(folder).get("rule")
+
+
+def identity_in(folder: Path) -> dict[str, Any]:
+    """What the newest checkpoint of a run notes of it (`launch.run.agreement.identity_of`); empty without one."""
+    checkpoints = list_checkpoints(folder / CHECKPOINTS)
+    if not checkpoints or not (checkpoints[-1] / "state.json").exists():
+        return {}
+    try:
+        return dict(read_state(checkpoints[-1])["identity"])
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"{checkpoints[-1] / 'state.json'} is damaged") from None
 
 
 def is_record(record: Any) -> bool:
@@ -216,7 +247,7 @@ def label_runs(runs: list[Run]) -> None:
     """
     for name in {run.config.optimizer.name for run in runs}:
         group = [run for run in runs if run.config.optimizer.name == name]
-        options = [setting(run) for run in group]
+        options = [option | rule_content(run, group) for run, option in zip(group, settings(group), strict=True)]
         differing = [key for key in sorted(set().union(*options)) if len({o.get(key) for o in options}) > 1]
         for run, option in zip(group, options, strict=True):
             given = [key for key in differing if option.get(key, "None") != "None"]
@@ -229,20 +260,22 @@ def label_runs(runs: list[Run]) -> None:
             raise ConfigError(f"{other.folder} and {run.folder} are both {run.label} with seed {run.seed}: name one of them")
 
 
-def setting(run: Run) -> dict[str, str]:
-    """The options of a run that make it another contestant."""
-    kept = ("optimizer.", "schedule.", "train.steps")
-    return {key: str(value) for key, value in flat(asdict(run.config)).items() if key.startswith(kept)}
+def settings(runs: Sequence[Run]) -> list[dict[str, str]]:
+    """The options of each run on which its losses depend, and its data set."""
+    options = [flat(asdict(run.config)) for run in runs]
+    kept = [{key: str(value) for key, value in option.items() if not key.startswith(INCIDENTAL)} for option in options]
+    return [option | {"data set": data} for option, data in zip(kept, data_of(runs), strict=True)]
+
+
+def rule_content(run: Run, group: Sequence[Run]) -> dict[str, str]:
+    """The content of a run's rule, where its name stands for several rules in a group of runs: a file that was replaced."""
+    contents = {other.rule for other in group if other.rule and other.config.optimizer.rule == run.config.optimizer.rule}
+    return {"rule content": run.rule[:12]} if run.rule and len(contents) > 1 else {}
 
 
 def other_differences(runs: list[Run]) -> list[str]:
     """Sentences on what else differs between runs: then a difference of losses is not the optimizer's alone."""
-    incidental: tuple[str, ...] = ("run.", "log.", "checkpoint.", "optimizer.", "schedule.", "distributed.", "data.")
-    incidental += ("train.steps", "train.micro_batch_size", "train.compile", "train.average", "eval.every")
-    incidental += ("eval.sets", "eval.task", "eval.lm_eval")
-    options = [{k: str(v) for k, v in flat(asdict(run.config)).items() if not k.startswith(incidental)} for run in runs]
-    for run, option in zip(runs, options, strict=True):
-        option["the data set"] = data_of(run)
+    options = [{k: v for k, v in option.items() if not k.startswith(OF_OPTIMIZER)} for option in settings(runs)]
     origins = [(run, read_origin(run.folder)) for run in runs]
     sentences = [
         f"{run.folder} branched from {origin.checkpoint}: its losses up to step {origin.step} are that run's."
@@ -252,16 +285,14 @@ def other_differences(runs: list[Run]) -> list[str]:
     for key in sorted(set().union(*options)):
         values = sorted({option.get(key, "none") for option in options})
         if len(values) > 1:
-            sentences.append(f"The runs differ in {key} ({', '.join(values)}): their losses differ for that reason too.")
+            what = "the data set" if key == "data set" else key
+            sentences.append(f"The runs differ in {what} ({', '.join(values)}): their losses differ for that reason too.")
     return sentences
 
 
-def data_of(run: Run) -> str:
-    """What tells a run's data set from others: the fingerprint in its newest checkpoint, else the name of its folder."""
-    checkpoints = list_checkpoints(run.folder / CHECKPOINTS)
-    if checkpoints and (checkpoints[-1] / "state.json").exists():
-        try:
-            return str(read_state(checkpoints[-1])["identity"]["data set"])
-        except (ValueError, KeyError, TypeError):
-            raise ConfigError(f"{checkpoints[-1] / 'state.json'} is damaged") from None
-    return Path(run.config.data.dir or "none").name
+def data_of(runs: Sequence[Run]) -> list[str]:
+    """What tells the runs' data sets apart: the fingerprints in their newest checkpoints, or else the names of their folders."""
+    fingerprints = [identity_in(run.folder).get("data set") for run in runs]
+    if all(fingerprints):
+        return [str(fingerprint)[:12] for fingerprint in fingerprints]
+    return [Path(run.config.data.dir or "none").name for run in runs]

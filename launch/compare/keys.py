@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from celo2.training.configuration import close
@@ -105,12 +105,16 @@ def betas_of(contestant: Contestant) -> tuple[float, float] | None:
     return (float(usual[0]), float(usual[1])) if isinstance(usual, tuple | list) and len(usual) == 2 else None
 
 
-def overrides_of(contestant: Contestant, config: Config, values: Mapping[str, float]) -> tuple[list[str], str]:
+def overrides_of(contestant: Contestant, config: Config, values: dict[str, float]) -> tuple[list[str], str]:
     """Values by key as section.key=value, and as a part of the name of a trial's folder.
 
-    What the configuration says anyway is left out, so that searches for other keys share their trials.
+    What the configuration says anyway is left out, so that searches for other keys share their trials. The contestant's own
+    learning rate is a value, too, where it is not the configuration's.
     """
-    usual = values_of(contestant, config, values.get("lr", contestant.lr))
+    lr = values.get("lr", contestant.lr)
+    usual = values_of(contestant, config, lr)
+    if f"{lr:g}" != f"{config.optimizer.lr:g}":
+        values = {"lr": lr} | values
     words, names = [], []
     for name, value in values.items():
         if name == "lr" or value != usual[name]:

@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from configs.length import batch_sizes
 from configs.load import ConfigError, load_config
 from configs.schema import Config
+from data.batch_sizes import BatchSizes
 from launch.compare.curves import Run
 from launch.compare.speedup import Cell, Speedup, Speedups, why_no_fit
 from launch.run.setup import build_from_config, open_data, vocabulary
@@ -31,7 +33,7 @@ class Rung:
     weights: int
     width: int
     steps: int
-    tokens: int  # steps times the tokens of a batch
+    tokens: int  # of its steps, with their batch sizes (train.ramp)
     epochs: float  # passes over the training data
 
     @property
@@ -66,26 +68,34 @@ def rungs_of(file: str, overrides: Sequence[str], sizes: Sequence[str], ratios: 
     for key in SHAPE:
         if getattr(config.model, key) is not None and key != "size":
             raise ConfigError(f"--sizes gives the model its shape: leave out model.{key}")
-    shards = open_data(config)[0]
+    if config.train.tokens is not None and any(word.startswith("train.tokens=") for word in overrides):  # steps overrule a file's
+        raise ConfigError("--sizes sets train.steps: leave out train.tokens")
+    shards, sizes_of_steps = open_data(config)[0], batch_sizes(vars(config.train))
     found: list[Rung] = []
     for size in sizes:
         of_size = load_config(file, [*overrides, f"model.size={size}"])
         model, context = build_from_config(of_size, vocabulary(of_size, shards.vocab_size), device="meta")
-        weights, batch = model.num_parameters(), config.train.batch_size * context
+        weights = model.num_parameters()
         if found and weights <= found[-1].weights:
             raise ConfigError(
                 f"--sizes must ascend: {size} has {weights:,} weights, {found[-1].size} before it {found[-1].weights:,}"
             )
         for ratio in ratios:
-            steps = round(ratio * weights / batch)
+            steps = nearest_steps(sizes_of_steps, ratio * weights / context)
             if steps < FEWEST_STEPS:
                 raise ConfigError(
                     f"--tokens-per-parameter {ratio:g}: {size} would train for {steps} steps, expected at least {FEWEST_STEPS}; "
                     "lower train.batch_size or ask for more tokens"
                 )
-            width = SIZES[size].width
-            found.append(Rung(size, ratio, weights, width, steps, steps * batch, steps * batch / shards.n_tokens))
+            width, tokens = SIZES[size].width, sizes_of_steps.between(0, steps) * context
+            found.append(Rung(size, ratio, weights, width, steps, tokens, tokens / shards.n_tokens))
     return found
+
+
+def nearest_steps(sizes: BatchSizes, sequences: float) -> int:
+    """How many steps come nearest to so many sequences."""
+    before = sizes.steps_for(math.ceil(sequences)) - 1
+    return round(before + (sequences - sizes.between(0, before)) / sizes.at(before))
 
 
 def searched_at(rungs: Sequence[Rung]) -> Rung:

@@ -24,6 +24,7 @@ X_NAMES = {
 LOSSES = ("val_loss", "validation loss", "validation_loss", "eval/loss", "val/loss", "eval_loss", "val", "loss", "train/loss")
 BANDS = ("__MIN", "__MAX")  # columns that Weights & Biases adds to each
 MOST_POINTS = 500
+MOST_NAMED = 20  # columns, in a message
 MARIN = re.compile(r"([\w-]+/[\d.]+[mb]/\d+)/result\.json$")  # optimizer, size, multiple of Chinchilla's tokens
 
 
@@ -44,8 +45,14 @@ def read_references(path: str | Path) -> list[Reference]:
         found = from_json(json.loads(text), path) if path.suffix == ".json" else from_lines(text, path)
     except json.JSONDecodeError as error:
         raise ConfigError(f"--reference {path}: damaged JSON ({error})") from None
+    except csv.Error as error:
+        raise ConfigError(f"--reference {path}: damaged CSV ({error})") from None
     if not found:
-        raise ConfigError(f"--reference {path}: no column with a loss ({', '.join(LOSSES)}) beside one with tokens or steps")
+        names = ", ".join(f"'{name:.40}'" for name in columns_of(text, path)[:MOST_NAMED]) or "none"
+        raise ConfigError(
+            f"--reference {path}: no column with a loss ({', '.join(LOSSES)}) beside one with tokens or steps "
+            f"({', '.join(X_NAMES)}); its columns: {names}"
+        )
     return [{**reference, "label": f"{reference['label']} (reference)", "source": path.name} for reference in found]
 
 
@@ -53,7 +60,23 @@ def from_lines(text: str, path: Path) -> list[Reference]:
     """A CSV, or one JSON object a line, as metrics.jsonl."""
     if text.lstrip().startswith("{"):
         return from_records([json.loads(line) for line in text.splitlines() if line.strip()], path, path.stem)
-    return from_table(list(csv.DictReader(text.splitlines())), path)
+    return from_table(list(rows_of(text)), path)
+
+
+def rows_of(text: str) -> csv.DictReader:
+    """The rows of a CSV, whose columns are divided by commas, or by semicolons or tabs where its first line has no comma."""
+    header = text.partition("\n")[0]
+    delimiter = next((mark for mark in ",;\t" if mark in header), ",")
+    return csv.DictReader(text.splitlines(), delimiter=delimiter, skipinitialspace=True)
+
+
+def columns_of(text: str, path: Path) -> list[str]:
+    """The names of the columns in a file, for a message; of JSON the keys."""
+    if path.suffix != ".json" and not text.lstrip().startswith("{"):
+        return [name for name in rows_of(text).fieldnames or () if name]
+    tree = json.loads(text if path.suffix == ".json" else text.lstrip().splitlines()[0])
+    rows = tree if isinstance(tree, list) else [tree]
+    return list(dict.fromkeys(str(key) for row in rows if isinstance(row, dict) for key in row))
 
 
 def from_json(tree: Any, path: Path) -> list[Reference]:
@@ -88,15 +111,15 @@ def from_records(records: Sequence[Any], path: Path, label: str) -> list[Referen
 def from_table(rows: Sequence[Mapping[str, Any]], path: Path) -> list[Reference]:
     """The columns of a CSV: with a known name, or of a Weights & Biases export, `RUN - METRIC` for each run."""
     names = [name for name in (rows[0] if rows else ()) if name]
-    x_name = next((name for name in names if name.lower() in X_NAMES), None)
+    x_name = next((name for name in names if name.strip().lower() in X_NAMES), None)
     if x_name is None:
         return []
     exported = [n for n in names if " - " in n and not n.endswith((*BANDS, " - _step"))]
-    known = next((name for loss in LOSSES for name in names if name.lower() == loss), None)
+    known = next((name for loss in LOSSES for name in names if name.strip().lower() == loss), None)
     found: list[Reference] = []
     for name in exported or ([known] if known else []):
         label = name.rpartition(" - ")[0] if exported else path.stem
-        found += curve(label, X_NAMES[x_name.lower()], ((row[x_name], row[name]) for row in rows), path, name)
+        found += curve(label, X_NAMES[x_name.strip().lower()], ((row[x_name], row[name]) for row in rows), path, name)
     return found
 
 

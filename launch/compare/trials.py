@@ -24,9 +24,10 @@ from configs.load import ConfigError, load_config
 from configs.schema import Config
 from data.files import no_link
 from launch.checkpoint.folders import CHECKPOINTS
-from launch.compare.curves import Outcome, standing, stopped_diverged
+from launch.compare.curves import Outcome, rule_of_run, standing, stopped_diverged
 from launch.monitoring.signals import INTERRUPTED, STOPPED
 from launch.monitoring.trackers import flat
+from launch.run.agreement import RULE_FILE
 
 ROOT = Path(__file__).parents[2]
 POLL_SECONDS = 0.2
@@ -54,6 +55,7 @@ class Trial:
     file: str  # the comparison's configuration
     overrides: tuple[str, ...]  # all that differs from it
     keep: bool = True  # whether its checkpoints stay when it is finished
+    rule: str | None = None  # `rule_hash` of the optimizer's rule, if it has one
 
     @property
     def command(self) -> str:
@@ -70,7 +72,8 @@ def outcome(trial: Trial) -> Outcome:
     """Where a trial stands, from its folder.
 
     Raises:
-        ConfigError: the folder holds a run of another configuration, naming the difference.
+        ConfigError: the folder holds a run of another configuration, or with another rule, naming the difference.
+        RuleError: its copy of the rule is damaged.
     """
     if not (trial.folder / "config.yaml").exists():
         return Outcome("new")
@@ -81,6 +84,11 @@ def outcome(trial: Trial) -> Outcome:
             raise ConfigError(
                 f"{trial.folder} holds a run with {key}={before.get(key)}, this comparison has {now[key]}: choose another --out"
             )
+    if trial.rule is not None and rule_of_run(trial.folder) not in (None, trial.rule):
+        raise ConfigError(
+            f"{trial.folder} holds a run with another rule than {config.optimizer.rule or config.optimizer.name} now is: choose "
+            f"another --out, or bring back that rule, of which the folder has a copy ({RULE_FILE})"
+        )
     return standing(trial.folder, config)
 
 

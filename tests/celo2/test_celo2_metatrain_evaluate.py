@@ -228,6 +228,30 @@ def test_runs_are_known_by_what_rule_and_text_hold(tmp_path, capsys):
     assert digest_of(torch.zeros(3)) != digest_of(torch.ones(3))
 
 
+def test_adamw_lr_is_no_key_of_a_rule_that_trains_every_parameter(tmp_path, capsys):
+    """No trial is spent on it, no value shown; runs of earlier files, which name one, are known."""
+    (tmp_path / "text.txt").write_bytes(bytes(np.random.default_rng(0).integers(97, 105, 12_000, np.uint8)))
+    out = tmp_path / "runs.jsonl"
+    words = ["celo2-base", "--baselines", "muon", "--tasks", "gpt-tiny", "--text", str(tmp_path / "text.txt"), "--steps", "2"]
+    words += ["--trials", "4", "--search", "lr,adamw_lr", "--seeds", "1", "--out", str(out)]
+    assert evaluate.main(words) == 0
+    table = capsys.readouterr().out
+    header, _, muon, base = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[:4])
+    assert header[:5] == ["task (2 steps)", "optimizer", "lr", "weight_decay", "adamw_lr"]
+    assert muon[4] and not base[4] and all(len(line) == len(header) for line in (muon, base))
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    of_base = [record for record in records if record["optimizer"] == "celo2-base"]
+    assert len(of_base) == len(records) - len(of_base) == 4 + 1 and len({record["lr"] for record in of_base}) == 4
+    assert all(("adamw_lr" in record) == (record["optimizer"] == "muon") for record in records)
+    lines = [json.dumps({"adamw_lr": 0.003} | record) + "\n" for record in records]
+    out.write_text("".join(lines))
+    assert evaluate.main(words) == 0 and capsys.readouterr().out == table and out.read_text() == "".join(lines)
+    assert evaluate.main([*words, "--search", "adamw_lr"]) == 2
+    assert capsys.readouterr().err == (
+        "error: --search adamw_lr: celo2-base has no such rate, as it trains every parameter; add lr\n"
+    )
+
+
 def test_what_is_named_twice_is_compared_once(tmp_path, capsys):
     """As `hand-nesterov`, which is a baseline: no pair with itself, and Holm's correction is for one pair. One seed has no SD."""
     (tmp_path / "text.txt").write_bytes(bytes(np.random.default_rng(0).integers(97, 105, 12_000, np.uint8)))

@@ -95,6 +95,21 @@ def test_a_search_that_never_ends_says_so():
     assert searches["a"].chosen is None and "every lr that was tried diverged" in said[-1]
 
 
+def test_all_keys_at_an_edge_are_named_at_once():
+    """The loss falls with both for ever, faster with lr, which gets all of the trials."""
+    keys = (Key("lr", 1.0, digits=3), Key("weight_decay", 1.0, digits=3))
+    searches, said = {"a": Search(keys)}, []
+    evaluate = lambda _, wanted: [(1 / (s[1] * s[0] ** 2),) for _, s in wanted]  # noqa: E731
+    search(searches, {"a": begin(keys, [1.0])}, 1, evaluate, said.append)
+    (first, *_, last), notes = said, searches["a"].notes
+    assert first == "a: its best lr, 1, is at the edge of its grid (so is its best weight_decay, 1): tries 2 above it"
+    assert last == "a: " + notes[-1] and "still" not in notes[-2]
+    assert notes[-1] == (
+        f"its best lr and weight_decay are still at the edge after {MOST_ROUNDS} extensions: "
+        "values above 64 and above 1 may be better"
+    )
+
+
 KEYS = (Key("lr", 1e-3, digits=3), Key("adamw_lr", 3e-3, 4.0, digits=3), Key("weight_decay", 0.1, 4.0, digits=3))
 BEST = (3e-3, 2e-2, 0.03)
 

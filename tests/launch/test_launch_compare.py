@@ -195,6 +195,14 @@ def test_a_folder_of_another_comparison_is_refused(start, tmp_path):
     assert compare.main([str(tmp_path / "run.yaml"), "--optimizers", "adamw", "--out", str(tmp_path / "file")]) == 2
 
 
+def test_a_folder_to_publish_that_cannot_be_is_named_before_the_trials(start, tmp_path):
+    (tmp_path / "file").touch()
+    words = ["--optimizers", "adamw", "--lrs", "1e-3", "--seeds", "1"]
+    for folder, said in (("file", "a file is in the way"), ("out", "the report with all its paths lies there")):
+        status, _, err = start(*words, "--publish", str(tmp_path / folder))
+        assert status == 2 and err.startswith(f"error: --publish {tmp_path / folder}: {said}") and starts(tmp_path) == []
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [

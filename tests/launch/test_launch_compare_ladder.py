@@ -14,10 +14,11 @@ import pytest
 from test_launch_compare_report import seeds as made_runs
 
 from celo2.training.statistics import detectable
-from configs.load import to_yaml
+from configs.load import load_config, to_yaml
 from configs.schema import Config
+from data.batch_sizes import BatchSizes
 from launch.compare import __main__ as compare
-from launch.compare.ladder import Rung, ladder_record, notes, searched_at, sentence, weights_beyond
+from launch.compare.ladder import Rung, ladder_record, nearest_steps, notes, searched_at, sentence, weights_beyond
 from launch.compare.planning import planned
 from launch.compare.report import render
 from launch.compare.speedup import Cell, Speedup, Speedups, fit, why_no_fit
@@ -168,6 +169,10 @@ def test_a_ladder_from_search_to_page(ladder, tmp_path):
         (["--sizes", "gpt3-nano", "--tokens-per-parameter", "0.1"], "gpt3-nano would train for 2 steps, expected at least 20"),
         (["--sizes", "gpt3-nano", "--tokens-per-parameter", "5", "model.width=48"], "leave out model.width"),
         (["--sizes", "gpt3-nano", "--tokens-per-parameter", "5", "optimizer.base_width=32"], "set optimizer.base_width=null"),
+        (
+            ["--sizes", "gpt3-nano", "--tokens-per-parameter", "5", "train.tokens=100000", "model.context=128"],
+            "error: --sizes sets train.steps: leave out train.tokens\n",
+        ),
         (["--target-loss", "low"], "--target-loss low: expected a positive number"),
         (["--search-seeds", "0"], "--search-seeds: 0 is no whole number of at least 1"),
     ],
@@ -176,6 +181,23 @@ def test_mistakes_are_named_in_one_line(ladder, tmp_path, words, message):
     status, _, err = ladder(*words)
     assert status == 2 and message in err and err.count("\n") == 1, err
     assert write.started == 0 and not (tmp_path / "out" / "trials").exists()
+
+
+@pytest.mark.parametrize(("ramp", "steps", "sequences"), [("{40: 16}", 74, 864), ("{900: 16}", 107, 856), ("null", 107, 856)])
+def test_rungs_count_the_tokens_of_a_ramp(ladder, tmp_path, ramp, steps, sequences):
+    """43,904 weights x 5 tokens are 857.5 sequences of 256: 40 steps of 8 and 34 of 16, or 107 of 8."""
+    path = tmp_path / "run.yaml"
+    path.write_text(path.read_text().replace("steps: 10,", "tokens: 9999,"))  # which --sizes overrules
+    words = ["--lrs", "1e-3", "--seeds", "1", "--sizes", "gpt3-nano", "--tokens-per-parameter", "5", "model.context=256"]
+    assert ladder(*words, f"train.ramp={ramp}")[0] == 0
+    (rung,) = json.loads((tmp_path / "out" / "results.json").read_text())["ladder"]["rungs"]
+    assert (rung["steps"], rung["tokens"]) == (steps, sequences * 256)
+
+
+def test_a_rung_has_the_steps_that_come_nearest():
+    ramp = BatchSizes(8, {10: 16})
+    assert [nearest_steps(ramp, n) for n in (1, 5, 80, 87, 89, 96, 103, 105)] == [0, 1, 10, 10, 11, 11, 11, 12]
+    assert all(nearest_steps(BatchSizes(b), n / 2) == round(n / 2 / b) for b in (1, 4, 6) for n in range(1, 99))
 
 
 def test_a_ladder_needs_its_reference(ladder, tmp_path, capsys):
@@ -213,6 +235,25 @@ def test_betas_schedule_and_clip_are_searched_when_asked(ladder, tmp_path):
     assert adamw == ["schedule.final", "beta1", "beta2", "train.grad_clip"] and muon == ["schedule.final", "train.grad_clip"]
     commands = " ".join(json.loads((tmp_path / "out" / "results.json").read_text())["search_commands"])
     assert "'optimizer.arguments={betas: [0.95, 0.95]}'" in commands and "schedule.final=0.3" in commands
+
+
+def test_a_search_of_other_keys_trains_each_at_its_own_learning_rate(ladder, tmp_path):
+    """Its folders say the rate where it is not the configuration's, so that runs of another are not taken for them."""
+    words = ["--optimizers", "adamw{lr: 8e-3}", "muon", "lion", "--search", "weight_decay", "--trials", "3", "--seeds", "1"]
+    assert ladder(*words)[0] == 0
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["optimizers"]
+    assert [row["lr"] for row in rows] == [8e-3, 1e-3, 2e-4]  # the configuration's is 1e-3, that of celo2
+    for folder, lr in (("adamw-lr-8e-3", 8e-3), ("muon", 1e-3), ("lion", 2e-4)):
+        runs = list((tmp_path / "out" / "trials" / folder).iterdir())
+        assert {load_config(run / "config.yaml").optimizer.lr for run in runs} == {lr}
+        assert all(run.name.startswith(f"lr_{lr:g}_") == (lr != 1e-3) for run in runs)
+
+
+def test_a_ladder_that_searches_other_keys_has_the_own_learning_rate_on_every_rung(ladder, tmp_path):
+    words = ["--optimizers", "adamw{lr: 8e-3}", "--search", "adamw_lr", "--trials", "3", "--seeds", "1"]
+    assert ladder(*words, "--sizes", "gpt3-nano", "gpt3-micro", "--tokens-per-parameter", "5")[0] == 0
+    rungs = json.loads((tmp_path / "out" / "results.json").read_text())["ladder"]["rungs"]
+    assert [rung["settings"]["adamw"]["lr"] for rung in rungs] == [8e-3, 4e-3]  # twice the width, half the rate
 
 
 def synthetic(rng, n, sd, ratios=(5, 20, 80), truth=1.4, sizes=3):

@@ -93,6 +93,9 @@ def test_shares_in_words(share, bound, said):
 WANDB = 'Step,"one - eval/loss","one - eval/loss__MIN","one - _step","two - eval/loss"\n10,5.5,5,10,\n20,5,4,20,4.5\n'
 FILES = {
     "mine.csv": ("tokens,lr,val_loss\n2000,1,4.5\n1000,1,5.5\n", [("mine", "tokens", [[1000, 5.5], [2000, 4.5]])]),
+    "spaces.csv": ("Step , Val_Loss\n10, 5.5\n20, 5\n", [("spaces", "step", [[10, 5.5], [20, 5]])]),
+    "semicolons.csv": ("step;loss\n10;5.5\n", [("semicolons", "step", [[10, 5.5]])]),
+    "tabs.csv": ("step\tloss\n10\t5.5\n", [("tabs", "step", [[10, 5.5]])]),
     "wandb.csv": (WANDB, [("one", "step", [[10, 5.5], [20, 5]]), ("two", "step", [[20, 4.5]])]),
     "muon/130m/1/result.json": (json.dumps({"min_loss": 3.46, "baseline": {"loss": 3.47}}), [("muon/130m/1", None, [[0, 3.46]])]),
     "history.json": (json.dumps([{"_step": 1, "eval/loss": 5}, {"_step": 2}]), [("history", "step", [[1, 5]])]),
@@ -121,10 +124,21 @@ def test_references(name, tmp_path):
     ("name", "text", "said"),
     [
         ("a.csv", "tokens,val_loss\n1,much\n", "val_loss holds 'much', no finite number"),
-        ("a.csv", "time,accuracy\n1,2\n", "no column with a loss"),
+        (
+            "a.csv",
+            "time,accuracy\n1,2\n",
+            "no column with a loss (val_loss, validation loss, validation_loss, eval/loss, val/loss, eval_loss, val, loss, "
+            "train/loss) beside one with tokens or steps (tokens, total_tokens, throughput/total_tokens, train/tokens, n_tokens, "
+            "step, _step, global_step, trainer/global_step, train/global_step, iter, iteration); "
+            "its columns: 'time', 'accuracy'\n",
+        ),
+        ("a.csv", "step;los\n1;2\n", "its columns: 'step', 'los'\n"),
         ("a.csv", "", "no column with a loss"),
+        ("a.csv", "step,loss\n1," + "2" * 200_000, "damaged CSV (field larger than field limit (131072))"),
+        ("a.jsonl", '\n{"steps": 1, "loss": 2}\n', "its columns: 'steps', 'loss'\n"),
+        ("a.json", '[{"time": 1}, {"loss": 2}]', "its columns: 'time', 'loss'\n"),
         ("a.json", "{", "damaged JSON"),
-        ("a.json", "3", "no column with a loss"),
+        ("a.json", "3", "its columns: none\n"),
         ("a.json", '{"min_loss": NaN}', "no finite number"),
         ("a.csv", None, "cannot read it"),
     ],
@@ -137,6 +151,33 @@ def test_a_reference_that_is_none_is_one_line(name, text, said, tmp_path, capsys
     assert error.startswith(f"error: --reference {tmp_path / name}: ") and said in error and error.count("\n") == 1
     with pytest.raises(ConfigError):
         read_references(tmp_path / name)
+
+
+def test_folders_that_cannot_be_are_named_by_their_option(tmp_path, monkeypatch, capsys):
+    """A report is not replaced by one without paths, and the results are not blamed for a folder."""
+    for name in ("draw", "draw_details"):
+        monkeypatch.setattr(report, name, lambda results, path: path.write_bytes(b""))
+    numbers = tmp_path / "results.json"
+    numbers.write_text(json.dumps(results_of(two())))
+    (tmp_path / "file").touch()
+    out, site, file = str(tmp_path / "out"), str(tmp_path / "site"), str(tmp_path / "file")
+    replaced = "the report with all its paths lies there, which this would replace; name another folder"
+    for words, said in (
+        (["--publish", str(tmp_path)], f"--publish {tmp_path}: {replaced}"),
+        (["--out", out, "--publish", f"{site}/../out"], f"--publish {site}/../out: {replaced}"),
+        (["--out", out, "--publish", file], f"--publish {file}: a file is in the way"),
+        (["--out", file], f"--out {file}: a file is in the way"),
+        (["--out", "/proc/out"], "--out /proc/out: cannot make it (No such file or directory)"),
+    ):
+        assert compare.main(["--results", str(numbers), *words]) == 2
+        assert capsys.readouterr().err == f"error: {said}\n"
+        assert not (tmp_path / "out" / "report.html").exists() and not (tmp_path / "index.html").exists()
+    assert compare.main(["--results", str(numbers), "--out", out]) == 0
+    again = ["--results", f"{out}/results.json", "--out", site]
+    capsys.readouterr()
+    assert compare.main([*again, "--publish", out]) == 2 and replaced in capsys.readouterr().err
+    assert compare.main([*again, "--publish", f"{site}/published"]) == 0
+    assert capsys.readouterr().out == f"report: {site}/report.html\n" and (tmp_path / "site" / "report.html").exists()
 
 
 def test_a_folder_to_publish(tmp_path, monkeypatch):

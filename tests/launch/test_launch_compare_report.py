@@ -194,6 +194,34 @@ def test_labels_tell_settings_apart():
     assert other_differences(runs)[0].startswith("The runs differ in train.batch_size (32, 64)")
 
 
+def test_runs_of_different_models_batches_or_data_are_no_seeds_of_one_optimizer(tmp_path):
+    """With equal seeds they are no two runs of one setting, either."""
+    runs = [make_run("", seed, 4.0) for seed in (1, 2, 1, 2, 3)]
+    runs[2].config.model.width = runs[3].config.model.width = 32
+    runs[3].config.train.batch_size = 64
+    runs[4].config.data.dir = str(tmp_path / "other")
+    for run in runs:
+        run.config.data.dir = run.config.data.dir or str(tmp_path / "text")
+    label_runs(runs)
+    sizes = ["", "", "model.width 32, ", "model.width 32, "]
+    assert [run.label for run in runs[:4]] == [
+        f"adamw (data set text, {width}train.batch_size {64 if run is runs[3] else 32})"
+        for run, width in zip(runs, sizes, strict=False)
+    ]
+    assert runs[4].label == "adamw (data set other, train.batch_size 32)"
+    for key in ("model.width (32, None)", "train.batch_size (32, 64)", "the data set (other, text)"):
+        assert f"The runs differ in {key}: their losses differ for that reason too." in other_differences(runs)
+
+
+def test_what_changes_no_loss_tells_no_runs_apart():
+    runs = [make_run("", 1, 4.0), make_run("", 2, 4.1)]
+    runs[0].config.train.tokens, runs[0].config.train.compile, runs[0].config.eval.every = 10, True, 7
+    runs[0].config.train.max_bad_steps, runs[0].config.train.spike, runs[0].config.train.deterministic = 3, 0.0, True
+    runs[0].config.model.gradient_checkpointing, runs[0].config.train.on_batch_change = "true", "allow"
+    label_runs(runs)
+    assert [run.label for run in runs] == ["adamw", "adamw"] and other_differences(runs) == []
+
+
 EVIL = "</script><script>alert(1)</script>&\"'{{data}}"
 
 
