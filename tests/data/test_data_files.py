@@ -1,5 +1,6 @@
 """Files that are left out, cut or damaged: each is said, and none stops the others silently."""
 
+import errno
 import gzip
 import json
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from data import DataError
+from data.files import replacing
 from data.preparation import listing
 from data.preparation.listing import local_files
 from data.preparation.readers import documents
@@ -215,3 +217,9 @@ def test_a_terminal_in_ascii(tmp_path, locale):
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", **locale}
     done = subprocess.run([*command, "--workers", "1"], cwd=ROOT, env=environment, capture_output=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path / 'file'}'"), replacing(tmp_path / "file"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert not list(tmp_path.iterdir())
