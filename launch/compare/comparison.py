@@ -23,7 +23,7 @@ from launch.compare.ladder import REFERENCE, Rung, rungs_of, searched_at
 from launch.compare.planning import planned
 from launch.compare.trials import Pool, Trial
 from launch.optimizers.width import at_width, stated
-from launch.run.initialize import find_source
+from launch.run.initialize import OF_AVERAGE, find_source
 from launch.run.mixture import name_of_data
 from launch.run.setup import open_data
 
@@ -327,11 +327,13 @@ def steps_of(names: Sequence[str]) -> str:
 
 def weights_of(init: str) -> str | None:
     """What tells the weights of `model.init` from those that the same name may stand for later: the manifest of a checkpoint as
-    sha256, or a commit of the Hugging Face hub. None: a folder of transformers.
+    sha256, or a commit of the Hugging Face hub. None: a folder of transformers, or one that is gone.
 
     Raises:
         ConfigError, CheckpointError: as `find_source`.
     """
+    if not init.startswith(HUB) and not Path(init.removeprefix(OF_AVERAGE)).expanduser().exists():
+        return None  # finished trials do not need it, and a new one says that it is not there
     path = find_source(init, weights=False).path
     if (path / MANIFEST).is_file():
         return sha256(path / MANIFEST)

@@ -34,7 +34,7 @@ OF_OPTIMIZER = ("optimizer.", "schedule.", "train.steps")  # what a comparison i
 INCIDENTAL = (
     "run.", "log.", "checkpoint.", "distributed.", "data.", "model.gradient_checkpointing", "train.tokens",
     "train.micro_batch_size", "train.on_batch_change", "train.compile", "train.average", "train.deterministic",
-    "train.max_bad_steps", "train.spike", "eval.every", "eval.sets", "eval.task", "eval.lm_eval",
+    "train.max_bad_steps", "train.spike", "train.on_spike", "eval.every", "eval.sets", "eval.task", "eval.lm_eval",
 )  # fmt: skip
 Curve = list[tuple[float, float]]  # (x, y), x ascending
 

@@ -60,12 +60,15 @@ def from_lines(text: str, path: Path) -> list[Reference]:
     """A CSV, or one JSON object a line, as metrics.jsonl."""
     if text.lstrip().startswith("{"):
         return from_records([json.loads(line) for line in text.splitlines() if line.strip()], path, path.stem)
-    return from_table(list(rows_of(text)), path)
+    rows = list(rows_of(text))
+    if text.strip() and not rows:
+        raise ConfigError(f"--reference {path}: no rows below its names of columns")
+    return from_table(rows, path)
 
 
 def rows_of(text: str) -> csv.DictReader:
     """The rows of a CSV, whose columns are divided by commas, or by semicolons or tabs where its first line has no comma."""
-    header = text.partition("\n")[0]
+    header = re.sub('"[^"]*"', "", text.partition("\n")[0])  # names in quotes may hold a comma
     delimiter = next((mark for mark in ",;\t" if mark in header), ",")
     return csv.DictReader(text.splitlines(), delimiter=delimiter, skipinitialspace=True)
 

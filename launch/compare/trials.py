@@ -21,12 +21,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from configs.load import ConfigError, load_config
-from configs.schema import Config
+from configs.schema import Config, Optimizer
 from data.files import no_link
 from launch.checkpoint.folders import CHECKPOINTS
 from launch.compare.curves import Outcome, rule_of_run, standing, stopped_diverged
 from launch.monitoring.signals import INTERRUPTED, STOPPED
 from launch.monitoring.trackers import flat
+from launch.optimizers.table import decays, entry_of
 from launch.run.agreement import RULE_FILE
 
 ROOT = Path(__file__).parents[2]
@@ -80,7 +81,7 @@ def outcome(trial: Trial) -> Outcome:
     config = trial.config
     before, now = (flat(asdict(c)) for c in (load_config(trial.folder / "config.yaml"), config))
     for key in now:
-        if before.get(key) != now[key] and not key.startswith(INCIDENTAL):
+        if before.get(key) != now[key] and not key.startswith((*INCIDENTAL, *without_effect(config.optimizer))):
             raise ConfigError(
                 f"{trial.folder} holds a run with {key}={before.get(key)}, this comparison has {now[key]}: choose another --out"
             )
@@ -90,6 +91,12 @@ def outcome(trial: Trial) -> Outcome:
             f"another --out, or bring back that rule, of which the folder has a copy ({RULE_FILE})"
         )
     return standing(trial.folder, config)
+
+
+def without_effect(config: Optimizer) -> list[str]:
+    """Options that an optimizer has no use for; trials of an earlier version may have them."""
+    idle = [] if decays(config) else ["optimizer.weight_decay", "optimizer.cautious_weight_decay"]
+    return [*idle, *(["optimizer.base_width"] if entry_of(config).width_rule == "none" else [])]
 
 
 def visible_devices() -> list[str | None]:

@@ -80,7 +80,7 @@ def resume(
     load_checkpoint(path, strategy, progress)
     start.changes.extend(changed_options(saved["config"], config))
     if DECOUPLED not in saved["identity"] and any(DECAY_BESIDE in group for group in strategy.optimizer.param_groups):
-        start.changes.append("weight decay in the gradient, of an earlier version -> decoupled")
+        start.changes.append("optimizer.weight_decay in the gradient, of an earlier version -> decoupled")
     start.notes.append(f"resumed from {path}" + (f" with {', '.join(start.changes)}" if start.changes else ""))
     start.notes.extend([rate] if rate else [])
     if saved["step"] == saved.get("evaluated") == config.train.steps:

@@ -10,6 +10,7 @@ from bad_gradients import Poison
 import train
 from celo2 import Rule, load_rule, save_rule
 from data.prepare import prepare
+from launch.compare.curves import read_run
 
 WRITTEN = Path(__file__).parents[1] / "compatibility" / "written_by_5598d0e"
 QUICK = ["train.steps=2", "eval.every=0", "log.sample_tokens=0", "schedule.kind=constant"]
@@ -106,10 +107,11 @@ def test_a_decay_that_was_in_the_gradient_and_cannot_be_any_more_is_said(run, mo
     earlier(monkeypatch)
     run(*options)
     run(*options, "train.steps=3")
-    change = "weight decay in the gradient, of an earlier version -> decoupled"
+    change = "optimizer.weight_decay in the gradient, of an earlier version -> decoupled"
     assert f"with train.steps 2 -> 3, {change}" in run.out
     events = [json.loads(line) for line in (run.tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     assert [event["options"][-1] for event in events if event["event"] == "changed"] == [change]
+    assert read_run(run.tmp_path / "run").changes[-1] == f"{change} after step 2"  # a comparison says it, too
 
 
 def test_every_key_of_a_transformers_model(run):

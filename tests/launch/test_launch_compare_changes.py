@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import yaml
 from test_launch_compare_ladder import ladder, write  # noqa: F401
 
 from celo2.rule_files import load_rule, save_rule
@@ -75,10 +76,31 @@ def test_trials_from_other_weights_are_not_taken(ladder, run, tmp_path, monkeypa
     for _ in range(2):
         status, _, err = ladder(*words)
         assert status == 2 and said in err and err.count("\n") == 1
+    monkeypatch.setattr(Pool, "run", write)
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    assert ladder(*words)[0] == 0  # all trials are finished
+    (tmp_path / "elsewhere").rename(tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000006")
     (tmp_path / "run" / "checkpoints" / "step_00000003" / "model.safetensors").write_bytes(b"")
     status, _, err = ladder(*words)
     assert status == 2 and "holds no whole checkpoint" in err and err.count("\n") == 1
+
+
+def test_trials_of_an_earlier_version_with_options_that_scion_has_no_use_for(ladder, tmp_path):  # noqa: F811
+    words = ["--optimizers", "scion", "--lrs", "1e-3", "--seeds", "1"]
+
+    def rewrite(**options):
+        for path in (tmp_path / "out" / "trials").glob("*/*/config.yaml"):
+            tree = yaml.safe_load(path.read_text())
+            tree["optimizer"] |= options
+            path.write_text(yaml.safe_dump(tree))
+
+    assert ladder(*words)[0] == 0
+    rewrite(weight_decay=0.2, base_width=32)
+    assert ladder(*words)[0] == 0
+    rewrite(ema_nesterov=0.5)
+    status, _, err = ladder(*words)
+    assert status == 2 and "holds a run with optimizer.ema_nesterov=0.5" in err
 
 
 @pytest.mark.parametrize(
