@@ -36,6 +36,7 @@ HOLDS_TABLE = re.compile(
 )
 # The last word of either, of what scales its inputs, also per head with a `weight` of two axes.
 HOLDS_NORM = re.compile(r"[a-z]*norm\d*")
+NO_NORM = re.compile(f"conv.*|weight|{MATRIX.pattern}")  # any word, of a linear layer that is normalized: LinearNorm, WeightNorm
 
 Kind = Literal["vector", "table", "matrix", "unknown"]
 
@@ -45,10 +46,12 @@ def kind_of(module: nn.Module, attribute: str, p: Tensor, name: str) -> Kind:
     if STATE_SPACE.fullmatch(attribute) or getattr(p, "_no_weight_decay", False):
         return "vector"
     holder = name.rpartition(".")[0].rpartition(".")[2]
-    kinds = [words_of(part)[-1] for part in (*class_names(module), holder) if words_of(part)]
+    holders = [words_of(part) for part in (*class_names(module), holder) if words_of(part)]
+    kinds = [words[-1] for words in holders]
     is_table = any(map(HOLDS_TABLE.fullmatch, kinds))
     words = words_of(attribute)
-    if not words and not is_table and any(map(HOLDS_NORM.fullmatch, kinds)):
+    is_layer = any(NO_NORM.fullmatch(word) for words in holders for word in words)
+    if not words and not is_table and not is_layer and any(map(HOLDS_NORM.fullmatch, kinds)):
         return "vector"
     if not words and not is_table and p.ndim == 2 and not isinstance(module, (nn.ParameterList, nn.ParameterDict)):
         return "matrix"  # `weight` of a module that is like a linear layer: a router, a quantized layer
@@ -57,7 +60,8 @@ def kind_of(module: nn.Module, attribute: str, p: Tensor, name: str) -> Kind:
         words = words_of(name.rpartition(".")[2])
     last = words[-1] if words else ""
     is_kernel_of_depth_1 = p.ndim >= 3 and p.shape[1] == 1 and any(word.startswith("conv") for word in words)
-    if GATE.fullmatch(last) and GENERIC.fullmatch(attribute.rpartition("_")[2]) and words_of(attribute) and p.ndim >= 3:
+    makes_gate = GATE.fullmatch(last) and GENERIC.fullmatch(attribute.rpartition("_")[2]) and words_of(attribute)
+    if makes_gate and p.ndim >= 3 and min(p.shape[-2:]) > 1:
         return "matrix"  # input_gate_weight: what makes the gate, for each head
     if VECTOR.fullmatch(last) or {"bias", "biases"} & set(words) or is_kernel_of_depth_1:
         return "vector"

@@ -78,7 +78,7 @@ class FolderLock:
     def _give_up(self, error: BaseException) -> None:
         """Close the file after `error`, and remove it if it is not another process's."""
         with suppress(OSError):
-            if not isinstance(error, FolderInUse) and self._content() in (b"", self.own):
+            if not isinstance(error, FolderInUse) and self._content() in (b"", self.own) and not self._replaced():
                 self.path.unlink()
                 if self.made:
                     self.folder.rmdir()

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from transformers.utils import logging
 from models.experts import fit_experts
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # of weights that can be used
+# Buffers that older versions of transformers saved: causal masks, and the frequencies of rotary positions.
+OLD_BUFFER = re.compile(r"(.*\.)?((attn|attention)(\.attention)?\.(bias|masked_bias)|rotary_emb\.inv_freq)")
 INTEGERS = {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"}  # of masks and other buffers
 
 
@@ -47,11 +50,22 @@ def misfit_of(info: Mapping[str, Any], config: PretrainedConfig) -> str:
     """What transformers has found of a folder's weights that is not in its `config`, or the reverse, and the remedy; empty if all
     fit."""
     shapes = [f"{name} of shape {tuple(there)}, not {tuple(here)}" for name, there, here in info["mismatched_keys"]]
-    for problem, names in (("lacks", info["missing_keys"]), ("has unknown", info["unexpected_keys"]), ("has", shapes)):
+    unknown = [name for name in info["unexpected_keys"] if not OLD_BUFFER.fullmatch(name)]
+    for problem, names in (("lacks", info["missing_keys"]), ("has unknown", unknown), ("has", shapes)):
         if names:
             more = f" and {len(names) - 2} more" if len(names) > 2 else ""
             return f"{problem} {', '.join(sorted(names)[:2])}{more}: {why_not(config)}"
     return ""
+
+
+def untied(model: nn.Module, names: Collection[str]) -> str:
+    """What is wrong with a loaded model whose configuration ties a weight that the folder has apart; empty if nothing is.
+
+    `names`: the parameters of the model as its configuration makes them.
+    """
+    apart = sorted({name for name, _ in model.named_parameters()} - set(names))
+    tied = "which its config.json ties to another weight: set tie_word_embeddings to false there"
+    return f"has a {apart[0]} of its own, {tied}" if apart else ""
 
 
 def why_not(config: PretrainedConfig) -> str:

@@ -17,7 +17,7 @@ from data.tokenizer import load_tokenizer, token_id, tokenizer_hash
 from launch.checkpoint.folders import CHECKPOINTS, Chosen, choose_checkpoint
 from launch.checkpoint.load import load_model, read_model_config
 from launch.checkpoint.state import read_state, require_state
-from launch.checkpoint.stock import dtypes_in, not_real, quiet, read_stock
+from launch.checkpoint.stock import dtypes_in, not_real, quiet, read_stock, untied
 from launch.checkpoint.tensors import files_of, is_there
 from launch.checkpoint.verify import MANIFEST, MODEL, CheckpointError
 from models import LossMismatch, ModelError, choose_loss, longest_context
@@ -110,6 +110,7 @@ def open_export(path: Path) -> TrainedModel:
                 f"{path} has {problem}, and its config.json does not say how they are meant: name another model"
             )
         model, problem = read_stock(path, config, "auto")
+        problem = problem or untied(model, {name for name, _ in stored.named_parameters()})
     except CheckpointError:
         raise
     except Exception as error:  # whatever transformers raises for files that are missing or damaged

@@ -5,7 +5,8 @@
 #
 # Each start goes on from the newest checkpoint, with the GPUs that are there. The loop ends with the run: at status 0; at 2 (bad
 # input) and 130 (stopped at once by a person), which another start does not mend; after a signal to the loop itself, which it
-# passes on, INT and QUIT as TERM; and after QUICK failures in a row that took less than SHORT seconds each (torchrun says 1 for every reason).
+# passes on, INT and QUIT as TERM; and after QUICK failures in a row that took less than SHORT seconds each (torchrun says 1 for
+# every reason).
 set -uo pipefail
 
 QUICK="${QUICK:-3}"

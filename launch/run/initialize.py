@@ -28,7 +28,7 @@ from data.special_tokens import declared_tokens
 from launch.checkpoint.folders import CHECKPOINTS, choose_checkpoint, folders_of, run_of
 from launch.checkpoint.load import load_model, read_model_config, weights_file
 from launch.checkpoint.state import read_state
-from launch.checkpoint.stock import DTYPES, dtypes_in, not_real, quiet, read_stock
+from launch.checkpoint.stock import DTYPES, dtypes_in, not_real, quiet, read_stock, untied
 from launch.checkpoint.tensors import files_of
 from launch.checkpoint.verify import AVERAGE, MANIFEST, MODEL, list_checkpoints
 from launch.run.branch import checkpoint_folders, read_origin
@@ -274,11 +274,8 @@ def whole_model(source: Source, config: PretrainedConfig, convert: bool, names: 
         model = load_model(source.path, config, source.file == AVERAGE).float()
     else:
         model = from_pretrained(source, source_config(source) if convert else config)
-        if apart := sorted({name for name, _ in model.named_parameters()} - set(names)):
-            raise ConfigError(
-                f"model.init: {source.name} has a {apart[0]} of its own, which its config.json ties to another weight: "
-                "set tie_word_embeddings to false there"
-            )
+        if problem := untied(model, names):
+            raise ConfigError(f"model.init: {source.name} {problem}")
         if convert:
             model = from_gpt2(model, config)
     return model

@@ -48,6 +48,7 @@ class Layer(nn.Module):
         ("conv_kernel conv1d_weight", (8, 1, 4), "vector"),
         ("input_gate_weight recurrent_gate_weight gates_weights", (2, 8, 8), "matrix"),  # RecurrentGemma: what makes the gates
         ("gate input_gate_bias layer_scale_weight norm_weight", (2, 8, 8), "vector"),
+        ("layer_gate_weight gate_weights", (4, 1, 16), "vector"),  # multiplies
         (
             "pos_embed position_embeddings token_type_embed rel_pos_h query_tokens latents register_tokens mask_token",
             (8, 4),
@@ -110,6 +111,14 @@ def test_norms_of_two_axes_are_vectors(make):
 def test_a_norm_is_known_by_its_class_or_by_its_name(cls, holder):
     norm = type(cls, (Layer,), {})("weight", (4, 8))
     assert kind_of(norm, "weight", norm.weight, f"model.layers.0.{holder}.weight") == "vector"
+    for cls, holder in (
+        ("LinearNorm", "out"),
+        ("WeightNorm", "out"),
+        ("CastedLinear", "after_norm"),
+        ("CastedLinear", "spectral_norm"),
+    ):
+        layer = type(cls, (Layer,), {})("weight", (4, 8))
+        assert kind_of(layer, "weight", layer.weight, f"model.layers.0.{holder}.weight") == "matrix"
     linear = type("NormProjection", (Layer,), {})("weight", (4, 8))
     assert kind_of(linear, "weight", linear.weight, "model.layers.0.norm_out.weight") == "matrix"
 

@@ -117,6 +117,7 @@ WEIGHT = "model.layers.1.mlp.up_proj.weight"
         ("misshapen", f"has {WEIGHT} of shape (48, 31), not (48, 32): its weights are not those of its config.json, a llama"),
         ("nan", f"has numbers in {WEIGHT} that are not finite: take another model or checkpoint"),
         ("int8", f"has quantized weights ({WEIGHT} in I8), and its config.json does not say how they are meant: name another"),
+        ("tied", "has a lm_head.weight of its own, which its config.json ties to another weight: set tie_word_embeddings to"),
         ("bert", "BertLMHeadModel is not causal as configured: a token changes the logits before it; set is_decoder to true, in"),
     ],
 )
@@ -131,6 +132,9 @@ def test_a_folder_that_is_no_model_of_its_configuration_is_refused(tmp_path, pre
     if "layer" in what:
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1 if what == "one layer" else 3}))
+    if what == "tied":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
     if what == "misshapen":
         change_weights(folder, lambda tensors: tensors.update({WEIGHT: tensors[WEIGHT][:, 1:].clone()}))
     if what == "nan":
@@ -142,6 +146,29 @@ def test_a_folder_that_is_no_model_of_its_configuration_is_refused(tmp_path, pre
         assert main([str(folder), *arguments]) == 2
         out, err = capsys.readouterr()
         assert not out and err.count("\n") == 1 and f"{folder}" in err and message in err, err
+
+
+NEO = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "attention_types": [[["global"], 1]]}
+
+
+@pytest.mark.parametrize(
+    ("model", "attention"),
+    [
+        ({"model_type": "gptj", "n_embd": 32, "n_layer": 1, "n_head": 2, "rotary_dim": 8}, "attn"),
+        ({"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2}, "attn"),
+        ({"model_type": "gpt_neo", **NEO}, "attn.attention"),
+    ],
+)
+def test_masks_that_older_versions_of_transformers_saved_are_passed_over(run, tmp_path, prepared, capsys, model, attention):
+    folder, name = tmp_path / "stock", f"transformer.h.0.{attention}"
+    stock_folder(folder, prepared, build_model(hf=model, vocab_size=320))
+    masks = {"bias": torch.ones(1, 1, 64, 64, dtype=torch.uint8).tril(), "masked_bias": torch.tensor(-1e9)}
+    change_weights(folder, lambda tensors: tensors.update({f"{name}.{key}": mask for key, mask in masks.items()}))
+    assert sample([str(folder), "--tokens", "3"]) == 0, capsys.readouterr().err
+    begin = [f"model.init={folder}", "model.context=32", "train.steps=1", "log.sample_tokens=0", "eval.every=0"]
+    given = [f"model.{key}=null" for key in ("layers", "width", "heads")]
+    status, _, err = run(*begin, *given, f"model.hf={{model_type: {model['model_type']}}}")
+    assert status == 0, err
 
 
 @pytest.mark.parametrize(
