@@ -326,6 +326,7 @@ def test_no_run_lies_among_checkpoints(folder, option, tmp_path):
 
 
 def test_no_run_lies_in_the_folder_of_its_data(tmp_path):
+    (tmp_path / "a").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "a")
     run, mix = {"dir": str(tmp_path / "link")}, [{"dir": str(tmp_path / name), "weight": 1} for name in "ba"]
     for data in ({"dir": str(tmp_path / "a")}, {"mix": mix}):
