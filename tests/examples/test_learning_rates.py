@@ -1,4 +1,4 @@
-"""How far a step of AdamW, Muon and Celo2 moves a weight: the numbers of "Choosing lr" in docs/optimizer.md.
+"""How far a step of AdamW, Muon and Celo2 moves a weight: the numbers of "Choosing the learning rates" in docs/optimizer.md.
 
 pytest tests/examples/test_learning_rates.py -s
 """

@@ -1,4 +1,4 @@
-"""Validation sets by name, multiple choice, and both on several processes; docs/training.md#evaluation."""
+"""Validation sets by name, multiple choice, and both on several processes; docs/evaluation.md."""
 
 import json
 import math
