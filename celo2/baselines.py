@@ -1,4 +1,4 @@
-"""Rules set by hand: what a learned rule must be held against. They run through the same code as every rule."""
+"""Rules with hand-set weights, the baselines for learned rules. They run through the same code as every rule."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from celo2.rule import FIRST_LAYER, Rule, weight_shapes
 
 
 def hand_set(channels: Mapping[str, tuple[float, ...]], description: str, variant: str = "celo2") -> Rule:
-    """A rule set by hand: u is a sum of RMS-normalized channels, passed through the ReLU MLP exactly.
+    """A rule whose direction u is a weighted sum of RMS-normalized channels, which the ReLU MLP passes through exactly.
 
-    Two hidden units a layer carry the positive and the negative part; every other weight is zero.
+    Two hidden units per layer carry the positive and the negative part of the sum; all other weights are zero.
 
     Args:
         channels: factors of the channels, by the name of their group in `celo2.rule.CHANNEL_GROUPS`; missing ones are zero.
@@ -35,8 +35,8 @@ def hand_momentum(variant: str = "celo2") -> Rule:
 def hand_nesterov() -> Rule:
     """The momentum of decay 0.9 plus 0.8 of the gradient, both over the root of Adafactor's second moment of decay 0.9.
 
-    After 400 steps of a two-layer byte-level GPT none of 25 sums of channels was better. After 1,500 steps of width 32 a longer
-    momentum adds 0.01 to 0.02, which does not carry over to width 64 (docs/log.md).
+    After 400 steps of a two-layer byte-level GPT none of 25 sums of channels was better. After 1,500 steps at width 32 a longer
+    momentum gains 0.01 to 0.02, but not at width 64 (docs/log.md).
     """
     return hand_set(
         {"factored_momentum": (1.0,), "factored_gradient": (0.8,)},
@@ -45,10 +45,10 @@ def hand_nesterov() -> Rule:
 
 
 def hand_agreement() -> Rule:
-    """As `hand_nesterov` with a decay of 0.95, twice the gradient, normalized gradients and step sizes.
+    """`hand_nesterov` with a decay of 0.95, twice the gradient, normalized gradients and step sizes.
 
-    The step size of a matrix is the RMS of its momentum over that of its gradient, in units of what independent gradients give.
-    So steps become shorter where successive gradients point against each other, because steps are too long (docs/log.md).
+    The step size of a matrix is RMS(momentum) / RMS(gradient), divided by the value that independent gradients would give. So
+    steps become shorter where successive gradients oppose each other because the steps are too long (docs/log.md).
     """
     rule = hand_set(
         {"factored_momentum": (1.0,), "factored_gradient": (1.6,)},
@@ -59,7 +59,7 @@ def hand_agreement() -> Rule:
 
 
 def hand_whitened() -> Rule:
-    """As `hand_agreement`, with directions that are whitened before Newton–Schulz (`celo2.whitening`, docs/whitening.md)."""
+    """`hand_agreement` with directions that are whitened before Newton–Schulz (`celo2.whitening`, docs/whitening.md)."""
     return replace(hand_agreement(), whitening=0.1, description="hand-set, not learned: hand-agreement, whitened")
 
 

@@ -1,17 +1,17 @@
-"""The passes of the rule on equal matrices, in row blocks that stay in cache: plain torch, for any device.
+"""The passes of the rule on matrices of equal shape, in row blocks that stay in cache: plain torch, for any device.
 
-The driver `celo2.step` calls them in this order. Together they compute what `celo2.rule.update` computes (a test holds them
-equal), with these differences:
+The driver `celo2.step` calls them in the order of this file. Together they compute the same as `celo2.rule.update` (a test
+compares them), but in another way:
 
-- The thirty channels exist for one row block at a time, never for a matrix: memory is bounded, whatever the matrix.
+- The thirty channels exist for one row block at a time, never for a whole matrix: memory is bounded for every matrix size.
 - Twelve channels depend on the row or on the column alone; their share of the first layer is a vector per row plus a
   vector per column. Eighteen channels remain for each element.
-- The RMS of a channel is a sum that is complete only after all blocks. It needs no pass of its own over the channels:
-  its reciprocal is folded into the first layer's weights.
-- A sum and its division stand apart, so that a matrix that is split over ranks can complete each sum in between.
+- The sum behind the RMS of a channel is complete only after all blocks. Dividing by the RMS needs no extra pass over the
+  channels: its reciprocal is folded into the first layer's weights.
+- Sums and the divisions by them are in separate functions: in between, ranks that share a matrix can add up their sums.
 
-Legend: N matrices of R rows and C columns, K = 3 decays, H hidden units, L = 18 element channels (12 local ones, and 6 that are
-factored), F features of a buffer, r rows and c columns of a piece, n elements in a block.
+Legend: N matrices of R rows and C columns, K = 3 decays, H hidden units, L = 18 element channels (12 local and 6 factored
+ones), F features of a buffer, r rows and c columns of a piece, n elements in a block.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ from celo2.rule import (
 )
 from celo2.stack import Gate, Piece, Stack
 
-LOCAL_PLACES, FACTORED_PLACES = places_of(ELEMENT), places_of(FACTORED)  # of the local and of the factored channels in a buffer
+LOCAL_PLACES, FACTORED_PLACES = places_of(ELEMENT), places_of(FACTORED)  # slices of local and of factored channels in a buffer
 N_LOCAL, N_FACTORED = (sum(group.count for group in groups_of(kind)) for kind in (ELEMENT, FACTORED))
-# Names of the first-layer weights of what depends on the element, on the row alone and on the column alone.
+# Names of the first-layer weights for channels that depend on the element, on the row alone and on the column alone.
 FIRST_LAYER_PARTS = [[FIRST_LAYER[g.name] for g in groups_of(*kinds)] for kinds in ((ELEMENT, FACTORED), (ROW,), (COLUMN,))]
 
-# Elements of a block. CPU: measured best of 2^13 to 2^18 on two cores with 2 MB of second-level cache each (eighteen
-# float32 channels of 65,536 elements are 4.7 MB). Elsewhere a block must be large enough to hide the launches: 4 M
-# elements are 300 MB of channels.
+# Elements of a block. CPU: the fastest of 2^13 to 2^18, measured on two cores with 2 MB of second-level cache each (eighteen
+# float32 channels of 65,536 elements are 4.7 MB). On other devices a block must be large enough to hide the time of kernel
+# launches: the channels of 4 M elements take 300 MB.
 BLOCK_ELEMENTS = {"cpu": 1 << 16}
 DEFAULT_BLOCK_ELEMENTS = 1 << 22
 
@@ -60,14 +60,14 @@ def block_elements(device: torch.device) -> int:
 
 
 class Factors(NamedTuple):
-    """Adafactor's two factors, by the axis of the matrix that they run along."""
+    """Adafactor's two factors, one with an entry for each row, one with an entry for each column."""
 
     by_row: Tensor  # (N, K, R)
     by_col: Tensor  # (N, K, C)
 
 
 class FirstLayer(NamedTuple):
-    """The first layer for channels that were not normalized, and the share of those that depend on the row or column alone."""
+    """First-layer weights for unnormalized element channels, and the shares of channels that depend on row or column alone."""
 
     element: Tensor  # weights (N, H, L)
     by_row: Tensor  # (N, H, R)
@@ -75,10 +75,10 @@ class FirstLayer(NamedTuple):
 
 
 class Passes(NamedTuple):
-    """The functions that read every element of a matrix. `PLAIN`, below, is the reference of every other implementation.
+    """The functions that read every element of a matrix. `PLAIN`, below, is the reference for every other implementation.
 
-    A pass takes stacks whose matrices have one shape and are cut into the same pieces, and returns a row for each of their N
-    matrices in all. Sums are over what is here: they are complete when those of all ranks are added.
+    A pass takes stacks of matrices of one shape that are cut into the same pieces. It returns one row for each matrix, N rows
+    for all stacks together. Its sums cover this rank's elements only; adding those of all ranks completes them.
     """
 
     accumulate_: Callable[[Rule, Sequence[Stack]], Tensor]
@@ -86,11 +86,11 @@ class Passes(NamedTuple):
     emit_: Callable[[Rule, Sequence[Stack], Factors, FirstLayer, Sequence[Sequence[Tensor]]], None]
     newton_schulz: Callable[[Tensor], Tensor]
     apply_: Callable[[Tensor, Tensor, Tensor, Mapping[str, Any]], None]
-    gathers: bool  # the passes take one stack, into which small matrices are copied together until they fill a block
+    gathers: bool  # the passes take exactly one stack: the driver copies several small matrices into one, up to a block
 
 
 def squares_of(pieces: Sequence[Tensor], n: int, device: torch.device) -> Tensor:
-    """(N,): the sums of squares of N matrices over their pieces (N, r, c), any float dtype."""
+    """Sums of squares (N,) of N matrices over their pieces (N, r, c) of any float dtype."""
     squares = torch.zeros(n, dtype=torch.float32, device=device)
     for x in pieces:
         squares += torch.linalg.vector_norm(x, dim=(1, 2), dtype=torch.promote_types(x.dtype, torch.float32)).square()
@@ -98,9 +98,9 @@ def squares_of(pieces: Sequence[Tensor], n: int, device: torch.device) -> Tensor
 
 
 def tiles(piece: Piece, features: int) -> Iterator[tuple[slice, Tensor]]:
-    """Row blocks of a piece, and for each a buffer (N, F, r, c) for F features. All of them share its memory.
+    """Row blocks of a piece, each with a buffer (N, F, r, c) for F features. All buffers share the same memory.
 
-    A block of every matrix in the piece together has about `block_elements` elements.
+    A block covers the same rows of all N matrices, about `block_elements` elements together.
     """
     n, rows, cols = piece.g.shape
     height = max(1, block_elements(piece.g.device) // (n * cols))
@@ -111,7 +111,7 @@ def tiles(piece: Piece, features: int) -> Iterator[tuple[slice, Tensor]]:
 
 
 def load_gradient_(x: Tensor, piece: Piece, block: slice, stack: Stack) -> Tensor:
-    """Steps 0 and 1: the gradient of a block, normalized if there is a scale, and clipped, written into x (N, r, c)."""
+    """Steps 0 and 1: write the gradient of a block into x (N, r, c), normalized if the stack has a scale, and clipped."""
     x.copy_(piece.g[:, block])
     if stack.gradient_scale is not None:
         x.mul_(stack.gradient_scale[:, None, None])
@@ -121,14 +121,14 @@ def load_gradient_(x: Tensor, piece: Piece, block: slice, stack: Stack) -> Tenso
 
 
 def weights_of(decays: Sequence[float], gate: Gate | None) -> list[float | Tensor]:
-    """How far accumulators move: 1 - decay of the way, and not at all in a step that `gate` refuses."""
+    """The weights by which accumulators move: 1 - decay, or 0 in a step that `gate` skips."""
     return [1 - decay if gate is None else gate.taken * (1 - decay) for decay in decays]
 
 
 def accumulate_(rule: Rule, stacks: Sequence[Stack]) -> Tensor:
-    """Steps 1 to 3: move momenta and second moment.
+    """Steps 1 to 3: update momenta and second moment.
 
-    -> (N, R + C + 12): sums of g² by row, by column, and of every squared local channel.
+    Returns (N, R + C + 12): sums of g² by row, by column, and the sum of squares of each local channel.
     """
     (stack,) = stacks
     n, rows, cols = stack.shape
@@ -153,7 +153,7 @@ def accumulate_(rule: Rule, stacks: Sequence[Stack]) -> Tensor:
 
 
 def move_means_(rule: Rule, stack: Stack, sums: Tensor) -> None:
-    """Step 4: move the factored second moment by the complete sums (N, R + C + 12) of `accumulate_`."""
+    """Step 4: update the factored second moment from the complete sums (N, R + C + 12) of `accumulate_`."""
     _, rows, cols = stack.shape
     by_row, by_col = (stack.col, stack.row) if rows > cols else (stack.row, stack.col)  # (N, K, R), (N, K, C)
     for k, weight in enumerate(weights_of(rule.factored_decays, stack.gate)):
@@ -162,14 +162,14 @@ def move_means_(rule: Rule, stack: Stack, sums: Tensor) -> None:
 
 
 def factors_of(stack: Stack) -> Factors:
-    """Adafactor's factors from the means of a stack."""
+    """Adafactor's factors, from the factored second moment of a stack."""
     row_factor = (stack.row / (stack.row.mean(2, keepdim=True) + FACTOR_EPS)).clamp_min(FACTOR_EPS).rsqrt()
     col_factor = stack.col.clamp_min(FACTOR_EPS).rsqrt()
     return Factors(col_factor, row_factor) if stack.shape[1] > stack.shape[2] else Factors(row_factor, col_factor)
 
 
 def factor(stacks: Sequence[Stack], factors: Factors) -> Tensor:
-    """Part of step 6: the sums of the squared factored channels (N, 6)."""
+    """Part of step 6: the sums of squares of the factored channels (N, 6)."""
     (stack,) = stacks
     sums = torch.zeros(stack.shape[0], N_FACTORED, dtype=torch.float32, device=stack.row.device)
     for piece in stack.pieces:
@@ -187,7 +187,7 @@ def first_layer(rule: Rule, stack: Stack, sums: Tensor, factored_sums: Tensor) -
     row_x = torch.cat([stack.row, (stack.row + RSQRT_EPS).rsqrt()], 1)  # (N, 2K, ·)
     col_x = torch.cat([stack.col, (stack.col + RSQRT_EPS).rsqrt()], 1)
     element_mean = torch.cat([sums[:, rows + cols :], factored_sums], 1) / (rows * cols)  # (N, L)
-    # Put together by name: indexing weights by numbers on the host would make the host wait for a GPU.
+    # Concatenated by name: indexing a tensor of weights with numbers from the host would make the host wait for the GPU.
     w0_element, w0_row, w0_col = (torch.cat([rule.weights[name] for name in names]) for names in FIRST_LAYER_PARTS)
     row_share = fold(w0_row, row_x.square().mean(2)) @ row_x  # (N, H, ·)
     col_share = fold(w0_col, col_x.square().mean(2)) @ col_x + rule.weights["b0"][:, None]
@@ -196,7 +196,7 @@ def first_layer(rule: Rule, stack: Stack, sums: Tensor, factored_sums: Tensor) -
 
 
 def emit_(rule: Rule, stacks: Sequence[Stack], factors: Factors, layer: FirstLayer, outs: Sequence[Sequence[Tensor]]) -> None:
-    """Step 7: write the direction of every piece of every stack into its tensor (n, r, c) of `outs`, in that tensor's dtype."""
+    """Steps 5 to 7: write the direction of each piece of each stack into its tensor (n, r, c) of `outs`, in that dtype."""
     (stack,), (targets,) = stacks, outs
     n = stack.shape[0]
     w1, b1 = rule.weights["w1"].T.expand(n, -1, -1), rule.weights["b1"][:, None].expand(n, -1, 1)
@@ -215,12 +215,12 @@ def emit_(rule: Rule, stacks: Sequence[Stack], factors: Factors, layer: FirstLay
 
 
 def apply_(w: Tensor, u: Tensor, inverse_rms: Tensor | float, options: Mapping[str, Any]) -> None:
-    """Step 10, in place: `W <- W - lr (u inverse_rms + weight_decay W)`, in float32 whatever the dtype of w.
+    """Step 10, in place: `W <- W - lr (u inverse_rms + weight_decay W)`, in float32 or, for float64 weights, in float64.
 
     Args:
         w: weights (..., r, c).
-        u: direction of the same shape, any float dtype.
-        inverse_rms: 1 / RMS of u over a whole matrix or vector, float32, of a shape that broadcasts.
+        u: direction, of the same shape, any float dtype.
+        inverse_rms: 1 / RMS of u over a whole matrix or vector, times its step size if any; float32, broadcasts to u.
         options: the param group; its `lr` is a number or a tensor of one element.
     """
     lr, weight_decay = options["lr"], options["weight_decay"]
@@ -235,12 +235,12 @@ PLAIN = Passes(accumulate_, factor, emit_, newton_schulz, apply_, gathers=True)
 
 
 def fill_local_(x: Tensor, w: Tensor, m: Tensor, v: Tensor) -> None:
-    """Write the local channels of w, v (N, r, c) and m (N, K, r, c) into x (N, 12, r, c), which holds the clipped gradient."""
+    """Write the local channels from w, v (N, r, c), m (N, K, r, c) into x (N, 12, r, c); x[:, 0] is the clipped gradient."""
     channel = {name: x[:, place] for name, place in LOCAL_PLACES.items()}
     g, s = channel["gradient"], channel["scale"]
     torch.clamp(g, -SMALL_CLIP, SMALL_CLIP, out=channel["clipped_gradient"])
     channel["weight"].copy_(w[:, None])
-    channel["momentum"].copy_(m)  # from here on in float32, whatever their dtype
+    channel["momentum"].copy_(m)  # everything after this copy is float32, whatever the dtype of m
     channel["second_moment"].copy_(v[:, None])
     torch.add(channel["second_moment"], RSQRT_EPS, out=s).rsqrt_()
     torch.mul(channel["momentum"], s, out=channel["scaled_momentum"])
@@ -248,7 +248,7 @@ def fill_local_(x: Tensor, w: Tensor, m: Tensor, v: Tensor) -> None:
 
 
 def fill_factored_(x: Tensor, g: Tensor, m: Tensor, by_row_factor: Tensor, by_col_factor: Tensor) -> None:
-    """Write the factored channels of g (N, r, c) and m (N, K, r, c) into x (N, 6, r, c); factors (N, K, r) and (N, K, c)."""
+    """Write the factored channels from g (N, r, c), m (N, K, r, c) and factors (N, K, r), (N, K, c) into x (N, 6, r, c)."""
     gradient, momentum = x[:, FACTORED_PLACES["factored_gradient"]], x[:, FACTORED_PLACES["factored_momentum"]]
     torch.mul(by_row_factor[..., None], by_col_factor[:, :, None], out=momentum)
     torch.mul(g[:, None], momentum, out=gradient)
@@ -256,10 +256,10 @@ def fill_factored_(x: Tensor, g: Tensor, m: Tensor, by_row_factor: Tensor, by_co
 
 
 def square_sums(x: Tensor) -> Tensor:
-    """Sum of squares of every channel of x (N, F, r, c): (N, F)."""
+    """Sums of squares (N, F) of the channels of x (N, F, r, c)."""
     return torch.linalg.vector_norm(x.flatten(2), dim=2).square()
 
 
 def fold(w0: Tensor, mean_square: Tensor) -> Tensor:
-    """First-layer weights (F, H) for channels that were not normalized: (N, H, F), from their mean squares (N, F)."""
+    """Weights (N, H, F) for unnormalized channels: first-layer weights w0 (F, H) times 1 / RMS, from mean squares (N, F)."""
     return (w0 * (mean_square + RMS_EPS).rsqrt()[..., None]).mT

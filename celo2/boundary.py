@@ -1,8 +1,9 @@
-"""Which modules of a model are its input layers and which its output layers.
+"""Find the input layers and the output layers of a model.
 
-Both have weights of two axes like a hidden matrix, but their rows are tokens, positions or classes. What a model says of itself
-counts first (transformers, timm). Else the output layer is found, in this order, as the linear layer that is tied to an
-embedding, that has the shape of the largest one, or that ends the model. Layers of repeated blocks are never output layers.
+Their weights have two axes like those of hidden matrices, but their rows are tokens, positions or classes. If a model names these
+layers itself (transformers, timm), that counts. Otherwise the output layer is, in this order, the linear layer that is tied to
+an embedding, that has the shape of the largest embedding, or that ends the model. Layers of repeated blocks are never output
+layers.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from torch import Tensor, nn
 from celo2.fused import CONVOLUTIONS, HELD, class_names, owner_of
 
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
-BLOCKS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.RNNBase)  # a block, also where alone
+BLOCKS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.RNNBase)  # blocks, also alone
 HEADS = re.compile("heads?|lm_head|cls_head|classifier|score|logits|to_logits|unembed|unembedding|output_projection|qa_outputs")
-MODULATION = re.compile("adaln.*|.*modulation.*", re.IGNORECASE)  # scales and shifts made of a condition, as in DiT: never a head
-PADDED = 1.1  # a head may have up to a tenth more rows than the vocabulary, so that the number suits a GPU
+MODULATION = re.compile("adaln.*|.*modulation.*", re.IGNORECASE)  # makes scales and shifts from a condition (DiT): never a head
+PADDED = 1.1  # a head may have up to 10 % more rows than the vocabulary: padding to a number that suits GPUs
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 Found = set[Any]  # modules and single parameters
@@ -38,7 +39,7 @@ class Layer(NamedTuple):
 def boundary_of(model: nn.Module, overruled: Mapping[Tensor, str]) -> tuple[Found, Found]:
     """The input layers and the output layers of a model: modules, or parameters that are layers by themselves.
 
-    `overruled` are the parameters whose update the user has given.
+    `overruled` holds the parameters whose update the user has set.
 
     Raises:
         ValueError: several layers that could be the output projection.
@@ -53,7 +54,7 @@ def boundary_of(model: nn.Module, overruled: Mapping[Tensor, str]) -> tuple[Foun
         embedding = asked(module, "get_input_embeddings")
         inputs.update(parts(embedding))
         if embedding in parents and parents[embedding] is not model:
-            inputs.add(parents[embedding])  # holds class tokens and position embeddings that are bare parameters
+            inputs.add(parents[embedding])  # it may hold class tokens and position embeddings as bare parameters
         named = [*parts(asked(module, "get_output_embeddings")), *parts(asked(module, "get_classifier"))]
         outputs.update(named)
         base = getattr(module, "base_model", module)
@@ -67,15 +68,15 @@ def boundary_of(model: nn.Module, overruled: Mapping[Tensor, str]) -> tuple[Foun
 
 
 def asked(module: nn.Module, method: str) -> Any:
-    """What a module of transformers or timm answers, or None where it has no such method or does not implement it."""
+    """The result of a method of a transformers or timm module; None if it is missing or not implemented."""
     try:
         return getattr(module, method)()
-    except (NotImplementedError, AttributeError, TypeError):  # TypeError: one's own method of that name, with arguments
+    except (NotImplementedError, AttributeError, TypeError):  # TypeError: a user's method of that name that needs arguments
         return None
 
 
 def parts(layer: Any) -> Iterator[Any]:
-    """The modules of a layer, or of several, or the parameter that is one."""
+    """All modules within a layer or within each of several layers, or the parameter that is a layer by itself."""
     if isinstance(layer, nn.Module):
         yield from layer.modules()
     elif isinstance(layer, (tuple, list)):
@@ -85,7 +86,7 @@ def parts(layer: Any) -> Iterator[Any]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model itself, inside of DistributedDataParallel, `torch.compile` and wrappers like them."""
+    """The model without wrappers such as DistributedDataParallel and `torch.compile`."""
     children = dict(model.named_children())
     while len(children) == 1 and next(iter(children)) in HELD and not list(model.parameters(recurse=False)):
         model = next(iter(children.values()))
@@ -97,7 +98,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def heads_after_bodies(model: nn.Module) -> Found:
-    """What comes after the last part of a model that has blocks: `classifier` behind `encoder`."""
+    """The modules after the last part of a model that has blocks, as `classifier` after `encoder`."""
     blocks, children = repeated_blocks(model), list(model.children())
     bodies = [i for i, child in enumerate(children) if not blocks.isdisjoint(child.modules())]
     behind = children[bodies[-1] + 1 :] if bodies else []
@@ -108,9 +109,9 @@ def heads_after_bodies(model: nn.Module) -> Found:
 
 
 def heads_of_plain(model: nn.Module, known: Iterable[nn.Module], overruled: Mapping[Tensor, str]) -> Found:
-    """The output layers of a module that does not name them; `known` are the parts of it that do."""
+    """The output layers of a module that does not name them; `known` holds the parts of it that name theirs."""
     inside = {inner for module in known for inner in module.modules()}
-    if inside:  # one's own layers on a pretrained model
+    if inside:  # the user's own layers around a pretrained model
         first = [module for module in known if not any(module in other.modules() for other in known if other is not module)]
         outside = list(layers_outside_blocks(model, inside))
         behind = outside if len(first) == 1 else [layer for layer in outside if comes_after(model, layer.module, first[-1])]
@@ -120,7 +121,7 @@ def heads_of_plain(model: nn.Module, known: Iterable[nn.Module], overruled: Mapp
     marked = [*ending(model, outside), *named]
     embeddings = {id(p) for module in model.modules() if isinstance(module, EMBEDDINGS) for p in module.parameters()}
     if any(id(p) in embeddings for layer in outside for p in layer.module.parameters()):
-        return {layer.module for layer in marked}  # beside the tied one, which is claimed as an embedding
+        return {layer.module for layer in marked}  # besides the tied layer, which counts as an embedding
     said = {layer: overruled.get(p) for layer in outside for p in layer.module.parameters() if p.ndim > 1}
     candidates = [layer for layer in alike(model, outside) if said[layer] != "celo2"]
     chosen = [layer for layer in candidates if layer in marked or said[layer] == "adamw"]
@@ -131,7 +132,7 @@ def heads_of_plain(model: nn.Module, known: Iterable[nn.Module], overruled: Mapp
 
 
 def layers_outside_blocks(model: nn.Module, skipped: set[nn.Module]) -> Iterator[Layer]:
-    """Linear layers and point convolutions, in the order of the model, without those of repeated blocks and of `skipped`."""
+    """Linear layers and point convolutions in model order, without those in repeated blocks, in `skipped` or for modulation."""
     blocks = repeated_blocks(model)
     for name, module in model.named_modules():
         size = linear_size(module)
@@ -140,12 +141,12 @@ def layers_outside_blocks(model: nn.Module, skipped: set[nn.Module]) -> Iterator
 
 
 def modulates(name: str) -> bool:
-    """Whether a module of this name makes scales and shifts."""
+    """Whether the name of a module says that it makes scales and shifts from a condition (MODULATION)."""
     return any(MODULATION.fullmatch(part) for part in name.split("."))
 
 
 def linear_size(module: Any) -> tuple[int, int] | None:
-    """Inputs and outputs of a linear layer, also of GPT-2's, or of a point convolution; None for any other module."""
+    """(inputs, outputs) of a linear layer, including GPT-2's Conv1D, or of a point convolution; None for any other module."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     if isinstance(module, CONVOLUTIONS) and module.groups == 1 and set(module.kernel_size) == {1}:
@@ -156,7 +157,7 @@ def linear_size(module: Any) -> tuple[int, int] | None:
 
 
 def repeated_blocks(model: nn.Module) -> set[nn.Module]:
-    """All modules inside of blocks: modules with several matrices, of one class, that stand beside each other."""
+    """All modules within blocks. Blocks are modules of one class and one parent that hold several matrices each; also BLOCKS."""
     found: set[nn.Module] = set()
     for module in model.modules():
         if module in found:
@@ -177,7 +178,7 @@ def has_several_matrices(module: nn.Module) -> bool:
 
 
 def called_heads(layers: list[Layer]) -> list[Layer]:
-    """The layers that are called a head, and the last layer of each module that is."""
+    """The layers named like a head (HEADS), and the last layer of each module named so."""
     found = {}
     for layer in layers:
         path = layer.name.split(".")
@@ -187,13 +188,13 @@ def called_heads(layers: list[Layer]) -> list[Layer]:
 
 
 def comes_after(model: nn.Module, one: nn.Module, other: nn.Module) -> bool:
-    """Whether `one` is registered behind `other` in a model."""
+    """Whether `one` is registered after `other` in a model."""
     order = list(model.modules())
     return order.index(one) > order.index(other)
 
 
 def alike(model: nn.Module, layers: list[Layer]) -> list[Layer]:
-    """The layers that have the shape of the largest embedding, or else that shape with rows added."""
+    """The layers with the shape of the largest embedding; if there are none, those with that shape and padded rows."""
     sizes = [(m.num_embeddings, m.embedding_dim) for m in model.modules() if isinstance(m, EMBEDDINGS)]
     if not sizes:
         return []
@@ -204,9 +205,9 @@ def alike(model: nn.Module, layers: list[Layer]) -> list[Layer]:
 
 
 def ending(model: nn.Module, layers: list[Layer]) -> list[Layer]:
-    """The layers that end a model: the last one, those beside it, and the last ones of networks beside its own."""
+    """The layers that end a model: the last one, parallel heads, and the last layers of networks parallel to the last one."""
     parents = {child: (module, name) for module in model.modules() for name, child in module.named_children()}
-    found_in: dict[nn.Module, bool] = {}  # layers with parameters, in the order of the model: whether one has several axes
+    found_in: dict[nn.Module, bool] = {}  # layers with parameters, in model order: whether a parameter has several axes
     for module_name, module in model.named_modules():
         for attribute, p in () if modulates(module_name) else module.named_parameters(recurse=False):
             owner, _ = owner_of(module, attribute, parents)
@@ -223,9 +224,9 @@ def ending(model: nn.Module, layers: list[Layer]) -> list[Layer]:
 
 
 def networks_beside(layers: list[Layer]) -> list[Layer]:
-    """The last layers of networks of the same depth that read what the last network reads: an actor beside a critic.
+    """The last layers of networks parallel to the last network: at least as deep, with as many inputs (an actor and a critic).
 
-    A network is a chain of layers, each of which reads as much as the one before it gives.
+    A network is a chain of layers, each with as many inputs as the layer before it has outputs.
     """
     chains: list[list[Layer]] = []
     for layer in layers:
@@ -235,7 +236,7 @@ def networks_beside(layers: list[Layer]) -> list[Layer]:
             chains.append([layer])
     *others, last = chains
     found: list[Layer] = []
-    read = {layer.inputs for layer in last}  # by what comes behind
+    read = {layer.inputs for layer in last}  # the input sizes of all later networks
     for chain in reversed(others):
         beside = len(chain) >= len(last) > 1 and chain[-len(last)].inputs == last[0].inputs
         if not beside or chain[-1].outputs in read:
@@ -246,6 +247,6 @@ def networks_beside(layers: list[Layer]) -> list[Layer]:
 
 
 def are_beside(one: Layer, other: Layer) -> bool:
-    """Whether two layers of one module read the same, and neither feeds the other: the heads of several tasks."""
+    """Whether two layers of one module have equal inputs and neither can feed the other, as the heads of several tasks."""
     same_module = one.name.rpartition(".")[0] == other.name.rpartition(".")[0]
     return same_module and one.inputs == other.inputs and one.inputs not in (one.outputs, other.outputs)

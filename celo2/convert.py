@@ -1,4 +1,4 @@
-"""`python -m celo2.convert IN OUT`: a rule from any place and format that is read to `.safetensors` or the published `.state`."""
+"""`python -m celo2.convert IN OUT`: read a rule in any supported format, write it as `.safetensors` or the published `.state`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from celo2.rule_files import VARIANTS, RuleError, load_rule, save_rule
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Convert; status 2 and one line on stderr when the input is not a rule."""
+    """Convert a rule. Returns the exit status: 2, with one line on stderr, if the input is not a rule."""
     parser = argparse.ArgumentParser(prog="python -m celo2.convert", description=__doc__)
     parser.add_argument("input", help="a shipped name, a .safetensors rule, a published theta.state, a folder, or hub:OWNER/NAME")
     parser.add_argument("output", help="a path ending in .safetensors or .state")

@@ -1,7 +1,7 @@
-"""A range of the elements of a flattened parameter, cut into the fewest blocks of its stack (N, R, C) that views can show.
+"""Cut a range of elements of a flattened parameter into the fewest blocks of its stack (N, R, C) that strided views can show.
 
-Every sharding scheme leaves a rank such a range (`celo2.distributed.shard`), and a layout (`celo2.layout`) may store the matrices
-in any order. With these blocks nothing is ever copied into the order of the stack.
+Every sharding scheme gives a rank such a range (`celo2.distributed.shard`), and a layout (`celo2.layout`) may store the matrices
+in any order. Thanks to these blocks nothing is ever copied into the order of the stack.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import math
 from collections.abc import Iterator
 
 Layout = tuple[tuple[int, ...], tuple[int, ...], tuple[int, int, int]]  # see `celo2.layout`
-Range = tuple[int, int]  # first index and the one after the last
-Block = tuple[list[slice], list[int], int]  # of N, R and C the indices and the strides; its first element in the parameter
+Range = tuple[int, int]  # [start, stop)
+Block = tuple[list[slice], list[int], int]  # slices and strides along N, R and C; position of its first element in the parameter
 
 
 def cut(layout: Layout, start: int, stop: int) -> Iterator[Block]:
     """The elements [start, stop) as blocks of the stack, each element once.
 
-    A range that begins and ends within rows is up to five boxes: the rest of a row, the rest of a matrix, whole matrices, whole
-    rows, the beginning of a row.
+    A range that begins and ends within rows gives up to five boxes: the rest of a row, the rest of a matrix, whole matrices,
+    whole rows, and the beginning of a row.
     """
     if start >= stop:
         return
@@ -29,7 +29,7 @@ def cut(layout: Layout, start: int, stop: int) -> Iterator[Block]:
 
 
 def merged_axes(layout: Layout) -> list[list[int]]:
-    """Which axes of `dims` make up N, R and C; ValueError where `shape` is not a merging of adjacent permuted axes."""
+    """The axes of `dims` that make up N, R and C. Raises ValueError if `shape` does not merge adjacent permuted axes."""
     dims, order, shape = layout
     left, axes = list(order), []
     for size in shape:
@@ -43,7 +43,7 @@ def merged_axes(layout: Layout) -> list[list[int]]:
 
 
 def boxes(dims: tuple[int, ...], start: int, stop: int) -> Iterator[list[Range]]:
-    """The elements [start, stop) of an array of `dims` in row-major order, as boxes of one range for each axis."""
+    """The elements [start, stop) of an array of `dims` in row-major order, as boxes: one range for each axis."""
     if start >= stop:
         return
     if not dims:
@@ -63,7 +63,7 @@ def boxes(dims: tuple[int, ...], start: int, stop: int) -> Iterator[list[Range]]
 
 
 def strided(dims: tuple[int, ...], axes: list[list[int]], box: list[Range]) -> Iterator[Block]:
-    """`box` cut until each of its N, R and C is one slice with one stride."""
+    """Cut `box` into blocks that are one slice with one stride along each of N, R and C."""
     steps = [math.prod(dims[i + 1 :]) for i in range(len(dims))]
     slices, strides = [], []
     for axis in axes:

@@ -1,8 +1,8 @@
 """Which matrices one weight holds: fused projections, gates of recurrent layers, groups of convolutions, stacks of experts.
 
-The authority is what a module's own code does with the outputs of a projection. The tables say it for torch, transformers and
-timm, and a test computes the modules' outputs again from the split matrices. A class is recognized by its bases, because
-`fully_shard` and `torch.nn.utils.parametrize` rename it. A projection that is fused and not split carries a note.
+What counts is how a module's own code cuts the outputs of a projection. The tables record this for torch, transformers and timm,
+and a test recomputes the modules' outputs from the split matrices. A class is also recognized by its base classes, because
+`fully_shard` and `torch.nn.utils.parametrize` rename it. A projection that is fused but not split gets a note.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from celo2.layout import Layout
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 GATES = ((nn.LSTM, 4), (nn.LSTMCell, 4), (nn.GRU, 3), (nn.GRUCell, 3))
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-HELD = (*WRAPPERS, "module", "base_layer")  # names that a wrapper gives to what it holds; `base_layer` is PEFT's
+HELD = (*WRAPPERS, "module", "base_layer")  # attributes under which wrappers hold the wrapped module; `base_layer` is PEFT's
 
 NOT_SPLIT = "fused, in one piece"
 IN_UNITS = "fused, unequal parts: {} pieces as large as the smallest"
@@ -29,17 +29,17 @@ Parents = Mapping[nn.Module, tuple[nn.Module, str]]
 
 
 class Split(NamedTuple):
-    """How the outputs of a projection follow one another: `repeats` times, the parts one after the other."""
+    """The order of a projection's outputs: the parts one after the other, and this sequence `repeats` times."""
 
     repeats: int
     parts: tuple[int, ...]  # outputs of each part
 
 
-Splitter = Callable[[Any, int], Split]  # of the module that computes with the projection, and the projection's outputs
+Splitter = Callable[[Any, int], Split]  # takes the module that uses the projection, and the projection's number of outputs
 
 
 class Matrices(NamedTuple):
-    """A weight as a stack of (outputs, inputs) matrices; without a layout it is one matrix as it stands."""
+    """A weight as a stack of (outputs, inputs) matrices; without a layout the weight is one such matrix."""
 
     layout: Layout | None = None
     note: str = ""
@@ -49,22 +49,22 @@ class Matrices(NamedTuple):
 
 
 def equal(n: int) -> Splitter:
-    """`n` equal parts one after the other, as of `chunk(n, dim=-1)`."""
+    """`n` equal parts one after the other, as for `chunk(n, dim=-1)`."""
     return lambda module, outputs: Split(1, (outputs // n,) * n)
 
 
 def per_head(n: int) -> Splitter:
-    """The `n` equal parts of each head lie together, as of `view(..., heads, n * width)`."""
+    """For each head `n` equal parts one after the other, as for `view(..., heads, n * width)`."""
     return lambda module, outputs: Split(heads(module), (outputs // (n * heads(module)),) * n)
 
 
 def interleaved(n: int) -> Splitter:
-    """Outputs of `n` parts in turns."""
+    """The outputs of `n` equal parts alternate, one output of each part at a time."""
     return lambda module, outputs: Split(outputs // n, (1,) * n)
 
 
 def heads(module: Any) -> int:
-    """Attention heads of a module."""
+    """The number of attention heads of a module."""
     names = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
     found = next((getattr(module, name) for name in names if isinstance(getattr(module, name, None), int)), None)
     return found or module.config.num_attention_heads
@@ -76,56 +76,56 @@ def query_then(kv: Callable[[Any], int]) -> Splitter:
 
 
 def falcon(m: Any, outputs: int) -> Split:
-    """Grouped: the queries, the key and the value of each group; multi-query: all queries, one key, one value; else per head."""
+    """Grouped: [queries; key; value] of each group. Multi-query: [all queries; one key; one value]. Otherwise per head."""
     if m.new_decoder_architecture:
         return Split(m.num_kv_heads, ((m.num_heads // m.num_kv_heads) * m.head_dim, m.head_dim, m.head_dim))
     return query_then(lambda m: m.head_dim)(m, outputs) if m.multi_query else per_head(3)(m, outputs)
 
 
 def gpt_bigcode(m: Any, outputs: int) -> Split:
-    """[q; k; v] with one key and value head for all, or per head."""
+    """Multi-query: [q; k; v] with one key and one value head. Otherwise per head; [k; v] in cross-attention."""
     if m.is_cross_attention:
         return equal(2)(m, outputs)
     return query_then(lambda m: m.kv_dim)(m, outputs) if m.multi_query else per_head(3)(m, outputs)
 
 
 def gpt2(m: Any, outputs: int) -> Split:
-    """[q; k; v], or [k; v] of cross-attention."""
+    """[q; k; v], or [k; v] in cross-attention."""
     return equal(outputs // m.split_size)(m, outputs)
 
 
 def timm_attention(m: Any, outputs: int) -> Split:
-    """[q; k; v]; per head in MaxViT's `head_first`, and with keys and values of other widths in LeViT and its kin."""
+    """[q; k; v]; per head in MaxViT (`head_first`); as `levit` where keys and values differ in width."""
     if hasattr(m, "key_dim") and hasattr(m, "val_dim"):
         return levit(m, outputs)
     return per_head(3)(m, outputs) if getattr(m, "head_first", False) else equal(3)(m, outputs)
 
 
 def grouped_by_key(m: Any, outputs: int) -> Split:
-    """[q; k; v; z] for each key head, which serves several values."""
+    """[q; k; v; z] for each key head; several value heads share a key head."""
     values = m.value_dim // m.num_k_heads
     return Split(m.num_k_heads, (m.head_k_dim, m.head_k_dim, values, values))
 
 
 def levit(m: Any, outputs: int) -> Split:
-    """The query, if there is one, the key and the wider value of each head."""
+    """[query, if there is one; key; wider value] of each head."""
     values = int(m.attention_ratio * m.key_dim) if hasattr(m, "attention_ratio") else m.val_dim
     keys = outputs // heads(m) - values
     return Split(heads(m), (*[m.key_dim] * (keys // m.key_dim), values))
 
 
 def key_then_value(m: Any, outputs: int) -> Split:
-    """Multi-head latent attention: each head's key without position, and its value."""
+    """Multi-head latent attention: [key without position; value] of each head."""
     return Split(outputs // (m.qk_nope_head_dim + m.v_head_dim), (m.qk_nope_head_dim, m.v_head_dim))
 
 
 def in_one_piece(m: Any, outputs: int) -> Split:
-    """Parts that no stack of equal matrices can hold: a state-space model's [z, x, B, C, dt], a latent and a rotary key."""
+    """Not split: no stack of equal matrices can hold the parts, as [z; x; B; C; dt] of a state-space model."""
     return Split(1, (outputs, 0))
 
 
-# (attribute of the projection, how it is cut, classes of the modules that compute with it). A class of a common name is given
-# with the package that it belongs to.
+# (attribute of the projection, how it is cut, classes of the modules that use it). A class whose name several packages use is
+# given with its package.
 FUSED: list[tuple[str, Splitter, str]] = [
     (
         "qkv",
@@ -207,7 +207,7 @@ FUSED: list[tuple[str, Splitter, str]] = [
     ("linear_1", equal(2), "AyaVisionMultiModalProjector Cohere2VisionMultiModalProjector"),
 ]
 SPLITTERS = {(name, attribute): cut for attribute, cut, classes in FUSED for name in classes.split()}
-# Weights of three axes, of which the last two are heads and their width: where their outputs are.
+# Weights of three axes, the last two heads and head width: the outputs are these two ("behind") or the first axis ("in front").
 HEADED = {("XLNetRelativeAttention", name): "behind" for name in "qkvr"}
 HEADED |= {("XLNetRelativeAttention", "o"): "in front", ("FunnelRelMultiheadAttention", "r_kernel"): "behind"}
 WITH_NORM = ("MLPLayerWithBN", "LinearNorm", "ConvNorm")  # LeViT's projections with their norm
@@ -225,12 +225,12 @@ EXPERTS = {
 
 
 def class_names(module: nn.Module) -> list[str]:
-    """Names of a module's class and its bases, nearest first, each also with the package that it belongs to."""
+    """Names of a module's class and its base classes, nearest first, each without and with its package."""
     return [name for c in type(module).__mro__ for name in (c.__name__, f"{c.__module__.partition('.')[0]}.{c.__name__}")]
 
 
 def holder_of(module: nn.Module, parents: Parents) -> tuple[nn.Module | None, str]:
-    """The module that computes with `module`, and the attribute under which it knows it, through lists and wrappers."""
+    """The module that uses `module`, and the attribute under which it holds it; skips module lists and wrappers."""
     parent, name = parents.get(module, (None, ""))
     while parent in parents and (name in HELD or isinstance(parent, nn.ModuleList)):
         parent, name = parents[parent]  # type: ignore[index]
@@ -238,7 +238,7 @@ def holder_of(module: nn.Module, parents: Parents) -> tuple[nn.Module | None, st
 
 
 def owner_of(module: nn.Module, attribute: str, parents: Parents) -> tuple[nn.Module, str]:
-    """The layer that uses a parameter, and the attribute that the parameter stands for, also through a parametrization.
+    """The layer that uses a parameter, and the attribute that the parameter represents, also under a parametrization.
 
     `parametrizations.weight.original1` and `weight_v` are the `weight` of the layer that they parametrize.
     """
@@ -253,7 +253,7 @@ def owner_of(module: nn.Module, attribute: str, parents: Parents) -> tuple[nn.Mo
 
 
 def split_of(module: Any, attribute: str, outputs: int, parents: Parents) -> tuple[Split | None, str]:
-    """How the outputs of a projection are cut, as far as a table or the module says so, and a note if they look fused."""
+    """How the outputs of a projection are cut, if a table or the module says so; else None and, if it looks fused, a note."""
     if isinstance(module, nn.MultiheadAttention) and attribute == "in_proj_weight":
         return equal(3)(module, outputs), ""
     if gates := next((n for cls, n in GATES if isinstance(module, cls) and re.match("weight_[ih]h", attribute)), 0):
@@ -277,13 +277,13 @@ def split_of(module: Any, attribute: str, outputs: int, parents: Parents) -> tup
 
 
 def units_of(split: Split) -> tuple[int, int] | None:
-    """The parts of a split as equal units: (units in a repeat, outputs of a unit); None where they have no common size."""
+    """The parts of a split as equal units: (units in a repeat, outputs of a unit). None if they have no common unit size."""
     size = min(split.parts)
     return (sum(split.parts) // size, size) if size and not any(part % size for part in split.parts) else None
 
 
 def projection(outputs: int, inputs: int, split: Split | None, note: str, transposed: bool = False, experts: int = 0) -> Matrices:
-    """The matrices of a weight (outputs, inputs), or (inputs, outputs) where `transposed`; of E experts, with E in front."""
+    """The matrices of a weight (outputs, inputs), or (inputs, outputs) if `transposed`; with an axis in front for `experts`."""
     units = units_of(split) if split else (1, outputs)
     if split is None or units is None:
         repeats, count, size = 1, 1, outputs
@@ -295,7 +295,7 @@ def projection(outputs: int, inputs: int, split: Split | None, note: str, transp
     fused = (count, size) if repeats == 1 else (repeats, count, size)
     by_outputs = (0, 1) if repeats == 1 else (1, 0, 2)
     lead = (experts,) if experts else ()
-    first = len(lead) + (1 if transposed else 0)  # the axis of `dims` where the outputs begin
+    first = len(lead) + (1 if transposed else 0)  # the first axis of the outputs in `dims`
     dims = (*lead, inputs, *fused) if transposed else (*lead, *fused, inputs)
     axis_of_inputs = len(lead) if transposed else len(dims) - 1
     order = (*range(len(lead)), *(first + axis for axis in by_outputs), axis_of_inputs)
@@ -305,13 +305,13 @@ def projection(outputs: int, inputs: int, split: Split | None, note: str, transp
 
 
 def stack(count: int, rows: int, cols: int, order: tuple[int, int, int] = (0, 1, 2)) -> Matrices:
-    """A weight that is `count` matrices (rows, cols), or such as `order` makes of them."""
+    """A weight of `count` matrices (rows, cols), with these three axes permuted by `order`."""
     dims = count, rows, cols
     return Matrices((dims, order, (dims[order[0]], dims[order[1]], dims[order[2]])))
 
 
 def matrices_of(module: Any, attribute: str, shape: tuple[int, ...], parents: Parents) -> Matrices:
-    """How a weight of a layer, of two or more axes, is a stack of (outputs, inputs) matrices."""
+    """The weight of a layer, of two or more axes, as a stack of (outputs, inputs) matrices."""
     names = class_names(module)
     if isinstance(module, CONVOLUTIONS):
         if module.groups > 1:
@@ -324,7 +324,7 @@ def matrices_of(module: Any, attribute: str, shape: tuple[int, ...], parents: Pa
         )
     if is_experts(module) and len(shape) == 3:
         return expert_matrices(module, attribute, shape, parents)
-    if "DbrxExpertGLU" in names:  # (experts × inner, width); w2 reads the inner side
+    if "DbrxExpertGLU" in names:  # (experts × inner, width); the inner side is the input of w2
         experts = module.moe_num_experts
         return stack(experts, shape[0] // experts, shape[1], (0, 2, 1) if attribute == "w2" else (0, 1, 2))
     if by_head := next((HEADED[name, attribute] for name in names if (name, attribute) in HEADED), ""):
@@ -337,18 +337,18 @@ def matrices_of(module: Any, attribute: str, shape: tuple[int, ...], parents: Pa
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether a module holds the weights of several experts in each parameter."""
+    """Whether each parameter of a module holds the weights of several experts."""
     says_so = hasattr(module, "is_transposed") and hasattr(module, "is_concatenated")
     return says_so or any(name in EXPERTS for name in class_names(module))
 
 
 def expert_matrices(module: Any, attribute: str, shape: tuple[int, ...], parents: Parents) -> Matrices:
-    """The weights of all experts, with gate and up projection fused: [gate; up], or gate and up in turns."""
+    """The weights of all experts. A fused gate and up projection is [gate; up], or gate and up alternate."""
     experts, *sides = shape
     name = next((name for name in class_names(module) if name in EXPERTS), "")
     transposed = module.is_transposed if hasattr(module, "is_transposed") else EXPERTS[name]
     outputs, inputs = reversed(sides) if transposed else sides
-    split, note = split_of(module, attribute, outputs, parents)  # of the module that holds JetMoE's parallel experts
+    split, note = split_of(module, attribute, outputs, parents)  # JetMoE: the module that holds the parallel experts decides
     if attribute.startswith("gate_up"):
         cut = equal if getattr(module, "is_concatenated", True) else interleaved
         split, note = cut(2)(module, outputs), ""

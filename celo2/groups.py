@@ -1,4 +1,4 @@
-"""What a user may put into a parameter group of `Celo2`. Every error names the group."""
+"""Check the parameter groups that users give to `Celo2`. Every error names the group."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ if TYPE_CHECKING:
 
 UPDATES = ("celo2", "adamw")
 GROUP_KEYS = ("params", "param_names", "lr", "weight_decay", "betas", "eps", "update", "orthogonalize", "matrices")
-PLANNED = ("update", "orthogonalize", "matrices")  # the options that a plan depends on, beside the parameters and their shapes
-# Other names of our keys, in other optimizers and in the arguments of `param_groups`.
+PLANNED = ("update", "orthogonalize", "matrices")  # the options that a plan depends on, besides the parameters and their shapes
+# Names that other optimizers and the arguments of `param_groups` use for the keys of a group here.
 ALIASES = {
     **{"learning_rate": "lr", "adamw_lr": "lr", "wd": "weight_decay", "l2": "weight_decay", "layout": "matrices"},
     **{"beta1": "betas", "beta2": "betas", "adamw_betas": "betas", "epsilon": "eps", "adamw_eps": "eps", "use_muon": "update"},
 }
 # Options of torch's optimizers that would change the update, and the only value that each may have here. `foreach`, `fused` and
-# `capturable`, which choose how the same update is computed, may have any.
+# `capturable` only choose how the same update is computed and may have any value.
 FIXED = {"maximize": False, "amsgrad": False, "nesterov": False, "differentiable": False, "decoupled_weight_decay": True}
-NEAR = 0.76  # least similarity of a misspelt key: "matrics" 0.93, "lrs" 0.8; "steps" and eps 0.75
+NEAR = 0.76  # lowest similarity that counts as a misspelling: "matrics" has 0.93, "lrs" 0.8; "steps" and eps have 0.75
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def add_checked(groups: list[dict[str, Any]], new: dict[str, Any], add: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """`new` as a group with all its options, added to `groups` by `add`, which is torch's own; after an error it is not there.
+    """Add `new` to `groups` by torch's function `add`, check it, and return it with all its options; an error removes it again.
 
-    Keys of others stay and mean nothing here: `name`, `lr_scale`, what schedulers write, the arguments of `Celo2` that
+    Unknown keys are kept and ignored: `name`, `lr_scale`, the keys of schedulers, and the arguments of `Celo2` that
     ZeroRedundancyOptimizer and SAM put into every group.
     """
     count = len(groups)
@@ -63,14 +63,14 @@ def add_checked(groups: list[dict[str, Any]], new: dict[str, Any], add: Callable
 
 
 def check_keys(group: Mapping[str, Any], where: str) -> None:
-    """Raise ValueError for a key that is a misspelt one of ours."""
+    """Raise ValueError if a key is a misspelling of one of GROUP_KEYS."""
     for key in group:
         if meant := meant_by(key):
             raise ValueError(f"{where}: unknown key '{key}'; did you mean '{meant}'?")
 
 
 def meant_by(key: Any) -> str | None:
-    """The key of ours that `key` misspells; None for ours, and for what others may mean by a key of their own."""
+    """The one of GROUP_KEYS that `key` misspells; None if `key` is one of them, or may be a key of another library."""
     if not isinstance(key, str) or key in GROUP_KEYS:
         return None
     plain = key.lower().replace("-", "_").strip("_")
@@ -82,9 +82,10 @@ def meant_by(key: Any) -> str | None:
 
 
 def check_group(group: dict[str, Any], where: str) -> None:
-    """Raise ValueError or TypeError for an option out of range, or a parameter that cannot be updated.
+    """Raise ValueError or TypeError if an option is out of range, or a parameter cannot be updated.
 
-    Betas and layouts become tuples, numbers of other libraries Python's own, which `torch.load(weights_only=True)` reads.
+    Also converts betas and layouts to tuples, and numbers of other libraries to Python's numbers, so that
+    `torch.load(weights_only=True)` can read saved groups.
     """
     for key, value in FIXED.items():
         if bool(group.get(key, value)) is not value:
@@ -111,24 +112,24 @@ def check_group(group: dict[str, Any], where: str) -> None:
     layout = group["matrices"]
     for p in group["params"]:
         shape = tuple(p.shape)
-        if p.requires_grad and p.dtype not in FLOATS:  # others may be there, frozen: quantized weights
+        if p.requires_grad and p.dtype not in FLOATS:  # frozen parameters may have other dtypes, such as quantized weights
             raise TypeError(f"{where}: a parameter of shape {shape} is {p.dtype}; only real floats of 16 to 64 bits can learn")
         if layout is not None and math.prod(layout[0]) != math.prod(local_shard_of(p).shape):
             raise ValueError(f"{where}: matrices {layout} do not fit a parameter of shape {shape}")
 
 
 def is_number(value: Any) -> bool:
-    """Whether `value` is a real number or a tensor of one; True and False are none."""
+    """Whether `value` is a real number or a tensor of one element; True and False are not numbers."""
     return (isinstance(value, Real) and not isinstance(value, bool)) or (isinstance(value, Tensor) and value.numel() == 1)
 
 
 def plain_number(value: Any) -> Any:
-    """`value` as a float, unless it is an int or a tensor, which a scheduler may fill."""
+    """`value` as a float; an int or a tensor stays as it is, since a scheduler may fill the tensor."""
     return value if isinstance(value, Tensor) or type(value) is int else float(value)
 
 
 def as_betas(value: Any, where: str) -> tuple[Any, Any]:
-    """`value`, any sequence of two numbers in [0, 1), as a tuple."""
+    """`value`, any sequence of two numbers in [0, 1), as a tuple. Raises ValueError for anything else."""
     if isinstance(value, Tensor):
         value = value.tolist()
     betas = tuple(value) if hasattr(value, "__getitem__") and not isinstance(value, (Mapping, str, bytes)) else ()
@@ -139,7 +140,7 @@ def as_betas(value: Any, where: str) -> tuple[Any, Any]:
 
 
 class ParamGroups(list[dict[str, Any]]):
-    """The groups that `param_groups` returns, which knows for which variant of a rule they are."""
+    """The list of groups that `param_groups` returns, with the variant of the rule that the groups are for."""
 
     def __init__(self, groups: Iterable[dict[str, Any]], variant: str) -> None:
         super().__init__(groups)
@@ -147,7 +148,7 @@ class ParamGroups(list[dict[str, Any]]):
 
 
 def warn_of_variant(params: Any, rule: Rule) -> None:
-    """Warn of `ParamGroups` that are for a rule of another variant. Groups made by hand say nothing of it."""
+    """Warn if `params` are `ParamGroups` for a rule of another variant. Groups made by hand do not name a variant."""
     if isinstance(params, ParamGroups) and params.variant != rule.variant:
         warnings.warn(
             f"the groups are those of param_groups(..., variant='{params.variant}'), but the rule is a {rule.variant} rule: give "
@@ -157,7 +158,7 @@ def warn_of_variant(params: Any, rule: Rule) -> None:
 
 
 def warn_of_unused(optimizer: torch.optim.Optimizer) -> None:
-    """Warn of every argument of an optimizer that has no effect because each of its groups has another value of its own."""
+    """Warn of each argument of an optimizer that has no effect because every group sets another value."""
     parameters = inspect.signature(type(optimizer)).parameters
     for name, value in optimizer.defaults.items():
         given = name in parameters and not same(value, parameters[name].default)
@@ -178,17 +179,17 @@ def same(one: Any, other: Any) -> bool:
 def names_of(index: int, group: Mapping[str, Any]) -> Sequence[str]:
     """Names of a group's parameters, for messages and to compare ranks."""
     names, count = group.get("param_names") or (), len(group["params"])
-    # ZeroRedundancyOptimizer gives every rank the names of all parameters and some of the parameters.
+    # ZeroRedundancyOptimizer gives every rank the names of all parameters, but only some of the parameters.
     return names if len(names) == count else [f"parameter {i} of group {index}" for i in range(count)]
 
 
 def places_by_name(names: Sequence[str], saved: Sequence[str] | None, where: str) -> Sequence[int]:
-    """Where each parameter of a group stands in the saved group, by name; without saved names in order.
+    """The index of each parameter of a group in the saved group, by name; without saved names the order is the same.
 
-    Two names are the same if they differ only in wrappers (`module.`), or in what stands before (`model.`).
+    Two names are equal if they differ only in the names of wrappers (`module.`) or in a prefix (`model.`).
 
     Raises:
-        ValueError: a saved parameter of another name.
+        ValueError: the names differ.
     """
     if saved is None or len(saved) != len(names):
         return range(len(names))
@@ -209,23 +210,23 @@ def places_by_name(names: Sequence[str], saved: Sequence[str] | None, where: str
 
 
 def is_same(one: Sequence[str], other: Sequence[str]) -> bool:
-    """Whether one of two names, in parts, is the end of the other."""
+    """Whether one of two names, given in parts, is a suffix of the other."""
     shorter = min(len(one), len(other))
     return one[-shorter:] == other[-shorter:]
 
 
 def parts_of(name: str) -> tuple[str, ...]:
-    """The parts of a parameter's name without those of wrappers."""
+    """The parts of a parameter's name, without those that wrappers add."""
     return tuple(part for part in name.split(".") if part not in HELD)
 
 
 def has_name(name: str, others: Collection[str]) -> bool:
-    """Whether one of `others` is the same name, as for `places_by_name`."""
+    """Whether one of `others` is equal to `name` in the sense of `places_by_name`."""
     return name in others or any(is_same(parts_of(name), parts_of(other)) for other in others)
 
 
 def unmatched_names(groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Mapping[str, Any]]) -> str:
-    """What to say of groups that do not have the parameters of the saved ones: names that only one side has, as far as known."""
+    """Text for an error about groups that differ from the saved ones: the names that only one side has, if names are known."""
     own, saved = ([name for group in of for name in group.get("param_names") or ()] for of in (groups, saved_groups))
     if not own or not saved:
         return ""
@@ -240,7 +241,7 @@ def unmatched_names(groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[
 
 
 def bad_gradient(index: int, group: Mapping[str, Any], p: Tensor) -> RuntimeError:
-    """The error for a parameter `p` of group `index` with a gradient that no update can take."""
+    """The error for a parameter `p` of group `index` whose gradient no update can use."""
     g: Any = p.grad
     name = next(name for name, q in zip(names_of(index, group), group["params"], strict=True) if q is p)
     kind = "complex" if g.is_complex() else str(g.dtype) if g.layout is torch.strided else "sparse"
@@ -249,7 +250,7 @@ def bad_gradient(index: int, group: Mapping[str, Any], p: Tensor) -> RuntimeErro
 
 
 def check_capture(optimizer: Celo2) -> None:
-    """Raise RuntimeError unless a step may be captured in a CUDA graph, which repeats what the host gave it for ever."""
+    """Raise RuntimeError unless a step can be captured in a CUDA graph, whose replays reuse all values that the host passed."""
     for index, group in enumerate(optimizer.param_groups):
         learning = [p for p in group["params"] if p.grad is not None]
         lr = group["lr"]

@@ -1,7 +1,7 @@
-"""Rules on the Hugging Face Hub: `hub:OWNER/NAME[@REVISION][:FILE]`, folders with a card, and uploads.
+"""Rules on the Hugging Face Hub: load `hub:OWNER/NAME[@REVISION][:FILE]`, write folders with a card, and upload rules.
 
-huggingface_hub is imported when it is used. The network, the cache, tokens, the endpoint and offline mode are its own
-(HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE). A commit that is in the cache is read without a request.
+huggingface_hub is imported only when it is used. It handles network, cache, tokens, endpoint and offline mode (HF_HOME, HF_TOKEN,
+HF_ENDPOINT, HF_HUB_OFFLINE). A file of a given commit that is in the cache is read without a request.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from typing import Any
 from celo2.rule import Rule
 from celo2.rule_files import FILES, HUB, LARGEST, PRETRAINED, SHIPPED, RuleError, load_rule, read_rule, save_rule, the_rule
 
-# The published weights: a theta.state does not say what it is for, but their cards do. `orthogonalize=False` is celo2-base.
+# Variants of the published weights, from their cards (`orthogonalize=False` is celo2-base): a theta.state does not name its own.
 PUBLISHED = {"amoudgl/celo2": "celo2", "amoudgl/celo2-base": "celo2-base"}
 NAME = re.compile(r"(?P<repo>\w[\w.-]*/[\w.-]+)(@(?P<revision>[^\s:\\]+))?(:(?P<file>[^\s:\\]+))?", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{40}")
-BUSY = (408, 429)  # answers of a server that may answer otherwise later, as are all from 500 on
+BUSY = (408, 429)  # temporary HTTP errors of a server, as are all from 500 on
 TIMEOUT = 10.0  # seconds for the list of a repository's files
 
 
 @dataclass(frozen=True)
 class Address:
-    """A rule on the Hub: `OWNER/NAME`; a branch, tag or commit, else main; and a file in it, else the only rule that is there."""
+    """A rule on the Hub: `OWNER/NAME`; a branch, tag or commit, by default main; and a file, by default the only rule there."""
 
     repo: str
     revision: str | None = None
@@ -37,7 +37,7 @@ class Address:
 
 
 def parse(name: str) -> Address:
-    """The address that `hub:OWNER/NAME[@REVISION][:FILE]` stands for, with or without `hub:`."""
+    """Parse `hub:OWNER/NAME[@REVISION][:FILE]`, with or without `hub:`. Raises RuleError for any other text."""
     found = NAME.fullmatch(name.removeprefix(HUB))
     if found is None or any(not {"", ".", ".."}.isdisjoint(path.split("/")) for path in found.group("revision", "file") if path):
         raise RuleError(
@@ -48,7 +48,7 @@ def parse(name: str) -> Address:
 
 
 def load(name: str, variant: str | None = None, **options: Any) -> Rule:
-    """The rule at a name of the Hub, whose `source` is the name with the commit. `options` and errors: as `from_pretrained`."""
+    """Load a rule by its name on the Hub; its `source` includes the commit. `options` and errors: see `from_pretrained`."""
     address = parse(name)
     path = fetch(address, **options)
     file = address.file or path.name
@@ -59,7 +59,7 @@ def load(name: str, variant: str | None = None, **options: Any) -> Rule:
 
 
 def commit_of(path: Path, file: str) -> str:
-    """The commit of a file in the cache: `.../snapshots/COMMIT/FILE`."""
+    """The commit of a file in the cache, from its path `.../snapshots/COMMIT/FILE`."""
     return path.parts[-2 - file.count("/")]
 
 
@@ -71,7 +71,7 @@ def fetch(
     local_files_only: bool = False,
     force_download: bool = False,
 ) -> Path:
-    """The local copy of the file at `address`, in the cache of huggingface_hub."""
+    """The path of the file at `address` in the cache of huggingface_hub; downloads the file if needed."""
     hub = library(str(address))
     names = (address.file,) if address.file else FILES
     try:
@@ -88,7 +88,7 @@ def fetch(
             return download(address, hub, token=token, cache_dir=cache_dir, force_download=force_download)
         except RuleError:
             raise
-        except Exception as error:  # the library's own, those of its HTTP client, and of the socket
+        except Exception as error:  # errors of the library, of its HTTP client and of sockets
             reason = explain(error, address.repo)
             if answered(error):
                 raise RuleError(f"{address} cannot be loaded: {reason}") from None
@@ -101,7 +101,7 @@ def fetch(
 
 
 def download(address: Address, hub: ModuleType, **options: Any) -> Path:
-    """Ask the Hub what is at `address`, and get the file unless the cache has it."""
+    """Ask the Hub which files are at `address`, download the rule unless the cache has it, and return its path."""
     api = hub.HfApi(token=options["token"])
     info = api.model_info(address.repo, revision=address.revision, files_metadata=True, timeout=TIMEOUT)
     sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
@@ -111,7 +111,7 @@ def download(address: Address, hub: ModuleType, **options: Any) -> Path:
     if sizes[file] > LARGEST:
         raise RuleError(f"{address}: {file} has {sizes[file]:,} bytes; a rule has at most {LARGEST:,}, so this is something else")
     path = Path(hub.hf_hub_download(address.repo, file, revision=address.revision, **options))
-    config = PurePosixPath(file).with_name("config.json").as_posix()  # PyLO's says more of the network
+    config = PurePosixPath(file).with_name("config.json").as_posix()  # PyLO's describes the network
     if file.endswith(".safetensors") and 0 < sizes.get(config, 0) <= LARGEST:
         hub.hf_hub_download(address.repo, config, revision=commit_of(path, file), **options)
     return path
@@ -127,7 +127,7 @@ def library(name: str) -> ModuleType:
 
 
 def answered(error: Exception) -> bool:
-    """Whether an error of huggingface_hub is the Hub's answer, or of a file here, and not that the Hub is out of reach."""
+    """Whether an error is an answer of the Hub or a local file error; False if the Hub is out of reach or busy."""
     status = status_of(error)
     if status is None:
         return getattr(error, "filename", None) is not None  # a cache that cannot be written
@@ -135,12 +135,12 @@ def answered(error: Exception) -> bool:
 
 
 def status_of(error: Exception) -> int | None:
-    """The HTTP status that came with an error of huggingface_hub."""
+    """The HTTP status in an error of huggingface_hub; None if there is none."""
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
 def explain(error: Exception, repo: str) -> str:
-    """What an error of huggingface_hub about the repository `repo` means, and what to do about it, on one line."""
+    """One line that says what an error of huggingface_hub about the repository `repo` means and what to do about it."""
     from huggingface_hub import constants, errors
 
     page, login = f"{constants.ENDPOINT}/{repo}", "log in with `hf auth login` or set HF_TOKEN"
@@ -158,16 +158,16 @@ def explain(error: Exception, repo: str) -> str:
 
 
 def from_pretrained(name: str | Path, *, variant: str | None = None, revision: str | None = None, **options: Any) -> Rule:
-    """The rule of a folder, of a file, or of the Hub.
+    """Load a rule from a folder or file, by its shipped name, or from the Hub.
 
     Args:
         name: a folder or file, the name of a shipped rule, or `OWNER/NAME`.
         variant: as for `load_rule`.
-        revision: a branch, tag or commit; None is main.
-        options: `token`, `cache_dir`, `local_files_only`, `force_download`, as huggingface_hub has them.
+        revision: a branch, tag or commit; None means main.
+        options: `token`, `cache_dir`, `local_files_only`, `force_download`, as in huggingface_hub.
 
     Raises:
-        RuleError: no such folder or repository, revision or file; no access; no network and nothing in the cache; not a rule.
+        RuleError: no such folder, repository, revision or file; no access; no network and nothing in the cache; not a rule.
     """
     if Path(name).exists():
         return load_rule(Path(name), variant)
@@ -177,10 +177,10 @@ def from_pretrained(name: str | Path, *, variant: str | None = None, revision: s
 
 
 def save_pretrained(rule: Rule, folder: str | Path, *, license: str | None = None) -> None:
-    """Write `rule` into `folder` as rule.safetensors, and its card as README.md, unless there is one.
+    """Write `rule` into `folder` as rule.safetensors, and its card as README.md unless that file exists.
 
     Args:
-        license: the card's, as the Hub abbreviates it; None: MIT for a rule that ships with this project, else none.
+        license: the license in the card, as the Hub abbreviates it. None: MIT for a rule that ships with this project, else none.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -200,7 +200,7 @@ def push_to_hub(
     create_pr: bool | None = None,
     license: str | None = None,
 ) -> str:
-    """Upload `rule` and its card in one commit, and return the commit's address. The repository is made if it is missing.
+    """Upload `rule` and its card in one commit, and return the commit's URL. Creates the repository if it is missing.
 
     Args:
         repo_id: `OWNER/NAME`.
@@ -215,19 +215,19 @@ def push_to_hub(
     try:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, FILES[0])
-            save_rule(rule, path)  # raises before anything is made there
+            save_rule(rule, path)  # raises before anything is created on the Hub
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             text = card(rule, license, repo_id).encode()
             files = [hub.CommitOperationAdd(path.name, path), hub.CommitOperationAdd("README.md", text)]
             return api.create_commit(repo_id, files, commit_message=commit_message, revision=branch, create_pr=create_pr)
     except RuleError:
         raise
-    except Exception as error:  # as in `fetch`
+    except Exception as error:  # the same errors as in `fetch`
         raise RuleError(f"{repo_id}: not pushed: {explain(error, repo_id)}") from None
 
 
 def card(rule: Rule, license: str | None, name: str = "OWNER/NAME") -> str:
-    """The card of a rule: metadata for the Hub, how to load it, what it is, and the text of a shipped rule's card."""
+    """The card of a rule: metadata for the Hub, a description (for a shipped rule its own card), how to load it, settings."""
     shipped = next((PRETRAINED / f"{own}.md" for own in SHIPPED if load_rule(own) == rule), None)
     license = license or ("mit" if shipped else None)
     metadata = [f"license: {license}"] * bool(license) + ["library_name: celo2", "tags:"]

@@ -1,11 +1,11 @@
 """How one parameter is a stack of matrices.
 
 A layout is a plain tuple `(dims, order, shape)`: `parameter.view(dims).permute(order).reshape(shape)` is the stack (N, R, C)
-of matrices that the rule updates, each as if it were a parameter of its own. It is needed where a module fuses several
-matrices in one parameter (GPT-2's c_attn), stores them transposed (Conv1D) or flattens them (convolutions). Without a layout,
-a parameter (..., R, C) is a batch of matrices as it stands, and its second moment is factored over its two longest axes.
+of matrices. The rule updates each of them as if it were a separate parameter. A layout is needed where a module fuses several
+matrices into one parameter (GPT-2's c_attn), stores them transposed (Conv1D) or flattens them (convolutions). Without a layout,
+a parameter (..., R, C) is used unchanged as a batch of matrices, and its second moment is factored over its two longest axes.
 
-What of those matrices a rank holds is found here once, as a `Form`; `celo2.stack` makes views of it in every step.
+This file finds once, as a `Form`, which parts of these matrices a rank holds; `celo2.stack` makes views of them in every step.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from celo2.stack import Region
 
 
 def as_layout(value: Any) -> Layout:
-    """`value` as nested tuples of integers (JSON gives lists); ValueError if it is not a layout."""
+    """`value` as nested tuples of integers (JSON gives lists). Raises ValueError if it is not a layout."""
     try:
         dims, order, shape = (tuple(operator.index(n) for n in part) for part in value)
     except (TypeError, ValueError):
@@ -40,7 +40,7 @@ def as_layout(value: Any) -> Layout:
 
 
 def stacked_shape(shape: tuple[int, ...], layout: Layout | None) -> tuple[int, ...]:
-    """Shape in which the rule sees a parameter of `shape`: the layout's, or the parameter's own (a scalar as a vector)."""
+    """Shape in which the rule sees a parameter of `shape`: the layout's, or without one `shape` itself; (1,) for a scalar."""
     if layout is not None:
         return layout[2]
     return tuple(shape) or (1,)
@@ -57,18 +57,18 @@ def stacked_axes(shape: tuple[int, ...], layout: Layout | None) -> tuple[int, in
 
 
 def is_factored_over_batch(shape: tuple[int, ...], layout: Layout | None) -> bool:
-    """Whether the second moment of a stacked `shape` is factored over a batch axis, as of a (64, 8, 8) without a layout."""
+    """Whether the second moment of a stacked `shape` is factored over a batch axis, as for (64, 8, 8) without a layout."""
     axes = stacked_axes(shape, layout)
     return axes is not None and min(axes) < len(shape) - 2
 
 
 def matrix_count(shape: tuple[int, ...]) -> int:
-    """Matrices in a stacked `shape` (..., R, C); a vector has none."""
+    """The number of matrices in a stacked `shape` (..., R, C); 0 for a vector."""
     return math.prod(shape[:-2]) if len(shape) >= 2 else 0
 
 
 def regions(shape: tuple[int, ...], layout: Layout | None, start: int, stop: int) -> list[Region]:
-    """The elements [start, stop) of the flattened parameter of `shape` as regions of its stack (N, R, C), each element once."""
+    """The elements [start, stop) of a flattened parameter of `shape` as regions of its stack (N, R, C), each element once."""
     if layout is None:
         n, rows, cols = stack = math.prod(shape[:-2]), shape[-2], shape[-1]
         if stop - start == n * rows * cols > 0:
@@ -82,18 +82,18 @@ def regions(shape: tuple[int, ...], layout: Layout | None, start: int, stop: int
 
 
 class Form(NamedTuple):
-    """What a local shard of a parameter is to the rule."""
+    """How the rule sees a local shard of a parameter: as a vector, or as whole matrices and parts of matrices."""
 
-    stack: tuple[int, int, int]  # (N, R, C) of the whole parameter; of a vector of E elements (1, 1, E)
+    stack: tuple[int, int, int]  # (N, R, C) of the whole parameter; (1, 1, E) for a vector of E elements
     axes: tuple[int, int] | None  # of the factored second moment, in the stacked shape; None for a vector
-    by_reference: bool  # `celo2.vectors` updates it: a vector, or a second moment factored over the batch
-    whole: tuple[tuple[slice, tuple[Region, ...]], ...] = ()  # equal matrices that lie whole here: which ones, and their regions
-    split: Mapping[int, tuple[Region, ...]] = {}  # regions of matrices that other ranks hold parts of, by number
+    by_reference: bool  # `celo2.vectors` updates it: a vector, or a second moment factored over a batch axis
+    whole: tuple[tuple[slice, tuple[Region, ...]], ...] = ()  # the matrices that this rank holds whole, with their regions
+    split: Mapping[int, tuple[Region, ...]] = {}  # by matrix number: regions here of matrices that other ranks hold parts of
 
 
-@functools.lru_cache(maxsize=1 << 12)  # the same numbers in every step: computed again they take a fifth of the host's time
+@functools.lru_cache(maxsize=1 << 12)  # the same in every step; computing it again would take a fifth of the host's time
 def form_of(shape: tuple[int, ...], layout: Layout | None, start: int, stop: int, alone: bool) -> Form:
-    """The form of the elements [start, stop) of a parameter of `shape`; `alone`: no other rank holds a part of it."""
+    """The form of the elements [start, stop) of a parameter of `shape`; `alone`: no other rank holds a part of the parameter."""
     stacked = stacked_shape(shape, layout)
     axes = stacked_axes(stacked, layout)
     if axes is None:
@@ -112,14 +112,14 @@ def form_of(shape: tuple[int, ...], layout: Layout | None, start: int, stop: int
         else:
             for n in range(region.matrices.start, region.matrices.stop):
                 parts[n] += (region.of_matrix(n),)
-    if alone:  # in pieces, but all of them are here
+    if alone:  # these matrices are in several pieces, but this rank holds all of them
         whole += [(slice(n, n + 1), of_matrix) for n, of_matrix in parts.items()]
         parts = {}
     return Form(stack, axes, False, tuple(whole), parts)
 
 
 def to_stack(tensor: Tensor, shape: tuple[int, ...], layout: Layout | None) -> Tensor:
-    """A copy of `tensor` (..., *shape), elements of a whole parameter of `shape`, in its stacked shape (..., *stacked)."""
+    """Copy `tensor` (..., *shape), which has the shape of a whole parameter, into the stacked shape (..., *stacked)."""
     if layout is None:
         return tensor.clone()
     dims, order, stacked = layout
@@ -129,7 +129,7 @@ def to_stack(tensor: Tensor, shape: tuple[int, ...], layout: Layout | None) -> T
 
 
 def from_stack(tensor: Tensor, shape: tuple[int, ...], layout: Layout) -> Tensor:
-    """The inverse of `to_stack`: a copy of `tensor` (..., *stacked) in the parameter's shape (..., *shape)."""
+    """The inverse of `to_stack`: copy `tensor` (..., *stacked) into the parameter's shape (..., *shape)."""
     dims, order, stacked = layout
     lead = tensor.shape[: tensor.ndim - len(stacked)]
     places = sorted(range(len(order)), key=order.__getitem__)

@@ -1,4 +1,4 @@
-"""State that an older version of this package wrote, as this one keeps it."""
+"""Convert state that an older version of this package wrote to the current format."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from celo2.layout import from_stack
 
 
 def upgraded(groups: Sequence[dict[str, Any]], state_dict: dict[str, Any]) -> dict[str, Any]:
-    """`state_dict` as this version writes it, for the parameters of `groups`; the old one stays as it is.
+    """A copy of `state_dict` in the current format, for the parameters of `groups`.
 
-    The first versions stored momentum and second moment of a parameter with a layout in the shape of its stack. They cannot be
-    told from today's where that is also the parameter's shape: experts stored transposed with equal sides.
+    The first versions stored momentum and second moment of a parameter with a layout in the shape of its stack. Where the stack
+    and the parameter have the same shape (transposed experts with equal sides), old state cannot be recognized and is kept.
     """
     state = dict(state_dict["state"])
     for group, saved in zip(groups, state_dict["param_groups"], strict=True):
@@ -26,7 +26,7 @@ def upgraded(groups: Sequence[dict[str, Any]], state_dict: dict[str, Any]) -> di
 
 
 def upgraded_pickle(state: dict[str, Any]) -> dict[str, Any]:
-    """What a pickled optimizer holds, as this version does; `rule` was once an attribute, and the plan had another form."""
+    """The state of a pickled optimizer in the current format; older ones had an attribute `rule` and another form of plan."""
     if "rule" not in state:
         return state
     kept = {key: value for key, value in state.items() if key not in ("rule", "_planned")}

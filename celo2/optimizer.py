@@ -1,4 +1,4 @@
-"""`Celo2`, the rule as a `torch.optim.Optimizer`: state, param groups, and AdamW for what the rule does not take."""
+"""`Celo2`, the rule as a `torch.optim.Optimizer`: state, param groups, and AdamW for parameters that the rule does not update."""
 
 from __future__ import annotations
 
@@ -31,34 +31,34 @@ class Celo2(Stateful):
     r"""Celo2: a learned update for hidden matrices, AdamW for everything else, decoupled weight decay for both.
 
     Source: Moudgil, Knyazev, Belilovsky, "Celo2: Towards Learned Optimization Free Lunch", ICLR 2026, arXiv 2602.19142.
-    One step on a matrix `W` with the learned direction `u` (orthogonalized, RMS 1) is `W <- W - lr (u + weight_decay W)`, so
-    `lr` is the RMS change of a weight in one step; language models want about 3e-4 to 1e-3. Rules may have step sizes, which
-    are the RMS of `u` then (docs/algorithm.md).
+    One step on a matrix `W` with the learned direction `u` (orthogonalized, RMS 1) is `W <- W - lr (u + weight_decay W)`. So
+    `lr` is the RMS change of a weight in one step; language models need about 3e-4 to 1e-3. A rule with step sizes scales `u`
+    to an RMS other than 1 (docs/algorithm.md).
 
     Args:
-        params: parameters, or groups. Give a whole model as `celo2.param_groups(model, lr, adamw_lr, weight_decay)`: embeddings
-            and the output projection have two axes as well, and only routing by module keeps them from the rule. A group may
-            carry `lr`, `weight_decay`, `betas` and `eps` (for AdamW), `orthogonalize`, `matrices` (see `celo2.layout`) and
-            `update`: "celo2" or "adamw". Without `update`, parameters with two or more axes take the rule and the others
-            AdamW; a rule of the variant "celo2-base" takes them all.
-        lr, weight_decay: of groups without their own; lr is a float or a tensor of one element, weight_decay the paper's λ.
+        params: parameters, or param groups. For a whole model pass `celo2.param_groups(model, lr, adamw_lr, weight_decay)`:
+            embeddings and the output projection have two axes too, and only routing by module keeps the rule from updating
+            them. A group may set `lr`, `weight_decay`, `betas` and `eps` (for AdamW), `orthogonalize`, `matrices` (see
+            `celo2.layout`) and `update`: "celo2" or "adamw". Without `update`, the rule updates parameters with two or more
+            axes, and AdamW the others; a rule of the variant "celo2-base" updates them all.
+        lr, weight_decay: defaults of the groups. lr is a float or a tensor of one element; weight_decay is the paper's λ.
         rule: what `load_rule` accepts: a shipped name, a path, `hub:OWNER/NAME`, or a `Rule`.
-        orthogonalize: Newton–Schulz (paper: Celo2); False leaves it out (Celo2-base). A base rule never orthogonalizes.
+        orthogonalize: True runs Newton–Schulz (paper: Celo2), False skips it (Celo2-base). A celo2-base rule always skips it.
         betas, eps: β1, β2 and ε of AdamW.
-        ns_dtype: dtype of Newton–Schulz; None is float32 on CPU and bfloat16 elsewhere.
-        state_dtype: dtype of the four numbers that a matrix under the rule has for every weight: torch.float32 (16 bytes) or
-            torch.bfloat16 (8 bytes; rounded stochastically, see `celo2.rounding`). Everything else is float32.
-        replicas: a process group whose ranks hold the same whole parameters and gradients (DDP): every matrix is
-            orthogonalized by one of them and sent to the others.
-        shard_state: with `replicas`, keep the state of a parameter on the one rank that updates it.
+        ns_dtype: dtype of Newton–Schulz; None means float32 on CPUs and bfloat16 on other devices.
+        state_dtype: dtype of momentum and second moment, four numbers per weight of a matrix under the rule: torch.float32 (16
+            bytes) or torch.bfloat16 (8 bytes; rounded stochastically, see `celo2.rounding`). All other state is float32.
+        replicas: a process group whose ranks hold the same whole parameters and gradients (DDP). One of these ranks
+            orthogonalizes each matrix and sends the result to the others.
+        shard_state: with `replicas`, keep the state of a parameter only on the one rank that updates it.
 
-    Sharded parameters (see `celo2.distributed.shard`): DTensors of FSDP2 as they are; for DeepSpeed ZeRO see
+    Sharded parameters (see `celo2.distributed.shard`): DTensors of FSDP2 work as they are; for DeepSpeed ZeRO see
     `celo2.distributed.deepspeed`. The first step compares the ranks and raises `ShardingError` on all of them if they disagree.
-    `celo2.state` says what the state of a parameter is; it is made when the parameter first has a gradient.
+    The optimizer creates the state of a parameter (`celo2.state`) in the first step in which the parameter has a gradient.
 
     Raises:
-        ValueError, TypeError: a bad option, naming the parameter group.
-        RuleError: a rule that cannot be loaded.
+        ValueError, TypeError: a bad option; the message names the parameter group.
+        RuleError: the rule cannot be loaded.
     """
 
     def __init__(
@@ -85,8 +85,8 @@ class Celo2(Stateful):
         self.ns_dtype = ns_dtype
         self.state_dtype = state_dtype
         self.replicas = Replicas(replicas, shard_state) if replicas is not None else None
-        self.passes: Passes | None = None  # None: `passes_for` chooses; benchmarks and tests set them
-        self.orthogonalized, self._shapes = 0, []  # matrices that this rank has orthogonalized so far
+        self.passes: Passes | None = None  # None: `passes_for` chooses the passes; benchmarks and tests set them
+        self.orthogonalized, self._shapes = 0, []  # orthogonalized: how many matrices this rank has orthogonalized so far
         defaults = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}
         super().__init__(params, defaults | {"update": None, "orthogonalize": orthogonalize, "matrices": None})
         warn_of_variant(params, self.rule)
@@ -98,17 +98,17 @@ class Celo2(Stateful):
         own = {name: getattr(self, name) for name in names}
         return {**super().__getstate__(), **own, "_rule_on": {}, "_plan_key": [], "_entries": {}}
 
-    @torch._disable_dynamo  # torch.compile would take minutes for small functions and save nothing
+    @torch._disable_dynamo  # torch.compile would need minutes for many small functions and save nothing
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of every parameter that has a gradient; returns what `closure` returns.
+        """Update every parameter that has a gradient, once; returns what `closure` returns.
 
-        As with torch's fused optimizers, an attribute `found_inf`, float32 () on the device, that is 1 refuses the step: weights
-        and state keep their values, whatever the gradients are. The host does not look at it.
+        As with torch's fused optimizers, the attribute `found_inf`, float32 () on the device, skips the step where it is 1:
+        weights and state keep their values, whatever the gradients are. The host never reads it.
 
         Raises:
-            RuntimeError: a gradient that is no dense tensor of real floats, or a CUDA graph's capture that cannot work.
-            ShardingError, ValueError: ranks that differ; groups, parameters or state that were changed and no longer fit.
+            RuntimeError: a gradient is not a dense tensor of real floats, or this step cannot be captured in a CUDA graph.
+            ShardingError, ValueError: ranks disagree, or groups, parameters or state were changed and no longer fit together.
         """
         loss = None
         if closure is not None:
@@ -126,7 +126,7 @@ class Celo2(Stateful):
             if counts := [self.state[e.p]["count"] for e in by_rule if "count" in self.state.get(e.p, ())]:
                 torch._foreach_add_(counts, 1 if found_inf is None else 1 - found_inf.to(counts[0]))
             adamw_([entry.p for entry in entries if not entry.by_rule], self.state, group, self.replicas, found_inf)
-            if found_inf is not None:  # the update of a refused step is finite, and multiplied by 0
+            if found_inf is not None:  # a skipped step computes a finite update and multiplies it by an lr of 0
                 group = {**group, "lr": (1 - found_inf.to(getattr(group["lr"], "dtype", torch.float64))) * group["lr"]}
             orthogonalize = group["orthogonalize"] and self._rule.variant != "celo2-base"
             for entry in by_rule:
@@ -145,7 +145,7 @@ class Celo2(Stateful):
         return loss
 
     def _with_gradient(self, index: int, group: dict[str, Any]) -> list[Entry]:
-        """The parameters of a group that this step updates: they have a gradient, and something of them is here."""
+        """The entries of a group whose parameters have a gradient and are not empty; creates the state that they lack."""
         found = []
         for p in group["params"]:
             if p.grad is None:
@@ -160,7 +160,7 @@ class Celo2(Stateful):
         return found
 
     def _context(self, device: torch.device, found_inf: Tensor | None) -> Context:
-        """What the driver needs on a device; the rule is copied there once."""
+        """The `Context` of a step on `device`; the rule is copied to the device once."""
         if device not in self._rule_on:
             self._rule_on[device], self._has_step_sizes = self._rule.to(device), self._rule.has_step_sizes
         ns_dtype = self.ns_dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
@@ -171,11 +171,11 @@ class Celo2(Stateful):
 def adamw_(
     params: Sequence[Tensor], state: Mapping, group: Mapping[str, Any], replicas: Replicas | None, found_inf: Tensor | None
 ) -> None:
-    """torch's own fused AdamW, in place; parameters of lower precision are updated in the state's precision and rounded once."""
+    """Update `params` by torch's fused AdamW, in the precision of the state; lower-precision parameters are rounded once."""
     mine = [p for p in params if replicas is None or replicas.keeps_state(p)]
     if mine:
         moments, squares, steps = ([local(state[p][name]) for p in mine] for name in ("exp_avg", "exp_avg_sq", "step"))
-        # The fused kernel walks storage: every tensor must be contiguous, as the state is.
+        # The fused kernel reads memory in order and ignores strides: every tensor must be contiguous, as the state is.
         weights = [local(p).to(moment.dtype).contiguous() for p, moment in zip(mine, moments, strict=True)]
         gradients = [local_gradient(p).to(w.dtype).contiguous() for p, w in zip(mine, weights, strict=True)]
         options: dict[str, Any] = {name: group[name] for name in ("lr", "weight_decay", "eps")} | {"found_inf": found_inf}

@@ -1,7 +1,7 @@
-"""Newton–Schulz: an approximate orthogonalization by matrix products alone.
+"""Newton–Schulz: approximate orthogonalization by matrix products alone. It is step 8 of the Celo2 update (arXiv 2602.19142).
 
-Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024; step 8 of the Celo2 update
-(arXiv 2602.19142). The rules were meta-trained with these coefficients and five steps: other values change what they learned.
+Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024. The rules were meta-trained with these
+coefficients and five iterations; other values would invalidate what the rules have learned.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ EPS = 1e-8
 def newton_schulz(u: Tensor) -> Tensor:
     """Push the singular values of every matrix in u (..., R, C) towards 1, keeping its singular vectors.
 
-    Computed in the dtype of u (the Frobenius norm in float32 or wider); the result has the shape and dtype of u.
+    The products run in the dtype of u, the Frobenius norm in float32 or wider. The result has the shape and dtype of u.
     """
     a, b, c = COEFFICIENTS
     tall = u.shape[-2] > u.shape[-1]

@@ -1,11 +1,11 @@
-"""How accumulators move: in float32 plainly, in bfloat16 with stochastic rounding, so that those of half the size do not stall.
+"""How accumulators move: in float32 without extra work, in bfloat16 with stochastic rounding, so that they do not stall.
 
-A momentum of decay 0.999 moves by a thousandth of its distance in one step; bfloat16 keeps 8 bits, a step of 1/256 at best.
-Rounded to nearest, most such moves are lost, again and again. Rounded up or down with the probabilities that make the mean
-exact, none is lost on average.
+A momentum of decay 0.999 moves by a thousandth of its distance to the gradient in one step. bfloat16 keeps 8 bits, a relative
+step of 1/256 at best. Rounding to nearest would lose most of these moves in every step. Stochastic rounding rounds up or down
+with probabilities that make the mean exact, so that no move is lost on average.
 
-The noise is a hash of the element's place, the number of the step and the accumulator, so the same run gives the same bits,
-however its matrices are sharded or batched. Source of the hash: Wellons, "lowbias32", https://nullprogram.com/blog/2018/07/31/.
+The noise is a hash of element position, step number and accumulator: a repeated run gives the same bits, however its matrices
+are sharded or batched. Source of the hash: Wellons, "lowbias32", https://nullprogram.com/blog/2018/07/31/.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ HASH_FACTORS = int32(0x7FEB352D), int32(0x846CA68B)
 
 
 def lerp_(stored: Tensor, target: Tensor, weight: float | Tensor, index: Tensor | None, count: Tensor | None, slot: int) -> None:
-    """Move an accumulator by `weight`, a number or float32 (), of the way towards float32 `target`, in place.
+    """`stored <- stored + weight (target - stored)` in place; `target` is float32, `weight` a number or float32 ().
 
-    Without `count` as `Tensor.lerp_` does. With it `stored` is bfloat16, moves in float32 and is rounded stochastically, by the
-    `noise` of `index`, `count` and `slot`.
+    Without `count` this is `Tensor.lerp_`. With `count`, `stored` is bfloat16: it moves in float32 and is then rounded
+    stochastically, with the `noise` of `index`, `count` and `slot`.
     """
     if count is None or index is None:
         stored.lerp_(target, weight)
@@ -38,7 +38,7 @@ def lerp_(stored: Tensor, target: Tensor, weight: float | Tensor, index: Tensor 
 
 
 def places(rows: slice, cols: slice, width: int, device: torch.device) -> Tensor:
-    """row * width + col, int32 (r, c), of the elements `rows` x `cols` of a matrix that has `width` columns."""
+    """Positions row * width + col, int32 (r, c), of the elements `rows` x `cols` of a matrix with `width` columns."""
     row = torch.arange(rows.start, rows.stop, dtype=torch.int32, device=device)
     return row[:, None] * width + torch.arange(cols.start, cols.stop, dtype=torch.int32, device=device)
 
@@ -47,7 +47,7 @@ def noise(index: Tensor, count: Tensor, slot: int) -> Tensor:
     """Pseudo-random int32 in [0, 65536), of the shape that `index` and `count` broadcast to.
 
     Args:
-        index: int32, the element's place in its own matrix, of `places`.
+        index: int32, the position of the element in its own matrix, from `places`.
         count: int32, the number of the step, 1 for the first.
         slot: which accumulator: 0, 1, 2 for the momenta, 3 for the second moment.
     """
@@ -61,14 +61,14 @@ def noise(index: Tensor, count: Tensor, slot: int) -> Tensor:
 
 
 def shifted(x: Tensor, bits: int) -> Tensor:
-    """x >> bits for int32 as if it were unsigned: zeros come in."""
+    """x >> bits for int32 as if it were unsigned: the upper bits become zeros."""
     return (x >> bits).bitwise_and_((1 << (32 - bits)) - 1)
 
 
 def stochastic_round(x: Tensor, noise: Tensor) -> Tensor:
-    """bfloat16 neighbours of float32 x: the upper one where `noise` [0, 65536) says so, with mean x over all noise.
+    """Round float32 x to one of its two bfloat16 neighbours, chosen by `noise` in [0, 65536); the mean over all noise is x.
 
-    Without a finite neighbour there, as for infinity and NaN, x rounds to nearest.
+    If that neighbour is not finite, or x is infinite or NaN, round to nearest.
     """
     rounded = ((x.view(torch.int32) + noise).bitwise_and_(-0x10000)).view(torch.float32)
     return torch.where(x.isfinite() & rounded.isfinite(), rounded, x).to(torch.bfloat16)

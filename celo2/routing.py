@@ -1,8 +1,8 @@
-"""Which parameter of a model takes which update: the rule for hidden matrices, AdamW for everything else.
+"""Routing: which parameters of a model the learned rule updates (hidden matrices), and which AdamW updates (all others).
 
-`param_groups` claims every trainable parameter exactly once: by what its layer is in the model (`celo2.boundary`), as the
-matrices that the layer makes of it (`celo2.fused`), and by its name where no layer explains it (`celo2.bare`). docs/routing.md
-has the order of these decisions. `routing_table` prints them.
+`param_groups` assigns every trainable parameter to exactly one group. `celo2.boundary` finds input and output layers,
+`celo2.fused` finds the matrices in the weight of a layer, and `celo2.bare` decides by name where no layer explains a parameter.
+docs/routing.md gives the order of these decisions. `routing_table` prints the result.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ OVERRULED = "overruled"
 
 
 class Claim(NamedTuple):
-    """What one module says of a parameter that it holds."""
+    """How one module classifies a parameter that it holds."""
 
     kind: str  # "hidden", "input", "output", "vector"
     layout: Layout | None = None
@@ -39,7 +39,7 @@ class Claim(NamedTuple):
 
     @property
     def update(self) -> str:
-        """The update where the rule is of the variant celo2; one of celo2-base updates every parameter."""
+        """The update under a rule of the variant celo2; a rule of celo2-base updates every parameter."""
         return "celo2" if self.kind == "hidden" else "adamw"
 
 
@@ -53,27 +53,27 @@ def param_groups(
     decay_vectors: bool = False,
     rules: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
-    """Parameter groups for a whole model, for `Celo2` or any optimizer that reads `update`.
+    """Make the parameter groups of a whole model, for `Celo2` or any optimizer that reads `update`.
 
-    Hidden matrices take the rule. Embeddings, position tables, the output projection (tied or not), classification heads and
-    everything that is a vector (biases, norm scales, depthwise convolutions, state-space parameters) take AdamW. Fused
-    projections, transposed and expert weights and convolutions are given to the rule as the matrices they stand for. Frozen
-    parameters are left out. docs/routing.md says how this is decided; print it with `routing_table`.
+    The rule updates hidden matrices. AdamW updates embeddings, position tables, the output projection (tied or not),
+    classification heads and all vectors (biases, norm scales, depthwise convolutions, state-space parameters). The rule sees
+    fused projections, transposed weights, expert weights and convolutions as the matrices that they consist of. Frozen
+    parameters are left out. docs/routing.md says how this is decided; `routing_table` prints the result.
 
     Args:
         model: any module.
         lr: learning rate of the rule.
         adamw_lr: learning rate of AdamW.
-        weight_decay: decoupled decay of everything with two axes, embeddings and output projection included.
-        variant: a rule's variant; for "celo2-base" every parameter takes the rule, with `lr`.
-        decay_vectors: decay vectors as well.
-        rules: overrules the above: {pattern: "celo2" or "adamw"}. A pattern is the name of a parameter or a module, with `*` for
-            anything: {"lm_head": "adamw", "*.mlp.gate": "adamw"}. The last pattern that fits decides.
+        weight_decay: decoupled weight decay of everything that is not a vector, including embeddings and output projection.
+        variant: the variant of the rule; with "celo2-base" the rule updates every parameter, at `lr`.
+        decay_vectors: also apply weight decay to vectors.
+        rules: exceptions to the above: {pattern: "celo2" or "adamw"}. A pattern is the name of a parameter or a module, with `*`
+            for anything: {"lm_head": "adamw", "*.mlp.gate": "adamw"}. The last pattern that matches decides.
 
     Raises:
-        ValueError: a parameter that two modules claim differently or that is no real float, several layers that could be the
-            output projection, or a pattern that fits nothing.
-        ShardingError: parameters that a wrapper has flattened, as FSDP1 does.
+        ValueError: two modules classify a parameter differently, a parameter is not a real float, several layers could be the
+            output projection, or a pattern matches nothing.
+        ShardingError: a wrapper such as FSDP1 has flattened the parameters.
     """
     if variant not in VARIANTS:
         raise ValueError(f"unknown variant '{variant}', expected one of {', '.join(VARIANTS)}")
@@ -109,12 +109,12 @@ def param_groups(
 
 
 def is_vector(p: Tensor) -> bool:
-    """Whether at most one axis of `p` is longer than one: a bias, a norm scale, a class token. Nothing at all is one, too."""
+    """Whether at most one axis of `p` is longer than one: a bias, a norm scale, a class token. An empty tensor counts too."""
     return p.numel() == max(p.shape, default=1) or not p.numel()
 
 
 def refuse_flattened(model: nn.Module) -> None:
-    """Raise ShardingError for a weight without the axes of its layer, as FSDP1 leaves it; ValueError for one without a shape."""
+    """Raise ShardingError for weights that lost their layer's axes, as under FSDP1, and ValueError for those of lazy modules."""
     for prefix, module in model.named_modules():
         kernel = len(module.kernel_size) + 2 if isinstance(module, CONVOLUTIONS) else 2
         layer = isinstance(module, (nn.Linear, *EMBEDDINGS, *CONVOLUTIONS))
@@ -131,7 +131,7 @@ def refuse_flattened(model: nn.Module) -> None:
 
 
 def overruled_parameters(model: nn.Module, rules: Mapping[str, str]) -> dict[Tensor, str]:
-    """The update that `rules` give to a parameter under any of its names. Raises ValueError for a pattern that fits nothing."""
+    """The update that `rules` give to parameters, under any of their names. Raises ValueError if a pattern matches nothing."""
     named = [(plain_name(name), p) for name, p in model.named_parameters(remove_duplicate=False)]
     found: dict[Tensor, str] = {}
     for pattern, update in rules.items():
@@ -151,7 +151,7 @@ def overruled_parameters(model: nn.Module, rules: Mapping[str, str]) -> dict[Ten
 
 
 def plain_name(name: str) -> str:
-    """A name without what wrappers put into it: `module.`, `_orig_mod.`."""
+    """A name without the parts that wrappers add: `module.`, `_orig_mod.`."""
     parts = name.split(".")
     if len(parts) > 1 and parts[0] == "module":
         parts = parts[1:]
@@ -159,7 +159,7 @@ def plain_name(name: str) -> str:
 
 
 def claimed_parameters(model: nn.Module, overruled: Mapping[Tensor, str]) -> dict[str, tuple[Tensor, list[Claim]]]:
-    """Every trainable parameter under its first name, with the claim of each module that holds it."""
+    """Every trainable parameter by its first name, with one claim from each module that holds it."""
     inputs, outputs = boundary_of(model, overruled)
     found: dict[int, tuple[str, Tensor, list[Claim]]] = {}
     parents = {child: (module, name) for module in model.modules() for name, child in module.named_children()}
@@ -181,12 +181,12 @@ def claimed_parameters(model: nn.Module, overruled: Mapping[Tensor, str]) -> dic
 
 
 def claim_of(module: nn.Module, attribute: str, p: Tensor, name: str, inputs: Found, outputs: Found, parents: Parents) -> Claim:
-    """What `module` says of its parameter `p`."""
+    """The claim of `module` on its parameter `p`."""
     if module in inputs or p in inputs:
         return Claim("input")
     if module in outputs or p in outputs:
         return Claim("output")
-    if is_vector(p) or is_depthwise(module, p) or (is_experts(module) and p.ndim == 2):  # a bias an expert
+    if is_vector(p) or is_depthwise(module, p) or (is_experts(module) and p.ndim == 2):  # one bias per expert
         return Claim("vector")
     if is_layer(module, attribute):
         return hidden_claim(module, attribute, p, parents)
@@ -202,7 +202,7 @@ def hidden_claim(module: nn.Module, attribute: str, p: Tensor, parents: Parents)
 
 
 def is_layer(module: nn.Module, attribute: str) -> bool:
-    """Whether `attribute` is a weight of a layer that torch or a table explains."""
+    """Whether `attribute` is a weight of a layer of torch, or of a class that this file or `celo2.fused` lists."""
     if is_experts(module):
         return True
     names = class_names(module)
@@ -211,12 +211,12 @@ def is_layer(module: nn.Module, attribute: str) -> bool:
 
 
 def is_depthwise(module: nn.Module, p: Tensor) -> bool:
-    """A convolution kernel of depth 1: a filter for each channel, no matrix."""
+    """Whether `p` is the kernel of a depthwise convolution: one filter for each channel, not a matrix."""
     return isinstance(module, CONVOLUTIONS) and p.ndim > 2 and module.in_channels == module.groups
 
 
 def single_claim(name: str, p: Tensor, claims: list[Claim]) -> Claim:
-    """The one claim on a parameter. An embedding or output layer that shares it with others decides."""
+    """The claim that decides for a parameter. If several modules share it, an embedding or output layer has priority."""
     if not claims:
         raise ValueError(
             f"parameter '{name}', shape {tuple(p.shape)}, is {p.dtype}, and only real floats can learn here: hold it as real "
@@ -230,10 +230,10 @@ def single_claim(name: str, p: Tensor, claims: list[Claim]) -> Claim:
 
 
 def routing_table(groups: Sequence[dict[str, Any]]) -> str:
-    """The routing as text: name, shape, update, lr, decay and matrices, a line for all that differ only in a layer number.
+    """The routing as text: name, shape, update, lr, decay, matrices. Parameters that differ only in layer numbers share a line.
 
-    The column `note` is there if something is to be said: a fused weight that is not split, a parameter whose kind is not known,
-    or one that `rules` overruled.
+    The column `note` appears only if some parameter has a note: a fused weight that is not split, a parameter of unknown kind,
+    or an update set by `rules`.
     """
     lines = Counter(routing_rows(groups))
     header = ("parameter", "shape", "update", "lr", "decay", "matrices", "count", "note")

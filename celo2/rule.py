@@ -1,12 +1,12 @@
-"""The Celo2 rule as pure functions of tensors: the algorithm, without optimizer state, groups or devices to think about.
+"""The Celo2 rule as pure functions of tensors: the algorithm alone, without param groups, devices or sharding.
 
 Source: Moudgil, Knyazev, Belilovsky, "Celo2: Towards Learned Optimization Free Lunch", ICLR 2026, arXiv 2602.19142.
 
-`update` at the end of this file is the whole algorithm on one screen. It materializes all thirty channels, so it is the
-reference and serves small parameters; `celo2.blocked` computes the same update of large matrices in bounded memory.
+`update` at the end of this file is the whole algorithm on one screen. It materializes all thirty channels, so it serves as the
+reference and for small parameters. `celo2.blocked` computes the same update of large matrices in bounded memory.
 
 Legend: W weight, g gradient, both (..., R, C): R rows, C columns, leading axes a batch of matrices. K decays (three),
-F channels (thirty), H hidden units (eight). Everything is float32, but for momentum and second_moment where they are bfloat16.
+F channels (thirty), H hidden units (eight). Everything is float32, except that momentum and second_moment may be bfloat16.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ SQUARE_FLOOR = 1e-30  # added to g² in step 4, and to mean(g²) in step 0
 FACTOR_EPS = 1e-9  # added to the mean of the row accumulator; also the lower bound of both factors
 RSQRT_EPS = 1e-8  # inside rsqrt(v + eps), rsqrt(row + eps), rsqrt(col + eps)
 OUTPUTS = 3  # of the MLP: the direction, and two that have no effect
-RMS_EPS = 1e-9  # inside every RMS: of the channels, and of the final update
+RMS_EPS = 1e-9  # added to the mean square in every RMS: of the channels, and of the final update
 
 ELEMENT, FACTORED, ROW, COLUMN = "element", "element, row and column", "row", "column"
 
 
 @dataclass(frozen=True)
 class ChannelGroup:
-    """Input channels of the MLP that are alike: one, or one for each of the K decays."""
+    """Input channels of the MLP with one formula: a single channel, or one for each of the K decays."""
 
     name: str
     formula: str
     depends_on: str  # ELEMENT, FACTORED, ROW or COLUMN
     count: int
-    in_vectors: bool  # a vector has it, too; of FACTORED ones with `diag` in place of the two factors
-    odd: bool  # its sign turns with those of g and W
+    in_vectors: bool  # vectors have these channels too; FACTORED ones then use `diag` in place of the two factors
+    odd: bool  # the channel changes sign when both g and W change sign
 
 
-# Step 5: what the MLP sees of every weight, in the order of the first-layer weights w0__0 .. w0__13 of a rule file. Every other
-# module takes names and places of channels from here.
+# Step 5: the MLP's inputs for each weight, in the order of the first-layer weights w0__0 .. w0__13 of a rule file. Every other
+# module takes the names and positions of channels from this table.
 CHANNEL_GROUPS = (
     ChannelGroup("gradient", "g", ELEMENT, 1, True, True),
     ChannelGroup("clipped_gradient", "clip(g, -0.1, 0.1)", ELEMENT, 1, True, True),
@@ -65,17 +65,17 @@ CHANNEL_GROUPS = (
     ChannelGroup("column_scale", "rsqrt(col_k + 1e-8)", COLUMN, 3, False, False),
     ChannelGroup("factored_momentum", "m_k row_factor_k col_factor_k", FACTORED, 3, False, True),
 )
-FIRST_LAYER = {group.name: f"w0__{i}" for i, group in enumerate(CHANNEL_GROUPS)}  # its weights (count, H) in `Rule.weights`
+FIRST_LAYER = {group.name: f"w0__{i}" for i, group in enumerate(CHANNEL_GROUPS)}  # names of weights (count, H) in `Rule.weights`
 
 
 def groups_of(*depends_on: str) -> list[ChannelGroup]:
-    """The groups whose channels depend on one of these, in the order of the arguments and then of the table."""
+    """The channel groups with one of these values of `depends_on`, ordered by the arguments and then by the table."""
     return [group for what in depends_on for group in CHANNEL_GROUPS if group.depends_on == what]
 
 
 @dataclass(frozen=True, eq=False)
 class Rule:
-    """A learned update rule: the weights of its MLP, and what is needed to use them.
+    """A learned update rule: the weights of its MLP, and the settings that are needed to use them.
 
     Attributes:
         weights: float32 tensors `w0__0` .. `w0__13` (channels, H), `b0` (H,), `w1` (H, H), `b1` (H,), `w2` (H, 3), `b2` (3,).
@@ -83,15 +83,15 @@ class Rule:
         momentum_decays: the three β of the momenta.
         second_moment_decay: the decay of v.
         factored_decays: the three γ of the factored second moment.
-        normalize_gradient: the gradient of a matrix is divided by its RMS over the last two axes before anything else, so that
-            no epsilon and no clip depends on its scale; False: as published.
-        step_exponents: of the step size, one for each momentum: how much longer the step of a matrix is, the more its gradients
-            agree from step to step. Zeros: every update has RMS 1, as published.
-        step_factor: what every step size is multiplied by.
-        step_bound: no step size is larger.
+        normalize_gradient: True divides the gradient of a matrix by its RMS over the last two axes before anything else, so
+            that the scale of the gradient does not matter to any epsilon or clip. False: as published.
+        step_exponents: one for each momentum. The larger an exponent, the longer the step of a matrix whose gradients agree
+            from step to step (`step_size_of`). Zeros: every update has RMS 1, as published.
+        step_factor: a factor of every step size.
+        step_bound: the upper bound of every step size.
         whitening: how far whiteners move in a step (`celo2.whitening`); 0: directions are not whitened, as published.
-        description: how the rule was made, for people.
-        source: the file of the Hugging Face Hub that it was loaded from, `hub:OWNER/NAME@COMMIT:FILE`; empty for other rules.
+        description: how the rule was made, as free text.
+        source: the file on the Hugging Face Hub that the rule comes from, `hub:OWNER/NAME@COMMIT:FILE`; empty for other rules.
     """
 
     weights: Mapping[str, Tensor]
@@ -108,7 +108,7 @@ class Rule:
     source: str = ""
 
     def __eq__(self, other: object) -> bool:
-        """Whether both compute the same: equal weights and settings."""
+        """Whether both rules compute the same update: equal weights and settings."""
         if not isinstance(other, Rule) or self.weights.keys() != other.weights.keys():
             return False
         return self.settings() == other.settings() and all(
@@ -116,7 +116,7 @@ class Rule:
         )
 
     def settings(self) -> dict[str, Any]:
-        """Everything beside the weights that changes an update. Step sizes that are all 1 and a whitening of 0 are left out."""
+        """All settings besides the weights that change an update. Those of step sizes or whitening are left out if unused."""
         others = {"weights", "description", "source"} | (set() if self.has_step_sizes else {"step_exponents", "step_factor"})
         others |= set() if self.has_step_sizes and self.step_bound < math.inf else {"step_bound"}
         others |= set() if self.whitening else {"whitening"}
@@ -124,7 +124,7 @@ class Rule:
 
     @property
     def has_step_sizes(self) -> bool:
-        """Whether updates may have another RMS than 1."""
+        """Whether updates may have an RMS other than 1."""
         return any(self.step_exponents) or self.step_factor != 1 or self.step_bound < 1
 
     @property
@@ -138,19 +138,19 @@ class Rule:
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **options: Any) -> Rule:
-        """The rule of a folder, shipped, or of a repository of the Hugging Face Hub; options: `celo2.hub.from_pretrained`."""
+        """Load a rule from a folder, by its shipped name, or from the Hugging Face Hub; options: `celo2.hub.from_pretrained`."""
         from celo2 import hub
 
         return hub.from_pretrained(name, **options)
 
     def save_pretrained(self, folder: str | Path, **options: Any) -> None:
-        """Write it into a folder, with a card; options: `celo2.hub.save_pretrained`."""
+        """Write the rule and a card into a folder; options: `celo2.hub.save_pretrained`."""
         from celo2 import hub
 
         hub.save_pretrained(self, folder, **options)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload it to the Hugging Face Hub, with a card; returns the commit's address; options: `celo2.hub.push_to_hub`."""
+        """Upload rule and card to the Hugging Face Hub; returns the commit's URL; options: `celo2.hub.push_to_hub`."""
         from celo2 import hub
 
         return hub.push_to_hub(self, repo_id, **options)
@@ -163,7 +163,7 @@ def weight_shapes(hidden: int) -> dict[str, tuple[int, ...]]:
 
 
 def places_of(*depends_on: str) -> dict[str, slice]:
-    """Where the channels of each of `groups_of` lie when they stand one after the other."""
+    """The slice of each group of `groups_of`, by name, when the channels of these groups alone are concatenated."""
     found, start = {}, 0
     for group in groups_of(*depends_on):
         found[group.name] = slice(start, start + group.count)
@@ -172,14 +172,14 @@ def places_of(*depends_on: str) -> dict[str, slice]:
 
 
 def place_of(name: str) -> slice:
-    """Where the channels of one group lie among all of them; those of a vector lie there, too."""
+    """The slice of one group's channels among all thirty; in the fifteen channels of a vector the slice is the same."""
     names = [group.name for group in CHANNEL_GROUPS]
     start = sum(group.count for group in CHANNEL_GROUPS[: names.index(name)])
     return slice(start, start + CHANNEL_GROUPS[names.index(name)].count)
 
 
 def factored_axes(shape: tuple[int, ...]) -> tuple[int, int]:
-    """(d1, d0): the second longest and the longest axis over all axes, the later one of equals counting as longer."""
+    """(d1, d0): the second longest and the longest of all axes. Of two axes of equal length the later one counts as longer."""
     order = sorted(range(len(shape)), key=lambda axis: shape[axis])  # stable, like the published argsort
     return order[-2], order[-1]
 
@@ -189,8 +189,8 @@ def accumulator_shapes(
 ) -> dict[str, tuple[int, ...]]:
     """Shapes of the accumulators of one parameter; all of them start at zero. `axes` is (d1, d0), or None for a vector.
 
-    momentum (K, *shape); second_moment shape; and row (K, *shape without d0), col (K, *shape without d1), or diag (K, *shape).
-    `whitened`: matrices have their whiteners beside them (`celo2.whitening.whitener_shapes`).
+    All have momentum (K, *shape) and second_moment (*shape). Matrices have row (K, *shape without d0) and col (K, *shape without
+    d1); vectors have diag (K, *shape). With `whitened` matrices also have whiteners (`celo2.whitening.whitener_shapes`).
     """
     shapes = {"momentum": (3, *shape), "second_moment": tuple(shape)}
     if axes is None:
@@ -204,7 +204,7 @@ def accumulator_shapes(
 def normalized_gradient(g: Tensor, axes: tuple[int, ...]) -> Tensor:
     """Step 0 of a rule with `normalize_gradient`: g in float32, divided by its root mean square over `axes`.
 
-    Zeros stay zero. One infinite number makes the others zero and itself NaN: the clip comes too late for it.
+    Zeros stay zero. An infinite element becomes NaN and turns all others into zeros: the clip (step 1) comes too late for it.
     """
     g = g.float()
     return g * (g.square().mean(axes, keepdim=True) + SQUARE_FLOOR).rsqrt()
@@ -229,15 +229,15 @@ def accumulate_(state: Mapping[str, Tensor], g: Tensor, rule: Rule, axes: tuple[
 
 
 def factors(row: Tensor, col: Tensor, axes: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Adafactor's two factors of 1/sqrt(v): row_factor like `row` (K, *shape without d0), col_factor like `col`."""
+    """Adafactor's two factors of 1/sqrt(v), (row_factor, col_factor), with the shapes of `row` and `col`."""
     d1, d0 = axes
-    d1_in_row = 1 + d1 - (d1 > d0)  # the axis d1 of W, in `row`, where K leads and d0 is missing
+    d1_in_row = 1 + d1 - (d1 > d0)  # which axis of `row` is the axis d1 of W: K comes first and d0 is missing
     relative = row / (row.mean(d1_in_row, keepdim=True) + FACTOR_EPS)
     return relative.clamp_min(FACTOR_EPS).rsqrt(), col.clamp_min(FACTOR_EPS).rsqrt()
 
 
 def channels(state: Mapping[str, Tensor], g: Tensor, w: Tensor, axes: tuple[int, int] | None) -> list[Tensor]:
-    """Step 5: the input channels in their groups, each (channels of the group, *shape)."""
+    """Step 5: the input channels, one tensor (count, *shape) for each group."""
     m, v = state["momentum"].float(), state["second_moment"].float()
     s = (v + RSQRT_EPS).rsqrt()
     clipped = g.clamp(-SMALL_CLIP, SMALL_CLIP)
@@ -263,13 +263,13 @@ def step_size_of(rule: Rule, g_square: Tensor, m_square: Tensor) -> Tensor:
 
     Args:
         rule: with `step_exponents`, `step_factor` and `step_bound`.
-        g_square: mean square of the clipped gradient, over a whole matrix or vector each (...).
-        m_square: the same of each momentum (K, ...).
+        g_square: mean square of the clipped gradient (...), one number for each whole matrix or vector.
+        m_square: mean square of each momentum (K, ...).
 
-    It is step_factor · Π r_k ^ step_exponents_k, but at most step_bound. r_k is RMS(m_k) / RMS(g) over what that is where
-    gradients are independent from step to step, n_k = sqrt((1 - β_k) / (1 + β_k)). So r_k is n_k for gradients that turn round in
-    every step, 1 for noise, and 1 / n_k for gradients that stay the same; it is bounded by the first and the last. Without a
-    gradient it is 1.
+    The step size is step_factor · Π r_k ^ step_exponents_k, but at most step_bound. r_k is RMS(m_k) / RMS(g) divided by n_k =
+    sqrt((1 - β_k) / (1 + β_k)), the value of RMS(m_k) / RMS(g) where gradients are independent from step to step. So r_k is n_k
+    for gradients that change sign in every step, 1 for noise, and 1 / n_k for constant gradients. r_k is clamped to the range
+    n_k .. 1 / n_k; without a gradient it is 1.
     """
     logarithm = torch.zeros_like(g_square)
     for agreement, exponent in zip(agreements(rule, g_square, m_square), rule.step_exponents, strict=True):
@@ -278,7 +278,7 @@ def step_size_of(rule: Rule, g_square: Tensor, m_square: Tensor) -> Tensor:
 
 
 def agreements(rule: Rule, g_square: Tensor, m_square: Tensor) -> list[Tensor]:
-    """The logarithm of r_k (...) of each momentum; r_k and the arguments are those of `step_size_of`."""
+    """log(r_k) (...) for each momentum k; `step_size_of` explains r_k and the arguments."""
     found = []
     for square, beta in zip(m_square, rule.momentum_decays, strict=True):
         noise = (1 - beta) / (1 + beta)  # n_k²
@@ -311,11 +311,11 @@ def update(
 
     Args:
         rule: the learned rule.
-        state: accumulators of `accumulator_shapes`, advanced in place. Of a matrix, momentum and second_moment may be bfloat16,
-            rounded stochastically (`celo2.rounding`); they need `count`, int32 (): the number of this step, 1 for the first.
+        state: accumulators of `accumulator_shapes`, updated in place. Momentum and second_moment of a matrix may be bfloat16 with
+            stochastic rounding (`celo2.rounding`). Then state also holds `count`, int32 (), the number of this step, from 1.
         g: gradient, float32 (*shape), one axis or more.
         w: weight, float32 (*shape).
-        orthogonalize: step 8, for parameters with two axes or more; True is Celo2, False is Celo2-base.
+        orthogonalize: whether to do step 8 on parameters with two axes or more; True is Celo2, False is Celo2-base.
         ns_dtype: dtype of the Newton–Schulz products.
         axes: (d1, d0) of the factored second moment; None takes `factored_axes(shape)`.
     """

@@ -1,8 +1,8 @@
-"""Rule weights in and out: shipped by name, in files of three formats, and from the Hugging Face Hub.
+"""Load and save rules: shipped rules by name, files of three formats, and the Hugging Face Hub.
 
-Nothing here is ever unpickled. A `.safetensors` rule carries in its metadata everything that `Rule` holds beside the
-weights. The published MessagePack file and PyLO's `.safetensors` hold the weights alone, so what they are for is recorded
-when they are converted.
+Nothing here is ever unpickled. The metadata of a `.safetensors` rule holds everything in `Rule` besides the weights. The
+published MessagePack file and PyLO's `.safetensors` hold the weights alone; converting such a file adds the other settings,
+including its variant.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from celo2.baselines import HAND_SET
 from celo2.rule import FIRST_LAYER, Rule, weight_shapes
 
 FORMAT = "celo2-rule"
-LARGEST_EXPONENT, LARGEST_FACTOR = 4, 1000.0  # of step sizes; with the published decays none is above 1e17
+LARGEST_EXPONENT, LARGEST_FACTOR = 4, 1000.0  # bounds for step sizes; with the published decays no step size exceeds 1e17
 LARGEST_WHITENING = 1
-# 2: of rules with step sizes, 3: with whitening, 4: with a bound of step sizes. Programs that know less must not read them.
+# 2: with step sizes, 3: with whitening, 4: with a bound of step sizes. Older programs refuse versions that they do not know.
 VERSIONS = ("1", "2", "3", "4")
 VARIANTS = ("celo2", "celo2-base")
 NDARRAY_EXTENSION = 1  # MessagePack extension type of an array in the published files
 HUB = "hub:"
-FILES = ("rule.safetensors", "model.safetensors", "theta.state")  # names of rules in folders: ours, PyLO's, the published one
+FILES = ("rule.safetensors", "model.safetensors", "theta.state")  # names of rule files in folders: ours, PyLO's, the published
 PICKLED = (".bin", ".pickle", ".pkl", ".pt", ".pth")
-LARGEST = 4 * 2**20  # bytes of a rule file; 3 kB at 8 hidden units, 4 MB at 1,000
-# Where PyLO keeps each weight (Belilovsky-Lab/pylo, `CELO2MLP`), with the shapes of ours.
+LARGEST = 4 * 2**20  # bytes of the largest rule file; one has 3 kB with 8 hidden units, 4 MB with 1,000
+# PyLO's name of each weight (Belilovsky-Lab/pylo, `CELO2MLP`) and ours; the shapes are equal.
 PYLO = {name.replace("__", "."): name for name in FIRST_LAYER.values()} | {"b0": "b0"}
 PYLO |= {f"dense_{kind}.{layer}": f"{kind}{layer + 1}" for kind in "wb" for layer in (0, 1)}
 
 
 class RuleError(ValueError):
-    """A rule file, name or description that cannot be used; the message names the file and what is wrong, on one line."""
+    """A rule file, name or description that cannot be used. The message, one line, names the file and the problem."""
 
     def __init__(self, message: str) -> None:
         super().__init__("".join(char if char.isprintable() else ascii(char)[1:-1] for char in message))
@@ -52,18 +52,18 @@ SHIPPED = ("celo2", "celo2-base", "celo2-lm", "celo2-whitened", *HAND_SET)
 
 
 def load_rule(source: str | Path | Rule, variant: str | None = None) -> Rule:
-    """A rule by a name of `SHIPPED`, by the path of a file or folder, or from the Hugging Face Hub.
+    """Load a rule by a name of `SHIPPED`, from a file or folder, or from the Hugging Face Hub.
 
     Args:
-        source: the name; a `Rule`, which is checked; a file (`.safetensors` of this project or of PyLO, or a published
+        source: a shipped name; a `Rule`, which is checked; a file (`.safetensors` of this project or of PyLO, or a published
             `theta.state`); a folder with one of `FILES`; or `hub:OWNER/NAME`, `hub:OWNER/NAME@REVISION`,
             `hub:OWNER/NAME@REVISION:FILE` (see `celo2.hub`).
-        variant: "celo2" or "celo2-base": what the weights are for. It matters where the file does not say so; None stands
-            for "celo2" then, except for a `theta.state` of the Hub, which must be known or asked for.
+        variant: "celo2" or "celo2-base", needed if the file does not name its variant. None then means "celo2", but for a
+            `theta.state` on the Hub None is an error unless the variant of its repository is known.
 
     Raises:
-        RuleError: unknown name, no such file, a file or a `Rule` whose names, shapes, dtypes or description are not a rule's,
-            a rule of the other variant, or a `source` of another kind.
+        RuleError: unknown name; no such file; a file or `Rule` with wrong names, shapes, dtypes or settings; a rule of the
+            other variant; a `source` of another type.
     """
     if isinstance(source, Rule):
         return of_variant(checked_rule(source), variant, "the rule")
@@ -81,7 +81,7 @@ def load_rule(source: str | Path | Rule, variant: str | None = None) -> Rule:
         if inside := [file for file in FILES if (path / file).is_file()]:
             path = path / the_rule(path, inside)
         found = path.is_file()
-    except OSError as error:  # too long a name, or a folder that must not be looked into
+    except OSError as error:  # the name is too long, or the folder may not be read
         raise RuleError(f"rule '{name}': {error.strerror}") from None
     if not found:
         raise RuleError(
@@ -92,7 +92,7 @@ def load_rule(source: str | Path | Rule, variant: str | None = None) -> Rule:
 
 
 def checked_rule(rule: Rule) -> Rule:
-    """`rule`, which somebody made in memory. Raises RuleError for weights or settings that no rule file may have."""
+    """Check a rule made in memory and return it. Raises RuleError for weights or settings that no rule file may have."""
     try:
         check_weights(rule.weights, "the rule")
         check_description(rule, "the rule")
@@ -102,12 +102,12 @@ def checked_rule(rule: Rule) -> Rule:
 
 
 def is_fake(weight: Tensor) -> bool:
-    """Whether a weight has a shape and no numbers, as under FakeTensorMode or on the device meta."""
+    """Whether a weight has a shape but no data, as under FakeTensorMode or on the device meta."""
     return weight.is_meta or hasattr(weight, "fake_mode")
 
 
 def the_rule(place: object, files: Collection[str]) -> str:
-    """The only one of `files`, which are the rules that are in `place`. Raises RuleError for none or several."""
+    """The only one of `files`, the rule files in `place`. Raises RuleError for none or several."""
     if len(files) == 1:
         return next(iter(files))
     found = f"several rules, {', '.join(files)}" if files else f"no {', '.join(FILES[:-1])} or {FILES[-1]}"
@@ -115,14 +115,14 @@ def the_rule(place: object, files: Collection[str]) -> str:
 
 
 def read_rule(path: Path, name: object, variant: str | None, said: str | None = None, otherwise: str | None = "celo2") -> Rule:
-    """The rule in a file.
+    """Read a rule from a file.
 
     Args:
         path: `.safetensors`, or the published format.
-        name: what errors call it.
-        variant: what the caller asks for.
-        said: the variant that is known of its repository.
-        otherwise: the variant of a file of which nobody says it; None: that is an error.
+        name: the name of the rule in errors.
+        variant: the variant that the caller asks for.
+        said: the variant that is known for its repository.
+        otherwise: the variant to assume if nothing tells it; None raises an error instead.
     """
     if path.suffix in PICKLED:
         raise RuleError(
@@ -144,7 +144,7 @@ def read_rule(path: Path, name: object, variant: str | None, said: str | None = 
 
 
 def of_variant(rule: Rule, variant: str | None, name: object) -> Rule:
-    """`rule`. Raises RuleError if `variant` is given and is not its own."""
+    """Return `rule`. Raises RuleError if `variant` is given and the rule has the other one."""
     if variant not in (None, *VARIANTS):
         raise RuleError(f"{name}: variant '{variant}' is none of {', '.join(VARIANTS)}")
     if variant not in (None, rule.variant):
@@ -154,12 +154,12 @@ def of_variant(rule: Rule, variant: str | None, name: object) -> Rule:
 
 
 def save_rule(rule: Rule, path: str | Path) -> None:
-    """Write `rule` to `path`: `.safetensors` with its description, or, for a name ending in `.state`, the published format.
+    """Write `rule` to `path`: `.safetensors` with its settings, or, for a name ending in `.state`, the published format.
 
-    The published format does not say the variant: of a celo2-base rule that is a warning.
+    The published format cannot hold the variant: for a celo2-base rule this function warns.
 
     Raises:
-        RuleError: another ending, or weights that are not a rule's.
+        RuleError: another ending, weights that are not a rule's, or settings that the published format cannot hold.
     """
     path = Path(path)
     check_weights(rule.weights, path)
@@ -183,7 +183,7 @@ def save_rule(rule: Rule, path: str | Path) -> None:
 
 
 def check_weights(weights: Mapping[str, Tensor], path: object) -> None:
-    """Raise RuleError unless names, shapes, dtypes and values are a rule's."""
+    """Raise RuleError unless names, shapes, dtypes and values of the weights are valid for a rule."""
     hidden = weights["b0"].shape[0] if "b0" in weights and weights["b0"].ndim == 1 else 8
     if hidden == 0:
         raise RuleError(f"{path}: no hidden units")
@@ -203,7 +203,7 @@ def check_weights(weights: Mapping[str, Tensor], path: object) -> None:
 
 
 def check_description(rule: Rule, path: object) -> None:
-    """Raise RuleError unless variant, decays, what is normalized and step sizes are a rule's."""
+    """Raise RuleError unless variant, decays, `normalize_gradient`, step sizes and whitening are valid for a rule."""
     if rule.variant not in VARIANTS:
         raise RuleError(f"{path}: variant '{rule.variant}' is none of {', '.join(VARIANTS)}")
     for name, values, count in (
@@ -229,7 +229,7 @@ def check_description(rule: Rule, path: object) -> None:
 
 
 def read_safetensors(path: Path, name: object) -> tuple[dict[str, Tensor], dict]:
-    """Weights and description of a `.safetensors` rule; PyLO's has no variant."""
+    """Read weights and settings of a `.safetensors` rule; PyLO's files do not name a variant."""
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -238,7 +238,7 @@ def read_safetensors(path: Path, name: object) -> tuple[dict[str, Tensor], dict]
         raise RuleError(f"{name}: not a readable safetensors file ({error})") from error
     if metadata.get("format") != FORMAT and "w0.0" in weights:
         check_pylo(path.with_name("config.json"), name)
-        weights = {PYLO.get(key, f"'{key}'"): w for key, w in weights.items()}  # quoted: no name of ours
+        weights = {PYLO.get(key, f"'{key}'"): w for key, w in weights.items()}  # quoted: not a name of PYLO
         return weights, {"description": f"PyLO's weights, read from {path.name}"}
     if metadata.get("format") != FORMAT:
         raise RuleError(f"{name}: not a Celo2 rule (its metadata has format '{metadata.get('format')}', not '{FORMAT}')")
@@ -264,9 +264,9 @@ def read_safetensors(path: Path, name: object) -> tuple[dict[str, Tensor], dict]
 
 
 def read_additions(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Of the description of a `.safetensors` rule what is newer than version 1: step sizes, their bound, and whitening.
+    """Read the settings of a `.safetensors` rule that version 1 does not have: step sizes, their bound, and whitening.
 
-    Version 2 has step sizes, 3 has whitening and may have step sizes, 4 has a bound of its step sizes and may have whitening.
+    Version 2 has step sizes; 3 has whitening and may have step sizes; 4 has step sizes with a bound and may have whitening.
     """
     version, found = metadata["version"], dict[str, Any]()
     if version == VERSIONS[2] or (version == VERSIONS[3] and "whitening" in metadata):
@@ -279,7 +279,7 @@ def read_additions(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def numbers(text: str) -> tuple[float, ...]:
-    """The numbers of a JSON list."""
+    """The numbers of a JSON list. Raises ValueError for anything else."""
     found = json.loads(text)
     if not isinstance(found, list):
         raise ValueError(f"{text:.40} is not a list")
@@ -287,7 +287,7 @@ def numbers(text: str) -> tuple[float, ...]:
 
 
 def check_pylo(config: Path, name: object) -> None:
-    """Raise RuleError if PyLO's configuration beside a file asks for another network than a rule's."""
+    """Raise RuleError if PyLO's configuration beside a file asks for another activation than relu."""
     try:
         keys = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
     except (OSError, ValueError, RecursionError) as error:
@@ -298,7 +298,7 @@ def check_pylo(config: Path, name: object) -> None:
 
 
 def read_theta(path: Path, name: object) -> tuple[dict[str, Tensor], dict]:
-    """Weights and description of a published MessagePack file, which has no variant."""
+    """Read weights and description of a published MessagePack file, which does not name a variant."""
 
     def unpack_array(code: int, payload: bytes) -> np.ndarray:
         if code != NDARRAY_EXTENSION:
@@ -322,6 +322,6 @@ def read_theta(path: Path, name: object) -> tuple[dict[str, Tensor], dict]:
 
 
 def pack_array(array: np.ndarray) -> msgpack.ExtType:
-    """An array as the published files hold it."""
+    """Encode an array as in the published files."""
     payload = msgpack.packb([list(array.shape), "float32", array.astype("<f4").tobytes()])
     return msgpack.ExtType(NDARRAY_EXTENSION, payload)

@@ -1,6 +1,6 @@
-"""What a step works on: equal matrices as views of gradient, weight and accumulators, nothing copied.
+"""The input of a step: matrices of equal shape as views of gradient, weight and accumulators, without copies.
 
-`celo2.layout` says once for each parameter which regions of which matrices are on this rank. Every step makes a `Stack` of them.
+`celo2.layout` finds once for each parameter which regions of which matrices are on this rank. Every step makes a `Stack` of them.
 
 Legend: N matrices of R rows and C columns, K = 3 decays; n, r and c are those of a region or piece.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from celo2.whitening import WHITENERS
 
-Direction = Tensor | list[Tensor]  # of whole matrices (N, R, C); of what is here of a split one, a tensor (1, r, c) a piece
+Direction = Tensor | list[Tensor]  # whole matrices: (N, R, C); a split matrix: one tensor (1, r, c) for each piece on this rank
 
 
 def is_dtensor(tensor: Tensor) -> bool:
@@ -25,26 +25,26 @@ def is_dtensor(tensor: Tensor) -> bool:
 
 
 def local(tensor: Any) -> Tensor:
-    """What of `tensor` is on this rank, sharing its memory: a DTensor's local shard, any other tensor itself."""
+    """The part of `tensor` on this rank, sharing its memory: the local shard of a DTensor, any other tensor itself."""
     return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def local_gradient(p: Any) -> Tensor:
-    """What of the gradient of `p` is on this rank; a DTensor is brought to the placements of `p` first (all ranks take part)."""
+    """This rank's part of the gradient of `p`. A DTensor is first redistributed to the placements of `p`: a collective."""
     if is_dtensor(p.grad) and p.grad.placements != p.placements:
         return p.grad.redistribute(p.device_mesh, p.placements).to_local()
     return local(p.grad)
 
 
 class Gate(NamedTuple):
-    """Whether a step is taken, on its device alone: the host enqueues the step and never waits for the answer."""
+    """Whether a step is taken or skipped. Only the device knows: the host enqueues the step and never waits for the answer."""
 
-    taken: Tensor  # float32 (): 1, or 0 where the step is refused
-    bits: Tensor  # int32 (): -1, or 0 where it is refused: NaN & 0 is 0, while NaN x 0 is NaN
+    taken: Tensor  # float32 (): 1, or 0 if the step is skipped
+    bits: Tensor  # int32 (): -1, or 0 if the step is skipped; a mask for gradients, as NaN & 0 is 0, while NaN x 0 is NaN
 
 
 def gate_of(found_inf: Tensor, device: torch.device) -> Gate:
-    """The gate of a step that is refused where `found_inf` (), float32, is 1."""
+    """The gate of a step that is skipped if `found_inf` (), float32, is 1."""
     taken = 1 - found_inf.to(device, non_blocking=True)
     return Gate(taken, -taken.int())
 
@@ -60,30 +60,30 @@ class Region(NamedTuple):
     offset: int  # of its first element in the local shard
 
     def of(self, shard: Tensor) -> Tensor:
-        """It (n, r, c) in the elements of the local shard, contiguous and of any shape.
+        """A view (n, r, c) of this region in a local shard, which is contiguous and may have any shape.
 
-        The strides of `shard` say nothing: an axis of size 1 may have any and be contiguous.
+        Ignores the strides of `shard`: an axis of size 1 may have any stride in a contiguous tensor.
         """
         return shard.as_strided(self.size, self.strides, shard.storage_offset() + self.offset)
 
     def of_each(self, shards: Tensor) -> Tensor:
-        """It (n, K, r, c) in K tensors (K, E) of the local shard's elements, each contiguous."""
+        """A view (n, K, r, c) of this region in K local shards of E elements (K, E), each contiguous."""
         (n, *size), (by_n, *strides) = self.size, self.strides
         offset = shards.storage_offset() + self.offset
         return shards.as_strided((n, len(shards), *size), (by_n, shards.stride(0), *strides), offset)
 
     def is_full(self, rows: int, cols: int) -> bool:
-        """Whether it holds whole matrices of this size."""
+        """Whether this region holds whole matrices of `rows` x `cols`."""
         return self.size[1:] == (rows, cols)
 
     def of_matrix(self, n: int) -> Region:
-        """The part of it in matrix `n` of the stack."""
+        """The part of this region in matrix `n` of the stack."""
         offset = self.offset + (n - self.matrices.start) * self.strides[0]
         return self._replace(matrices=slice(n, n + 1), size=(1, *self.size[1:]), offset=offset)
 
 
 class Piece(NamedTuple):
-    """A part of N equal matrices: some of their rows and columns, the same ones of every matrix."""
+    """A part of N equal matrices: some of their rows and columns, the same ones for every matrix."""
 
     g: Tensor  # gradient (N, r, c), any float dtype, before clipping
     w: Tensor  # weight (N, r, c), any float dtype
@@ -95,28 +95,28 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Stack:
-    """N equal matrices with their accumulators: whole, or those pieces of them that are here.
+    """N equal matrices with their accumulators: whole, or the pieces of them on this rank.
 
-    `row` holds the means over the longer axis of a matrix, `col` the means over the shorter one, so that `row` runs along
-    the R rows, except where R > C: there it runs along the C columns.
+    `row` holds the means over the longer axis of a matrix, `col` the means over the shorter axis. So `row` has one entry for
+    each row, or for each column where R > C.
     """
 
     shape: tuple[int, int, int]  # (N, R, C)
     pieces: Sequence[Piece]
     row: Tensor  # (N, K, R), or (N, K, C) where R > C, float32
     col: Tensor  # (N, K, C), or (N, K, R) where R > C, float32
-    count: Tensor | None = None  # int32 (N,), the number of this step for each matrix; None where m and v are float32
-    gradient_scale: Tensor | None = None  # (N,), 1 / RMS of the gradient, for a rule that normalizes it
-    gate: Gate | None = None  # of a step that may be refused: then gradients count as zero, and no accumulator moves
-    step_size: Tensor | None = None  # (N,), float32, which steps 0 to 7 write, for a rule that has one
+    count: Tensor | None = None  # int32 (N,), the number of this step for each matrix; None if m and v are float32
+    gradient_scale: Tensor | None = None  # (N,), 1 / RMS of the gradient, for a rule with `normalize_gradient`
+    gate: Gate | None = None  # if it skips the step, gradients count as zero, and no accumulator moves
+    step_size: Tensor | None = None  # (N,), float32, filled during steps 0 to 7, for a rule with step sizes
 
 
 def stack_of(
     g: Tensor, w: Tensor, state: Mapping[str, Tensor] | None, shape: tuple[int, int, int], which: slice, regions: Sequence[Region]
 ) -> Stack:
-    """The matrices `which` of the stack of `shape` (N, R, C), of which `regions` are here, in contiguous local shards g and w."""
+    """The matrices `which` of a stack of `shape` (N, R, C); `regions` are their parts in the contiguous local shards g and w."""
     n, (total, rows, cols) = which.stop - which.start, shape
-    if state is None:  # another rank keeps it: of this stack only the weights are used
+    if state is None:  # another rank keeps the state: only the weights of this stack are used
         pieces = [Piece(r.of(g), r.of(w), r.of(g), r.of(g), r.rows, r.cols) for r in regions]
         return Stack((n, rows, cols), pieces, pieces[0].g, pieces[0].g)
     m, v = state["momentum"].view(3, -1), state["second_moment"].view(-1)
@@ -126,7 +126,7 @@ def stack_of(
 
 
 def stack_of_whole(g: Tensor, w: Tensor, m: Tensor, v: Tensor, row: Tensor, col: Tensor, count: Tensor | None = None) -> Stack:
-    """Matrices that lie in one piece: g, w, v (N, R, C), m (N, K, R, C), row, col and count as in `Stack`."""
+    """A `Stack` of whole matrices: g, w, v (N, R, C), m (N, K, R, C); row, col and count as in `Stack`."""
     n, rows, cols = g.shape
     return Stack((n, rows, cols), [Piece(g, w, m, v, slice(0, rows), slice(0, cols))], row, col, count)
 
@@ -141,7 +141,7 @@ def part_of(stack: Stack, part: slice) -> Stack:
 
 
 def gathered(stacks: Sequence[Stack], elements: bool) -> Stack:
-    """One stack of copies of stacks whose matrices lie in one piece; without `elements`, of their means alone."""
+    """One stack of copies of `stacks`, each of one piece. Without `elements` only row and col are copied, no pieces."""
     counts = [stack.count for stack in stacks if stack.count is not None]
     row, col = torch.cat([stack.row for stack in stacks]), torch.cat([stack.col for stack in stacks])
     together = Stack((len(row), *stacks[0].shape[1:]), [], row, col, torch.cat(counts) if counts else None, gate=stacks[0].gate)
@@ -152,7 +152,7 @@ def gathered(stacks: Sequence[Stack], elements: bool) -> Stack:
 
 
 def scatter_(together: Stack, stacks: Sequence[Stack]) -> None:
-    """Copy accumulators that were `gathered` back to where they belong."""
+    """Copy the accumulators of `together`, made by `gathered`, back into `stacks`."""
     moved = [(together.row, [s.row for s in stacks]), (together.col, [s.col for s in stacks])]
     for piece in together.pieces:
         moved += [(piece.m, [s.pieces[0].m for s in stacks]), (piece.v, [s.pieces[0].v for s in stacks])]
@@ -161,10 +161,10 @@ def scatter_(together: Stack, stacks: Sequence[Stack]) -> None:
 
 
 def whiteners_of(state: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    """The whiteners (N, ·, ·) in the state of a parameter of N matrices, which a rule may have (`celo2.whitening`)."""
+    """The whiteners (N, ·, ·) in the state of a parameter of N matrices; empty for a rule without whitening."""
     return {key: state[key].view(-1, *state[key].shape[-2:]) for key in WHITENERS if key in state} if state else {}
 
 
 def some_of(whiteners: Mapping[str, Tensor], which: slice) -> dict[str, Tensor]:
-    """Those of the matrices `which`."""
+    """The whiteners of the matrices `which`."""
     return {key: value[which] for key, value in whiteners.items()}

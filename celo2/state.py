@@ -1,4 +1,4 @@
-"""State of the optimizer: made as zeros, saved, and loaded with the dtypes that it has. Every error names the parameter group."""
+"""State of the optimizer: create it, save it, and load it without changing its dtypes. Errors name the parameter group."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ from celo2.rule_files import load_rule
 from celo2.stack import is_dtensor, local
 from celo2.whitening import WHITENERS
 
-REPLICATED = ("row", "col", "step", "count", *WHITENERS)  # state that is not divided like the weights
-# Every name of `state_form`; wrappers keep things of their own beside them.
+REPLICATED = ("row", "col", "step", "count", *WHITENERS)  # state that is not sharded like the weights
+# All names of `state_form`; wrappers may store values under other names beside them.
 STATE_KEYS = {"momentum", "second_moment", "diag", "exp_avg", "exp_avg_sq", *REPLICATED}
 
 
 class Stateful(torch.optim.Optimizer):
-    """The part of `Celo2` that checks groups, and makes, saves and loads state. A step calls nothing of it unless groups,
-    parameters or state have changed."""
+    """The part of `Celo2` that checks groups, and creates, saves and loads state. A step uses it only if groups, parameters or
+    state have changed."""
 
     _rule: Rule
-    _rule_on: dict[torch.device, Rule]  # its copies on the devices of a step
-    _has_step_sizes: bool  # of the rule, once it is on a device
+    _rule_on: dict[torch.device, Rule]  # copies of the rule on the devices of the parameters
+    _has_step_sizes: bool  # `Rule.has_step_sizes`, set when the rule is copied to a device
     ns_dtype: torch.dtype | None
     state_dtype: torch.dtype
     replicas: Replicas | None
-    _plan_key: list[tuple]  # what the last plan was made for, group by group
-    _entries: dict[Tensor, Entry]  # that plan
-    _shapes: list[tuple[int, ...]]  # of all parameters, as they were added
+    _plan_key: list[tuple]  # for each group the options and parameters that the current plan was made for
+    _entries: dict[Tensor, Entry]  # the current plan
+    _shapes: list[tuple[int, ...]]  # shapes of all parameters when they were added
 
     @property
     def rule(self) -> Rule:
-        """The rule of the next step. Another one may be set between steps, as `load_rule` accepts it.
+        """The rule of the next step. It may be set between steps, to anything that `load_rule` accepts.
 
-        The state stays, and takes some steps to follow other decays. If the other rule needs state of another form, as one
-        with whitening does, the next step raises ValueError, which says how to begin the state anew. A rule of the other
-        variant, which wants other groups, is a RuleError.
+        The state is kept; after a change of decays it needs some steps to adapt. If the new rule needs state of another form,
+        as one with whitening does, the next step raises ValueError, which says how to reset the state. Setting a rule of the
+        other variant raises RuleError, because it needs other groups.
         """
         return self._rule
 
@@ -54,18 +54,18 @@ class Stateful(torch.optim.Optimizer):
     def rule(self, rule: str | Path | Rule) -> None:
         rule = load_rule(rule, self._rule.variant if hasattr(self, "_rule") else None)
         self._rule, self._rule_on, self._has_step_sizes = rule, {}, False
-        self._plan_key, self._entries = [], {}  # what is planned follows from the rule
+        self._plan_key, self._entries = [], {}  # the plan depends on the rule
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(upgraded_pickle(state))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Check and add a group, and give its parameters owners among replicas."""
+        """Check and add a group, and assign its parameters to owners among the replicas."""
         group = add_checked(self.param_groups, param_group, super().add_param_group)
         self._shapes += [entry.local_shard.shape for entry in self._entries_of(len(self.param_groups) - 1, group)]
 
     def takes_rule(self, p: Tensor, group: dict[str, Any]) -> bool:
-        """Whether the rule, and not AdamW, updates `p` of `group`."""
+        """Whether the rule rather than AdamW updates the parameter `p` of `group`."""
         if group["update"] is None:
             return len(local_shard_of(p).shape) >= 2 or self.rule.variant == "celo2-base"
         return group["update"] == "celo2"
@@ -83,7 +83,7 @@ class Stateful(torch.optim.Optimizer):
         return entries
 
     def _plan(self) -> dict[Tensor, Entry]:
-        """All parameters, after the ranks have agreed on them and on who does what."""
+        """Make the plan: check groups and state, compare the ranks, and assign owners; returns the entry of each parameter."""
         check_explained(self.param_groups, self._shapes)
         entries = []
         for index, group in enumerate(self.param_groups):
@@ -95,13 +95,13 @@ class Stateful(torch.optim.Optimizer):
         return {entry.p: entry for entry in entries}
 
     def _recipe(self) -> dict[str, Any]:
-        """What every rank must compute with, beside its parameters; the rule is its fingerprint."""
+        """The settings that must be equal on all ranks, besides the parameters; the rule is given by its fingerprint."""
         dtypes = {"ns_dtype": str(self.ns_dtype), "state_dtype": str(self.state_dtype)}
         divided = {} if self.replicas is None else {"shard_state": self.replicas.shard_state}
         return {"rule": fingerprint(self.rule, None), **dtypes, **divided}
 
     def _check_state(self, entry: Entry) -> None:
-        """Raise ValueError if a parameter has state of another shape or update, because its group has changed."""
+        """Raise ValueError if the state of a parameter does not fit its shape or update, because group or rule have changed."""
         shapes = {name: tuple(v.shape) for name, v in self.state.get(entry.p, {}).items() if name in STATE_KEYS - {"count"}}
         form = {name: shape for name, (shape, _) in state_form(entry, self.state_dtype).items() if name != "count"}
         if shapes and shapes != form:
@@ -112,13 +112,13 @@ class Stateful(torch.optim.Optimizer):
             )
 
     def allocate_state(self) -> None:
-        """Make all state now. Otherwise it is made when a parameter first has a gradient, and memory may run out only then."""
+        """Create all state now, so that a lack of memory shows at once and not when a parameter first has a gradient."""
         for index, group in enumerate(self.param_groups):
             for entry in self._entries_of(index, group):
                 self._make_state(entry)
 
     def _make_state(self, entry: Entry) -> None:
-        """Give a parameter the state that it lacks, unless another rank keeps it; state on another device moves to its own."""
+        """Create missing state of a parameter, unless another rank keeps it; move state to the device of the parameter."""
         p, state = entry.p, self.state.get(entry.p, {})
         if STATE_KEYS & state.keys():
             self.state[p] = state | {name: state[name].to(p.device) for name in STATE_KEYS & state.keys()}
@@ -130,46 +130,50 @@ class Stateful(torch.optim.Optimizer):
         return self.replicas is None or self.replicas.keeps_state(p)
 
     def state_dict(self) -> dict[str, Any]:
-        """Groups and state as torch has them.
+        """Groups and state in torch's format.
 
         Raises:
-            RuntimeError: state that is divided over ranks (`shard_state`), without `consolidate_state_dict` after the last step.
+            RuntimeError: the state is divided over ranks (`shard_state`), and `consolidate_state_dict` was not called since the
+                last step.
         """
         with whole_state(self):
             return super().state_dict()
 
     def consolidate_state_dict(self, to: int = 0) -> None:
-        """Under `shard_state`: bring the state of all ranks to rank `to` of `replicas`, into CPU memory, until the next step.
+        """With `shard_state`: copy the state of all ranks to CPU memory of rank `to` of `replicas`. Valid until the next step.
 
-        Every rank must call it; then `state_dict` of rank `to` holds everything. torch's ZeroRedundancyOptimizer has the same.
+        Every rank must call it; then `state_dict` on rank `to` holds all state. torch's ZeroRedundancyOptimizer has the same
+        method.
         """
         found = collect_divided(self, to)
         if self.replicas is not None and self.replicas.rank == to:
             self.replicas.consolidated = found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load groups and state; unlike torch's own, the state keeps its dtype, whatever the parameters' or the saved one is.
+        """Load groups and state. Unlike in torch's optimizers, the state keeps this optimizer's dtypes.
 
-        Saved float32 accumulators are rounded to nearest where this optimizer has bfloat16 ones, whose `count` starts again;
-        saved bfloat16 ones become float32 as they are. As with torch's optimizers, a parameter whose state was not saved has
-        none afterwards. Under `shard_state` every rank is given the state of all, and keeps its part.
+        If this optimizer has bfloat16 accumulators, saved float32 ones are rounded to nearest, and their `count` starts at 0.
+        Saved bfloat16 accumulators are converted to float32 exactly. As in torch's optimizers, a parameter without saved state
+        has none afterwards. With `shard_state` pass the state of all ranks on every rank; each keeps its part.
 
         Raises:
-            ValueError: groups, state names or shapes that do not fit this optimizer, naming the parameter group.
+            ValueError: groups, state names or shapes do not fit this optimizer; the message names the parameter group.
         """
         with keeping_dtypes(self):
             super().load_state_dict(state_dict)
 
 
 def state_form(entry: Entry, state_dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of the state of a parameter of shape P and stacked shape S = (..., R, C) (see `celo2.layout`).
+    """Names, shapes and dtypes of the state of a parameter of shape P and stacked shape S = (..., R, C) (see `celo2.layout`).
 
-    By the rule: `momentum` (3, *P), `second_moment` P, and `row` and `col`, means over the longer and the shorter axis of a
-    matrix (3, *S without that axis), or `diag` (3, *P) for a vector; with bfloat16 accumulators also `count`, int32 (), its
-    steps so far; of a rule with `whitening` also `left_whitener` (..., R, R) and `right_whitener` (..., C, C), float32. By
-    AdamW: `step`, `exp_avg`, `exp_avg_sq`. For a DTensor, what has the shape P is placed like it, so that torch's own tools
-    save and reshard it, and the rest is the same on all ranks. For a parameter with the attribute `local_shard`, P is its
-    local shard; a rank moves `row` and `col` of a whole matrix only if it holds that matrix.
+    Under the rule: `momentum` (3, *P) and `second_moment` (*P). Matrices have `row` and `col`, means over the longer and the
+    shorter axis (3, *S without that axis); vectors have `diag` (3, *P). With bfloat16 accumulators there is `count`, int32 (),
+    the number of steps so far; under a rule with `whitening` also `left_whitener` (..., R, R) and `right_whitener` (..., C, C),
+    float32. Under AdamW: `step`, `exp_avg`, `exp_avg_sq`.
+
+    For a DTensor, state derived from P is sharded like the parameter, so that torch's tools can save and reshard it; the rest is
+    equal on all ranks. For a parameter with the attribute `local_shard`, P is the shape of that shard, and a rank updates `row`
+    and `col` of an unsplit matrix only if it holds that matrix.
     """
     size = tuple(entry.p.shape)
     if not entry.by_rule:
@@ -188,7 +192,7 @@ def state_form(entry: Entry, state_dtype: torch.dtype) -> dict[str, tuple[tuple[
 
 
 def new_state(entry: Entry, state_dtype: torch.dtype) -> dict[str, Tensor]:
-    """The state of a parameter, all zero, on its device."""
+    """New state of a parameter: zeros, on the device of the parameter."""
     state, p = {}, entry.p
     for name, (shape, dtype) in state_form(entry, state_dtype).items():
         if is_dtensor(p) and name not in REPLICATED:
@@ -201,7 +205,7 @@ def new_state(entry: Entry, state_dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def fits(state: dict[str, Tensor], form: dict[str, tuple[tuple[int, ...], torch.dtype]], p: Tensor) -> bool:
-    """Whether `state` has this form and is where `p` is."""
+    """Whether `state` has the form `form` and is on the device of `p`."""
     own = {name: value for name, value in state.items() if name in STATE_KEYS}
     return {name: (tuple(v.shape), v.dtype, v.device) for name, v in own.items()} == {
         name: (*of_name, p.device) for name, of_name in form.items()
@@ -209,9 +213,9 @@ def fits(state: dict[str, Tensor], form: dict[str, tuple[tuple[int, ...], torch.
 
 
 def fill_(own: Tensor, saved: Any, shard: LocalShard) -> None:
-    """Copy a saved value (`accepted_shapes`) into the state `own` of a parameter of this local shard."""
+    """Copy a saved value, of one of `accepted_shapes`, into the state `own` of a parameter with this local shard."""
     saved = saved if isinstance(saved, Tensor) else torch.as_tensor(saved, device="cpu")
-    if is_dtensor(own) and not is_dtensor(saved):  # all of it, or this rank's part as a vector: take what is here
+    if is_dtensor(own) and not is_dtensor(saved):  # the whole value, or this rank's part as a vector: copy this rank's part
         here = local(own)
         if saved.shape == own.shape:
             saved = saved.reshape(*own.shape[: own.ndim - len(shard.shape)], -1)[..., shard.start : shard.stop]
@@ -221,14 +225,14 @@ def fill_(own: Tensor, saved: Any, shard: LocalShard) -> None:
 
 
 def accepted_shapes(name: str, shape: tuple[int, ...], p: Tensor) -> list[tuple[int, ...]]:
-    """Shapes of a saved value: the state's own, and what version 0.1 had for a DTensor, the local shard as a vector."""
+    """Shapes that a saved value may have: that of the state, or for a DTensor its flat local shard, as in version 0.1."""
     if is_dtensor(p) and name not in REPLICATED:
         return [shape, (*shape[: len(shape) - p.ndim], local(p).numel())]
     return [shape]
 
 
 def checked(optimizer: Stateful, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """What was saved, as this version writes it; ValueError or TypeError if groups and state do not fit the optimizer."""
+    """`state_dict` in the current format. Raises ValueError or TypeError if groups or state do not fit the optimizer."""
     if absent := {"param_groups", "state"} - state_dict.keys():
         raise ValueError(f"no state of an optimizer: it lacks {' and '.join(sorted(absent))}")
     groups, saved_groups = optimizer.param_groups, list(state_dict["param_groups"])
@@ -257,7 +261,7 @@ def checked(optimizer: Stateful, state_dict: dict[str, Any]) -> dict[str, Any]:
                 continue
             where = f"parameter group {index}, a parameter of shape {tuple(entry.p.shape)}"
             form = state_form(entry, optimizer.state_dtype)
-            if (form.keys() ^ saved.keys()) & STATE_KEYS - {"count"}:  # only bfloat16 accumulators have it
+            if (form.keys() ^ saved.keys()) & STATE_KEYS - {"count"}:  # only bfloat16 accumulators have a count
                 remedy = "build it with the rule and the groups of what was saved, or clear the saved 'state' to begin anew"
                 raise ValueError(
                     f"{where}: saved state holds {sorted(saved)}, expected {sorted(form)}, as this optimizer has another rule or "
@@ -272,16 +276,16 @@ def checked(optimizer: Stateful, state_dict: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def keeping_dtypes(optimizer: Stateful) -> Iterator[None]:
-    """While it lasts, torch's `load_state_dict` checks what is saved and fills the optimizer's own state, in its own dtypes."""
+    """A context in which torch's `load_state_dict` checks the saved state and copies it into the optimizer's own tensors."""
     own, own_groups = optimizer.state, optimizer.param_groups
-    saved: list[dict[str, Any]] = []  # by parameter, in the order of the groups
+    saved: list[dict[str, Any]] = []  # the saved state of each parameter, in the order of the groups
 
     def check(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         state_dict = checked(optimizer, state_dict)
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
         state = dict(state_dict["state"])
         saved.extend(state.pop(key, {}) for key in keys)
-        return {**state_dict, "state": state}  # what is left: what wrappers keep under keys of their own
+        return {**state_dict, "state": state}  # only entries that wrappers store under their own keys are left in it
 
     def restore(_: torch.optim.Optimizer) -> None:
         of_wrappers = dict(optimizer.state)
@@ -290,9 +294,9 @@ def keeping_dtypes(optimizer: Stateful) -> Iterator[None]:
             del own[key]
         own.update(of_wrappers)
         for index, (group, own_group) in enumerate(zip(optimizer.param_groups, own_groups, strict=True)):
-            group |= {key: value for key, value in own_group.items() if key not in group}  # keys of others
-            check_group(group, f"parameter group {index}")  # makes tuples of lists
-        optimizer._plan_key, optimizer._entries = [], {}  # the loaded groups may say otherwise
+            group |= {key: value for key, value in own_group.items() if key not in group}  # keys of wrappers
+            check_group(group, f"parameter group {index}")  # converts lists to tuples
+        optimizer._plan_key, optimizer._entries = [], {}  # the loaded groups may need another plan
         if optimizer.replicas is not None:
             optimizer.replicas.consolidated = None if any(saved) else {}
         entries = [entry for i, group in enumerate(optimizer.param_groups) for entry in optimizer._entries_of(i, group)]
@@ -313,7 +317,7 @@ def keeping_dtypes(optimizer: Stateful) -> Iterator[None]:
             others = {name: value for name, value in values.items() if name not in STATE_KEYS}
             own[p] |= {n: v.to(p.device, copy=True) if isinstance(v, Tensor) else v for n, v in others.items()}
 
-    hooks = [  # `check` after the user's pre-hooks, which may adapt what is saved; `restore` before the user's post-hooks
+    hooks = [  # `check` runs after the user's pre-hooks, which may adapt the saved state, `restore` before the user's post-hooks
         optimizer.register_load_state_dict_pre_hook(check),
         optimizer.register_load_state_dict_post_hook(restore, prepend=True),
     ]

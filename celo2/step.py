@@ -1,11 +1,11 @@
-"""The driver of a step: the ten steps of the rule in order, over batches of equal matrices.
+"""The driver of an optimizer step: the steps of the rule in order, over batches of matrices of equal shape.
 
-There is one way through a step. What differs between one device, replicas (DDP) and matrices that are split over ranks is handed
-in: a reduction, which completes sums (nothing to do, or an all-reduce), and who orthogonalizes (this rank, or the owner of each
-matrix). The mathematics is in `celo2.blocked` (matrices) and `celo2.rule` (vectors), the communication in
+One device, replicas (DDP) and matrices that are split over ranks use the same code. They differ in two functions that the caller
+passes: a reduction, which completes sums (a no-op or an all-reduce), and the function that orthogonalizes (on this rank, or on
+the owner of each matrix). The mathematics is in `celo2.blocked` (matrices) and `celo2.rule` (vectors), the communication in
 `celo2.distributed.collectives`.
 
-Legend: N matrices of R rows and C columns. A batch is what is orthogonalized together: matrices of one shape.
+Legend: N matrices of R rows and C columns. A batch: matrices of one shape that are orthogonalized together.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ from celo2.stack import (
 )
 from celo2.vectors import Vector, vector_of, vector_steps
 
-# Newton–Schulz takes matrices of one shape together, up to this many elements or one matrix. CPU: 64 MB in float32. Elsewhere
-# 256 MB in bfloat16: eight matrices of 2048 x 8192, whose 576 tiles of X Xᵀ (`celo2.kernels.symmetric`) keep 132
-# multiprocessors busy to 87 %; the 72 tiles of one matrix, only to 55 % (computed, not measured).
+# Newton–Schulz runs on matrices of one shape together: at most this many elements, or one matrix. CPU: 64 MB in float32. Other
+# devices: 256 MB in bfloat16, or eight matrices of 2048 x 8192. Their 576 tiles of X Xᵀ (`celo2.kernels.symmetric`) use 87 % of
+# 132 multiprocessors; the 72 tiles of one matrix use only 55 % (computed, not measured).
 BATCH_ELEMENTS = {"cpu": 1 << 24}
 DEFAULT_BATCH_ELEMENTS = 1 << 27
 
 
 def batch_elements(device: torch.device) -> int:
-    """Elements that Newton–Schulz takes at once on `device`."""
+    """The most elements for one call of Newton–Schulz on `device`, unless a single matrix is larger."""
     return BATCH_ELEMENTS.get(device.type, DEFAULT_BATCH_ELEMENTS)
 
 
@@ -60,34 +60,34 @@ Reduce = Callable[[list[Tensor]], None]  # replaces each tensor by its sum over 
 
 
 def no_reduction(sums: list[Tensor]) -> None:
-    """The reduction where every matrix is whole: its sums are complete."""
+    """The reduction for whole matrices: their sums are complete already."""
 
 
 @dataclass
 class Context:
-    """What every update needs besides the matrices."""
+    """What an update needs besides the matrices: rule, passes and options."""
 
     rule: Rule  # on the device of the matrices
     passes: Passes
     ns_dtype: torch.dtype
-    gate: Gate | None = None  # of a step that the device may refuse
-    has_step_sizes: bool = False  # of the rule
-    orthogonalized: int = 0  # matrices that this rank has orthogonalized
+    gate: Gate | None = None  # for a step that may turn out to be skipped
+    has_step_sizes: bool = False  # `Rule.has_step_sizes`
+    orthogonalized: int = 0  # how many matrices this rank has orthogonalized in this step
 
 
 class Item(NamedTuple):
-    """Something to update, and how."""
+    """Matrices or a vector to update, and the options of the update."""
 
     part: Stack | Vector
-    options: Mapping[str, Any]  # the param group, whose `lr` and `weight_decay` count
+    options: Mapping[str, Any]  # the param group; only `lr` and `weight_decay` are used
     orthogonalize: bool
-    owner: int = 0  # the rank among replicas that orthogonalizes it
-    whiteners: Mapping[str, Tensor] = {}  # (N, ·, ·), for a rule that has them
-    split: SplitMatrix | None = None  # of a matrix that no rank holds whole
+    owner: int = 0  # the rank among the replicas that orthogonalizes this item
+    whiteners: Mapping[str, Tensor] = {}  # (N, ·, ·), for a rule with whitening
+    split: SplitMatrix | None = None  # for a matrix that no rank holds whole
 
 
 Batch = list[Item]
-# Who carries out steps 0 to 8: of whole matrices, batch by batch; of split matrices, all together.
+# The functions that do steps 0 to 8: for whole matrices batch by batch, for split matrices all at once.
 WholeDirections = Callable[[list[Item], Context], Iterator[tuple[Batch, Direction]]]
 SplitDirections = Callable[[list[Item], Context, dist.ProcessGroup, Reduce], Sequence[Direction]]
 
@@ -98,13 +98,13 @@ class Work:
 
     whole: list[Item] = field(default_factory=list)
     split: dict[dist.ProcessGroup, list[Item]] = field(default_factory=lambda: defaultdict(list))
-    copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (weight that is not contiguous, its copy to update)
+    copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (non-contiguous weight, its contiguous copy to update)
     means: dict[dist.ProcessGroup, list[tuple[Tensor, Sequence[slice]]]] = field(default_factory=lambda: defaultdict(list))
 
     def add(
         self, entry: Entry, state: Mapping[str, Tensor] | None, options: Mapping[str, Any], orthogonalize: bool, owner: int
     ) -> None:
-        """Add what is here of a parameter; `state` is None where another rank keeps it."""
+        """Add this rank's part of a parameter; `state` is None if another rank keeps it."""
         shard = entry.local_shard
         form = form_of(shard.shape, options["matrices"], shard.start, shard.stop, shard.group is None)
         weight, g = local(entry.p).detach(), local_gradient(entry.p).contiguous()
@@ -130,14 +130,14 @@ class Work:
             self.means[shard.group] += [(value[None], entry.others) for value in whiteners.values()]
 
     def update_(self, context: Context, whole_directions: WholeDirections, split_directions: SplitDirections) -> None:
-        """Steps 0 to 10 on everything."""
+        """Do steps 0 to 10 on all items."""
         if context.has_step_sizes:
             device = context.rule.weights["b0"].device
             self.whole = step_sizes.with_room(self.whole, device)
             self.split = {group: step_sizes.with_room(items, device) for group, items in self.split.items()}
         for batch, direction in whole_directions(self.whole, context):
             finish_([batch], [direction], context, no_reduction)
-            del direction  # before the next one is made
+            del direction  # free its memory before the next direction is computed
         for group, items in self.split.items():
             reduce = functools.partial(add_up_, group=group)
             finish_([[item] for item in items], split_directions(items, context, group, reduce), context, reduce)
@@ -146,12 +146,12 @@ class Work:
             weight.copy_(w)
 
 
-# Steps 0 to 7 as a generator: it yields sums over this rank's part of a matrix, receives the sums over all ranks, and goes on.
+# Steps 0 to 7 as a generator: it yields sums over this rank's part of a matrix, and receives the sums over all ranks.
 Steps = Generator[Tensor, Tensor, None]
 
 
 def carry_out(parts: Sequence[Steps], reduce: Reduce) -> None:
-    """Take parts through their steps side by side. They stop equally often, and one reduction completes the sums of all."""
+    """Advance all generators together. They yield equally often, and one reduction completes the sums of all of them."""
     sums = [next(part) for part in parts]
     while sums:
         reduce(sums)
@@ -162,13 +162,13 @@ def carry_out(parts: Sequence[Steps], reduce: Reduce) -> None:
 
 
 def matrix_steps(stacks: Sequence[Stack], out: Direction | None, context: Context) -> Steps:
-    """Write the directions of equal matrices, cut into the same pieces, into `out`; without it move their accumulators alone."""
+    """Write the directions of equal matrices, cut into the same pieces, into `out`. If it is None, only update accumulators."""
     rule, passes = context.rule, context.passes
     if context.gate is not None:
         stacks = [replace(stack, gate=context.gate) for stack in stacks]
-    together = gathered(stacks, passes.gathers) if len(stacks) > 1 else stacks[0]  # of small matrices, copies; else the means
+    together = gathered(stacks, passes.gathers) if len(stacks) > 1 else stacks[0]  # copies; only the means if not `gathers`
     inputs = [together] if passes.gathers else stacks
-    if rule.normalize_gradient:  # step 0; the passes multiply as they read
+    if rule.normalize_gradient:  # step 0; the passes multiply by this scale when they read the gradient
         squares = yield torch.cat([squares_of([p.g for p in s.pieces], s.shape[0], s.row.device) for s in inputs])
         scales = inverse_rms(squares, together, SQUARE_FLOOR).split([stack.shape[0] for stack in inputs])
         inputs = [replace(stack, gradient_scale=scale) for stack, scale in zip(inputs, scales, strict=True)]
@@ -187,23 +187,23 @@ def matrix_steps(stacks: Sequence[Stack], out: Direction | None, context: Contex
 
 
 def steps_of(batch: Batch, out: Direction | None, context: Context) -> Steps:
-    """The generator that carries out steps 0 to 7 of a batch."""
+    """The generator that does steps 0 to 7 of a batch."""
     if isinstance(batch[0].part, Vector):
         return vector_steps(batch[0].part, out, context.rule, context.gate)
     return matrix_steps([item.part for item in batch if isinstance(item.part, Stack)], out, context)
 
 
-# Step 8, where every matrix is whole and nobody shares the work; otherwise see `celo2.distributed.owners`.
+# Step 8 where this rank holds every matrix whole and does all the work; otherwise see `celo2.distributed.owners`.
 
 
 def orthogonalized_here(items: list[Item], context: Context) -> Iterator[tuple[Batch, Direction]]:
-    """One device: the orthogonalized directions of whole matrices, one batch at a time."""
+    """One device: the directions of whole matrices after step 8, one batch at a time."""
     for batch in batched(items):
         yield batch, direction_of(batch, context)
 
 
 def direction_of(batch: Batch, context: Context) -> Tensor:
-    """Steps 0 to 8 on a batch of whole matrices: their directions (N, R, C)."""
+    """Do steps 0 to 8 on a batch of whole matrices; returns their directions (N, R, C)."""
     direction, done = room_for(batch, context), 0
     for chunk in chunks(batch, context.passes):
         n = count_of(chunk)
@@ -216,7 +216,7 @@ def direction_of(batch: Batch, context: Context) -> Tensor:
 
 
 def orthogonalized(u: Tensor, batch: Batch, context: Context) -> Tensor:
-    """Step 8 on the directions u (N, R, C) of a batch, whitened before for a rule that has it."""
+    """Step 8 on the directions u (N, R, C) of a batch: whitening, if the rule has it, then Newton–Schulz."""
     if context.rule.whitening:
         taken = None if context.gate is None else context.gate.taken
         whitened = whitening.whiten_together_(u, [item.whiteners for item in batch], context.rule.whitening, taken)
@@ -225,7 +225,7 @@ def orthogonalized(u: Tensor, batch: Batch, context: Context) -> Tensor:
 
 
 def room_for(batch: Batch, context: Context) -> Tensor:
-    """Room for the directions (N, R, C) of a batch."""
+    """An empty tensor for the directions (N, R, C) of a batch."""
     part, dtype = batch[0].part, context.ns_dtype if batch[0].orthogonalize else torch.float32
     return torch.empty(count_of(batch), *part.shape[1:], dtype=dtype, device=part.pieces[0].w.device)
 
@@ -234,7 +234,7 @@ def room_for(batch: Batch, context: Context) -> Tensor:
 
 
 def finish_(batches: list[Batch], directions: Sequence[Direction], context: Context, reduce: Reduce) -> None:
-    """Give every direction RMS 1, or its step size, and move the weights."""
+    """Scale every direction to RMS 1, or to its step size, and update the weights."""
     norms = []
     for batch, direction in zip(batches, directions, strict=True):
         tensors = direction if isinstance(direction, list) else [direction]
@@ -252,16 +252,16 @@ def finish_(batches: list[Batch], directions: Sequence[Direction], context: Cont
 
 
 def inverse_rms(squares: Tensor, part: Stack | Vector, eps: float) -> Tensor:
-    """1 / RMS of matrices of the shape of `part`, from their sums of squares (N,)."""
+    """1 / RMS (N,) of matrices of the shape of `part`, from their sums of squares (N,)."""
     _, rows, cols = part.shape
     return (squares / (rows * cols) + eps).rsqrt()
 
 
-# How items become batches, and chunks of batches that the passes take at once.
+# How items become batches, and how batches become chunks that go through the passes together.
 
 
 def batched(items: list[Item]) -> Iterator[Batch]:
-    """All whole matrices, those of one shape and owner together, at most `batch_elements` or one matrix at a time."""
+    """All items in batches of one shape and one owner, each of at most `batch_elements` or of one matrix."""
     buckets: dict[tuple, list[Item]] = defaultdict(list)
     for place, item in enumerate(items):
         alone = place if isinstance(item.part, Vector) else None
@@ -272,7 +272,7 @@ def batched(items: list[Item]) -> Iterator[Batch]:
 
 
 def chunks(batch: Batch, passes: Passes) -> Iterator[Batch]:
-    """What of a batch goes through the passes together: small matrices until they fill a block, others as they are."""
+    """The parts of a batch that go through the passes together: as many small matrices as fill a block if `passes.gathers`."""
     part = batch[0].part
     if len(batch) > 1 and any(len(item.part.pieces) > 1 for item in batch):
         yield from ([item] for item in batch)
@@ -283,7 +283,7 @@ def chunks(batch: Batch, passes: Passes) -> Iterator[Batch]:
 
 
 def sliced(items: list[Item], elements: int) -> Iterator[Batch]:
-    """The matrices of all items in order, at most so many elements or one matrix at a time."""
+    """The matrices of all items in order, in batches of at most `elements` elements or of one matrix."""
     _, rows, cols = items[0].part.shape
     limit = room = max(1, elements // (rows * cols))
     batch: Batch = []
@@ -313,7 +313,7 @@ def count_of(batch: Batch) -> int:
 
 
 def pieces_of(parts: Sequence[Stack | Vector], direction: Direction) -> list[list[Tensor]]:
-    """The tensor of `direction` for every piece of every part."""
+    """For every part, the list of its pieces' tensors in `direction`."""
     if isinstance(direction, list):
         return [direction]
     of_parts = direction.split([part.shape[0] for part in parts])

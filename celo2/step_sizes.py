@@ -1,6 +1,6 @@
-"""Step 9 of rules with step sizes, over batches: room for the step sizes of matrices, and what is written there.
+"""Step 9 of rules with step sizes, over batches: make the tensors of step sizes, fill and read them.
 
-A step of another rule calls nothing in here. The mathematics is `celo2.rule.step_size_of`.
+Steps of other rules call nothing in this file. The mathematics is `celo2.rule.step_size_of`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def with_room(items: Sequence[Item], device: torch.device) -> list[Item]:
-    """`items` with room for the step sizes of their matrices."""
+    """`items`, each with a tensor `step_size` of ones for its matrices, which steps 0 to 7 fill."""
     found = []
     for item in items:
         part, step_size = item.part, torch.ones(item.part.shape[0], dtype=torch.float32, device=device)
@@ -32,7 +32,7 @@ def with_room(items: Sequence[Item], device: torch.device) -> list[Item]:
 
 
 def write_(rule: Rule, stacks: Sequence[Stack], together: Stack, sums: Tensor) -> None:
-    """Write the step sizes of all matrices, from the complete sums (N, R + C + 12) of the pass `accumulate_`."""
+    """Write the step sizes of all matrices into `stacks`, from the complete sums (N, R + C + 12) of the pass `accumulate_`."""
     _, rows, cols = together.shape
     means = (sums[:, rows + cols :] / (rows * cols)).T  # (12, N)
     found = step_size_of(rule, means[LOCAL_PLACES["gradient"]][0], means[LOCAL_PLACES["momentum"]])

@@ -1,7 +1,7 @@
-"""Steps 0 to 7 of the rule for what is no stack of equal matrices, by the reference functions of `celo2.rule`.
+"""Steps 0 to 7 of the rule for parameters that are not stacks of equal matrices, by the reference functions of `celo2.rule`.
 
-These are vectors, which a rule of the variant "celo2-base" updates as well, and matrices whose second moment is factored over the
-batch. They are few and small, so all channels exist at once.
+These are vectors, which a rule of the variant "celo2-base" updates too, and matrices whose second moment is factored over a
+batch axis. They are few and small, so all channels are computed at once.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from celo2.stack import Direction, Gate, Piece
 
 
 class Vector(NamedTuple):
-    """A vector, or matrices whose second moment is factored over the batch."""
+    """A vector, or matrices whose second moment is factored over a batch axis."""
 
-    shape: tuple[int, int, int]  # (N, R, C); of a vector of E elements, over all ranks, (1, 1, E)
-    pieces: list[Piece]  # one; momentum and second moment are not used
-    g: Tensor  # what is here of the gradient, (..., R, C) or (n,)
-    w: Tensor  # the weight, of the same shape
-    state: Mapping[str, Tensor]  # accumulators; empty where another rank keeps them
-    axes: tuple[int, int] | None  # of the factored second moment; None for a vector
-    step_size: Tensor | None = None  # (N,), float32, which steps 0 to 7 write, for a rule that has one
+    shape: tuple[int, int, int]  # (N, R, C); for a vector of E elements over all ranks (1, 1, E)
+    pieces: list[Piece]  # a single one; its momentum and second moment are not used
+    g: Tensor  # this rank's part of the gradient, (..., R, C) or (n,)
+    w: Tensor  # this rank's part of the weight, of the same shape
+    state: Mapping[str, Tensor]  # accumulators; empty if another rank keeps them
+    axes: tuple[int, int] | None  # (d1, d0) of the factored second moment; None for a vector
+    step_size: Tensor | None = None  # (N,), float32, filled during steps 0 to 7, for a rule with step sizes
 
 
 def vector_of(g: Tensor, w: Tensor, state: Mapping[str, Tensor] | None, form: Form) -> Vector:
-    """The local shards g and w (contiguous) of a parameter of this form, with its accumulators."""
+    """A `Vector` of the contiguous local shards g and w of a parameter of this form, with its accumulators."""
     n, rows, _ = form.stack
     view = w.shape if form.axes is not None else (-1,)
     g_whole, w_whole = g.view(n, rows, -1), w.view(n, rows, -1)
@@ -40,7 +40,7 @@ def vector_of(g: Tensor, w: Tensor, state: Mapping[str, Tensor] | None, form: Fo
 
 
 def vector_steps(vector: Vector, out: Direction | None, rule: Rule, gate: Gate | None) -> Generator[Tensor, Tensor, None]:
-    """Steps 0 to 7 of one `Vector`, as `celo2.step.matrix_steps` carries them out."""
+    """Steps 0 to 7 of one `Vector`, a generator like `celo2.step.matrix_steps`."""
     last, numel = (-1,) if vector.axes is None else (-2, -1), vector.shape[1] * vector.shape[2]
     g = vector.g.float()
     if rule.normalize_gradient:

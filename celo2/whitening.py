@@ -1,9 +1,9 @@
-"""Whitening, the first half of step 8 of rules that have it: directions are scaled down along what is large in most steps.
+"""Whitening: scale down the components of a direction that are large in most steps. For rules that have it, the start of step 8.
 
-Newton–Schulz makes the singular values of every direction equal, those of its noise, too. P_left and P_right turn the mean of
-u uᵀ and of uᵀ u over many steps into multiples of the identity: what is large in every step counts less. Shampoo's preconditioner
-does that with gradients (arXiv 1802.09568); before Newton–Schulz it is known as SOAP-Muon. Here P is moved a little in every step
-by matrix products alone, as in PSGD (arXiv 2402.04553).
+Newton–Schulz equalizes all singular values of a direction, including those of its noise. Multiplying by P_left and P_right turns
+the means of u uᵀ and uᵀ u over many steps into multiples of the identity, so that components that are large in every step count
+less. Shampoo's preconditioner does the same with gradients (arXiv 1802.09568). Before Newton–Schulz this is known as SOAP-Muon.
+Here each step changes P a little, by matrix products alone, as in PSGD (arXiv 2402.04553).
 
 Legend: u (..., R, C): directions of matrices of R rows and C columns, leading axes a batch.
 """
@@ -15,30 +15,30 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-LEFT, RIGHT = WHITENERS = ("left_whitener", "right_whitener")  # state: P - I, so that it starts at zero
-MAX_SIDE = 4096  # a longer side is not whitened: the P of a side of 8192 takes 256 MB, for every matrix that has one
-# Share of P - I that decays in a step, times the rate. Without it P grows without bound along rows that are always zero.
+LEFT, RIGHT = WHITENERS = ("left_whitener", "right_whitener")  # the state holds P - I, which starts at zero like all state
+MAX_SIDE = 4096  # longer sides are not whitened: for each matrix with a side of 8192, its P would take 256 MB
+# A step multiplies P - I by (1 - LEAK * rate). Without this, P grows without bound along rows that are always zero.
 LEAK = 0.05
-TINY = 1e-30  # added to a mean square
+TINY = 1e-30  # added to the mean square
 
 
 def whitener_shapes(shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the whiteners of a parameter of shape (..., R, C): (..., R, R) and (..., C, C), but for sides above MAX_SIDE."""
+    """Shapes of a parameter's whiteners: (..., R, R) and (..., C, C) for a shape (..., R, C); none for sides above MAX_SIDE."""
     return {key: (*shape[:-2], n, n) for key, n in zip(WHITENERS, shape[-2:], strict=True) if n <= MAX_SIDE}
 
 
 def whiten_(u: Tensor, whiteners: Mapping[str, Tensor], rate: float | Tensor, taken: Tensor | None = None) -> Tensor:
-    """P_left u P_right, divided by its RMS: float32 (..., R, C). Then moves `whiteners` towards white directions, in place.
+    """Return P_left u P_right divided by its RMS, float32 (..., R, C); then update `whiteners` in place from that result.
 
-    P, stored as the whitener P - I, becomes A P A with A = I - ρ (S - I), divided by its mean diagonal. S is the mean of u uᵀ (of
-    uᵀ u) over the other side, with a trace of R (of C), and ρ = rate / (2 + rate |S|), so that A is positive for every S. Then
-    P - I decays a little.
+    P (stored as P - I) becomes A P A divided by its mean diagonal, with A = I - ρ (S - I). For P_left, S is result resultᵀ / C,
+    with trace R; for P_right, S is resultᵀ result / R, with trace C. ρ = rate / (2 + rate |S|), so that A is positive for every
+    S. Then P - I decays a little.
 
     Args:
         u: directions (..., R, C), any float dtype.
-        whiteners: P - I, float32, of the shapes of `whitener_shapes`.
-        rate: of a rule, its `whitening`; of several, float32 (..., 1, 1).
-        taken: 0 for a step that is refused: no whitener moves; float32 ().
+        whiteners: P - I, float32, with the shapes of `whitener_shapes`.
+        rate: `Rule.whitening`; for several rules at once float32 (..., 1, 1).
+        taken: float32 (), 0 in a step that is skipped: then no whitener changes.
     """
     u = u.float()
     if LEFT in whiteners:
@@ -53,16 +53,16 @@ def whiten_(u: Tensor, whiteners: Mapping[str, Tensor], rate: float | Tensor, ta
 
 
 def moved_by(x: Tensor, deviation: Tensor, rate: float | Tensor) -> Tensor:
-    """P - I (..., n, n) after a step with directions x (..., n, m) of RMS 1, whose rows are the side of this P.
+    """P - I (..., n, n) after a step with directions x (..., n, m) of RMS 1; for P_right, x is the transposed direction.
 
-    With Y = S P (ρ² S / 2 - ρ (1 + ρ) I), A P A is (1 + ρ)² P + Y + Yᵀ. Where n > m, S = x xᵀ / m is never made.
+    With Y = S P (ρ² S / 2 - ρ (1 + ρ) I), A P A is (1 + ρ)² P + Y + Yᵀ. If n > m, S = x xᵀ / m is never materialized.
     """
     n, m = x.shape[-2:]
-    small = (x @ x.mT if n <= m else x.mT @ x) / m  # |S| is its norm, either way
+    small = (x @ x.mT if n <= m else x.mT @ x) / m  # both have the norm |S|
     strength = rate / (2 + rate * torch.linalg.matrix_norm(small, keepdim=True))  # ρ
     p = deviation.clone()
     p.diagonal(dim1=-2, dim2=-1).add_(1)
-    left, right = (small, p) if n <= m else (x, x.mT @ p / m)  # whose product is S P
+    left, right = (small, p) if n <= m else (x, x.mT @ p / m)  # left @ right is S P
     twice = right @ small if n <= m else (right @ x) @ (x.mT / m)
     y = left @ (strength.square() / 2 * twice - strength * (1 + strength) * right)
     p.mul_((1 + strength).square()).add_(y + y.mT)
@@ -73,7 +73,7 @@ def moved_by(x: Tensor, deviation: Tensor, rate: float | Tensor) -> Tensor:
 
 
 def whiten_together_(u: Tensor, parts: Sequence[Mapping[str, Tensor]], rate: float, taken: Tensor | None) -> Tensor:
-    """`whiten_` for u (N, R, C) whose whiteners lie in several tensors (n, ·, ·), N in all."""
+    """`whiten_` for u (N, R, C) with whiteners in several tensors (n, ·, ·), for N matrices together."""
     if len(parts) == 1:
         return whiten_(u, parts[0], rate, taken)
     together = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}

@@ -1,4 +1,4 @@
-"""Accelerate, on one process or many. The same command goes on where the last checkpoint was saved:
+"""Accelerate, with one process or several. Run the same command again to resume from the last checkpoint:
 
 torchrun --nproc_per_node 2 examples/accelerate_loop.py runs/accelerate --steps 200
 """
@@ -23,7 +23,7 @@ args = parser.parse_args()
 
 accelerator = Accelerator(cpu=not torch.cuda.is_available(), step_scheduler_with_optimizer=False)
 model = SmallGPT()
-# Under DDP each process orthogonalizes a part of the matrices. Under FSDP2 the parameters themselves say who has what.
+# Under DDP `replicas` makes each process orthogonalize a part of the matrices. FSDP2's parameters show how they are sharded.
 ddp = accelerator.distributed_type in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 replicas = torch.distributed.group.WORLD if ddp else None
 optimizer = Celo2(param_groups(model, LR, ADAMW_LR, weight_decay=0.1), lr=LR, rule="celo2-lm", replicas=replicas)

@@ -1,4 +1,4 @@
-"""What the examples share: a small GPT, the bytes of this project's documents, and the end of a process."""
+"""Shared by the examples: a small GPT, the bytes of this project's documents as data, and how a process ends."""
 
 import os
 import sys
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 
 def text_sequences(length: int = 64) -> Tensor:
-    """docs/*.md as bytes, in a fixed random order: tokens (sequences, length)."""
+    """The bytes of docs/*.md as tokens (sequences, length); the sequences are in a fixed random order."""
     text = b"".join(path.read_bytes() for path in sorted(Path(__file__).parents[1].glob("docs/*.md")))
     rows = torch.tensor(list(text[: len(text) // length * length])).view(-1, length)
     return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
@@ -34,7 +34,7 @@ class Block(nn.Module):
 
 
 class SmallGPT(nn.Module):
-    """Tokens (sequences, length) -> the mean loss of predicting each from those before it. The first weights are fixed."""
+    """A GPT that maps tokens (sequences, length) to the mean next-token loss. Its initial weights are always the same."""
 
     def __init__(self, vocab: int = 256, length: int = 64, width: int = 48, heads: int = 4, layers: int = 2) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class SmallGPT(nn.Module):
 
 
 def end_process() -> NoReturn:
-    """Ends a process of a group without Python's shutdown, which gloo's threads now and then abort (pytorch/pytorch#190489)."""
+    """End a process of a group without Python's shutdown, in which gloo's threads sometimes abort (pytorch/pytorch#190489)."""
     dist.destroy_process_group()
     sys.stdout.flush()
     os._exit(0)

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO 1, 2 or 3. The same command goes on where the last checkpoint was saved:
+"""DeepSpeed ZeRO 1, 2 or 3. Run the same command again to resume from the last checkpoint:
 
 torchrun --nproc_per_node 2 examples/deepspeed_zero.py runs/zero --stage 2 --steps 200
 """
@@ -24,7 +24,7 @@ parser.add_argument("--save-every", type=int, default=50)
 args = parser.parse_args()
 
 if not torch.cuda.is_available():
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it compiles C++ for minutes at its first start
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # otherwise the first start compiles C++ for minutes
 deepspeed.init_distributed()
 rank, world = dist.get_rank(), dist.get_world_size()
 config = {"train_micro_batch_size_per_gpu": BATCH // world, "gradient_clipping": 1.0, "zero_allow_untested_optimizer": True}
@@ -34,7 +34,7 @@ client = ZeroClient(param_groups(model, LR, ADAMW_LR, weight_decay=0.1))
 engine, *_ = deepspeed.initialize(model=model, optimizer=client, config=config)
 optimizer = client.bind(engine.optimizer, lambda groups: Celo2(groups, lr=LR, rule="celo2-lm"))
 
-# DeepSpeed saves the weights. What Celo2 has is a file for each rank, which the same number of processes can load.
+# DeepSpeed saves the weights. Each rank saves its state of Celo2 in a file; only the same number of processes can load them.
 own_state = f"celo2_rank{rank}.pt"
 step = 0
 if (args.folder / "latest").exists():

@@ -1,4 +1,4 @@
-"""FSDP2 with torch's distributed checkpoints, which another number of processes can load. The same command goes on:
+"""FSDP2 with torch's distributed checkpoints. Run the command again to resume, also with another number of processes:
 
 torchrun --nproc_per_node 2 examples/fsdp2.py runs/fsdp2 --steps 200
 """
@@ -26,7 +26,7 @@ args = parser.parse_args()
 device = "cuda" if torch.cuda.is_available() else "cpu"
 dist.init_process_group()
 rank, world = dist.get_rank(), dist.get_world_size()
-mesh = dist.init_device_mesh(device, (world,))  # takes the GPU of this process from LOCAL_RANK
+mesh = dist.init_device_mesh(device, (world,))  # sets the GPU of this process by LOCAL_RANK
 
 model = SmallGPT().to(device)
 for block in model.blocks:

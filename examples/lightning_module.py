@@ -1,4 +1,4 @@
-"""Lightning. The same command with more epochs goes on where the last checkpoint was saved:
+"""Lightning. Run the command again, with more epochs if all are done, to resume from the last checkpoint:
 
 pip install . -r examples/requirements.txt
 python examples/lightning_module.py runs/lightning --epochs 4

@@ -1,4 +1,4 @@
-"""A plain training loop. The same command goes on where the last checkpoint was saved:
+"""A plain training loop. Run the same command again to resume from the last checkpoint:
 
 pip install .
 python examples/plain.py runs/plain --steps 200

@@ -1,4 +1,4 @@
-"""transformers' Trainer. The same command goes on where the last checkpoint was saved:
+"""The Trainer of transformers. Run the same command again to resume from the last checkpoint:
 
 pip install . -r examples/requirements.txt
 python examples/trainer.py runs/trainer --steps 200
@@ -15,7 +15,7 @@ from celo2 import Celo2, param_groups
 
 
 class Celo2Trainer(Trainer):
-    """Makes the groups by `param_groups`: Trainer's own know decay, and not which matrices are hidden."""
+    """Trainer with param groups from `param_groups`; Trainer's own groups only separate weight decay, not hidden matrices."""
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:

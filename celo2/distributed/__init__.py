@@ -1,1 +1,1 @@
-"""Parameters that are spread over processes: what of them is here, who does what, and everything that is sent."""
+"""Parameters over several ranks: which part a rank holds, which rank does what, and all communication."""

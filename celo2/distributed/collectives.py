@@ -1,4 +1,4 @@
-"""Everything that ranks send each other for the rule: sums, directions, weights, and what they must agree on. No mathematics."""
+"""All communication between ranks for the rule: sums, directions, weights, and settings to compare. No mathematics."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from celo2.stack import Region
 
 
 def gather_objects(value: Any, group: dist.ProcessGroup) -> list[Any]:
-    """`value` of every rank of `group`."""
+    """The `value` of every rank of `group`, in rank order."""
     values: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group)
     return values
 
 
 def add_up_(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
-    """Replace every tensor (one float dtype, same shapes on all ranks) by its sum over the ranks of `group`: one all-reduce."""
+    """Replace each tensor (one float dtype, same shapes on all ranks) by its sum over the ranks of `group`: one all-reduce."""
     if not tensors:
         return
     flat = torch.cat([t.flatten() for t in tensors])
@@ -33,9 +33,9 @@ def add_up_(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
 
 
 def share_means_(means: Sequence[tuple[Tensor, Sequence[slice]]], group: dist.ProcessGroup) -> None:
-    """Fill row or column means (K, N, ·) with those of the ranks of `group` that have moved them, in one all-reduce.
+    """Bring row and column means (K, N, ·) up to date from the ranks of `group` that updated them, in one all-reduce.
 
-    Beside each stand the matrices whose means come from other ranks.
+    The slices beside each tensor name the matrices whose means come from other ranks.
     """
     if others := [mean[:, n] for mean, slices in means for n in slices]:
         torch._foreach_zero_(others)
@@ -45,9 +45,9 @@ def share_means_(means: Sequence[tuple[Tensor, Sequence[slice]]], group: dist.Pr
 def all_to_all(
     outgoing: list[list[Tensor]], expected: list[list[Region]], empty: Tensor, group: dist.ProcessGroup
 ) -> list[Iterator[Tensor]]:
-    """Send the tensors outgoing[r] to rank r of `group`; -> of every rank the vectors that it sent here, those of `expected`.
+    """Send the tensors outgoing[r] to rank r of `group`. Returns for each rank r the flat tensors of its regions expected[r].
 
-    Tensors, all of the dtype of `empty`, are sent as bytes: not every backend knows every dtype.
+    All tensors have the dtype of `empty`. They are sent as bytes, because not every backend supports every dtype.
     """
     send = torch.cat([empty, *(t.reshape(-1) for tensors in outgoing for t in tensors)])
     sizes = [[math.prod(region.size) for region in regions] for regions in expected]
@@ -60,24 +60,24 @@ def all_to_all(
 
 
 def broadcast_(tensor: Tensor, owner: int, group: dist.ProcessGroup) -> None:
-    """Fill `tensor` (contiguous, any dtype) with what rank `owner` of `group` has in it."""
+    """Broadcast `tensor` (contiguous, any dtype) from rank `owner` of `group`, in place."""
     dist.broadcast(tensor.view(-1).view(torch.uint8), group=group, group_src=owner)
 
 
 def send(tensor: Tensor, to: int, group: dist.ProcessGroup) -> None:
-    """Send `tensor`, of any dtype, to rank `to` of `group`, which calls `receive`."""
+    """Send `tensor` of any dtype to rank `to` of `group`, which must call `receive`."""
     dist.send(tensor.contiguous().view(-1).view(torch.uint8), group=group, group_dst=to)
 
 
 def receive(shape: Sequence[int], dtype: torch.dtype, device: torch.device, source: int, group: dist.ProcessGroup) -> Tensor:
-    """The tensor that rank `source` of `group` sends with `send`."""
+    """Receive the tensor that rank `source` of `group` sends with `send`."""
     data = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8, device=device)
     dist.recv(data, group=group, group_src=source)
     return data.view(dtype).view(shape)
 
 
 def broadcast_by_owner_(tensors: Sequence[Tensor], owners: Mapping[Tensor, int], group: dist.ProcessGroup) -> None:
-    """Fill every tensor with what its owner among the ranks has in it, in one broadcast for each owner and dtype."""
+    """Broadcast every tensor from its owner among the ranks, in place: one broadcast for each owner and dtype."""
     by_owner: dict[tuple[int, str], list[Tensor]] = defaultdict(list)
     for tensor in tensors:
         by_owner[owners[tensor], str(tensor.dtype)].append(tensor)
@@ -96,17 +96,17 @@ def orthogonalize_split(
     orthogonalize: Callable[[Tensor, Sequence[int]], Tensor],
     most_elements: int,
 ) -> list[list[Tensor]]:
-    """`orthogonalize` on matrices of which every rank of `group` holds `pieces`; every matrix is worked on once, by its owner.
+    """Apply `orthogonalize` to matrices that are split over the ranks of `group`, each one on its owner alone.
 
     Args:
         matrices: the same ones in the same order on all ranks.
-        pieces: of each matrix, what is here, in the order of its regions.
-        empty: (0,), of the dtype and on the device of the pieces, of which a rank may have none.
-        orthogonalize: takes matrices of one shape (N, R, C), and which of `matrices` they are.
-        most_elements: limit of elements for one call; a larger matrix goes alone.
+        pieces: for each matrix the parts on this rank, in the order of its regions.
+        empty: a tensor (0,) with the dtype and device of the pieces, needed because a rank may have no pieces.
+        orthogonalize: a function of matrices of one shape (N, R, C) and of their indices in `matrices`.
+        most_elements: the most elements for one call; a larger matrix gets a call of its own.
 
     Returns:
-        Pieces of the results, like those that came in.
+        The pieces of the results, with the structure and shapes of `pieces`.
     """
     me, world = dist.get_rank(group), dist.get_world_size(group)
     numbers = [i for i, m in enumerate(matrices) if m.owner == me]
@@ -117,7 +117,7 @@ def orthogonalize_split(
     expected = [[region for m in owned for region in m.held[rank]] for rank in range(world)]
     arrived = all_to_all(outgoing, expected, empty, group)
     whole = [put_together(m, arrived, empty) for m in owned]
-    del arrived  # as large as what is owned
+    del arrived  # it takes as much memory as all owned matrices
     by_shape: dict[torch.Size, list[int]] = defaultdict(list)
     for i, u in enumerate(whole):
         by_shape[u.shape].append(i)
@@ -139,7 +139,7 @@ def orthogonalize_split(
 
 
 def put_together(matrix: SplitMatrix, arrived: Sequence[Iterator[Tensor]], empty: Tensor) -> Tensor:
-    """A matrix (R, C) from the next parts of it that arrived from every rank."""
+    """Assemble a matrix (R, C) from the next parts in the iterators `arrived`, one iterator for each rank."""
     u = empty.new_empty(matrix.rows, matrix.cols)
     for rank, regions in enumerate(matrix.held):
         for region in regions:

@@ -1,4 +1,4 @@
-"""State that replicas divide among each other (`shard_state`), brought to one of them."""
+"""Collect optimizer state that is divided over replicas (`shard_state`) on one of them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ State = dict[Tensor, dict[str, Tensor]]
 
 
 def collect_divided(optimizer: Any, to: int) -> State:
-    """On rank `to` of the replicas, copies in CPU memory of the state that the others keep; on these nothing.
+    """On rank `to` of the replicas, return CPU copies of the state that the other ranks keep; on the others return {}.
 
-    Every rank must call it. Nothing is sent where nothing is divided.
+    Every rank must call this function. It sends nothing if the state is not divided.
     """
     replicas = optimizer.replicas
     if replicas is None or not replicas.shard_state:
@@ -43,7 +43,7 @@ def collect_divided(optimizer: Any, to: int) -> State:
 
 @contextmanager
 def whole_state(optimizer: Any) -> Iterator[None]:
-    """While it lasts, the optimizer's state is the whole; RuntimeError if a part of it is on other ranks."""
+    """A context in which `optimizer.state` holds the state of all ranks. Raises RuntimeError if a part is only on other ranks."""
     replicas, own = optimizer.replicas, optimizer.state
     if replicas is None or not replicas.shard_state or replicas.world == 1:
         yield

@@ -1,14 +1,14 @@
-"""DeepSpeed ZeRO: from its flat partitions to the local shards of parameters in them.
+"""DeepSpeed ZeRO: find the local shards of parameters in its flat partitions.
 
-ZeRO hands an optimizer one flat vector for each param group and rank, which cuts matrices anywhere. `ZeroClient` stands in
-for the optimizer while DeepSpeed flattens; `bind` then builds the real one over views of the vectors, each with its
-`LocalShard`, and from there on every step of DeepSpeed becomes a step of the real optimizer:
+ZeRO gives an optimizer one flat vector for each param group and rank; the vector may begin and end inside a matrix. `ZeroClient`
+stands in for the optimizer while DeepSpeed flattens the parameters. `bind` then builds the real optimizer over views of the
+vectors, each with its `LocalShard`. From then on every optimizer step of DeepSpeed is a step of the real optimizer:
 
     client = ZeroClient(param_groups(model, lr, adamw_lr, weight_decay))
     engine, *_ = deepspeed.initialize(model=model, optimizer=client, config={..., "zero_allow_untested_optimizer": True})
     optimizer = client.bind(engine.optimizer, lambda groups: Celo2(groups, lr=lr))
 
-Schedulers go to what `bind` returns. Offloading to CPU or disk is not supported.
+Build learning-rate schedulers on the optimizer that `bind` returns. Offloading to CPU or disk is not supported.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ class ZeroClient(torch.optim.Optimizer):
     """The optimizer that DeepSpeed sees: it has the param groups of a model, and updates nothing until it is bound."""
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
-        """`groups` as for `Celo2`, with `param_names`, over the parameters before DeepSpeed changes them."""
+        """`groups` are those for `Celo2`, with `param_names`, over the parameters as they are before DeepSpeed changes them."""
         self.inner: torch.optim.Optimizer | None = None
-        self.gate: Callable[[], bool] = lambda: True  # asked before every update, once the gradients are there
-        self.views: dict[Tensor, list[tuple[Tensor, int]]] = defaultdict(list)  # of each flat vector, with their offsets
+        self.gate: Callable[[], bool] = lambda: True  # called before every update, when the gradients exist; False skips it
+        self.views: dict[Tensor, list[tuple[Tensor, int]]] = defaultdict(list)  # by flat vector: (view of a shard, its offset)
         self.groups = [{**group, "shapes": [tuple(p.shape) for p in group["params"]]} for group in groups]
         self.originals = [list(group["params"]) for group in groups]
         super().__init__([{"params": group["params"], "lr": group["lr"]} for group in groups], {})
 
     def bind(self, zero: Any, build: Callable[[list[dict[str, Any]]], torch.optim.Optimizer]) -> torch.optim.Optimizer:
-        """The optimizer that `build` makes of the groups over this rank's local shards; `zero` is `engine.optimizer`.
+        """Build the real optimizer: `build` gets the groups over this rank's local shards; `zero` is `engine.optimizer`.
 
         Raises:
-            ShardingError: a ZeRO optimizer of an unknown kind, or a parameter that it does not know.
+            ShardingError: a ZeRO optimizer of an unknown kind, or a parameter that it does not have.
         """
         held: dict[Tensor, Any] = {p: where for p, *where in find_held(zero)}
         groups = []
@@ -60,7 +60,7 @@ class ZeroClient(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Called by DeepSpeed with one or some of the flat vectors in the groups, their gradients averaged and clipped."""
+        """Update the flat vectors in the groups: one or several for each call of DeepSpeed, gradients averaged and clipped."""
         flats = [flat for group in self.param_groups for flat in group["params"]]
         for flat in flats:
             if flat not in self.views:
@@ -79,9 +79,10 @@ class ZeroClient(torch.optim.Optimizer):
 
 
 def find_held(zero: Any) -> Iterator[tuple[Tensor, Tensor, int, int, int, dist.ProcessGroup]]:
-    """Where the part of each parameter lies that this rank updates, which may be empty, in a ZeRO optimizer.
+    """For each parameter of a ZeRO optimizer, the part that this rank updates; it may be empty.
 
-    -> (parameter, flat vector, the part's place in it, its place in the flattened parameter, its elements, process group)
+    Yields (parameter, flat vector, offset of the part in it, start of the part in the flattened parameter, number of elements,
+    process group).
     """
     if hasattr(zero, "single_partition_of_fp32_groups"):  # stages 1 and 2
         for i, flat in enumerate(zero.single_partition_of_fp32_groups):

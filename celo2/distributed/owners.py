@@ -1,6 +1,6 @@
-"""Step 8 over several ranks: the owner of a matrix orthogonalizes it, and the result travels.
+"""Step 8 over several ranks: the owner of a matrix orthogonalizes it and sends the result to the others.
 
-`celo2.step` calls these instead of `orthogonalized_here` where several ranks share the work.
+`celo2.step` calls these functions instead of `orthogonalized_here` if several ranks share the work.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from celo2.vectors import Vector
 
 
 def orthogonalized_by_owners(items: list[Item], context: Context, replicas: Replicas) -> Iterator[tuple[Batch, Direction]]:
-    """Whole matrices under replicas: every rank works on the batches that it owns, then everybody sends its results.
+    """Whole matrices under replicas: every rank computes the directions of the batches that it owns, then sends them to all.
 
-    Vectors cost less than a message: without `shard_state` every rank updates them itself.
+    A vector costs less than a message: without `shard_state` every rank computes its direction itself.
     """
     batches, results = list(batched(items)), []
     everywhere = [not replicas.shard_state and isinstance(batch[0].part, Vector) for batch in batches]
@@ -44,7 +44,7 @@ def orthogonalized_by_owners(items: list[Item], context: Context, replicas: Repl
             continue
         if batch[0].owner == replicas.rank:
             results.append(direction_of(batch, context).contiguous())
-        elif not replicas.shard_state:  # everybody keeps the accumulators, so everybody moves them
+        elif not replicas.shard_state:  # all ranks keep the accumulators, so all ranks update them
             for chunk in chunks(batch, context.passes):
                 carry_out([steps_of(chunk, None, context)], no_reduction)
     owned = [item for batch, by_all in zip(batches, everywhere, strict=True) if not by_all for item in batch]
@@ -60,7 +60,7 @@ def orthogonalized_by_owners(items: list[Item], context: Context, replicas: Repl
             count = context.orthogonalized
             direction = direction_of(batch, context)
             if not is_owner:
-                context.orthogonalized = count  # the owner counts for all
+                context.orthogonalized = count  # only the owner counts
         else:
             direction = next(mine) if is_owner else room_for(batch, context)
             broadcast_(direction, batch[0].owner, replicas.group)
@@ -68,13 +68,13 @@ def orthogonalized_by_owners(items: list[Item], context: Context, replicas: Repl
 
 
 def share_by_owner_(tensors: Sequence[tuple[Tensor, int]], group: dist.ProcessGroup) -> None:
-    """Fill every tensor (float32) with what its owner among the ranks of `group` has in it, in one message: the others add 0."""
+    """Send every float32 tensor from its owner to all ranks of `group`, in place, in one all-reduce: the others add zeros."""
     me = dist.get_rank(group)
     add_up_([tensor if owner == me else tensor.zero_() for tensor, owner in tensors], group)
 
 
 def orthogonalized_over(items: list[Item], context: Context, group: dist.ProcessGroup, reduce: Reduce) -> Sequence[Direction]:
-    """Split matrices: the ranks of `group` complete each other's sums, and directions travel to an owner and back."""
+    """Split matrices: the ranks of `group` add up their sums, send directions to the owner of a matrix, and get results back."""
     directions: list[list[Tensor]] = []
     for item in items:
         dtype = context.ns_dtype if item.orthogonalize else torch.float32

@@ -1,4 +1,4 @@
-"""Who does what: what all ranks must agree on before the first step, and the rank that orthogonalizes each matrix."""
+"""The plan of a step: the settings that all ranks must agree on, and the rank that orthogonalizes each matrix."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from celo2.stack import Region, is_dtensor
 
 
 def balance(costs: Sequence[float], loads: list[float]) -> list[int]:
-    """Load balancing: a rank for each cost, the most expensive first, each to the rank with the least to do.
+    """Assign each cost to a rank, the highest cost first, each to the rank with the lowest load; returns the ranks.
 
-    `loads` is what the ranks do already, and is raised by what they get.
+    `loads` holds the load of every rank so far; the assigned costs are added to it in place.
     """
     owners = [0] * len(costs)
     for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
@@ -36,7 +36,7 @@ def balance(costs: Sequence[float], loads: list[float]) -> list[int]:
 
 @dataclass
 class Entry:
-    """One parameter as a rank sees it, and what of it is split over ranks."""
+    """One parameter as this rank sees it, and which of its matrices are split over ranks."""
 
     name: str
     p: Tensor
@@ -44,19 +44,19 @@ class Entry:
     by_rule: bool
     orthogonalize: bool
     layout: Layout | None
-    whitened: bool = False  # its matrices have whiteners
-    group: Mapping[str, Any] = field(default_factory=dict)  # its parameter group, for what ranks compare
-    split: dict[int, SplitMatrix] = field(default_factory=dict)  # by the number of the matrix in the stack
-    # Of a DTensor with matrices that lie whole on one rank: those whose row and column means this rank gets from others.
+    whitened: bool = False  # whether its matrices have whiteners
+    group: Mapping[str, Any] = field(default_factory=dict)  # its parameter group, whose options the ranks compare
+    split: dict[int, SplitMatrix] = field(default_factory=dict)  # split matrices, by matrix number in the stack
+    # For a DTensor with matrices that lie whole on one rank: the matrices whose row and column means come from other ranks.
     others: tuple[slice, ...] | None = None
 
     @property
     def stacked_shape(self) -> tuple[int, ...]:
-        """Its shape as the rule sees it."""
+        """The shape of the parameter as the rule sees it."""
         return stacked_shape(self.local_shard.shape, self.layout)
 
     def cost(self) -> float:
-        """What a step costs its owner: the FLOPs of Newton–Schulz, or its elements, which are few beside them."""
+        """The cost of a step for the owner: FLOPs of Newton–Schulz, or without it the number of elements, which is far less."""
         count = matrix_count(self.stacked_shape)
         if not (self.by_rule and self.orthogonalize and count):
             return self.p.numel()
@@ -66,19 +66,19 @@ class Entry:
 class Replicas:
     """Ranks that hold the same whole parameters (DDP) and divide the work on them: every parameter has one owner.
 
-    The owner computes the direction and orthogonalizes it; the others receive it. With `shard_state` the owner alone keeps the
-    optimizer state, and the owner of an AdamW parameter sends its new weights.
+    The owner computes the direction and orthogonalizes it; the other ranks receive it. With `shard_state` only the owner keeps
+    the optimizer state, and the owner of an AdamW parameter sends its new weights.
     """
 
     def __init__(self, group: dist.ProcessGroup, shard_state: bool) -> None:
         self.group, self.shard_state = group, shard_state
         self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
         self.owners: dict[Tensor, int] = {}
-        self.consolidated: dict[Tensor, dict[str, Tensor]] | None = {}  # of other ranks; None: they have some that is not here
-        self.loads: dict[bool, list[float]] = defaultdict(lambda: [0.0] * self.world)  # by update
+        self.consolidated: dict[Tensor, dict[str, Tensor]] | None = {}  # state of the other ranks; None: this rank lacks it
+        self.loads: dict[bool, list[float]] = defaultdict(lambda: [0.0] * self.world)  # by `by_rule`
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Replicas:
-        """The same ranks, for the copies of the parameters: a process group is shared, not copied."""
+        """The same ranks, for copies of the parameters; the copy shares the process group."""
         twin = Replicas(self.group, self.shard_state)
         twin.owners, twin.loads = copy.deepcopy(self.owners, memo), copy.deepcopy(self.loads, memo)
         return twin
@@ -87,7 +87,7 @@ class Replicas:
         raise TypeError("an optimizer with replicas cannot be pickled, as its process group cannot; save its state_dict()")
 
     def add(self, entries: Sequence[Entry]) -> None:
-        """Give each parameter that has none an owner, so that the work of the rule and that of AdamW are balanced."""
+        """Give an owner to each parameter without one; the work of the rule and the work of AdamW are balanced separately."""
         for by_rule in (True, False):
             alike = [entry for entry in entries if entry.by_rule is by_rule and entry.p not in self.owners]
             owners = balance([entry.cost() for entry in alike], self.loads[by_rule])
@@ -99,10 +99,10 @@ class Replicas:
 
 
 def check_explained(groups: Sequence[dict[str, Any]], shapes: Sequence[tuple[int, ...]]) -> None:
-    """Raise ShardingError if something has flattened or resized parameters: `shapes` are those that they were added with.
+    """Raise ShardingError if parameters were flattened or resized; `shapes` are their shapes when they were added.
 
-    Parameters may be replaced by others of their shapes, as Accelerate does for FSDP2, moved to another group or removed. What is
-    compared is the same on all ranks.
+    Parameters may be replaced by others of the same shapes, as Accelerate does for FSDP2, moved to another group or removed. The
+    shapes are those of whole parameters, so that all ranks come to the same result.
     """
     refuse_fsdp1(p for group in groups for p in group["params"])
     left = Counter(shapes)
@@ -119,12 +119,12 @@ def check_explained(groups: Sequence[dict[str, Any]], shapes: Sequence[tuple[int
 
 
 def make_plan(entries: Sequence[Entry], recipe: Callable[[], Mapping[str, Any]], replicas: Replicas | None = None) -> None:
-    """Compare `entries` and `recipe()`, by name what the optimizer computes with, over the ranks of each process group among the
-    local shards and over `replicas`, and find the split matrices of each entry and their owners.
+    """Check that ranks agree on `entries` and on `recipe()`, the optimizer's settings by name. Fill in `split` and `others` of
+    each entry and the owners of split matrices. The ranks are those of `replicas` and of the process groups of local shards.
 
     Raises:
-        ShardingError: on every rank alike, for ranks that disagree, elements that no rank or two ranks hold, or matrices over
-            ranks whose second moment is factored over the batch.
+        ShardingError: on every rank, if ranks disagree, if no rank or two ranks hold an element, or if the second moment of
+            matrices that are split over ranks is factored over a batch axis.
     """
     if replicas is not None:
         gather_ranges(entries, replicas.group, recipe)
@@ -149,7 +149,7 @@ def make_plan(entries: Sequence[Entry], recipe: Callable[[], Mapping[str, Any]],
             entry.split, holders = split_matrices(entry.local_shard.shape, entry.layout, of_ranks)
             if holders and is_dtensor(entry.p):
                 me = dist.get_rank(group)
-                others = [n for n in range(matrix_count(shape)) if holders.get(n, 0) != me]  # rank 0 gives those of split ones
+                others = [n for n in range(matrix_count(shape)) if holders.get(n, 0) != me]  # rank 0 sends those of split ones
                 entry.others = tuple(slices_of(others))
             if entry.orthogonalize:
                 orthogonalized += entry.split.values()
@@ -161,7 +161,7 @@ def make_plan(entries: Sequence[Entry], recipe: Callable[[], Mapping[str, Any]],
 
 
 def slices_of(numbers: Sequence[int]) -> Iterator[slice]:
-    """The fewest slices of ascending `numbers`."""
+    """The fewest slices that cover exactly the ascending `numbers`."""
     for _, run in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
         members = [n for _, n in run]
         yield slice(members[0], members[-1] + 1)
@@ -170,7 +170,7 @@ def slices_of(numbers: Sequence[int]) -> Iterator[slice]:
 def split_matrices(
     shape: tuple[int, ...], layout: Layout | None, ranges: Ranges
 ) -> tuple[dict[int, SplitMatrix], dict[int, int]]:
-    """By number, the matrices of a parameter of `shape` that are split, and of the others the rank that holds them."""
+    """The split matrices of a parameter of `shape`, and the ranks that hold the others whole, both by matrix number."""
     stacked = stacked_shape(shape, layout)
     rows, cols = stacked[-2:]
     held: dict[int, list[list[Region]]] = {n: [[] for _ in ranges] for n in range(matrix_count(stacked))}
@@ -187,10 +187,10 @@ def split_matrices(
 
 
 def gather_ranges(members: Sequence[Entry], group: dist.ProcessGroup, recipe: Callable[[], Mapping[str, Any]]) -> list[Ranges]:
-    """The local shard (start, stop) of every parameter on every rank of `group`.
+    """For every parameter, the ranges (start, stop) of its local shards on all ranks of `group`.
 
     Raises:
-        ShardingError: on all ranks, if they disagree about what the parameters are or what is computed.
+        ShardingError: on all ranks, if they disagree about the parameters or the settings of the optimizer.
     """
     facts = [facts_of(entry) for entry in members]
     ranges = [(e.local_shard.start, e.local_shard.stop) for e in members]
@@ -215,7 +215,7 @@ def gather_ranges(members: Sequence[Entry], group: dist.ProcessGroup, recipe: Ca
 
 
 def facts_of(entry: Entry) -> dict[str, Any]:
-    """What all ranks must say of a parameter, by name. Of a tensor on a device, as lr may be, the host does not ask the value."""
+    """Properties of a parameter that must be equal on all ranks. A tensor on an accelerator, as lr may be, is not read."""
     options = {name: entry.group[name] for name in ("lr", "weight_decay", "betas", "eps") if name in entry.group}
     for name, value in options.items():
         if isinstance(value, Tensor):
@@ -231,14 +231,14 @@ def facts_of(entry: Entry) -> dict[str, Any]:
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    """What two ranks say differently, by name; empty if they agree."""
+    """The properties in which two ranks differ, as text with both values; empty if they agree."""
     return ", ".join(
         f"{name} {one.get(name)} and {other.get(name)}" for name in {**one, **other} if one.get(name) != other.get(name)
     )
 
 
 def fingerprint(rule: Rule, ns_dtype: torch.dtype | None) -> str:
-    """A hash of what the rule computes."""
+    """A hash of everything that determines the rule's updates: weights, settings and `ns_dtype`."""
     digest = hashlib.sha256(repr((rule.settings(), ns_dtype)).encode())
     for name, weight in sorted(rule.weights.items()):
         digest.update(name.encode() + weight.detach().cpu().contiguous().numpy().tobytes())

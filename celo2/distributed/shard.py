@@ -1,8 +1,8 @@
-"""Which part of a parameter is on this rank.
+"""Local shards: which part of a parameter is on this rank.
 
-Every sharding scheme in use gives a rank a contiguous range of the elements of a flattened parameter: all of them (DDP), whole
-rows (FSDP2, a DTensor with `Shard(0)`), or any range (the flat partitions of DeepSpeed ZeRO, which cut matrices anywhere). That
-range is the rank's local shard. What a local shard alone cannot know, `celo2.distributed.collectives` completes.
+Every supported sharding scheme gives a rank a contiguous range of the elements of a flattened parameter: all of them (DDP),
+whole rows (FSDP2, a DTensor with `Shard(0)`), or any range (the flat partitions of DeepSpeed ZeRO). This range is the rank's
+local shard. `celo2.distributed.collectives` exchanges what a rank cannot compute from its local shard alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Ranges = list[tuple[int, int]]  # (start, stop) of the local shard of every rank
 
 
 class ShardingError(RuntimeError):
-    """Shards that the optimizer cannot use: elements that no rank or two ranks hold, ranks that disagree, an unknown layout."""
+    """Shards that the optimizer cannot use: an element on no rank or on two, ranks that disagree, an unknown scheme."""
 
 
 @dataclass(frozen=True)
@@ -37,21 +37,21 @@ class LocalShard:
     group: dist.ProcessGroup | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LocalShard:
-        """Itself: it never changes, and its process group is shared."""
+        """The same object: it is immutable, and copies share its process group anyway."""
         return self
 
     @property
     def whole(self) -> bool:
-        """Whether this rank holds every element and nobody else does."""
+        """Whether the parameter is not sharded: this rank holds every element."""
         return self.group is None
 
 
 def local_shard_of(p: Any) -> LocalShard:
-    """The local shard that parameter `p` is: its attribute `local_shard` if it has one, what its placements
-    say if it is a DTensor, and otherwise all of it.
+    """The local shard of parameter `p`: its attribute `local_shard` if it has one, the shard given by its placements if it is a
+    DTensor, otherwise the whole parameter.
 
     Raises:
-        ShardingError: a DTensor that is not sharded along its first axis alone, over one axis of its mesh.
+        ShardingError: a DTensor that is sharded in another way than along its first axis over one axis of its mesh.
     """
     given = getattr(p, "local_shard", None)
     if given is not None:
@@ -78,9 +78,9 @@ def local_shard_of(p: Any) -> LocalShard:
 
 
 def refuse_fsdp1(params: Iterable[Tensor]) -> None:
-    """Raise ShardingError if FSDP1 has flattened the parameters of a model; its marks are the same on all ranks."""
+    """Raise ShardingError if FSDP1 has flattened the parameters of a model; all ranks come to the same result."""
     flattened = [p for p in params if getattr(p, "_fsdp_flattened", False)]
-    if flattened and all(p.ndim < 2 for p in flattened):  # else they are whole: its strategy is NO_SHARD
+    if flattened and all(p.ndim < 2 for p in flattened):  # with the strategy NO_SHARD they are whole and have their axes
         raise ShardingError(
             "FSDP1 (FullyShardedDataParallel) has flattened the parameters, and no matrix is left for the rule; "
             "use FSDP2 (torch.distributed.fsdp.fully_shard)"
@@ -89,16 +89,16 @@ def refuse_fsdp1(params: Iterable[Tensor]) -> None:
 
 @dataclass
 class SplitMatrix:
-    """One matrix (R, C) that no rank holds whole: which regions of it every rank holds, in the order in which they travel."""
+    """One matrix (R, C) that no rank holds whole, and the regions of it on each rank, in the order in which ranks send them."""
 
     rows: int
     cols: int
-    held: list[list[Region]]  # by rank of the group
+    held: list[list[Region]]  # by rank in the group
     owner: int = 0  # the rank that orthogonalizes it
 
 
 def check_cover(shape: tuple[int, ...], ranges: Ranges, name: str) -> None:
-    """Raise ShardingError unless the local shards of all ranks hold every element of a parameter exactly once."""
+    """Raise ShardingError unless the local shards of all ranks together hold every element of a parameter exactly once."""
     numel, at = math.prod(shape), 0
     for start, stop in sorted(held for held in ranges if held[0] < held[1]):
         if start != at:

@@ -1,7 +1,7 @@
-"""The rule's passes, Newton–Schulz and the last step as Triton kernels, which `passes_for` chooses on NVIDIA GPUs.
+"""Triton kernels for the passes of the rule and for Newton–Schulz; `passes_for` chooses them on NVIDIA GPUs.
 
-Each stands beside a plain function that it must equal: `passes` beside `celo2.blocked`, `symmetric` beside
-`celo2.orthogonalize`. `device` is the code that runs on the GPU for `passes`, `traffic` counts its bytes.
+Each kernel must compute the same as a plain function: `passes` the same as `celo2.blocked`, `symmetric` the same as
+`celo2.orthogonalize`. `device` holds the GPU code of `passes`; `traffic` counts the bytes that it moves.
 """
 
 import functools
@@ -14,7 +14,7 @@ from celo2.blocked import PLAIN, Passes
 
 @functools.cache
 def passes_for(device: torch.device) -> Passes:
-    """The Triton kernels on NVIDIA GPUs of compute capability 8.0 (the first with bfloat16 products) or more, else PLAIN."""
+    """The Triton kernels on NVIDIA GPUs of compute capability 8.0 (the first with bfloat16 products) or higher; else PLAIN."""
     if device.type != "cuda" or torch.version.cuda is None or importlib.util.find_spec("triton") is None:
         return PLAIN
     if torch.cuda.get_device_capability(device) < (8, 0):

@@ -1,12 +1,12 @@
-"""What runs on the GPU for the three passes of the rule and for its last step: one program for each tile of a matrix.
+"""The GPU code of the three passes of the rule and of step 10: one program for each tile of a matrix.
 
-Legend: a piece of N matrices has A places along its major axis and B along its minor axis, the one along which memory is
-contiguous: rows and columns, or columns and rows where a parameter stores its matrices transposed. H hidden units,
-K = 3 decays. A `view` is a tuple (pointer, strides...): of a field (N, A, B), of the momenta (N, K, A, B), of something
+Legend: a piece of N matrices has A positions along its major axis and B along its minor axis, the axis along which memory is
+contiguous. These are rows and columns, or columns and rows where a parameter stores its matrices transposed. H hidden units,
+K = 3 decays. A `view` is a tuple (pointer, strides...) for a field (N, A, B), for the momenta (N, K, A, B), or for values
 along one axis (N, F, A).
 
-NaN travels as in torch: minimum and maximum are told to propagate it. Sums go to a place of their own for each tile, and
-torch adds those in a fixed order: no atomics, the same bits in every run.
+NaN propagates as in torch: minimum and maximum get an option for it. Each tile writes its sums to its own place, and torch
+adds them in a fixed order: no atomics, the same bits in every run.
 """
 
 import triton
@@ -24,7 +24,7 @@ SLOT_FACTOR = tl.constexpr(rounding.SLOT_FACTOR)
 HASH_FACTOR_0 = tl.constexpr(rounding.HASH_FACTORS[0] % (1 << 32))
 HASH_FACTOR_1 = tl.constexpr(rounding.HASH_FACTORS[1] % (1 << 32))
 
-# Where the channels stand: the local ones, and the factored ones, first among their own and then behind the local ones.
+# Positions of the local channels, and of the factored channels among themselves; in `emit_kernel` these follow the local ones.
 LOCAL = tl.constexpr(N_LOCAL)
 FACTORED = tl.constexpr(N_FACTORED)
 ELEMENTS = tl.constexpr(N_LOCAL + N_FACTORED)
@@ -39,13 +39,13 @@ SCALED_GRADIENT = tl.constexpr(LOCAL_PLACES["scaled_gradient"].start)
 FACTORED_GRADIENT = tl.constexpr(FACTORED_PLACES["factored_gradient"].start)
 FACTORED_MOMENTUM = tl.constexpr(FACTORED_PLACES["factored_momentum"].start)
 
-# Integers that only offset a result: a kernel of its own for 1 or for multiples of 16 would buy nothing.
+# Integers that are only added or multiplied: specialized kernels for 1 or for multiples of 16 would not be faster.
 UNSPECIALIZED = ["index_start", "index_a", "index_b"]
 
 
 @triton.jit
 def tile_of(A, B, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr):
-    """This program's matrix n, its tile's place (of how many) along both axes, and the tile's places a and b, all int64."""
+    """This program's matrix n, its tile's number in the matrix and along both axes, and the tile's positions a, b, all int64."""
     program = tl.program_id(0).to(tl.int64)
     across = tl.cdiv(B, BLOCK_B)
     per_matrix = tl.cdiv(A, BLOCK_A) * across
@@ -58,19 +58,19 @@ def tile_of(A, B, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr):
 
 @triton.jit
 def at(view, n, a, b):
-    """Pointers to the places a x b of matrix n of a view (N, A, B)."""
+    """Pointers to the positions a x b of matrix n in a view (N, A, B)."""
     return view[0] + n * view[1] + a[:, None] * view[2] + b[None, :] * view[3]
 
 
 @triton.jit
 def momentum_at(view, n, k: tl.constexpr, a, b):
-    """Pointers to the places a x b of momentum k of matrix n of a view (N, K, A, B)."""
+    """Pointers to the positions a x b of momentum k of matrix n in a view (N, K, A, B)."""
     return view[0] + n * view[1] + tl.full((), k, tl.int64) * view[2] + a[:, None] * view[3] + b[None, :] * view[4]
 
 
 @triton.jit
 def along(view, n, f: tl.constexpr, places, size):
-    """The numbers of feature f of matrix n at `places` below `size` of a view (N, F, size), in float32."""
+    """Load feature f of matrix n at those of `places` that are below `size`, from a float32 view (N, F, size)."""
     return tl.load(view[0] + n * view[1] + tl.full((), f, tl.int64) * view[2] + places * view[3], mask=places < size, other=0.0)
 
 
@@ -86,7 +86,7 @@ def clip(x, limit: tl.constexpr):
 
 @triton.jit
 def load_gradient(g, scale, gate, n, a, b, mask):
-    """`celo2.blocked.load_gradient_`: the gradient at the places a x b, normalized if there is a scale, and clipped."""
+    """`celo2.blocked.load_gradient_`: the gradient at the positions a x b, normalized if there is a scale, and clipped."""
     grad = load(at(g, n, a, b), mask)
     if scale is not None:
         grad *= tl.load(scale[0] + n * scale[1])
@@ -117,10 +117,10 @@ def is_finite(bits):
     return (bits & 0x7F800000) != 0x7F800000
 
 
-# Integers throughout: a conversion of single numbers from float32 to bfloat16 runs at an eighth of the speed.
+# Integer arithmetic throughout: converting single numbers from float32 to bfloat16 would run at an eighth of the speed.
 @triton.jit
 def stochastic_round(x, noise):
-    """`celo2.rounding.stochastic_round` of float32 x, a result of arithmetic: the upper 16 bits are the bfloat16."""
+    """`celo2.rounding.stochastic_round` of float32 x, a result of arithmetic; returns bits, the upper 16 are the bfloat16."""
     bits = x.to(tl.uint32, bitcast=True)
     nearest = 0x7FFF + ((bits >> 16) & 1)
     return bits + tl.where(is_finite(bits), tl.where(is_finite(bits + noise), noise, nearest), 0)
@@ -128,7 +128,7 @@ def stochastic_round(x, noise):
 
 @triton.jit
 def moved(pointers, mask, target, weight, gate, index, count, slot: tl.constexpr):
-    """Move an accumulator by `weight` of the way to `target`, if the gate lets it; -> it, in float32. `celo2.rounding.lerp_`."""
+    """`celo2.rounding.lerp_`: move an accumulator towards `target`, and store it unless the gate skips it; returns float32."""
     old = load(pointers, mask)
     new = old + weight * (target - old)
     if gate is not None:
@@ -154,14 +154,14 @@ def accumulate_kernel(
     m,  # view (N, K, A, B)
     v,  # view (N, A, B)
     counts,  # view (N,) of int32, or None
-    scale,  # view (N,): what gradients are multiplied by, or None
-    gate,  # int32: 0 where the step is refused; or None
+    scale,  # view (N,): factor of the gradients, or None
+    gate,  # int32: 0 if the step is skipped; or None
     by_a,  # (N, tiles along B, A): sums of g² over the columns of a tile
     by_b,  # (N, tiles along A, B)
     local,  # (N, tiles, 12): square sums of the local channels
     A,
     B,
-    index_start,  # the place of (a, b) in its matrix, row by row, is index_start + a * index_a + b * index_b
+    index_start,  # the row-major position of (a, b) in its matrix is index_start + a * index_a + b * index_b
     index_a,
     index_b,
     momentum_weights,  # 1 - decay
@@ -224,20 +224,20 @@ def factor_kernel(
 
 @triton.jit
 def with_channel(h, x, weights, H: tl.constexpr):
-    """The H sums of the first layer with one more channel x, whose weights (H,) begin at `weights`."""
+    """Add channel x to the H sums h of the first layer; its weights (H,) begin at `weights`."""
     new = ()
     for j in tl.static_range(H):
         new += (h[j] + x * tl.load(weights + j),)
     return new
 
 
-# The first layer by multiplications on the CUDA cores, not by tl.dot: 18 channels x 8 units + 8 x 8 + 8 = 216 fused
-# multiply-adds a weight. At 29.6e12 a second (132 multiprocessors x 128 lanes x 1.75 GHz) that is 7.3 ps, and 11.4 ps with every
-# other instruction (2,704 for 256 elements, counted in the code for compute capability 9.0); the 26 bytes of this pass take
-# 6.0 ps at 4.3 TB/s. So the pass is bound by arithmetic, by less than a factor of two. Tensor cores would need three TF32
-# products to keep float32's accuracy (one is wrong by 5e-4), on shapes padded to 32 x 16: 1,536 multiply-adds at 2.5e14 a
-# second, 6.2 ps, and the channels would travel through shared memory first. Each channel is added to all H sums as soon as it
-# exists, so that about 18 numbers an element are alive at once, not 18 channels and 8 sums.
+# The MLP runs as multiply-adds on the CUDA cores, not by tl.dot: 18 channels x 8 units + 8 x 8 + 8 = 216 fused multiply-adds per
+# weight. At 29.6e12 per second (132 multiprocessors x 128 lanes x 1.75 GHz) they take 7.3 ps. With all other instructions (2,704
+# for 256 elements, counted in the code for compute capability 9.0) a weight takes 11.4 ps. Its 26 bytes take 6.0 ps at 4.3 TB/s.
+# So this pass is bound by arithmetic, by less than a factor of two. Tensor cores would need three TF32 products to keep the
+# accuracy of float32 (a single one has an error of 5e-4), on shapes padded to 32 x 16: 1,536 multiply-adds at 2.5e14 per second
+# take 6.2 ps, and the channels would have to go through shared memory first. Each channel is added to all H sums as soon as it
+# is computed, so that about 18 numbers per element are alive at once, not 18 channels and 8 sums.
 @triton.jit
 def emit_kernel(
     g,  # views (N, A, B)
@@ -248,10 +248,10 @@ def emit_kernel(
     gate,
     factor_a,  # view (N, K, A)
     factor_b,  # view (N, K, B)
-    share_a,  # view (N, H, A): what the channels that depend on a alone add to the first layer
-    share_b,  # view (N, H, B), with the bias
-    element,  # (N, 18, H): first-layer weights of the local and factored channels, normalizers folded in
-    layers,  # w1 (H, H), b1 (H,), w2 (H,), b2 (1,) in a row
+    share_a,  # view (N, H, A): share of the first layer from the channels that depend on a alone
+    share_b,  # view (N, H, B): the same for b; one of the two includes the bias
+    element,  # (N, 18, H): first-layer weights of the local and factored channels, with the normalizers folded in
+    layers,  # w1 (H, H), b1 (H,), w2 (H,), b2 (1,), concatenated
     out,  # view (N, A, B)
     A,
     B,
@@ -262,7 +262,7 @@ def emit_kernel(
     n, _, _, _, a, b = tile_of(A, B, BLOCK_A, BLOCK_B)
     mask = (a < A)[:, None] & (b < B)[None, :]
     element += n * ELEMENTS * H
-    # All loads before the first use, so that they are under way together.
+    # All loads come before the first use of a loaded value, so that they overlap.
     grad = load_gradient(g, scale, gate, n, a, b, mask)
     second = load(at(v, n, a, b), mask)
     weight = load(at(w, n, a, b), mask)
@@ -304,8 +304,8 @@ def apply_kernel(
     w,  # views (N, A, B)
     u,
     scale,  # (N,): 1 / RMS of u
-    lr,  # a number, which counts where there is no pointer to one
-    lr_pointer,  # or None
+    lr,  # a number, used if lr_pointer is None
+    lr_pointer,  # pointer to the learning rate, or None
     weight_decay,
     A,
     B,

@@ -1,13 +1,13 @@
-"""The three passes of `celo2.blocked` and the last step of the rule as Triton kernels: same signatures, same meaning.
+"""The three passes of `celo2.blocked` and step 10 of the rule as Triton kernels: same signatures, same meaning.
 
-A pass over a stack is one launch for each of its pieces, whatever the number of matrices. What is of size O(R + C), the means,
-the factors, the first layer with its normalizers, stays plain torch; `celo2.step` does it once for all stacks of a batch, so
-that a stack costs four launches (three passes and `apply_`) and a batch about ninety small ones, Newton–Schulz among them.
+A pass over a stack launches one kernel for each of its pieces, for any number of matrices. Work of size O(R + C) stays in plain
+torch: the means, the factors, and the first layer with its normalizers. `celo2.step` does it once for all stacks of a batch. So a
+stack costs four launches (three passes and `apply_`), and a batch about ninety small ones, including those of Newton–Schulz.
 
-Nothing here waits for the GPU or depends on what it computed, so a step can be captured in a CUDA graph.
+The host never waits for the GPU and needs none of its results, so a step can be captured in a CUDA graph.
 
 Legend: N matrices of R rows and C columns, K = 3 decays, H hidden units, L = 18 element channels. A piece of a matrix has r
-rows and c columns, A places along its major and B along its minor axis (see `celo2.kernels.device`).
+rows and c columns, A positions along its major and B along its minor axis (see `celo2.kernels.device`).
 """
 
 from __future__ import annotations
@@ -34,49 +34,49 @@ class Tile(NamedTuple):
     warps: int
 
 
-# Passes bound by memory take 16 elements a thread, several independent 16-byte loads, and tiles whose partial sums are small
-# beside them. `emit_kernel` takes 8 elements a thread: each load of a first-layer weight, one for a whole warp, then feeds 8
-# multiply-adds. Compiled for compute capability 9.0 that is 168 registers without spills, 12 warps on a multiprocessor, and
-# 2,700 instructions, half of the weights loaded 290 instructions or more before their use.
+# Memory-bound passes use 16 elements per thread, which gives several independent 16-byte loads, and tiles so large that their
+# partial sums are small in comparison. `emit_kernel` uses 8 elements per thread: each load of a first-layer weight, one for a
+# whole warp, then feeds 8 multiply-adds. Compiled for compute capability 9.0 it needs 168 registers without spills (12 warps on
+# a multiprocessor) and 2,700 instructions; half of the weights are loaded 290 instructions or more before their use.
 TILE, EMIT_TILE = Tile(4096, 8), Tile(1024, 4)
-WIDTH = 128  # places along the minor axis: 512 contiguous bytes in float32
+WIDTH = 128  # positions of a tile along the minor axis: 512 contiguous bytes in float32
 
 
 def view(tensor: Tensor) -> tuple[Any, ...]:
-    """A tensor as the kernels take it."""
+    """A tensor in the form that kernels expect: (tensor, strides...)."""
     return (tensor, *tensor.stride())
 
 
 def view_or_none(tensor: Tensor | None) -> tuple[Any, ...] | None:
-    """The same, where there may be none."""
+    """`view` of a tensor, or None for None."""
     return None if tensor is None else view(tensor)
 
 
 def is_transposed(tensor: Tensor) -> bool:
-    """Whether the rows of (N, r, c), not its columns, lie beside each other in memory."""
+    """Whether a tensor (N, r, c) is contiguous along its rows axis r instead of its columns axis c."""
     return tensor.stride(2) != 1 and tensor.stride(1) == 1
 
 
 class Cut(NamedTuple):
-    """How the kernels see the pieces of one size: as (N, A, B), with rows and columns exchanged or not, in tiles."""
+    """How the kernels see pieces of one size: as (N, A, B), with rows and columns exchanged or not, cut into tiles."""
 
     transposed: bool
     size: tuple[int, int]  # A and B
-    block: tuple[int, int]  # of a tile: powers of two from 16 on, not much larger than the piece
-    tiles: tuple[int, int]  # along A and along B
+    block: tuple[int, int]  # size of a tile: powers of two of at least 16, not much larger than the piece
+    tiles: tuple[int, int]  # number of tiles along A and along B
 
     def fields(self, piece: Piece) -> list[tuple[Any, ...]]:
         """Views of g, w, m and v."""
         return [view(tensor.mT if self.transposed else tensor) for tensor in piece[:4]]
 
     def along(self, by_row: Tensor, by_col: Tensor, piece: Piece) -> tuple[Tensor, Tensor]:
-        """What runs along the rows (N, ..., R) and the columns (N, ..., C) of a matrix, at the piece: along A, and along B."""
+        """The parts of `by_row` (N, ..., R) and `by_col` (N, ..., C) at a piece, as (values along A, values along B)."""
         here = by_row[..., piece.rows], by_col[..., piece.cols]
         return here[::-1] if self.transposed else here
 
 
 def cut_of(tensor: Tensor, tile: Tile) -> Cut:
-    """The cut of pieces that lie in memory like `tensor` (N, r, c)."""
+    """The cut of pieces with the shape and memory order of `tensor` (N, r, c)."""
     transposed = is_transposed(tensor)
     a, b = (tensor.mT if transposed else tensor).shape[1:]
     height, width = (max(16, triton.next_power_of_2(size)) for size in (a, b))

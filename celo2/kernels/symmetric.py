@@ -1,14 +1,14 @@
-"""Newton–Schulz with half of each symmetric product computed.
+"""Newton–Schulz that computes only half of each symmetric product.
 
-Of the three products of an iteration, X Xᵀ and A A are symmetric. `symmetric_kernel` computes the tiles of the diagonal blocks
-and those below, and writes the latter transposed as well; every number is written once. For a square matrix an iteration
-falls from 6 S³ FLOPs to 4 S³; for R : C = 1 : 4 from 18 S³ to 13 S³. The third product, a X + P X, is not symmetric and stays
-`torch.baddbmm`: cuBLAS is the fastest dense product there is (measured 770 to 800 TFLOP/s in bfloat16 on an H200).
+Of the three products of an iteration, X Xᵀ and A A (A = X Xᵀ) are symmetric. `symmetric_kernel` computes the tiles on and below
+the diagonal, and also writes the transposes of the tiles below it; every number is written once. The FLOPs of an iteration fall
+from 6 S³ to 4 S³ for a square matrix, and from 18 S³ to 13 S³ for R : C = 1 : 4. The third product, a X + P X, is not symmetric.
+It stays `torch.baddbmm`, as cuBLAS is the fastest dense product (measured 770 to 800 TFLOP/s in bfloat16 on an H200).
 
-Operands come through tensor descriptors on GPUs with a copy engine and tensor cores that read shared memory (compute capability
-9 and 10), elsewhere through pointers: compiled for 8.0, a descriptor loads 2 bytes at a time. Both want rows of a multiple of 16
-bytes. So X is padded to multiples of 8 numbers by zeros, which stay zero: padded rows and columns change no other number. The
-copy that normalizes X pads and transposes it as well.
+The kernel loads operands through tensor descriptors on GPUs with a copy engine and tensor cores that read shared memory (compute
+capability 9 and 10), and through pointers on others: compiled for 8.0, a descriptor loads 2 bytes at a time. Both need rows of a
+multiple of 16 bytes. So X is padded with zeros to multiples of 8 numbers; these stay zero and change no other number. The copy
+that normalizes X also pads and transposes it.
 
 Legend: N matrices, S the shorter and L the longer side.
 """
@@ -27,11 +27,11 @@ from celo2 import orthogonalize
 from celo2.orthogonalize import COEFFICIENTS, EPS, STEPS
 
 ALIGNMENT = 16  # bytes
-GROUP = 8  # tiles of a column that run one after the other, so that they find its operand in the L2 cache
+GROUP = 8  # tiles of a column that run one after the other, so that they find the operand of the column in the L2 cache
 
 
 class Tile(NamedTuple):
-    """Rows and columns (a multiple of the rows) of a tile of the result, inner numbers at once, warps, stages, how to load."""
+    """Tile of the result (cols is a multiple of rows), inner block size, warps, pipeline stages, and how operands are loaded."""
 
     rows: int
     cols: int
@@ -41,22 +41,22 @@ class Tile(NamedTuple):
     descriptors: bool
 
 
-# Chosen by the code that Triton compiles, none by time: no spills, 16-byte loads, no more shared memory than every GPU of the
+# Chosen by the compiled code, not by measured times: no spills, 16-byte loads, and no more shared memory than every GPU of the
 # kind has (`pytest tests/celo2/test_celo2_compiled.py`).
-# Hopper. SMALL: two programs share a multiprocessor (96 of 227 KB of shared memory each), one writes while the other multiplies,
-# and the triangle has little waste. LARGE: 1.33 times the FLOPs for each byte from shared memory, one program (144 KB) on each.
+# Hopper. SMALL: two programs share a multiprocessor (96 of 227 KB of shared memory each), so that one writes while the other
+# multiplies, and the triangle wastes little. LARGE: 1.33 times the FLOPs per byte of shared memory, one program (144 KB) each.
 SMALL, LARGE = Tile(128, 128, 64, 4, 3, True), Tile(128, 256, 64, 8, 3, True)
 LARGE_SIDE = 2048
-# Compute capability 10: SMALL with 4 warps and LARGE spill 400 bytes a thread where they add.
+# Compute capability 10: SMALL, which has 4 warps, and LARGE spill 400 bytes per thread where they add the addend.
 BLACKWELL = Tile(128, 128, 64, 8, 3, True)
-# Every other GPU: 122 to 130 registers, and 48 KB of shared memory, where a multiprocessor may have no more than 100 KB.
+# All other GPUs: 122 to 130 registers and 48 KB of shared memory; a multiprocessor may have as little as 100 KB.
 BY_POINTERS = Tile(128, 128, 32, 8, 4, False)
-# A matrix of one tile saves nothing.
+# Matrices with a smaller side take the plain path: with a single tile the kernel saves nothing.
 SMALLEST_SIDE = 256
 
 
 def newton_schulz(u: Tensor) -> Tensor:
-    """`celo2.orthogonalize.newton_schulz`; other dtypes than bfloat16 and matrices with a short side take that one."""
+    """`celo2.orthogonalize.newton_schulz` by tiles in bfloat16; calls that function for other dtypes and for short sides."""
     side = min(u.shape[-2:])
     if u.dtype is not torch.bfloat16 or side < SMALLEST_SIDE:
         return orthogonalize.newton_schulz(u)
@@ -64,14 +64,14 @@ def newton_schulz(u: Tensor) -> Tensor:
 
 
 def tile_for(side: int, capability: tuple[int, int]) -> Tile:
-    """The tile for matrices with this shorter side on a GPU of this compute capability."""
+    """The tile for matrices with the shorter side `side` on a GPU of this compute capability."""
     if capability[0] == 9:
         return LARGE if side >= LARGE_SIDE else SMALL
     return BLACKWELL if capability[0] == 10 else BY_POINTERS
 
 
 def newton_schulz_tiled(u: Tensor, tile: Tile) -> Tensor:
-    """Newton–Schulz on u (..., R, C) by tiles of a given size, in the dtype of u."""
+    """Newton–Schulz on u (..., R, C) with the given tile, in the dtype of u."""
     a, b, c = COEFFICIENTS
     tall = u.shape[-2] > u.shape[-1]
     matrices = u.reshape(-1, *u.shape[-2:])  # (N, R, C)
@@ -91,7 +91,7 @@ def newton_schulz_tiled(u: Tensor, tile: Tile) -> Tensor:
 
 
 def symmetric_product(x: Tensor, factor: float, tile: Tile, addend: float | None = None) -> Tensor:
-    """factor X Xᵀ (N, S, S) of contiguous X (N, S, L), sums in float32; with `addend`, which X symmetric allows, + addend X."""
+    """factor X Xᵀ (N, S, S) for contiguous X (N, S, L), summed in float32; plus addend X if `addend` is given (X symmetric)."""
     n, side, inner = x.shape
     out = x.new_empty(n, side, side)
     rows = x.view(n * side, inner)
@@ -118,7 +118,7 @@ def symmetric_product(x: Tensor, factor: float, tile: Tile, addend: float | None
 
 @triton.jit
 def places(rows, cols, R: tl.constexpr, C: tl.constexpr):
-    """Where rows x cols lie in a matrix (R, C), and which of them are in it."""
+    """Offsets of rows x cols in a matrix (R, C), and a mask of those within the matrix."""
     if R * C >= 2**31:
         rows = rows.to(tl.int64)
     return rows * C + cols, (rows < R) & (cols < C)
@@ -126,12 +126,12 @@ def places(rows, cols, R: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def load_rows(matrix, rows, inner, S: tl.constexpr, L: tl.constexpr):
-    """The places rows x inner of a matrix (S, L), zero beyond it."""
+    """Load rows x inner of a matrix (S, L), with zeros beyond its edges."""
     here, mask = places(rows[:, None], inner[None, :], S, L)
     return tl.load(matrix + here, mask=mask, other=0.0)
 
 
-# S and L are compiled in: a model has few shapes, and the loop's length is known.
+# S and L are compile-time constants: a model has few shapes, and the length of the loop is then known.
 @triton.jit
 def symmetric_kernel(
     left,  # X of all matrices: (N S, L) in blocks (BLOCK_M, BLOCK_K), or with DESCRIPTORS false a pointer to (N, S, L)
@@ -160,7 +160,7 @@ def symmetric_kernel(
     row, col, inner = i * BLOCK_M + tl.arange(0, BLOCK_M), j * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, L, BLOCK_K):
-        if DESCRIPTORS:  # a tile that reaches beyond its matrix multiplies rows of the next one; what comes of them is not stored
+        if DESCRIPTORS:  # a tile beyond the end of its matrix reads rows of the next one; their products are not stored
             x = left.load([n * S + i * BLOCK_M, k])
             y = right.load([n * S + j * BLOCK_N, k])
         else:

@@ -1,6 +1,6 @@
-"""Bytes that one step of the rule must move between GPU memory and the chip: the floor of its time.
+"""Bytes that one step of the rule must move between GPU memory and the chip: a lower bound of its time.
 
-Bytes a weight by pass, with gradient and weight in float32 and the direction u in bfloat16:
+Bytes per weight in each pass, with gradient and weight in float32 and the direction u in bfloat16:
 
 | pass            | reads                    | writes      | float32 state | bfloat16 state |
 |-----------------|--------------------------|-------------|---------------|----------------|
@@ -13,14 +13,14 @@ Bytes a weight by pass, with gradient and weight in float32 and the direction u 
 
 A rule that normalizes gradients reads g once more, for its norm: 4 bytes. The passes multiply as they read.
 
-Newton–Schulz stands apart: it is bound by arithmetic. The partial sums of a tile of 32 by 128 are 0.17 bytes a weight.
+Newton–Schulz is not included: it is bound by arithmetic. The partial sums of a tile of 32 x 128 take 0.17 bytes per weight.
 """
 
 
 def bytes_moved(
     elements: int, g_bytes: int, w_bytes: int, state_bytes: int, u_bytes: int, normalize_gradient: bool = False
 ) -> int:
-    """Bytes read and written for `elements` weights, from the bytes of one number of g, w, an accumulator and u."""
+    """Bytes read and written for `elements` weights, given the bytes of one number of g, of w, of an accumulator and of u."""
     scaling = g_bytes if normalize_gradient else 0
     accumulate = g_bytes + w_bytes + 2 * 4 * state_bytes
     factor = g_bytes + 3 * state_bytes

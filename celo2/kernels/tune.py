@@ -1,9 +1,9 @@
-"""Times of the kernels by tile size on this GPU, the measurements behind the tables of `passes` and `symmetric`.
+"""Time the kernels with several tile sizes on this GPU, to check the tile sizes in `passes` and `symmetric`.
 
     python -m celo2.kernels.tune ROWS COLS [MATRICES]
 
-The tables are fixed, not searched while training: a search waits for the GPU in the first steps and may choose differently
-on two ranks.
+The tile sizes are fixed, not searched for during training: a search would wait for the GPU in the first steps and could choose
+different ones on two ranks.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PRODUCT_TILES = (  # with descriptors and with pointers
 
 
 def random_stack(n: int, rows: int, cols: int) -> Stack:
-    """N matrices (R, C) with accumulators, all in float32."""
+    """A random `Stack` of n matrices (rows, cols) with accumulators, all in float32."""
     draw = lambda *shape: torch.randn(shape, device="cuda").square()  # noqa: E731
     short, long = sorted((rows, cols))
     fields = draw(n, rows, cols), draw(n, rows, cols), draw(n, 3, rows, cols), draw(n, rows, cols)
@@ -36,7 +36,7 @@ def random_stack(n: int, rows: int, cols: int) -> Stack:
 
 
 def pass_times(rule: Rule, stack: Stack) -> Iterator[tuple[str, object, float, str]]:
-    """(kernel, tile, milliseconds, rate) of the passes and the last step."""
+    """Times of the passes and of `apply_`: (kernel, tile, milliseconds, rate) for each tile."""
     from triton.testing import do_bench
 
     from celo2.kernels import passes
@@ -59,9 +59,9 @@ def pass_times(rule: Rule, stack: Stack) -> Iterator[tuple[str, object, float, s
 
 
 def product_times(n: int, rows: int, cols: int) -> Iterator[tuple[str, object, float, str]]:
-    """(product, tile, milliseconds, rate) of X Xᵀ by the kernel and by cuBLAS, and of all of Newton–Schulz.
+    """Times of X Xᵀ by cuBLAS and by the kernel, and of a whole Newton–Schulz: (product, tile, milliseconds, rate).
 
-    The rate counts the FLOPs of the whole product, so that both can be compared.
+    The rate counts the FLOPs of the full product for both, so that they can be compared.
     """
     from triton.testing import do_bench
 
@@ -83,7 +83,7 @@ def product_times(n: int, rows: int, cols: int) -> Iterator[tuple[str, object, f
 
 
 def main(argv: list[str]) -> int:
-    """Print a line for every kernel and tile; 2 for bad arguments or without a GPU."""
+    """Print a line for every kernel and tile. Returns the exit status: 2 for bad arguments or without a GPU."""
     try:
         rows, cols, n = (int(a) for a in (argv if len(argv) == 3 else [*argv, "1"]))
         if min(rows, cols, n) < 1:

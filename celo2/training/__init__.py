@@ -1,1 +1,1 @@
-"""What every kind of training needs, of a model or of a rule: configuration, schedule, metrics.jsonl."""
+"""Shared by training runs of models and meta-training of rules: configuration, schedule, metrics.jsonl, search, lock."""

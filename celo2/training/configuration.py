@@ -1,11 +1,11 @@
-"""Configurations: a schema of dataclasses, a YAML file and `section.key=value` overrides become one checked object.
+"""Configurations: load a YAML file and `section.key=value` overrides into one object, checked against a schema of dataclasses.
 
-A schema is a dataclass of sections, and a section is a dataclass of options; `section` and `option` declare their fields. A value
-is what was written (`celo2.training.yaml_values`): the option's type decides whether 1.10 is text or a number.
+A schema is a dataclass of sections, and a section is a dataclass of options; `section` and `option` declare their fields. Values
+are read as text first (`celo2.training.yaml_values`): the type of the option decides whether 1.10 is text or a number.
 
-The loader is our own, because it is strict and each of its errors takes one line. OmegaConf accepts 1 for true and '5' for 5,
-resolves `${...}` in texts and knows no ranges. pydantic's strict mode refuses mappings for nested dataclasses; with validators
-for these and a translation of its errors it would be no less code.
+This project has its own loader so that it is strict and each error takes one line. OmegaConf accepts 1 for true and '5' for 5,
+resolves `${...}` in texts and has no ranges. pydantic's strict mode refuses mappings for nested dataclasses; with validators
+for these and a translation of its errors it would need as much code.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ Schema = TypeVar("Schema")
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that an option may have: in words, and as a condition, which NaN must fail."""
+    """The allowed values of an option: in words, and as a condition. NaN must not fulfil the condition of a range of numbers."""
 
     words: str
     holds: Callable[[Any], bool]
 
 
 def at_least(minimum: float) -> Range:
-    """`minimum` or more."""
+    """The range of numbers from `minimum` on."""
     return Range(f"at least {minimum}", lambda x: x >= minimum)
 
 
 POSITIVE = Range("above 0", lambda x: x > 0)
 NOT_EMPTY = Range("some text", lambda x: x.strip() != "")
-# Of what a folder is named after, as runs/<name>: it stays below runs/, and one line shows it.
+# For options that name a folder, as runs/<name>: the folder must stay below runs/, and the name must fit on one line.
 NAME = Range(
     "some text in one line that leads to no other folder (no .., and no / at its start)",
     lambda x: x.strip() != "" and x.isprintable() and not x.startswith("/") and ".." not in x.split("/"),
@@ -65,14 +65,14 @@ DECAY = Range("in [0, 1)", lambda x: 0 <= x < 1)
 
 
 def option(default: Any, doc: str, allowed: Range | None = None, was: str | None = None, path: bool = False) -> Any:
-    """A field of a section.
+    """Declare an option: a field of a section.
 
     Args:
-        default: its value where the configuration has none.
-        doc: what --help says.
-        allowed: the range of its value, or of every item of a list. None is never checked.
-        was: its key in earlier versions, which had no sections. It is still read, with a note on stderr.
-        path: it is a path, or a list of them, or a name for which a path may stand: a leading `~` is the home folder.
+        default: the value if the configuration gives none.
+        doc: the text for --help.
+        allowed: the range of the value, or of every item of a list. A value of None is not checked.
+        was: the key of the option in earlier versions, which had no sections. It is still read, with a note on stderr.
+        path: whether the value is a path, a list of paths, or a name or path; a leading `~` is then the home folder.
     """
     metadata = {"doc": doc, "allowed": allowed, "was": was, "path": path}
     if isinstance(default, list):
@@ -81,28 +81,28 @@ def option(default: Any, doc: str, allowed: Range | None = None, was: str | None
 
 
 def section(cls: type) -> Any:
-    """A field of a schema: a section with all its defaults."""
+    """Declare a section: a field of a schema, with all the defaults of the section."""
     return field(default_factory=cls)
 
 
 def load(schema: type[Schema], path: str | Path, overrides: Sequence[str] = ()) -> Schema:
-    """The configuration of the YAML file `path` with `section.key=value` overrides, whose values are YAML, too.
+    """Load the YAML file `path` and apply `section.key=value` overrides, whose values are YAML too.
 
     Raises:
-        ConfigError: no such file, no YAML mapping, an unknown key (naming the nearest right one), a wrong type or value.
+        ConfigError: no such file, not a YAML mapping, an unknown key (the message suggests the nearest), a wrong type or value.
     """
     return load_written(schema, path, overrides)[0]
 
 
 class Written(NamedTuple):
-    """The dotted names of the options that a file and overrides give."""
+    """The dotted names of the options that the file and the overrides set."""
 
     file: set[str]
     overrides: set[str]
 
 
 def load_written(schema: type[Schema], path: str | Path, overrides: Sequence[str] = ()) -> tuple[Schema, Written]:
-    """As `load`, and which options were written."""
+    """The configuration, as from `load`, and which options were written."""
     tree = read_yaml_file(expanded(str(path), "the configuration"))
     tree = {} if is_null(tree) else tree
     if not isinstance(tree, dict):
@@ -110,7 +110,7 @@ def load_written(schema: type[Schema], path: str | Path, overrides: Sequence[str
         raise ConfigError(f"{path}: expected sections like 'run:', found a {kind}")
     try:
         nest = Nest(schema)
-        # Sections first, so that they do not replace what an old key beside them sets.
+        # Sections come first, so that a section does not replace the value of an old key beside it.
         for key, value in sorted(tree.items(), key=lambda item: not isinstance(item[1], dict)):
             nest.add(key, value, str(path))
         of_file, nest.given = nest.given, set()
@@ -122,10 +122,10 @@ def load_written(schema: type[Schema], path: str | Path, overrides: Sequence[str
 
 
 def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments of a command that takes overrides.
+    """Parse the arguments of a command that takes overrides.
 
     Raises:
-        ConfigError: an override with dashes.
+        ConfigError: an override that begins with dashes.
     """
     args, rest = parser.parse_known_intermixed_args(argv)
     for word in rest:
@@ -138,7 +138,7 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None)
 
 
 class Nest:
-    """The mapping of sections that holds what a file and overrides give by sections, dotted keys and old keys."""
+    """Collects the values of a file and overrides in a mapping of sections; keys may be sections, dotted keys or old keys."""
 
     def __init__(self, schema: type) -> None:
         self.tree: dict[str, Any] = {}
@@ -150,11 +150,11 @@ class Nest:
             for key, kind in typing.get_type_hints(type(part)).items()
         }
         self.noted: set[str] = set()
-        self.given: set[str] = set()  # the dotted names of options
+        self.given: set[str] = set()  # the dotted names of the options that were set
 
     def parse(self, override: str) -> tuple[str, Any]:
-        """Key and value of `section.key=value`. A text stands as it is, or in quotes; everything else is YAML."""
-        # Where the locale is not UTF-8, Python keeps what it cannot read of an argument as surrogates.
+        """Key and value of `section.key=value`. Text may be written with or without quotes; all other values are YAML."""
+        # If the locale is not UTF-8, Python replaces bytes of an argument that it cannot decode by surrogates.
         override = override.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         key, separator, text = override.partition("=")
         key = key.strip()
@@ -173,14 +173,14 @@ class Nest:
         if text.strip()[:1] in ('"', "'"):
             try:
                 value = read_yaml(text, "")
-            except ConfigError:  # it only begins with a quote
+            except ConfigError:  # the text begins with a quote but is not quoted
                 value = None
             if isinstance(value, str) and not isinstance(value, Plain):
                 return key, value
         return key, Plain(text)
 
     def add(self, key: str, value: Any, file: str | None = None) -> None:
-        """Put in what `key` gives: a later value replaces an earlier one, but for two in one `file`."""
+        """Store the value of `key`. A later value replaces an earlier one, but two values in one `file` are an error."""
         if key in self.sections and isinstance(value, dict):
             for option, item in value.items():
                 self.put(f"{key}.{option}", item, file)
@@ -194,7 +194,7 @@ class Nest:
             self.put(dotted, value, file)
 
     def put(self, dotted: str, value: Any, file: str | None) -> None:
-        """Set one option, or one key of an option that is a mapping."""
+        """Store one option, or one key of an option that is a mapping."""
         *parents, last = dotted.split(".")
         place = self.tree
         for parent in parents:
@@ -210,12 +210,12 @@ class Nest:
 
 
 def build(schema: type[Schema], tree: Mapping[str, Any]) -> Schema:
-    """The configuration from nested mappings: every key known, every value of its type and in its range."""
+    """Build the configuration from nested mappings. Raises ConfigError for unknown keys and for wrong types or values."""
     return build_part(schema, tree, "", [f.name for f in fields(schema)] + [name for name, _, _ in options(schema)])  # type: ignore[arg-type]
 
 
 def build_part(cls: type[Schema], tree: Any, prefix: str, known: Sequence[str]) -> Schema:
-    """A schema, or a section of it whose keys have the prefix `section.`; `known` holds all names of the schema."""
+    """Build a schema, or one of its sections, whose keys have the prefix `section.`; `known` holds all names of the schema."""
     kinds, own = typing.get_type_hints(cls), {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
     if not isinstance(tree, Mapping):
         raise ConfigError(f"'{prefix.rstrip('.')}' is a section: set its keys ({prefix}{', '.join(own)}), found {shown(tree)}")
@@ -234,10 +234,10 @@ def build_part(cls: type[Schema], tree: Any, prefix: str, known: Sequence[str]) 
 
 
 def expanded(value: Any, name: str) -> Any:
-    """A path, or each of a list of them, whose leading `~` is a home folder."""
+    """Replace a leading `~` by the home folder in a path, or in each path of a list."""
     if isinstance(value, list):
         return [expanded(item, name) for item in value]
-    home = re.match(r"(\w+:)?(~.*)", value or "", re.DOTALL)  # also text:~/FILE
+    home = re.match(r"(\w+:)?(~.*)", value or "", re.DOTALL)  # the prefix: text:~/FILE
     if home is None:
         return value
     try:
@@ -247,7 +247,7 @@ def expanded(value: Any, name: str) -> Any:
 
 
 def nearest(prefix: str, key: Any, known: Sequence[str]) -> str:
-    """A hint at the nearest known name: in the same section, else the same or a similar key in another section."""
+    """A hint for an unknown key: the nearest name in the same section, else an equal or similar key in another section."""
     own = [name for name in known if name.rpartition(".")[0] == prefix.rstrip(".")]
     for names in (own, known):
         by_key = {name.rpartition(".")[2]: name for name in reversed(names)}
@@ -258,7 +258,7 @@ def nearest(prefix: str, key: Any, known: Sequence[str]) -> str:
 
 
 def close(word: str, known: Iterable[str]) -> list[str]:
-    """The one of `known` that `word` was meant to be: it differs by a slip, or `word` is how it begins. Empty if none is near."""
+    """The one of `known` that `word` probably means: a similar one, or one that begins with `word`. Empty if none is near."""
     known = list(known)
     return (
         difflib.get_close_matches(word, known, n=1, cutoff=0.75) or [k for k in known if len(word) > 2 and k.startswith(word)][:1]
@@ -266,15 +266,15 @@ def close(word: str, known: Iterable[str]) -> list[str]:
 
 
 def shown(value: Any) -> str:
-    """A value for a message."""
+    """A value as text for a message, at most 80 characters."""
     text = repr(scalar(value))
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def checked(kind: Any, value: Any, name: str, allowed: Range | None = None) -> Any:
-    """`value` as one of type `kind` and in its range. What was written without quotes is read as the type wants it."""
+    """Convert `value` to type `kind` and check its range. The type decides how text without quotes is read."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):  # X | None; of a Literal, typing's
+    if origin in (types.UnionType, typing.Union):  # X | None; typing.Union if X is a Literal
         return None if is_null(value) else checked(arguments[0], value, name, allowed)
     if origin is Literal:
         if value not in arguments:
@@ -311,7 +311,7 @@ def checked(kind: Any, value: Any, name: str, allowed: Range | None = None) -> A
         raise ConfigError(f"{name} is {shown(value)}, expected {expected}")
     if allowed is not None and not allowed.holds(found):
         raise ConfigError(f"{name} is {shown(found)}, expected {allowed.words}")
-    if plain in (int, float) and not math.isfinite(as_float(found)):  # a whole number has no end, but no file needs one so large
+    if plain in (int, float) and not math.isfinite(as_float(found)):  # Python's integers may exceed the range of floats
         raise ConfigError(f"{name} is {shown(found)}, expected a finite number")
     return found
 
@@ -331,7 +331,7 @@ def options(schema: type) -> list[tuple[str, Any, str]]:
 
 
 def help_text(schema: type) -> str:
-    """Every option on a line, for --help."""
+    """All options, one on each line, for --help."""
     return "\n".join(
         [
             "keys of the configuration, with their defaults:",
@@ -341,7 +341,7 @@ def help_text(schema: type) -> str:
 
 
 def renamed(schema: type) -> dict[str, str]:
-    """The dotted name of every key of earlier versions."""
+    """The dotted names of options by their keys in earlier versions."""
     return {option.metadata["was"]: name for name, _, option in declared(schema) if option.metadata["was"]}
 
 

@@ -1,6 +1,6 @@
-"""What a training run's folder may hold: nothing that makes the run write elsewhere, and nothing of another program.
+"""Check the folder of a training run: nothing in it may make the run write elsewhere, or belong to another program.
 
-Archives carry links. A link named metrics.jsonl that leads to a file of the user's would be written through.
+Archives may contain links. If metrics.jsonl were a link to a user's file, the run would overwrite that file.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ RULE = "rule.safetensors"
 
 
 class UnsafeFolder(OSError):
-    """A run's folder that is a file, or holds what must not be there. The message names it and the remedy."""
+    """The folder of a run is a file, or holds something that must not be there. The message names it and the remedy."""
 
 
 def check_no_file(folder: Path) -> None:
-    """Raise UnsafeFolder if `folder`, which may be missing, cannot be made because a file or a link that leads to nothing stands
-    there or further up."""
+    """Raise UnsafeFolder if `folder` cannot be created because it or one of its parents is a file or a broken link. It may be
+    missing."""
     for path in (folder, *folder.parents):
         if path.is_symlink() and not path.exists():
             raise UnsafeFolder(
@@ -35,11 +35,11 @@ def check_no_file(folder: Path) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise UnsafeFolder for a link out of `folder`, and for whatever is neither a file nor a folder, as a pipe or a device.
+    """Raise UnsafeFolder for a link out of `folder`, and for anything that is neither a file nor a folder, as a pipe or a device.
 
-    The folder itself may be a link, since its name comes from the user. So may `checkpoints` in it, which people move to a
-    larger disk, if it leads to checkpoints and not into another run's folder. What W&B, TensorBoard and checkpoints keep in
-    their own folders is not looked at.
+    The folder itself may be a link, since its name comes from the user. `checkpoints` in it may also be a link, because users
+    move it to larger disks; it must lead to checkpoints outside any other run's folder. The contents of the folders of W&B,
+    TensorBoard and checkpoints are not checked.
     """
     inside = folder.resolve()
     aside = folder / "set_aside"
@@ -63,29 +63,29 @@ def check_folder(folder: Path) -> None:
 
 
 def leads_inside(link: Path, folder: Path) -> bool:
-    """Whether a link leads to something within the resolved `folder`."""
+    """Whether a link leads to a path within the resolved `folder`."""
     try:
         return link.resolve().is_relative_to(folder)
-    except (OSError, RuntimeError):  # in a circle
+    except (OSError, RuntimeError):  # the link leads in a circle
         return False
 
 
 def holds_checkpoints(path: Path) -> bool:
-    """Whether `path` leads to a folder of checkpoints, or an empty one, that is not in another run's folder."""
+    """Whether `path` is or leads to a folder of checkpoints, or an empty folder, that is not in another run's folder."""
     if not path.is_dir() or (path.resolve().parent / "metrics.jsonl").exists():
         return False
     return all(entry.name.lstrip(".").startswith("step_") or entry.is_symlink() for entry in path.iterdir())
 
 
 def check_own(folder: Path, schema: type, number: str, state: str, *others: str) -> None:
-    """Raise UnsafeFolder where a run would replace files in `folder` that are of something else.
+    """Raise UnsafeFolder if a run would replace files in `folder` that do not belong to such a run.
 
     Args:
         folder: may be missing.
-        schema: of the run's configuration, of whose sections alone its config.yaml is.
-        number: "step" or "iteration", which every record of its metrics has.
-        state: where such a run keeps its state. A config.yaml that cannot be read is taken for the run's own beside it.
-        others: what else is in the folder of such a run before its rule is.
+        schema: the schema of the run's configuration; a config.yaml of the run has only sections of this schema.
+        number: "step" or "iteration", the key that every record in the run's metrics has.
+        state: where such a run keeps its state. If this exists, an unreadable config.yaml counts as the run's own.
+        others: further files that such a run writes before its rule.
     """
     config, metrics, rule = (folder / name for name in ("config.yaml", "metrics.jsonl", RULE))
     signs = (state, *others)
@@ -101,7 +101,7 @@ def check_own(folder: Path, schema: type, number: str, state: str, *others: str)
 
 
 def is_of(schema: type, path: Path, unreadable: bool) -> bool:
-    """Whether a configuration has no keys but sections, or old keys, of the schema; `unreadable` for one that cannot be read."""
+    """Whether all keys of a configuration are sections or old keys of the schema; returns `unreadable` if it cannot be read."""
     try:
         tree = read_yaml_file(path)
     except (ConfigError, RecursionError):
@@ -111,5 +111,5 @@ def is_of(schema: type, path: Path, unreadable: bool) -> bool:
 
 
 def foreign(path: Path) -> UnsafeFolder:
-    """The error for a file of another program's run."""
+    """The error for a file that belongs to another program."""
     return UnsafeFolder(f"{path} is not of a run of this program, which would replace it: choose another run.dir")

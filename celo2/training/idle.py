@@ -1,6 +1,6 @@
-"""Settings that do nothing are errors: a table says of each option what must be chosen for it to act.
+"""Refuse settings without effect: for some options a table says which value of another option they need to have an effect.
 
-The loader knows what was written (`configuration.load_written`), so that a default is not mistaken for a wish.
+The loader reports which options were written (`configuration.load_written`), so that a default does not count as a request.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from celo2.training.configuration import ConfigError, Written, declared
 
 @dataclass(frozen=True)
 class Idle:
-    """An option that not every value of another option uses."""
+    """An option that has an effect only with some values of another option, `choice`."""
 
     option: str  # section.key
     choice: str  # the option that decides
-    acts: Callable[[Any], bool]  # of the whole configuration
-    message: str  # {value} and {choice} stand for the two values
-    detail: bool = False  # of the choice: if the command line chooses otherwise than the file, the file's detail is passed over
-    wish: bool = False  # the default means something, too, and not "off"
+    acts: Callable[[Any], bool]  # takes the whole configuration; whether the option has an effect
+    message: str  # {value} and {choice} are replaced by the values of the two options
+    detail: bool = False  # the option refines `choice`: if the command line sets another choice, the file's value is ignored
+    wish: bool = False  # the default does not mean "off": writing it on the command line is a request, too
 
 
 def refuse_idle(config: Any, table: Iterable[Idle], written: Written | None = None) -> list[str]:
-    """Refuse what was written and does nothing. Returns notes on the details that are passed over.
+    """Raise an error for options that were set but have no effect. Returns notes on details that are ignored instead.
 
-    A default in a file is not refused: the `config.yaml` of a training run holds them all. Nor, for that reason, is a detail in a
-    section that the file gives whole. Without `written`, details are not looked at.
+    A default value in a file is accepted, because the `config.yaml` of a training run holds all options. For the same reason a
+    detail is accepted if the file gives all options of its section. Without `written`, details are not checked.
 
     Raises:
-        ConfigError: an option without effect, naming it.
+        ConfigError: an option without effect; the message names it.
     """
     notes, defaults = [], type(config)()
     for row in table:

@@ -1,8 +1,8 @@
-"""One folder, one training run: a lock that is taken before anything is written into the folder.
+"""A lock so that only one training run uses a folder; a run takes it before it writes anything into the folder.
 
-The kernel's lock on the file `lock` ends with its process, however that ends. It decides between processes of one machine, and of
-all machines where the file system carries locks between them. Some mounts of NFS and Lustre do not. So the holder also renews the
-file's time every HEARTBEAT seconds, and a newcomer from another machine waits until it has been silent for SILENCE seconds.
+The kernel releases its lock on the file `lock` when the process ends, in whatever way. This lock separates processes of one
+machine, and processes of several machines if the file system shares locks. Some mounts of NFS and Lustre do not. So the holder
+also updates the file's time every HEARTBEAT seconds. A process on another machine waits until SILENCE seconds pass without that.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from typing import Any
 
 from celo2.training.folder import check_folder, check_no_file
 
-HEARTBEAT = 5.0  # s between two signs of life of the holder
-SILENCE = 30.0  # s without one after which a holder on another machine is dead; its job may have been queued again
-SETTLE = 1.0  # s after which a newcomer looks whether another one took the lock in the same moment
-LOST = 2  # exit status of a holder that finds its lock taken
+HEARTBEAT = 5.0  # seconds between two signs of life of the holder
+SILENCE = 30.0  # seconds without a sign of life after which a holder on another machine counts as dead; its job may be requeued
+SETTLE = 1.0  # seconds after which a new holder checks whether another process took the lock at the same moment
+LOST = 2  # exit status of a holder that finds its lock taken by another process
 
 
 class FolderInUse(OSError):
@@ -34,23 +34,23 @@ class FolderInUse(OSError):
 
 
 class FolderLock:
-    """A lock on `folder`, which is made if it is missing. A context manager that takes the lock and gives it back.
+    """A context manager that takes a lock on `folder` and releases it; creates the folder if it is missing.
 
     Raises:
-        FolderInUse: a process that lives holds it.
-        UnsafeFolder: a file stands in its place, or what is in it would make the run write elsewhere.
-        OSError: a folder that cannot be written.
+        FolderInUse: a live process holds the lock.
+        UnsafeFolder: the path is a file, or the folder holds something that would make the run write elsewhere.
+        OSError: the folder cannot be written.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.path = folder, folder / "lock"
-        boot = Path("/proc/sys/kernel/random/boot_id")  # containers of one machine share it, and its kernel's locks
+        boot = Path("/proc/sys/kernel/random/boot_id")  # containers of one machine share this id and the kernel's locks
         machine = boot.read_text(encoding="utf-8").strip() if boot.exists() else socket.gethostname()
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": since, "machine": machine, "id": uuid.uuid4().hex}
         self.own = json.dumps(owner).encode()
         self.machine = machine
-        self.made = False  # the folder was missing
+        self.made = False  # whether this process created the folder
         self.descriptor = -1
         self.released = threading.Event()
         self.thread = threading.Thread(target=self._beat, name="lock", daemon=True)
@@ -71,12 +71,12 @@ class FolderLock:
                 raise
             if not self._replaced():
                 break
-            os.close(self.descriptor)  # its last holder has just removed it
+            os.close(self.descriptor)  # the last holder has just removed the file: try again
         self.thread.start()
         return self
 
     def _give_up(self, error: BaseException) -> None:
-        """Close the file after `error`, and remove it if it is not another process's."""
+        """Close the file after `error`, and remove it unless another process holds it."""
         with suppress(OSError):
             if not isinstance(error, FolderInUse) and self._content() in (b"", self.own) and not self._replaced():
                 self.path.unlink()
@@ -91,14 +91,14 @@ class FolderLock:
             if self._content() == self.own and not self._replaced():
                 self.path.unlink()
                 if self.made:
-                    self.folder.rmdir()  # if nothing was written: the start was refused
+                    self.folder.rmdir()  # fails unless the folder is empty because the run wrote nothing
         os.close(self.descriptor)
 
     def _take(self) -> None:
-        """Write this process into the file, or raise FolderInUse."""
-        certain = True  # whether the kernel decides
+        """Take the lock and write this process into the file, or raise FolderInUse."""
+        certain = True  # whether the kernel's lock alone is sufficient
         try:
-            # Not flock: processes that this one forks would inherit it, and hold it when this one is dead.
+            # Not flock: forked processes would inherit the lock and hold it after this process has died.
             fcntl.lockf(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
@@ -117,8 +117,8 @@ class FolderLock:
                 raise self._in_use()
 
     def _wait_for_silence(self) -> None:
-        """Return once the holder has not renewed the file's time for SILENCE seconds; raise FolderInUse when it does."""
-        with tempfile.TemporaryFile(dir=self.folder) as probe:  # both times are the file server's
+        """Return when the holder has given no sign of life for SILENCE seconds; raise FolderInUse if it gives one."""
+        with tempfile.TemporaryFile(dir=self.folder) as probe:  # so that both times come from the clock of the file server
             silent = os.fstat(probe.fileno()).st_mtime - os.fstat(self.descriptor).st_mtime
         first, wait = self._sign(), SILENCE - max(0.0, silent)
         end = time.monotonic() + wait
@@ -130,14 +130,14 @@ class FolderLock:
                 raise self._in_use()
 
     def _sign(self) -> tuple[bytes, int]:
-        """What changes while the holder lives."""
+        """Content and time of the file; a change of them is a sign of life of the holder."""
         return self._content(), os.fstat(self.descriptor).st_mtime_ns
 
     def _content(self) -> bytes:
-        return os.pread(self.descriptor, 4096, 0)  # opening and closing the file once more would end the kernel's lock
+        return os.pread(self.descriptor, 4096, 0)  # opening and closing the file again would release the kernel's lock
 
     def _owner(self) -> dict[str, Any] | None:
-        """What the holder wrote; None if the lock is free."""
+        """What the holder wrote into the file; None if the file is empty, so that the lock is free."""
         content = self._content()
         try:
             owner = json.loads(content)
@@ -151,14 +151,14 @@ class FolderLock:
         return FolderInUse(f"{self.folder} is in use by {who or 'another process'}; stop it, or choose another run.dir")
 
     def _replaced(self) -> bool:
-        """Whether the path is another file by now, or none."""
+        """Whether the file at the path was replaced by another one or removed."""
         try:
             return os.stat(self.path).st_ino != os.fstat(self.descriptor).st_ino
         except FileNotFoundError:
             return True
 
     def _beat(self) -> None:
-        """Renew the file's time. A process that was stopped for so long that another took the lock must not write any more."""
+        """Update the file's time. End this process if another took the lock while this one was stopped: it must not write."""
         while not self.released.wait(HEARTBEAT):
             with suppress(OSError):
                 os.utime(self.descriptor)

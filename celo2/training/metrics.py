@@ -1,6 +1,6 @@
-"""Reading and rewinding metrics.jsonl: one JSON object per line, appended while a training runs.
+"""Read and rewind metrics.jsonl: one JSON object per line, appended during a training run.
 
-The file may come from somebody else, or from a disk that damaged it: what is no record of a training is left out.
+The file may be of another program or damaged: lines that are not records of a training run are left out.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from celo2.training.atomic import write_atomically
 
 
 def read_lines(path: Path) -> list[Any]:
-    """What JSON says in each line of a file, None for a line that is none; nothing of the last one if a kill cut it short."""
+    """The JSON value of each line of a file, None for an invalid line. A last line that a kill cut short is dropped."""
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
     return [parsed(line) for line in lines[:-1] + [line for line in lines[-1:] if parsed(line) is not None]]
 
 
 def parsed(line: str) -> Any:
-    """What JSON says, or None."""
+    """The JSON value of a line, or None if it is not JSON."""
     try:
         return json.loads(line)
     except (ValueError, RecursionError):  # nested too deeply
@@ -29,12 +29,12 @@ def parsed(line: str) -> Any:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of the file; none if there is no file."""
+    """The records of the file (`as_record`); empty if there is no file."""
     return [record for line in read_lines(path) if (record := as_record(line)) is not None]
 
 
 def as_record(line: Any) -> dict[str, Any] | None:
-    """A record has a number of the step or iteration, and other numbers by name; one that is not finite is None."""
+    """A line as a record: a step or iteration number, and other numbers by name, None if not finite. None if it is no record."""
     if not isinstance(line, dict):
         return None
     record = {key: finite(value) for key, value in line.items() if value is None or isinstance(value, int | float)}
@@ -43,7 +43,7 @@ def as_record(line: Any) -> dict[str, Any] | None:
 
 
 def finite(value: float | None) -> float | None:
-    """The number, if it is one that a float can hold."""
+    """`value` if it is finite and fits into a float, else None."""
     try:
         return value if value is not None and math.isfinite(value) else None
     except OverflowError:
@@ -51,6 +51,6 @@ def finite(value: float | None) -> float | None:
 
 
 def rewind(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Rewrite the file with the records for which `keep` is true. A kill leaves the old file or the new one, whole."""
+    """Rewrite the file with only the records for which `keep` is true, atomically."""
     kept = [json.dumps(record) + "\n" for record in read_metrics(path) if keep(record)]
     write_atomically(path, "".join(kept).encode())

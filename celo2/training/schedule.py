@@ -1,4 +1,4 @@
-"""The one cosine of every schedule."""
+"""The cosine that all learning-rate schedules use."""
 
 from __future__ import annotations
 

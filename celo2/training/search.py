@@ -1,10 +1,10 @@
-"""The search for hyperparameters: coordinate descent on a grid of factors, as a pure function of what was tried.
+"""Hyperparameter search: coordinate descent on a grid of factors, as a pure function of the trials so far.
 
-A setting is a tuple of numbers, one for each key; its loss is a mean over seeds, infinite where a training run diverged. The
-next setting follows from the losses so far, so that a search which was interrupted needs no memory but its training runs.
+A setting is a tuple of numbers, one for each key. Its loss is the mean over seeds, infinite if a training run diverged. The next
+setting depends only on the losses so far, so that an interrupted search can resume from its finished training runs alone.
 
-Why coordinate descent: it found better settings than Optuna's samplers for the same number of trials (docs/comparing.md), and the
-lines that it leaves through its best setting are the sensitivity of the optimizer to each key.
+Why coordinate descent: it found better settings than Optuna's samplers with the same number of trials (docs/comparing.md). Its
+trials also form a line through the best setting along each key, which shows how sensitive the optimizer is to this key.
 """
 
 from __future__ import annotations
@@ -15,38 +15,38 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from statistics import fmean
 
-FACTOR = 2.0  # between neighbours of a grid of learning rates
-MOST_ROUNDS = 6  # of one more trial; beyond a factor of 64 something else is wrong
+FACTOR = 2.0  # ratio of neighbouring learning rates in a grid
+MOST_ROUNDS = 6  # extensions of one trial each; if the best value is off by more than a factor of 64, something else is wrong
 
 Setting = tuple[float, ...]
-Losses = Mapping[float, float]  # along one key
+Losses = Mapping[float, float]  # losses by the value of one key
 Tried = Mapping[Setting, float]
 
 
 @dataclass(frozen=True)
 class Key:
-    """One hyperparameter that is searched for."""
+    """One hyperparameter of a search."""
 
     name: str
     first: float  # where the search begins
-    factor: float = FACTOR  # to its first neighbours
-    values: tuple[float, ...] = ()  # ascending; the only ones, `first` among them. Empty: any positive number
-    digits: int | None = None  # significant ones of a value that is tried, for names of folders
+    factor: float = FACTOR  # ratio to the first neighbours
+    values: tuple[float, ...] = ()  # the only allowed values, ascending, including `first`. Empty: any positive number
+    digits: int | None = None  # significant digits to round values to, because they appear in names of folders
 
     def rounded(self, value: float) -> float:
-        """A value as it is tried."""
+        """A value, rounded to `digits` significant digits."""
         return value if self.digits is None else float(f"{value:.{self.digits}g}")
 
 
 @dataclass
 class Search:
-    """What one optimizer has tried."""
+    """The search of one optimizer: its keys and the losses of its trials."""
 
     keys: tuple[Key, ...]
-    losses: dict[Setting, tuple[float, ...]] = field(default_factory=dict)  # validation losses by seed of the search
+    losses: dict[Setting, tuple[float, ...]] = field(default_factory=dict)  # validation losses, one for each seed of the search
     notes: list[str] = field(default_factory=list)
-    given: Setting | None = None  # a setting that was not searched for
-    back: dict[str, tuple[float, ...]] = field(default_factory=dict)  # the chosen setting with this key where it began
+    given: Setting | None = None  # a setting from the user that replaces the search
+    back: dict[str, tuple[float, ...]] = field(default_factory=dict)  # by key: losses of the chosen setting with its first value
 
     @property
     def tried(self) -> dict[Setting, float]:
@@ -69,13 +69,13 @@ class Search:
         return len(self.losses)
 
     def value(self, name: str) -> float | None:
-        """The chosen value of a key; None if there is none."""
+        """The chosen value of a key; None if there is no such key or no chosen setting."""
         index = next((i for i, key in enumerate(self.keys) if key.name == name), None)
         return None if index is None or self.chosen is None else self.chosen[index]
 
 
 def grid(centre: float, trials: int, factor: float = FACTOR) -> list[float]:
-    """`trials` values, `factor` apart, around `centre`; the odd one above it."""
+    """`trials` values around `centre`, neighbours `factor` apart; for an even number one more value above than below."""
     below = (trials - 1) // 2
     return [centre * factor ** (i - below) for i in range(trials)]
 
@@ -87,7 +87,7 @@ def best(tried: Tried) -> Setting | None:
 
 
 def line(tried: Tried, through: Setting, index: int) -> dict[float, float]:
-    """The losses of all settings that differ from `through` in the key `index` alone, by its value, ascending."""
+    """The losses of all settings that differ from `through` at most in the key `index`, by the value of this key, ascending."""
     found = {s[index]: loss for s, loss in tried.items() if moved(s, index, through[index]) == through}
     return dict(sorted(found.items()))
 
@@ -98,8 +98,8 @@ def moved(setting: Setting, index: int, value: float) -> Setting:
 
 
 def edge(key: Key, losses: Losses, value: float) -> str | None:
-    """ "below" or "above" where `value` is the smallest or largest tried on its line; None if it lies between two others, or
-    if there is nothing beyond."""
+    """ "below" or "above" if `value` is the smallest or largest one tried on its line. None if it lies between two others, or
+    if `key` allows no value beyond it."""
     lowest, highest = (key.values[0], key.values[-1]) if key.values else (0.0, math.inf)
     if value == max(losses) and value < highest and (len(losses) == 1 or value != min(losses)):
         return "above"
@@ -107,8 +107,8 @@ def edge(key: Key, losses: Losses, value: float) -> str | None:
 
 
 def next_value(key: Key, losses: Losses, value: float) -> float | None:
-    """The most useful further value on the line of `value`, the best of it: beyond an edge, or else in the middle of its wider
-    interval (of equal ones the upper, unless that end diverged). None: there is none."""
+    """The most useful next value on a line whose best value is `value`: beyond it at an edge, otherwise in the middle of the
+    wider interval beside it (of equal ones the upper, unless its end diverged). None if there is no such value."""
     side, tried = edge(key, losses, value), sorted(losses)
     place = tried.index(value)
     if key.values:
@@ -127,7 +127,7 @@ def next_value(key: Key, losses: Losses, value: float) -> float | None:
 
 
 def open_sides(keys: Sequence[Key], tried: Tried) -> dict[str, str]:
-    """The keys whose best value lies at the edge of what was tried with all others at their best, and the side."""
+    """The keys whose best value lies at the edge of the tried values, with all other keys at their best, and the side."""
     chosen = best(tried)
     if chosen is None:
         return {keys[0].name: "below"}
@@ -136,10 +136,10 @@ def open_sides(keys: Sequence[Key], tried: Tried) -> dict[str, str]:
 
 
 def next_setting(keys: Sequence[Key], tried: Tried) -> Setting | None:
-    """The most useful further setting. None: the lists of values allow no other.
+    """The most useful next setting. None if the lists of values allow no further one.
 
-    The first key whose best value lies at an edge moves beyond it. If none does, the key with the widest interval around its
-    best value gets a value within. If everything diverged, the first key goes below its smallest value.
+    The first key whose best value lies at an edge moves beyond it. If there is none, the key with the widest interval around its
+    best value gets a value within this interval. If all trials diverged, the first key moves below its smallest value.
     """
     chosen = best(tried)
     if chosen is None:
@@ -160,7 +160,7 @@ def next_setting(keys: Sequence[Key], tried: Tried) -> Setting | None:
 
 
 def begin(keys: Sequence[Key], firsts: Sequence[float]) -> list[Setting]:
-    """The first settings: the first key at each of `firsts`, the others where they begin."""
+    """The first settings of a search: the first key at each value of `firsts`, the others at their first values."""
     return [(keys[0].rounded(value), *(key.first for key in keys[1:])) for value in firsts]
 
 
@@ -174,11 +174,12 @@ def search(
     evaluate: Evaluate,
     say: Callable[[str], None],
 ) -> None:
-    """Fill every optimizer's search with as many trials: `firsts` at once, then one after the other until each has `trials`.
+    """Run the searches of all optimizers with equal numbers of trials: `firsts` at once, then one by one until each has `trials`.
 
-    While anybody's best then lies at the edge of what was tried, everybody gets one more trial, at most MOST_ROUNDS times: beyond
-    the edge, or the most useful further one. So all of them spend as many trials, and none owes its loss to a search that ended
-    early. `evaluate(phase, [(label, setting), ...])` runs trials, at once where it can, and returns their losses by seed.
+    If the best value of any optimizer then lies at the edge of its tried values, every optimizer gets one more trial (beyond the
+    edge, or its most useful next setting), at most MOST_ROUNDS times. So all spend the same number of trials, and no loss suffers
+    from a search that ended early. `evaluate(phase, [(label, setting), ...])` runs trials, in parallel where it can, and returns
+    their losses by seed.
     """
 
     def try_all(phase: str, wanted: list[tuple[str, Setting]]) -> None:
@@ -219,7 +220,7 @@ def search(
 
 
 def still_open(s: Search, sides: Mapping[str, str]) -> str:
-    """Which keys have their best value at the edge of what was tried, when no further trials are left."""
+    """A note on the keys whose best value is still at the edge of the tried values when no trials are left."""
     beyond = " and ".join(f"{side} {s.value(name):g}" for name, side in sides.items())
     one = len(sides) == 1
     return (
@@ -229,7 +230,7 @@ def still_open(s: Search, sides: Mapping[str, str]) -> str:
 
 
 def explained(s: Search, setting: Setting, sides: Mapping[str, str]) -> str:
-    """Why a further trial has this setting."""
+    """The reason why a further trial has this setting, for a note."""
     chosen = s.chosen
     if chosen is None:
         return f"every trial diverged: tries {s.keys[0].name} {setting[0]:g} below them"
@@ -243,7 +244,7 @@ def explained(s: Search, setting: Setting, sides: Mapping[str, str]) -> str:
 
 
 def at_the_start(s: Search) -> dict[str, Setting]:
-    """The chosen setting with one key put back to where the search began, by the name of each key that it moved."""
+    """For each key that the search moved, the chosen setting with only this key set back to its first value."""
     chosen = s.chosen
     if chosen is None:
         return {}
@@ -251,8 +252,8 @@ def at_the_start(s: Search) -> dict[str, Setting]:
 
 
 def lowered(s: Search, names: Sequence[str], error: float) -> Setting:
-    """The chosen setting with lower values where the search does not tell them from it: each key of `names`, one after the other,
-    at the lowest value on its line whose loss is at most `error` above the chosen one's. One that was given stays.
+    """The chosen setting with the keys of `names` as low as the search allows: each, one after the other, at the lowest value on
+    its line whose loss is at most `error` above that of the chosen setting. A given setting stays unchanged.
 
     Raises:
         ValueError: every trial diverged.
@@ -272,23 +273,23 @@ def lowered(s: Search, names: Sequence[str], error: float) -> Setting:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """How the loss depends on one key, all others at their best."""
+    """How the loss depends on one key, with all other keys at their best."""
 
     key: str
     chosen: float
-    curve: list[tuple[float, float]]  # (value, mean loss), as tried
-    doubled: float | None  # loss above the best with twice the value; None: not bracketed by trials
-    halved: float | None
-    low: float | None  # where the loss is `MARGIN` above the best; None: beyond what was tried
-    high: float | None
+    curve: list[tuple[float, float]]  # (value, mean loss) of all trials on the line
+    doubled: float | None  # loss above the best at twice the value; None if no trials lie on both sides of it
+    halved: float | None  # the same at half the value
+    low: float | None  # the lower value at which the loss is `MARGIN` above the best; None if it is beyond the tried values
+    high: float | None  # the higher such value
 
 
 MARGIN = 0.01  # nats
 
 
 def sensitivity(keys: Sequence[Key], tried: Tried, through: Setting) -> list[Sensitivity]:
-    """The line of every key through a setting; between trials, straight in the logarithm of the value. What diverged is not
-    interpolated to, and of a key with values of its own only the curve is known."""
+    """The sensitivity to each key around a setting, interpolated linearly in the logarithm of the value. Trials that diverged are
+    left out. For a key with a list of `values` only the curve is given."""
     found = []
     for index, key in enumerate(keys):
         losses = line(tried, through, index)
@@ -315,7 +316,7 @@ def excess(curve: Sequence[tuple[float, float]], value: float, lowest: float) ->
 
 
 def crossing(points: Sequence[tuple[float, float]], level: float) -> float | None:
-    """The value at which points that lead away from the best come up to `level`; None if they do not."""
+    """The value at which a curve, given from its best point outwards, first rises to `level`; None if it does not."""
     for (a, u), (b, v) in pairwise(points):
         if v >= level > u:
             share = (level - u) / (v - u)

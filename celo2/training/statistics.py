@@ -1,4 +1,4 @@
-"""Intervals and tests on a handful of seeds: Student's t, paired and Welch's, Holm's correction for many pairs, and power."""
+"""Confidence intervals and tests for a few seeds: Student's t, paired and Welch's, Holm's correction for many pairs, power."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over n values; `half` is half the width of its confidence interval, None for a single value."""
+    """A mean over n values; `half` is half the width of its confidence interval. `sd` and `half` are None for a single value."""
 
     mean: float
     sd: float | None
@@ -24,12 +24,12 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Difference:
-    """The mean of a − b with its interval and two-sided p; `half` and `p` are None where a spread cannot be known."""
+    """The mean of a − b with its interval and two-sided p; `half` and `p` are None if too few values give no spread."""
 
     mean: float
     half: float | None
     p: float | None
-    n: int  # pairs, or the smaller number of values
+    n: int  # number of pairs, or of values on the side with fewer
     paired: bool
 
 
@@ -39,7 +39,7 @@ def half_width(error: float, dof: float) -> float:
 
 
 def p_value(gap: float, error: float, dof: float) -> float:
-    """Two-sided p of a difference with a standard error; without any spread, equal is 1 and different 0."""
+    """Two-sided p of the difference `gap` with a standard error; with an error of 0 it is 1 for no difference, else 0."""
     if error == 0:
         return 1.0 if gap == 0 else 0.0
     return float(2 * stdtr(dof, -abs(gap) / error))
@@ -55,8 +55,8 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def difference(a: Mapping[int, float], b: Mapping[int, float]) -> Difference:
-    """a − b from values by seed: paired where two seeds or more are common (they share data order and initial weights), else
-    Welch's, which needs two values on each side; no test otherwise."""
+    """a − b from values by seed. Paired if two seeds or more are common (they share data order and initial weights); otherwise
+    Welch's test if both sides have two values; otherwise no test."""
     common = sorted(set(a) & set(b))
     if len(common) >= 2:
         gaps = [a[seed] - b[seed] for seed in common]
@@ -69,12 +69,12 @@ def difference(a: Mapping[int, float], b: Mapping[int, float]) -> Difference:
         return Difference(gap, None, None, n, False)
     u, v = (stdev(side.values()) ** 2 / len(side) for side in (a, b))
     error = math.sqrt(u + v)
-    dof = (u + v) ** 2 / (u**2 / (len(a) - 1) + v**2 / (len(b) - 1)) if error else 1  # Welch and Satterthwaite's
+    dof = (u + v) ** 2 / (u**2 / (len(a) - 1) + v**2 / (len(b) - 1)) if error else 1  # Welch–Satterthwaite
     return Difference(gap, half_width(error, dof), p_value(gap, error, dof), n, False)
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """p-values corrected for being several (Holm 1979): the chance of any false claim stays below the level. None stays None."""
+    """p-values corrected for multiple tests (Holm 1979): the chance of any false claim stays below the level. None stays None."""
     known = sorted((p, index) for index, p in enumerate(p_values) if p is not None)
     corrected: list[float | None] = [None] * len(p_values)
     largest = 0.0
@@ -84,14 +84,14 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     return corrected
 
 
-LEVEL, POWER = 1 - CONFIDENCE, 0.8  # of a test: the chance of a false claim, and of a true one
+LEVEL, POWER = 1 - CONFIDENCE, 0.8  # the chance that a test claims a difference if there is none, and if there is one
 MOST_SEEDS = 10_000
 
 
 def power(gap: float, sd: float, n: int, level: float = LEVEL, sides: int = 2) -> float:
-    """The chance that a t-test of n values with this true mean and standard deviation finds that the mean is not 0.
+    """The chance that a t-test of n values with true mean `gap` and standard deviation `sd` finds that the mean is not 0.
 
-    For n pairs, the values are the differences. `sides` is 1 where only a positive mean counts. Uses the noncentral t.
+    For n pairs, the values are the differences. `sides` is 1 if only a positive mean counts. Uses the noncentral t.
     """
     if n < 2:
         return 0.0
@@ -104,7 +104,7 @@ def power(gap: float, sd: float, n: int, level: float = LEVEL, sides: int = 2) -
 
 
 def seeds_needed(gap: float, sd: float, level: float = LEVEL, wanted: float = POWER) -> int | None:
-    """The smallest number of pairs of seeds with which a difference is found with the chance `wanted`; None beyond MOST_SEEDS."""
+    """The smallest number of pairs of seeds that finds a difference with probability `wanted`; None beyond MOST_SEEDS."""
     low, high = 1, 2
     while power(gap, sd, high, level) < wanted:
         low, high = high, 2 * high
@@ -117,7 +117,7 @@ def seeds_needed(gap: float, sd: float, level: float = LEVEL, wanted: float = PO
 
 
 def detectable(n: int, level: float = LEVEL, wanted: float = POWER, sides: int = 2) -> float | None:
-    """The smallest true mean, in standard deviations, that n values show with the chance `wanted`; None for fewer than two."""
+    """The smallest true mean, in standard deviations, that a test of n values finds with probability `wanted`; None if n < 2."""
     if n < 2:
         return None
     low, high = 0.0, 1.0

@@ -1,8 +1,8 @@
-"""YAML whose values are what was written.
+"""Read YAML without guessing the types of values.
 
-PyYAML follows YAML 1.1, where `1e-8` is text, `12:30` is 750, `1.10` is 1.1, `no` is false, and of two equal keys the second wins
-without a word. Here a scalar without quotes stays its text, a `Plain`, until its place says what it must be: in an option of a
-schema its type, elsewhere the core schema of YAML 1.2 (`untyped`).
+PyYAML follows YAML 1.1: `1e-8` is text, `12:30` is 750, `1.10` is 1.1, `no` is false, and of two equal keys the second silently
+replaces the first. Here a scalar without quotes stays text, a `Plain`, until its type is known. For an option of a schema this is
+the type of the option; for all other values the core schema of YAML 1.2 decides (`untyped`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import yaml
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used. The message names the key."""
+    """A configuration that cannot be used. The message names the key or the file."""
 
 
 class Plain(str):
@@ -30,7 +30,7 @@ HEX_OCTAL = re.compile(r"0x[0-9a-f]+|0o[0-7]+", re.IGNORECASE)
 
 
 def number(text: str) -> int | float | None:
-    """The number that `text` is: 12, 1_000, 0x1f, 0o17, 1.5, 1e-8, .inf, .nan. None if it is none. 007 is 7."""
+    """Parse a number: 12, 1_000, 0x1f, 0o17, 1.5, 1e-8, .inf, .nan; 007 is 7. None if `text` is not a number."""
     try:
         if text.lower().lstrip("+-") in (".inf", ".nan"):
             return float(text.replace(".", ""))
@@ -39,16 +39,15 @@ def number(text: str) -> int | float | None:
         if INTEGER.fullmatch(text):
             return int(text)
         return float(text) if NUMBER.fullmatch(text) else None
-    except ValueError:  # 1__0; more digits than Python turns into an integer
+    except ValueError:  # 1__0, or more digits than Python converts to an integer
         return None
 
 
 def untyped(value: Any, name: str) -> Any:
-    """`value` with every `Plain` in it as null, true, false, a number or text.
+    """Convert every `Plain` in `value` to None, True, False, a number or text, by the core schema of YAML 1.2.
 
     Raises:
-        ConfigError: yes, no, on or off, which YAML 1.1 and 1.2 read differently, and no schema tells what is meant; or a key that
-            stands twice, as 4 and 4.0.
+        ConfigError: a value is yes, no, on or off, which YAML 1.1 and 1.2 read differently; or two keys are equal, as 4 and 4.0.
     """
     if isinstance(value, dict):
         found: dict[Any, Any] = {}
@@ -78,7 +77,7 @@ def is_null(value: Any) -> bool:
 
 
 def scalar(value: Any) -> Any:
-    """`value`, or what a `Plain` is by the core schema of YAML 1.2."""
+    """Convert a `Plain` by the core schema of YAML 1.2; return any other value unchanged."""
     if not isinstance(value, Plain):
         return value
     if is_null(value):
@@ -90,12 +89,12 @@ def scalar(value: Any) -> Any:
 
 
 def read_yaml(text: str, where: str) -> Any:
-    """The one document in `text`: mappings, lists, texts and `Plain`; None if there is none.
+    """Read the only document in `text`: mappings, lists, texts and `Plain`; None if the text is empty.
 
-    `where` begins the message of an error. Anchors, aliases and merge keys (`<<`) are followed.
+    Errors begin with `where`. Anchors, aliases and merge keys (`<<`) are resolved.
 
     Raises:
-        ConfigError: not YAML, several documents, a key that stands twice, a tag, an alias of what it stands in; with the line.
+        ConfigError: not YAML, several documents, a repeated key, a tag, or an alias within its own anchor; names the line.
     """
     try:
         node = yaml.compose(text, yaml.BaseLoader)  # resolves no types
@@ -109,7 +108,7 @@ def read_yaml(text: str, where: str) -> Any:
 
 
 def explain(error: yaml.MarkedYAMLError, text: str) -> str:
-    """The line of a syntax error, and what is wrong there."""
+    """Text for a syntax error: the line and the problem."""
     mark = error.problem_mark or error.context_mark
     line = mark.line if mark else 0
     lines = text.splitlines()
@@ -122,18 +121,18 @@ def explain(error: yaml.MarkedYAMLError, text: str) -> str:
 
 
 class Reader:
-    """Values from the nodes of one text."""
+    """Converts the YAML nodes of one text to values."""
 
     def __init__(self, where: str) -> None:
         self.where = where
-        self.open: list[yaml.Node] = []  # from the root to here
+        self.open: list[yaml.Node] = []  # the nodes from the root to the current one
 
     def fail(self, node: yaml.Node, problem: str) -> ConfigError:
         """The error with the line of `node`."""
         return ConfigError(f"{self.where}, line {node.start_mark.line + 1}: {problem}")
 
     def value(self, node: yaml.Node) -> Any:
-        """The value of a node and all below it."""
+        """The value of a node, with all nodes below it."""
         if node.tag.rpartition(":")[2] not in ("str", "seq", "map"):
             raise self.fail(node, f"the tag {node.tag} is not known: write the value without it")
         if isinstance(node, yaml.ScalarNode):
@@ -149,7 +148,7 @@ class Reader:
             self.open.pop()
 
     def mapping(self, node: yaml.MappingNode) -> dict[Any, Any]:
-        """A mapping; its own keys replace merged ones, and none may stand twice."""
+        """The value of a mapping node: its own keys replace merged ones, and no key may be repeated."""
         merged: dict[Any, Any] = {}
         own: dict[Any, Any] = {}
         lines: dict[str, int] = {}
@@ -183,7 +182,7 @@ def read_yaml_file(path: str | Path) -> Any:
 
 
 class Dumper(yaml.SafeDumper):
-    """Quotes each text that this reader, or one of YAML 1.1, would not read as text."""
+    """Writes quotes around every text that this reader or a YAML 1.1 reader would not read as text."""
 
 
 Dumper.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+.0123456789"))
@@ -192,5 +191,5 @@ Dumper.ignore_aliases = lambda self, data: True  # type: ignore[method-assign]
 
 
 def dump_yaml(value: Any, **options: Any) -> str:
-    """`value` as YAML that `read_yaml` and YAML 1.1 read back alike."""
+    """`value` as YAML that `read_yaml` and readers of YAML 1.1 read in the same way."""
     return yaml.dump(value, Dumper=Dumper, sort_keys=False, **options)
