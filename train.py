@@ -2,10 +2,11 @@
 
     python train.py CONFIG.yaml [section.key=value ...]                 one process
     torchrun --nproc_per_node N train.py CONFIG.yaml [...]              N processes
-    python train.py CONFIG.yaml --plan                                  what it would take, without training [--gpu NAME]
+    python train.py CONFIG.yaml --plan                                  memory, time and FLOPs, without training [--gpu NAME]
     python train.py --help                                              every option with its default
 
-From the configuration to the last checkpoint on one page, read from top to bottom; `pretrain` has the loop over the steps.
+This page is a whole training run; read it from top to bottom. `train` connects the processes and watches over them. `pretrain`
+sets the run up (data, model, optimizer, checkpoint) and contains the loop over the steps. `main` is the command line.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ from models import flops_per_token
 
 
 def train(config: Config, signals: StopSignals, hooks: Hooks) -> int:
-    """One training run, from the beginning or its newest checkpoint to its last step or a signal; returns the exit status."""
+    """Run from step 0 or from a checkpoint until the last step or a stop signal. Return the exit status."""
 
     def report(message: str) -> None:
         signals.hold()
@@ -85,11 +86,13 @@ def train(config: Config, signals: StopSignals, hooks: Hooks) -> int:
                     heartbeat.record = partial(record_lost_rank, run_folder(config))
                 summary = pretrain(config, accelerator, heartbeat, signals, hooks)
             finally:
-                if summary is None:  # stopped, or an error: the first rank that ends makes torchrun signal the others
+                # A signal or an error ended the run. When one rank exits, torchrun sends SIGTERM to the others: from here on
+                # that signal does not change their exit status.
+                if summary is None:
                     signals.hold()
-            accelerator.wait_for_everyone()  # a process group that is taken down while another rank still works can block
+            accelerator.wait_for_everyone()  # destroying the process group while another rank still works can block
         accelerator.end_training()
-        if summary is not None and accelerator.is_main_process:  # no other rank waits for this
+        if summary is not None and accelerator.is_main_process:  # the other ranks do not wait for this
             summary.finish(accelerator.device)
     return 0 if summary is not None else STOPPED
 
@@ -97,27 +100,30 @@ def train(config: Config, signals: StopSignals, hooks: Hooks) -> int:
 def pretrain(
     config: Config, accelerator: Accelerator, heartbeat: Heartbeat, signals: StopSignals, hooks: Hooks
 ) -> Summary | None:
-    """Setup and loop. Returns the summary of a run that is done, or None if a signal stopped it.
+    """Set the run up and train. Return the summary of a finished run, or None if a signal stopped it.
 
-    `heartbeat` learns how far this rank is, so that a rank that dies or hangs is named.
+    `heartbeat.mark` records how far this rank is, so that an error message can name a rank that died or hangs.
     """
     world, first = accelerator.num_processes, accelerator.is_main_process
 
-    # Data, and where the run stands: on all ranks the same, like everything else that they are about to do.
+    # Open the data, and choose the start: step 0 or a checkpoint. Then check that all ranks have the same configuration, data,
+    # start and code.
     heartbeat.mark("opening the data", disk=True)
     shards, validation = open_data(config)
     run_dir = run_folder(config)
     start = find_start(config, run_dir, accelerator, heartbeat)
     config = config_of_line(config, start.origin)
     steps = config.train.steps
-    resolved = with_pinned_rule(config)  # and, below, with the rates of this width; checkpoints hold `config`
+    # `resolved` is what trains: with the pinned rule and, further below, with the learning rates and weight decay scaled to the
+    # model's width. Checkpoints store `config`.
+    resolved = with_pinned_rule(config)
     heartbeat.mark("comparing the ranks")
     require_same(accelerator, lambda: facts_of(config, resolved, shards, start.checkpoint, run_dir))
     heartbeat.mark("building the model")
 
-    # The model without memory, and where its weights come from; then model and optimizer as the strategy spreads them over the
-    # processes, each of which makes or reads what it keeps. The global batch of a step is the same for every number of processes
-    # and micro-batch size.
+    # Build the model without memory for its parameters, and find out where its weights come from. Then the strategy spreads model
+    # and optimizer over the processes, and each process makes or reads only the weights that it keeps. The global batch of a step
+    # does not depend on the number of processes or on the micro-batch size.
     set_seed(config.run.seed)
     model, weights, context, taken, files = make_model(config, shards, start.checkpoint, heartbeat.progress)
     require_same_files(accelerator, files, heartbeat.progress)
@@ -135,7 +141,7 @@ def pretrain(
     peak_flops = peak(accelerator)
     peak_speed = peak_flops * world / flops if peak_flops else None  # tokens/s
 
-    # The state of the run, and its folder.
+    # Load the checkpoint, if there is one, and write the run's folder. Then make the parts that report, save and guard.
     heartbeat.mark("loading the checkpoint", disk=True)
     identity = identity_of(config, shards, context, optimizer)
     state = resume(config, start, strategy, identity, heartbeat.progress)
@@ -153,7 +159,7 @@ def pretrain(
     summary = Summary(config, run_dir, folders, shards.eot_id, context, display.say, lambda: signals.received, heartbeat.progress)
     guard = Guard(accelerator, config.train, signals)
     guard.go_on(state.recent_losses, has_checkpoint=start.checkpoint is not None)
-    signals.wait = True  # from now on a signal waits for the end of the step and a checkpoint
+    signals.wait = True  # from now on a signal stops the run only after the current step is done and saved
 
     def tell(event: str, note: str) -> None:
         display.say(note)
@@ -198,7 +204,7 @@ def pretrain(
         since = replace(state)  # the state at the last logged step
 
         while True:
-            # Between two steps: evaluate, save, end.
+            # Between two steps: evaluate, save, and leave the loop if the run is done or a signal came.
             if not stop and evaluator.due(state):
                 hooks.before_evaluation(state.step)
                 found = evaluator.evaluate(strategy, state.step, guard.stopping)
@@ -209,7 +215,7 @@ def pretrain(
                     metrics.write({"step": state.step, "tokens": state.tokens, **found.record})
                     display.evaluation(state.step, found.lines)
                     heartbeat.mark(f"step {state.step}: summary", disk=True)
-                    if first and state.step < steps:  # the end has a summary of its own
+                    if first and state.step < steps:  # after the last step, `summary.finish` writes it
                         summary.update(strategy.model if strategy.whole else None)
             scheduled = any(due(state.step, every, steps) for every in (config.checkpoint.every, config.checkpoint.keep_every))
             saving = saver.due(state.step, scheduled, stop)
@@ -228,7 +234,7 @@ def pretrain(
             if stop or state.step == steps:
                 break
 
-            # One step.
+            # One step: set the learning rate, load the batch, compute the gradient, update the weights.
             step = state.step + 1
             heartbeat.mark(f"step {step}: begins")
             logged = step == 1 or any(due(step, every, steps) for every in (config.log.every, config.log.layers))
@@ -246,15 +252,16 @@ def pretrain(
             loss = strategy.backward(micro_batches, n_targets, partial(dropout_seed, config.run.seed, state.step))
             hooks.after_backward(step, strategy, loss)
             heartbeat.mark(f"step {step}: gradient computed")
-            # Clips, and updates if the verdict, on which all ranks agree, is that the step is healthy. It stays on the device.
+            # Clip the gradient, and update the weights if the verdict says that the step is healthy. All ranks have the same
+            # verdict, and it stays on the device.
             strategy.step(partial(guard.judge, step, loss, save=saver.overdue))
-            # The host learns it a step later, but at once where this step is logged, verified, evaluated or saved.
+            # The host reads the verdict one step later, or now if this step is logged, verified, evaluated or saved.
             every = (config.eval.every, config.checkpoint.every, config.checkpoint.keep_every)
             guard.wait(newest=logged or not verification.done or any(due(step, n, steps) for n in every))
             state.finish_step(batches.sizes.at(step - 1), n_targets, time.perf_counter() - began)
             display.advance(state.step)
 
-            # Report what was learned, the last of it about this step or the one before.
+            # Act on the verdicts that the host has read. The newest is about this step or the step before.
             verdict: Verdict | None = None
             for verdict in guard.verdicts():
                 verification.check(verdict.healthy)
@@ -268,6 +275,7 @@ def pretrain(
             if stop:
                 display.say(grace.stopping())
             if verdict is not None and verdict.roll_back:
+                # Load the newest checkpoint, and continue with the sequences that come after those taken so far.
                 state = state.back_at(verdict.step, batches)
                 state, left_out = roll_back(run_dir, state, strategy, saver, heartbeat)
                 saver.save(strategy, to_saved(config, state, identity))
@@ -284,6 +292,7 @@ def pretrain(
                 state.begin_window()
                 since = replace(state)
 
+        # After the last step or a signal: wait for the last checkpoint, and say how the run ended.
         heartbeat.mark("writing the last checkpoint", disk=True)
         saver.close()
         heartbeat.mark("the last checkpoint is written")
@@ -302,14 +311,14 @@ def pretrain(
 
 
 def main(argv: list[str] | None = None, hooks: Hooks | None = None) -> int:
-    """The command line, and the exit status of `launch.train_command`."""
+    """Run the command line. Return the exit status; `launch.train_command` lists them."""
     return command(argv, __doc__, partial(train, hooks=hooks or Hooks()))
 
 
 if __name__ == "__main__":
     try:
         status = main()
-    except Exception:  # unexpected: print the traceback and end with 1 here, before torchrun ends this rank by a signal
+    except Exception:  # unexpected: print the traceback and exit with status 1, before torchrun ends this rank by a signal
         sys.excepthook(*sys.exc_info())
         status = 1
     leave(status)

@@ -1,1 +1,1 @@
-"""The schema of a run and the YAML files that fill it in."""
+"""The schema of a training run's configuration, its checks, and the YAML files."""

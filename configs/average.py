@@ -1,4 +1,4 @@
-"""The average of the weights that `train.average` asks for, checked."""
+"""Checks `train.average`, the option for an average of the weights."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class AverageOptions(NamedTuple):
     """Which average of the weights a training run keeps."""
 
     kind: str  # "ema" or "tail"
-    decay: float  # of what is there, in a step; a tail average never forgets: 1
-    start: int  # the step after which it begins
+    decay: float  # of the average in each step; 1 for a tail average, which weights all its steps equally
+    start: int  # the average begins after this step
 
 
 def average_of(config: Config) -> AverageOptions | None:
-    """What `train.average` asks for; None without it.
+    """Return the checked options of `train.average`; None if it is not set.
 
     Raises:
         ConfigError: an unknown kind or key, or a number out of its range.

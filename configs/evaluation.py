@@ -1,4 +1,4 @@
-"""What `eval` asks for besides the validation split of the data, checked."""
+"""Checks the options of `eval` for further validation sets and for tasks."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class ValidationSet(NamedTuple):
 
 
 def with_checked_evaluation(config: Config) -> Config:
-    """The configuration, whose paths in `eval.sets` and `eval.tasks` have no leading `~`.
+    """Check `eval.sets`, `eval.tasks` and `eval.tasks_every`, and expand a leading `~` in their paths. Returns `config`.
 
     Raises:
-        ConfigError: a name or an entry that is none, or tasks between evaluations.
+        ConfigError: an invalid name or entry, or tasks at steps without an evaluation.
     """
     section = config.eval
     if section.sets is not None:
@@ -45,7 +45,7 @@ def with_checked_evaluation(config: Config) -> Config:
 
 
 def sets_of(config: Config) -> list[ValidationSet]:
-    """The sets of `eval.sets`."""
+    """Return the validation sets of `eval.sets`. Raises ConfigError for an invalid entry."""
     found = []
     for key, value in (config.eval.sets or {}).items():
         option = f"eval.sets.{named('eval.sets', key)}"
@@ -60,14 +60,14 @@ def sets_of(config: Config) -> list[ValidationSet]:
 
 
 def named(option: str, key: Any) -> str:
-    """The name of a set or a task, which becomes a part of keys in metrics.jsonl."""
+    """Return the checked name of a set or a task. It becomes a part of keys in metrics.jsonl."""
     if isinstance(key, bool) or not isinstance(key, str | int) or not NAME.fullmatch(str(key)):
         raise ConfigError(f"{option} has the name {key!r}, expected letters, digits, _, . and -")
     return str(key)
 
 
 def path_of(option: str, value: Any) -> str:
-    """A path without a leading `~`."""
+    """Return the path `value` of `option` with a leading `~` expanded."""
     if not isinstance(value, str) or not value.strip():
         raise ConfigError(f"{option} is {value!r}, expected a path")
     return str(expanded(value, option))

@@ -1,4 +1,4 @@
-"""How long a training run is, and how many sequences its steps take: `train.steps`, `train.tokens`, `train.ramp`."""
+"""The number of steps of a training run and of sequences in each step: `train.steps`, `train.tokens`, `train.ramp`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from data.batch_sizes import BatchSizes
 
 
 def batch_sizes(train: Mapping[str, Any]) -> BatchSizes:
-    """The sequences of every step, from the section `train` as a mapping, which may come from a state.json.
+    """Return the batch sizes of all steps.
+
+    `train` is the configuration's section `train` as a mapping. It may come from a state.json, where steps are texts.
 
     Raises:
-        ConfigError: a step or a size in `train.ramp` that is none.
+        ConfigError: an invalid step or size in `train.ramp`.
     """
     ramp = {}
     for given, sequences in (train.get("ramp") or {}).items():
@@ -35,17 +37,18 @@ def batch_sizes(train: Mapping[str, Any]) -> BatchSizes:
 
 
 def whole(value: Any) -> Any:
-    """`value`, as an int where it is a whole number such as 1e3."""
+    """Return `value`, as an int if it is a float without a fraction, such as 1e3."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def with_steps(config: Config, written: Written) -> Config:
-    """The configuration, with the fewest steps that take `train.tokens` where that is given; and a checked `train.ramp`.
+    """Check `train.ramp`, and compute `train.steps` from `train.tokens` if that is given. Returns `config`.
 
-    What the command line says counts more than the file. The config.yaml of a run has both, and `train.tokens` decides.
+    The result is the smallest number of steps that takes `train.tokens`. An override on the command line has priority over the
+    file. The config.yaml that a run writes has both options; there `train.tokens` decides.
 
     Raises:
-        ConfigError: steps and tokens are both written in one place and differ; tokens without a known context; a bad ramp.
+        ConfigError: the command line gives both options and they differ; the context is not known; or the ramp is invalid.
     """
     train = config.train
     sizes = batch_sizes(vars(train))
@@ -56,7 +59,7 @@ def with_steps(config: Config, written: Written) -> Config:
     if "train.steps" in written.overrides and "train.tokens" not in written.overrides:
         train.tokens = None
         return config
-    from models.sizes import SIZES  # with transformers, which takes a second
+    from models.sizes import SIZES  # here, because this imports transformers, which takes a second
 
     size = SIZES.get(str(config.model.size))
     context = config.model.context or (size.context if size else None)

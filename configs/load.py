@@ -1,4 +1,4 @@
-"""The configuration of train.py: `configs.schema` with the loader of `celo2.training.configuration`."""
+"""Loads the configuration of train.py: the loader of `celo2.training.configuration` with the schema of `configs.schema`."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ __all__ = ["ConfigError", "build", "load_config", "load_written", "options", "to
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """As `configuration.load`."""
+    """Load a YAML file and apply `overrides`, as `configuration.load` does."""
     return load_written(path, overrides)[0]
 
 
 def load_written(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, Written]:
-    """As `configuration.load_written`."""
+    """Load a YAML file and apply `overrides`; also return which options were written, as `configuration.load_written` does."""
     config, written = configuration.load_written(Config, path, overrides)
     return checked(config, written), written
 
 
 def build(tree: Mapping[str, Any]) -> Config:
-    """As `configuration.build`."""
+    """Build a configuration from a mapping, as `configuration.build` does."""
     return checked(configuration.build(Config, tree), Written(set(), set()))
 
 
 def checked(config: Config, written: Written) -> Config:
-    """The configuration with what the types of its options do not say checked, and `train.steps` worked out."""
+    """Check what the types of the options do not express, and compute `train.steps`. Returns the configuration."""
     average_of(config)
     return with_steps(with_checked_evaluation(with_checked_mix(with_known_optimizer(config))), written)
 
 
 def with_known_optimizer(config: Config) -> Config:
-    """The configuration, if its optimizer is one of the schema's; a dotted path is judged where it is imported."""
+    """Check that the optimizer's name is one of the schema's. A dotted path is checked later, when it is imported."""
     if "." not in config.optimizer.name:
         configuration.checked(Literal[OPTIMIZERS], config.optimizer.name, "optimizer.name")
     return config
 
 
 def options() -> list[tuple[str, Any, str]]:
-    """Every option as (dotted name, default, documentation)."""
+    """Return every option as (dotted name, default, documentation)."""
     return configuration.options(Config)

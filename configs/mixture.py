@@ -1,4 +1,4 @@
-"""The sources of `data.mix`, checked."""
+"""Checks `data.mix`, the sources of a mixture."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ EXAMPLE = "{dir: FOLDER, weight: 0.7}"
 
 
 class Source(NamedTuple):
-    """A prepared folder, and its weight from each of some steps on, the first of which is 0."""
+    """A prepared folder and its weights. A key of `weights` is the step from which the weight applies; the first key is 0."""
 
     dir: str
     weights: dict[int, float]
 
 
 def with_checked_mix(config: Config) -> Config:
-    """The configuration, whose paths in `data.mix` have no leading `~`.
+    """Check `data.mix`, and expand a leading `~` in its paths. Returns `config`.
 
     Raises:
-        ConfigError: a source without a folder or a weight, or a setting that says the same in another way.
+        ConfigError: an invalid source, or `data.dir` is given as well.
     """
     if config.data.mix is None:
         return config
@@ -33,7 +33,7 @@ def with_checked_mix(config: Config) -> Config:
 
 
 def mix_sources(config: Config) -> list[Source]:
-    """The sources of `data.mix`, which must not be None."""
+    """Return the sources of `data.mix`, which must not be None. Raises ConfigError for an invalid source."""
     mix = config.data.mix or []
     if not mix:
         raise ConfigError(f"data.mix is empty: give it sources, [{EXAMPLE}, ...]")
@@ -61,7 +61,7 @@ def _source(item: dict[str, Any], name: str) -> Source:
     else:
         weights = {}
         for step, of_step in weight.items():
-            if not (type(step) is int or (isinstance(step, str) and step.isdecimal())) or int(step) < 0:  # a text in JSON
+            if not (type(step) is int or (isinstance(step, str) and step.isdecimal())) or int(step) < 0:  # JSON keys are texts
                 raise ConfigError(f"{name}.weight has the key {step!r}, expected the step from which on a weight holds")
             weights[int(step)] = _number(of_step, f"{name}.weight.{step}")
         weights = dict(sorted(weights.items()))

@@ -1,7 +1,7 @@
-"""Every option of a training run: one typed schema, each default beside its documentation and its range.
+"""Every option of a training run in one typed schema: name, type, default, documentation and range.
 
-`python train.py --help` prints this table. A YAML file gives what differs from the defaults, `section.key=value` on the
-command line gives what differs from the file.
+`python train.py --help` prints this table. A YAML file replaces defaults, and `section.key=value` on the command line replaces
+values of the file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from celo2.training.configuration import (
     section,
 )
 
-LARGEST_BATCH = 2**24  # sequences; their order must fit into memory
+LARGEST_BATCH = 2**24  # sequences; the numbers of a batch's sequences must fit into memory
 BATCH_SIZE = Range(f"at least 1 and at most {LARGEST_BATCH}", lambda x: 1 <= x <= LARGEST_BATCH)
 RECOMPUTED = Range(
     "false, true, operations, or a number of blocks",

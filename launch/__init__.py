@@ -1,1 +1,1 @@
-"""Everything around a training run: its parts (run, checkpoint, distributed, optimizers, monitoring) and the tools beside it."""
+"""The code of a training run (run, checkpoint, distributed, optimizers, monitoring), and the command line tools."""

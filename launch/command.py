@@ -1,4 +1,4 @@
-"""What the small commands of `launch/` have in common: the types of their arguments, and how they end."""
+"""Shared code of the small commands of `launch/`: argument types and exit status."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from launch.monitoring.display import show_any_text
 from launch.monitoring.signals import INTERRUPTED
 from models import LossMismatch, ModelError
 
-LARGEST = 2**63 - 1000  # of a whole number on a command line: what torch takes as a seed, and a few more to count on
+LARGEST = 2**63 - 1000  # the largest whole number on a command line: torch accepts it as a seed, and so SEED + 1, SEED + 2, ...
 
 
 def carry_out(name: str, act: Callable[[], None]) -> int:
-    """Call `act` and return the exit status: 0, or 2 after an error that is said in one line, under the command's `name`."""
+    """Call `act` and return the exit status: 0, 2 after an error (printed in one line after `name`), or 130 after Ctrl-C."""
     show_any_text()
     logging.disable_progress_bar()  # of transformers, for reading a file
     try:
         act()
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as `head`, has enough
+    except BrokenPipeError:  # the reader, such as `head`, closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (CheckpointError, ConfigError, DataError, LossMismatch, ModelError, OSError, RuntimeError) as error:
         print(f"{name}: {printable(' '.join(str(error).split()))}", file=sys.stderr)
@@ -39,12 +39,12 @@ def carry_out(name: str, act: Callable[[], None]) -> int:
 
 
 def default_device() -> str:
-    """A GPU where there is one."""
+    """Return "cuda" if there is a GPU, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def device(text: str) -> str:
-    """A type for argparse: a device that is there."""
+    """A type for argparse: a device that exists on this machine."""
     try:
         torch.empty(0, device=text)
     except (AssertionError, RuntimeError) as error:  # torch without CUDA asserts
@@ -53,7 +53,7 @@ def device(text: str) -> str:
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """A type for argparse: an integer from `least` on."""
+    """A type for argparse: an integer of at least `least`."""
 
     def integer(text: str) -> int:
         if not re.fullmatch("-?[0-9]+", text) or int(text) < least:

@@ -1,8 +1,8 @@
 """Loss, perplexity and bits per byte of a trained model: python -m launch.evaluate RUN|CHECKPOINT|EXPORT DATA.
 
-DATA is a folder that `data.prepare` wrote with the model's own tokenizer, or a URL of one. With `--sequences` as
-`eval.sequences` of the training run, the loss of a checkpoint is the `val_loss` of its step: it is computed in the run's
-`train.precision`. An exported folder does not say it, and is evaluated as it loads.
+DATA is a folder that `data.prepare` wrote with the model's own tokenizer, or a URL of one. If `--sequences` equals
+`eval.sequences` of the training run, the loss of a checkpoint equals the `val_loss` of its step, because it is computed in the
+run's `train.precision`. An exported folder does not store that precision and is evaluated in the dtype that it loads with.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from models import CausalLMLoss, choose_loss
 
 @torch.no_grad()
 def evaluate(options: argparse.Namespace) -> None:
-    """Print what the model makes of the data.
+    """Print loss, perplexity and bits per byte of the model on the data.
 
     Raises:
-        CheckpointError: no model there, or one of another tokenizer than the data's.
-        DataError: no such data.
-        LossMismatch: an architecture whose loss is not known.
+        CheckpointError: there is no model, its tokenizer is not the data's, or its loss is not finite.
+        DataError: there is no such data.
+        LossMismatch: the loss of this architecture is not known.
     """
     try:
         shards = TokenShards(local_data_folder(Config(), options.data), options.split)
@@ -71,7 +71,7 @@ def evaluate(options: argparse.Namespace) -> None:
 
 
 def require_same_tokenizer(trained: TrainedModel, shards: TokenShards) -> None:
-    """Raise CheckpointError if a token of the data is another one for the model, or if another one ends documents."""
+    """Raise CheckpointError if a token of the data has another id for the model, or if documents end with another token."""
     ours = trained.tokenizer.get_vocab(with_added_tokens=True)
     vocabulary = load_tokenizer(shards.folder).get_vocab(with_added_tokens=True)
     for token, number in sorted(vocabulary.items(), key=lambda item: item[1]):
@@ -90,7 +90,7 @@ def require_same_tokenizer(trained: TrainedModel, shards: TokenShards) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Evaluate as the command line says. Exit status 2: an error, in one line."""
+    """Run the command line. Returns the exit status: 2 after an error, which is printed in one line."""
     parser = argparse.ArgumentParser(prog="python -m launch.evaluate", description=__doc__.splitlines()[0])
     parser.add_argument("model", help="a run's folder, one checkpoint in it, or a folder that models.export wrote")
     parser.add_argument("data", help="a folder that data.prepare wrote, or a URL of one")

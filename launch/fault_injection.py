@@ -1,12 +1,12 @@
 """`python -m launch.torture`: fault injection. Kills, damage, full disks and bad gradients: does a training run survive them?
 
-A small run is trained once without disturbance. Then the same run is started again and again, is killed with SIGKILL at random
-moments and inside each phase of a save, and continues each time by itself. At the end every line of its metrics must equal the
-undisturbed run's, bit for bit. The other faults have checks of their own. Every run is a forked process of this one, so that a
-start takes no imports. Use it on the machine and file system that your own runs use.
+First, a small run is trained without disturbance. Then the same run is started again and again. SIGKILL kills it at random
+moments and inside each phase of a save, and each new start resumes it. At the end, every line of its metrics must equal the
+undisturbed run's, bit for bit. The other faults have checks of their own. Every run is a fork of this process, so that a start
+needs no imports. Use it on the machine and file system that your own runs use.
 
-With `--ranks N` a run has N processes on this machine, over gloo, which write its checkpoints together. A kill hits one of them,
-or all; damage hits every file of a checkpoint; one rank alone has no permission.
+With `--ranks N` a run has N processes on this machine, over gloo, which write its checkpoints together. A kill hits one of them
+or all; damage hits every file of a checkpoint; one rank alone lacks permission to write.
 """
 
 from __future__ import annotations
@@ -57,22 +57,22 @@ log: {{every: 1, sample_tokens: 0}}
 eval: {{every: 5, sequences: 16}}
 """
 FAULTS = ("kills", "damage", "signals", "disks", "gradients")
-DISK, ROOM = 8 << 20, 200 << 10  # bytes of a small disk, and what is left of it
-SURVIVORS = 60.0  # s in which the other ranks of a killed one must have ended
-CLOCK = ("seconds", "tokens_per_second", "optimizer_seconds")  # what differs between two equal runs
+DISK, ROOM = 8 << 20, 200 << 10  # bytes of a small disk, and the bytes that stay free when it is filled
+SURVIVORS = 60.0  # s; after one rank was killed, the others must end within this time
+CLOCK = ("seconds", "tokens_per_second", "optimizer_seconds")  # metrics that differ between two equal runs
 
 
 class Row(NamedTuple):
-    """A line of the table."""
+    """A line of the printed table."""
 
     fault: str
     injected: int
     survived: int
-    lost: str  # what was lost, in words
+    lost: str  # a text for the column "what was lost"
 
 
 class SignalAt(Hooks):
-    """Sends a process a signal when it comes to `point` for the `occurrence`-th time: the process of `rank`.
+    """Sends the process of `rank` a signal when it reaches `point` for the `occurrence`-th time.
 
     `point`: "step", "evaluation", or a phase of a save (`launch.checkpoint.save.PHASES`).
     """
@@ -97,7 +97,7 @@ class SignalAt(Hooks):
 
 
 class BadGradients(Hooks):
-    """A loss, and so gradients, of NaN in each of `steps`."""
+    """Makes the loss, and so the gradients, NaN in each of `steps`."""
 
     def __init__(self, steps: range) -> None:
         self.steps = steps
@@ -114,7 +114,7 @@ class BadGradients(Hooks):
 
 @contextmanager
 def small_disk(folder: Path) -> Iterator[bool]:
-    """Make `folder` a file system of DISK bytes, where mounting is permitted; tells whether it is one."""
+    """Mount a file system of DISK bytes at `folder` if that is permitted. Yields whether it was."""
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(folder)]
     try:
@@ -129,7 +129,7 @@ def small_disk(folder: Path) -> Iterator[bool]:
 
 
 class Filled(Hooks):
-    """In the middle of the run something else fills the disk: what is left does for metrics, not for a checkpoint."""
+    """Fills the disk after two thirds of the steps: the rest is enough for metrics, but not for a checkpoint."""
 
     def __init__(self, folder: Path) -> None:
         self.file = folder / "filling"
@@ -141,7 +141,7 @@ class Filled(Hooks):
 
 
 class FullDisk(Hooks):
-    """From the first step on, files of the last rank may not grow beyond a small limit, as on a full disk."""
+    """From the first step on, files of the last rank cannot grow beyond a small limit, as on a full disk."""
 
     def before_step(self, step: int, strategy: Strategy) -> None:
         if own_rank() != strategy.world - 1:
@@ -151,7 +151,7 @@ class FullDisk(Hooks):
 
 
 class NoPermission(Hooks):
-    """The last rank alone cannot write a checkpoint."""
+    """Makes the last rank fail, for lack of permission, when it writes weights."""
 
     def __init__(self, ranks: int) -> None:
         self.ranks = ranks
@@ -163,7 +163,7 @@ class NoPermission(Hooks):
 
 @contextmanager
 def read_only(folder: Path) -> Iterator[bool]:
-    """Make `folder` immutable, for root, too, where that is permitted; tells whether it is."""
+    """Make `folder` immutable, even for root, if that is permitted. Yields whether it was."""
 
     def change(flag: str) -> bool:
         try:
@@ -185,14 +185,14 @@ def own_rank() -> int:
 
 
 def free_port() -> int:
-    """A port that nobody uses."""
+    """Return a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 class Laboratory:
-    """A prepared data set, the undisturbed run, and a way to start runs of `ranks` processes each."""
+    """Holds a prepared data set and the undisturbed run, and starts runs of `ranks` processes each."""
 
     def __init__(self, folder: Path, options: list[str], ranks: int = 1) -> None:
         self.folder, self.options, self.ranks = folder, options, ranks
@@ -209,7 +209,7 @@ class Laboratory:
         self.undisturbed = self.metrics("undisturbed")
 
     def start(self, name: str, hooks: Hooks, options: Sequence[str] = ()) -> list[int]:
-        """Fork a run into the folder `name`, with more `options`; returns its process ids."""
+        """Fork a run with the folder `name` and additional `options`. Returns its process ids."""
         sys.stdout.flush()
         port = free_port()
         return [self._fork(name, hooks, rank, port, options) for rank in range(self.ranks)]
@@ -234,9 +234,9 @@ class Laboratory:
             os._exit(status)
 
     def wait(self, pids: list[int], rest: signal.Signals = signal.SIGTERM) -> int:
-        """Exit status of a run: the first that is not 0, minus the signal that killed a rank.
+        """Wait for a run. Returns the first exit status that is not 0, or minus the number of the signal that killed a rank.
 
-        Once a rank has failed the others get `rest`, as from torchrun. RuntimeError if they do not end then.
+        Once a rank has failed, the others get the signal `rest`, as from torchrun. Raises RuntimeError if they do not end then.
         """
         left, found, deadline = set(pids), 0, float("inf")
         while left:
@@ -261,24 +261,24 @@ class Laboratory:
         return self.wait(self.start(name, hooks or Hooks(), options))
 
     def metrics(self, name: str) -> list[dict[str, Any]]:
-        """What a run logged, without the clock's columns."""
+        """Return the metrics that a run logged, without those of the clock."""
         records = read_metrics(self.folder / name / "metrics.jsonl")
         return [{key: value for key, value in record.items() if key not in CLOCK} for record in records]
 
     def saved(self, name: str) -> int:
-        """Step of the newest whole checkpoint, in the run's folder or in the second one; 0 without one."""
+        """Return the step of the newest whole checkpoint, in the run's folder or in its second folder; 0 if there is none."""
         return max(step_of(path) if path else 0 for path, _ in map(find_checkpoint, folders_of(self.folder / name)))
 
     def reached(self, name: str) -> int:
-        """The last step that a run logged."""
+        """Return the last step that a run logged."""
         return max((record["step"] for record in self.metrics(name)), default=0)
 
     def recovers(self, name: str, options: Sequence[str] = ()) -> bool:
-        """Whether the run, started once more and not disturbed, ends with the metrics of the undisturbed one."""
+        """Start the run once more, without a fault. Returns whether it ends with the metrics of the undisturbed run."""
         return self.run(name, options=options) == 0 and self.metrics(name) == self.undisturbed
 
     def stop_halfway(self, name: str) -> Path:
-        """A run that SIGTERM stops in the middle; its newest checkpoint."""
+        """Start a run and stop it with SIGTERM in the middle. Returns its newest checkpoint."""
         if self.run(name, SignalAt(signal.SIGTERM, "step", STEPS // 2)) != STOPPED:
             raise SystemExit(
                 f"SIGTERM did not end in status {STOPPED}: {(self.folder / f'{name}.log').read_text(encoding='utf-8')}"
@@ -287,20 +287,20 @@ class Laboratory:
 
 
 class Kill(NamedTuple):
-    """A SIGKILL to come: at a random moment, or before a phase of a save of one rank; that rank alone, or all."""
+    """A planned SIGKILL, at a random moment or before a phase of a save. It kills `rank` alone, or all ranks."""
 
     phase: str | None
     rank: int
     all: bool
 
     def text(self, ranks: int) -> str:
-        """As it stands in the table."""
+        """Return the description in the table."""
         when = "at a random moment" if self.phase is None else f"before: {self.phase}"
         return when if ranks == 1 else f"{'all ranks' if self.all else 'one rank'} {when}"
 
 
 def planned_kills(ranks: int, generator: random.Random) -> Iterator[Kill]:
-    """Half of them at random moments, half in the phases of a save; with several ranks one rank and all in turn."""
+    """Yield kills without end, half at random moments, half in phases of a save; of one rank or all ranks in turn."""
     for everybody in itertools.cycle((False, True) if ranks > 1 else (True,)):
         for phase in PHASES:
             yield Kill(None, generator.randrange(ranks), everybody)
@@ -308,7 +308,7 @@ def planned_kills(ranks: int, generator: random.Random) -> Iterator[Kill]:
 
 
 def kills(laboratory: Laboratory, planned: Iterable[Kill], generator: random.Random) -> list[Row]:
-    """Kills of one run after another: at random moments, and inside each phase of a save."""
+    """Carry out the planned kills. A run that finishes between kills is checked, and a new one starts."""
     lost: dict[str, list[int]] = defaultdict(list)
     wrong, runs, name = 0, 0, "killed-0"
     start = time.perf_counter()
@@ -316,7 +316,7 @@ def kills(laboratory: Laboratory, planned: Iterable[Kill], generator: random.Ran
     typical = time.perf_counter() - start  # seconds of a whole run
 
     def strike(kill: Kill) -> bool:
-        """Start the run with a kill to come; whether it came before the run was done."""
+        """Start the run and kill it. Returns False if the run was done before the kill."""
         rest = signal.SIGKILL if kill.all else signal.SIGTERM
         if kill.phase is None:
             pids = laboratory.start(name, Hooks())
@@ -327,7 +327,7 @@ def kills(laboratory: Laboratory, planned: Iterable[Kill], generator: random.Ran
         return laboratory.wait(pids, rest) != 0
 
     for kill in planned:
-        while not strike(kill):  # the run is done: it must be right, and a new one begins
+        while not strike(kill):  # the run is done: compare its metrics, and begin a new one
             wrong += laboratory.metrics(name) != laboratory.undisturbed
             runs, name = runs + 1, f"killed-{runs + 1}"
         lost[kill.text(laboratory.ranks)].append(max(0, laboratory.reached(name) - laboratory.saved(name)))
@@ -347,7 +347,7 @@ def flip_byte(path: Path) -> None:
 
 
 def damage(laboratory: Laboratory) -> list[Row]:
-    """A damaged newest checkpoint: the run must name the file, and go on from the one before it."""
+    """Damage the newest checkpoint: the run must name the damaged file, and resume from the checkpoint before it."""
     faults: dict[str, Callable[[Path], None]] = {
         "file cut short": lambda path: os.truncate(path, path.stat().st_size // 2),
         "byte flipped": flip_byte,
@@ -369,7 +369,7 @@ def damage(laboratory: Laboratory) -> list[Row]:
 
 
 def stops(laboratory: Laboratory) -> list[Row]:
-    """Signals in training, in evaluation and while a checkpoint is written: the run saves, stops and loses nothing."""
+    """Send signals in training, in evaluation and while a checkpoint is written: the run must save, stop and lose no step."""
     rows = []
     last = laboratory.ranks - 1
     for fault, hooks in (
@@ -387,8 +387,8 @@ def stops(laboratory: Laboratory) -> list[Row]:
 
 
 def disk(laboratory: Laboratory, fault: str, name: str, hooks: Hooks, options: Sequence[str] = (), expected: int = 2) -> Row:
-    """A disk that takes no checkpoint: the run goes on to its end with the status `expected`, the last whole checkpoint stays, or
-    newer ones are in a second folder."""
+    """Run on a disk that refuses checkpoints. The run must train to its end with the exit status `expected`. The last whole
+    checkpoint must stay or, if `expected` is 0, newer ones must be in a second folder."""
     before = laboratory.saved(name)
     status = laboratory.run(name, hooks, options)
     now = laboratory.saved(name)
@@ -397,7 +397,7 @@ def disk(laboratory: Laboratory, fault: str, name: str, hooks: Hooks, options: S
 
 
 def without_permission(laboratory: Laboratory) -> list[Row]:
-    """One rank that may not write; and a folder of checkpoints that is read-only, for all: a second one takes them."""
+    """Deny one rank permission to write; then make the checkpoint folder read-only for all, without and with a second folder."""
     laboratory.stop_halfway("refused")
     rows = [disk(laboratory, "no permission to write, one rank", "refused", NoPermission(laboratory.ranks))]
     second = [f"checkpoint.fallback_dir={laboratory.folder / 'second'}"]
@@ -405,12 +405,12 @@ def without_permission(laboratory: Laboratory) -> list[Row]:
         if permitted:
             rows.append(disk(laboratory, "read-only folder", "refused", Hooks()))
             rows.append(disk(laboratory, "read-only folder, second folder", "refused", Hooks(), second, expected=0))
-    recovers = laboratory.recovers("refused", second)  # where its newest checkpoint may be
+    recovers = laboratory.recovers("refused", second)  # its newest checkpoint may be in the second folder
     return [row._replace(survived=row.survived * recovers) for row in rows]
 
 
 def small_disks(laboratory: Laboratory) -> list[Row]:
-    """A real disk that something fills: the run waits for room at its end, ends without, or goes to a second folder."""
+    """Fill a real disk: the run waits for space at its end, ends without a checkpoint, or writes to a second folder."""
     rows = []
     with small_disk(laboratory.folder / "small") as mounted:
         if not mounted:
@@ -438,7 +438,7 @@ def small_disks(laboratory: Laboratory) -> list[Row]:
 
 
 def bad_gradients(laboratory: Laboratory) -> list[Row]:
-    """NaN in one gradient: that step alone is skipped. NaN in all of them: the run stops, the last good checkpoint stays."""
+    """Inject NaN. In one gradient: only that step is skipped. In all: the run stops, and the last good checkpoint stays."""
     status = laboratory.run("nan", BadGradients(range(10, 11)))
     records, expected = laboratory.metrics("nan"), laboratory.undisturbed
     before = [record for record in expected if record["step"] < 10]
@@ -455,7 +455,7 @@ def bad_gradients(laboratory: Laboratory) -> list[Row]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the table of faults; status 1 if anything was not survived."""
+    """Print the table of faults. Returns the exit status: 1 if a fault was not survived."""
     usage = "%(prog)s [section.key=value ...] [--kills N] [--seed N] [--dir DIR] [--ranks N] [--faults KIND ...]"
     parser = argparse.ArgumentParser(prog="python -m launch.torture", usage=usage, description=__doc__)
     kills_help = "SIGKILLs in all, half of them at random moments and half in the phases of a save (50)"

@@ -1,7 +1,7 @@
-"""Private names of other libraries that this project cannot do without, each behind a function that says why.
+"""Private names of other libraries that this project needs, each behind a function whose docstring gives the reason.
 
-Nothing else in `launch` uses private names. `celo2`, which may not import this module, uses four: DeepSpeed's `_hp_mapping` in
-`celo2/distributed/deepspeed.py`, and torch's `_foreach_*`, `_disable_dynamo` and `_fsdp_flattened`.
+Nothing else in `launch` uses private names. `celo2` may not import this module, and uses four private names itself: DeepSpeed's
+`_hp_mapping` in `celo2/distributed/deepspeed.py`, and torch's `_foreach_*`, `_disable_dynamo` and `_fsdp_flattened`.
 tests/launch/test_launch_private.py fails when a library changes one of the names here.
 """
 
@@ -31,55 +31,59 @@ DispatchMode = TorchDispatchMode  # sees every torch operator, collectives inclu
 
 
 def connect_to_default_store(prefix: str) -> dist.Store:
-    """A connection of its own to the store through which the ranks of the default process group found each other.
+    """Return a new connection to the store of the default process group, with `prefix` before all keys.
 
-    It does not wait while the main thread waits for an answer of the store. A second store would need a second port. All keys get
-    `prefix`.
+    A thread can use the new connection while the main thread waits for the store on its own connection. A second store would
+    need a second port.
     """
     store: Any = _get_default_store()
     return dist.PrefixStore(prefix, store.clone())
 
 
 def set_collective_timeout(seconds: float) -> None:
-    """Let a collective of any process group that exists now fail after `seconds`.
+    """Make collectives fail after `seconds`, in every process group that exists now.
 
-    A group that DeepSpeed or a DeviceMesh makes has a default of its own, with NCCL 600 s.
+    Groups that DeepSpeed or a DeviceMesh created have a default of their own: 600 s with NCCL.
     """
     for group in _world.pg_map:
         _set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def leave(status: int) -> NoReturn:
-    """End the process with `status`. Exit handlers run and output is flushed, but the interpreter does not run its shutdown.
+    """End the process with `status`. Exit handlers run and output is flushed, but the interpreter does not shut down.
 
-    No signal changes the status any more: torchrun sends SIGTERM to all other ranks as soon as one has ended.
+    Stop signals are ignored from here on: torchrun sends SIGTERM to all other ranks as soon as one has exited, and that must not
+    change the status.
 
-    Gloo's worker threads release a collective's tensors a moment after the collective is done. One that does so while the
-    interpreter is being taken apart aborts the process (SIGABRT), and a run that has succeeded counts as failed. Taking down
-    the process group ends the threads only where nothing refers to it any more, but DeepSpeed and a DeviceMesh always do.
+    Gloo's worker threads release the tensors of a collective a moment after the collective is done. If a thread does so while
+    the interpreter shuts down, the process aborts (SIGABRT), and a successful run counts as failed. Destroying the process group
+    ends these threads only if nothing refers to the group any more, but DeepSpeed and a DeviceMesh always keep a reference.
     https://github.com/pytorch/pytorch/pull/179291
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     atexit._run_exitfuncs()
-    with suppress(OSError):  # nobody reads it, or the disk is full
+    with suppress(OSError):  # nobody reads the output, or the disk is full
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(status)
 
 
 def zero_gradient_norm(zero: Any) -> torch.Tensor:
-    """The norm of the whole gradient, which DeepSpeed's engine tells only after the update; `zero` is `engine.optimizer`."""
+    """Return the norm of the whole gradient before the update. DeepSpeed's engine gives it only after the update.
+
+    `zero` is `engine.optimizer`.
+    """
     return torch.as_tensor(zero._global_grad_norm)
 
 
 def forget_accelerator() -> None:
-    """Make Accelerate forget the precision of an earlier training run of this process, and its ranks if their group is gone."""
+    """Make Accelerate forget the precision of an earlier training run in this process, and its ranks if their group is gone."""
     AcceleratorState._reset_state(reset_partial_state=not dist.is_initialized())
 
 
 def zero_end(engine: Any) -> None:
-    """Let the memory of a training run go: what DeepSpeed hangs on modules and parameters keeps all of it alive otherwise."""
+    """Free the memory of a training run. The hooks and attributes that DeepSpeed adds to modules and parameters keep it alive."""
     engine.destroy()
     engine.module_forward_pre_hook.remove()
     engine.module_forward_post_hook.remove()
@@ -89,28 +93,28 @@ def zero_end(engine: Any) -> None:
 
 
 def zero_forget_lost_groups(deepspeed: Any) -> None:
-    """Make DeepSpeed forget the process groups of an earlier training run of this process, which ended with that run."""
+    """Make DeepSpeed forget the process groups of an earlier training run in this process. They ended with that run."""
     groups = deepspeed.utils.groups
     if groups._WORLD_GROUP is not None and groups._WORLD_GROUP not in _world.pg_map:
         groups._release_process_group_references()
 
 
 def zero_outline(deepspeed: Any, model: torch.nn.Module, options: dict[str, Any]) -> None:
-    """Give the parameters of `model`, which is on the meta device, what DeepSpeed needs to divide them, and no values.
+    """Prepare the parameters of `model`, which is on the meta device, for DeepSpeed to shard them, without giving them values.
 
-    Its own start takes them whole, sends them from the first rank to all, and copies them into flat vectors. Here the vectors
-    exist first, and each rank then writes its part into them.
+    DeepSpeed itself starts from whole parameters, broadcasts them from the first rank, and copies them into flat vectors. Here
+    the flat vectors exist first, and each rank then writes its own part into them.
     """
     if options["zero_optimization"]["stage"] < 3:
         device = deepspeed.accelerator.get_accelerator().current_device_name()
         for p in model.parameters():
-            become(p, torch.empty(p.shape, dtype=p.dtype, device=device))  # on a CPU, pages that nothing writes take no memory
-            p.ds_optim_param = True  # type: ignore[attr-defined]  # of a kind that is not sent
+            become(p, torch.empty(p.shape, dtype=p.dtype, device=device))  # on a CPU, pages that are never written take no memory
+            p.ds_optim_param = True  # type: ignore[attr-defined]  # DeepSpeed does not broadcast parameters of this kind
         return
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(deepspeed.accelerator.get_accelerator().communication_backend_name())
     zero = deepspeed.zero.Init(config_dict_or_path=options)
-    # One number for all: no small one lies between large pieces that are freed.
+    # One number serves as the value of all parameters, so that no small allocations lie between large ones that are freed.
     number = torch.zeros((), device=zero.local_device)
     for p in model.parameters():
         become(p, torch.empty(p.shape, dtype=p.dtype, device=zero.local_device))
@@ -118,14 +122,16 @@ def zero_outline(deepspeed: Any, model: torch.nn.Module, options: dict[str, Any]
         p.partition()  # type: ignore[attr-defined]
         p.ds_tensor.data = number.to(p.dtype).expand(p.ds_tensor.shape)  # type: ignore[attr-defined]
         p.data = number.to(p.dtype).expand(p.ds_shape)  # type: ignore[attr-defined]
-        p.ds_status = type(p.ds_status).AVAILABLE  # type: ignore[attr-defined]  # whole: it is not gathered to get its hooks
+        # As if whole, so that DeepSpeed does not gather it to add its hooks.
+        p.ds_status = type(p.ds_status).AVAILABLE  # type: ignore[attr-defined]
 
 
 @contextmanager
 def zero_in_float32(deepspeed: Any, model: torch.nn.Module) -> Iterator[None]:
-    """`deepspeed.initialize` in this context does not keep a copy of float32 weights in float32.
+    """In this context, `deepspeed.initialize` does not make a float32 copy of weights that are float32 already.
 
-    Stage 3 means to (its comments say so), but compares a `torch.device` with a string, which are never equal.
+    Stage 3 is meant to skip that copy (its comments say so), but it compares a `torch.device` with a string, and these are
+    never equal.
     """
     stage3 = deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3
     create = stage3._create_fp32_partitions
@@ -145,7 +151,7 @@ def zero_in_float32(deepspeed: Any, model: torch.nn.Module) -> Iterator[None]:
 
 
 def zero3_refresh_weights(zero: Any) -> None:
-    """Copy what stage 3's flat vectors hold into the model's parameters, as at the end of a step."""
+    """Copy stage 3's flat vectors into the model's parameters, as DeepSpeed does at the end of a step."""
     zero._partition_all_parameters()
     for i in range(len(zero.fp16_groups)):
         zero._reassign_or_swap_out_partitioned_parameters(i)
@@ -154,18 +160,18 @@ def zero3_refresh_weights(zero: Any) -> None:
 
 
 def ddp_keep_buckets(ddp: Any) -> None:
-    """Keep `DistributedDataParallel` from rearranging its buckets after its first backward pass; call it before every forward.
+    """Keep `DistributedDataParallel` from rearranging its buckets after its first backward pass. Call it before every forward.
 
-    With three ranks or more the order in which an all-reduce adds depends on an element's place in its bucket. A run that is
-    continued begins with a first pass again, so only buckets that follow from the model alone give it the same bits. Resetting
-    forgets the recorded order, and with it that a pass was not finished, hence the check.
+    With three ranks or more, the order of the additions in an all-reduce depends on an element's place in its bucket. A resumed
+    run starts with a first pass again. So it gets the same bits only if the buckets depend on the model alone. The reset forgets
+    the recorded order, but also that a pass was not finished, hence the check before it.
     """
     ddp.reducer._check_reducer_finalized()
     ddp.reducer._reset_state()
 
 
 def ignored_in_files(model: Any) -> list[str]:
-    """Patterns of tensors that a folder of transformers may hold beside the weights of `model`, such as masks of old versions."""
+    """Return patterns of tensor names that a transformers folder may hold beside the weights of `model`, such as old masks."""
     return list(model._keys_to_ignore_on_load_unexpected or [])
 
 
@@ -175,17 +181,17 @@ def forbid_deepspeed_compilation(deepspeed: Any) -> None:
 
 
 def record_memory_history() -> None:
-    """Note every allocation on the GPU with its stack from now on, the newest 100,000."""
+    """Start recording GPU allocations with their stacks; the newest 100,000 are kept."""
     torch.cuda.memory._record_memory_history(max_entries=100_000)
 
 
 def dump_memory_history(path: Path) -> None:
-    """Write what was noted, and what the GPU's memory holds, to `path`; https://pytorch.org/memory_viz shows it."""
+    """Write the recorded allocations and the contents of GPU memory to `path`; https://pytorch.org/memory_viz shows them."""
     torch.cuda.memory._dump_snapshot(str(path))
 
 
 def muon_orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
-    """The Newton–Schulz of `torch.optim.Muon` on one matrix (R, C), so that sharded matrices get the same numbers."""
+    """Apply the Newton–Schulz iteration of `torch.optim.Muon` to one matrix (R, C). Sharded matrices so get equal numbers."""
     return _muon._zeropower_via_newtonschulz(
         matrix, (_muon.DEFAULT_A, _muon.DEFAULT_B, _muon.DEFAULT_C), _muon.DEFAULT_NS_STEPS, _muon.EPS
     )

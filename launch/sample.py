@@ -1,6 +1,6 @@
 """Text from a trained model: python -m models.sample RUN|CHECKPOINT|EXPORT [--prompt TEXT].
 
-The same seed gives the same text. With the defaults it is drawn as the samples of a training run are.
+The same seed gives the same text. With the defaults, tokens are drawn as in the samples of a training run.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def sample(options: argparse.Namespace) -> None:
     """Print the samples that the command line asks for.
 
     Raises:
-        CheckpointError: no model there, or one that is damaged.
+        CheckpointError: there is no model, or it is damaged.
     """
 
     def note(text: str) -> None:
@@ -48,7 +48,7 @@ def sample(options: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Sample as the command line says. Exit status 2: an error, in one line."""
+    """Run the command line. Returns the exit status: 2 after an error, which is printed in one line."""
     usual = Drawing()
     parser = argparse.ArgumentParser(prog="python -m models.sample", description=__doc__.splitlines()[0])
     parser.add_argument("model", help="a run's folder, one checkpoint in it, or a folder that models.export wrote")

@@ -1,4 +1,4 @@
-"""The command line of a training run: its arguments, its errors in one line, its exit status."""
+"""The command line of train.py: arguments, one-line errors, exit status."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ EXPECTED_ERRORS = (
     Diverged,
     ShardingError,
     OSError,
-    UnicodeError,  # a path that the file system's encoding lacks
+    UnicodeError,  # a path that the file system's encoding cannot represent
 )
 
 
 def parser_of(description: str | None) -> argparse.ArgumentParser:
-    """The arguments of train.py."""
+    """Return the argument parser of train.py."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="a YAML file, such as configs/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the file")
@@ -58,10 +58,10 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
 
 
 def command(argv: list[str] | None, description: str | None, train: Callable[[Config, StopSignals], int]) -> int:
-    """Check the configuration, then print the plan or train with it.
+    """Check the configuration, then print the plan or train.
 
-    Exit status 0: done; 2: bad input or a run that cannot go on, said in one line; 70: another rank is gone; 75: saved and
-    stopped by a signal; 130: stopped at once by a signal.
+    Returns the exit status. 0: done. 2: bad input, or the run cannot continue; one line gives the reason. 70: another rank died,
+    hangs or failed. 75: stopped by a signal after saving a checkpoint. 130: stopped at once by a signal.
     """
     if threading.current_thread() is not threading.main_thread():
         print_error("training runs in a process's main thread, which alone gets its signals: call it there, or start train.py")
@@ -74,7 +74,7 @@ def command(argv: list[str] | None, description: str | None, train: Callable[[Co
             config, written = load_written(args.config, args.overrides)
             world = check_environment(config)
             if args.plan and "RANK" not in os.environ:
-                world = config.distributed.replicas  # nothing was started: the fewest processes that will do
+                world = config.distributed.replicas  # no launcher: plan for the smallest possible number of processes
             notes = check(config, written, world)
             if rank == "0":
                 print("".join(f"note: {note}\n" for note in notes), end="", file=sys.stderr)

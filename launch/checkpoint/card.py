@@ -1,4 +1,4 @@
-"""The model card of an export: README.md, which says what the model is and how it was trained."""
+"""Writes the model card of an export: README.md, which says what the model is and how it was trained."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ print(pipeline("text-generation", model="FOLDER OR OWNER/NAME")("The", max_new_t
 ```yaml
 {settings}```
 """
-PLACES = ("run.dir", "data.cache_dir", "checkpoint.resume", "checkpoint.fallback_dir")  # of the machine, which nobody needs
+PLACES = ("run.dir", "data.cache_dir", "checkpoint.resume", "checkpoint.fallback_dir")  # paths on the training machine
 
 
 def write_card(folder: Path, chosen: Chosen, model: PreTrainedModel, rows: int, average: bool = False) -> None:
-    """Write README.md into an exported `folder`; what the checkpoint does not say is left out.
+    """Write README.md into an exported `folder`, without the facts that the checkpoint lacks.
 
-    `rows`: trained ones, V. `average`: the weights are the average of those that trained.
+    `rows`: the vocabulary rows in training, V. `average`: the exported weights are the average.
     """
     config, checkpoint = model.config, chosen.path
     kept = config.get_text_config().vocab_size
@@ -84,7 +84,10 @@ def write_card(folder: Path, chosen: Chosen, model: PreTrainedModel, rows: int, 
 
 
 def training_facts(saved: dict[str, Any], metrics: list[dict[str, Any]], loss: str) -> tuple[str, dict[str, Any]]:
-    """The run's name, and what the state of a checkpoint says of the training. `loss`: its key in `metrics`."""
+    """Return the run's name, and facts about its training from the state of a checkpoint.
+
+    `loss`: the key of the validation loss in `metrics`.
+    """
     trained = saved["config"]
     optimizer, sizes = trained["optimizer"], batch_sizes(trained["train"]).text("sequences")
     rule = optimizer.get("rule") and f", rule {optimizer['rule']}"
@@ -99,25 +102,25 @@ def training_facts(saved: dict[str, Any], metrics: list[dict[str, Any]], loss: s
 
 
 def plain(fact: Any) -> str:
-    """A text from a checkpoint as Markdown shows it: one line, no HTML, no link, no further column."""
+    """Return a text from a checkpoint escaped for Markdown: one line, no HTML, no link, no new table column."""
     return re.sub(r"([\\`*\[\]<>|])", r"\\\1", " ".join(str(fact).split()))
 
 
 def data_of(data: dict[str, Any]) -> str:
-    """The names of the prepared folders."""
+    """Return the names of the prepared folders."""
     if not data.get("mix"):
         return Path(str(data["dir"])).name
     return ", ".join(f"{Path(str(source['dir'])).name} (weight {weight_text(source['weight'])})" for source in data["mix"])
 
 
 def weight_text(weight: Any) -> str:
-    """The weight of a source of a mixture, or what it is from which step on."""
+    """Return the weight of a source of a mixture as a text, with the step of each change."""
     steps = weight if isinstance(weight, dict) else {0: weight}
     return ", ".join(f"{value:g}" + (f" from step {step} on" if int(step) else "") for step, value in steps.items())
 
 
 def own_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings that are not the defaults, without folders of the machine; of others' paths the names."""
+    """Return the settings that are not the defaults, without PLACES. Of other paths, only the last part is kept."""
     found: dict[str, Any] = {}
     for name, default, _ in options(Config):
         section, _, key = name.partition(".")
@@ -128,7 +131,7 @@ def own_settings(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def without_folders(value: Any) -> Any:
-    """`value` from JSON, with the last part alone of every absolute path in it, and with the steps of mappings as numbers."""
+    """Return `value` from JSON with absolute paths cut to their last part, and the steps in mappings as numbers."""
     if isinstance(value, dict):
         return {int(key) if key.isdecimal() else key: without_folders(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -137,12 +140,12 @@ def without_folders(value: Any) -> Any:
 
 
 def fenced(text: str) -> str:
-    """A text for a block of code, which it cannot end."""
+    """Return a text that cannot end the code block that contains it."""
     return text.replace("```", "'''")
 
 
 def last_loss(metrics: list[dict[str, Any]], step: int, key: str) -> str | None:
-    """The last one up to `step`, for a person to read; None without one."""
+    """Return the last loss up to `step` as a text; None if there is none."""
     known = [r for r in metrics if r.get(key) is not None and r["step"] <= step]
     if not known:
         return None

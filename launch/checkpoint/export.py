@@ -1,6 +1,6 @@
 """Turns a checkpoint into a folder that transformers loads without this project: python -m models.export RUN OUT.
 
-A GPT-3 becomes a stock GPT-2, which is the same function; any other architecture is saved as it is.
+A GPT-3 becomes a stock GPT-2 that computes the same function. Any other architecture is saved as it is.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from models.gpt2 import to_gpt2
 from models.gpt3 import GPT3LMHeadModel
 
 DTYPES = ("float32", "bfloat16", "float16")
-RETURNED = ("output_attentions", "output_hidden_states")  # what a model returns beside its logits, which the reader chooses
+RETURNED = ("output_attentions", "output_hidden_states")  # outputs beside the logits; whoever loads the model chooses them
 
 
 def export(
@@ -42,24 +42,24 @@ def export(
     dtype: str | None = None,
     average: bool = False,
 ) -> Path:
-    """Write the model and the tokenizer of `run` to the new folder `out`; returns the checkpoint that was taken.
+    """Write the model and the tokenizer of `run` to the new folder `out`. Returns the exported checkpoint.
 
     AutoModelForCausalLM, AutoTokenizer and pipeline("text-generation") load `out`, which appears only when it is complete.
 
     Args:
-        run: the folder of a training run, whose newest whole checkpoint is taken, or one of its checkpoints.
-        out: a folder that does not exist, or is empty.
-        note: is told of damaged checkpoints that are newer than the one that was taken, and of rows that cannot be dropped.
+        run: one checkpoint, or the folder of a training run, of which the newest whole checkpoint is exported.
+        out: a folder that does not exist or is empty.
+        note: called with a line on each damaged newer checkpoint, and on vocabulary rows that cannot be dropped.
         dtype: one of DTYPES for the weights; by default the checkpoint's own.
-        average: take the average of the weights (train.average).
+        average: export the average of the weights (train.average).
 
     Raises:
         CheckpointError: no whole checkpoint, a model or tokenizer that cannot be read, or a folder that cannot be written.
     """
     for name, value in {"RUN": run, "OUT": out}.items():
-        if not str(value).strip():  # an unset variable of a shell, which a path would take for this folder
+        if not str(value).strip():  # an unset shell variable; Path("") would be the current folder
             raise CheckpointError(f"{name} is empty")
-    out = Path(out).resolve()  # of a link, the folder that it names
+    out = Path(out).resolve()  # follows a link
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} exists and is not an empty folder")
     chosen = choose_checkpoint(Path(run).absolute())
@@ -77,7 +77,7 @@ def export(
     if dtype is not None:
         convert(model, dtype)
 
-    mounted = os.path.ismount(out)  # then it cannot be replaced: the files move into it, config.json last
+    mounted = os.path.ismount(out)  # a mount point cannot be replaced: files move into it one by one, config.json last
     name = f".{out.name}.{os.getpid()}.partial"
     partial = out / name if mounted else out.with_name(name)
     try:
@@ -100,7 +100,7 @@ def export(
 
 
 def save(model: PreTrainedModel, folder: Path, checkpoint: Path) -> None:
-    """As transformers saves a model. CheckpointError where it refuses the configuration, which is that of `checkpoint`."""
+    """Save the model as transformers does. Raises CheckpointError if transformers refuses the configuration of `checkpoint`."""
     for part in (model.config, model.config.get_text_config(), model.generation_config):
         for key in RETURNED:
             if getattr(part, key, False) is True:
@@ -109,14 +109,14 @@ def save(model: PreTrainedModel, folder: Path, checkpoint: Path) -> None:
         model.save_pretrained(folder)
     except OSError:
         raise
-    except Exception as error:  # of several libraries
+    except Exception as error:  # from several libraries
         raise CheckpointError(f"{checkpoint / 'config.json'} cannot be saved again: {' '.join(str(error).split())}") from error
-    if needs_loop(model):  # save_pretrained() never writes it, and from_pretrained() reads it
+    if needs_loop(model):  # from_pretrained() reads this entry, but save_pretrained() never writes it
         change(folder / "config.json", {"experts_implementation": "eager"})
 
 
 def convert(model: PreTrainedModel, dtype: str) -> None:
-    """Round the weights to one of DTYPES. Raises CheckpointError if one leaves its range."""
+    """Convert the weights to one of DTYPES. Raises CheckpointError if a weight is outside the range of that dtype."""
     model.to(getattr(torch, dtype))
     for name, weight in model.state_dict().items():
         if weight.is_floating_point() and weight.isinf().any():
@@ -124,7 +124,7 @@ def convert(model: PreTrainedModel, dtype: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Export as the command line says. Exit status 2: an error, in one line."""
+    """Run the command line. Returns the exit status: 2 after an error, which is printed in one line."""
     parser = argparse.ArgumentParser(prog="python -m models.export", description=__doc__.splitlines()[0])
     parser.add_argument("run", help="a run's folder, or one checkpoint in it")
     parser.add_argument("out", help="the folder to write; it must not exist, or be empty")
@@ -134,7 +134,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--average", action="store_true", help="the average of the weights, of a run with train.average")
     options = parser.parse_args(arguments)
     disable_progress_bar()
-    if not torch.cuda.is_available():  # transformers imports DeepSpeed to save a model, which warns if nobody tells it so
+    if not torch.cuda.is_available():  # transformers imports DeepSpeed, which warns without this
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
         if options.push is not None:

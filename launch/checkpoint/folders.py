@@ -1,4 +1,4 @@
-"""Where the checkpoints of a training run are: in its folder, and in a second one where its own disk took none."""
+"""Finds the checkpoints of a training run: in its folder, and in a second folder for times when the first cannot be written."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from launch.checkpoint.verify import MANIFEST, MODEL, CheckpointError, find_chec
 from launch.checkpoint.writer import Progress, no_progress
 
 CHECKPOINTS = "checkpoints"
-FALLBACK = "fallback_folder"  # a file in a run's folder: its line's folder below `checkpoint.fallback_dir`
+FALLBACK = "fallback_folder"  # a file in a run's folder with the path of the second folder, below `checkpoint.fallback_dir`
 
 
 class Chosen(NamedTuple):
-    """A whole checkpoint, and what belongs to it."""
+    """A whole checkpoint and its run."""
 
     path: Path
     run: Path  # the folder with its tokenizer, rule and metrics
@@ -23,29 +23,29 @@ class Chosen(NamedTuple):
 
 
 def second_folder(run: Path) -> Path | None:
-    """The folder that FALLBACK names, by a path or (of earlier versions) a name alone; None without one, or if it is no such."""
+    """Return the folder that FALLBACK names: a path or, from earlier versions, only a name. None if there is no valid one."""
     file = run / FALLBACK
     text = file.read_text(encoding="utf-8", errors="replace").strip() if file.is_file() else ""
     return Path(text) if re.fullmatch(r"(/([^\0\n]*/)?)?[^/\\\0\n]+-[0-9a-f]{12}", text) else None
 
 
 def folders_of(run: Path) -> list[Path]:
-    """Where the checkpoints of the run in a folder are, as far as the folder itself says."""
+    """Return the checkpoint folders of a run, as far as the run's folder itself names them."""
     second = second_folder(run)
     return [run / CHECKPOINTS, *([second] if second is not None and second.is_absolute() else [])]
 
 
 def run_of(checkpoint: Path) -> Path:
-    """The folder of the run that a checkpoint lies in; a copy elsewhere stands for itself."""
+    """Return the folder of the run that contains a checkpoint. For a copy elsewhere, return the copy itself."""
     folder = checkpoint.absolute().parent
     return folder.parent if folder.name == CHECKPOINTS else checkpoint
 
 
 def choose_checkpoint(path: Path, progress: Progress = no_progress) -> Chosen:
-    """The checkpoint `path`, or the newest whole one of the run in that folder.
+    """Return the checkpoint `path` or, if `path` is a run's folder, its newest whole checkpoint.
 
     Raises:
-        CheckpointError: neither, or none that is whole.
+        CheckpointError: `path` is neither, or there is no whole checkpoint.
     """
     if not path.is_dir():
         raise CheckpointError(f"there is no folder {path}")

@@ -1,4 +1,4 @@
-"""Reading checkpoints that `launch.checkpoint.verify` has found whole: into a strategy, or as a model."""
+"""Loads checkpoints that `launch.checkpoint.verify` has found whole, into a strategy or as a model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from models.foreign import ForeignCode, refuse_code, without_auto_map
 
 
 def optimizer_bytes(path: Path) -> int | None:
-    """Bytes of optimizer state in a checkpoint, from the headers of its files; None without whole files."""
+    """Return the bytes of optimizer state in a checkpoint, from the headers of its files; None if the files are not whole."""
     size = 0
     try:
         for file in files_of(path / OPTIMIZER):
@@ -51,8 +51,8 @@ def load_checkpoint(path: Path, strategy: Strategy, progress: Progress = no_prog
     `progress` is called after each tensor.
 
     Raises:
-        CheckpointError: a checkpoint of another model or optimizer, naming the difference; or files whose hashes are right and
-            whose content is not.
+        CheckpointError: the checkpoint is of another model or optimizer (the message names the difference), or a file has the
+            right hash but invalid content.
     """
     try:
         with torch.no_grad():
@@ -67,7 +67,7 @@ def load_checkpoint(path: Path, strategy: Strategy, progress: Progress = no_prog
 
 
 def load_weights(path: Path, strategy: Strategy, progress: Progress = no_progress) -> None:
-    """Fill weights and buffers."""
+    """Fill this rank's weights and buffers."""
     with TensorFiles(path / MODEL) as file:
         require_same_names(path, "weights", [*strategy.shards, *strategy.buffers], file.keys())
         for name, shard in strategy.shards.items():
@@ -80,7 +80,7 @@ def load_weights(path: Path, strategy: Strategy, progress: Progress = no_progres
 
 
 def load_optimizer_state(path: Path, strategy: Strategy, progress: Progress = no_progress) -> None:
-    """Fill the optimizer state that this rank keeps. It keeps its own dtype, whatever was saved."""
+    """Fill the optimizer state that this rank keeps. Existing state keeps its dtype, whatever dtype was saved."""
     with TensorFiles(path / OPTIMIZER) as file:
         saved: dict[str, list[str]] = defaultdict(list)
         for entry in file.keys():  # noqa: SIM118
@@ -91,9 +91,9 @@ def load_optimizer_state(path: Path, strategy: Strategy, progress: Progress = no
         for name, shard in strategy.shards.items():
             if not keeps_state(strategy, shard):
                 continue
-            state = strategy.optimizer.state.get(shard.weight) or None  # None: the optimizer makes it in its first step
+            state = strategy.optimizer.state.get(shard.weight) or None  # None: made in the first step
             if state is not None:
-                # `count` exists only with bfloat16 accumulators; where none was saved, it starts again.
+                # `count` exists only with bfloat16 accumulators. If none was saved, it starts at 0.
                 names = state.keys() - {"count"}, set(saved[name]) - {"count"}
                 require_same_names(path, f"optimizer state of '{name}'", *names)
                 if "count" in state:
@@ -112,7 +112,8 @@ def load_optimizer_state(path: Path, strategy: Strategy, progress: Progress = no
 def load_average(path: Path, strategy: Strategy, progress: Progress = no_progress) -> None:
     """Fill the average of the weights, if the training run keeps one.
 
-    It begins anew if the checkpoint has none of its kind, or one that began earlier: the tail of a run that was made longer.
+    The average starts from nothing if the checkpoint has none of the same kind, or one that began earlier. The latter happens to
+    a tail average when a run is extended.
     """
     average = strategy.average
     if average is None:
@@ -135,7 +136,7 @@ def load_average(path: Path, strategy: Strategy, progress: Progress = no_progres
 
 
 def read_shard(file: TensorFiles, entry: str, local_shard: LocalShard) -> Tensor:
-    """What of the tensor `entry` (..., *shape) in an open safetensors file belongs to a local shard (..., n), perhaps all."""
+    """Read the part of the tensor `entry` (..., *shape) that belongs to a local shard (..., n), which may be all of it."""
     if local_shard.whole:
         return file.get_tensor(entry)
     part, shape = file.get_slice(entry), local_shard.shape
@@ -148,7 +149,7 @@ def read_shard(file: TensorFiles, entry: str, local_shard: LocalShard) -> Tensor
 
 
 def require_same_names(path: Path, what: str, own: Collection[str], saved: Collection[str]) -> None:
-    """Raise CheckpointError if two sets of names differ, naming one of the difference."""
+    """Raise CheckpointError if two sets of names differ. The message gives one name of the difference."""
     missing, extra = sorted(set(own) - set(saved)), sorted(set(saved) - set(own))
     if missing or extra:
         which = f"'{missing[0]}' is missing from" if missing else f"this run has no '{extra[0]}', which is in"
@@ -163,12 +164,12 @@ def require_same_shape(path: Path, name: str, own: Sequence[int], saved: Sequenc
 
 
 def weights_alone(path: Path) -> str:
-    """For error messages: what to do with a checkpoint that does not fit."""
+    """Return, for error messages, the remedy for a checkpoint that does not fit."""
     return f"choose another run.dir, where model.init={path} begins with its weights and architecture"
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The entries of config.json in `path`. Raises CheckpointError for a file that is missing or damaged."""
+    """Return the entries of config.json in `path`. Raises CheckpointError if the file is missing or damaged."""
     file = path / "config.json"
     try:
         return dict(read_json(file))
@@ -177,10 +178,10 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def read_model_config(path: Path) -> PretrainedConfig:
-    """The transformers configuration in `path`, which asks for no code from outside.
+    """Return the transformers configuration in `path`. Never runs code from outside.
 
     Raises:
-        CheckpointError: a file that is missing or cannot be read, or that needs such code.
+        CheckpointError: the file is missing, cannot be read, or needs code from outside.
     """
     file = path / "config.json"
     try:
@@ -188,12 +189,12 @@ def read_model_config(path: Path) -> PretrainedConfig:
         return without_auto_map(AutoConfig.from_pretrained(file, trust_remote_code=False))
     except (ForeignCode, CheckpointError) as error:
         raise CheckpointError(str(error)) from None
-    except Exception as error:  # transformers raises whatever reading its JSON raises
+    except Exception as error:  # transformers raises many types of errors
         raise CheckpointError(f"cannot read {file}: {' '.join(str(error).split())}") from error
 
 
 def weights_file(path: Path, average: bool) -> str:
-    """The name of the weights in a checkpoint: those that trained, or their average. CheckpointError if there is none."""
+    """Return the file name of a checkpoint's weights or of their average. Raises CheckpointError if there is no average."""
     if average and not is_there(path / AVERAGE):
         raise CheckpointError(
             f"{path} holds no average of the weights: train with train.average, and take a checkpoint from after its beginning"
@@ -202,13 +203,13 @@ def weights_file(path: Path, average: bool) -> str:
 
 
 def load_model(path: Path, config: PretrainedConfig | None = None, average: bool = False) -> PreTrainedModel:
-    """The model of a checkpoint on the CPU, in the checkpoint's dtype and in evaluation mode.
+    """Load the model of a checkpoint on the CPU, in the checkpoint's dtype and in evaluation mode.
 
-    `config` replaces the checkpoint's own configuration: the same function, perhaps with another dropout. `average`: with the
-    average of the weights.
+    `config` replaces the checkpoint's own configuration: the same function, but perhaps with another dropout. `average`: load
+    the average of the weights.
 
     Raises:
-        CheckpointError: a file that is missing or cannot be read, or weights that do not fit the configuration.
+        CheckpointError: a file is missing or cannot be read, or the weights do not fit the configuration.
     """
     weights_name = weights_file(path, average)
     for name in ("config.json", weights_name):
@@ -222,7 +223,7 @@ def load_model(path: Path, config: PretrainedConfig | None = None, average: bool
     try:
         model = AutoModelForCausalLM.from_config(config)
         fit_experts(model)
-    except Exception as error:  # whatever the class raises for values that describe no model
+    except Exception as error:  # model classes raise many types of errors for invalid values
         raise CheckpointError(f"{path / 'config.json'} describes no model: {' '.join(str(error).split())}") from error
     own = dict(model.named_parameters()) | persistent_buffers(model)
     for problem, names in (

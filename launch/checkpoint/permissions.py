@@ -1,10 +1,10 @@
-"""Permissions of what libraries write: safetensors makes files that only their owner may read."""
+"""Repairs file permissions: safetensors writes files that only their owner can read."""
 
 from pathlib import Path
 
 
 def usual_permissions(folder: Path) -> None:
-    """Give every file in `folder` the permissions that a new file there has, which umask and folder decide."""
+    """Give every file in `folder` the permissions that a new file there gets from the umask and the folder."""
     probe = folder / ".permissions"
     probe.touch()
     mode = probe.stat().st_mode & 0o777

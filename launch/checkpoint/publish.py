@@ -1,4 +1,4 @@
-"""What the first rank does for a checkpoint: a temporary folder, then index, manifest and name; and what a kill left behind."""
+"""The first rank's part of a checkpoint: make a temporary folder, write index and manifest, rename; and clean up after a kill."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from launch.checkpoint.tensors import INDEX, make_index
 from launch.checkpoint.verify import MANIFEST, PART, checkpoint_name, sha256, step_of
 from launch.checkpoint.writer import Written, write_small
 
-SPARE_BYTES = 64 << 20  # left free on the disk beside a checkpoint; on a small disk a twentieth of it
-Announce = Callable[[str], None]  # gets a phase of `launch.checkpoint.save.PHASES` before it begins
+SPARE_BYTES = 64 << 20  # must stay free on the disk after a checkpoint; on a small disk, a twentieth of its size
+Announce = Callable[[str], None]  # called with a phase of `launch.checkpoint.save.PHASES` before the phase begins
 
 
 def temporary_folder(folder: Path, step: int) -> Path:
-    """Where the files of a checkpoint lie until all are written. Not made here."""
+    """Return the folder in which the files of a checkpoint lie until all are written. Does not create it."""
     return folder / f".{checkpoint_name(step)}.tmp"
 
 
 def begin(folder: Path, step: int, tensor_bytes: int) -> None:
-    """Make an empty temporary folder. Raises OSError if the disk has no room for `tensor_bytes`."""
+    """Make an empty temporary folder. Raises OSError if the disk has no space for `tensor_bytes`."""
     temporary = temporary_folder(folder, step)
     remove(temporary)
     temporary.mkdir(parents=True)
@@ -46,9 +46,10 @@ def publish(
     origin: int | None,
     others: Sequence[Path],
 ) -> tuple[Path, int]:
-    """Complete a checkpoint whose tensors are `written`, give it its name, and delete what `surplus` gives up.
+    """Complete a checkpoint, rename it to its final name, and delete the checkpoints that `surplus` returns.
 
-    `others`: further folders with checkpoints of the same run. Returns the checkpoint and its bytes.
+    `written`: the files with its tensors. `others`: further folders with checkpoints of the same run. Returns the checkpoint and
+    its bytes.
     """
     step = snapshot.state["step"]
     temporary, target = temporary_folder(folder, step), folder / checkpoint_name(step)
@@ -64,7 +65,7 @@ def publish(
     flush(temporary)
     announce("rename")
     replaced = folder / f".{target.name}.old"
-    if os.path.lexists(target):  # of the same step: a damaged one, or one that a rollback writes again
+    if os.path.lexists(target):  # a checkpoint of the same step: damaged, or written again after a rollback
         remove(replaced)
         target.rename(replaced)
     temporary.rename(target)
@@ -77,7 +78,7 @@ def publish(
 
 
 def indexes(written: Sequence[Written]) -> dict[str, str]:
-    """The indexes of the tensors that are divided over several files, by their names."""
+    """Return the indexes, by file name, for tensors that are divided over several files."""
     divided: dict[str, list[Written]] = defaultdict(list)
     for file in written:
         if match := PART.fullmatch(file.name):
@@ -95,7 +96,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Put in order what a process left that was killed while it wrote: a replaced checkpoint comes back, the rest goes."""
+    """Clean up after a process that was killed while writing: restore a replaced checkpoint, remove temporary folders."""
     for replaced in folder.glob(".step_*.old"):
         target = folder / replaced.name[1 : -len(".old")]
         if not target.exists():
@@ -105,14 +106,14 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a folder, or a link without what it leads to, as far as that is possible."""
+    """Remove a folder, or a link but not its target. Errors are ignored."""
     if path.is_symlink():
         path.unlink()
     shutil.rmtree(path, ignore_errors=True)
 
 
 def discard(checkpoint: Path) -> None:
-    """Remove a checkpoint. Where its folder does not let it go, as on a disk that is read-only by now, it stays whole."""
+    """Remove a checkpoint. If that is not permitted, for example on a disk that has become read-only, it stays whole."""
     leftover = temporary_folder(checkpoint.parent, step_of(checkpoint))
     with suppress(OSError):
         remove(leftover)
@@ -121,7 +122,7 @@ def discard(checkpoint: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Make the operating system write a file or folder to the disk."""
+    """Flush a file or folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Which checkpoints of a training run are kept, and which are deleted when a new one is written."""
+"""Decides which checkpoints of a training run are deleted when a new one is written."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from launch.checkpoint.verify import MANIFEST, CheckpointError, list_checkpoints
 
 
 def surplus(newest: Path, config: CheckpointConfig, origin: int | None = None, others: Sequence[Path] = ()) -> list[Path]:
-    """The checkpoints beside `newest`, which was just written, and in the folders `others`, that nothing keeps any more.
+    """Return the checkpoints to delete after `newest` was written, from its folder and the folders `others`.
 
-    Kept are: the newest `keep`, up to this step; milestones, which are multiples of `keep_every` or were when they were written;
-    with `keep_best` the one with the lowest validation loss; and step `origin`, which the run branched from. Steps after `newest`
-    and whatever is not named like a checkpoint, or has no manifest, is neither counted nor deleted.
+    Kept are: the newest `keep` up to this step; milestones, whose step is a multiple of `keep_every` now or was when they were
+    written; with `keep_best`, the checkpoint with the lowest validation loss; and step `origin`, from which the run branched.
+    Checkpoints of steps after `newest`, and folders that lack a checkpoint's name or manifest, are neither counted nor deleted.
     """
     found = [path for folder in (newest.parent, *others) for path in list_checkpoints(folder)]
     own = sorted((path for path in found if step_of(path) <= step_of(newest) and (path / MANIFEST).exists()), key=step_of)
@@ -33,7 +33,7 @@ def surplus(newest: Path, config: CheckpointConfig, origin: int | None = None, o
 
 
 def state_of(path: Path) -> dict[str, Any]:
-    """The state.json of a checkpoint; nothing if it is damaged."""
+    """Return the state.json of a checkpoint; empty if it is damaged."""
     try:
         return read_state(path)
     except CheckpointError:
@@ -41,5 +41,5 @@ def state_of(path: Path) -> dict[str, Any]:
 
 
 def measured(state: dict[str, Any]) -> bool:
-    """Whether the validation loss was measured at the very step of a checkpoint, and is finite."""
+    """Return whether a checkpoint's validation loss was measured at its own step, and is finite."""
     return state.get("val_loss") is not None and state.get("evaluated") == state.get("step")

@@ -1,9 +1,9 @@
-"""Writing checkpoints. Training waits only until every rank has copied its own shards to host memory; a thread writes the files.
+"""Writes checkpoints. Training waits only until every rank has copied its own shards to host memory; a thread writes the files.
 
-Every rank writes the tensors that it owns, whole, into files of its own: the threads of all ranks bring them together one tensor
-after another (`launch.distributed.gather`). The first rank makes the folder, and gives it its name when every rank's files are
-flushed and the manifest lists them all. A rank that cannot write goes on taking part, so that nobody waits for it: the save
-fails as one, on all ranks, and everything that was there before is still there.
+Every rank writes the whole tensors that it owns into files of its own. The threads of all ranks gather them from the shards, one
+tensor after another (`launch.distributed.gather`). The first rank makes the temporary folder, and renames it when every rank's
+files are flushed and the manifest lists them all. A rank that cannot write still takes part in the gathering, so that no other
+rank waits for it. Then the save fails on all ranks, and all earlier checkpoints are still there.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from launch.distributed.gather import AVERAGES, STATE, WEIGHTS, Share, gather_in
 from launch.distributed.host_group import HostGroup
 from launch.distributed.strategy import Strategy
 
-# The phases of writing a checkpoint, in order: RANK_PHASES on every rank, the others on the first.
+# The phases of writing a checkpoint, in order. RANK_PHASES run on every rank, the others on the first rank.
 PHASES = (
     "temporary folder", "weights", "optimizer state", "flush to disk", "ranks done", "manifest", "rename",
     "deletion of old checkpoints",
 )  # fmt: skip
 RANK_PHASES = PHASES[1:5]
 FILE_OF = {WEIGHTS: MODEL, STATE: OPTIMIZER, AVERAGES: AVERAGE}
-PAUSE = 5.0  # s between two attempts at the last checkpoint of a run
+PAUSE = 5.0  # s between two attempts to write the last checkpoint of a run
 
 
 class Saver:
-    """Decides when a training run is saved, and writes its checkpoints beside the training, one at a time.
+    """Decides when a training run is saved, and writes its checkpoints in the background, one at a time.
 
-    All ranks make the same decisions, and learn the same outcome of each save.
+    All ranks make the same decisions, and get the same outcome of each save.
     """
 
     def __init__(
@@ -58,27 +58,27 @@ class Saver:
         origin: int | None = None,
         progress: Progress = no_progress,
     ) -> None:
-        """A saver of a run. Every rank must make it at the same place.
+        """Construct the saver of a run. Every rank must do so at the same point.
 
         Args:
-            folders: the first, which exists, gets a folder for each checkpoint; the others are tried in turn where it takes none.
+            folders: checkpoints go into the first, which exists. If that fails, the others are tried in turn.
             config: the section `checkpoint`.
-            report: gets a record for each checkpoint, on the first rank: step, stall_seconds, write_seconds, bytes, or error.
-            host: all ranks.
+            report: called on the first rank with each checkpoint's record: step, stall_seconds, write_seconds, bytes or error.
+            host: the group of all ranks.
             saved: the step of the newest checkpoint.
             announce: called in the thread that writes, before each of its PHASES.
-            origin: the step of the checkpoint that the run branched from; it is never deleted. None: it began at step 0.
-            progress: called in the thread that writes after each piece of its work.
+            origin: the step of the checkpoint from which the run branched, which is never deleted. None: the run began at step 0.
+            progress: called in the thread that writes, after each piece of work.
         """
         self.folders, self.config, self.host, self.saved = folders, config, host, saved
         self.announce, self.origin, self.progress = announce, origin, progress
         self.first = host.rank == 0
         self.report = report if self.first else lambda record: None
-        self.asked = False  # all ranks agreed that the first one's clock asks for a checkpoint
+        self.asked = False  # a checkpoint was asked for, by the first rank's clock or by `ask`; the same on all ranks
         self.clock = time.monotonic()
         self.thread: threading.Thread | None = None
         self.error: CheckpointError | None = None
-        self.snapshot: Snapshot | None = None  # what is not written yet
+        self.snapshot: Snapshot | None = None  # the snapshot that is not written yet
         alone = unshared(folders, host) if config.shards == "auto" else None
         self.by_all = config.shards == "auto" and alone is None
         self.notes = (
@@ -94,19 +94,19 @@ class Saver:
 
     @property
     def overdue(self) -> bool:
-        """Whether this rank's clock asks for a checkpoint. The first rank's counts."""
+        """Whether `checkpoint.minutes` have passed since the last save, by the first rank's clock; False on other ranks."""
         return self.first and 0 < self.config.minutes * 60 <= time.monotonic() - self.clock
 
     def due(self, step: int, scheduled: bool, stop: bool) -> bool:
-        """Whether to save after `step`: it is not saved yet, and the schedule, the clock or the end of the run asks for it."""
+        """Return whether to save after `step`: it is not saved yet, and the schedule, the clock or a stop asks for it."""
         return step > self.saved and (scheduled or self.asked or stop)
 
     def ask(self, step: int) -> None:
-        """Ask for a checkpoint of `step`, even if there is one: its state has changed."""
+        """Ask for a checkpoint of `step`, even if there is one already, because the state has changed."""
         self.asked, self.saved = True, min(self.saved, step - 1)
 
     def save(self, strategy: Strategy, state: dict[str, Any]) -> None:
-        """Wait for the checkpoint before this one, copy this rank's shards to host memory, and start writing.
+        """Wait for the previous checkpoint, copy this rank's shards to host memory, and start writing in the background.
 
         Every rank must call it. `state` becomes state.json.
         """
@@ -122,7 +122,7 @@ class Saver:
         self.thread.start()
 
     def _write(self, record: dict[str, Any], quiet: bool) -> None:
-        """Write the snapshot into the first folder that takes it. `quiet`: a failure is not reported."""
+        """Write the snapshot into the first folder that can be written. `quiet`: do not report a failure."""
         assert self.snapshot is not None
         start, errors = time.perf_counter(), []
         for number, folder in enumerate(self.folders):
@@ -131,7 +131,7 @@ class Saver:
                 path, size = write_checkpoint(
                     folder, self.snapshot, self.config, self.announce, self.origin, others, self.progress
                 )
-            except Exception as error:  # whatever it is, the run goes on, and its events say so
+            except Exception as error:  # after any error the run continues; its events record the error
                 errors.append(str(error) if isinstance(error, CheckpointError) else f"checkpoint: {error!r}")
                 continue
             self.error, self.snapshot = None, None
@@ -144,18 +144,18 @@ class Saver:
             self.report({"event": "checkpoint", **record, "write_seconds": time.perf_counter() - start})
 
     def wait(self) -> None:
-        """Wait until the last checkpoint is written, or has failed."""
+        """Wait until the last checkpoint is written or has failed."""
         if self.thread is not None:
             self.thread.join()
             self.thread = None
 
     def close(self) -> None:
-        """Wait for the last checkpoint, and try again for `checkpoint.patience` seconds if it could not be written.
+        """Wait for the last checkpoint. If it could not be written, try again for `checkpoint.patience` seconds.
 
-        Raises CheckpointError if it still is not.
+        Raises CheckpointError if it still cannot be written.
         """
         self.wait()
-        attempts = math.ceil(self.config.patience / PAUSE)  # a number, so that all ranks take as many
+        attempts = math.ceil(self.config.patience / PAUSE)  # a number, not a time, so that all ranks make equally many
         if self.error is not None and self.snapshot is not None and attempts:
             step = self.snapshot.state["step"]
             second = "" if len(self.folders) > 1 else " (a second folder would be checkpoint.fallback_dir)"
@@ -171,7 +171,7 @@ class Saver:
             raise self.error
 
     def _pause(self) -> None:
-        """Wait for PAUSE or `checkpoint.patience`, the less of both. This rank is alive all the while."""
+        """Wait for PAUSE or `checkpoint.patience`, whichever is less, and report progress meanwhile."""
         end = time.monotonic() + min(PAUSE, self.config.patience)
         while (left := end - time.monotonic()) > 0:
             self.progress()
@@ -179,15 +179,15 @@ class Saver:
 
 
 def unshared(folders: Sequence[Path], host: HostGroup) -> str | None:
-    """A folder of `folders` in which some rank does not find what the first rank makes there, or may not write; None without one.
+    """Return a folder in which some rank cannot write, or does not see a file that the first rank makes; None if there is none.
 
-    Each rank gives its own paths. The answer is the same on all of them.
+    `folders`: as paths of this rank. The answer is the same on all ranks.
     """
     if host.world == 1:
         return None
     probes: dict[int, Path] = {}
     for number, folder in enumerate(folders if host.rank == 0 else ()):
-        with suppress(OSError):  # a disk that takes nothing now: the first save will say so
+        with suppress(OSError):  # a disk that cannot be written now: the first save reports it
             folder.mkdir(parents=True, exist_ok=True)
             probe = folder / f".shared-{uuid.uuid4().hex}"
             probe.touch()
@@ -209,20 +209,20 @@ def write_checkpoint(
     others: Sequence[Path] = (),
     progress: Progress = no_progress,
 ) -> tuple[Path, int]:
-    """Write `folder/step_<state["step"]>`, and then delete the checkpoints that `launch.checkpoint.retention` gives up.
+    """Write `folder/step_<state["step"]>`, and then delete the checkpoints that `launch.checkpoint.retention` selects.
 
-    Every rank must call it, with its own part. `others`: further folders with checkpoints of this run.
+    Every rank must call it with its own snapshot. `others`: further folders with checkpoints of this run.
 
     Returns:
         The checkpoint and its bytes, on all ranks.
 
     Raises:
-        CheckpointError: on all ranks, for no space, no permission, ...; everything that was there before is still there.
+        CheckpointError: on all ranks, for no space, no permission, ...; earlier checkpoints are still there.
     """
     host, step = snapshot.host, snapshot.state["step"]
     temporary, target = temporary_folder(folder, step), folder / checkpoint_name(step)
     shares, files, total = plan_files(snapshot.shares, host)
-    outcome: Any = None  # of the first rank, told to all: the checkpoint and its bytes, or an error in words
+    outcome: Any = None  # the first rank sends it to all: the checkpoint and its bytes, or an error as a text
 
     if host.rank == 0:
         try:
@@ -252,13 +252,14 @@ def write_checkpoint(
 
 
 def plan_files(shares: list[Share], host: HostGroup) -> tuple[list[Share], dict[int, str], int]:
-    """This rank's shares, the names of its files by kind of share, and the bytes of all ranks' tensors.
+    """Return this rank's shares, the names of its files by kind of share, and the bytes of all ranks' tensors.
 
-    One rank keeps the state of a parameter that another owns only where the first rank writes everything: that learns of it here.
+    If the first rank writes everything, it owns state that only another rank has (`distributed.shard_state`). It does not know
+    these shares before, and receives their description here.
     """
     kept = [share for share in shares if share.alone]
     owned = [share for share in shares if share.owner == host.rank]
-    sizes: dict[tuple[int, int], int] = {}  # bytes by owner and kind, as far as this rank alone knows them
+    sizes: dict[tuple[int, int], int] = {}  # bytes by owner and kind, of the shares that this rank counts
     for share in [*owned, *kept]:
         where = share.owner, share.turn[0]
         sizes[where] = sizes.get(where, 0) + share.nbytes
@@ -267,7 +268,7 @@ def plan_files(shares: list[Share], host: HostGroup) -> tuple[list[Share], dict[
     files = {}
     for kind, whole in FILE_OF.items():
         owners = sorted({owner for sizes, _ in everyone for owner, of_kind in sizes if of_kind == kind})
-        owners = owners or [0] * (kind != AVERAGES)  # a file of weights and one of state is always there
+        owners = owners or [0] * (kind != AVERAGES)  # the files of weights and of state always exist
         if host.rank in owners:
             number = owners.index(host.rank) + 1
             files[kind] = whole if len(owners) == 1 else part_name(whole, number, len(owners))
@@ -275,17 +276,17 @@ def plan_files(shares: list[Share], host: HostGroup) -> tuple[list[Share], dict[
 
 
 class OwnFiles:
-    """What this rank writes of a checkpoint. After a failure it writes nothing more, and `problem` says why."""
+    """Writes this rank's files of a checkpoint. After a failure it writes nothing more; `problem` gives the reason."""
 
     def __init__(self, where: str, announce: Announce, progress: Progress) -> None:
-        self.where, self.announce, self.progress = where, announce, progress  # `where`: this rank, as a problem names it
+        self.where, self.announce, self.progress = where, announce, progress  # `where`: names this rank in `problem`
         self.written: list[Written] = []
         self.problem: str | None = None
         self._writer: TensorWriter | None = None
 
     @contextmanager
     def _careful(self) -> Iterator[None]:
-        """Whatever goes wrong becomes the problem: the other ranks need this one to go on."""
+        """Turn any exception into `problem`, because the other ranks need this rank to take part until the end."""
         try:
             yield
         except Exception as error:
@@ -327,7 +328,7 @@ def write_files(
     """Take part in gathering all tensors, and write those that this rank owns. Every rank must call it.
 
     Returns:
-        The files, flushed to disk; and what went wrong, if anything.
+        The files, flushed to disk, and the problem, if there was one.
     """
     where = "" if host.world == 1 else f"rank {host.rank} ({socket.gethostname()}): "
     files = OwnFiles(where, announce, progress)
@@ -341,7 +342,7 @@ def write_files(
             files.begin(paths[kind], [share for share in of_kind if share.owner == host.rank])
         for whole in gather_in_turn(of_kind, host):
             files.write(whole)
-            del whole  # before the next one is brought together
+            del whole  # free it before the next tensor is gathered
             progress()
         files.end()
     files.phase("ranks done")

@@ -1,4 +1,4 @@
-"""What of a checkpoint is on this rank, copied to host memory: training waits only for this copy."""
+"""Copies this rank's part of a checkpoint to host memory. Training waits only for this copy."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Snapshot(NamedTuple):
 
 
 def take_snapshot(strategy: Strategy, state: dict[str, Any], by_all: bool = True) -> Snapshot:
-    """Copy this rank's weights and optimizer state. Nothing is sent; every rank must call it after the same step.
+    """Copy this rank's weights and optimizer state. Every rank must call it after the same step; nothing is sent.
 
-    `by_all`: every rank will write what it owns; or else the first rank everything.
+    `by_all`: every rank will write the tensors that it owns; if False, the first rank will write everything.
     """
     shares = list_shares(strategy, by_all)
     values = copy_to_host([share.value for share in shares if share.value is not None])
@@ -35,9 +35,9 @@ def take_snapshot(strategy: Strategy, state: dict[str, Any], by_all: bool = True
 
 
 def copy_to_host(tensors: list[Tensor]) -> list[Tensor]:
-    """Contiguous copies in CPU memory that training does not touch.
+    """Return contiguous copies in CPU memory, which training does not change.
 
-    From a GPU they go to pinned memory, all of them in a row, and the host waits once. torch keeps that memory for the next time.
+    Copies from a GPU go to pinned memory, one after another, and the host waits once. torch keeps that memory for the next time.
     """
     copies = [torch.empty(t.shape, dtype=t.dtype, pin_memory=t.device.type == "cuda") for t in tensors]
     for copy, tensor in zip(copies, tensors, strict=True):

@@ -1,4 +1,4 @@
-"""state.json of a checkpoint: its numbers, its configuration and what it is of, each of the kind that a training run writes."""
+"""Reads state.json of a checkpoint, and checks that its values have the types that a training run writes."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from configs.schema import Config
 from data.files import read_json
 from launch.checkpoint.verify import CheckpointError
 
-SECTIONS = ("run", "model", "data", "optimizer", "train", "schedule")  # of the configuration, which are looked at later
+SECTIONS = ("run", "model", "data", "optimizer", "train", "schedule")  # sections of the configuration that resuming needs
 IDENTITY = {"data set": str, "run.seed": int, "train.batch_size": int, "model.context": int | None, "optimizer.name": str}
 NUMBERS = {"step": int, "tokens": int, "seconds": float}
-LATER: dict[str, Any] = {  # what state.json of earlier versions lacks
+LATER: dict[str, Any] = {  # keys that state.json of some versions lacks
     **dict.fromkeys(("sequences", "evaluated", "bad_steps", "rollbacks", "window_tokens"), int),
     **dict.fromkeys(("rolled_back_to", "rollbacks_in_a_row"), int),
     "healthy_since": bool,
@@ -26,16 +26,16 @@ LATER: dict[str, Any] = {  # what state.json of earlier versions lacks
     "recent_losses": list[float],
     "skipped": list[list[int]],
 }
-LARGEST_COUNT = 1 << 62  # of what a run counts; an option may be as large as the schema lets it be
+LARGEST_COUNT = 1 << 62  # bound of a run's counters; options are bounded only by LARGEST here
 LARGEST = sys.float_info.max
-HALF = re.compile("[\ud800-\udfff]")  # half of a character: no text that can be written
+HALF = re.compile("[\ud800-\udfff]")  # a lone surrogate, which cannot be written as UTF-8
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The state.json of a checkpoint, whose values are of the kinds that a training run writes.
+    """Return the state.json of a checkpoint, after a check of the types of its values.
 
     Raises:
-        CheckpointError: a file that is missing, cannot be read, or holds another kind of value.
+        CheckpointError: the file is missing, cannot be read, or has a value of the wrong type.
     """
     file = path / "state.json"
     try:
@@ -50,7 +50,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def wrong_kinds(saved: dict[str, Any]) -> Iterator[str]:
-    """The dotted names in a state.json whose values are of another kind than a training run writes. What is missing is not."""
+    """Yield the dotted names in a state.json whose values have the wrong type. Missing names are not reported."""
     parts: dict[str, tuple[Any, dict[str, Any]]] = {
         "": (saved, NUMBERS | LATER | {"config": dict}),
         "identity.": (saved.get("identity", {}), IDENTITY | {"tokenizer": str | None, "rule": str | None}),
@@ -68,9 +68,9 @@ def wrong_kinds(saved: dict[str, Any]) -> Iterator[str]:
 
 
 def fits(kind: Any, value: Any, largest: float) -> bool:
-    """Whether a value of JSON may be one of type `kind`. An option that is a text by now may have been a bool.
+    """Return whether a JSON value fits the type `kind`. A bool fits a text, because some text options were bools earlier.
 
-    A whole number is at most `largest`, and any other is finite.
+    A whole number must be at most `largest` in magnitude; any other number must be finite.
     """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
@@ -87,7 +87,7 @@ def fits(kind: Any, value: Any, largest: float) -> bool:
 
 
 def require_state(path: Path, saved: dict[str, Any]) -> None:
-    """Raise CheckpointError unless `saved`, from the checkpoint `path`, has what a training run goes on from."""
+    """Raise CheckpointError unless `saved`, from the checkpoint `path`, has all entries that resuming needs."""
     whole = saved.keys() >= {"config", "identity", *NUMBERS} and ("sequences" in saved or "skipped" in saved)
     whole = whole and saved["config"].keys() >= set(SECTIONS) and saved["identity"].keys() >= set(IDENTITY)
     whole = whole and all(len(pair) == 2 for pair in saved.get("skipped", []))

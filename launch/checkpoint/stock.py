@@ -1,6 +1,6 @@
-"""Folders of transformers: how their weights are read, and what is wrong with them.
+"""Reads the weights of transformers folders, and says what is wrong with them.
 
-`model.init`, `models.sample` and `launch.evaluate` take the same folders. Nothing is downloaded, unpickled or run.
+`model.init`, `models.sample` and `launch.evaluate` accept the same folders. Nothing is downloaded, unpickled or run.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from transformers.utils import logging
 
 from models.experts import fit_experts
 
-DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # of weights that can be used
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # dtypes of usable weights
 # Buffers that older versions of transformers saved: causal masks, and the frequencies of rotary positions.
 OLD_BUFFER = re.compile(r"(.*\.)?((attn|attention)(\.attention)?\.(bias|masked_bias)|rotary_emb\.inv_freq)")
-INTEGERS = {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"}  # of masks and other buffers
+INTEGERS = {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"}  # dtypes of masks and other buffers
 
 
 def read_stock(path: Path, config: PretrainedConfig, dtype: torch.dtype | str) -> tuple[PreTrainedModel, str]:
-    """The model of a folder on the CPU, in evaluation mode, and what of its weights is not that of `config`, if anything.
+    """Load the model of a folder on the CPU, in evaluation mode. Returns it and a text on weights that do not fit `config`.
 
-    `dtype`: of the weights; "auto": as the folder says. Raises whatever transformers raises for missing or damaged files.
+    The text is empty if all weights fit. `dtype`: of the weights; "auto": as the folder says. Raises any error that transformers
+    raises for missing or damaged files.
     """
     with quiet():
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -39,7 +40,7 @@ def read_stock(path: Path, config: PretrainedConfig, dtype: torch.dtype | str) -
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
-            ignore_mismatched_sizes=True,  # they are found below, by name
+            ignore_mismatched_sizes=True,  # `misfit_of` reports them by name
             output_loading_info=True,
         )
     fit_experts(model)
@@ -47,8 +48,10 @@ def read_stock(path: Path, config: PretrainedConfig, dtype: torch.dtype | str) -
 
 
 def misfit_of(info: Mapping[str, Any], config: PretrainedConfig) -> str:
-    """What transformers has found of a folder's weights that is not in its `config`, or the reverse, and the remedy; empty if all
-    fit."""
+    """Return a text on weights that a folder's `config` lacks or that the folder lacks, with the remedy; empty if all fit.
+
+    `info`: the loading info of transformers.
+    """
     shapes = [f"{name} of shape {tuple(there)}, not {tuple(here)}" for name, there, here in info["mismatched_keys"]]
     unknown = [name for name in info["unexpected_keys"] if not OLD_BUFFER.fullmatch(name)]
     for problem, names in (("lacks", info["missing_keys"]), ("has unknown", unknown), ("has", shapes)):
@@ -59,9 +62,9 @@ def misfit_of(info: Mapping[str, Any], config: PretrainedConfig) -> str:
 
 
 def untied(model: nn.Module, names: Collection[str]) -> str:
-    """What is wrong with a loaded model whose configuration ties a weight that the folder has apart; empty if nothing is.
+    """Return a text on a weight that the folder stores separately although its configuration ties it; empty if there is none.
 
-    `names`: the parameters of the model as its configuration makes them.
+    `names`: the parameters that a model of the configuration has.
     """
     apart = sorted({name for name, _ in model.named_parameters()} - set(names))
     tied = "which its config.json ties to another weight: set tie_word_embeddings to false there"
@@ -69,7 +72,7 @@ def untied(model: nn.Module, names: Collection[str]) -> str:
 
 
 def why_not(config: PretrainedConfig) -> str:
-    """Why weights are not those of a causal language model of `config`, as far as it says so itself, and the remedy."""
+    """Return the probable reason, by `config`, why weights do not fit a causal language model, and the remedy."""
     kind = next(iter(config.architectures or ()), "")
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, "")
     if kind and kind not in ((causal,) if isinstance(causal, str) else causal):
@@ -80,21 +83,21 @@ def why_not(config: PretrainedConfig) -> str:
 
 
 def dtypes_in(file: Path) -> dict[str, str]:
-    """The dtype of each tensor in a safetensors file, as safetensors calls it."""
+    """Return the dtype of each tensor in a safetensors file, by safetensors' names."""
     with safe_open(file, "pt") as opened:
         return {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
 
 
 def not_real(dtypes: Mapping[str, str], model: nn.Module) -> str:
-    """The first weight in files that is no plain real number, with its kind; empty if there is none.
+    """Return the first weight whose dtype is not a plain real number, as a text; empty if there is none.
 
-    transformers would take whole numbers as they stand, without the scale that a quantization keeps elsewhere. Buffers may hold
-    whole numbers, as masks do. `model`: of the files' configuration, perhaps without memory.
+    transformers would use integer weights as they are, without the scale that a quantization stores elsewhere. Buffers such as
+    masks may be integers. `model`: a model of the files' configuration, which may be without memory.
     """
     weights = {name for name, p in model.named_parameters(remove_duplicate=False) if p.is_floating_point()}
     weights |= {name.removeprefix(f"{getattr(model, 'base_model_prefix', '')}.") for name in weights}
     for name, dtype in sorted(dtypes.items()):
-        is_weight = name in weights or name.endswith(".weight")  # as of experts that the model stacks
+        is_weight = name in weights or name.endswith(".weight")  # such as those of experts that the model stacks
         if dtype not in DTYPES and (is_weight or dtype not in INTEGERS):
             return f"{'complex' if dtype.startswith('C') else 'quantized'} weights ({name} in {dtype})"
     return ""
@@ -102,7 +105,7 @@ def not_real(dtypes: Mapping[str, str], model: nn.Module) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' progress bars, tables and advice; errors are raised all the same."""
+    """In this context, transformers shows no progress bars, tables or advice. Errors are still raised."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -13,19 +13,19 @@ from torch import Tensor
 
 from data.files import read_json
 
-INDEX = ".index.json"  # added to the name of the file that is divided; in the form of Hugging Face
+INDEX = ".index.json"  # suffix to the name of a file that is divided into several; the index has Hugging Face's format
 
 
 class TensorFiles:
-    """The tensors of one file, or of the files in its place, open for reading. Nothing is read before it is asked for.
+    """The tensors of one file, or of the files into which it is divided, open for reading. Tensors are read on demand.
 
     Raises:
-        FileNotFoundError: neither the file nor an index.
-        SafetensorError, ValueError: a file that is damaged, an index that is, or a tensor that is in two files.
+        FileNotFoundError: there is neither the file nor an index.
+        SafetensorError, ValueError: a file or the index is damaged, or a tensor is in two files.
     """
 
     def __init__(self, path: Path) -> None:
-        """`path`: the file as it is called where there is one, such as `step_00000100/model.safetensors`."""
+        """`path`: the name of the single file, such as `step_00000100/model.safetensors`, even if it is divided."""
         self.files: dict[str, Any] = {}  # the open file of each tensor
         self._stack = ExitStack()
         try:
@@ -53,38 +53,38 @@ class TensorFiles:
         return self.files[name].get_tensor(name)
 
     def get_slice(self, name: str) -> Any:
-        """A tensor that has `get_shape()` and `get_dtype()` and is read where it is indexed."""
+        """A lazy tensor with `get_shape()` and `get_dtype()`. Indexing it reads only that part."""
         return self.files[name].get_slice(name)
 
 
 def is_there(path: Path) -> bool:
-    """Whether the tensors of `path` are there, in one file or divided."""
+    """Return whether the tensors of `path` exist, in one file or divided."""
     return path.is_file() or path.with_name(path.name + INDEX).is_file()
 
 
 def part_name(whole: str, number: int, total: int) -> str:
-    """The name of one of the files that take the place of `whole`, counted from 1."""
+    """Return the name of one of the `total` files into which `whole` is divided; `number` counts from 1."""
     stem, _, suffix = whole.partition(".")
     return f"{stem}-{number:05d}-of-{total:05d}.{suffix}"
 
 
 def make_index(files: Mapping[str, Collection[str]], total_bytes: int) -> str:
-    """The index of tensors that are divided over `files`."""
+    """Return the index, as JSON, of tensors that are divided over `files`."""
     weight_map = {name: file for file, names in files.items() for name in sorted(names)}
     return json.dumps({"metadata": {"total_size": total_bytes}, "weight_map": weight_map}, indent=1)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of `path`, on the CPU."""
+    """Read all tensors of `path`, on the CPU."""
     with TensorFiles(path) as files:
         return {name: files.get_tensor(name) for name in files.keys()}  # noqa: SIM118
 
 
 def files_of(path: Path) -> list[Path]:
-    """The files that hold the tensors of `path`: itself, or those that its index lists.
+    """Return the files that hold the tensors of `path`: `path` itself, or the files that its index lists.
 
     Raises:
-        ValueError: an index that is damaged, or names something else than a file beside it.
+        ValueError: the index is damaged, or names something else than a file in the same folder.
     """
     index = path.with_name(path.name + INDEX)
     if path.exists() or not index.exists():

@@ -1,7 +1,7 @@
-"""The tokenizer of an exported model, and what the configurations say of special tokens and of the context.
+"""Writes the tokenizer of an exported model, and the special tokens and the context into its configurations.
 
-Exported text is cut into the tokens that training saw: no BOS before it, the end of text after a document. So generation stops
-at the end of text, and starts with it where there is no prompt.
+An exported tokenizer cuts text into the tokens that training saw: no BOS before a text, and the end of text after a document. So
+generation stops at the end of text, and starts with it if there is no prompt.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from launch.checkpoint.state import read_state
 from launch.checkpoint.verify import CheckpointError
 from models import longest_context
 
-PIPELINE = 256  # tokens that pipeline("text-generation") of transformers writes unless it is told otherwise
+PIPELINE = 256  # tokens that pipeline("text-generation") of transformers writes by default
 
 
 def export_tokenizer(run: Path, context: int | None) -> PreTrainedTokenizerFast:
-    """The tokenizer of the training run in `run`, for texts of `context` tokens.
+    """Return the tokenizer of the training run in `run`, for texts of `context` tokens.
 
     Raises:
-        CheckpointError: a tokenizer that is missing or cannot be read.
+        CheckpointError: the tokenizer is missing or cannot be read.
     """
     path = run / "tokenizer.json"
     if not path.is_file():
@@ -40,15 +40,15 @@ def export_tokenizer(run: Path, context: int | None) -> PreTrainedTokenizerFast:
         end = end_of_text(tok, declared)
     except DataError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    tok = as_trained(tok, end)  # runs of former versions have the tokenizer as it was given
+    tok = as_trained(tok, end)  # runs of earlier versions stored the tokenizer unchanged
     special = tokenizer_config(tok, end, declared)
     del special["tokenizer_class"]
-    special.setdefault("unk_token", end)  # as GPT-2's, which never writes it either: CTranslate2 does without none
+    special.setdefault("unk_token", end)  # as in GPT-2, which never writes it either; CTranslate2 needs one
     return PreTrainedTokenizerFast(tokenizer_object=tok, model_max_length=context, **special)
 
 
 def trained_context(checkpoint: Path, config: PretrainedConfig) -> int | None:
-    """Tokens of a training sequence: the run's own, which may be fewer than the model has positions for."""
+    """Return the tokens of a training sequence: the run's context, which may be less than the model's positions."""
     try:
         asked = read_state(checkpoint)["config"]["model"]["context"]
     except (OSError, ValueError, KeyError):
@@ -57,17 +57,17 @@ def trained_context(checkpoint: Path, config: PretrainedConfig) -> int | None:
 
 
 def configure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, context: int | None) -> None:
-    """Write special tokens and context into the model's and the generation configuration.
+    """Write special tokens and context into the model's configuration and its generation configuration.
 
-    A padding token that the model was trained with stays: some architectures count positions from it.
+    A padding token of the trained model is kept, because some architectures count positions from it.
     """
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     model.config.bos_token_id = model.config.eos_token_id = end
     own = getattr(model.config, "pad_token_id", None)
     if own is None and _may_be_padding(model.config, pad, end):
         model.config.pad_token_id = pad
-    # A pipeline asks for 256 new tokens, which would leave a small context. A large one does without a limit: transformers 5
-    # warns of it whenever `generate` gets max_new_tokens.
+    # A pipeline asks for 256 new tokens, which would exceed a small context. A large context gets no limit, because transformers
+    # 5 warns about the limit whenever `generate` gets max_new_tokens.
     limit = context if context and context < 2 * PIPELINE else None
     model.generation_config = GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=pad, max_length=limit)
     longest = getattr(model.config, "max_position_embeddings", None)
@@ -76,10 +76,10 @@ def configure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, contex
 
 
 def _may_be_padding(config: PretrainedConfig, pad: int, end: int) -> bool:
-    """Whether `pad` in the configuration leaves the function as it is, and the embedding of the end of text trainable."""
+    """Return whether setting `pad` keeps the model's function, and keeps the embedding of the end of text trainable."""
     try:
         model = _shapes(config, pad_token_id=pad)
-    except Exception:  # XGLM takes the number of the token for a position
+    except Exception:  # XGLM uses the number of the padding token as a position
         return False
     embedding = model.get_input_embeddings()
     others = [m for m in model.modules() if m is not embedding and not isinstance(m, PreTrainedModel)]
@@ -89,7 +89,7 @@ def _may_be_padding(config: PretrainedConfig, pad: int, end: int) -> bool:
 
 
 def _same_with(model: PreTrainedModel, context: int) -> bool:
-    """Whether fewer positions leave the function as it is: no weight has another shape, and rotary angles do not scale."""
+    """Return whether fewer positions keep the function: no weight changes its shape, and rotary angles are not scaled."""
     rope = getattr(model.config, "rope_parameters", None) or {}
     kinds = {part.get("rope_type", "default") for part in (rope, *rope.values()) if isinstance(part, dict)}
     shapes = {name: weight.shape for name, weight in _shapes(model.config, max_position_embeddings=context).state_dict().items()}
@@ -97,7 +97,7 @@ def _same_with(model: PreTrainedModel, context: int) -> bool:
 
 
 def _shapes(config: PretrainedConfig, **changes: int) -> PreTrainedModel:
-    """The model of a changed configuration, without memory for its weights."""
+    """Return the model of a changed configuration, without memory for its weights."""
     changed = copy.deepcopy(config)
     for name, value in changes.items():
         setattr(changed, name, value)

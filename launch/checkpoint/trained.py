@@ -1,4 +1,4 @@
-"""A trained model and its tokenizer from wherever they are: a run, one of its checkpoints, or an exported folder."""
+"""Loads a trained model and its tokenizer from a run, one of its checkpoints, or an exported folder."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ from models import LossMismatch, ModelError, choose_loss, longest_context
 from models.build import model_of
 from models.initialization import without_memory
 
-UNLIMITED = 10**9  # transformers writes 10**30 where a tokenizer has no limit
+UNLIMITED = 10**9  # transformers writes 10**30 for a tokenizer without a limit
 
 
 class TrainedModel(NamedTuple):
-    """A model on the CPU in evaluation mode, with what one needs to use it."""
+    """A model on the CPU in evaluation mode, with its tokenizer and the facts that its use needs."""
 
     path: Path  # the checkpoint, or the exported folder
     model: PreTrainedModel
     tokenizer: Tokenizer
     end: int  # the token that ends a document
-    context: int | None  # tokens of a sequence that the model was trained on, T; None: the folder does not say
+    context: int | None  # T, tokens of a training sequence; None: unknown
     notes: list[str]  # what is wrong with newer checkpoints
-    bf16: bool = False  # whether the run computes in bfloat16, by autocast; an exported folder does not say
+    bf16: bool = False  # whether the run computes in bfloat16 by autocast; unknown, hence False, for an exported folder
 
     def context_of(self, asked: int | None) -> int:
-        """Tokens of a sequence: as asked for, or else as in training.
+        """Return the tokens of a sequence: `asked` if given, else as in training.
 
         Raises:
-            CheckpointError: nobody says it, or it is more than the model takes.
+            CheckpointError: the length is unknown, or longer than the model accepts.
         """
         context, longest = asked or self.context, longest_context(self.model.config)
         if context is None:
@@ -53,13 +53,13 @@ class TrainedModel(NamedTuple):
 
 
 def open_trained(path: str | Path, average: bool = False) -> TrainedModel:
-    """The model of a run (its newest whole checkpoint), of a checkpoint, or of a folder that `models.export` wrote.
+    """Load the model of a run (its newest whole checkpoint), of a checkpoint, or of a folder that `models.export` wrote.
 
-    Any other folder that transformers loads is taken, too, if it has safetensors and a tokenizer.json. `average`: the average of
-    the weights of a run or checkpoint.
+    Any other transformers folder is accepted, too, if it has safetensors and a tokenizer.json. `average`: load the average of the
+    weights of a run or checkpoint.
 
     Raises:
-        CheckpointError: none of these, or one that is damaged, has no tokenizer, is not causal, or whose numbers are not finite.
+        CheckpointError: `path` is none of these, is damaged, or has no tokenizer; or the model is not causal or not finite.
     """
     path = Path(path)
     if not path.is_dir():
@@ -75,7 +75,7 @@ def open_trained(path: str | Path, average: bool = False) -> TrainedModel:
 
 
 def finite(trained: TrainedModel) -> TrainedModel:
-    """`trained`. Raises CheckpointError if one of its weights holds a number that is not finite."""
+    """Return `trained`. Raises CheckpointError if one of its weights contains a number that is not finite."""
     for name, p in trained.model.named_parameters():
         if p.is_floating_point() and not p.isfinite().all():
             raise CheckpointError(f"{trained.path} has numbers in {name} that are not finite: take another model or checkpoint")
@@ -83,7 +83,7 @@ def finite(trained: TrainedModel) -> TrainedModel:
 
 
 def open_checkpoint(chosen: Chosen, average: bool = False) -> TrainedModel:
-    """The model of a whole checkpoint, and the tokenizer of its run."""
+    """Load the model of a whole checkpoint, and the tokenizer of its run."""
     path, tokenizer = chosen.path, read_tokenizer(chosen.run)
     saved = read_state(path)
     require_state(path, saved)
@@ -95,8 +95,8 @@ def open_checkpoint(chosen: Chosen, average: bool = False) -> TrainedModel:
 
 
 def open_export(path: Path) -> TrainedModel:
-    """The model of a folder in the form of transformers; nothing is downloaded, unpickled or run from it."""
-    if (path / "adapter_config.json").exists():  # transformers would load the model that it names
+    """Load the model of a transformers folder. Nothing is downloaded, unpickled, or run from it."""
+    if (path / "adapter_config.json").exists():  # transformers would load the base model that the adapter names
         raise CheckpointError(f"{path} holds an adapter: merge it into its model, and name that folder")
     tokenizer = read_tokenizer(path)
     with quiet():
@@ -113,12 +113,12 @@ def open_export(path: Path) -> TrainedModel:
         problem = problem or untied(model, {name for name, _ in stored.named_parameters()})
     except CheckpointError:
         raise
-    except Exception as error:  # whatever transformers raises for files that are missing or damaged
+    except Exception as error:  # transformers raises many types of errors for missing or damaged files
         raise CheckpointError(f"cannot read {path}: {' '.join(str(error).split())}") from error
     if problem:
         raise CheckpointError(f"{path} {problem}")
     try:
-        with suppress(LossMismatch):  # of training alone
+        with suppress(LossMismatch):  # matters only in training
             choose_loss(model)
     except ModelError as error:
         raise CheckpointError(f"{path}: {error}") from error
@@ -132,7 +132,7 @@ def open_export(path: Path) -> TrainedModel:
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer.json of a run or an exported folder."""
+    """Load the tokenizer.json of a run or an exported folder."""
     try:
         return load_tokenizer(folder / "tokenizer.json")
     except DataError as error:
@@ -140,7 +140,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 
 
 def end_of(tokenizer: Tokenizer, folder: Path) -> int:
-    """The id of the end of text: the eos_token of the folder's tokenizer_config.json, else one of the usual names."""
+    """Return the id of the end of text: the eos_token of the folder's tokenizer_config.json, else a token with a usual name."""
     remedy = f"name one of its tokens as eos_token in {folder / CONFIG}"
     try:
         return token_id(tokenizer, end_of_text(tokenizer, declared_tokens(folder), remedy=remedy))
@@ -149,8 +149,11 @@ def end_of(tokenizer: Tokenizer, folder: Path) -> int:
 
 
 def end_of_export(tokenizer: Tokenizer, config: PretrainedConfig, folder: Path) -> int:
-    """The id of the end of text: what the tokenizer of a folder declares, as for `model.init`, else a token that its
-    configuration names, else one of the usual names."""
+    """Return the id of the end of text in an exported folder.
+
+    It is the token that the tokenizer's files declare, as for `model.init`; else the one that the model's configuration names;
+    else a token with a usual name.
+    """
     try:
         declared = declared_tokens(folder).get("eos_token")
     except DataError as error:
@@ -162,9 +165,9 @@ def end_of_export(tokenizer: Tokenizer, config: PretrainedConfig, folder: Path) 
 
 
 def end_of_data(folder: str | None, tokenizer: Tokenizer) -> int | None:
-    """The end of text of prepared data, for runs of former versions, which have no tokenizer_config.json.
+    """Return the end of text of prepared data, for runs of earlier versions, which have no tokenizer_config.json.
 
-    None if the data is gone, or was prepared with another tokenizer since.
+    Returns None if the data is gone, or has since been prepared with another tokenizer.
     """
     try:
         index = read_index(Path(folder)) if folder else None
@@ -174,7 +177,7 @@ def end_of_data(folder: str | None, tokenizer: Tokenizer) -> int | None:
 
 
 def trained_length(folder: Path) -> int | None:
-    """The length that an exported tokenizer is for, which may be less than the model has positions."""
+    """Return the text length in an exported tokenizer, which may be less than the model's positions; None if unknown."""
     path = folder / "tokenizer_config.json"
     try:
         found = dict(read_json(path)).get("model_max_length") if path.is_file() else None

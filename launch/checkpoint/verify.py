@@ -1,4 +1,4 @@
-"""What is a checkpoint, by its name, and which are whole: every file of the manifest is there, with its size and hash."""
+"""Finds checkpoints by name, and verifies that they are whole: every file of the manifest exists with its size and hash."""
 
 from __future__ import annotations
 
@@ -15,40 +15,43 @@ from launch.checkpoint.tensors import INDEX, part_name
 from launch.checkpoint.writer import Progress, no_progress
 
 MANIFEST = "manifest.json"
-MODEL, OPTIMIZER, AVERAGE = "model.safetensors", "optimizer.safetensors", "average.safetensors"  # AVERAGE: of the weights, if any
-FILES = ("config.json", MODEL, OPTIMIZER, "state.json")  # of a checkpoint; tensors may be divided over several files
+MODEL, OPTIMIZER, AVERAGE = "model.safetensors", "optimizer.safetensors", "average.safetensors"  # AVERAGE: only if there is one
+FILES = ("config.json", MODEL, OPTIMIZER, "state.json")  # files of a checkpoint; tensors may be divided over several files
 WHOLES = (MODEL, OPTIMIZER, AVERAGE)
-PART = re.compile(r"(model|optimizer|average)-([0-9]{5})-of-([0-9]{5})\.safetensors")  # in the form of Hugging Face
-READERS, READ = 8, 8 << 20  # files that are hashed at once, and bytes of each
+PART = re.compile(r"(model|optimizer|average)-([0-9]{5})-of-([0-9]{5})\.safetensors")  # Hugging Face's format
+READERS, READ = 8, 8 << 20  # number of files that are hashed at once, and bytes of each read
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be written, read or exported. The message names it."""
+    """A checkpoint cannot be written, read or exported. The message names it."""
 
 
 def checkpoint_name(step: int) -> str:
-    """The name of the checkpoint of a step."""
+    """Return the folder name of the checkpoint of a step."""
     return f"step_{step:08d}"
 
 
 def step_of(path: Path) -> int:
-    """The step in the name of a checkpoint; -1 for any other name, such as a copy's."""
+    """Return the step in the name of a checkpoint; -1 for any other name, such as that of a copy."""
     digits = re.fullmatch(r"step_([0-9]+)", path.name)
     step = int(digits[1]) if digits else -1
     return step if path.name == checkpoint_name(step) else -1
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in `folder` by their names, oldest first, whole or not.
+    """Return the checkpoints in `folder`, oldest first, whether they are whole or not.
 
-    Only what this project itself wrote counts: no copy under another name, no link, no empty folder.
+    Copies under other names, links and empty folders do not count.
     """
     found = (path for path in folder.glob("step_*") if step_of(path) >= 0 and path.is_dir() and not path.is_symlink())
     return sorted((path for path in found if any(path.iterdir())), key=step_of)
 
 
 def find_checkpoint(*folders: Path, progress: Progress = no_progress) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint in `folders`, of the first of them where two have it, and what is wrong with the newer ones."""
+    """Return the newest whole checkpoint in `folders` (None if there is none), and what is wrong with newer ones.
+
+    If two folders have the same step, the first folder's checkpoint is tried first.
+    """
     problems: list[str] = []
     found = [path for folder in folders for path in list_checkpoints(folder)]
     for path in sorted(found, key=step_of, reverse=True):
@@ -62,7 +65,10 @@ def find_checkpoint(*folders: Path, progress: Progress = no_progress) -> tuple[P
 
 
 def verify(path: Path, hashes: bool = True, progress: Progress = no_progress) -> None:
-    """Raise CheckpointError unless the manifest lists just a checkpoint's files, there with their sizes and `hashes`."""
+    """Raise CheckpointError unless the manifest lists exactly the files of the checkpoint, with their sizes and hashes.
+
+    `hashes`: whether to compare the hashes, too.
+    """
     try:
         manifest = read_json(path / MANIFEST)
         if wrong := wrong_names(manifest, checkpoint_files(path)):
@@ -86,17 +92,17 @@ def verify(path: Path, hashes: bool = True, progress: Progress = no_progress) ->
 
 
 def is_checkpoint_file(name: str) -> bool:
-    """Whether a file of this name may belong to a checkpoint."""
+    """Return whether a file of this name may belong to a checkpoint."""
     return name in FILES or name in (AVERAGE, *(whole + INDEX for whole in WHOLES)) or PART.fullmatch(name) is not None
 
 
 def checkpoint_files(path: Path) -> list[str]:
-    """The files of a checkpoint that are in a folder, without the manifest."""
+    """Return the names of the checkpoint files in a folder, without the manifest."""
     return sorted(file.name for file in path.iterdir() if is_checkpoint_file(file.name))
 
 
 def wrong_names(manifest: Iterable[str], present: Iterable[str]) -> list[str]:
-    """What is wrong with the names in a manifest of a folder with the files `present`."""
+    """Return what is wrong with the file names in a manifest, for a folder with the files `present`."""
     listed = set(manifest)
     wrong = [f"names {name!r}, which is no file of a checkpoint" for name in listed if not is_checkpoint_file(name)]
     wrong += [f"lacks {name}" for name in present if name not in listed]
@@ -111,13 +117,13 @@ def wrong_names(manifest: Iterable[str], present: Iterable[str]) -> list[str]:
 
 
 def hash_files(files: Collection[Path], progress: Progress = no_progress) -> dict[Path, str]:
-    """The sha256 of each file. Several are read at once, as hashing leaves the other threads alone."""
+    """Return the sha256 of each file. Several are read at once, since hashing releases the GIL."""
     with ThreadPoolExecutor(min(READERS, os.cpu_count() or 1)) as pool:
         return dict(zip(files, pool.map(lambda file: sha256(file, progress), files), strict=True))
 
 
 def require_its_step(path: Path) -> None:
-    """Raise CheckpointError if a whole checkpoint was renamed: its name says another step than its state."""
+    """Raise CheckpointError if the step in a checkpoint's name differs from the step in its state, as after renaming a copy."""
     state = path / "state.json"
     try:
         step = read_json(state)["step"] if state.exists() else step_of(path)
@@ -128,7 +134,7 @@ def require_its_step(path: Path) -> None:
 
 
 def sha256(path: Path, progress: Progress = no_progress) -> str:
-    """The hash of a file, in hexadecimal digits."""
+    """Return the sha256 of a file, in hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         while data := file.read(READ):

@@ -1,4 +1,4 @@
-"""Writes a safetensors file tensor by tensor, with its hash, and flushes it. It holds nothing but the tensor it writes."""
+"""Writes a safetensors file tensor by tensor, computes its hash and flushes it. Only one tensor is in memory at a time."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ NAMES = {
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
     torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
-PIECE = 64 << 20  # bytes that are written at once
-FLUSH = 256 << 20  # bytes after which the disk must have them, so that no flush takes long
-Progress = Callable[[], None]  # is called after each piece of work
+PIECE = 64 << 20  # bytes of one write
+FLUSH = 256 << 20  # bytes between two flushes to disk, so that no flush takes long
+Progress = Callable[[], None]  # called after each piece of work
 
 
 def no_progress() -> None:
@@ -31,7 +31,7 @@ def no_progress() -> None:
 
 
 class TensorHeader(NamedTuple):
-    """A tensor that a file will hold."""
+    """The description of a tensor in a file that is to be written."""
 
     name: str
     dtype: torch.dtype
@@ -39,7 +39,7 @@ class TensorHeader(NamedTuple):
 
 
 class Written(NamedTuple):
-    """A file that is on the disk."""
+    """The description of a file that is written and flushed."""
 
     name: str
     bytes: int
@@ -49,14 +49,14 @@ class Written(NamedTuple):
 
 
 class TensorWriter:
-    """A new safetensors file of `entries`, which are written in this order. OSError where the disk does not take them.
+    """A new safetensors file of the tensors `entries`, which must be written in this order. Raises OSError if the disk fails.
 
-    The order decides how tensors are aligned: those with larger elements come first.
+    For alignment, `entries` should begin with the tensors that have the largest elements.
     """
 
     def __init__(self, path: Path, entries: Sequence[TensorHeader], progress: Progress = no_progress) -> None:
         self.path, self.progress, self.names = path, progress, tuple(entry.name for entry in entries)
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers requires it
         self.tensor_bytes = 0
         for name, dtype, shape in entries:
             start, self.tensor_bytes = self.tensor_bytes, self.tensor_bytes + math.prod(shape) * dtype.itemsize
@@ -72,11 +72,11 @@ class TensorWriter:
             raise
 
     def write(self, tensor: Tensor) -> None:
-        """Add the next tensor, in CPU memory."""
+        """Write the next tensor, which is in CPU memory."""
         self._write(memoryview(as_bytes(tensor.contiguous()).numpy()))  # type: ignore[arg-type]
 
     def close(self) -> Written:
-        """Flush the file to disk."""
+        """Flush the file to disk. Returns its description."""
         with self.file:
             os.fsync(self.file.fileno())
         return Written(self.path.name, self.bytes, self.digest.hexdigest(), self.names, self.tensor_bytes)
@@ -97,7 +97,7 @@ class TensorWriter:
 
 
 def write_small(path: Path, content: str) -> Written:
-    """A file of text on the disk."""
+    """Write a new text file and flush it to disk. Returns its description."""
     data = content.encode("utf-8")
     with path.open("xb") as file:
         file.write(data)

@@ -1,1 +1,1 @@
-"""A training run: its setup, state and schedule, resuming it, evaluation, and the summary at its end."""
+"""A training run: setup, state, schedule, resuming, evaluation, and the summary at the end."""

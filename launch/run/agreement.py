@@ -1,6 +1,6 @@
-"""What must be the same when a training run continues from a checkpoint, and what is said where it is not.
+"""Checks that a configuration fits the checkpoint from which a run resumes, and words the error if it does not.
 
-docs/training.md has the table of what may change and what may not.
+docs/training.md has the table of options that may change and options that may not.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ from launch.run.mixture import name_of_data
 from models.function import NOT_SET, function_differences, plain
 
 RULE_FILE = "rule.safetensors"  # in a run's folder: a copy of the rule that it trains with
-DECOUPLED = "decoupled decay"  # in the identity: a library's decay is decoupled; in earlier versions it was as its default said
-# Arguments of optimizers that have an option of their own, or say how a step is computed and not what it is.
+# A key of the identity: the weight decay of a library's optimizer is decoupled. Earlier versions used the library's default.
+DECOUPLED = "decoupled decay"
+# Arguments of optimizers that may differ: they have an option of their own, or change how a step is computed but not its result.
 FREE_ARGUMENTS = {
     "lr", "weight_decay", "rule", "state_dtype", "replicas", "shard_state", "foreach", "fused", "capturable", "differentiable",
     "ns_dtype",
@@ -50,7 +51,7 @@ class Difference(NamedTuple):
 
 
 def identity_of(config: Config, shards: TokenShards, context: int, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """What of a run a checkpoint notes because the configuration alone does not say it."""
+    """Return what a checkpoint stores, beside the configuration, to recognize its run (data, seed, rule, ...)."""
     return {
         "data set": shards.fingerprint,
         "tokenizer": shards.tokenizer_hash,
@@ -64,7 +65,7 @@ def identity_of(config: Config, shards: TokenShards, context: int, optimizer: to
 
 
 def rule_hash(rule: Rule) -> str:
-    """sha256 of everything that a rule computes with: its weights and settings."""
+    """Return the sha256 of a rule's weights and settings."""
     digest = hashlib.sha256(json.dumps(rule.settings(), sort_keys=True).encode())
     for name, weight in sorted(rule.weights.items()):
         digest.update(f"{name}{tuple(weight.shape)}".encode() + weight.detach().float().cpu().contiguous().numpy().tobytes())
@@ -74,14 +75,14 @@ def rule_hash(rule: Rule) -> str:
 def require_agreement(
     path: Path, saved: Mapping[str, Any], config: Config, model: PretrainedConfig, identity: Mapping[str, Any]
 ) -> None:
-    """Raise CheckpointError unless the run of `config` may continue from the checkpoint `path`.
+    """Raise CheckpointError unless the run of `config` may resume from the checkpoint `path`.
 
     Args:
         path: the checkpoint.
         saved: its state.json, of any version.
-        config: of the run that is about to continue.
+        config: the configuration of the run that resumes.
         model: the configuration of its model.
-        identity: of the run (`identity_of`).
+        identity: its identity (`identity_of`).
     """
     found = [
         *data_differences(saved, config, identity),
@@ -97,12 +98,12 @@ def require_agreement(
 
 
 def as_yaml(value: Any) -> str:
-    """`value` as one would write it on the command line."""
+    """Return `value` as one writes it on the command line."""
     return str(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else json.dumps(value, default=str)
 
 
 def data_differences(saved: Mapping[str, Any], config: Config, identity: Mapping[str, Any]) -> Iterator[Difference]:
-    """What would change the order of the data, or what a step sees; and where the checkpoint is beyond the end."""
+    """Yield differences that change the order of the data or a step's batch, and a `train.steps` below the checkpoint's step."""
     there = saved["identity"]
     if there["data set"] != identity["data set"]:
         same_tokenizer = there.get("tokenizer") in (None, identity["tokenizer"])
@@ -132,22 +133,22 @@ def data_differences(saved: Mapping[str, Any], config: Config, identity: Mapping
 def model_differences(
     path: Path, saved: Mapping[str, Any], config: Config, model: PretrainedConfig, identity: Mapping[str, Any]
 ) -> Iterator[Difference]:
-    """What would make the weights another function, or sequences another length."""
+    """Yield differences that change the function of the model or the length of sequences."""
     there, before = read_config(path), saved["config"]["model"]
     now, init = config.model.init, before.get("init")
     if now is not None and now != init and (init is None or os.path.realpath(now) != os.path.realpath(init)):
         yield Difference("model.init", init or NOT_SET, now, f"model.init={init}" if init else "no model.init")
-    context = saved["identity"]["model.context"] or there.get("context")  # an earlier version noted what the configuration said
+    context = saved["identity"]["model.context"] or there.get("context")  # an earlier version stored model.context as configured
     if context != identity["model.context"]:
         yield Difference("model.context", context, identity["model.context"])
     given = {*(before.get("hf") or {}), *(config.model.hf or {})}
     try:
         differences = function_differences(there, model, given)
-    except Exception as error:  # whatever transformers raises for values of a wrong kind
+    except Exception as error:  # transformers raises many types of errors for values of a wrong type
         raise CheckpointError(f"{path / 'config.json'} is damaged: {' '.join(str(error).split())}") from None
     for key, (old, new) in differences.items():
         if model.model_type == "gpt3" and key == "context":
-            continue  # the positions of a GPT-3; a sequence may be shorter
+            continue  # the number of positions of a GPT-3; training sequences may be shorter
         own = key == "vocab_size" or (model.model_type == "gpt3" and key != "model_type")
         name = f"model.{key}" if own else f"model.hf.{key.removeprefix('rope_parameters.')}"
         yield Difference(name, old, new, f"no {name}" if old == NOT_SET else "")
@@ -156,7 +157,7 @@ def model_differences(
 def optimizer_differences(
     path: Path, saved: Mapping[str, Any], config: Config, identity: Mapping[str, Any]
 ) -> Iterator[Difference]:
-    """What would give the optimizer's state another meaning."""
+    """Yield differences that change the meaning of the optimizer's state."""
     now, before = config.optimizer, saved["config"]["optimizer"]
     was = OptimizerConfig(**{f.name: before[f.name] for f in fields(OptimizerConfig) if f.name in before})
     if was.name != now.name:
@@ -175,7 +176,7 @@ def optimizer_differences(
     if identity["rule"] is None:
         return
     name, content = was.rule or was.name, saved["identity"].get("rule")
-    if content is None and name != (now.rule or now.name):  # an earlier version noted the name alone
+    if content is None and name != (now.rule or now.name):  # an earlier version stored only the name
         content = content_of(name)
     elif content is None:
         content = identity["rule"]
@@ -191,9 +192,9 @@ def optimizer_differences(
 
 
 def effective_arguments(config: OptimizerConfig, decoupled: bool = True) -> dict[str, Any]:
-    """Every argument that the optimizer's constructor gets and its state or step depends on, defaults included.
+    """Return the arguments of the optimizer's constructor on which its state or step depends, defaults included.
 
-    `decoupled`: with those that decouple the decay, as `launch.optimizers.build` gives them.
+    `decoupled`: include the arguments that decouple the weight decay, as `launch.optimizers.build` passes them.
     """
     entry = entry_of(config)
     cls = find_class(entry.path, entry.package)
@@ -205,7 +206,7 @@ def effective_arguments(config: OptimizerConfig, decoupled: bool = True) -> dict
 
 
 def content_of(rule: str | Path) -> str | None:
-    """`rule_hash` of a rule by name or path; None if there is none."""
+    """Return the `rule_hash` of a rule given by name or path; None if there is no such rule."""
     try:
         return rule_hash(load_rule(rule))
     except RuleError:

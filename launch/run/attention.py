@@ -1,4 +1,4 @@
-"""The largest attention logit of every block, seen where the model calls torch.
+"""Measures the largest attention logit of every block by intercepting the model's calls of torch functions.
 
 Legend: B sequences, H heads, T queries, S keys, K features of a head.
 """
@@ -19,10 +19,10 @@ SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
 
 
 class AttentionLogits(TorchFunctionMode):
-    """As a context manager: forward passes in it add to `largest`, one number for each of the blocks `names`; -inf: none seen.
+    """A context manager in which forward passes update `largest`: one number for each block in `names`, -inf if none was seen.
 
-    Logits are what the softmax gets: q k scale, and the mask. What `scaled_dot_product_attention` computes inside is computed
-    again from its arguments, in float32.
+    Logits are the inputs of the softmax: q k scale plus the mask. The logits inside `scaled_dot_product_attention` are not
+    visible, so they are computed again from its arguments, in float32.
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
@@ -71,7 +71,10 @@ def largest_logit(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """The largest of the logits (B, H, T, S) of torch's function of the same arguments, a sequence at a time; float32 ()."""
+    """Return the largest logit (B, H, T, S) of `scaled_dot_product_attention` with the same arguments, as float32 ().
+
+    Computes one sequence at a time to save memory.
+    """
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     T, S = query.shape[-2], key.shape[-2]
     causal = torch.ones(T, S, dtype=torch.bool, device=query.device).tril() if is_causal else None

@@ -1,9 +1,10 @@
-"""Going back: `checkpoint.resume=CHECKPOINT` makes a training run go on from any checkpoint, its own or another run's.
+"""Branching: with `checkpoint.resume=CHECKPOINT` a training run resumes from any checkpoint, its own or another run's.
 
-The run's folder then holds one line of steps, up to the checkpoint and on from there. What the folder held beyond the checkpoint
-is moved to `set_aside/1` (2, 3, ...), which is the folder of a training run, too: it can be continued, compared and exported.
-The checkpoint itself is in the run's `checkpoints/`, linked or copied there from another run, whose metrics up to that step come
-along. `origin.json` records where the line began, so that the same command continues it instead of going back once more.
+A run's folder always holds one line of steps. After branching, this line leads up to the chosen checkpoint and continues from
+there. Everything that the folder held beyond the checkpoint moves to `set_aside/1` (2, 3, ...). That folder is the folder of a
+training run, too: it can be resumed, compared and exported. A checkpoint of another run is linked or copied into the run's own
+`checkpoints/`, and the other run's metrics up to that step are copied. `origin.json` records where the line began, so that the
+same command resumes the line instead of branching once more.
 """
 
 from __future__ import annotations
@@ -40,14 +41,15 @@ from launch.monitoring.trackers import ID_FILES, flat
 from launch.run.restart import read_events
 from launch.run.schedule import with_cooldown
 
-# What changes the steps of a line: with another value there, the same checkpoint is another line's beginning.
+# Options that change the steps of a line, without those in INCIDENTAL. With another value of one of them, resuming from the same
+# checkpoint begins a new line.
 DECISIVE = ("run.seed", "model.", "optimizer.", "schedule.", "train.")
 INCIDENTAL = (
     "model.gradient_checkpointing", "train.steps", "train.micro_batch_size", "train.compile", "train.on_batch_change",
     "train.tokens", "train.deterministic", "train.max_bad_steps", "train.spike", "train.on_spike",
 )  # fmt: skip
-FOLDERS = ("tensorboard", "profile")  # in a run's folder, of one line alone: they move with the line that is set aside
-WORDS = {  # what people write for the two words that checkpoint.resume knows
+FOLDERS = ("tensorboard", "profile")  # folders in a run's folder that belong to one line and move when it is set aside
+WORDS = {  # words that people write in place of the two that checkpoint.resume knows, with a hint
     **dict.fromkeys(("auto", "latest", "newest", "last", "true", "yes", "on"), "auto continues from the newest checkpoint"),
     **dict.fromkeys(("never", "false", "no", "off", "none", "null"), "never begins at step 0, in a folder that holds no run"),
 }
@@ -55,38 +57,38 @@ WORDS = {  # what people write for the two words that checkpoint.resume knows
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a line of steps began, as in origin.json."""
+    """The beginning of a line of steps, as stored in origin.json."""
 
     resume: str  # checkpoint.resume as an absolute path
-    checkpoint: str  # the checkpoint that it led to, resolved
-    manifest: str  # sha256 of its manifest: the checkpoint is known again, wherever it is copied or moved to
+    checkpoint: str  # the checkpoint that `resume` led to, resolved
+    manifest: str  # sha256 of its manifest, which identifies the checkpoint even after it was copied or moved
     step: int
-    own: bool  # it was among the run's own checkpoints
-    settings: dict[str, Any]  # of the run, as far as they are DECISIVE
-    id: str  # names the line to the trackers; empty where the run just went on from its newest checkpoint
-    set_aside: str | None = None  # where the steps beyond the checkpoint went, below the run's folder
-    done: bool = False  # everything is in its place
+    own: bool  # the checkpoint was one of the run's own
+    settings: dict[str, Any]  # the `decisive` settings of the run
+    id: str  # the name of the line for trackers; empty if the run continued from its own checkpoint with nothing to set aside
+    set_aside: str | None = None  # the folder, below the run's folder, for what lay beyond the checkpoint
+    done: bool = False  # `put_in_place` has finished
     before: dict[str, Any] | None = None  # the origin.json of the line that was set aside
 
 
 class Start(NamedTuple):
-    """Where a start of a training run takes up."""
+    """The point from which a training run starts or resumes."""
 
-    checkpoint: Path | None  # None: from the beginning
+    checkpoint: Path | None  # None: start from the beginning
     notes: list[str]
-    origin: Origin | None  # of the line; None: it began at step 0
-    begins: bool  # the line begins with this start: `begin_line` is due
-    changes: list[str]  # options that are others than in the checkpoint, in words; `resume` fills it
+    origin: Origin | None  # the origin of the line; None: the line began at step 0
+    begins: bool  # the line begins with this start, so that `begin_line` must be called
+    changes: list[str]  # options that differ from the checkpoint's, in words; `resume` fills the list
 
     def event(self) -> dict[str, Any] | None:
-        """The event that says that the run branches; None if it does not."""
+        """Return the event which records that the run branches; None if it does not."""
         if not (self.begins and self.origin and self.origin.id):
             return None
         return {"event": "branch", "step": self.origin.step, "from": self.origin.checkpoint, "set_aside": self.origin.set_aside}
 
 
 def checkpoint_folders(config: Config, run_dir: Path, origin: Origin | None) -> list[Path]:
-    """Where the checkpoints of a line are: in the run's folder, and in a folder of its own below `checkpoint.fallback_dir`."""
+    """Return the checkpoint folders of a line: in the run's folder and, if set, a folder below `checkpoint.fallback_dir`."""
     folders = [run_dir / CHECKPOINTS]
     if config.checkpoint.fallback_dir is not None:
         folders.append(Path(config.checkpoint.fallback_dir) / fallback_name(run_dir, origin))
@@ -94,9 +96,9 @@ def checkpoint_folders(config: Config, run_dir: Path, origin: Origin | None) -> 
 
 
 def fallback_name(run_dir: Path, origin: Origin | None) -> str:
-    """The name of a line's folder below `checkpoint.fallback_dir`: what the run's folder says, or else one that nobody has.
+    """Return the name of a line's folder below `checkpoint.fallback_dir`: the name stored in the run's folder, else a unique one.
 
-    So the line keeps its folder where the run's own is moved, or other nodes know it by another path.
+    Because the name is stored, the line keeps that folder if the run's folder moves or has another path on other nodes.
     """
     if (kept := second_folder(run_dir)) is not None:
         return kept.name
@@ -105,12 +107,12 @@ def fallback_name(run_dir: Path, origin: Origin | None) -> str:
 
 
 def choose_start(config: Config, run_dir: Path, progress: Progress = no_progress) -> Start:
-    """The checkpoint that `checkpoint.resume` means. Finishes what a killed process left, and changes nothing else.
+    """Choose the start that `checkpoint.resume` asks for. Finishes what a killed process left, and changes nothing else.
 
-    `progress` is called while it hashes checkpoints.
+    `progress` is called while checkpoints are hashed.
 
     Raises:
-        ConfigError: "never", and the folder holds a run.
+        ConfigError: `checkpoint.resume` is "never", but the folder holds a run.
         CheckpointError: no whole checkpoint where there must be one.
     """
     remove_leftovers(run_dir / CHECKPOINTS)
@@ -129,12 +131,12 @@ def choose_start(config: Config, run_dir: Path, progress: Progress = no_progress
             return branch_from(given, config, run_dir, progress)
     require_newest(run_dir, folders)
     path, notes = find_checkpoint(*folders, progress=progress)
-    if path is None and notes:  # starting from the beginning would throw the run away
+    if path is None and notes:  # starting from the beginning would lose the run
         raise CheckpointError(
             f"{run_dir}: no checkpoint is whole ({'; '.join(notes)}); choose another run.dir to start from the beginning"
         )
     saved = [e["step"] for e in read_events(run_dir) if e.get("event") == "checkpoint" and "step" in e and "error" not in e]
-    if path is None and origin is None and saved:  # as where a disk is not mounted
+    if path is None and origin is None and saved:  # for example because a disk is not mounted
         raise CheckpointError(
             f"{run_dir} saved a checkpoint of step {saved[-1]} (events.jsonl), but {checkpoints} holds none now: mount it or "
             "bring it back, or choose another run.dir to start from the beginning"
@@ -157,7 +159,7 @@ def choose_start(config: Config, run_dir: Path, progress: Progress = no_progress
 
 
 def require_newest(run_dir: Path, folders: list[Path]) -> None:
-    """Raise CheckpointError if the run's second folder, which is none of `folders`, holds newer checkpoints than they do."""
+    """Raise CheckpointError if the run's second folder is not one of `folders` but holds newer checkpoints than they do."""
     here = {folder.resolve() for folder in folders}
     newest = max((step_of(path) for folder in folders for path in list_checkpoints(folder)), default=-1)
     for folder in folders_of(run_dir)[1:]:
@@ -169,7 +171,7 @@ def require_newest(run_dir: Path, folders: list[Path]) -> None:
 
 
 def is_line_of(origin: Origin | None, given: Path, config: Config) -> bool:
-    """Whether the line in the run's folder began at the checkpoint or run `given`, with the same settings."""
+    """Return whether the line in the run's folder began at the checkpoint or run `given`, with the same decisive settings."""
     if origin is None:
         return False
     if not same_settings(origin.settings, decisive(with_cooldown(config, origin.step))):
@@ -179,9 +181,10 @@ def is_line_of(origin: Origin | None, given: Path, config: Config) -> bool:
 
 
 def same_settings(there: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Whether `there`, as in origin.json, are the `decisive` settings `now`. An option that it does not know had its default.
+    """Return whether the settings `there`, from an origin.json, equal the `decisive` settings `now`.
 
-    Of an option that is a mapping, each key is a setting; a key that is missing is null.
+    An option that `there` lacks had its default. If the value of an option is a mapping, each of its keys is a setting, and a
+    missing key counts as null.
     """
     before = decisive(Config()) | {key: value for key, value in there.items() if is_decisive(key)}
     known = {name for name, _, _ in options()}
@@ -190,7 +193,7 @@ def same_settings(there: dict[str, Any], now: dict[str, Any]) -> bool:
 
 
 def no_such_folder(given: Path, run_dir: Path) -> CheckpointError:
-    """The error for a `checkpoint.resume` that is no folder, with what may be meant."""
+    """Return the error for a `checkpoint.resume` that is not a folder, with a hint at what was probably meant."""
     moved = sorted(path for path in run_dir.glob("set_aside/*/checkpoints/*") if path.name == given.name)
     there = [path.name for path in list_checkpoints(given.parent)] if given.parent.is_dir() else []
     hint = f"; there is {moved[-1]}" if moved else f"; beside it are {', '.join(there)}" if there else ""
@@ -200,7 +203,7 @@ def no_such_folder(given: Path, run_dir: Path) -> CheckpointError:
 
 
 def branch_from(given: Path, config: Config, run_dir: Path, progress: Progress = no_progress) -> Start:
-    """The start of a new line at the checkpoint or run `given`."""
+    """Return the start of a new line at the checkpoint or run `given`. Changes nothing on disk."""
     if not given.is_dir():
         raise no_such_folder(given, run_dir)
     found, _, notes = choose_checkpoint(given.resolve(), progress)
@@ -223,10 +226,10 @@ def branch_from(given: Path, config: Config, run_dir: Path, progress: Progress =
 
 
 def config_of_line(config: Config, origin: Origin | None) -> Config:
-    """`config`, with the schedule that `schedule.cooldown` makes of it for the line that began at `origin`.
+    """Return `config`; with `schedule.cooldown`, its schedule is that of a cooldown which begins at `origin`.
 
     Raises:
-        ConfigError: a cooldown, and no checkpoint from which on it holds.
+        ConfigError: a cooldown is set, but the line did not begin at a checkpoint with this cooldown.
     """
     wanted = config.schedule.cooldown
     if not wanted:
@@ -240,7 +243,7 @@ def config_of_line(config: Config, origin: Origin | None) -> Config:
 
 
 def config_to_plan(config: Config, run_dir: Path) -> Config:
-    """As `config_of_line` for the line that training would begin or continue, without touching the folder."""
+    """Do the same as `config_of_line` for the line that training would begin or resume, without touching the folder."""
     origin, given = read_origin(run_dir), Path(config.checkpoint.resume).expanduser()
     if not config.schedule.cooldown or config.checkpoint.resume in ("auto", "never") or is_line_of(origin, given, config):
         return config_of_line(config, origin)
@@ -250,17 +253,17 @@ def config_to_plan(config: Config, run_dir: Path) -> Config:
 
 
 def decisive(config: Config) -> dict[str, Any]:
-    """The settings that a line of steps depends on."""
+    """Return the settings on which the steps of a line depend."""
     return {key: value for key, value in flat(asdict(config)).items() if is_decisive(key)}
 
 
 def is_decisive(key: str) -> bool:
-    """Whether a line of steps depends on a setting."""
+    """Return whether the steps of a line depend on the setting `key`."""
     return key.startswith(DECISIVE) and key not in INCIDENTAL
 
 
 def begin_line(run_dir: Path, origin: Origin, progress: Progress = no_progress) -> None:
-    """Make the run's folder hold the line that begins at `origin`. A kill at any moment is made good by the next start.
+    """Make the run's folder hold the line that begins at `origin`. If a kill interrupts this, the next start completes it.
 
     Raises:
         OSError, CheckpointError: the disk is full, or the other run's checkpoint is gone.
@@ -271,7 +274,7 @@ def begin_line(run_dir: Path, origin: Origin, progress: Progress = no_progress) 
 
 
 def put_in_place(run_dir: Path, progress: Progress = no_progress) -> None:
-    """Carry out what origin.json says, as far as it is not done yet. `progress` is called after each file that it copies."""
+    """Carry out the part of origin.json that is not done yet. `progress` is called after each copied file."""
     origin = read_origin(run_dir)
     if origin is None or origin.done:
         return
@@ -287,7 +290,7 @@ def put_in_place(run_dir: Path, progress: Progress = no_progress) -> None:
             if (run_dir / name).exists() and not (aside / name).exists():
                 (run_dir / name).rename(aside / name)
         for name in ID_FILES:
-            (run_dir / name).unlink(missing_ok=True)  # the new line is a run of its own there
+            (run_dir / name).unlink(missing_ok=True)  # for the trackers, the new line is a run of its own
     target = checkpoints / checkpoint_name(origin.step)
     if not is_copy(target, origin):
         link_checkpoint(source, target, progress)
@@ -297,26 +300,26 @@ def put_in_place(run_dir: Path, progress: Progress = no_progress) -> None:
         of = [run / "metrics.jsonl" for run in runs if source.parent in (folder.resolve() for folder in folders_of(run))]
         known = next(filter(Path.exists, of), None)
         replace_file(run_dir / "metrics.jsonl", known.read_bytes() if known else b"")
-        if known and not (run_dir / "events.jsonl").exists():  # what was changed before it is of the new line, too
+        if known and not (run_dir / "events.jsonl").exists():  # earlier changes of options belong to the new line, too
             changes = [e for e in read_events(known.parent) if e.get("event") == "changed" and e.get("step", 0) < origin.step]
             replace_file(run_dir / "events.jsonl", "".join(json.dumps(event) + "\n" for event in changes).encode())
     write_origin(run_dir, replace(origin, done=True))
 
 
 def beyond(run_dir: Path, origin: Origin) -> list[Path]:
-    """The checkpoints of a run's folder that do not belong to the line of `origin`."""
+    """Return the checkpoints in a run's folder that do not belong to the line of `origin`."""
     found = list_checkpoints(run_dir / CHECKPOINTS)
     return [path for path in found if not (origin.own and step_of(path) < origin.step) and not is_copy(path, origin)]
 
 
 def is_copy(path: Path, origin: Origin) -> bool:
-    """Whether `path` is the checkpoint of `origin`, under its usual name."""
+    """Return whether `path` is the checkpoint of `origin`, under its usual name."""
     manifest = path / MANIFEST
     return step_of(path) == origin.step and manifest.is_file() and sha256(manifest) == origin.manifest
 
 
 def copy_files(run_dir: Path, aside: Path, before: dict[str, Any] | None) -> None:
-    """Make `aside` a run's folder with the files of `run_dir`, but without checkpoints yet. It appears complete."""
+    """Copy the files of `run_dir`, but no checkpoints, to the new run folder `aside`, which appears only when it is complete."""
     partial = aside.with_name(f".{aside.name}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
     (partial / CHECKPOINTS).mkdir(parents=True)
@@ -330,7 +333,7 @@ def copy_files(run_dir: Path, aside: Path, before: dict[str, Any] | None) -> Non
 
 
 def require_room(run_dir: Path, checkpoints: list[Path]) -> None:
-    """Raise CheckpointError if `checkpoints`, of a run, are on another disk than its folder, which has no room for them."""
+    """Raise CheckpointError if `checkpoints` are on another disk than `run_dir`, whose disk has no space for them."""
     elsewhere = [path for path in checkpoints if path.stat().st_dev != run_dir.stat().st_dev]
     needed = sum(file.stat().st_size for path in elsewhere for file in path.rglob("*"))
     free = shutil.disk_usage(run_dir).free
@@ -342,7 +345,7 @@ def require_room(run_dir: Path, checkpoints: list[Path]) -> None:
 
 
 def copy_folder(source: Path, target: Path, progress: Progress = no_progress) -> None:
-    """Copy a folder, whose files are on the disk when this returns. Raises OSError, with its first reason."""
+    """Copy a folder and flush its files to disk. Raises OSError with the first reason if a file cannot be copied."""
 
     def copy(file: str, to: str) -> None:
         shutil.copy2(file, to)
@@ -356,10 +359,10 @@ def copy_folder(source: Path, target: Path, progress: Progress = no_progress) ->
 
 
 def move_checkpoint(path: Path, target: Path, progress: Progress = no_progress) -> None:
-    """Make `target` what the checkpoint `path` is, which goes. A kill leaves one of them whole, or both, and this goes on then.
+    """Move the checkpoint `path` to `target`. A kill leaves at least one of them whole; calling this again completes the move.
 
     Raises:
-        OSError: the disk is full, for one.
+        OSError: for example, the disk is full.
     """
     try:
         path.rename(target)
@@ -367,7 +370,7 @@ def move_checkpoint(path: Path, target: Path, progress: Progress = no_progress) 
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
-    if not target.exists():  # `checkpoints` is a link to another disk, or mounted
+    if not target.exists():  # `checkpoints` links to another disk or is a mount point
         partial = temporary_folder(target.parent, step_of(target))
         shutil.rmtree(partial, ignore_errors=True)
         copy_folder(path, partial, progress)
@@ -380,14 +383,14 @@ def move_checkpoint(path: Path, target: Path, progress: Progress = no_progress) 
 
 
 def link_checkpoint(source: Path, target: Path, progress: Progress = no_progress) -> None:
-    """Make `target` the same checkpoint as `source`: with hard links, which take no space, or else a copy."""
+    """Make `target` the same checkpoint as `source`: by hard links, which take no space, else by copying."""
     partial = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     for name in (*checkpoint_files(source), MANIFEST):
         try:
             os.link((source / name).resolve(), partial / name)
-        except OSError:  # another disk, or one without links
+        except OSError:  # another disk, or a file system without hard links
             shutil.copy2(source / name, partial / name)
             progress()
     partial.rename(target)
@@ -395,10 +398,10 @@ def link_checkpoint(source: Path, target: Path, progress: Progress = no_progress
 
 
 def read_origin(run_dir: Path) -> Origin | None:
-    """Where the line in a run's folder began; None: at step 0.
+    """Return the origin of the line in a run's folder; None if the line began at step 0.
 
     Raises:
-        ConfigError: a file that is damaged.
+        ConfigError: origin.json is damaged.
     """
     path = run_dir / "origin.json"
     if not path.exists():
@@ -421,7 +424,7 @@ def write_origin(run_dir: Path, origin: Origin) -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file. A kill leaves the old one or the new one, whole, and so does the loss of power."""
+    """Write a file. After a kill or a power failure, either the old or the new file is there, whole."""
     with replacing(path) as file:
         file.write(content)
     flush(path.parent)

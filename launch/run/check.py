@@ -1,4 +1,4 @@
-"""What a configuration can be refused for before anything is built: by training and by `--plan` alike."""
+"""Checks of a configuration before anything is built, for training and for `--plan` alike."""
 
 from __future__ import annotations
 
@@ -29,10 +29,12 @@ DTYPE_KEYS = ("dtype", "torch_dtype")
 
 
 def check(config: Config, written: Written, world: int) -> list[str]:
-    """Check `config`, of which `written` was written, for `world` processes. Returns notes on settings that are passed over.
+    """Check `config` for `world` processes. `written`: the options that the file and the command line give.
+
+    Returns notes on settings that have no effect or that the optimizer's authors advise against.
 
     Raises:
-        ConfigError, DataError, RuleError: what training would be refused for, or would ignore.
+        ConfigError, DataError, RuleError: the configuration is invalid, or training would ignore a written option.
     """
     notes = [*refuse_idle(config, IDLE, written), *unmet_needs(config)]
     try:
@@ -70,7 +72,7 @@ def check(config: Config, written: Written, world: int) -> list[str]:
 
 
 def unmet_needs(config: Config) -> list[str]:
-    """A note on each option that the authors of the optimizer want to be another one."""
+    """Return a note on each option that differs from the value for which the optimizer was made."""
     notes = []
     for need in entry_of(config.optimizer).needs:
         option, _, wanted = need.partition("=")
@@ -82,14 +84,14 @@ def unmet_needs(config: Config) -> list[str]:
 
 
 def changes_after(config: Config, last: int) -> list[tuple[str, int]]:
-    """The changes of batch size and of the weights of a mixture that come when a run of `last` steps has ended."""
+    """Return (option, step) for changes of batch size and of mixture weights that come too late for a run of `last` steps."""
     weights = [] if config.data.mix is None else [(f"data.mix[{i}].weight", s.weights) for i, s in enumerate(mix_sources(config))]
     found: list[tuple[str, Mapping]] = [("train.ramp", config.train.ramp or {}), *weights]
     return [(name, int(step)) for name, changes in found for step in changes if int(step) >= last]
 
 
 def prompt_notes(config: Config, shards: TokenShards, context: int) -> list[str]:
-    """A note on a prompt of the sample that fills the whole context (tokens): no reason not to train."""
+    """Return a note if the prompt of the sample fills the whole context (tokens). It is only a note: training can go ahead."""
     if not (config.log.sample_tokens and config.log.sample_prompt):
         return []
     length = len(load_tokenizer(shards.folder).encode(config.log.sample_prompt, add_special_tokens=False).ids)
@@ -99,7 +101,7 @@ def prompt_notes(config: Config, shards: TokenShards, context: int) -> list[str]
 
 
 def check_folders(config: Config) -> None:
-    """Raise ConfigError for a folder of the run that is a file or lies below one, or belongs to another run or the data."""
+    """Raise ConfigError if a folder of the run is a file, lies below a file, or belongs to another run or to the data."""
     folders: dict[str, str | Path | None] = {"run.dir": run_folder(config)}
     folders |= {"checkpoint.fallback_dir": config.checkpoint.fallback_dir, "data.cache_dir": config.data.cache_dir}
     for option, folder in folders.items():
@@ -122,7 +124,7 @@ def check_folders(config: Config) -> None:
 
 
 def among_checkpoints(folder: Path) -> Path | None:
-    """The checkpoint, or the folder of a run's checkpoints, that the resolved `folder` is or lies in; None for neither."""
+    """Return the checkpoint or checkpoint folder that contains, or is, the resolved `folder`; None if there is none."""
     for path in (folder, *folder.parents):
         if is_checkpoint(path) or (path.name == CHECKPOINTS and any(map(is_checkpoint, list_checkpoints(path)))):
             return path
@@ -130,12 +132,12 @@ def among_checkpoints(folder: Path) -> Path | None:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a folder holds a checkpoint, under whatever name."""
+    """Return whether a folder is a checkpoint, under any name."""
     return (path / MANIFEST).is_file() and (path / "state.json").is_file()
 
 
 def check_model_keys(config: Config) -> None:
-    """Raise ConfigError for keys of `model.hf` that another option decides."""
+    """Raise ConfigError for keys of `model.hf` that contradict another option."""
     hf = config.model.hf or {}
     for name, keys in [("model.hf", hf), *((f"model.hf.{key}", value) for key, value in hf.items() if isinstance(value, dict))]:
         for key in DTYPE_KEYS:

@@ -1,5 +1,7 @@
-"""Diagnostics of a training run: statistics of every layer (`log.layers`), a profile of some steps (`log.profile`), and what the
-GPU's memory held when it did not suffice (`log.memory_snapshot`). Without these options nothing here does anything.
+"""Diagnostics of a training run. Without one of the options below, this module does nothing.
+
+`log.layers`: statistics of every layer. `log.profile`: a profile of some steps. `log.memory_snapshot`: a snapshot of GPU memory
+when it runs out.
 """
 
 from __future__ import annotations
@@ -30,15 +32,18 @@ from launch.run.attention import AttentionLogits
 from launch.run.schedule import due
 from launch.run.summary import warning
 
-DIRECTIONS = 3  # of which singular values are taken: the first hidden matrix, one in the middle, the last
+DIRECTIONS = 3  # hidden matrices whose singular values are logged: the first, the middle one and the last
 MEMORY_SNAPSHOT = "memory_rank_{rank}.pickle"  # https://pytorch.org/memory_viz shows it
 
 
 class Diagnostics:
-    """Observes the steps of a strategy. As a context manager around the loop it ends a profile, and notes what filled the memory.
+    """Observes the steps of a strategy.
 
-    The numbers of a layer are exact under every strategy: sums over what the ranks hold are added up. At a step with statistics
-    a rank copies the weights that it updates, and all ranks carry out one more forward pass of its batch, without dropout.
+    As a context manager around the training loop, it ends a profile, and writes the memory snapshot after an out-of-memory error.
+
+    The statistics of a layer are exact under every strategy, because sums over local shards are added up over the ranks. At a
+    step with statistics, each rank copies the weights that it updates, and all ranks run one more forward pass of the step's
+    batch, without dropout.
     """
 
     def __init__(self, config: Config, strategy: Strategy, run_dir: Path, say: Callable[[str], None]) -> None:
@@ -46,18 +51,18 @@ class Diagnostics:
         self.config, self.strategy, self.run_dir, self.say = config, strategy, run_dir, say
         self.rank = strategy.accelerator.process_index
         self.profile: Any = None
-        self.before: dict[str, Tensor] = {}  # weights, here
-        self.gradients: dict[str, Tensor] = {}  # sums of squares, here
-        self.whole: dict[str, dict[str, Tensor]] = {}  # what the chosen directions are computed from
+        self.before: dict[str, Tensor] = {}  # this rank's weights before the step
+        self.gradients: dict[str, Tensor] = {}  # sums of squares of this rank's gradients
+        self.whole: dict[str, dict[str, Tensor]] = {}  # whole tensors from which the chosen directions are computed
         self.attention: dict[str, float] = {}
-        self.begun = False  # a step of this start
+        self.begun = False  # whether this process has begun a step
         if config.log.layers:
             strategy.optimizer.register_step_pre_hook(self._look)
         if config.log.memory_snapshot:
             record_memory_history()
 
     def begin(self, step: int, micro_batches: MicroBatches) -> None:
-        """Step `step`, counted from 1, is about to compute its gradient on this rank's `micro_batches`."""
+        """Prepare for step `step`, counted from 1, before it computes the gradient on this rank's `micro_batches`."""
         first, last = self.config.log.profile or (0, 0)
         if self.profile is not None and step > last:
             self._end_profile()
@@ -69,17 +74,20 @@ class Diagnostics:
         if self.config.log.layers and (step == 1 or due(step, self.config.log.layers, self.config.train.steps)):
             self.before = {name: local(shard.weight).detach().clone() for name, shard in self.strategy.shards.items()}
             self.gradients, self.whole = {}, {}
-            # DeepSpeed's stage 3 takes the first forward pass of a process for that of a step, and remembers its order.
+            # DeepSpeed's stage 3 records the order of modules in the first forward pass of a process, so that pass must be a
+            # training step's.
             early = self.config.distributed.strategy == "zero3" and not self.begun
             self.attention = {} if early else self._attention(micro_batches)
         self.begun = True
 
     def record(self, grad_norm: float) -> dict[str, float]:
-        """Of the last step, if it was observed; `grad_norm` is the norm of its whole gradient before clipping. For every rank.
+        """Return the statistics of the last step; empty if it was not observed. Every rank must call it.
 
-        For each parameter weight_norm, grad_norm (before clipping), update_norm and update_ratio, Frobenius norms; for each block
-        attention_logit, the largest of the batch; for some matrices singular_before and singular_after: the largest, the median
-        and the smallest singular value of what Newton–Schulz gets, with Frobenius norm 1, and of what it gives.
+        `grad_norm` is the norm of the step's whole gradient before clipping.
+
+        For each parameter: weight_norm, grad_norm (before clipping), update_norm and update_ratio, all from Frobenius norms. For
+        each block: attention_logit, the largest of the batch. For some matrices: singular_before and singular_after, the
+        largest, the median and the smallest singular value of the input (Frobenius norm 1) and the output of Newton–Schulz.
         """
         if not self.before:
             return {}
@@ -105,7 +113,7 @@ class Diagnostics:
 
     @torch.no_grad()
     def _look(self, *_: object) -> None:
-        """Before the optimizer's step, or each of several: the gradients are there, averaged and clipped."""
+        """Record gradients. Called before each step of the optimizer, when they are averaged and clipped."""
         if not self.before:
             return
         for name, shard in self.strategy.shards.items():
@@ -122,7 +130,7 @@ class Diagnostics:
                 self.whole[name] = {key: value.clone() for key, value in found.items()}
 
     def _chosen(self) -> list[str]:
-        """The hidden matrices whose directions are looked at; none where the optimizer is not Celo2 or does not orthogonalize."""
+        """Return the names of the hidden matrices to observe; none if the optimizer is not Celo2 or does not orthogonalize."""
         names = list(self.strategy.hidden) if isinstance(self.strategy.optimizer, Celo2) else []
         return sorted({names[i * (len(names) - 1) // (DIRECTIONS - 1)] for i in range(DIRECTIONS)}) if names else []
 
@@ -131,7 +139,7 @@ class Diagnostics:
         return next(group for group in self.strategy.optimizer.param_groups if any(p is weight for p in group["params"]))
 
     def _singular_values(self) -> dict[str, float]:
-        """Of the first matrix of each chosen parameter, on every rank."""
+        """Return the singular values for the first matrix of each chosen parameter, on every rank."""
         found: dict[str, float] = {}
         for name, values in self.whole.items():
             shape = self.strategy.shards[name].local_shard.shape
@@ -139,7 +147,7 @@ class Diagnostics:
             u = whole_direction(self.strategy.optimizer, self._group(name), shape, values, count, orthogonalize=False)
             matrix = u.reshape(-1, *u.shape[-2:])[0]
             matrix = matrix / torch.linalg.matrix_norm(matrix)
-            finite = bool(matrix.isfinite().all())  # else there are none, and torch would raise
+            finite = bool(matrix.isfinite().all())  # torch raises an error for numbers that are not finite
             for when, tensor in (("before", matrix), ("after", newton_schulz(matrix))):
                 singular = torch.linalg.svdvals(tensor) if finite else tensor.new_full((1,), math.nan)  # in descending order
                 for word, value in (("max", singular[0]), ("median", singular[len(singular) // 2]), ("min", singular[-1])):
@@ -150,7 +158,7 @@ class Diagnostics:
         return dict(sorted(found.items()))
 
     def _add_up(self, squares: dict[str, Tensor]) -> None:
-        """Add the sums of divided parameters up over the ranks that hold them."""
+        """Add up, in place, the sums of sharded parameters over the ranks that hold the shards."""
         groups = {s.local_shard.group for s in self.strategy.shards.values() if s.local_shard.group is not None}
         for group in sorted(groups, key=dist.get_process_group_ranks):
             names = [name for name, shard in self.strategy.shards.items() if shard.local_shard.group is group]
@@ -158,7 +166,7 @@ class Diagnostics:
 
     @torch.no_grad()
     def _attention(self, micro_batches: MicroBatches) -> dict[str, float]:
-        """The largest attention logit of every block over the whole batch of the step."""
+        """Return the largest attention logit of every block over the whole batch of the step."""
         strategy = self.strategy
         strategy.loss_model.eval()
         logits = AttentionLogits(strategy.model, strategy.device)
@@ -200,7 +208,7 @@ class Diagnostics:
 
 
 def sum_of_squares(values: Tensor, less: Tensor | None = None) -> Tensor:
-    """The sum of the squares of `values`, minus `less` if it is given, in float64: in pieces, since that takes memory."""
+    """Return the sum of the squares of `values`, or of `values - less`, in float64. It works in pieces to save memory."""
     pieces = values.reshape(-1).split(PIECE)
     others = [None] * len(pieces) if less is None else less.reshape(-1).split(PIECE)
     sums = [(p.double() if o is None else p.double() - o.double()).square().sum() for p, o in zip(pieces, others, strict=True)]
@@ -208,6 +216,6 @@ def sum_of_squares(values: Tensor, less: Tensor | None = None) -> Tensor:
 
 
 def check_device(config: Config, on_gpu: bool) -> None:
-    """Raise ConfigError for options of this module that the device does not have."""
+    """Raise ConfigError for options of this module that the device does not support."""
     if config.log.memory_snapshot and not on_gpu:
         raise ConfigError("log.memory_snapshot looks at the memory of a GPU, and there is none")

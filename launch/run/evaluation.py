@@ -1,6 +1,6 @@
-"""What is evaluated while a training run goes: losses on fixed sets of sequences, and the scores of tasks.
+"""Evaluation during a training run: losses on fixed sets of sequences, and the scores of tasks.
 
-All are the same whatever the training did and however many ranks there are; losses to within rounding.
+The sequences and tasks are always the same. Scores do not depend on the number of ranks, and losses only by rounding.
 """
 
 from __future__ import annotations
@@ -34,48 +34,48 @@ from launch.run.state import RunState
 
 
 class Evaluation(NamedTuple):
-    """What a model makes of some tokens."""
+    """The loss of a model on some tokens."""
 
     loss: float  # mean cross-entropy, nats per token
-    tokens: int  # targets
-    bytes: int  # of the text that they stand for; 0: unknown
+    tokens: int  # number of targets
+    bytes: int  # bytes of the text that the targets stand for; 0: unknown
 
     @property
     def perplexity(self) -> float:
-        """exp of the loss."""
+        """The exponential of the loss."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits that the text takes when the model predicts it, over its bytes in UTF-8; NaN where these are unknown."""
+        """The total loss in bits, divided by the bytes of the text in UTF-8; NaN if the bytes are unknown."""
         return self.loss * self.tokens / math.log(2) / self.bytes if self.bytes else math.nan
 
     def record(self, name: str = "") -> dict[str, float]:
-        """For metrics.jsonl; `name` of the set, empty for the main one."""
+        """Return the entries for metrics.jsonl. `name`: of the validation set; empty for the main one."""
         found = {"val_loss": self.loss, "val_perplexity": self.perplexity}
         found |= {"val_bits_per_byte": self.bits_per_byte} if self.bytes else {}
         return {f"{key}/{name}" if name else key: value for key, value in found.items()}
 
     def text(self) -> str:
-        """For a person."""
+        """Return a text for the terminal."""
         bits = f", {self.bits_per_byte:.4f} bits per byte" if self.bytes else ""
         return f"loss {self.loss:.4f}, perplexity {self.perplexity:.4g}{bits}"
 
 
 def lengths_of_tokens(shards: TokenShards) -> Tensor:
-    """Bytes (V,) float64 of text that each token of a split stands for; all 0 where its tokenizer cannot tell."""
+    """Return the bytes of text that each token of a split stands for, (V,) float64; all 0 if the tokenizer cannot tell."""
     try:
         return torch.from_numpy(bytes_of_tokens(shards))
     except DataError:
         raise
-    except Exception:  # what a tokenizer raises while it decodes is its own; the loss does not need it
+    except Exception:  # tokenizers raise errors of many types in decoding; the loss does not need the lengths
         return torch.zeros(shards.vocab_size, dtype=torch.float64)
 
 
 def add_up(
     loss: Callable[[Tensor, Tensor], Tensor], batches: Iterable[MicroBatch], lengths: Tensor, proceed: Callable[[], bool]
 ) -> list[float] | None:
-    """The sums of loss (nats), targets and bytes of text over `batches`; None if `proceed`, asked before each, said no."""
+    """Return the sums of loss (nats), targets and bytes of text over `batches`; None if `proceed()` was False before a batch."""
     sums = torch.zeros(3, dtype=torch.float64)
     for inputs, targets in batches:
         if not proceed():
@@ -86,38 +86,38 @@ def add_up(
 
 
 class Found(NamedTuple):
-    """What an evaluation found."""
+    """The result of an evaluation."""
 
-    loss: float  # of the weights that train, on the main validation set
+    loss: float  # of the current weights (not their average) on the main validation set
     record: dict[str, float]  # for metrics.jsonl
-    lines: list[str]  # for a person
+    lines: list[str]  # for the terminal
 
 
 class Evaluator:
-    """What of a training run is evaluated: its weights, and their average where there is one, on validation sets and tasks.
+    """Evaluates the weights of a training run, and their average if there is one, on validation sets and tasks.
 
-    Every rank must make it at the same place, once `context`, the tokens of a sequence, is known.
+    Every rank must construct it at the same point, once `context` (tokens of a sequence) is known.
 
     Raises:
-        ConfigError, DataError: a set or a task that cannot be used, on every rank.
+        ConfigError, DataError: on every rank, for a set or a task that cannot be used.
     """
 
     def __init__(
         self, config: Config, accelerator: Accelerator, validation: TokenShards, context: int, mark: Callable[[str], None]
     ) -> None:
-        """`validation`: the main set; `mark`: the heartbeat's, called before every batch."""
+        """`validation`: the main validation set. `mark`: the heartbeat's; it is called before every batch."""
         self.config, self.accelerator, self.context, self.mark = config, accelerator, context, mark
         self.end = validation.eot_id
         self.sets = {"": validation, **open_sets(config, validation)}
         self.lengths = {name: lengths_of_tokens(shards) for name, shards in self.sets.items()}
         if len(self.sets) > 1:
             require_same(accelerator, self.facts)
-        self.tasks: list[Task] = []  # on the first rank alone
+        self.tasks: list[Task] = []  # empty on all ranks but the first
         if config.eval.tasks or config.eval.lm_eval:
             on_first_rank(accelerator, lambda: self.tasks.extend(open_tasks(config, validation, context)), mark)
 
     def facts(self) -> list[Fact]:
-        """What must be the same on all ranks."""
+        """Return the facts that must be the same on all ranks."""
         return [
             Fact(f"the data set of eval.sets.{name}", shards.fingerprint[:12], "let it hold the same data set on every node")
             for name, shards in self.sets.items()
@@ -125,13 +125,13 @@ class Evaluator:
         ]
 
     def due(self, state: RunState) -> bool:
-        """Whether to evaluate after the step of `state`."""
+        """Return whether to evaluate after the step of `state`."""
         return state.evaluated < state.step and due(state.step, self.config.eval.every, self.config.train.steps)
 
     def evaluate(self, strategy: Strategy, step: int, stopping: Callable[[], bool]) -> Found | None:
-        """Evaluate the weights after `step`, and their average; None if it was stopped.
+        """Evaluate the weights after `step`, and their average. Returns None if the evaluation was stopped.
 
-        `stopping`: asked before every batch whether to stop, on every rank alike.
+        `stopping`: asked before every batch whether to stop; it gives the same answer on every rank.
         """
         average, every = strategy.average, self.config.eval.tasks_every
         tasks = bool(self.config.eval.tasks or self.config.eval.lm_eval) and (
@@ -151,7 +151,7 @@ class Evaluator:
 
     @torch.no_grad()
     def _weights(self, strategy: Strategy, tasks: bool, stopping: Callable[[], bool]) -> Found:
-        """What the weights that are in place make of every set, and if `tasks` of the tasks."""
+        """Evaluate the weights that the model has now on every validation set, and on the tasks if `tasks` is True."""
         found = Found(math.nan, {}, [])
         strategy.loss_model.eval()
         try:
@@ -161,7 +161,7 @@ class Evaluator:
                 found.lines.append(f"validation {of_set.text()}" if not name else f"{name}: {of_set.text()}")
                 found = found if name else found._replace(loss=of_set.loss)
             if tasks:
-                with torch.compiler.set_stance("force_eager"):  # every length would be compiled anew
+                with torch.compiler.set_stance("force_eager"):  # else each sequence length would be compiled
                     scores = Scorer(
                         strategy, self.context, self.config.train.micro_batch_size, self.end, stopping, self.mark
                     ).run_tasks(self.tasks)
@@ -172,7 +172,7 @@ class Evaluator:
         return found
 
     def _set(self, strategy: Strategy, name: str, stopping: Callable[[], bool]) -> Evaluation:
-        """The weights on `eval.sequences` sequences of a set. Raises Stopped."""
+        """Evaluate the current weights on `eval.sequences` sequences of a validation set. Raises Stopped."""
         shards = self.sets[name]
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         rows = self.config.train.micro_batch_size
@@ -190,7 +190,7 @@ class Evaluator:
 
 
 def in_words(scores: dict[str, float]) -> list[str]:
-    """A line for each task."""
+    """Return a line for each task."""
     tasks: dict[str, list[str]] = {}
     for key, score in scores.items():
         task, _, metric = key.rpartition("/")
@@ -199,10 +199,10 @@ def in_words(scores: dict[str, float]) -> list[str]:
 
 
 def open_sets(config: Config, validation: TokenShards, fetch: bool = True) -> dict[str, TokenShards]:
-    """The sets of `eval.sets` by name; without `fetch` those that are on this machine.
+    """Open the validation sets of `eval.sets`, by name. Without `fetch`, sets behind a URL are left out.
 
     Raises:
-        DataError: a set that cannot be read, or that was prepared with another tokenizer than the data that is trained on.
+        DataError: a set cannot be read, or was prepared with another tokenizer than the training data.
     """
     sets = {}
     for name, folder, split in sets_of(config):
@@ -224,7 +224,7 @@ def open_sets(config: Config, validation: TokenShards, fetch: bool = True) -> di
 
 
 def open_tasks(config: Config, validation: TokenShards, context: int) -> list[Task]:
-    """The tasks of `eval.tasks` and `eval.lm_eval`. Raises ConfigError for one that cannot be used."""
+    """Open the tasks of `eval.tasks` and `eval.lm_eval`. Raises ConfigError for a task that cannot be used."""
     tokenizer, end, most = load_tokenizer(validation.folder), validation.eot_id, config.eval.task_examples
     tasks: list[Task] = [
         MultipleChoice(name, file, tokenizer, end, context, most) for name, file in (config.eval.tasks or {}).items()
@@ -235,10 +235,10 @@ def open_tasks(config: Config, validation: TokenShards, context: int) -> list[Ta
 
 
 def evaluation(loss: float, targets: float, length: float) -> Evaluation:
-    """From the sums over all batches.
+    """Return the Evaluation from the sums of loss (nats), targets and bytes over all batches.
 
     Raises:
-        DataError: not a single target.
+        DataError: there is no target.
     """
     if not targets:
         raise DataError("there is no token to evaluate on")

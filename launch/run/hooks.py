@@ -1,4 +1,4 @@
-"""Points of a training run at which its caller may act. Fault injection disturbs runs there, and tests observe them."""
+"""Points of a training run at which its caller may act. Fault injection disturbs runs there; tests observe runs there."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from launch.distributed.strategy import Strategy
 
 
 class Hooks:
-    """Gets called by `train.train`. These methods do nothing; a subclass overrides some of them."""
+    """The hooks that train.py calls. These methods do nothing; a subclass overrides some of them."""
 
     def before_step(self, step: int, strategy: Strategy) -> None:
-        """Step `step`, counted from 1, is about to compute its gradient."""
+        """Called before step `step`, counted from 1, computes its gradient."""
 
     def after_backward(self, step: int, strategy: Strategy, loss: Tensor) -> None:
-        """The gradients of step `step` are there. `loss` is this rank's share, and may be changed in place."""
+        """Called when the gradients of step `step` are computed. `loss` is this rank's share; it may be changed in place."""
 
     def before_evaluation(self, step: int) -> None:
-        """The validation loss after step `step` is about to be computed."""
+        """Called before the evaluation after step `step`."""
 
     def before_save_phase(self, phase: str) -> None:
-        """A phase of `launch.checkpoint.save.PHASES` is about to begin, in the thread of this rank that writes."""
+        """Called before a phase of `launch.checkpoint.save.PHASES`, in this rank's checkpoint thread."""

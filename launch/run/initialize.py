@@ -1,6 +1,7 @@
-"""`model.init`: a training run that begins with the weights of another, of a folder of transformers, or of the Hugging Face hub.
+"""`model.init`: starts a training run with the weights of another run, a transformers folder, or a model of the Hugging Face hub.
 
-The architecture comes from there, too. Optimizer, step and data begin anew. Only safetensors are read, and no code is run.
+The architecture comes from that source, too. Optimizer state, step and data order start from the beginning. Only safetensors
+files are read, and no code of the source is run.
 """
 
 from __future__ import annotations
@@ -40,32 +41,32 @@ from models.gpt2 import from_gpt2, gpt3_config
 from models.gpt3 import GPT3Config
 from models.initialization import Held, Weights, without_memory
 
-OF_AVERAGE = "average:"  # before a run or checkpoint: the average of its weights
-IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")  # accepted, but no attributes under these names
-ROPE_PARTS = ("rope_theta", "partial_rotary_factor")  # old keys of their own for what lies in `rope_parameters` today
-NUMBERS = ("layers", "width", "heads", "vocab_size")  # of a GPT-3 but its context: a training sequence may be shorter
-PROBE = 4096  # tokens of the data that both tokenizers must write alike
+OF_AVERAGE = "average:"  # prefix of a run or checkpoint: take the average of its weights
+IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")  # valid keys, although the config has no such attributes
+ROPE_PARTS = ("rope_theta", "partial_rotary_factor")  # former top-level keys; today they are entries of `rope_parameters`
+NUMBERS = ("layers", "width", "heads", "vocab_size")  # a GPT-3's numbers, but not its context: sequences may be shorter
+PROBE = 4096  # tokens of the data whose text both tokenizers must encode to the same tokens
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where weights come from: a folder with a config.json, and what a message says of it."""
+    """The source of weights: a folder with a config.json, and its description in messages."""
 
     path: Path
-    name: str  # as the user wrote it, or the checkpoint that was taken
-    step: int | None = None  # of a checkpoint; None: a folder of transformers
-    note: str = ""  # its commit on the hub, or what is wrong with newer checkpoints
-    file: str = MODEL  # of the weights in it; of a checkpoint also AVERAGE
-    run: Path | None = None  # whose checkpoint it is
+    name: str  # as the user wrote it, or the checkpoint that was chosen
+    step: int | None = None  # of a checkpoint; None: a transformers folder
+    note: str = ""  # the commit on the hub, or what is wrong with newer checkpoints
+    file: str = MODEL  # the file with the weights; in a checkpoint it may be AVERAGE
+    run: Path | None = None  # the folder of the run that the checkpoint belongs to
 
     @property
     def tokenizer_file(self) -> Path:
-        """The tokenizer beside the weights; of a checkpoint, that of its run."""
+        """The tokenizer beside the weights or, for a checkpoint, in its run's folder."""
         return (self.run or self.path) / "tokenizer.json"
 
 
 def begun(config: Config, run_dir: Path) -> Source | None:
-    """A checkpoint of the training run that `config` continues; None if it begins. Whether it is whole is not looked at."""
+    """Return a checkpoint of the training run that `config` resumes; None if the run begins. The checkpoint is not verified."""
     resume = config.checkpoint.resume
     given = [] if resume in ("auto", "never") else [Path(resume).expanduser()]
     folders = [(folder, run) for run in given for folder in folders_of(run)]  # `given` may be a checkpoint or a run
@@ -77,9 +78,9 @@ def begun(config: Config, run_dir: Path) -> Source | None:
 
 
 def architecture_source(config: Config, run_dir: Path) -> Source | None:
-    """What says which model `config` with `model.init` trains: the run itself once it has begun, else `model.init`'s folder.
+    """Return the source of the architecture with `model.init`: the run itself once it has begun, else the folder of `model.init`.
 
-    None without `model.init`. Of a model of the hub it gets the small files alone.
+    Returns None without `model.init`. From a model of the hub, only the small files are downloaded.
     """
     if config.model.init is None:
         return None
@@ -87,10 +88,10 @@ def architecture_source(config: Config, run_dir: Path) -> Source | None:
 
 
 def find_source(init: str, weights: bool = True) -> Source:
-    """The folder that `model.init` names; of a model of the hub a local copy, with or without its weights.
+    """Return the folder that `model.init` names. For a model of the hub, it is a local copy, with or without weights.
 
     Raises:
-        ConfigError: nothing there, or not a causal language model in safetensors; the message names the remedy.
+        ConfigError: the source does not exist or cannot be downloaded, or `average:` does not name a run or checkpoint.
         CheckpointError: a run without a whole checkpoint.
     """
     if init.startswith(HUB):
@@ -114,7 +115,7 @@ def find_source(init: str, weights: bool = True) -> Source:
 
 
 def download(init: str, weights: bool) -> Path:
-    """A local copy of a model of the Hugging Face hub, `hub:NAME` or `hub:NAME@REVISION`."""
+    """Download a model of the Hugging Face hub, `hub:NAME` or `hub:NAME@REVISION`. Returns the local copy."""
     from huggingface_hub import snapshot_download
 
     name, _, revision = init.removeprefix(HUB).partition("@")
@@ -129,7 +130,7 @@ def download(init: str, weights: bool) -> Path:
 
 
 def source_config(source: Source) -> PretrainedConfig:
-    """The configuration of the model in a source. Raises ConfigError for one that is no causal language model or no plain one."""
+    """Return the model configuration of a source. Raises ConfigError unless it is a plain, unquantized causal language model."""
     if (source.path / "adapter_config.json").exists():
         raise ConfigError(f"model.init: {source.name} holds an adapter: merge it into its model, and name that folder")
     if not (source.path / "config.json").is_file():
@@ -150,12 +151,12 @@ def source_config(source: Source) -> PretrainedConfig:
 
 
 def architecture(model: ModelSection, source: Source, vocab_size: int) -> PretrainedConfig:
-    """The configuration of the model to train: the source's, with the dropout that `model` asks for.
+    """Return the configuration of the model to train: the source's, for a GPT-3 with the dropout of `model`.
 
-    A GPT-2 becomes the GPT-3 that computes the same function, unless `model.hf` asks for a GPT-2.
+    A GPT-2 becomes the GPT-3 that computes the same function, unless `model.hf` is given.
 
     Raises:
-        ConfigError: a key of `model` that contradicts the source, or a source with fewer tokens than `vocab_size`.
+        ConfigError: a key of `model` contradicts the source, or the source's vocabulary is smaller than `vocab_size`.
     """
     found = source_config(source)
     config = found
@@ -174,7 +175,7 @@ def architecture(model: ModelSection, source: Source, vocab_size: int) -> Pretra
     asked = [(f"model.{key}", key, getattr(model, key) or size.get(key)) for key in NUMBERS]
     asked = [("model.size", key, value) if getattr(model, key) is None else (name, key, value) for name, key, value in asked]
     there: dict[str, Any] = {"vocab_size": config.vocab_size}
-    differences: list[tuple[str, str]] = []  # what to leave out, and why
+    differences: list[tuple[str, str]] = []  # (option to leave out, reason)
     if isinstance(config, GPT3Config):
         there = {key: getattr(config, key) for key in NUMBERS}
         config.dropout = model.dropout
@@ -198,7 +199,7 @@ def architecture(model: ModelSection, source: Source, vocab_size: int) -> Pretra
 
 @contextmanager
 def model_options() -> Iterator[None]:
-    """Let a ModelError name the option that is wrong: `model.` and the argument of `models.build_model`."""
+    """Make a ModelError name the wrong option: `model.` and the argument of `models.build_model`."""
     try:
         yield
     except ModelError as error:
@@ -208,7 +209,7 @@ def model_options() -> Iterator[None]:
 
 
 def with_keys(config: PretrainedConfig, keys: dict[str, Any]) -> tuple[PretrainedConfig, dict[str, tuple[Any, Any]]]:
-    """`config` with `keys` in place of its own, and those of them that would make it another function, with both values.
+    """Return `config` with `keys` replaced, and the keys that would change its function, each with the old and the new value.
 
     Raises:
         ModelError: values that the class of `config` refuses.
@@ -238,13 +239,13 @@ def with_keys(config: PretrainedConfig, keys: dict[str, Any]) -> tuple[Pretraine
 def load_source(
     source: Source, config: PretrainedConfig, gradient_checkpointing: bool | str
 ) -> tuple[PreTrainedModel, Weights, str]:
-    """The model of `config` without memory, the weights of the source, and what was taken, in one line.
+    """Return the model of `config` without memory for its parameters, the weights of the source, and a line that describes them.
 
-    They are read by slice where the files hold them as the model has them, else whole.
+    The weights are read in slices if the files store them as the model has them, else as a whole model.
 
     Raises:
-        ConfigError: weights that are not there, pickled, damaged, or not those of the configuration.
-        CheckpointError: the same of a checkpoint.
+        ConfigError: weights that are missing, pickled, damaged, or do not fit the configuration.
+        CheckpointError: the same for a checkpoint.
     """
     convert = isinstance(config, GPT3Config) and source.step is None and source_config(source).model_type == "gpt2"
     stored, _ = without_memory(lambda: model_of(source_config(source) if convert else config))
@@ -265,9 +266,9 @@ def load_source(
 
 
 def whole_model(source: Source, config: PretrainedConfig, convert: bool, names: Collection[str]) -> PreTrainedModel:
-    """The model with the weights of the source, in float32, on the CPU; `convert`: from a GPT-2.
+    """Return the model with the weights of the source, in float32, on the CPU. `convert`: the source is a GPT-2.
 
-    `names`: the parameters of the model whose weights the source holds, as its configuration makes them.
+    `names`: the parameters that a model of the source's configuration has.
     """
     model: PreTrainedModel
     if source.step is not None:
@@ -282,7 +283,7 @@ def whole_model(source: Source, config: PretrainedConfig, convert: bool, names: 
 
 
 def weight_files(source: Source) -> list[Path]:
-    """The safetensors files of a source, all of which are there."""
+    """Return the safetensors files of a source. Raises ConfigError if one is missing or the index is damaged."""
     try:
         files = files_of(source.path / source.file)
     except ValueError as error:
@@ -300,9 +301,9 @@ def weight_files(source: Source) -> list[Path]:
 
 
 def stored_dtypes(source: Source, model: PreTrainedModel) -> dict[str, str]:
-    """The dtype of each tensor in the files of a source, which have the weights of `model`, perhaps without memory.
+    """Return the dtype of each tensor in the files of a source. `model`: the source's model, which may be without memory.
 
-    Raises ConfigError for files that are missing or damaged, and for weights that are no real numbers.
+    Raises ConfigError for files that are missing or damaged, and for weights that are not plain real numbers.
     """
     found: dict[str, str] = {}
     for path in weight_files(source):
@@ -316,8 +317,10 @@ def stored_dtypes(source: Source, model: PreTrainedModel) -> dict[str, str]:
 
 
 def check_files(config: Config, run_dir: Path) -> None:
-    """Raise ConfigError where the headers of `model.init`'s files show that it cannot be taken. Of the hub nothing is read, nor
-    where the run has begun."""
+    """Raise ConfigError if the headers of the files of `model.init` show that they cannot be used.
+
+    Nothing is checked for a model of the hub, or once the run has begun.
+    """
     init = config.model.init
     if init is not None and not init.startswith(HUB) and begun(config, run_dir) is None:
         source = find_source(init)
@@ -325,12 +328,12 @@ def check_files(config: Config, run_dir: Path) -> None:
 
 
 def from_pretrained(source: Source, config: PretrainedConfig) -> PreTrainedModel:
-    """The model of a folder of transformers. Raises ConfigError unless its weights are those of `config`, no more and no less."""
+    """Load the model of a transformers folder. Raises ConfigError unless its weights are exactly those of `config`."""
     try:
         model, problem = read_stock(source.path, config, torch.float32)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # transformers raises what reading its files raises
+    except Exception as error:  # transformers raises many types of errors
         raise ConfigError(f"model.init: {source.name} cannot be loaded: {first_line(error)}") from error
     if problem:
         raise ConfigError(f"model.init: {source.name} {problem}")
@@ -338,9 +341,9 @@ def from_pretrained(source: Source, config: PretrainedConfig) -> PreTrainedModel
 
 
 def check_tokenizer(source: Source, shards: TokenShards) -> str:
-    """What the line says of the tokenizer. Raises ConfigError unless the source's writes the data as the data's does.
+    """Return a text on the tokenizer. Raises ConfigError unless the source's tokenizer encodes the data as the data's does.
 
-    Each token of the data must have the same id there. The source may have more tokens.
+    Each token of the data's tokenizer must have the same id in the source's, which may have more tokens.
     """
     own = Tokenizer.from_file(str(shards.folder / "tokenizer.json"))
     other = read_tokenizer(source)
@@ -363,7 +366,7 @@ def check_tokenizer(source: Source, shards: TokenShards) -> str:
 
 
 def read_tokenizer(source: Source) -> Tokenizer | None:
-    """The tokenizer of a source; None if there is none, or none that transformers can make."""
+    """Load the tokenizer of a source; None if there is none that can be loaded."""
     if source.tokenizer_file.is_file():
         try:
             return Tokenizer.from_file(str(source.tokenizer_file))

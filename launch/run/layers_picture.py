@@ -1,4 +1,4 @@
-"""layers.png: the statistics of every layer over the steps of a training run, in one picture."""
+"""Draws layers.png: the statistics of every layer over the steps of a training run."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 from data.files import replacing
 
 MAPS = {"weight_norm": "weight", "grad_norm": "gradient", "update_norm": "update", "update_ratio": "update / weight"}
-LABELS = 40  # names beside a map, at most
+LABELS = 40  # most parameter names beside a map
 
 
 def draw_layers(records: list[dict[str, Any]], path: Path, title: str) -> None:
-    """A map of each norm (parameters down, steps to the right), the largest attention logit of the blocks, and singular values of
-    directions before and after orthogonalization. Nothing without a record that has statistics."""
+    """Draw a map of each norm (parameters down, steps to the right), the largest attention logit of every block, and singular
+    values of directions before and after orthogonalization. Draws nothing if no record has statistics."""
     found = [r for r in records if any(key.startswith("weight_norm/") for key in r)]
     if not found:
         return

@@ -1,7 +1,7 @@
-"""Tasks of lm-eval (EleutherAI's lm-evaluation-harness, a package of its own) on the model that trains.
+"""Runs tasks of lm-eval (EleutherAI's lm-evaluation-harness, a separate package) on the model in training.
 
-Everything that a task needs must be on the machine of the first rank when a training run starts: nothing is downloaded then or
-later. `lm_eval --model dummy --tasks NAME --limit 1` brings it there once.
+All data of a task must be on the machine of the first rank when a training run starts: training downloads nothing.
+`lm_eval --model dummy --tasks NAME --limit 1` downloads it once.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from configs.load import ConfigError
 from data import first_line
 from launch.run.scoring import Ask, row
 
-KINDS = ("multiple_choice", "loglikelihood", "loglikelihood_rolling")  # of output: those that need no generated text
-FEWSHOT_SEED = 1234  # lm-eval's own
+KINDS = ("multiple_choice", "loglikelihood", "loglikelihood_rolling")  # output types that need no generated text
+FEWSHOT_SEED = 1234  # lm-eval's default
 
 
 class LMEvalTasks:
@@ -32,15 +32,15 @@ class LMEvalTasks:
     ) -> None:
         """
         Args:
-            names: of tasks and groups.
+            names: names of tasks and groups.
             include: a folder with further tasks; None: none.
-            end: the token that ends a document, before a text without a beginning.
+            end: the token that ends a document; it stands before a text that has no context.
             context: tokens of a sequence of the model.
-            most: documents of each task, the first ones; None: all.
+            most: how many documents of each task to take, from the first on; None: all.
 
         Raises:
-            ConfigError: no such folder, lm-eval is missing, a task that it does not know, cannot load without a network, or that
-                needs generated text.
+            ConfigError: the folder or lm-eval is missing; or a task is unknown, cannot be loaded without a network, or needs
+                generated text.
         """
         if include is not None and not Path(include).is_dir():
             raise ConfigError(f"eval.lm_eval_include: {include} is no folder")
@@ -58,7 +58,7 @@ class LMEvalTasks:
             for name in dict.fromkeys(names):
                 try:
                     loaded = manager.load([name])
-                except Exception as error:  # of datasets, huggingface_hub, lm-eval
+                except Exception as error:  # from datasets, huggingface_hub or lm-eval
                     raise ConfigError(
                         f"eval.lm_eval: the data of {name} cannot be loaded without a network ({first_line(error)}); fetch it "
                         f"once, on the machine of the first rank: lm_eval --model dummy --tasks {name} --limit 1"
@@ -73,7 +73,7 @@ class LMEvalTasks:
                 )
 
     def __call__(self, ask: Ask) -> dict[str, float]:
-        """Every metric of every task and group, without standard errors."""
+        """Return every metric of every task and group, without standard errors."""
         from lm_eval.evaluator import evaluate
 
         for task in self.tasks["tasks"].values():
@@ -85,7 +85,7 @@ class LMEvalTasks:
         return dict(numbers(results["results"]))
 
     def model(self, ask: Ask) -> Any:
-        """What lm-eval takes for a model."""
+        """Return a model in the form that lm-eval expects."""
         from lm_eval.api.model import TemplateLM
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
@@ -122,7 +122,7 @@ class LMEvalTasks:
 
 
 def numbers(results: dict[str, dict[str, Any]]) -> Iterator[tuple[str, float]]:
-    """lm-eval's "acc,none" of a task as lm_eval/TASK/acc; another filter than none stays in the name."""
+    """Yield lm-eval's results by our names: "acc,none" of a task becomes lm_eval/TASK/acc; any other filter stays in the name."""
     for task, found in results.items():
         for metric, value in found.items():
             name, _, answers = metric.partition(",")
@@ -132,7 +132,7 @@ def numbers(results: dict[str, dict[str, Any]]) -> Iterator[tuple[str, float]]:
 
 @contextmanager
 def offline() -> Iterator[None]:
-    """Until the end of the context the libraries of Hugging Face read their caches alone, and lm-eval shows no progress bars."""
+    """In this context, the libraries of Hugging Face read only their caches, and lm-eval shows no progress bars."""
     import datasets
     import huggingface_hub
 

@@ -1,4 +1,4 @@
-"""What a training run does with `data.mix` and not with `data.dir`: opens it, and says what it takes of each source."""
+"""Opens the sources of `data.mix`, fetches remote data, and words what a run takes from each source."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from data.shards import TokenShards
 
 
 def open_mixture(config: Config) -> tuple[TokenShards, TokenShards]:
-    """The training and the validation split of `data.mix`.
+    """Open the training and the validation split of `data.mix`.
 
-    Validation takes from each source as its weight at step 0 says, so that the loss stays comparable where weights change. A
-    source without a weight there needs no validation split.
+    Validation mixes the sources by their weights at step 0, so that the loss stays comparable when weights change. A source
+    with weight 0 at step 0 needs no validation split.
 
     Raises:
-        DataError: of one source, or because they do not fit together.
+        DataError: a source cannot be read, or the sources do not fit together.
     """
     sources = [source._replace(dir=local_data_folder(config, source.dir)) for source in mix_sources(config)]
     training = Mixture([TokenShards(source.dir, "train") for source in sources], [source.weights for source in sources])
@@ -31,13 +31,13 @@ def open_mixture(config: Config) -> tuple[TokenShards, TokenShards]:
 
 
 def local_data_folder(config: Config, folder: str) -> str:
-    """A data folder on this machine: for a URL its copy in the cache."""
+    """Return the path of a data folder on this machine; for a URL, its copy in the cache."""
     cache = Path(config.data.cache_dir or "~/.cache/celo2-data").expanduser()
     return local_folder(folder, cache, config.data.cache_gb * 1e9, log)
 
 
 def fetch_data(config: Config) -> None:
-    """Copy what lies behind URLs. Before the processes meet, since they would wait for longer than they may.
+    """Copy data folders behind URLs into the cache. Call it before the process group starts: copying may exceed its timeout.
 
     Raises:
         DataError: as `local_folder`.
@@ -49,12 +49,12 @@ def fetch_data(config: Config) -> None:
 
 
 def log(line: str) -> None:
-    """What is copied, on stderr at once."""
+    """Print a line about copying on stderr at once."""
     print(line, file=sys.stderr, flush=True)
 
 
 def mixture_notes(batches: Batches, shards: TokenShards, steps: int) -> list[str]:
-    """For each source of a mixture its tokens, its share from each step on, and how often the run goes through it."""
+    """Return a line for each source of a mixture: its tokens, its shares of the sequences, and its epochs in the whole run."""
     if not isinstance(shards, Mixture):
         return []
     return [
@@ -66,17 +66,17 @@ def mixture_notes(batches: Batches, shards: TokenShards, steps: int) -> list[str
 
 
 def epochs_record(batches: Batches, shards: TokenShards, step: int) -> dict[str, float]:
-    """For metrics.jsonl: how often each source of a mixture was gone through before `step`."""
+    """Return, for metrics.jsonl, the epochs of each source of a mixture before `step`."""
     if not isinstance(shards, Mixture):
         return {}
     return {f"epochs/{name}": epochs for name, epochs in zip(shards.names, batches.epochs(step), strict=True)}
 
 
 def taken_notes(batches: Batches, shards: TokenShards, step: int) -> list[str]:
-    """What the run took of each source of a mixture."""
+    """Return a line with the sequences that the run took from each source of a mixture before `step`."""
     if not isinstance(shards, Mixture):
         return []
-    counts = batches.taken(step).values() or [batches.first(step)]  # of a single source
+    counts = batches.taken(step).values() or [batches.first(step)]  # `taken` is empty for a single source
     parts = [
         f"{name} {count:,} ({epochs:.3g} epochs)"
         for name, count, epochs in zip(shards.names, counts, batches.epochs(step), strict=True)
@@ -89,7 +89,7 @@ def _share(share: float, step: int) -> str:
 
 
 def name_of_data(data: dict[str, Any]) -> tuple[str, str]:
-    """The option that names the data in a configuration's section `data`, and what it names."""
+    """Return the option that names the data in a configuration's section `data`, and the folders that it names."""
     if data.get("mix"):
         return "data.mix", ", ".join(str(source.get("dir")) for source in data["mix"])
     return "data.dir", str(data.get("dir"))

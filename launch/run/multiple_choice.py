@@ -1,9 +1,9 @@
 """Multiple choice from JSON lines, the built-in downstream task: {"question": TEXT, "choices": [TEXT, ...], "answer": NUMBER}.
 
-`answer` counts from 0. HellaSwag, ARC, PIQA and their like have this shape. A choice follows the question after a space, unless
-there is white space already. The model answers with the choice of the largest log-probability (accuracy), or of the largest
-log-probability over its length in characters (normalized accuracy): as the tasks of lm-eval, whose `acc` and `acc_norm` of the
-same texts are the same numbers.
+`answer` counts from 0. HellaSwag, ARC, PIQA and similar tasks have this form. A space is put between question and choice unless
+there is white space already. The model's answer is the choice with the largest log-probability (accuracy), or with the largest
+log-probability divided by its length in characters (normalized accuracy). lm-eval's `acc` and `acc_norm` give the same numbers
+for the same texts.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ EXAMPLE = '{"question": "Snow is", "choices": ["white", "green"], "answer": 0}'
 
 
 class Question(NamedTuple):
-    """A question as the model sees it."""
+    """A tokenized question."""
 
     rows: list[Row]  # one for each choice
-    lengths: list[int]  # characters of the choices
+    lengths: list[int]  # of the choices, in characters
     answer: int
 
 
@@ -37,14 +37,14 @@ class MultipleChoice:
     def __init__(self, name: str, path: str | Path, tokenizer: Tokenizer, end: int, context: int, most: int | None) -> None:
         """
         Args:
-            name: of the task.
+            name: the name of the task.
             path: its file.
-            end: the token that ends a document; it stands before a question without text.
+            end: the token that ends a document; it replaces an empty question.
             context: tokens of a sequence of the model. The beginning of a longer question is cut off.
-            most: questions to take, the first ones; None: all.
+            most: how many questions to take, from the first on; None: all.
 
         Raises:
-            ConfigError: a file that is missing or empty, or a line that is no question, by its number.
+            ConfigError: the file is missing or empty, or a line is not a question; the message gives the line's number.
         """
         self.name, self.key = f"eval.tasks.{name}", f"task/{name}"
         lines = read_lines(self.name, Path(path))
@@ -60,7 +60,7 @@ class MultipleChoice:
             raise ConfigError(f"{self.name}: {path} holds no question; a line is {EXAMPLE}")
 
     def __call__(self, ask: Ask) -> dict[str, float]:
-        """Both accuracies. NaN where a log-probability is not finite."""
+        """Return both accuracies; NaN if a log-probability is not finite."""
         scores = ask([one for question in self.questions for one in question.rows])[:, 0].numpy()
         right, right_by_length, at = 0, 0, 0
         for rows, lengths, answer in self.questions:
@@ -73,7 +73,7 @@ class MultipleChoice:
 
 
 def read_lines(name: str, path: Path) -> Iterator[tuple[int, str]]:
-    """The lines of a file that are not blank, with their numbers, counted from 1."""
+    """Yield the lines of a file that are not blank, each with its number, counted from 1."""
     try:
         with path.open(encoding="utf-8-sig") as file:
             yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
@@ -82,7 +82,7 @@ def read_lines(name: str, path: Path) -> Iterator[tuple[int, str]]:
 
 
 def parse(line: str, tokenizer: Tokenizer, end: int, context: int) -> Question:
-    """A line of the file. Raises ValueError for one that is no question, saying what is wrong."""
+    """Parse a line of the file. Raises ValueError with the reason if it is not a question."""
     try:
         found = json.loads(line)
     except (ValueError, RecursionError):
@@ -108,7 +108,7 @@ def parse(line: str, tokenizer: Tokenizer, end: int, context: int) -> Question:
 
 
 def checked_text(value: Any, what: str) -> str:
-    """A text that can be encoded. JSON may hold halves of a character."""
+    """Return `value` if it is a text that can be encoded. JSON may contain lone surrogates, which cannot."""
     if not isinstance(value, str):
         raise ValueError(f"{what} is {value!r:.40}, expected a text")
     try:
@@ -119,7 +119,7 @@ def checked_text(value: Any, what: str) -> str:
 
 
 def encoded(before: str, after: str, tokenizer: Tokenizer, end: int) -> tuple[Sequence[int], Sequence[int]]:
-    """The tokens of a text and of its continuation, where the first ends: white space there belongs to the second."""
+    """Return the tokens of a text and of its continuation. White space between the two belongs to the continuation."""
     bare = before.rstrip()
     whole = tokenizer.encode(before + after, add_special_tokens=False).ids
     if not bare:

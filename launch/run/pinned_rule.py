@@ -1,4 +1,4 @@
-"""Where a run reads a rule of the Hugging Face Hub: from one commit, and from the copy in its own folder once it has begun."""
+"""Pins a rule of the Hugging Face Hub: to one commit, and to the copy in the run's folder once the run has begun."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from launch.run.setup import run_folder
 
 
 def with_pinned_rule(config: Config) -> Config:
-    """`config` whose rule of the Hub is pinned: it names one commit, or the copy in the run's folder.
+    """Return `config` with a rule of the Hub pinned to one commit or to the copy in the run's folder.
 
-    A run that has begun with this name goes on with the copy in its folder, whatever the Hub has now and without a network.
-    Otherwise the name stands for the commit that it has now.
+    A run that has begun with this name resumes with the copy in its folder. It needs no network and ignores changes on the Hub.
+    Otherwise the name is pinned to its current commit.
 
     Raises:
         RuleError: as `load_rule`.
@@ -32,13 +32,13 @@ def with_pinned_rule(config: Config) -> Config:
 
 
 def copy_of_run(config: Config) -> Path | None:
-    """The copy of the rule that `config` names in the folder of the run that goes on, if that has begun with this name."""
+    """Return the run's copy of the rule, if the run has begun with the optimizer and rule names of `config`; else None."""
     start = begun(config, run_folder(config))
     copy = start.run / RULE_FILE if start is not None and start.run is not None else None
     if start is None or copy is None or not copy.is_file():
         return None
     try:
         saved = read_state(start.path)["config"]["optimizer"]
-    except CheckpointError:  # of a damaged checkpoint; resuming says it
+    except CheckpointError:  # damaged: resuming raises this error again
         return None
     return copy if all(saved.get(key) == getattr(config.optimizer, key) for key in ("name", "rule")) else None

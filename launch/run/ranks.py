@@ -1,7 +1,7 @@
-"""What every rank must have alike: compared at the start of a training run and at every roll-back, before it can do harm.
+"""Compares what must be equal on all ranks, at the start of a training run and at every rollback.
 
-A node that was given another configuration, data set, checkpoint, rule or version would train on without a word. Paths may differ
-between the nodes (`PATHS`): what lies there is compared instead.
+Without this check, a node with another configuration, data set, checkpoint, rule or version would silently train something else.
+Paths may differ between the nodes (`PATHS`): their contents are compared instead.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ PATHS = (
     "optimizer.rule",
     "model.init",
     "checkpoint.fallback_dir",
-    "eval.lm_eval_include",  # as the files of eval.tasks: only the first rank reads it
+    "eval.lm_eval_include",  # only the first rank reads it, like the files of eval.tasks
 )  # options that may differ between nodes
 PACKAGES = ("torch", "numpy", "transformers", "accelerate")
-NAMED = 4  # values, ranges of ranks or hosts that a message names
+NAMED = 4  # the most values, ranges of ranks or hosts that a message names
 
 
 def is_path(option: str) -> bool:
-    """Whether the values of a dotted option may differ between nodes."""
+    """Return whether the value of a dotted option may differ between nodes."""
     return option in PATHS or option.startswith("eval.tasks.") or (option.startswith("eval.sets.") and option.endswith(".dir"))
 
 
@@ -65,14 +65,14 @@ class Fact(NamedTuple):
 
 
 def facts_of(config: Config, pinned: Config, shards: TokenShards, checkpoint: Path | None, run_dir: Path) -> list[Fact]:
-    """What this rank is about to train.
+    """Return the facts about this rank's training that must be equal on all ranks.
 
     Args:
-        config: as it was given.
+        config: the configuration as given.
         pinned: the same with its rule pinned (`launch.run.pinned_rule`).
         shards: the training split of its data set.
-        checkpoint: the one to go on from, by this rank's path.
-        run_dir: the run's folder, by this rank's path.
+        checkpoint: the checkpoint to resume from, as a path of this rank; None: the run begins.
+        run_dir: the run's folder, as a path of this rank.
     """
     options = {key: value for key, value in flat(asdict(config)).items() if not is_path(key)}
     facts = [
@@ -99,9 +99,9 @@ def facts_of(config: Config, pinned: Config, shards: TokenShards, checkpoint: Pa
 
 
 def checkpoint_fact(checkpoint: Path | None, run_dir: Path) -> Fact:
-    """The checkpoint to go on from as this rank finds it: its step and manifest, and files of the size that this says.
+    """Return the fact about the checkpoint to resume from, as this rank sees it: step and manifest, if its files are right.
 
-    Where the run begins, with None, a checkpoint that the run's folder holds on this rank would be of another run.
+    `checkpoint` is None if the run begins. Then a checkpoint in this rank's folder belongs to another run and is reported.
     """
     if checkpoint is None:
         found = list_checkpoints(run_dir / CHECKPOINTS)
@@ -116,19 +116,19 @@ def checkpoint_fact(checkpoint: Path | None, run_dir: Path) -> Fact:
 
 
 def versions(config: Config) -> dict[str, str]:
-    """The version of Python and of every package that computes or reads something."""
+    """Return the versions of Python and of the packages on which the results depend."""
     deepspeed = ["deepspeed"] if config.distributed.strategy.startswith("zero") else []
     found = {"Python": platform.python_version()}
     for name in (*PACKAGES, *deepspeed):
         try:
             found[name] = version(name)
-        except PackageNotFoundError:  # imported from a folder
+        except PackageNotFoundError:  # the package was imported from a folder, not installed
             found[name] = str(getattr(sys.modules.get(name), "__version__", "unknown"))
     return found
 
 
 def code_hash() -> str:
-    """A hash of this project's Python files, by their names in it."""
+    """Return a hash of the names and contents of this project's Python files."""
     digest = hashlib.sha256()
     for package in (celo2, configs, data, launch, models):
         folder = Path(str(package.__file__)).parent
@@ -138,10 +138,10 @@ def code_hash() -> str:
 
 
 def require_same(accelerator: Accelerator, facts: Callable[[], list[Fact]]) -> None:
-    """Compare what `facts` returns over all ranks. Every rank must call it.
+    """Compare the facts that `facts` returns on all ranks. Every rank must call it.
 
     Raises:
-        ConfigError: on every rank alike, naming the first fact that differs, its values, their ranks and a remedy.
+        ConfigError: on every rank, with the first fact that differs, its values, their ranks and a remedy.
     """
     if accelerator.num_processes == 1:
         return
@@ -151,7 +151,7 @@ def require_same(accelerator: Accelerator, facts: Callable[[], list[Fact]]) -> N
 
 
 def first_difference(hosts: list[str], everyone: list[list[Fact]]) -> str | None:
-    """One line that names the first fact that differs between the ranks, and how many others do; None if all are the same."""
+    """Return a line on the first fact that differs between ranks and the number of further ones; None if all are equal."""
     by_rank = [{fact.name: fact for fact in facts} for facts in everyone]
     names = dict.fromkeys(name for facts in by_rank for name in facts)
     differing = [name for name in names if len({facts[name].value if name in facts else None for facts in by_rank}) > 1]
@@ -168,7 +168,7 @@ def first_difference(hosts: list[str], everyone: list[list[Fact]]) -> str | None
 
 
 def in_words(ranks: list[int], hosts: list[str]) -> str:
-    """ "rank 3 (node1)", "ranks 0-7, 16 (node0, node2)"."""
+    """Return ranks and hosts as a text: "rank 3 (node1)", "ranks 0-7, 16 (node0, node2)"."""
     ranges: list[tuple[int, int]] = []
     for rank in ranks:
         if ranges and ranges[-1][1] == rank - 1:
@@ -180,6 +180,6 @@ def in_words(ranks: list[int], hosts: list[str]) -> str:
 
 
 def shortened(words: list[str]) -> str:
-    """The first of `words`, and how many more there are."""
+    """Return the first NAMED of `words` as a text, and how many more there are."""
     more = f" and {len(words) - NAMED} more" if len(words) > NAMED else ""
     return ", ".join(words[:NAMED]) + more

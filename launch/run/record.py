@@ -13,9 +13,9 @@ from launch.run.state import RunState
 def training_record(
     state: RunState, since: RunState, verdict: Verdict, config: Config, factor: float, peak_speed: float | None
 ) -> dict[str, Any]:
-    """The line of metrics.jsonl for the step that is done; `since` is the state at the line before it.
+    """Return the line of metrics.jsonl for the step of `state`. `since` is the state at the previous line.
 
-    `loss` is the mean over the targets of the steps since then, `step_loss` that of the step alone.
+    `loss` is the mean over the targets of all steps since the previous line, `step_loss` the mean over those of this step.
     """
     optimizer = config.optimizer
     speed = (state.tokens - since.tokens) / (state.seconds - since.seconds)

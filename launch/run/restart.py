@@ -1,4 +1,4 @@
-"""A run that torchrun, Slurm or a loop starts again by itself. events.jsonl tells why, and what is done again."""
+"""Records, in events.jsonl, when a run was started again (by torchrun, Slurm, a loop or a person), why, and what is repeated."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ NO_REASON = "it ended without a recorded reason, as when its first rank is kille
 
 
 def read_events(run_dir: Path) -> list[dict[str, Any]]:
-    """The events of a run; a line that is none is left out."""
+    """Return the events of a run. Lines that are not events are skipped."""
     return [event for event in read_lines(run_dir / "events.jsonl") if isinstance(event, dict)]
 
 
 def restart_event(run_dir: Path, step: int) -> dict[str, Any] | None:
-    """The event that says that the run goes on from `step`; None where it begins. Call it before metrics.jsonl is rewound.
+    """Return the event for a run that resumes from `step`; None if it begins. Call it before metrics.jsonl is rewound.
 
-    `attempt` counts the starts after the first one, `reason` says how the last one ended, `steps_lost` are done again.
+    `attempt` counts the starts after the first one. `reason` says how the previous start ended. `steps_lost` is the number of
+    logged steps that are repeated.
     """
     events = read_events(run_dir)
     if not events:
@@ -41,21 +42,21 @@ def restart_event(run_dir: Path, step: int) -> dict[str, Any] | None:
 
 
 def last_word(events: list[dict[str, Any]]) -> dict[str, Any]:
-    """The event that says why the last start ended. A rank that was lost counts more than the errors that others met for it."""
+    """Return the event that says why the last start ended. A lost rank has priority over the errors that it caused elsewhere."""
     begins = max((i for i, event in enumerate(events) if event.get("event") in ("start", "restart")), default=0)
     named = [event for event in events[begins:] if event.get("reason") == "rank"]
     return named[-1] if named else events[-1]
 
 
 def restart_note(event: dict[str, Any]) -> str:
-    """The same for a person."""
+    """Return a restart event as a text for the terminal."""
     lost = f"; {event['steps_lost']} steps after it are done again" if event["steps_lost"] else ""
     return f"restart {event['attempt']} from step {event['step']}{lost}; the start before: {event['reason']}"
 
 
 def record_lost_rank(run_dir: Path, message: str) -> None:
-    """Say in events.jsonl that the run stops because of another rank. Any thread may call it."""
-    if (run_dir / "events.jsonl").exists():  # the start was not refused
+    """Record in events.jsonl that the run stops because of another rank. Any thread may call it."""
+    if (run_dir / "events.jsonl").exists():  # the run has begun, so that the start was not refused
         Lines(run_dir / "events.jsonl", lambda text: None).write(
             stamped({"event": "stopped", "reason": "rank", "error": message})
         )

@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: at the start of a training run, and after a spike of the loss or steps that are not finite."""
+"""Resuming from a checkpoint at the start of a training run, and rolling back after a loss spike or steps that are not finite."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ from launch.run.schedule import rate_after
 from launch.run.setup import run_folder
 from launch.run.state import RunState, from_saved
 
-MAX_ROLLBACKS = 10  # in a row that did not help
+MAX_ROLLBACKS = 10  # rollbacks in a row that did not help
 
 
 def find_start(config: Config, run_dir: Path, accelerator: Accelerator, heartbeat: Heartbeat) -> Start:
-    """Where the run takes up, which the first rank chooses as `checkpoint.resume` says. Every rank must call it.
+    """Return the point from which the run starts, chosen by the first rank as `checkpoint.resume` asks. Every rank must call it.
 
-    Each rank gets a checkpoint of the run by its own path to the folder. The first rank alone reads and hashes checkpoints;
-    `heartbeat.progress` is called after each piece of that.
+    Each rank gets the checkpoint as its own path, since paths may differ. Only the first rank reads and hashes checkpoints, and
+    calls `heartbeat.progress` after each piece.
 
     Raises:
         ConfigError, CheckpointError: as `choose_start`.
     """
 
     def choose() -> tuple[Start, int | None, str]:
-        """The start, which of the run's folders holds its checkpoint, and the name of the second one."""
+        """Return the start, the number of the run's folder that holds the checkpoint, and the name of the last folder."""
         start = choose_start(config, run_dir, heartbeat.progress)
         folders = checkpoint_folders(config, run_dir, start.origin)
         own = [n for n, f in enumerate(folders) if start.checkpoint and start.checkpoint.parent.resolve() == f.resolve()]
@@ -63,10 +63,11 @@ def find_start(config: Config, run_dir: Path, accelerator: Accelerator, heartbea
 def resume(
     config: Config, start: Start, strategy: Strategy, identity: dict[str, Any], progress: Progress = no_progress
 ) -> RunState:
-    """Load the checkpoint of `start`, if there is one, and add a note to it. Returns the state of the run.
+    """Load the checkpoint of `start`, if there is one, and add notes and changes to `start`. Returns the state of the run.
 
     Raises:
-        CheckpointError: a checkpoint that does not agree with this run, naming the difference.
+        CheckpointError: the checkpoint does not fit this run; the message names the difference.
+        ConfigError: the schedule does not fit the step.
     """
     path = start.checkpoint
     if path is None:
@@ -94,8 +95,8 @@ def resume(
 
 
 def changed_options(saved: dict[str, Any], config: Config) -> list[str]:
-    """What of a checkpoint's configuration is another one now, in words. An option that it does not know had its default."""
-    as_saved = json.loads(json.dumps(asdict(config)))  # where the keys of a mapping are texts
+    """Return the options that differ from a checkpoint's configuration, in words. An option that it lacks had its default."""
+    as_saved = json.loads(json.dumps(asdict(config)))  # in JSON, the keys of a mapping are texts
     before, now = flat(asdict(Config())) | flat(saved), flat(as_saved)
     known = {name for name, _, _ in options()}
     keys = [key for key in now | before if ".".join(key.split(".")[:2]) in known]
@@ -103,7 +104,7 @@ def changed_options(saved: dict[str, Any], config: Config) -> list[str]:
 
 
 def not_evaluated(saved: dict[str, Any], config: Config, changes: list[str]) -> list[str]:
-    """A note on the `changes` of `eval` that come when a run is finished, with the commands for sets that are new."""
+    """Return a note on `changes` of `eval` that come after the run is finished, with commands that evaluate new sets."""
     changed = dict.fromkeys(".".join(change.split(" ")[0].split(".")[:2]) for change in changes)
     asked = [option for option in changed if option.startswith("eval.") and not option.endswith("every")]
     if not asked:
@@ -120,12 +121,12 @@ def not_evaluated(saved: dict[str, Any], config: Config, changes: list[str]) -> 
 
 
 def roll_back(run_dir: Path, state: RunState, strategy: Strategy, saver: Saver, heartbeat: Heartbeat) -> tuple[RunState, int]:
-    """Load the newest checkpoint, and leave out the sequences that were taken since then.
+    """Load the newest checkpoint, and skip the sequences that were taken since then.
 
-    Returns the state to go on from, and how many sequences are left out.
+    Returns the state from which to resume, and the number of skipped sequences.
 
     Raises:
-        Diverged: no checkpoint to go back to, or too many rollbacks that did not help.
+        Diverged: there is no checkpoint to roll back to, or too many rollbacks did not help.
         ConfigError: the ranks do not find the same checkpoint.
     """
     accelerator = strategy.accelerator
@@ -133,7 +134,7 @@ def roll_back(run_dir: Path, state: RunState, strategy: Strategy, saver: Saver, 
     saver.wait()
 
     def find() -> tuple[int, str] | None:
-        """Which of the folders, and the name in it: the paths of other ranks may differ."""
+        """Return the number of the folder and the name in it, since the paths of other ranks may differ."""
         found, _ = find_checkpoint(*saver.folders, progress=heartbeat.progress)
         return None if found is None else (saver.folders.index(found.parent), found.name)
 
@@ -156,7 +157,7 @@ def roll_back(run_dir: Path, state: RunState, strategy: Strategy, saver: Saver, 
     load_checkpoint(path, strategy, heartbeat.progress)
     heartbeat.mark("loaded")
     back = from_saved(read_state(path))
-    accelerator.wait_for_everyone()  # the checkpoint is about to be written again, with what is left out
+    accelerator.wait_for_everyone()  # all ranks must have read the checkpoint before it is written again
     on = replace(back, sequences=state.sequences, sources=state.sources, bad_steps=state.bad_steps, recent_losses=[])
     on = replace(on, rollbacks=state.rollbacks + 1, rolled_back_to=there, rollbacks_in_a_row=in_a_row, healthy_since=False)
     return on, state.sequences - back.sequences

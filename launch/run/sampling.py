@@ -1,4 +1,4 @@
-"""Text from a model: a prompt, and what the model writes after it."""
+"""Generates text from a model: a prompt and its continuation."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from models.build import ModelError, one_line
 class Drawing(NamedTuple):
     """How the next token is drawn from the model's distribution."""
 
-    temperature: float = 0.7  # 0: always the likeliest token
-    top_k: int = 50  # among so many of the likeliest tokens; 0: all
-    top_p: float = 1.0  # among the likeliest tokens that together have this probability
+    temperature: float = 0.7  # 0: always the most likely token
+    top_k: int = 50  # draw from this number of the most likely tokens; 0: from all
+    top_p: float = 1.0  # draw from the most likely tokens that together have this probability
 
 
 class Until(StoppingCriteria):
-    """Ends a sample early."""
+    """Ends a sample early, when `stopping()` is True."""
 
     def __init__(self, stopping: Callable[[], bool]) -> None:
         self.stopping = stopping
@@ -41,7 +41,7 @@ class Until(StoppingCriteria):
 
 
 class NamedTokens(LogitsProcessor):
-    """Leaves out the rows of the vocabulary behind the last token, so that an export, which has none, draws the same text."""
+    """Drops the vocabulary rows after the last token. An exported model has no such rows, and so draws the same text."""
 
     def __init__(self, tokens: int) -> None:
         self.tokens = tokens
@@ -51,7 +51,7 @@ class NamedTokens(LogitsProcessor):
 
 
 def after(seconds: float, stopping: Callable[[], bool] = lambda: False) -> Callable[[], bool]:
-    """True from `seconds` from now on, or where `stopping` is."""
+    """Return a function that is True once `seconds` have passed from now, or when `stopping()` is."""
     end = time.monotonic() + seconds
     return lambda: stopping() or time.monotonic() > end
 
@@ -70,18 +70,18 @@ def sample_text(
     stopping: Callable[[], bool] = lambda: False,
     note: Callable[[str], None] = lambda text: None,
 ) -> str:
-    """`prompt`, or the start of a document, continued by `length` tokens, or by fewer where the model's context ends.
+    """Return `prompt` continued by `length` tokens, or by fewer if the model's context ends before.
 
-    The same seed gives the same text. The model may be one that is being trained: it comes back in its mode.
+    The same seed gives the same text. The model may be in training: its mode is restored.
 
     Args:
-        end: the token that ends a document. An empty prompt stands for it, and it is not shown.
-        context: tokens that the model can see, T. Of a longer prompt the last T / 2 tokens are taken.
+        end: the token that ends a document. An empty prompt is replaced by it; the returned text does not contain it.
+        context: tokens that the model can see, T. If the prompt has T tokens or more, the model sees its last T / 2.
         stop_at_end: whether the text ends where the model ends the document.
-        stopping: asked before each token whether to leave the text as it is.
-        note: is told what a person should know.
+        stopping: asked after each token whether to end the text early.
+        note: called with warnings for the user.
     """
-    # An argument of a process whose locale is not UTF-8 holds its bytes as surrogates.
+    # In a process whose locale is not UTF-8, command line arguments hold the bytes of other characters as surrogates.
     text = prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     ids = tokenizer.encode(text, add_special_tokens=False).ids or [end]
     unseen: list[int] = []
@@ -99,11 +99,11 @@ def sample_text(
     inputs = torch.tensor([ids], device=model.device)
     training, own, padding = model.training, model.generation_config, getattr(model.config, "pad_token_id", None)
     model.eval()
-    model.config.pad_token_id = None  # a prompt of this token alone would look like padding, to a warning
-    model.generation_config = options  # what is unset in `options` would be filled from the model's own
+    model.config.pad_token_id = None  # else transformers warns that a prompt of only this token looks like padding
+    model.generation_config = options  # else options that are unset here come from the model's own configuration
     torch.manual_seed(seed)
     try:
-        with torch.compiler.set_stance("force_eager"):  # every length would be compiled anew
+        with torch.compiler.set_stance("force_eager"):  # else each sequence length would be compiled
             tokens = model.generate(
                 inputs,
                 attention_mask=torch.ones_like(inputs),
@@ -111,7 +111,7 @@ def sample_text(
                 logits_processor=LogitsProcessorList([NamedTokens(vocabulary_size(tokenizer))]),
                 stopping_criteria=StoppingCriteriaList([Until(stopping)]),
             )
-    except (ValueError, TypeError, IndexError) as error:  # of a configuration that only training can do with
+    except (ValueError, TypeError, IndexError) as error:  # some configurations can be trained but not sampled from
         raise ModelError(f"{type(model).__name__} cannot continue a text: {one_line(error)}") from error
     finally:
         model.generation_config, model.config.pad_token_id = own, padding

@@ -1,4 +1,4 @@
-"""What follows from the number of a step alone, so that there is nothing to save: learning rate, random numbers, when to log."""
+"""Functions of the step number alone, which need no saved state: learning rate, random seeds, and when to log or save."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from celo2.training.schedule import cosine
 from configs.load import ConfigError
 from configs.schema import Config, Schedule
 
-JUMP = 0.05  # a change of the learning rate, relative, that a person is told of
+JUMP = 0.05  # relative change of the learning rate on resume above which a note is shown
 
 
 def due(step: int, every: int, steps: int) -> bool:
-    """Whether something happens after `step`: at every multiple of `every` (0: never), and at the last of all `steps`."""
+    """Return whether something is due after `step`: at every multiple of `every` (0: never), and at the last step, `steps`."""
     return step == steps or (every > 0 and step % every == 0)
 
 
 def lr_factor(schedule: Schedule, step: int, steps: int) -> float:
-    """The factor on the peak learning rate in optimizer step `step` (from 0) of `steps`; the last step has `schedule.final`.
+    """Return the factor on the peak learning rate in optimizer step `step` (from 0) of `steps`.
 
-    Linear warm-up over `schedule.warmup * steps` steps, then constant, linear or cosine decay to `final`; or "wsd": constant, and
-    linear decay to `final` over the last `schedule.decay * steps` steps. All of this begins at step `schedule.start`.
+    Linear warm-up over `schedule.warmup * steps` steps. Then, by `schedule.kind`: constant; linear or cosine decay to
+    `schedule.final` at the last step; or "wsd": constant, then linear decay to `final` over the last `schedule.decay * steps`
+    steps. The whole schedule begins at step `schedule.start`, and `steps` counts from there in these products.
     """
     warmup = warmup_steps(schedule, steps)
     step, steps = step - schedule.start, steps - schedule.start
@@ -43,7 +44,7 @@ def lr_factor(schedule: Schedule, step: int, steps: int) -> float:
 
 
 def warmup_steps(schedule: Schedule, steps: int) -> int:
-    """The steps of the warm-up of a run of `steps`, the last of which has the peak learning rate."""
+    """Return the number of warm-up steps of a run of `steps`. The last of them has the peak learning rate."""
     return round(schedule.warmup * (steps - schedule.start))
 
 
@@ -54,7 +55,7 @@ def set_lr(optimizer: Optimizer, factor: float) -> None:
 
 
 def with_cooldown(config: Config, step: int) -> Config:
-    """`config` for a line of steps that begins after `step`: with `schedule.cooldown` the run decays from there, and ends."""
+    """Return `config` for a line that begins after `step`; with `schedule.cooldown`, the run decays from there and ends."""
     if not config.schedule.cooldown:
         return config
     schedule = replace(config.schedule, kind="linear", warmup=0.0, start=step)
@@ -62,10 +63,10 @@ def with_cooldown(config: Config, step: int) -> Config:
 
 
 def rate_after(saved: Mapping[str, Any], config: Config) -> str:
-    """What a person should know about the learning rate after a checkpoint, of which `saved` is the state.json; "" for nothing.
+    """Return a note if the learning rate jumps after a checkpoint, else "". `saved` is the checkpoint's state.json.
 
     Raises:
-        ConfigError: a schedule that begins later, or a cooldown of a rate that was not at its peak.
+        ConfigError: the schedule begins after the checkpoint, or a cooldown begins at a rate below the peak.
     """
     step, now, there = saved["step"], config.schedule, saved["config"]
     if now.start > step:
@@ -95,11 +96,11 @@ def rate_after(saved: Mapping[str, Any], config: Config) -> str:
 
 
 def described(schedule: Mapping[str, Any]) -> str:
-    """A schedule in a few words."""
+    """Return a schedule in a few words."""
     start = f" from step {schedule['start']} on" if schedule["start"] else ""
     return f"{schedule['kind']}{start}"
 
 
 def dropout_seed(seed: int, step: int, micro_batch: int) -> int:
-    """The seed of the random numbers of a micro-batch, counted over all ranks: the same, whichever rank takes it."""
+    """Return the random seed of a micro-batch. `micro_batch` is counted over all ranks, so the rank does not matter."""
     return int(np.random.SeedSequence([seed, step, micro_batch]).generate_state(1, np.uint64)[0])

@@ -1,8 +1,8 @@
-"""Log-probabilities of continuations under the model that trains, and tasks that are built on them.
+"""Log-probabilities of continuations under the model in training, and the tasks that use them.
 
-A task runs on the first rank alone, and asks for the scores of rows of tokens. The other ranks get the rows, and compute their
-part. The rows of a forward pass depend on the rows alone: any number of ranks makes the same passes, each on one of them, so
-that every number is the same, bit for bit.
+A task runs on the first rank only, and asks for the scores of rows of tokens. The other ranks receive the rows and compute their
+share. How rows are grouped into forward passes depends only on the rows, not on the number of ranks, and each pass runs on one
+rank. So every score is the same, bit for bit, for any number of ranks.
 
 Letters: N rows, T tokens.
 """
@@ -22,37 +22,38 @@ from data import first_line
 from data.batches import IGNORE
 from launch.distributed.strategy import Strategy
 
-LENGTH_MULTIPLE = 64  # rows of a pass are padded to a multiple of it: matrix units want it, and some architectures
+LENGTH_MULTIPLE = 64  # rows of a pass are padded to a multiple of it, as matrix units and some architectures need
 
 
 class Row(NamedTuple):
-    """Tokens, the last `scored` of which are scored, each given all before it."""
+    """A sequence of tokens. The last `scored` of them are scored, each given all tokens before it."""
 
     tokens: np.ndarray  # (T,) int32
     scored: int
 
 
-Ask = Callable[[Sequence[Row]], Tensor]  # rows -> (N, 2) float64: log-probability in nats; 1 if every token is the likeliest
+# rows -> (N, 2) float64: the log-probability in nats, and 1 if every scored token is the most likely one
+Ask = Callable[[Sequence[Row]], Tensor]
 
 
 class Task(Protocol):
-    """Something that a model is asked."""
+    """A downstream task."""
 
     name: str  # as in the configuration
 
     def __call__(self, ask: Ask) -> Mapping[str, float]:
-        """The numbers to report, by their keys in metrics.jsonl."""
+        """Run the task. Returns its metrics by their keys in metrics.jsonl."""
 
 
 class Stopped(Exception):
-    """A signal came. All ranks know."""
+    """A signal stopped the evaluation. It is raised on all ranks."""
 
 
 def row(before: Sequence[int], after: Sequence[int], context: int) -> Row:
-    """`after` given `before`, of which the end is taken where both are longer than the context.
+    """Return the row that scores `after` given `before`. If both are longer than the context, the start of `before` is cut off.
 
     Raises:
-        ValueError: nothing before, nothing after, or too much after it.
+        ValueError: `before` or `after` is empty, or `after` is longer than the context.
     """
     if not before or not after:
         raise ValueError("no token to score, or none before it")
@@ -62,9 +63,9 @@ def row(before: Sequence[int], after: Sequence[int], context: int) -> Row:
 
 
 def passes_of(rows: Sequence[Row], tokens: int) -> list[tuple[list[int], int]]:
-    """Which rows go through the model together, the longest first, and the length (T) that they are padded to.
+    """Group rows into forward passes, the longest rows first. Returns (row numbers, padded length T) of each pass.
 
-    `tokens`: the most in one pass, but for a single row.
+    `tokens`: the most tokens in one pass; a pass of a single row may exceed it.
     """
     order = sorted(range(len(rows)), key=lambda i: (-len(rows[i].tokens), i))
     passes, at = [], 0
@@ -80,11 +81,11 @@ class Scorer:
     """Scores rows with the model of a strategy.
 
     Args:
-        strategy: the model.
-        context: tokens of a sequence that it was trained on.
+        strategy: holds the model.
+        context: tokens of a training sequence.
         sequences: the most sequences of that length in a pass.
-        padding: the token behind a row that is too short; no number depends on it.
-        stopping: asked before every pass whether to stop, on every rank alike.
+        padding: the token that fills up rows that are too short; no score depends on it.
+        stopping: asked before every round of passes whether to stop; it gives the same answer on every rank.
         mark: the heartbeat's.
     """
 
@@ -104,7 +105,7 @@ class Scorer:
 
     @torch.no_grad()
     def score(self, rows: Sequence[Row]) -> Tensor:
-        """The scores (N, 2) of `rows`, on the CPU. Every rank must call it with the same rows.
+        """Return the scores (N, 2) of `rows`, on the CPU. Every rank must call it with the same rows.
 
         Raises:
             Stopped: on every rank.
@@ -118,16 +119,16 @@ class Scorer:
             if self.stopping():
                 raise Stopped
             own = first + self.rank
-            numbers, length = passes[min(own, len(passes) - 1)]  # every rank makes a pass, as sharded models must
+            numbers, length = passes[min(own, len(passes) - 1)]  # every rank runs a pass, because a sharded model needs all ranks
             found = self.strategy.loss(*self.batch([rows[i] for i in numbers], length), by_row=True)
             if own < len(passes):
                 scores[torch.tensor(numbers, device=device)] = found.double()
-        found = self.strategy.accelerator.reduce(scores, "sum").cpu()  # each is one rank's number, and zeros
+        found = self.strategy.accelerator.reduce(scores, "sum").cpu()  # each score is non-zero on one rank only
         self.scoring = False
         return found
 
     def batch(self, rows: Sequence[Row], length: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets (N, `length`)."""
+        """Return inputs and targets (N, `length`)."""
         length = min(length, self.context)
         inputs = torch.full((len(rows), length), self.padding, dtype=torch.int64)
         targets = torch.full((len(rows), length), IGNORE, dtype=torch.int64)
@@ -138,7 +139,7 @@ class Scorer:
         return inputs, targets
 
     def run_tasks(self, tasks: Sequence[Task]) -> dict[str, float]:
-        """The numbers of all tasks, on every rank. Every rank must call it; only the first one's tasks count.
+        """Run all tasks. Returns their metrics on every rank. Every rank must call it; only the first rank's `tasks` are used.
 
         Raises:
             Stopped: on every rank.
@@ -164,14 +165,14 @@ class Scorer:
         for task in tasks:
             try:
                 numbers |= task(ask)
-            except Exception as error:  # whatever a library raises: the other ranks wait for rows
-                if self.scoring:  # they know, or raise the same
+            except Exception as error:  # the other ranks wait for rows, so that they must be told of any error
+                if self.scoring:  # they are in `score`, too, and raise the same
                     raise
                 return "error", f"{task.name}: {first_line(error)}"
         return "numbers", numbers
 
     def _from_first(self, value: Any) -> Any:
-        self.mark("the first rank's part of a task is done")  # it may take long: then that rank is the one behind
+        self.mark("the first rank's part of a task is done")  # if it hangs, the first rank has fewer marks than the others
         if self.world == 1:
             return value
         values = [value]

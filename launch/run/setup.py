@@ -1,4 +1,4 @@
-"""What a training run is made of: its data, its model and its folder, from the configuration."""
+"""Makes the parts of a training run from its configuration: data, model and folder."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ from models.build import model_of, prepare_model
 from models.gpt3 import GPT3Config
 from models.initialization import Weights, outline
 
-VOCABULARY_MULTIPLE = 64  # matrix units work on multiples of 64; the rows beyond the tokenizer's are never a target
+VOCABULARY_MULTIPLE = 64  # matrix units work on multiples of 64; the additional rows are never a target
 
 
 def open_data(config: Config) -> tuple[TokenShards, TokenShards]:
-    """The training and the validation split of `data.dir` or `data.mix`."""
+    """Open the training and the validation split of `data.dir` or `data.mix`."""
     if config.data.mix is not None:
         return open_mixture(config)
     if config.data.dir is None:
@@ -63,7 +63,7 @@ def open_data(config: Config) -> tuple[TokenShards, TokenShards]:
 def open_batches(
     config: Config, shards: TokenShards, context: int, state: RunState, accelerator: Accelerator
 ) -> tuple[Batches, Iterator]:
-    """The order of the batches, and a stream of this rank's micro-batches from the step of `state` on."""
+    """Return the batches of the run, and an iterator over this rank's micro-batches from the step of `state` on."""
     sizes = batch_sizes(vars(config.train))
     batches = Batches(shards, context, sizes, config.run.seed, state.step, state.sequences, state.sources)
     stream = prefetch(
@@ -79,7 +79,7 @@ def open_batches(
 
 
 def vocabulary(config: Config, tokenizer_size: int) -> int:
-    """Rows of the embedding for a tokenizer of `tokenizer_size` tokens; with `model.init` the least that will do."""
+    """Return the rows of the embedding for a tokenizer of `tokenizer_size` tokens; with `model.init`, the smallest possible."""
     wanted = config.model.vocab_size
     if wanted is not None and wanted < tokenizer_size:
         raise ConfigError(f"model.vocab_size is {wanted}, but the data has tokens up to {tokenizer_size - 1}")
@@ -89,8 +89,10 @@ def vocabulary(config: Config, tokenizer_size: int) -> int:
 
 
 def build_from_config(config: Config, vocab_size: int, device: str | None = None) -> tuple[PreTrainedModel, int]:
-    """The model of `config` and the context T (tokens) it trains on. With `model.init` the architecture comes from there, and
-    the weights do not (see `make_model`)."""
+    """Build the model of `config`. Returns it and the context T (tokens) on which it trains.
+
+    With `model.init`, only the architecture comes from there, not the weights (see `make_model`).
+    """
     options = asdict(config.model) | {"vocab_size": vocab_size, "device": device}
     del options["init"]
     source = architecture_source(config, run_folder(config))
@@ -103,17 +105,17 @@ def build_from_config(config: Config, vocab_size: int, device: str | None = None
 
 
 class Made(NamedTuple):
-    """The model to train, whose parameters have no memory yet."""
+    """The model to train, without memory for its parameters."""
 
     model: PreTrainedModel
-    weights: Weights  # what it begins with
+    weights: Weights  # the weights to start with
     context: int  # T, tokens
-    taken: str = ""  # what was taken from `model.init`; empty where the run does not begin with it
-    files: list[Path] = []  # noqa: RUF012  that it was taken from
+    taken: str = ""  # a line on the weights that `model.init` gave; empty if the run does not begin with them
+    files: list[Path] = []  # noqa: RUF012  the files of these weights
 
 
 def checked_context(config: Config, model: PreTrainedModel) -> int:
-    """The context T that `model` can train on. Raises ConfigError for one that is missing or longer than its positions."""
+    """Return the context T for training `model`. Raises ConfigError if it is missing or exceeds the model's positions."""
     longest = longest_context(model.config)
     context = config.model.context
     if isinstance(model.config, GPT3Config):
@@ -128,8 +130,11 @@ def checked_context(config: Config, model: PreTrainedModel) -> int:
 def make_model(
     config: Config, shards: TokenShards, checkpoint: Path | None = None, progress: Callable[[], None] = no_progress
 ) -> Made:
-    """The model to train without memory, and where its weights come from: its architecture, `model.init`, or the checkpoint that
-    the run goes on from, if it is of this model. `progress` is called whenever weights are made or read."""
+    """Build the model to train, without memory for its parameters, and find the source of its weights.
+
+    The source is the initialization of the architecture, `model.init`, or the checkpoint from which the run resumes, if its
+    files hold this model's weights. `progress` is called whenever weights are made or read.
+    """
     vocab_size = vocabulary(config, shards.vocab_size)
     if config.model.init is None or begun(config, run_folder(config)):
         model, weights = outline(lambda: build_from_config(config, vocab_size)[0], config.run.seed)
@@ -147,16 +152,15 @@ def make_model(
 
 
 def run_folder(config: Config) -> Path:
-    """The folder of the training run."""
+    """Return the folder of the training run."""
     return Path(config.run.dir or f"runs/{config.run.name}")
 
 
 @contextmanager
 def lock_run(config: Config, accelerator: Accelerator, mark: Callable[..., None]) -> Iterator[None]:
-    """Hold the run's folder, on the first rank: a second process that would train there is refused, on every rank, and so is a
-    folder of something else.
+    """Lock the run's folder on the first rank, in this context. `mark` is the heartbeat's.
 
-    `mark` is the heartbeat's.
+    If another process trains there, or the folder belongs to something else, every rank raises the same error.
     """
 
     def lock() -> Path:
@@ -179,25 +183,25 @@ def describe_run(
     start: Start,
     progress: Progress = no_progress,
 ) -> None:
-    """Write configuration, tokenizer, rule and branch into the run's folder, once nothing more can refuse the start.
+    """Write configuration, tokenizer, rule and origin into the run's folder. Call it when nothing can refuse the start any more.
 
-    `progress` is called after each file that it copies.
+    `progress` is called after each copied file.
     """
     if start.begins and start.origin is not None:
         begin_line(run_dir, start.origin, progress)
     (run_dir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     finished = not start.begins and start.checkpoint is not None and step_of(start.checkpoint) == config.train.steps
-    if not (finished and (run_dir / "config.yaml").is_file()):  # else it is that of the steps that were trained
+    if not (finished and (run_dir / "config.yaml").is_file()):  # of a finished run, keep the one it trained with
         replace_text(run_dir / "config.yaml", to_yaml(config))
     if config.checkpoint.fallback_dir is not None:
         replace_text(run_dir / FALLBACK, str(checkpoint_folders(config, run_dir, start.origin)[1].absolute()))
     copy_tokenizer(shards.folder, run_dir, shards.eot_id)
-    if isinstance(optimizer, Celo2):  # a rule file may change or go
+    if isinstance(optimizer, Celo2):  # keep a copy, because the original file may change or disappear
         save_rule(optimizer.rule, run_dir / RULE_FILE)
 
 
 def describe_training(config: Config, parameters: int, optimizer: torch.optim.Optimizer, batches: Batches, world: int) -> str:
-    """The line that says what is trained, on what, with what."""
+    """Return a line on model size, optimizer, data and batch size."""
     rule = ""
     if isinstance(optimizer, Celo2):
         name = f", rule {config.optimizer.rule}" if config.optimizer.rule else ""

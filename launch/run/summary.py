@@ -1,8 +1,8 @@
-"""What a person looks at: a picture of the loss and a sample of the model's text, at evaluations and at the end.
+"""The summary of a run: a picture of the loss and a sample of the model's text, at evaluations and at the end.
 
-On the way they take about a tenth of the time at most: an evaluation too soon after the last summary leaves them as they are.
+During the run, summaries take at most about a tenth of the time: an evaluation soon after the last summary writes none.
 
-Nothing here may stop a training run, whose checkpoints are what counts: whatever fails is a warning.
+An error in this module never stops a training run; it becomes a warning.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from launch.checkpoint.writer import Progress, no_progress
 from launch.run.layers_picture import draw_layers
 from launch.run.sampling import after, sample_text
 
-SAMPLE_SECONDS = 60.0  # a sample of a slow model is cut off then, as the other ranks wait for the first one
-SHARE = 0.1  # of the time that a summary on the way may take
+SAMPLE_SECONDS = 60.0  # a sample is cut off after this time, because the other ranks wait for the first one
+SHARE = 0.1  # most of the run's time that summaries during the run may take
 Say = Callable[[str], None]
 
 
 @contextmanager
 def warning(what: str, say: Say) -> Iterator[None]:
-    """Any exception becomes a line that warns."""
+    """In this context, any exception becomes a warning line, which begins with `what`."""
     try:
         yield
     except Exception as error:
@@ -41,15 +41,15 @@ def warning(what: str, say: Say) -> Iterator[None]:
 
 
 class Summary:
-    """Writes `loss.png` and `sample.txt` into a run's folder, and says what ends a run. Only the first rank uses it.
+    """Writes `loss.png` and `sample.txt` into a run's folder, and prints the last lines of a run. Only the first rank uses it.
 
     Args:
-        folders: with the checkpoints of the run.
+        folders: the folders with the checkpoints of the run.
         end: the token that ends a document.
         context: tokens of a sequence, T.
-        say: shows a line to a person.
+        say: shows a line to the user.
         stopping: whether to cut a sample off.
-        progress: the heartbeat's, called on the way.
+        progress: the heartbeat's; it is called during the work.
     """
 
     def __init__(
@@ -65,10 +65,10 @@ class Summary:
     ) -> None:
         self.config, self.run_dir, self.folders, self.end, self.context = config, run_dir, folders, end, context
         self.say, self.stopping, self.progress = say, stopping, progress
-        self.due = 0.0  # when the next summary on the way may begin, on the clock of time.monotonic
+        self.due = 0.0  # earliest time of the next summary during the run, on the clock of time.monotonic
 
     def update(self, model: PreTrainedModel | None) -> None:
-        """On the way: the loss so far and a sample of `model`, unless the last one was too short ago."""
+        """Write a summary during the run: the loss so far and a sample of `model`. Does nothing soon after the last one."""
         begin = time.monotonic()
         if begin >= self.due:
             self.write(model)
@@ -112,7 +112,7 @@ class Summary:
         return None
 
     def finish(self, device: torch.device) -> None:
-        """At the end: the loss, a sample of the newest checkpoint, and a line with both losses."""
+        """Write the summary at the end: the loss, a sample of the newest checkpoint, and a line with both losses."""
         model = None
         if self.config.log.sample_tokens:
             with warning("no sample.txt", self.say):
@@ -127,7 +127,7 @@ class Summary:
 
 
 def last_line(records: list[dict[str, Any]], curve: Path) -> str:
-    """Both losses in words. A loss that was not finite is null in metrics.jsonl."""
+    """Return both losses in words. A loss that was not finite is null in metrics.jsonl."""
 
     def text(loss: float | None) -> str:
         return "not finite" if loss is None else f"{loss:.3f}"
@@ -141,7 +141,7 @@ def last_line(records: list[dict[str, Any]], curve: Path) -> str:
 
 
 def draw_losses(records: list[dict], path: Path, title: str) -> None:
-    """A picture of training and validation loss over tokens, if there is any that is finite."""
+    """Draw training and validation loss over tokens. Draws nothing if no loss is finite."""
     training = [(r["tokens"], r["loss"]) for r in records if r.get("loss") is not None]
     validation = [(r["tokens"], r["val_loss"]) for r in records if r.get("val_loss") is not None]
     if not training and not validation:

@@ -1,7 +1,7 @@
-"""Weights in safetensors files, of which each rank reads its part alone: those of `model.init`, and of a run that continues.
+"""Weights in safetensors files, of `model.init` or of a run that resumes. Each rank reads only its part of them.
 
-`file_weights` finds where in the files each parameter of a model lies. What is stored in another way than the model has it
-(transformers' conversions) is for transformers to read, whole.
+`file_weights` finds each parameter of a model in the files. If the files store weights in another form than the model has them
+(transformers' conversions), transformers must read them as a whole instead.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ from launch.run.ranks import Fact, require_same
 from models.gpt2 import origins
 from models.initialization import Weights
 
-OPEN = 1 << 28  # bytes that are read before the files are opened anew: what was read of an open file counts as memory
-BLOCK = 1 << 26  # bytes that a rank hashes at once
+OPEN = 1 << 28  # the files are reopened after reading this many bytes: pages read from an open, mapped file count as memory
+BLOCK = 1 << 26  # bytes that a rank reads and hashes at once
 
 
 class FileWeights:
     """Weights of a model in files.
 
     Attributes:
-        not_finite: the parameters in which a number was read that is not finite.
+        not_finite: the parameters in which `read` has found a number that is not finite.
     """
 
     def __init__(self, path: Path, names: Mapping[str, str]) -> None:
-        """`path` as for `TensorFiles`; `names`: what each parameter of the model is called there."""
+        """`path`: as for `TensorFiles`. `names`: the name in the files of each parameter of the model."""
         self.path, self.names = path, dict(names)
         self.not_finite: set[str] = set()
         self.files, self.bytes = TensorFiles(path), 0
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        """The elements [start, stop) of the flattened parameter `name`, in the dtype of the file."""
+        """Return the elements [start, stop) of the flattened parameter `name`, in the dtype of the file."""
         if self.bytes > OPEN:
             self.files.__exit__()
             self.files, self.bytes = TensorFiles(self.path), 0
@@ -62,24 +62,24 @@ class FileWeights:
         values = rows.reshape(-1)[start - first * row : stop - first * row]
         if not values.isfinite().all():
             self.not_finite.add(name)
-        return values.clone()  # what safetensors gives may still lie in the file, which can change or go
+        return values.clone()  # safetensors may return a view of the mapped file, which can change
 
 
 class FromGPT2:
-    """The weights of a GPT-3 from those of the GPT-2 that computes the same function, one of its tensors at a time."""
+    """The weights of a GPT-3, converted from a GPT-2 that computes the same function. Holds one tensor of the GPT-2 at a time."""
 
     def __init__(self, gpt2: FileWeights, shapes: Mapping[str, tuple[int, ...]], layers: int) -> None:
-        """`shapes` of the GPT-2's parameters, which has `layers` blocks."""
+        """`shapes`: of the GPT-2's parameters. `layers`: its number of blocks."""
         self.gpt2, self.shapes, self.origins = gpt2, shapes, origins(layers)
         self.held: tuple[str, Tensor] = "", torch.empty(0)
 
     @property
     def not_finite(self) -> set[str]:
-        """As of `FileWeights`, by the names of the GPT-3."""
+        """As in `FileWeights`, with the parameter names of the GPT-3."""
         return {name for name, origin in self.origins.items() if origin.name in self.gpt2.not_finite}
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        """The elements [start, stop) of the flattened parameter `name`, in the dtype of the file."""
+        """Return the elements [start, stop) of the flattened parameter `name`, in the dtype of the file."""
         origin = self.origins[name]
         if self.held[0] != origin.name:
             shape = self.shapes[origin.name]
@@ -88,8 +88,10 @@ class FromGPT2:
 
 
 def file_weights(path: Path, model: PreTrainedModel) -> FileWeights | None:
-    """The weights of `model` in the files of `path`, whose buffers it gets at once; None unless they hold all of them, as the
-    model has them, and nothing else."""
+    """Return the weights of `model` in the files of `path`, and fill the buffers of `model` from them.
+
+    Returns None unless the files hold exactly the model's weights, in the model's form.
+    """
     try:
         with TensorFiles(path) as files:
             names = names_in({name: tuple(files.get_slice(name).get_shape()) for name in files.keys()}, model)  # noqa: SIM118
@@ -99,16 +101,19 @@ def file_weights(path: Path, model: PreTrainedModel) -> FileWeights | None:
                 for name, buffer in persistent_buffers(model).items():
                     buffer.copy_(files.get_tensor(names[name]))
         return FileWeights(path, names)
-    except (OSError, ValueError, SafetensorError):  # damaged: who reads it next says so
+    except (OSError, ValueError, SafetensorError):  # damaged: the next reader reports it
         return None
 
 
 def names_in(there: Mapping[str, tuple[int, ...]], model: PreTrainedModel) -> dict[str, str] | None:
-    """What each parameter and buffer of `model` is called in files that hold tensors of the shapes `there`; None unless they are
-    those of the model. A tied parameter may have any of its names, and all may lack the prefix of the base model."""
+    """Map each parameter and buffer of `model` to its name in files. `there`: the names and shapes of the tensors in the files.
+
+    Returns None unless these are exactly the tensors of the model. A tied parameter may have any of its names in the files, and
+    the prefix of the base model may be missing.
+    """
     conversions = get_model_conversion_mapping(model)
     if any(set(c.source_patterns) & set(c.target_patterns) and getattr(c, "operations", []) for c in conversions):
-        return None  # stored under the same name, but in another way
+        return None  # stored under the same name, but in another form
     found: dict[str, str] = {}
     called: dict[Tensor, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
@@ -125,8 +130,10 @@ def names_in(there: Mapping[str, tuple[int, ...]], model: PreTrainedModel) -> di
 
 
 def require_finite(accelerator: Accelerator, weights: Weights, files: list[Path]) -> None:
-    """Raise ConfigError, on every rank alike, if a rank has read numbers of `model.init` that are not finite. Every rank must
-    call it, with the files that the weights come from; without any there is nothing to check."""
+    """Raise ConfigError, on every rank, if a rank has read numbers from `model.init` that are not finite.
+
+    Every rank must call it. `files`: the files that the weights come from; if it is empty, nothing is checked.
+    """
     if not files:
         return
     bad = sorted(getattr(weights, "not_finite", ()))
@@ -139,9 +146,9 @@ def require_finite(accelerator: Accelerator, weights: Weights, files: list[Path]
 
 
 def require_same_files(accelerator: Accelerator, files: list[Path], progress: Progress = no_progress) -> None:
-    """Raise ConfigError, on every rank alike, unless all ranks have the same files. Every rank must call it.
+    """Raise ConfigError, on every rank, unless all ranks have the same files. Every rank must call it.
 
-    Ranks of one host that read the same files divide the work. `progress` is called after each block.
+    Ranks on one host that read the same files share the work of hashing. `progress` is called after each block.
     """
     if accelerator.num_processes == 1 or not files:
         return
@@ -154,7 +161,7 @@ def require_same_files(accelerator: Accelerator, files: list[Path], progress: Pr
 
 
 class Block(NamedTuple):
-    """A part of a file, and its hash."""
+    """The hash of a part of a file."""
 
     file: int
     start: int
@@ -162,7 +169,7 @@ class Block(NamedTuple):
 
 
 def hashes(files: list[Path], part: int = 0, parts: int = 1, progress: Progress = no_progress) -> list[Block]:
-    """Every `parts`-th block of `files`, from number `part` on. The files are read, not mapped, so that they take no memory."""
+    """Hash every `parts`-th block of `files`, from number `part` on. Files are read, not mapped, so that they take no memory."""
     starts = [(i, start) for i, file in enumerate(files) for start in range(0, file.stat().st_size, BLOCK)]
     found = []
     for i, start in starts[part::parts]:
@@ -174,6 +181,6 @@ def hashes(files: list[Path], part: int = 0, parts: int = 1, progress: Progress 
 
 
 def weights_fact(blocks: list[Block]) -> Fact:
-    """The weights of `model.init`, by the hashes of all blocks of their files."""
+    """Return the fact about the weights of `model.init`: a hash of the hashes of all blocks."""
     value = hashlib.sha256(repr(sorted(blocks)).encode()).hexdigest()[:12]
     return Fact("the weights of model.init", value, "let model.init hold the same weights on every node")
