@@ -1,12 +1,12 @@
 """`python -m launch.torture`: fault injection. Kills, damage, full disks and bad gradients: does a training run survive them?
 
 A small run is trained once without disturbance. Then the same run is started again and again, is killed with SIGKILL at random
-moments and inside each phase of a save, and continues each time by itself. At the end every line of its metrics must equal the
+moments and inside each phase of a save, and resumes each time by itself. At the end every line of its metrics must equal the
 undisturbed run's, bit for bit. The other faults have checks of their own. Every run is a forked process of this one, so that a
-start takes no imports. Use it on the machine and file system that your own runs use.
+start needs no imports. Use it on the machine and file system that your own runs use.
 
 With `--ranks N` a run has N processes on this machine, over gloo, which write its checkpoints together. A kill hits one of them,
-or all; damage hits every file of a checkpoint; one rank alone has no permission.
+or all; damage hits every file of a checkpoint; the lack of permission hits one rank alone.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ log: {{every: 1, sample_tokens: 0}}
 eval: {{every: 5, sequences: 16}}
 """
 FAULTS = ("kills", "damage", "signals", "disks", "gradients")
-DISK, ROOM = 8 << 20, 200 << 10  # bytes of a small disk, and what is left of it
-SURVIVORS = 60.0  # s in which the other ranks of a killed one must have ended
+DISK, ROOM = 8 << 20, 200 << 10  # bytes of a small disk, and of the space left on it
+SURVIVORS = 60.0  # s in which all other ranks must end after one was killed
 CLOCK = ("seconds", "tokens_per_second", "optimizer_seconds")  # what differs between two equal runs
 
 
@@ -72,7 +72,7 @@ class Row(NamedTuple):
 
 
 class SignalAt(Hooks):
-    """Sends a process a signal when it comes to `point` for the `occurrence`-th time: the process of `rank`.
+    """Sends the process of `rank` a signal when it comes to `point` for the `occurrence`-th time.
 
     `point`: "step", "evaluation", or a phase of a save (`launch.checkpoint.save.PHASES`).
     """
@@ -114,7 +114,7 @@ class BadGradients(Hooks):
 
 @contextmanager
 def small_disk(folder: Path) -> Iterator[bool]:
-    """Make `folder` a file system of DISK bytes, where mounting is permitted; tells whether it is one."""
+    """Make `folder` a file system of DISK bytes if mounting is permitted; yields whether it is one."""
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(folder)]
     try:
@@ -129,7 +129,7 @@ def small_disk(folder: Path) -> Iterator[bool]:
 
 
 class Filled(Hooks):
-    """In the middle of the run something else fills the disk: what is left does for metrics, not for a checkpoint."""
+    """During the run, another file fills the disk: the space left suffices for metrics, not for a checkpoint."""
 
     def __init__(self, folder: Path) -> None:
         self.file = folder / "filling"
@@ -163,7 +163,7 @@ class NoPermission(Hooks):
 
 @contextmanager
 def read_only(folder: Path) -> Iterator[bool]:
-    """Make `folder` immutable, for root, too, where that is permitted; tells whether it is."""
+    """Make `folder` immutable, even for root, if that is permitted; yields whether it is."""
 
     def change(flag: str) -> bool:
         try:
@@ -185,7 +185,7 @@ def own_rank() -> int:
 
 
 def free_port() -> int:
-    """A port that nobody uses."""
+    """An unused port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -234,9 +234,9 @@ class Laboratory:
             os._exit(status)
 
     def wait(self, pids: list[int], rest: signal.Signals = signal.SIGTERM) -> int:
-        """Exit status of a run: the first that is not 0, minus the signal that killed a rank.
+        """Exit status of a run: the first of a rank that is not 0; −N if the signal N killed that rank.
 
-        Once a rank has failed the others get `rest`, as from torchrun. RuntimeError if they do not end then.
+        Once a rank has failed, the others get the signal `rest`, as from torchrun. Raises RuntimeError if they do not end then.
         """
         left, found, deadline = set(pids), 0, float("inf")
         while left:
@@ -287,14 +287,14 @@ class Laboratory:
 
 
 class Kill(NamedTuple):
-    """A SIGKILL to come: at a random moment, or before a phase of a save of one rank; that rank alone, or all."""
+    """A planned SIGKILL: at a random moment, or before a phase of a save of `rank`; to that rank alone, or to all."""
 
     phase: str | None
     rank: int
     all: bool
 
     def text(self, ranks: int) -> str:
-        """As it stands in the table."""
+        """The kill in the words of the table."""
         when = "at a random moment" if self.phase is None else f"before: {self.phase}"
         return when if ranks == 1 else f"{'all ranks' if self.all else 'one rank'} {when}"
 
@@ -316,7 +316,7 @@ def kills(laboratory: Laboratory, planned: Iterable[Kill], generator: random.Ran
     typical = time.perf_counter() - start  # seconds of a whole run
 
     def strike(kill: Kill) -> bool:
-        """Start the run with a kill to come; whether it came before the run was done."""
+        """Start the run and kill it as planned; returns whether the kill came before the run was done."""
         rest = signal.SIGKILL if kill.all else signal.SIGTERM
         if kill.phase is None:
             pids = laboratory.start(name, Hooks())
@@ -347,7 +347,7 @@ def flip_byte(path: Path) -> None:
 
 
 def damage(laboratory: Laboratory) -> list[Row]:
-    """A damaged newest checkpoint: the run must name the file, and go on from the one before it."""
+    """A damaged newest checkpoint: the run must name the file, and resume from the checkpoint before."""
     faults: dict[str, Callable[[Path], None]] = {
         "file cut short": lambda path: os.truncate(path, path.stat().st_size // 2),
         "byte flipped": flip_byte,
@@ -387,8 +387,8 @@ def stops(laboratory: Laboratory) -> list[Row]:
 
 
 def disk(laboratory: Laboratory, fault: str, name: str, hooks: Hooks, options: Sequence[str] = (), expected: int = 2) -> Row:
-    """A disk that takes no checkpoint: the run goes on to its end with the status `expected`, the last whole checkpoint stays, or
-    newer ones are in a second folder."""
+    """A disk that takes no checkpoint: the run must go to its end with the status `expected`; and the last whole checkpoint must
+    stay or, with `expected` 0, newer ones must be in a second folder."""
     before = laboratory.saved(name)
     status = laboratory.run(name, hooks, options)
     now = laboratory.saved(name)
@@ -397,7 +397,7 @@ def disk(laboratory: Laboratory, fault: str, name: str, hooks: Hooks, options: S
 
 
 def without_permission(laboratory: Laboratory) -> list[Row]:
-    """One rank that may not write; and a folder of checkpoints that is read-only, for all: a second one takes them."""
+    """One rank may not write; then the folder of checkpoints is read-only for all, without and with a second folder."""
     laboratory.stop_halfway("refused")
     rows = [disk(laboratory, "no permission to write, one rank", "refused", NoPermission(laboratory.ranks))]
     second = [f"checkpoint.fallback_dir={laboratory.folder / 'second'}"]
@@ -410,7 +410,7 @@ def without_permission(laboratory: Laboratory) -> list[Row]:
 
 
 def small_disks(laboratory: Laboratory) -> list[Row]:
-    """A real disk that something fills: the run waits for room at its end, ends without, or goes to a second folder."""
+    """A real disk that is filled: at its end the run waits for room, stops without it, or writes to a second folder."""
     rows = []
     with small_disk(laboratory.folder / "small") as mounted:
         if not mounted:

@@ -17,7 +17,8 @@ from configs.schema import Optimizer as OptimizerConfig
 CAUTIOUS = "cautious_weight_decay"  # key of a group: its weight decay, which the optimizer itself does not see
 EMA = "ema_nesterov"  # key of the state: the average of a parameter's changes, in the weight's shape
 # When the lookahead is on, as fractions of train.steps. The authors turn it off at the beginning and while the learning rate
-# decays to its end. It is on in steps 500 to 2,400 of 3,150 with Muon, 300 to 1,950 of 2,900 with Aurora (modded-nanogpt, track 3).
+# decays to its end. Theirs is on in steps 500 to 2,400 of 3,150 with Muon and 300 to 1,950 of 2,900 with Aurora
+# (modded-nanogpt, track 3).
 WINDOW = (0.15, 0.75)
 Groups = list[dict[str, Any]]
 
