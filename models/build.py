@@ -176,7 +176,7 @@ def _text_model(composite: PretrainedConfig, keys: dict) -> dict:
 
 
 def _require_known(config: PretrainedConfig, keys: dict, where: str) -> None:
-    """ModelError for a key that neither the configuration declares nor the code of the model reads."""
+    """Raise ModelError for a key that neither the configuration declares nor the code of the model reads."""
     known = {*config.to_dict(), *config.attribute_map, "attn_implementation", "experts_implementation"}
     known -= {"model_type", "transformers_version"}
     known |= ROPE_KEYS if hasattr(config, "rope_parameters") else set()
@@ -210,7 +210,7 @@ def _accepts(config: PretrainedConfig, keys: dict) -> bool:
 
 
 def longest_context(config: PretrainedConfig) -> int | None:
-    """The tokens that a model can read at most, or None where nothing limits it."""
+    """The most tokens that a model can read, or None if nothing limits it."""
     text = config.get_text_config()
     limits = (getattr(text, name, None) for name in CONTEXT_KEYS)
     return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)  # -1: none, of XLNet
@@ -218,7 +218,7 @@ def longest_context(config: PretrainedConfig) -> int | None:
 
 @contextmanager
 def model_errors(model_type: str, config: PretrainedConfig | None = None) -> Iterator[None]:
-    """ModelError for whatever transformers raises when it makes a configuration, or a model of numbers that do not fit."""
+    """Raise ModelError for any error of transformers while it makes a configuration or a model, except out of memory."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -236,7 +236,7 @@ def without_value(config: PretrainedConfig, error: Exception) -> str:
 
 
 def one_line(error: Exception) -> str:
-    """The message of an error in one line, with its kind where the message is a word or nothing."""
+    """The message of an error in one line, with its class if the message is a single word or empty."""
     text = textwrap.shorten(str(error), 240, placeholder=" ...")
     return text if " " in text else f"{type(error).__name__} {text}".strip()
 

@@ -1,4 +1,4 @@
-"""Experts whose sizes torch's grouped product refuses are computed one after the other."""
+"""Compute experts one after the other if torch's grouped product refuses their sizes."""
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -7,9 +7,9 @@ ALIGNED = 8  # numbers: a row in a grouped product must be a multiple of 16 byte
 
 
 def fit_experts(model: PreTrainedModel) -> None:
-    """Let experts run whose weights (experts, R, C) have R or C that is no multiple of ALIGNED. Call it before sharding.
+    """Make experts run if, in their weights (experts, R, C), R or C is no multiple of ALIGNED. Call it before sharding.
 
-    transformers computes all experts in one grouped product, which fails there with "strides should be multiple of 16 bytes".
+    transformers computes all experts in one grouped product, which fails then with "strides should be multiple of 16 bytes".
     Its loop over the experts gives the same to within rounding.
     """
     if model.config._experts_implementation == "grouped_mm" and needs_loop(model):
@@ -17,7 +17,7 @@ def fit_experts(model: PreTrainedModel) -> None:
 
 
 def needs_loop(model: PreTrainedModel) -> bool:
-    """Whether `model` has experts that the grouped product, which transformers takes unless it is told, refuses."""
+    """Whether `model` has experts that the grouped product, the default of transformers, refuses."""
     if model.get_correct_experts_implementation(None) != "grouped_mm":  # no experts, or of a kind that has no such product
         return False
     modules = [module for module in model.modules() if not isinstance(module, nn.Conv1d)]

@@ -1,4 +1,4 @@
-"""The FLOPs that a token costs, and the FLOP/s that a device can do. Model FLOPs utilization (MFU) is made of both."""
+"""The FLOPs that a token costs, and the FLOP/s that a device can do. Model FLOPs utilization (MFU) needs both."""
 
 import re
 
@@ -58,7 +58,7 @@ def flops_per_token(model: PreTrainedModel, context: int | None = None) -> float
 
 
 # Dense peak of the matrix units in FLOP/s, accumulating in float32, of what torch shows as one device. From the makers'
-# data sheets, which often print twice these numbers, with sparsity. The keys are all words of a device's name but _NOISE.
+# data sheets, which often print twice these numbers, with sparsity. A key is a device's name without the words of _NOISE.
 _PEAKS = {
     "B200": 2250e12,
     "GB200": 2500e12,

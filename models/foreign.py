@@ -1,4 +1,4 @@
-"""A model's configuration from somebody else brings no code.
+"""Refuse code that a model's configuration from somebody else would make transformers run.
 
 transformers runs code from outside in two ways: classes that `auto_map` names, which lie beside the configuration or on the
 Hugging Face hub, and attention kernels of a repository of the hub, `attn_implementation: owner/name`.
@@ -20,7 +20,7 @@ class ForeignCode(ValueError):
 def refuse_code(config: Mapping[str, Any], where: str) -> None:
     """Raise ForeignCode if a configuration, as it stands in JSON or YAML, can only be followed with code from outside.
 
-    An `auto_map` beside a model type that transformers knows is no reason: the class of transformers is taken
+    An `auto_map` is allowed beside a model type that transformers knows: then the class of transformers is used
     (`without_auto_map`).
     """
     model_type = config.get("model_type")
@@ -47,7 +47,7 @@ def entries(tree: Any) -> Iterator[tuple[str, Any]]:
 
 
 def without_auto_map(config: PretrainedConfig) -> PretrainedConfig:
-    """`config`, changed in place: it and those inside it no longer name classes from outside, nor does what is saved of it."""
+    """`config`, changed in place: neither it and its sub-configurations nor saved copies name classes from outside any more."""
     for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
         if isinstance(part, PretrainedConfig):
             vars(part).pop("auto_map", None)

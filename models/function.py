@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-# What names or describes a model, or says how its function is computed, returned or saved.
+# Keys that name or describe a model, or say how its function is computed, returned or saved.
 WITHOUT_EFFECT = {
     "_name_or_path", "architectures", "attn_implementation", "auto_map", "bos_token_id", "chunk_size_feed_forward", "dtype",
     "eos_token_id", "experts_implementation", "id2label", "label2id", "num_labels", "output_attentions", "output_hidden_states",
@@ -38,7 +38,7 @@ def function_differences(
 
     Args:
         there: a configuration as a config.json of any version of transformers holds it. A key that it lacks has the default of
-            today. A key that today's class does not know counts only if it is in `given`.
+            today. A key that the class of today does not know counts only if it is in `given`.
         here: a configuration of today.
         given: the keys of `there` that a user has chosen.
     """

@@ -19,7 +19,7 @@ OF_GPT3 = {
 
 
 def to_gpt2(model: GPT3LMHeadModel) -> GPT2LMHeadModel:
-    """The same function as a stock GPT-2, a copy: q, k, v fused, matrices transposed, as Conv1D stores (in, out)."""
+    """A stock GPT-2 with the same function, as a copy: q, k, v fused, matrices transposed, as Conv1D stores (in, out)."""
     config = model.config
     gpt2 = GPT2LMHeadModel(
         GPT2Config(
@@ -85,7 +85,7 @@ def gpt3_config(config: GPT2Config, dropout: float) -> GPT3Config | None:
 
 
 class Origin(NamedTuple):
-    """Where in a GPT-2 a parameter of the GPT-3 lies that computes the same function."""
+    """Where a GPT-2 keeps a parameter of the GPT-3 with the same function."""
 
     name: str
     part: int | None = None  # of three along the last axis: q, k, v
@@ -118,7 +118,7 @@ def origins(layers: int) -> dict[str, Origin]:
 
 @torch.no_grad()
 def from_gpt2(gpt2: GPT2LMHeadModel, config: GPT3Config) -> GPT3LMHeadModel:
-    """The same function as a GPT-3 of `config` (see `gpt3_config`), a copy: the inverse of `to_gpt2`."""
+    """A GPT-3 of `config` (see `gpt3_config`) with the same function, as a copy: the inverse of `to_gpt2`."""
     model = GPT3LMHeadModel(config).to(gpt2.dtype)
     where = origins(config.layers)
     for name, p in model.named_parameters():

@@ -1,13 +1,13 @@
-"""Models whose parameters take no memory, and what their architecture would write into them.
+"""Build a model whose parameters take no memory, and record how its architecture would initialize them.
 
 A model is built with its parameters on the meta device and its buffers as they are. While it is built, every operation that
-writes into a parameter is recorded: `nn.init.normal_`, `weight[padding_idx].zero_()`, `A_log.copy_(...)`. What was recorded is
-the parameter's recipe. It can be replayed for some of the elements alone, so that each rank makes only what it keeps:
+writes into a parameter is recorded: `nn.init.normal_`, `weight[padding_idx].zero_()`, `A_log.copy_(...)`. The recorded operations
+are the parameter's recipe. A rank can replay it for some of the elements alone, and so make only what it keeps:
 
     model, weights = outline(lambda: build_model(size="gpt3-125m", vocab_size=50257), seed=1)
     weights.read("model.norm.weight", 0, 128)                # elements 0 to 127 of the flattened parameter
 
-A weight follows from the seed, its name and its place alone. So it is the same for every division over ranks.
+A weight depends only on the seed, the parameter's name and the place in it. So it is the same however ranks divide the model.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 from transformers import initialization as of_transformers
 
-# What makes a new tensor of the shape or device of another one.
+# Operators that make a new tensor of the shape or device of another one.
 LIKE = {
     f"{kind}_{what}"
     for kind, what in [("new", what) for what in ("empty", "zeros", "ones", "full", "empty_strided")]
@@ -56,10 +56,10 @@ class Weights(Protocol):
 
 
 class Held:
-    """The weights of a model that is in memory, which gives them up: its parameters are on the meta device afterwards."""
+    """The weights of a model in memory, taken away from it: its parameters are on the meta device afterwards."""
 
     def __init__(self, model: nn.Module, not_finite: Collection[str] = ()) -> None:
-        """`not_finite`: the parameters with numbers that are not, where they come from files."""
+        """`not_finite`: the parameters, read from files, that have numbers that are not finite."""
         self.values: dict[str, Tensor] = {}
         self.not_finite = not_finite
         for name, p in model.named_parameters():
@@ -84,7 +84,7 @@ class Place(NamedTuple):
 
     @property
     def range(self) -> tuple[int, int] | None:
-        """The elements [start, stop) that it is, in their order; None if it is no such range."""
+        """The range [start, stop) of elements that the view is, in their order; None if it is no such range."""
         row, start = 1, self.offset
         for size, stride in zip(reversed(self.size), reversed(self.stride), strict=True):
             if size != 1 and stride != row:
@@ -104,7 +104,7 @@ class Operation(NamedTuple):
 
     @property
     def in_parts(self) -> bool:
-        """Whether it does the same if it is done part by part."""
+        """Whether the result is the same if the operation is done part by part."""
         return (
             self.name in ELEMENTWISE
             and self.place.range is not None
@@ -129,7 +129,8 @@ class Operation(NamedTuple):
 class Recipe:
     """What an architecture writes into one parameter of `shape`.
 
-    `held` is what the constructor gave it, as long as nothing has overwritten all of it. `why_not` says what cannot be replayed.
+    `held` is the value from the constructor, until an operation overwrites all of it. `why_not` says why the recipe cannot be
+    replayed; it is empty otherwise.
     """
 
     shape: tuple[int, ...]
@@ -143,7 +144,7 @@ class Recipe:
         return torch.Size(self.shape).numel()
 
     def add(self, operation: Operation, problem: str) -> None:
-        """One more operation. One that overwrites all elements makes what came before it unimportant."""
+        """Add an operation. If it overwrites all elements, forget what came before it."""
         place = operation.place
         overlaps = any(stride == 0 and size > 1 for size, stride in zip(place.size, place.stride, strict=True))
         if operation.name in OVERWRITING and place.numel == self.numel and not overlaps:
@@ -152,7 +153,7 @@ class Recipe:
         self.why_not = self.why_not or problem
 
     def settle(self) -> None:
-        """Keep a held value that is one number everywhere as that number."""
+        """If the held value is one number everywhere, keep only that number."""
         if self.held is not None and self.held.is_floating_point() and self.numel > 1 and self.held.min() == self.held.max():
             place = Place((self.numel,), (1,), 0)
             fill = Operation("fill_", torch.Tensor.fill_, place, (self.held.reshape(-1)[0].item(),), {})
@@ -201,7 +202,7 @@ class Recipe:
 
 
 class Initialization:
-    """The weights that an architecture gives itself, from the recipes of its parameters and a seed."""
+    """The initial weights of an architecture, from the recipes of its parameters and a seed."""
 
     def __init__(self, recipes: dict[str, Recipe], seed: int) -> None:
         """`recipes` by the name of the parameter, a tied one by its first name."""
@@ -209,7 +210,7 @@ class Initialization:
 
     @torch.no_grad()
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        """The elements [start, stop) of the flattened parameter `name`. Always computed on the CPU, whose numbers are the same
+        """The elements [start, stop) of the flattened parameter `name`. They are always computed on the CPU, and so are the same
         for every kind of device."""
         return self.recipes[name].part(start, stop, lambda chunk: generator(self.seed, name, chunk))
 
@@ -226,7 +227,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.recipes: dict[int, Recipe] = {}
-        self.storages: dict[int, Any] = {}  # kept alive, so that their ids stay theirs
+        self.storages: dict[int, Any] = {}  # kept alive, so that no other storage gets their ids
         self.moving = False  # the recorder's own tensors are the only new ones on the meta device
 
     @contextmanager
@@ -277,9 +278,9 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         name = func.__name__.partition(".")[0]
         if not self.moving and (str(kwargs.get("device")) == "meta" or (name in LIKE and args[0].is_meta)):
-            kwargs = {**kwargs, "device": torch.device("cpu")}  # a value made where the parameter is, to be copied into it
+            kwargs = {**kwargs, "device": torch.device("cpu")}  # a value to be copied into a parameter: it needs memory
         if name == "constant_pad_nd" and self.recipe_of(args[0]) is not None and not any(args[1]):
-            return args[0].detach()  # with nothing around it, as some models bring a bias to the length of its weight
+            return args[0].detach()  # padded by nothing: some models pad a bias to the length of its weight
         target = args[0] if args and name.endswith("_") and not name.startswith("_") else kwargs.get("out")
         if isinstance(target, Tensor) and (recipe := self.recipe_of(target)) is not None:
             self.record(recipe, name, func, target, args if "out" in kwargs else args[1:], kwargs)
@@ -325,7 +326,7 @@ def place_of(view: Tensor) -> Place:
 
 
 def become(p: Tensor, value: Tensor) -> None:
-    """Let the parameter `p` have the memory of `value`. It stays the same object, and so does what is tied to it."""
+    """Give the parameter `p` the memory of `value`. `p` stays the same object, and so do parameters tied to it."""
     new = nn.Parameter(value, requires_grad=p.requires_grad) if isinstance(p, nn.Parameter) else value
     new.__dict__.update(p.__dict__)
     torch.utils.swap_tensors(p, new)
@@ -334,8 +335,8 @@ def become(p: Tensor, value: Tensor) -> None:
 def outline(build: Callable[[], PreTrainedModel], seed: int) -> tuple[PreTrainedModel, Weights]:
     """The model that `build` makes, with its parameters on the meta device, and the weights that its architecture gives them.
 
-    Where these cannot be recorded (an initialization that reads what it has written), the model is built in memory, and the
-    weights follow from torch's own seed.
+    If these cannot be recorded (an initialization that reads what it has written), the model is built in memory, and the weights
+    follow from torch's own seed.
 
     Raises:
         Whatever `build` raises.

@@ -176,8 +176,9 @@ class CausalLMLoss(nn.Module):
     The SUM, over the targets that are not -100, of -log p(targets[:, t] | input_ids[:, :t + 1]): the targets are shifted
     already. Wrap this module with DDP or FSDP, not the model inside: it reads the output projection's weight itself.
 
-    In chunks, where the logits are the output projection of the base model's hidden states, a factor and a softcap. Where
-    `choose_loss` has found that they are not, from the model's own logits (B, T, V), which takes their memory.
+    The loss is computed in chunks if the logits are the output projection of the base model's hidden states, with a factor and a
+    softcap. If `choose_loss` has found that they are not, it is computed from the model's own logits (B, T, V), which takes the
+    memory of all of them.
 
     Mixture of experts: the router's load-balancing loss is added in training mode, and only if the configuration's
     `output_router_logits` is true; the sum then grows by router_aux_loss_coef x that loss x the number of targets, as
@@ -226,8 +227,8 @@ class CausalLMLoss(nn.Module):
         return F.cross_entropy(z, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"), outputs
 
     def scores_by_row(self, input_ids: Tensor, targets: Tensor) -> Tensor:
-        """Of each row (T,) the log-probability of its targets that are not -100, in nats, and whether each of them is the
-        likeliest token: (B, 2), float32. Without gradients; a row's numbers depend on no other rank and on no number of rows."""
+        """For each row (T,), the log-probability of its targets that are not -100, in nats, and whether each of them is the
+        likeliest token: (B, 2), float32. Without gradients. A row's scores depend on no other rank and no other row."""
         if self.chunked:
             states = base_of(self.model)(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, D)
         else:
@@ -315,7 +316,7 @@ def choose_loss(model: PreTrainedModel) -> None:
 
 
 def device_of(model: PreTrainedModel) -> torch.device:
-    """Where the model computes; blocks that are not at work may be without memory."""
+    """Where the model computes; blocks that are not in use may be without memory."""
     return next((p.device for p in model.parameters() if not p.is_meta), model.device)
 
 
@@ -332,7 +333,7 @@ def stand_ins(model: PreTrainedModel, head: Any, random: torch.Generator) -> dic
 
 
 def check_router_loss(model: PreTrainedModel, input_ids: Tensor) -> None:
-    """LossMismatch unless the router loss is what the model's own loss adds for `output_router_logits`."""
+    """Raise LossMismatch unless the router loss is what the model's own loss adds for `output_router_logits`."""
     options = {"input_ids": input_ids, "use_cache": False, "output_router_logits": True}
     with_router = model(**options, labels=input_ids).loss
     expected = with_router - model(**options | {"output_router_logits": False}, labels=input_ids).loss

@@ -1,4 +1,4 @@
-"""Numbers of a configuration that do not fit each other: what to change where a model's forward pass fails."""
+"""Numbers of a configuration that do not fit each other: a hint what to change when a model's forward pass fails."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ DIVISORS: Relations = (("num_key_value_heads", ("num_attention_heads",)), ("n_gr
 def misfit(config: PretrainedConfig) -> str:
     """The first relation between numbers of `config` that does not hold, as a hint that begins with "; ", or nothing.
 
-    Not every architecture has every relation, so that this is no check: it explains an error that has occurred.
+    Not every architecture has every relation. So this is no check: it explains an error that has occurred.
     """
     text = config.get_text_config()
     for key, names in LIMITS:
@@ -45,7 +45,7 @@ def misfit(config: PretrainedConfig) -> str:
 
 
 def number(config: PretrainedConfig, key: str) -> int | None:
-    """A key that has a whole number, or None."""
+    """The value of a key if it is a whole number, else None."""
     value: Any = getattr(config, key, None)
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 

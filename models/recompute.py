@@ -1,4 +1,4 @@
-"""Activation checkpointing: what of a block the backward pass computes again instead of keeping it from the forward pass."""
+"""Activation checkpointing: which activations of a block the backward pass recomputes, instead of keeping them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 OPERATIONS = "operations"  # the choice by operation
-# What takes long, and is kept by that choice: matrix products and attention, on every kind of device.
+# Operations that take long, and whose results that choice keeps: matrix products and attention, on every kind of device.
 KEPT = [
     getattr(torch.ops.aten, name).default
     for name in (
@@ -24,7 +24,7 @@ KEPT = [
 
 
 def every(choice: bool | int | str) -> int:
-    """Every how manieth block is computed again: 1 is every block, 0 none. "operations" goes through every block.
+    """The interval of the recomputed blocks: 1 is every block, 2 every second one, 0 none. "operations" is 1.
 
     `choice`: false, true, a number of blocks, or "operations", also as text. Raises ValueError for anything else.
     """
@@ -39,9 +39,9 @@ def every(choice: bool | int | str) -> int:
 
 
 def recompute(model: PreTrainedModel, choice: bool | int | str) -> None:
-    """Let the backward pass of `model` compute activations again, as `choice` says. Gradients stay the same bit for bit.
+    """Make the backward pass of `model` recompute activations, as `choice` says. Gradients stay the same bit for bit.
 
-    Raises ValueError where the architecture cannot.
+    Raises ValueError if the architecture does not support it.
     """
     if not (interval := every(choice)):
         return

@@ -30,7 +30,7 @@ def available_device() -> torch.device:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -38,7 +38,7 @@ def synchronize(device: torch.device) -> None:
 def time_rounds(steps: dict[str, Step], rounds: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds of one call in each round. Contestants take turns in every round, so that a busy machine slows all of them.
 
-    Two rounds before do not count: the first compiles and allocates, the second gives how often a round repeats a step.
+    Two rounds before these do not count: the first compiles and allocates, the second decides how often a round repeats a step.
     """
     repeats: dict[str, int] = {}
     for _ in range(2):
@@ -97,7 +97,7 @@ class Rates(NamedTuple):
         return {"bytes_floor": 1e3 * moved / self.bandwidth, "flops_floor": 1e3 * flops / self.flops[dtype]}
 
     def describe(self) -> str:
-        """In one line."""
+        """The rates in one line."""
         rates = ", ".join(f"{str(dtype).removeprefix('torch.')} {rate / 1e12:.3g}" for dtype, rate in self.flops.items())
         return f"copy {self.bandwidth / 1e9:,.0f} GB/s (read and written), matmul TFLOP/s: {rates}"
 
@@ -120,7 +120,7 @@ def best(step: Step, device: torch.device) -> float:
 
 
 def environment(device: torch.device) -> Row:
-    """Where: machine, threads, versions."""
+    """Where it was measured: machine, threads, versions."""
     versions = [f"{name} {found}" for name in ("torch", "triton", "transformers") if (found := installed(name))]
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {

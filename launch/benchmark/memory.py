@@ -1,10 +1,10 @@
 """`python -m launch.benchmark memory`: peak memory of each rank while a training run starts, makes a step and saves.
 
-Every run is `train.pretrain` itself in processes of torchrun: a model of 300M weights, two steps of a few tokens, since most
-optimizers make their state in the first one, an evaluation, which counts to the second, and a checkpoint, in a temporary folder.
-A phase ends where the run marks its progress. Bytes are the peak of the resident set (RSS) in a phase beyond what a process has
-when it has imported everything and has found the others; on GPUs also what their allocator held. Memory that the run frees does
-not count: glibc, which would keep much of it, is told to give it back at once (`GIVE_BACK`).
+Every run is `train.pretrain` itself in processes of torchrun, in a temporary folder, with a model of 300M weights. It makes two
+steps of a few tokens, since most optimizers make their state in the first one, an evaluation, which counts to the second step,
+and a checkpoint. A phase ends where the run marks its progress. Bytes are the peak of the resident set (RSS) in a phase, minus
+what a process has after its imports, when it has found the others; on GPUs also the peak of the allocator. Memory that the run
+has freed does not count: glibc would keep much of it, and `GIVE_BACK` makes it return memory at once.
 """
 
 from __future__ import annotations
@@ -55,8 +55,9 @@ CONFIG: dict[str, dict[str, Any]] = {
     "log": {"sample_tokens": 0},
     "eval": {"sequences": 1},
 }
-# Allocations from this size on leave the process when they are freed. By itself glibc raises the limit up to 32 MB, which is more
-# than a weight of a block, and keeps what it can reuse: a rank of four under zero3 then peaks at 4.0 GB in its step, not at 3.0.
+# Allocations of this size or more leave the process when they are freed. By default glibc raises the limit up to 32 MB, which is
+# more than a weight of a block, and keeps what it can reuse: one of four ranks under zero3 then peaks at 4.0 GB in its step, not
+# at 3.0.
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
 STARTS = ("new", "resume", "init")  # a new run; the same again from its checkpoint; another run with its weights
 ENDS = ("start", "step", "save")
@@ -87,7 +88,7 @@ COLUMNS = (
 
 
 def add_options(parser: ArgumentParser, device: torch.device) -> None:
-    """Strategies, numbers of processes, and everything that the configuration of a run can say."""
+    """Add strategies, numbers of processes, and options of the run's configuration."""
     parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=["ddp", "fsdp2"])
     parser.add_argument("--processes", nargs="+", type=at_least(1), default=[1, 2])
     parser.add_argument("--starts", nargs="+", choices=STARTS, default=["new"], help="resume and init follow a new run")
@@ -115,7 +116,7 @@ def measure(args: Namespace, device: torch.device) -> tuple[str, list[Row]]:
                     if start == "init":
                         overrides += [f"run.dir={run}-init", f"model.init={run}"]
                     until = "start" if start == "init" else "save" if len(starts) > 1 else args.until
-                    load_written(str(config), overrides)  # a mistake in --set is one line here
+                    load_written(str(config), overrides)  # a mistake in --set fails here, with one line
                     result = folder / "result.json"
                     result.unlink(missing_ok=True)
                     status = launch(world, [str(result), until, str(config), *overrides])
@@ -219,7 +220,7 @@ class Phases:
     """The phases of a run on this rank: one row for each that has begun."""
 
     def __init__(self, device: torch.device, told: bool) -> None:
-        """`told`: a line as each phase ends, since a run may take minutes, or die."""
+        """`told`: print a line as each phase ends, since a run may take minutes, or die."""
         self.device, self.told, self.resident = device, told, Resident()
         self.base = self.resident.now
         self.rows: list[Row] = [{"phase": "imports", "peak": self.base / 1e6, "rss": self.base / 1e6, "seconds": 0.0}]
@@ -250,7 +251,7 @@ class Phases:
         self.resident.reset()
 
     def marked(self, text: str) -> None:
-        """The run has come to a mark; those of other names lie within a phase."""
+        """The run has come to the mark `text`; marks of other names lie within a phase."""
         if text in BEGINS:
             self.begin(BEGINS[text])
         elif text.endswith(": batch loaded"):
@@ -259,7 +260,7 @@ class Phases:
             self.begin(f"save after {text.removesuffix(': saving')}")
 
     def copied(self) -> None:
-        """A save has its copy, and begins to write: training would go on."""
+        """A save has its copy and begins to write: training would continue here."""
         self.rows[-1].setdefault("stall", time.perf_counter() - self.began)
 
 
@@ -279,7 +280,7 @@ class EnoughError(Exception):
 
 
 class PhaseHooks(Hooks):
-    """Sees the first moment of writing, and ends a run."""
+    """Notes when a save begins to write, and ends the run where `until` says."""
 
     def __init__(self, phases: Phases, until: str) -> None:
         self.phases, self.until, self.weights = phases, until, 0
@@ -302,7 +303,7 @@ class PhaseHooks(Hooks):
 
 def main(result: str, until: str, *arguments: str) -> int:
     """One run in this process of torchrun; the first rank writes the rows over all ranks to `result`."""
-    with suppress(OSError):  # where the memory does not suffice, the kernel ends these processes and no others
+    with suppress(OSError):  # if memory runs out, the kernel kills these processes and no others
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
     config, written = load_written(arguments[0], list(arguments[1:]))
     with StopSignals() as signals:

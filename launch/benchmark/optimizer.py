@@ -1,15 +1,15 @@
 """`python -m launch.benchmark optimizer`: one optimizer step over the hidden matrices of a GPT-3, contestants side by side.
 
-Two floors stand beside every time: the bytes that a step must move over the copy bandwidth, and its FLOPs over the matmul rate,
-both rates measured in the same run. Bytes a weight, all in float32 but u and where said:
+Beside every time the table shows two floors: the bytes that a step must move, divided by the copy bandwidth, and its FLOPs,
+divided by the matmul rate. Both rates are measured in the same run. Bytes for each weight, in float32 unless said otherwise:
 
     AdamW     28: g, w, two moments read; w, two moments written
     Muon      26: g, w, momentum read; w, momentum written; the update u in bfloat16 written, read by Newton–Schulz, and again
     Celo2     `celo2.kernels.traffic`: three passes over g, w and four accumulators, u written and read, w written
 
-Newton–Schulz itself counts in FLOPs alone, those of full products: the symmetric products of `celo2.kernels` compute half of two
-in three, so that a step may come below this floor. So does the MLP of Celo2, 216 multiply-adds a weight, although they do not
-run on matmul units.
+Newton–Schulz itself counts in FLOPs alone, those of full products. Of every three products `celo2.kernels` computes only half of
+two, which are symmetric, so that a step may be faster than this floor. The MLP of Celo2, 216 multiply-adds for each weight, also
+counts in FLOPs alone, although it does not run on matmul units.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ from launch.benchmark.measure import (
 )
 from models.sizes import SIZES
 
-LR = 1e-5  # small: the same weights are stepped over thousands of times
+LR = 1e-5  # small: the same weights are updated thousands of times
 MUON, ADAMW = "torch.optim.Muon", "torch.optim.AdamW(fused=True)"
 MLP_FLOPS = 2 * 216
-# cpu: 12.6 million weights, a second of work; host: as many matrices as gpt3-350m and hardly a weight, so that what is
-# measured is the time of Python, which on a GPU must hide behind the device.
+# cpu: 12.6 million weights, a second of work; host: as many matrices as gpt3-350m with hardly any weights. It measures the time
+# of Python, which on a GPU must be shorter than that of the device.
 SMALL = {"cpu": (4, 512), "host": (24, 16)}
 DEFAULT_SIZES = {"cpu": ("cpu",), "cuda": ("gpt3-125m", "gpt3-350m", "gpt3-1.3b")}
 
@@ -96,7 +96,7 @@ def make_params(size: str, device: torch.device) -> list[torch.nn.Parameter]:
 
 
 def contestants(params: list[torch.nn.Parameter], device: torch.device) -> list[Contestant]:
-    """Every path of Celo2 on `device`, Muon and AdamW. Paths whose state has one form share it, since 1.3B weights fill a GPU."""
+    """Every path of Celo2 on `device`, Muon and AdamW. Paths with equal forms of state share it: 1.3B weights fill a GPU."""
     weights = sum(p.numel() for p in params)
     flops = sum(newton_schulz_flops(*p.shape) for p in params)
 
@@ -177,7 +177,7 @@ def measure_size(size: str, rounds: int, rates: Rates, device: torch.device) -> 
 
 
 def add_options(command: ArgumentParser, device: torch.device) -> None:
-    """The sizes; the default ones suit `device`."""
+    """Add the sizes; the default ones suit `device`."""
     known, default = [*SMALL, *SIZES], DEFAULT_SIZES[device.type]
     command.add_argument("--sizes", nargs="+", choices=known, default=default, metavar="SIZE", help=", ".join(known))
 

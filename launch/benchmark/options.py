@@ -1,8 +1,8 @@
-"""`python -m launch.benchmark options CONFIG [KEY=VALUE ...]`: what options of a training run cost in a step of it.
+"""`python -m launch.benchmark options CONFIG [KEY=VALUE ...]`: what the options of a training run cost in each step.
 
-Short training runs of `train.py` itself take turns, with an option and without, in another order in each round. The CPU seconds
-of the whole process count, so that other work on the machine matters less. Evaluations are compared with a run that evaluates as
-often without the option.
+Short training runs of `train.py` itself take turns, with an option and without, in another order in each round. The table shows
+CPU seconds of the whole process, on which other work on the machine has less influence. An option of evaluations is compared with
+a run that evaluates as often without it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from launch.distributed.strategy import Strategy
 from launch.run.hooks import Hooks
 
 ROUNDS = 5
-STEPS, BEFORE = 8, 3  # of a run, and those that do not count
+STEPS, BEFORE = 8, 3  # of a run, and the first ones, which do not count
 OFTEN = "eval.every=4"  # one evaluation among the steps that count
 QUIET = ("log.every=1000", "log.sample_tokens=0", "eval.every=0", "checkpoint.every=0", f"train.steps={STEPS}")
 COLUMNS = (
@@ -51,12 +51,12 @@ class Clock(Hooks):
         self.seconds.append(time.process_time())
 
     def step(self) -> float:
-        """A step that counts."""
+        """CPU seconds of a step, the mean of those that count."""
         return (self.seconds[-1] - self.seconds[BEFORE]) / (STEPS - 1 - BEFORE)
 
 
 def contestants(data: str, batch: int) -> dict[str, tuple[str, list[str]]]:
-    """By name: with what it is compared, and its options. `data`: the folder, by any path."""
+    """By name: the contestant that it is compared with, and its options. `data`: the path of the data folder."""
     data = json.dumps(data, ensure_ascii=False)  # within YAML a path may need its quotes
     alone = {
         "log.every=1": ["log.every=1"],
@@ -81,7 +81,7 @@ def contestants(data: str, batch: int) -> dict[str, tuple[str, list[str]]]:
 
 
 def add_options(command: ArgumentParser, device: torch.device) -> None:
-    """The configuration."""
+    """Add the configuration."""
     command.add_argument("config", help="a YAML file, such as configs/demo.yaml")
     command.add_argument("overrides", nargs="*", metavar="section.key=value")
 
@@ -95,7 +95,7 @@ def measure(args: Namespace, device: torch.device) -> tuple[str, list[Row]]:
     seconds: dict[str, list[float]] = {name: [] for name in compared}
     for number in range(args.rounds):
         order = list(compared)
-        random.Random(number).shuffle(order)  # a run may pay for the one before it
+        random.Random(number).shuffle(order)  # a run may be slower because of the one before it
         for name in order:
             seconds[name].append(step_seconds([args.config, *args.overrides, *QUIET, *compared[name][1]]))
     rows = []

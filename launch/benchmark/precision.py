@@ -1,4 +1,4 @@
-"""`python -m launch.benchmark precision`: the loss of a small model, same batches, Newton–Schulz in bfloat16 and in float32.
+"""`python -m launch.benchmark precision`: the loss of a small model on the same batches, Newton–Schulz in bfloat16 and float32.
 
 The text is a Markov chain with four equally likely successors of every token: the loss falls from log V, at best to log 4.
 """
@@ -57,7 +57,7 @@ def final_loss(seed: int, ns_dtype: torch.dtype, device: torch.device) -> float:
 
 
 def measure(args: Namespace, device: torch.device) -> tuple[str, list[Row]]:
-    """A row for each round, a seed."""
+    """A row for each round, which is one seed."""
     rows = []
     for seed in range(args.rounds):
         bf16, fp32 = (final_loss(seed, dtype, device) for dtype in (torch.bfloat16, torch.float32))

@@ -27,7 +27,7 @@ COLUMNS = (
 
 
 def measure(args: Namespace, device: torch.device) -> tuple[str, list[Row]]:
-    """A row for each round, a checkpoint of `gpt3-125m` with Celo2's state, one after the other in a temporary folder."""
+    """A row for each round: a checkpoint of `gpt3-125m` with Celo2's state, written to a temporary folder."""
     model = build_model(size="gpt3-125m", vocab_size=50304)
     weights = model.num_parameters()
     strategy = make_strategy(Config(), Accelerator(cpu=device.type == "cpu"), model)

@@ -1,10 +1,10 @@
-"""`python -m launch.benchmark search`: which search finds better settings for as many trials, coordinate descent or Optuna's.
+"""`python -m launch.benchmark search`: which search finds better settings in equally many trials, coordinate descent or Optuna's.
 
-A round is a loss surface over log2 of lr, weight decay and adamw_lr, drawn at random with the shape of measured ones: steeper
-above the best lr than below until it diverges, lr and the others in each other's way, a start that is off by up to a factor of 4
-(lr), 6 (decay) and 16 (adamw_lr), and the noise of one seed. With --real TEXT also a small GPT on that text, searched once by
-each. What counts is the true loss of the chosen setting above the lowest, in thousandths of a nat. Optuna is compared where it
-is installed.
+Each round draws a random loss surface over log2 of lr, weight decay and adamw_lr, with the shape of measured ones. It is steeper
+above the best lr than below, up to an lr that diverges. The best value of each key depends on the others. The search starts off
+the best values by a factor of up to 4 (lr), 6 (decay) and 16 (adamw_lr), and sees the noise of one seed. With --real TEXT, each
+search also tunes a small GPT on that text, once. The score is the true loss of the chosen setting minus the lowest, in
+thousandths of a nat. Optuna is compared if it is installed.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ COLUMNS = (
     *(Column(f"after {n}", f"after {n}", ".1f") for n in TRIALS),
 )
 
-Loss = Callable[[Setting], float]  # of factors on the start
+Loss = Callable[[Setting], float]  # of a setting: factors on the start
 Method = Callable[[Loss, int, int], list[Setting]]  # loss, trials, seed -> the settings in their order
 
 
 def add_options(parser: argparse.ArgumentParser, device: torch.device) -> None:
-    """Options of this subject."""
+    """Add the options of this subject."""
     parser.add_argument("--real", metavar="TEXT", help="also train gpt-tiny on this text, with each method once")
 
 

@@ -58,7 +58,7 @@ COLUMNS = (
 
 
 class ZeroOfLargeModel(Zero):
-    """Keeps no parameter gathered. DeepSpeed does with small ones, which would hide what travels for a large model."""
+    """Keeps no parameter gathered. DeepSpeed keeps small ones, which would hide what a large model sends."""
 
     zero_options: ClassVar[dict[str, Any]] = {
         "stage3_param_persistence_threshold": 0,
@@ -68,7 +68,7 @@ class ZeroOfLargeModel(Zero):
 
 
 def measure_row(row: str, accelerator: Accelerator, folder: Path) -> Row:
-    """The losses of STEPS steps, and what the last of them took on this rank. Every rank must call it."""
+    """The losses of STEPS steps, and the bytes held and sent in the last one. Every rank must call it."""
     world, rank = accelerator.num_processes, accelerator.process_index
     micro = BATCH // world // ACCUMULATION
     config = Config(

@@ -1,9 +1,9 @@
 """Bytes that a rank sends in collectives, counted as they happen, whoever starts them: DDP, FSDP2, DeepSpeed or the optimizer.
 
 Every collective of torch.distributed goes through an operator `c10d::...` of the dispatcher. A dispatch mode sees them all, on
-the CPU also those of the backward pass. The convention is that of rings: an all-reduce of n bytes sends 2 n (W-1)/W, an
-all-gather or a reduce-scatter of n bytes in all n (W-1)/W, a broadcast n (W-1)/W on average over the ranks, an all-to-all what
-leaves the rank.
+the CPU also those of the backward pass. Bytes are counted as rings send them, with W ranks: an all-reduce of n bytes sends
+2 n (W-1)/W, an all-gather or a reduce-scatter of n bytes in all n (W-1)/W, a broadcast n (W-1)/W on average over the ranks, an
+all-to-all what leaves the rank.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ class RandomTokens(TokenShards):
 
 @dataclass
 class Trainer:
-    """A run as `train.py` sets it up, without folder, evaluation and checkpoints; what its steps took."""
+    """A run as `train.py` sets it up, without folder, evaluation and checkpoints; records what its steps took."""
 
     config: Config
     batch: Batch
@@ -178,7 +178,7 @@ def make_trainer(size: str, compiled: bool, device: torch.device, sequences: int
 
 
 def add_options(command: ArgumentParser, device: torch.device) -> None:
-    """The sizes; the default ones suit `device`."""
+    """Add the sizes; the default ones suit `device`."""
     known, default = list(BATCHES), DEFAULT_SIZES[device.type]
     command.add_argument("--sizes", nargs="+", choices=known, default=default, metavar="SIZE", help=", ".join(known))
     command.add_argument("--micro-batch-size", type=at_least(1), metavar="N", help="sequences, instead of the usual")

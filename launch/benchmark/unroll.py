@@ -1,6 +1,6 @@
 """`python -m launch.benchmark unroll`: an outer iteration of meta-training at the published size, 64 unrolls of 50 steps.
 
-On a GPU, also one of 2,048 unrolls: the published 100,000 iterations are as many inner steps as 3,125 of those.
+On a GPU, also an iteration of 2,048 unrolls: 3,125 of them have as many inner steps as the published 100,000 iterations.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ COLUMNS = (Column("engine", "engine"), Column("unrolls", "unrolls", ",d"), *TIME
 
 
 def random_images(names: list[str]) -> Data:
-    """Data sets of the right form."""
+    """Data sets of random images, in the form that meta-training expects."""
     random, count = np.random.default_rng(0), EXAMPLES * len(names)
     pixels = random.standard_normal((count, SIDE * SIDE), np.float32)
     starts = np.arange(len(names)) * EXAMPLES

@@ -12,7 +12,7 @@ set -euo pipefail
 # Edit, or set in the environment. A hostfile has a line for each machine with its number of GPUs, such as
 #     worker-0 slots=8
 #     worker-1 slots=8
-# without one, the processes are on this machine.
+# Without a hostfile, all processes run on this machine.
 HOSTFILE="${HOSTFILE:-}"
 GPUS="${GPUS:-8}"                       # processes on this machine, without a hostfile
 PORT="${PORT:-29500}"

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Starts a training run again until it is done, whatever ended it: a rank that died or hung (70), a signal (75), a lost machine.
+# Restarts a training run until it is done, whatever ended it: a rank that died or hung (70), a signal (75), a lost machine.
 #
 #     launch/cluster/loop.sh launch/cluster/torchrun.sh configs/demo.yaml distributed.strategy=fsdp2
 #
-# Each start goes on from the newest checkpoint, with the GPUs that are there. The loop ends with the run: at status 0; at 2 (bad
-# input) and 130 (stopped at once by a person), which another start does not mend; after a signal to the loop itself, which it
-# passes on, INT and QUIT as TERM; and after QUICK failures in a row that took less than SHORT seconds each (torchrun says 1 for
-# every reason).
+# Each start resumes from the newest checkpoint, with the GPUs that are there. The loop ends with the run in these cases:
+# - at status 0; at 2 (bad input) and 130 (stopped at once by a person), which another start does not mend;
+# - after a signal to the loop itself, which it passes on to the run, INT and QUIT as TERM;
+# - after QUICK failures in a row that took less than SHORT seconds each (torchrun ends with 1 for every reason).
 set -uo pipefail
 
 QUICK="${QUICK:-3}"
@@ -18,7 +18,7 @@ child=
 pass_on() {
     stopped=yes
     interrupted=yes
-    local name="$1" # bash starts a child in the background with these two ignored, until the child handles them
+    local name="$1" # bash starts background children with INT and QUIT ignored, until the child handles them
     [[ "$name" != INT && "$name" != QUIT ]] || name=TERM
     [[ -z "$child" ]] || kill -s "$name" "$child" 2>/dev/null
 }

@@ -1,14 +1,14 @@
 """Which optimizer is better on this model and data, by how much, and is that more than noise?
 
     python -m launch.compare CONFIG.yaml --optimizers celo2 adamw muon --out runs/compare [section.key=value ...]
-    python -m launch.compare --runs DIR DIR ... --out DIR        runs that are there already
-    python -m launch.compare --results FILE --out DIR            the page and the pictures of a results.json, drawn again
-    ... --reference FILE --publish DIR                           with curves of other people; as a folder for a static host
+    python -m launch.compare --runs DIR DIR ... --out DIR        compare existing runs
+    python -m launch.compare --results FILE --out DIR            draw page and pictures of a results.json again
+    ... --reference FILE --publish DIR                           add curves of other people; write a folder for a static host
 
 Every optimizer trains the same model on the same batches for the same tokens. First each searches its learning rate, or several
-keys together (--search), with the same number of trials; then its best setting runs with several other seeds. With --sizes that
-is a ladder of models and budgets, and the report says how much data each optimizer saves. The same command continues after any
-interruption. OUT/report.html, report.png, details.png and results.json say what came out.
+keys together (--search), with the same number of trials; then its best setting runs with several other seeds. With --sizes, the
+final runs are a ladder of models and budgets, and the report says how much data each optimizer saves. After any interruption the
+same command resumes. The results are OUT/report.html, report.png, details.png and results.json.
 """
 
 from __future__ import annotations
@@ -68,13 +68,13 @@ def compare(args: argparse.Namespace, command: str) -> None:
 
 
 def compare_runs(args: argparse.Namespace, command: str) -> None:
-    """A report on runs that are there already."""
+    """A report on existing runs."""
     runs = []
     for folder in map(Path, args.runs):
         run = read_run(folder)
         if run.status != "diverged" and not run.validation:
             raise ConfigError(f"{folder} has no evaluation (val_loss in metrics.jsonl): nothing to compare")
-        whole = folder.resolve()  # the command is typed beside train.py, which need not be here
+        whole = folder.resolve()  # a person runs the command beside train.py, which may be elsewhere
         run.command = shlex.join(["python", "train.py", str(whole / "config.yaml"), f"run.dir={whole}-again"])
         runs.append(run)
     label_runs(runs)
@@ -92,7 +92,7 @@ def compare_runs(args: argparse.Namespace, command: str) -> None:
 
 
 def about(title: str, command: str, method: list[str]) -> dict[str, object]:
-    """What a reader needs to place the numbers."""
+    """What a reader must know about the origin of the numbers."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()}, {os.cpu_count()} CPU cores"
     versions = {"python": platform.python_version()}
     for library in LIBRARIES:
@@ -104,7 +104,7 @@ def about(title: str, command: str, method: list[str]) -> dict[str, object]:
 
 
 def draw_again(args: argparse.Namespace) -> None:
-    """The report of a results.json that is there, beside it or in --out."""
+    """Draw the report of an existing results.json again, beside it or in --out."""
     path = args.results
     no_results = ConfigError(f"{path} is no results.json of a comparison")
     try:
@@ -122,7 +122,7 @@ def draw_again(args: argparse.Namespace) -> None:
 
 
 def make_folders(args: argparse.Namespace) -> None:
-    """Those of --out and --publish."""
+    """Make the folders of --out and --publish."""
     make_folder(args.out)
     if args.publish:
         make_folder(args.publish, "--publish")
@@ -139,7 +139,7 @@ def write(results: dict, args: argparse.Namespace) -> Path:
 
 
 def finish(results: dict, say: Any, args: argparse.Namespace) -> None:
-    """Write the report and say what it says."""
+    """Write the report and print its sentences."""
     page = write(results, args)
     shown, folded = statements(results)
     for _, line in shown:
@@ -153,7 +153,7 @@ def finish(results: dict, say: Any, args: argparse.Namespace) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """Mistakes are one line, without the usage before it."""
+    """Reports a mistake in one line, without the usage before it."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message.removeprefix('argument ')} (all options: python -m launch.compare --help)")
@@ -268,7 +268,7 @@ def numbers(option: str, words: Sequence[str] | None, expected: str) -> list[flo
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 0: done; 2: bad input or a failed trial, said in one line; 75: saved and stopped by a signal;
+    """Exit status 0: done; 2: bad input or a failed trial, named in one line; 75: saved and stopped by a signal;
     130: interrupted while no trial ran."""
     argv = sys.argv[1:] if argv is None else argv
     command = shlex.join(["python", "-m", "launch.compare", *argv])

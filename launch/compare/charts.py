@@ -15,7 +15,7 @@ LEFT, RIGHT, TOP, BOTTOM = 52, 10, 12, 38  # margins
 
 @dataclass(frozen=True)
 class Series:
-    """One line. `points`: (x, y) or (x, y, low, high); low and high may be None. `mark`: the x of a point to point out."""
+    """One line. `points`: (x, y) or (x, y, low, high); low and high may be None. `mark`: the x of a point to highlight."""
 
     name: str
     color: str  # CSS
@@ -53,7 +53,7 @@ def chart(series: Sequence[Series], x_title: str, y_title: str, log_x: bool = Tr
 
 
 class Axis:
-    """Where values lie between two ends of the picture."""
+    """Maps values to places between two ends of the picture."""
 
     def __init__(self, values: Sequence[float], log: bool, start: float, stop: float) -> None:
         self.log = log and min(values) > 0
@@ -86,7 +86,7 @@ class Axis:
 
 
 def name(value: float) -> str:
-    """A tick in words."""
+    """The text of a tick."""
     for limit, unit in ((1e9, "B"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= limit:
             return f"{value / (1e3 if unit == 'k' else limit):g}{unit}"

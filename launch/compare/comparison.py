@@ -1,4 +1,4 @@
-"""One comparison: which training runs it asks for, in which order, and how it says what it did."""
+"""One comparison: which training runs it asks for, in which order, and how it describes them."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from launch.run.initialize import OF_AVERAGE, find_source
 from launch.run.mixture import name_of_data
 from launch.run.setup import open_data
 
-POINTS = 20  # evaluations that a curve has at least: tokens to a loss are interpolated between them
+POINTS = 20  # least number of evaluations of a curve: tokens to a loss are interpolated between them
 TRIALS_PER_KEY = 6  # of a joint search, unless --trials says how many
-FIRST_LRS = 3  # that a joint search begins with
-RATES = ("lr", "adamw_lr")  # of which a ladder takes the lowest that the search does not tell from the best
+FIRST_LRS = 3  # the number of learning rates that a joint search begins with
+RATES = ("lr", "adamw_lr")  # a ladder takes the lowest ones that the search does not tell from the best
 FLOPS = "FLOPs are the model's (forward and backward), without the optimizer's own, which the seconds contain."
 INTERVALS = (
     "Intervals are Student's t over seeds, at 95 % confidence. Differences are {pairing}, and tested two-sided, with Holm's "
@@ -56,7 +56,7 @@ class Comparison:
         self.error = 0.0  # standard error of a difference in the search
 
     def ladder(self) -> list[Rung]:
-        """The rungs, without which the search's rung is the configuration's own model and budget."""
+        """The rungs of --sizes. Without rungs, all runs have the configuration's own model and budget."""
         if all(c.label.partition("{")[0] != REFERENCE for c in self.contestants):
             raise ConfigError(f"--sizes needs {REFERENCE} among --optimizers: speedups are measured against its fit")
         if any(section.base_width is not None for section in (self.config.optimizer, *(c.section for c in self.contestants))):
@@ -64,10 +64,10 @@ class Comparison:
         return rungs_of(self.args.config, self.args.overrides, self.args.sizes, self.args.tokens_per_parameter)
 
     def check_start(self) -> None:
-        """Trials of an earlier start on other data, or from other weights, must not be taken for trials on these.
+        """Check that the folder holds no trials of an earlier start on other data, or from other initial weights.
 
         Raises:
-            ConfigError: the folder holds such trials.
+            ConfigError: it holds such trials.
         """
         init = self.config.model.init
         mix = {} if self.config.data.mix is None else {"mix": self.config.data.mix}
@@ -99,7 +99,7 @@ class Comparison:
         return min(given, most) if given else most
 
     def trial(self, contestant: Contestant, values: dict[str, float], seed: int, keep: bool, rung: Rung | None = None) -> Trial:
-        """The training run of some values by key and a seed; of the configuration's model and budget, or of a rung."""
+        """The training run with these values by key and this seed, of the configuration's model and budget or of a rung."""
         common = self.args.overrides
         if any(word.startswith("schedule.kind=") for word in contestant.overrides):  # its schedule has other details
             common = [word for word in common if not word.startswith("schedule.")]
@@ -152,7 +152,7 @@ class Comparison:
         return searches
 
     def search_adamw_lrs(self, searches: dict[str, Search]) -> None:
-        """Other rates for AdamW's part, those of --adamw-lrs, at the chosen learning rate."""
+        """Search the rates of --adamw-lrs for AdamW's part, at the chosen learning rate."""
         wanted = []
         for c in self.contestants:
             s = searches[c.label]
@@ -174,7 +174,8 @@ class Comparison:
                 searches[label].given = None
 
     def put_back(self, searches: dict[str, Search]) -> None:
-        """What tuning a key was worth: the chosen setting with that key where it began. No candidate, and no trial."""
+        """Measure what tuning each key was worth: the loss of the chosen setting with that key alone back at its first value.
+        Such a setting is no candidate, and does not count as a trial."""
         wanted = [(label, name, setting) for label, s in searches.items() for name, setting in at_the_start(s).items()]
         todo = [(label, setting) for label, _, setting in wanted if setting not in searches[label].losses]
         found = dict(zip(todo, self.losses("one key put back", todo, self.keys), strict=True)) if todo else {}
@@ -183,7 +184,7 @@ class Comparison:
             s.back[name] = s.losses[setting] if setting in s.losses else found[label, setting]
 
     def values(self, contestant: Contestant, s: Search, rung: Rung | None) -> dict[str, float]:
-        """The chosen values by key; at a rung of another width, those that follow from them by the rule."""
+        """The chosen values by key; at a rung of another width, those that the rule for widths makes of them."""
         setting = () if s.chosen is None else s.chosen if rung is None else lowered(s, RATES, self.error)
         chosen = dict(zip((key.name for key in s.keys), setting, strict=True))
         base = searched_at(self.rungs) if self.rungs else None
@@ -215,11 +216,11 @@ class Comparison:
             for trial in trials:
                 group[trial.label].append(read_run(trial.folder, trial.label, trial.command))
             groups[rung.name if rung else ""] = group
-        self.check_start()  # a run that model.init names may have saved while the trials ran
+        self.check_start()  # the run that model.init names may have saved a checkpoint since
         return groups
 
     def plan(self, searches: dict[str, Search]) -> dict[str, Any]:
-        """How many seeds would tell the contestants apart, said before the final runs."""
+        """How many seeds would tell the contestants apart; shown before the final runs."""
         found = planned(searches, self.args.seeds)
         self.error = (found["sd"] or 0.0) / math.sqrt(self.args.search_seeds)
         for s in searches.values():
@@ -235,7 +236,7 @@ class Comparison:
         return found
 
     def method(self, searches: dict[str, Search]) -> list[str]:
-        """How the numbers came about, in sentences."""
+        """How the numbers were obtained, in sentences."""
         c, a = self.config, self.args
         numbers = self.seeds()
         seeds = f"seed {numbers[0]}" if len(numbers) == 1 else f"seeds {numbers[0]} to {numbers[-1]}"
@@ -282,7 +283,7 @@ class Comparison:
         return said
 
     def rule(self) -> str:
-        """By which rule the settings of a ladder follow from the search."""
+        """The rule by which the settings of a ladder follow from the search, as a sentence."""
         said = stated(searched_at(self.rungs).text)
         if self.error:
             said += (
@@ -326,8 +327,8 @@ def steps_of(names: Sequence[str]) -> str:
 
 
 def weights_of(init: str) -> str | None:
-    """What tells the weights of `model.init` from those that the same name may stand for later: the manifest of a checkpoint as
-    sha256, or a commit of the Hugging Face hub. None: a folder of transformers, or one that is gone.
+    """What identifies the weights of `model.init`, since the same name may stand for other weights later: the sha256 of a
+    checkpoint's manifest, or a commit of the Hugging Face hub. None for a folder of transformers, or one that is gone.
 
     Raises:
         ConfigError, CheckpointError: as `find_source`.
@@ -341,7 +342,7 @@ def weights_of(init: str) -> str | None:
 
 
 def make_folder(out: Path, option: str = "--out") -> Path:
-    """The folder of the report, which a file cannot be."""
+    """Make the folder of the report. Raises ConfigError if a file is in the way, or for another reason."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):

@@ -21,7 +21,7 @@ from launch.run.agreement import rule_hash
 class Contestant:
     """One optimizer of the comparison."""
 
-    label: str  # its name, with its options where the name alone would stand for two
+    label: str  # its name, with its options if two contestants share the name
     slug: str  # a name for its folder
     overrides: tuple[str, ...]  # section.key=value, without learning rates
     lr: float  # where its grid begins
@@ -38,7 +38,7 @@ def parse(spec: str, config: Config) -> Contestant:
     `mypackage.Soap{route: hidden, lr: 3e-3, arguments: {precondition_frequency: 10}}`.
 
     Raises:
-        ConfigError: not of this form, an unknown key, or an optimizer that cannot be had.
+        ConfigError: `spec` is not of this form, has an unknown key, or names an optimizer that cannot be built.
     """
     name, brace, rest = spec.partition("{")
     name = name.strip()
@@ -50,13 +50,13 @@ def parse(spec: str, config: Config) -> Contestant:
         raise ConfigError(f"--optimizers '{spec}': expected NAME or NAME{{key: value, ...}}")
     same = name == config.optimizer.name  # then the options of the configuration are meant for it
     own = untyped(own, spec)
-    unused: dict[str, Any] = {}  # what the configuration says for others, and this one has no use for
+    unused: dict[str, Any] = {}  # values of the configuration for others, without effect on this one
     if not same:
         own = {"rule": None, "arguments": None, "route": Optimizer().route} | own
         if not uses_adamw_lr(Optimizer(name=name, route=own["route"])):
             own = {"adamw_lr": None} | own
         if not entry_of(Optimizer(name=name)).takes_rule and config.optimizer.state_dtype != Optimizer().state_dtype:
-            own = {"state_dtype": Optimizer().state_dtype} | own  # the others have no other state
+            own = {"state_dtype": Optimizer().state_dtype} | own  # other optimizers have no other dtype
         if not decays(Optimizer(name=name, route=own["route"])):
             unused = {key: getattr(Optimizer(), key) for key in ("weight_decay", "cautious_weight_decay")}
         if entry_of(Optimizer(name=name)).width_rule == "none":

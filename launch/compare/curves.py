@@ -27,10 +27,10 @@ from launch.run.restart import read_events
 from launch.run.setup import build_from_config, vocabulary
 from models import ModelError, flops_per_token
 
-SPIKE = 1.0  # nats above the first evaluation of a trained model, from which on it has diverged
+SPIKE = 1.0  # a trained model has diverged if it ends this many nats above its first evaluation
 ALSO = ("train.steps ", "data.mix")  # what changes the steps of a run besides `is_decisive`
 OF_OPTIMIZER = ("optimizer.", "schedule.", "train.steps")  # what a comparison is about
-# What the losses of a run do not depend on, and the data, which `data_of` tells.
+# Options on which the losses of a run do not depend; and the data, which `data_of` compares.
 INCIDENTAL = (
     "run.", "log.", "checkpoint.", "distributed.", "data.", "model.gradient_checkpointing", "train.tokens",
     "train.micro_batch_size", "train.on_batch_change", "train.compile", "train.average", "train.deterministic",
@@ -40,7 +40,7 @@ Curve = list[tuple[float, float]]  # (x, y), x ascending
 
 
 class Outcome(NamedTuple):
-    """Where a run stands."""
+    """The status of a run."""
 
     status: str  # "new", "unfinished", "finished" or "diverged"
     loss: float = math.inf  # the last validation loss of a finished run; infinite otherwise
@@ -59,7 +59,7 @@ class Run:
     status: str = "finished"  # or "unfinished", "diverged"
     flops_per_token: float | None = None
     state_bytes: int | None = None
-    changes: Sequence[str] = ()  # settings that were others for its first steps, in words
+    changes: Sequence[str] = ()  # settings that were changed during the run, in words
     rule: str | None = None  # `rule_hash` of its rule; None: it has none, or it is not known
 
     @property
@@ -98,7 +98,7 @@ def stopped_diverged(folder: Path) -> bool:
 
 
 def standing(folder: Path, config: Config) -> Outcome:
-    """Where the run of `config` stands, from its folder."""
+    """The status of the run of `config`, from its folder."""
     if stopped_diverged(folder):
         return Outcome("diverged")
     return judge(read_metrics(folder / "metrics.jsonl"), config.train.steps, trained=config.model.init is not None)
@@ -125,7 +125,7 @@ def read_run(folder: Path, label: str = "", command: str = "") -> Run:
     """A run from its folder; evaluations and losses that were not finite are left out.
 
     Raises:
-        ConfigError, RuleError: the folder holds no run, or one whose files are damaged.
+        ConfigError, RuleError: the folder holds no run, or its files are damaged.
     """
     if not (folder / "config.yaml").exists():
         raise ConfigError(f"{folder} holds no run: config.yaml is missing")
@@ -150,7 +150,7 @@ def changes_of(folder: Path) -> list[str]:
     found: list[tuple[int, str]] = []
     for event in read_events(folder):
         step = event.get("step", 0)
-        if event.get("event") == "start":  # what was done after this step is undone
+        if event.get("event") == "start":  # the steps after this one are undone
             found = [change for change in found if change[0] < step]
         elif event.get("event") == "changed":
             options = [str(option) for option in event["options"]]
@@ -168,7 +168,7 @@ def rule_of_run(folder: Path) -> str | None:
 
 
 def identity_in(folder: Path) -> dict[str, Any]:
-    """What the newest checkpoint of a run notes of it (`launch.run.agreement.identity_of`); empty without one."""
+    """What the newest checkpoint of a run records about it (`launch.run.agreement.identity_of`); empty without one."""
     checkpoints = list_checkpoints(folder / CHECKPOINTS)
     if not checkpoints or not (checkpoints[-1] / "state.json").exists():
         return {}
@@ -179,7 +179,7 @@ def identity_in(folder: Path) -> dict[str, Any]:
 
 
 def is_record(record: Any) -> bool:
-    """Whether a line of metrics.jsonl is what train.py writes; other keys, as of a later version, may stand there, too."""
+    """Whether a line of metrics.jsonl is what train.py writes; other keys, as of a later version, are allowed."""
     if not isinstance(record, dict):
         return False
     known = ("step", "tokens", "val_loss") if "val_loss" in record else ("step", "tokens", "loss", "seconds")
@@ -208,13 +208,13 @@ def state_bytes(folder: Path) -> int | None:
 
 
 def at(curve: Curve, x: float) -> float:
-    """The curve at `x`, by linear interpolation; its end beyond its ends."""
+    """The curve at `x`, by linear interpolation; beyond its ends, the value at the end."""
     xs, ys = zip(*curve, strict=True)
     return float(np.interp(x, xs, ys))
 
 
 def upto(curve: Curve, x: float) -> Curve:
-    """The curve until `x`, where it ends with an interpolated point if it had none."""
+    """The curve until `x`, with an interpolated point at `x` if it has none there."""
     kept = [point for point in curve if point[0] <= x]
     return kept if (kept and kept[-1][0] == x) or curve[-1][0] < x else [*kept, (x, at(curve, x))]
 
@@ -243,7 +243,7 @@ def label_runs(runs: list[Run]) -> None:
     """Label runs by what tells them apart: the optimizer's name, and options where one name stands for several settings.
 
     Raises:
-        ConfigError: two runs of the same setting and seed: they are no two samples.
+        ConfigError: two runs have the same setting and seed, and so are not two samples.
     """
     for name in {run.config.optimizer.name for run in runs}:
         group = [run for run in runs if run.config.optimizer.name == name]
@@ -268,13 +268,13 @@ def settings(runs: Sequence[Run]) -> list[dict[str, str]]:
 
 
 def rule_content(run: Run, group: Sequence[Run]) -> dict[str, str]:
-    """The content of a run's rule, where its name stands for several rules in a group of runs: a file that was replaced."""
+    """The content of a run's rule, if its name stands for several rules in a group of runs, as after a file was replaced."""
     contents = {other.rule for other in group if other.rule and other.config.optimizer.rule == run.config.optimizer.rule}
     return {"rule content": run.rule[:12]} if run.rule and len(contents) > 1 else {}
 
 
 def other_differences(runs: list[Run]) -> list[str]:
-    """Sentences on what else differs between runs: then a difference of losses is not the optimizer's alone."""
+    """Sentences on what else differs between runs: then the optimizer is not the only cause of a difference of losses."""
     options = [{k: v for k, v in option.items() if not k.startswith(OF_OPTIMIZER)} for option in settings(runs)]
     origins = [(run, read_origin(run.folder)) for run in runs]
     sentences = [

@@ -1,4 +1,4 @@
-"""What evaluations found beside the validation loss: perplexity, further sets, tasks, averages of the weights."""
+"""Results of evaluations beside the validation loss: perplexity, further sets, tasks, averages of the weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from launch.compare.curves import Run
 
 NOT_OTHERS = ("step", "tokens", "val_loss")
-NO_CURVE = ("val_perplexity", "val_bits_per_byte")  # they say what the loss of the same set says
+NO_CURVE = ("val_perplexity", "val_bits_per_byte")  # they follow from the loss of the same set
 
 
 def other_keys(runs: Sequence[Run]) -> list[str]:
@@ -18,7 +18,7 @@ def other_keys(runs: Sequence[Run]) -> list[str]:
 
 
 def other_curves(run: Run) -> list[str]:
-    """The keys that a chart is drawn of."""
+    """The keys of which the page draws a chart."""
     return [key for key in other_keys([run]) if not any(part.startswith(NO_CURVE) for part in key.split("/"))]
 
 

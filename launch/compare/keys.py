@@ -14,7 +14,7 @@ from launch.compare.contestants import Contestant, flow
 from launch.optimizers.table import decays, entry_of
 from launch.optimizers.third_party import accepted, find_class
 
-DIGITS = 3  # of a value: it fits into a folder's name and reads back the same
+DIGITS = 3  # of a value, so that it fits into a folder's name and reads back the same
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def values_of(contestant: Contestant, config: Config, lr: float) -> dict[str, fl
 
 
 def betas_of(contestant: Contestant) -> tuple[float, float] | None:
-    """The two betas with which a contestant's optimizer begins; None where its constructor takes none that have an effect."""
+    """The two betas at which a contestant's search begins; None if its constructor has no betas, or they have no effect."""
     entry = entry_of(contestant.section)
     if "betas" in entry.idle_arguments:
         return None
@@ -108,8 +108,8 @@ def betas_of(contestant: Contestant) -> tuple[float, float] | None:
 def overrides_of(contestant: Contestant, config: Config, values: dict[str, float]) -> tuple[list[str], str]:
     """Values by key as section.key=value, and as a part of the name of a trial's folder.
 
-    What the configuration says anyway is left out, so that searches for other keys share their trials. The contestant's own
-    learning rate is a value, too, where it is not the configuration's.
+    Both leave out values that the configuration has anyway, so that searches for other keys share their trials. The contestant's
+    own learning rate counts as a value, too, if it differs from the configuration's.
     """
     lr = values.get("lr", contestant.lr)
     usual = values_of(contestant, config, lr)

@@ -1,4 +1,4 @@
-"""A ladder of model sizes and budgets: its rungs, and what it says of data speedups."""
+"""A ladder of model sizes and budgets: its rungs, and the data speedups that it shows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from models.sizes import SIZES
 
 REFERENCE = "adamw"  # whose fit the speedups are measured against
 FEWEST_STEPS = 20
-BEYOND = ("gpt3-125m", "gpt3-1.3b")  # sizes that a ladder on CPUs does not run, for which the trend is said
+BEYOND = ("gpt3-125m", "gpt3-1.3b")  # sizes that a ladder on CPUs does not run, for which the report states the trend
 WIDEST = 10  # a trend whose interval spans a larger factor says nothing
 MISFIT = 0.005  # nats; a fit that misses the reference's means by more is named
 SHAPE = ("layers", "width", "heads", "hf", "init", "size")  # what --sizes sets, or overrules
@@ -48,7 +48,7 @@ class Rung:
 
     @property
     def overrides(self) -> list[str]:
-        """What makes a training run one of this rung."""
+        """The overrides that make a training run one of this rung."""
         return [f"model.size={self.size}", f"train.steps={self.steps}"]
 
 
@@ -93,13 +93,13 @@ def rungs_of(file: str, overrides: Sequence[str], sizes: Sequence[str], ratios: 
 
 
 def nearest_steps(sizes: BatchSizes, sequences: float) -> int:
-    """How many steps come nearest to so many sequences."""
+    """The number of steps that reads nearest to this many sequences."""
     before = sizes.steps_for(math.ceil(sequences)) - 1
     return round(before + (sequences - sizes.between(0, before)) / sizes.at(before))
 
 
 def searched_at(rungs: Sequence[Rung]) -> Rung:
-    """Where the search is made: the smallest size, at the middle one of its budgets (of two the longer)."""
+    """The rung of the search: the smallest size, at the middle one of its budgets (of two, the longer)."""
     smallest = [rung for rung in rungs if rung.size == rungs[0].size]
     return smallest[len(smallest) // 2]
 
@@ -168,7 +168,7 @@ def add_speedups(
     reference: str,
     beyond: Mapping[str, int],
 ) -> None:
-    """Put fit, speedups, trend and sentences into the section."""
+    """Put fit, speedups, trend and sentences into `found`, the section of results.json."""
     cells = [Cell(rung.size, rung.weights, rung.tokens) for rung in rungs]
     silent: dict[str, dict[str, float]] = {}
     for label in losses:
@@ -215,7 +215,7 @@ def add_speedups(
 
 
 def sentence(label: str, reference: str, rung: Rung, s: Speedup) -> str:
-    """What is said of the largest and longest rung."""
+    """The sentence about the largest and longest rung."""
     if math.isinf(s.value):
         return f"{label} at {rung.text}: {reference} would not get to its loss with any amount of data, says its fit."
     far = f"; {reference} would need more tokens than it was given, so that its fit is extended" if s.beyond else ""

@@ -1,4 +1,4 @@
-"""How an optimizer is drawn: color, dashes and marks that its name decides, so that they are the same in every report."""
+"""Color, dashes and marks of an optimizer. Its name decides them, so that they are the same in every report."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Look(NamedTuple):
 
 
 def looks_of(labels: Iterable[str]) -> dict[str, Look]:
-    """The look of each label. The name alone decides the color; dashes and mark, unless two would look the same."""
+    """The look of each label. The name alone decides the color. It also decides dashes and mark, unless two would look alike."""
     found: dict[str, Look] = {}
     for label in labels:
         number = KNOWN.get(label, int.from_bytes(hashlib.sha256(label.encode()).digest()[:4], "big") % (COLORS * DASHES))

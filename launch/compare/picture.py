@@ -20,10 +20,10 @@ from launch.compare.looks import looks_of
 COLORS = ("#126fb8", "#d65b1d", "#5a9f84", "#b20360", "#a770fb", "#150090", "#4e4a00", "#580934")  # as in page.css
 DASHES = ("-", (0, (4, 2)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2)), (0, (3, 1)), (0, (1, 2.4)), (0, (8, 2)))
 MARKERS = "os^DvPX"
-SMOOTHING = 0.6  # of what is logged while training, as on the page
+SMOOTHING = 0.6  # of training records, as on the page
 X_NAMES = {"tokens": "tokens", "step": "optimizer steps", "seconds": "seconds in training steps", "flops": "model FLOPs"}
 NAME = 28  # letters of an optimizer's name
-# Kind of record, column, title, and whether the axis leaves out what the first fifth alone shows.
+# Kind of record, column, title, and whether the y axis covers only the values after the first fifth.
 VALIDATION = ("validation", "val_loss", "validation loss, nats per token", True)
 TRAINING = (
     ("loss", "training loss, nats per token", True),
@@ -81,7 +81,7 @@ def short(label: str) -> str:
 
 
 def curves(runs: Rows, kind: str, column: str, title: str, tail: bool, x: str, labels: Labels, axes: Axes) -> None:
-    """One logged quantity: each seed thin, the mean thick; with `tail`, the axis leaves out what the first fifth alone shows."""
+    """One logged quantity: each seed thin, the mean thick. With `tail`, the y axis covers only values after the first fifth."""
     late: list[float] = []
     for label in labels:
         seeds = [points(run, kind, column, x) for run in runs if run["label"] == label and run["status"] != "diverged"]
@@ -102,13 +102,13 @@ def curves(runs: Rows, kind: str, column: str, title: str, tail: bool, x: str, l
         axes.set_xlim(left=0)
     else:
         axes.text(0.5, 0.5, "nothing to show", transform=axes.transAxes, ha="center", color="gray")
-    if x != "seconds":  # which would be told in milliseconds below 1
+    if x != "seconds":  # which would be shown in milliseconds below 1
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set(xlabel=X_NAMES[x], ylabel=title)
 
 
 def points(run: dict[str, Any], kind: str, column: str, x: str) -> dict[int, tuple[float, float]]:
-    """(x, y) by step; what was logged while training is smoothed as on the page."""
+    """(x, y) by step; training records are smoothed as on the page."""
     table = run[kind]
     xs, ys = table.get("tokens" if x == "flops" else x, []), table.get(column, [])
     if x == "flops":
@@ -135,7 +135,7 @@ def final_losses(rows: Rows, labels: Labels, axes: Axes) -> None:
         axes.annotate(f"{loss['mean']:.3f}", (loss["mean"], height + 0.28), ha="center", va="bottom", fontsize=9, color=color)
     axes.set_yticks(range(len(shown)), [short(row["label"]) for row in shown])
     axes.grid(visible=False, axis="y")
-    axes.use_sticky_edges = False  # bars would else end at the frame
+    axes.use_sticky_edges = False  # otherwise bars would end at the frame
     axes.margins(x=0.08)
     axes.set(xlabel="final validation loss: seeds, mean, 95 % interval", ylim=(-0.5, max(len(shown), 1) - 0.35))
 

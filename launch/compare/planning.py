@@ -1,4 +1,4 @@
-"""How many seeds tell two contestants apart: before the final runs from the search's seeds, and after them from their own."""
+"""How many seeds tell two contestants apart: estimated from the search before the final runs, and from these afterwards."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 from celo2.training.search import Search
 from celo2.training.statistics import POWER, detectable, half_width, seeds_needed
 
-HARDEST = 4  # pairs that are named
+HARDEST = 4  # at most this many pairs are named
 
 
 def planned(searches: Mapping[str, Search], seeds: int) -> dict[str, Any]:
     """The section `planned` of results.json: the seeds that each pair would need, by the losses of the search, paired by seed.
 
-    The spread of a paired difference is pooled over the pairs. With one seed of the search it is not known.
+    The spread of a paired difference is pooled over the pairs. With one seed in the search, the spread is not known.
     """
     least = detectable(seeds)
     found: dict[str, Any] = {"seeds": seeds, "power": POWER, "detectable_sds": least, "sd": None, "pairs": [], "sentences": []}

@@ -39,5 +39,5 @@ def without_paths(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def last_part(path: str) -> str:
-    """What stands for an absolute path."""
+    """The last part of an absolute path, which replaces it."""
     return path.rstrip("/").rpartition("/")[2] or "."

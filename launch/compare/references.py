@@ -32,7 +32,7 @@ def read_references(path: str | Path) -> list[Reference]:
     """The curves in a file.
 
     Raises:
-        ConfigError: a file that cannot be read, is of no known form, or holds what is no finite number, naming what is wrong.
+        ConfigError: the file cannot be read, has no known form, or holds a value that is no finite number; the message names it.
     """
     path = Path(path)
     try:
@@ -67,7 +67,7 @@ def from_lines(text: str, path: Path) -> list[Reference]:
 
 
 def rows_of(text: str) -> csv.DictReader:
-    """The rows of a CSV, whose columns are divided by commas, or by semicolons or tabs where its first line has no comma."""
+    """The rows of a CSV. Its columns are divided by commas, or by semicolons or tabs if its first line has no comma."""
     header = re.sub('"[^"]*"', "", text.partition("\n")[0])  # names in quotes may hold a comma
     delimiter = next((mark for mark in ",;\t" if mark in header), ",")
     return csv.DictReader(text.splitlines(), delimiter=delimiter, skipinitialspace=True)
@@ -112,7 +112,7 @@ def from_records(records: Sequence[Any], path: Path, label: str) -> list[Referen
 
 
 def from_table(rows: Sequence[Mapping[str, Any]], path: Path) -> list[Reference]:
-    """The columns of a CSV: with a known name, or of a Weights & Biases export, `RUN - METRIC` for each run."""
+    """The columns of a CSV: those with a known name or, in a Weights & Biases export, `RUN - METRIC` for each run."""
     names = [name for name in (rows[0] if rows else ()) if name]
     x_name = next((name for name in names if name.strip().lower() in X_NAMES), None)
     if x_name is None:
@@ -127,7 +127,7 @@ def from_table(rows: Sequence[Mapping[str, Any]], path: Path) -> list[Reference]
 
 
 def curve(label: str, x: str, pairs: Iterable[tuple[Any, Any]], path: Path, name: str) -> list[Reference]:
-    """A reference, x ascending; lines without a value are left out."""
+    """A reference, x ascending; rows without a value are left out."""
     points = [[number(a, path, x), number(b, path, name)] for a, b in pairs if a not in (None, "") and b not in (None, "", "NaN")]
     return [{"label": label, "x": x, "points": thinned(sorted(points), MOST_POINTS)}] if points else []
 

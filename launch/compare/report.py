@@ -21,7 +21,7 @@ from launch.compare.setting import differing, setting_of
 HERE = Path(__file__).parent
 VENDOR = HERE / "vendor"
 Results = dict[str, Any]
-BEHIND = 6  # an optimizer that would make the strip so many times as wide is not drawn on it
+BEHIND = 6  # an optimizer that would make the strip this many times as wide is not drawn on it
 
 
 def write_report(out: Path, results: Results) -> Path:
@@ -71,7 +71,7 @@ def render(results: Results) -> str:
         results | {"versions": [f"{library} {version}" for library, version in results["versions"].items()]},
         search_commands=results.get("search_commands"),
         sections=sections(results, lambda label: f"var(--c{looks[label].color})"),
-        evaluations=[row for row in results.get("evaluations", []) if isinstance(row, dict)],  # not in results of former versions
+        evaluations=[row for row in results.get("evaluations", []) if isinstance(row, dict)],  # old results lack it
         shown=shown,
         folded=folded,
         low=low,
@@ -91,8 +91,8 @@ def render(results: Results) -> str:
 
 
 def statements(results: Results) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """Sentences with their kind: the caveats and those on pairs of the optimizer that was named first, which is the one asked
-    about; and those on the other pairs."""
+    """Sentences with their kind, in two lists: first the caveats and the sentences on pairs of the optimizer that was named
+    first, which is the one asked about; then those on the other pairs."""
     shown: list[tuple[str, str]] = []
     folded: list[tuple[str, str]] = []
     first, pairs, sentences = results["optimizers"][0]["label"], results["pairs"], results["sentences"]
@@ -103,8 +103,8 @@ def statements(results: Results) -> tuple[list[tuple[str, str]], list[tuple[str,
 
 
 def span(by_loss: Sequence[Results]) -> tuple[float, float, bool]:
-    """From where to where the strip of the final losses goes, and whether it leaves some out: what is so far behind the better
-    ones, which come first, that they could not be told apart beside it."""
+    """The two ends of the strip of final losses, and whether it leaves out optimizers. It leaves out one that is so far behind
+    the better ones, which come first, that a reader could not tell these apart beside it."""
     ends: list[float] = []
     for row in by_loss:
         if row["loss"]:
@@ -118,12 +118,12 @@ def span(by_loss: Sequence[Results]) -> tuple[float, float, bool]:
 
 
 def breakable(label: str) -> Markup:
-    """A name as HTML that may end a line within a dotted path, which is one long word."""
+    """A name as HTML in which a line may break within a dotted path, which is one long word."""
     return Markup(re.sub(r"(?<=[._/-])(?=[A-Za-z])", "<wbr>", escape(label)))
 
 
 def number(value: Any, spec: str, missing: str = "–") -> str:
-    """A number, or what stands for none."""
+    """A number as text; `missing` if there is none."""
     return format(value, spec) if isinstance(value, int | float) else missing
 
 

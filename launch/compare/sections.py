@@ -43,14 +43,14 @@ def sections(results: Results, color: Color) -> Markup:
 
 @cache
 def environment() -> Environment:
-    """Where the templates of the page are compiled, once."""
+    """The Jinja environment of the page's templates, made once."""
     return Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, undefined=StrictUndefined
     )
 
 
 def number(value: Any, spec: str, missing: str = "–") -> str:
-    """A number with a true minus, or what stands for none."""
+    """A number as text with a true minus; `missing` if there is none."""
     return format(value, spec).replace("-", "−") if isinstance(value, int | float) else missing
 
 

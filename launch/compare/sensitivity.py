@@ -15,9 +15,9 @@ def search_record(s: Search) -> dict[str, Any]:
     """The entry `search` of an optimizer in results.json.
 
     `lr` and `adamw_lr`: losses along the key, all others at their best. `chosen_lr`: the best, from which a ladder derives its
-    rates (absent in older files: that of the final runs). `keys`: the same for every key, with the loss at twice
-    and half its value and the range within MARGIN of the best. `put_back`: the loss that is lost when one key alone goes back
-    to where the search began, with its interval over the search's seeds. `points`: every setting that was tried.
+    rates (older files lack it: there it is that of the final runs). `keys`: the losses along every key, with the loss at twice
+    and half its value and the range within MARGIN of the best. `put_back`: how much the loss rises when one key alone goes back
+    to its first value, with its interval over the search's seeds. `points`: every setting that was tried.
     """
     tried, chosen = s.tried, s.chosen
     names = [key.name for key in s.keys]
@@ -63,7 +63,7 @@ def finite(loss: float) -> float | None:
 
 
 def worth_sentence(label: str, record: dict[str, Any]) -> str | None:
-    """What the search gave an optimizer, and how much of it each key alone; None where nothing was moved or known."""
+    """How much the search lowered an optimizer's loss, and the part of each key alone; None if no key moved, or if unknown."""
     if record["start"] is None or record["best"] is None or not record["put_back"]:
         return None
     gain = record["start"] - record["best"]

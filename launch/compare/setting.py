@@ -1,4 +1,4 @@
-"""What a report says of its runs beside their losses: the setting in its head, and where their configurations differ."""
+"""What a report says of its runs beside their losses: the setting at its top, and where their configurations differ."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 from celo2.training.yaml_values import read_yaml, untyped
 from configs.load import ConfigError
 
-PLACES = ("run.", "log.", "checkpoint.")  # say where a run lies and what is kept of it
+PLACES = ("run.", "log.", "checkpoint.")  # where a run lies and what is kept of it
 
 
 def setting_of(results: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Model, data, batch, tokens and machine of the runs; of results of earlier versions, what they say."""
+    """Model, data, batch, tokens and machine of the runs; results of earlier versions may lack some."""
     said: dict[str, str] = {}
     configs = configurations(results["runs"])
     if configs:
@@ -53,7 +53,7 @@ def data_of(config: Mapping[str, Any]) -> str:
 
 
 def same(texts: Sequence[str]) -> str:
-    """What all say, or all that is said."""
+    """The one text that all share, or all different texts, joined by "or"."""
     return " or ".join(dict.fromkeys(texts))
 
 

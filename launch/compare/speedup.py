@@ -1,8 +1,8 @@
-"""How many times as much data a reference would need for another's loss: its fit over data, the speedup, and what the trend says.
+"""Data speedup: how many times as much data a reference optimizer would need to reach another one's loss, and its trend.
 
-The reference's loss at the end of a training run of D tokens is fitted as L = α D^−B + β (as in arXiv 2509.02046). At a model
-size with a loss L of another optimizer after D tokens, the data speedup is D' / D, where the fit gives L at D'. Everything is in
-terms of losses by seed at cells; a cell is a model size and a number of tokens.
+The reference's loss at the end of a training run of D tokens is fitted as L = α D^−B + β (as in arXiv 2509.02046). If another
+optimizer has the loss L after D tokens, and the fit for this model size gives L at D' tokens, its data speedup is D' / D. All
+inputs are losses by seed at cells; a cell is a model size and a number of tokens.
 
 Legend: C cells, S sizes; L loss (nats), D tokens.
 """
@@ -22,7 +22,7 @@ from celo2.training.statistics import half_width
 
 Vector = NDArray[np.float64]
 BySeed = Mapping[int, float]
-EXPONENTS = (0.02, 3.0)  # between which B is sought; published fits have 0.1 to 0.6
+EXPONENTS = (0.02, 3.0)  # bounds of B; published fits have 0.1 to 0.6
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ def why_no_fit(cells: Sequence[Cell]) -> str | None:
 
 
 def fit(cells: Sequence[Cell], losses: Sequence[float]) -> Fit:
-    """Least squares over the cells. B is common to all sizes and each has its own β, which is not below 0, as no loss is; α is
-    its own too where every size has three numbers of tokens or more, else common.
+    """Least squares over the cells. All sizes share B, and each has its own β, which is not below 0, as no loss is. Each size
+    has its own α, too, if every size has at least three numbers of tokens; otherwise all share one α.
 
     Raises:
         ValueError: the losses do not fall with the tokens.
@@ -112,7 +112,7 @@ def fit(cells: Sequence[Cell], losses: Sequence[float]) -> Fit:
     if not (scales > 0).all():
         raise ValueError("the losses do not fall with the tokens")
     exponent, floors, count = math.exp(found.x), values[-len(sizes) :], len(sizes)
-    # The derivatives of a least-squares fit by its data are the pseudo-inverse of the fit's own, as far as residuals are small.
+    # For small residuals, the fitted parameters' derivatives by the losses are the pseudo-inverse of the fit's by the parameters.
     falling = np.exp(-exponent * logs)[:, None]
     by_exponent = -logs[:, None] * falling * (member @ scales)[:, None]
     inverse = np.linalg.pinv(np.hstack([by_exponent, falling * member if own else falling, member * (floors > 0)]))
@@ -200,7 +200,7 @@ class Speedups:
         """What a straight line in the logarithms of weights and of tokens per weight says at another model and budget.
 
         The interval is the wider of two: from the spread over seeds, and from the scatter of the cells about the line. It
-        assumes that the line goes on. None without two sizes or two ratios at which the speedup is finite.
+        assumes that the line continues. None without two sizes or two ratios at which the speedup is finite.
         """
         used = np.flatnonzero(self.known)
         columns = [[1.0] * len(used)]
@@ -233,5 +233,5 @@ def speedup(log: float, half: float | None, beyond: bool = False) -> Speedup:
 
 
 def bounded(log: float) -> float:
-    """The exponential, infinite beyond what is a number."""
+    """The exponential of `log`, or infinity where it overflows."""
     return math.exp(log) if log < 700 else math.inf

@@ -21,7 +21,7 @@ from launch.compare.target import target_record
 from launch.optimizers.table import rate_of_the_rest
 
 LEVEL = 1 - CONFIDENCE
-SAME_LENGTH = 1e-3  # runs of as many steps differ by a few tokens, since the last sequence of an epoch is shorter
+SAME_LENGTH = 1e-3  # runs of equally many steps differ by a few tokens, since the last sequence of an epoch is shorter
 TRAINING = ("step", "tokens", "seconds", "loss", "grad_norm", "update_rms", "update_ratio")  # what the charts show
 MOST_POINTS = 1000  # of a curve
 
@@ -66,7 +66,7 @@ def pairwise(groups: Groups, finals: Mapping[str, Mapping[int, float]], labels: 
     pairs = []
     for low, high in combinations(labels, 2):
         gap: Difference = difference(finals[low], finals[high])
-        if gap.mean > 0:  # over the seeds that both have, the order may be the other one
+        if gap.mean > 0:  # over the seeds that both have, the order may be reversed
             low, high, gap = high, low, difference(finals[high], finals[low])
         shares = reach(groups[low], groups[high], gap.paired, tokens)
         needed = seeds_for(gap.mean, gap.half, gap.n, gap.paired)
@@ -78,10 +78,10 @@ def pairwise(groups: Groups, finals: Mapping[str, Mapping[int, float]], labels: 
 
 
 def reach(runs: Sequence[Run], others: Sequence[Run], paired: bool, tokens: float) -> dict[str, Any]:
-    """With what share of the others' tokens and seconds `runs` come down to the others' loss at `tokens`.
+    """The share of the others' tokens and seconds with which `runs` reach the others' loss at `tokens`.
 
-    By seed if `paired`; else each run against the mean of the others. Shares are means over the runs that get there, with
-    the smallest and the largest. `at_most`: some run was there already at its first evaluation.
+    By seed if `paired`; else each run against the mean of the others. Shares are means over the runs that reach it, with the
+    smallest and the largest. `at_most`: some run had reached it already at its first evaluation.
     """
     by_seed = {run.seed: run for run in others}
     level = mean(at(run.losses(), tokens) for run in others)
@@ -103,7 +103,7 @@ def reach(runs: Sequence[Run], others: Sequence[Run], paired: bool, tokens: floa
 
 
 def sentence(pair: dict[str, Any], pairs: int = 1) -> str:
-    """What may be said about one of so many pairs: a claim only where the corrected test carries it."""
+    """The sentence about one of `pairs` pairs. It makes a claim only if the corrected test supports that."""
     a, b, n = pair["a"], pair["b"], pair["n"]
     if pair["p"] is None:
         return f"{a} and {b}: one seed tells no difference from noise, so nothing is claimed (measured {number(pair['mean'])})."
@@ -135,12 +135,12 @@ def saving(share: float, word: str, what: str, at_most: bool) -> str:
 
 
 def number(value: float) -> str:
-    """A loss difference with three digits behind the point and a true minus."""
+    """A loss difference with three decimal places and a true minus."""
     return f"{value:.3f}".replace("-", "−")
 
 
 def divergence(label: str, count: int, of: int) -> str:
-    """What is said about an optimizer without a whole set of finished runs."""
+    """The sentence about an optimizer without a whole set of finished runs."""
     if not of:
         return f"{label} diverged at every learning rate that was tried: it is not compared."
     return (
@@ -206,7 +206,7 @@ def row(
 
 
 def curves(run: Run) -> dict[str, Any]:
-    """What the page draws of a run, with what repeats it."""
+    """What the page draws of a run, with the command and configuration that repeat it."""
     training, validation = thinned(run.training, MOST_POINTS), thinned(run.validation, MOST_POINTS)
     columns = [name for name in TRAINING if any(name in r for r in training)]
     tokens = [r["tokens"] for r in validation]

@@ -1,7 +1,7 @@
-"""Steps, tokens and seconds to a loss, and whether a contestant ends below it beyond doubt.
+"""Steps, tokens and seconds to a target loss, and a strict test whether a contestant ends below it.
 
 The test is that of the speedrun records of modded-nanogpt, track 3, (target − mean) √n ≥ 0.004 where a run's SD is 0.0013: a
-one-sided test at z = 3.08, p = 0.001. Here the SD is estimated from the seeds, so that Student's t takes the place of the normal.
+one-sided test at z = 3.08, p = 0.001. Here the SD is estimated from the seeds, so that Student's t replaces the normal.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ RECORD_LEVEL = 0.001  # one-sided: 1 − Φ(0.004 / 0.0013) = 0.00105
 
 
 def target_record(groups: Mapping[str, Sequence[Run]], target: float) -> dict[str, Any]:
-    """The section `target` of results.json: what each optimizer needs to come down to `target`, and its test."""
+    """The section `target` of results.json: what each optimizer needs to reach the loss `target`, and its test."""
     rows = [target_row(label, runs, target) for label, runs in groups.items()]
     return {"loss": target, "level": RECORD_LEVEL, "power": POWER, "rows": rows, "sentences": sentences(rows, target)}
 
 
 def target_row(label: str, runs: Sequence[Run], target: float) -> dict[str, Any]:
-    """One optimizer. A run that diverged counts as one that was asked and did not get there, and leaves no test."""
+    """One optimizer's row. A run that diverged counts as one that did not reach the target, and then there is no test."""
     sound = [run for run in runs if run.status != "diverged" and run.validation]
     hits = [(run, x) for run in sound if (x := reaches(run.losses(), target)) is not None]
     row: dict[str, Any] = {"label": label, "asked": len(runs), "reached": len(hits)}
@@ -51,7 +51,7 @@ def target_row(label: str, runs: Sequence[Run], target: float) -> dict[str, Any]
 
 
 def sentences(rows: Sequence[Mapping[str, Any]], target: float) -> list[str]:
-    """What may be said, fastest first."""
+    """The sentences of the report, the fastest optimizer first."""
     there = sorted((row for row in rows if row["reached"]), key=lambda row: (-row["reached"] / row["asked"], row["tokens"]))
     if not there:
         known = [row for row in rows if row["mean"] is not None]

@@ -1,4 +1,4 @@
-"""Trials: ordinary runs of train.py in folders of their own, started side by side, continued and reused."""
+"""Trials: ordinary runs of train.py in folders of their own, run in parallel, resumed and reused."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from launch.run.agreement import RULE_FILE
 
 ROOT = Path(__file__).parents[2]
 POLL_SECONDS = 0.2
-# May differ between a trial and what it would be today: where it lies and how it is kept, not what it computes.
+# Options that may differ between a trial and the same trial today: where it lies and how it is kept, not what it computes.
 INCIDENTAL = (
     "run.dir", "run.name", "data.cache_", "distributed.timeout", "checkpoint.",
     "log.trackers", "log.project", "log.group", "log.sample_", "log.memory_snapshot",
@@ -70,7 +70,7 @@ class Trial:
 
 
 def outcome(trial: Trial) -> Outcome:
-    """Where a trial stands, from its folder.
+    """The status of a trial, from its folder.
 
     Raises:
         ConfigError: the folder holds a run of another configuration, or with another rule, naming the difference.
@@ -94,7 +94,7 @@ def outcome(trial: Trial) -> Outcome:
 
 
 def without_effect(config: Optimizer) -> list[str]:
-    """Options that an optimizer has no use for; trials of an earlier version may have them."""
+    """Options without effect on an optimizer; trials of an earlier version may have them."""
     idle = [] if decays(config) else ["optimizer.weight_decay", "optimizer.cautious_weight_decay"]
     return [*idle, *(["optimizer.base_width"] if entry_of(config).width_rule == "none" else [])]
 
@@ -119,7 +119,7 @@ class Running(NamedTuple):
 class Pool:
     """Runs trials, `parallel` at a time, one GPU each where there are any; a context manager that holds the signal handlers.
 
-    SIGINT and SIGTERM are passed on: the trials save and end, and `run` raises `Stopped`. A second SIGINT kills them.
+    The pool passes on SIGINT and SIGTERM: the trials save and end, and `run` raises `Stopped`. A second SIGINT kills them.
     """
 
     def __init__(self, parallel: int | None = None) -> None:
@@ -158,15 +158,15 @@ class Pool:
         self.running = []
 
     def say(self, text: str) -> None:
-        """A line above the bars."""
+        """Print a line above the bars."""
         self.display.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def run(self, phase: str, trials: Sequence[Trial]) -> list[Outcome]:
-        """Run what is not finished; the outcome of each.
+        """Run the trials that are not finished; returns the outcome of each.
 
         Raises:
             ConfigError: a folder holds another run.
-            TrialError: a trial failed; the others are stopped, saved.
+            TrialError: a trial failed; the others have saved and stopped.
             Stopped: after a signal, when all trials are saved.
         """
         outcomes = [outcome(trial) for trial in trials]
@@ -202,8 +202,8 @@ class Pool:
         if device is not None:
             environment["CUDA_VISIBLE_DEVICES"] = device
         trial.folder.mkdir(parents=True, exist_ok=True)
-        log = open(trial.folder / "log.txt", "ab", opener=no_link)  # noqa: SIM115 - the process has it
-        try:  # the trial holds this lock by its output until it ends, even if this process is killed before
+        log = open(trial.folder / "log.txt", "ab", opener=no_link)  # noqa: SIM115 - the process keeps it
+        try:  # through its output, the trial holds this lock until it ends, even if this process is killed before
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             log.close()
@@ -218,7 +218,7 @@ class Pool:
         trial, status = running.trial, running.process.returncode
         if status == STOPPED or (self.signals and (status < 0 or status == INTERRUPTED)):
             if not self.signals:
-                self._receive(signal.SIGTERM)  # someone else stopped it, as a cluster does: so do we
+                self._receive(signal.SIGTERM)  # someone else, such as a cluster, stopped it: stop all
             return "stopped by a signal, saved"
         if status == 0:
             result = outcome(trial)

@@ -1,4 +1,4 @@
-"""What a training run shows on the terminal while it goes: a progress bar, or plain lines."""
+"""What a training run shows on the terminal: a progress bar, or plain lines."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 def show_any_text() -> None:
-    """Let stdout print every character: what its encoding lacks, as ASCII lacks an é, appears as \\xe9 instead of an error."""
-    if hasattr(sys.stdout, "reconfigure"):  # not where something else, such as a notebook, stands in for it
+    """Let stdout print every character: one that its encoding lacks, as ASCII lacks é, appears as \\xe9 and raises no error."""
+    if hasattr(sys.stdout, "reconfigure"):  # something else, such as a notebook's stream, may replace stdout
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
 class Terminal(Console):
-    """A console on stdout that never stops a training run: when nobody reads it any more, or its disk is full, lines are lost."""
+    """A console on stdout that never stops a training run: if its reader is gone or its disk is full, lines are lost."""
 
     def on_broken_pipe(self) -> None:
         """The reader, such as `head`, is gone."""

@@ -1,4 +1,4 @@
-"""Files that only grow while a training run goes, and that a full disk neither ends nor damages."""
+"""Files that only grow during a training run. A full disk neither stops the run nor damages them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from data.files import no_link
 
 
 class GrowingFile:
-    """A file that only grows, by whole records. One that does not fit on the disk waits in memory, and goes with the next one.
+    """A file that only grows, by whole records. A record that does not fit on the disk waits in memory until the next write.
 
-    Any thread may call it. One warning names the file, until there is space again. `what` is the file's records in words.
+    Any thread may call it. While there is no space, a single warning names the file. `what` names the records in this warning.
     """
 
     def __init__(self, path: Path, say: Callable[[str], None], what: str) -> None:
@@ -23,7 +23,7 @@ class GrowingFile:
         self.lock = threading.Lock()
 
     def append(self, record: bytes) -> None:
-        """Append one record, after those that wait."""
+        """Append one record, after the waiting ones."""
         with self.lock:
             failed = bool(self.waiting)
             self.waiting.append(record)
@@ -36,7 +36,7 @@ class GrowingFile:
             self.say(f"{self.path} can be written again; nothing is lost")
 
     def flush(self) -> None:
-        """Make the operating system write the file to the disk, with what waits, as far as it can."""
+        """Append the waiting records if they fit, and make the operating system write the file to the disk."""
         with self.lock, suppress(OSError):
             if not self._append() and self.path.exists():
                 with open(self.path, "ab", opener=no_link) as file:
@@ -47,7 +47,7 @@ class GrowingFile:
         return b""
 
     def _append(self) -> OSError | None:
-        """Append what waits. Where it does not fit, the file ends as before, at the end of a record."""
+        """Append the waiting records. If they do not fit, the file keeps its old end, the end of a record. Returns the error."""
         if not self.waiting:
             return None
         try:

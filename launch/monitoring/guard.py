@@ -1,8 +1,8 @@
 """The guard of a training run: it refuses steps that are not finite, and notices spikes of the loss.
 
-In every step all ranks add up five numbers and so agree on what happens next. The verdict is reached on the device, where the
-update asks for it (`found_inf`). The host goes on, and reads the numbers of a step while the device works on the next one. So no
-step that is not finite can reach the weights, nor one whose gradient is another on some rank, and the device never lacks work.
+In every step all ranks add up five numbers and so agree on what happens next. The device reaches the verdict, and the update
+reads it there (`found_inf`). The host does not wait: it reads the numbers of a step while the device works on the next one. So
+no step that is not finite reaches the weights, nor a step with different gradients on the ranks, and the device never idles.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from celo2.distributed.collectives import gather_objects
 from configs.schema import Train
 from launch.monitoring.signals import StopSignals
 
-SPIKE_WINDOW = 50  # a spike is measured against the median loss of so many healthy steps
-# Relative standard deviation of the ranks' gradient norms. Every rank computes the norm of the same whole gradient, and the same
-# bits come out on equal devices; what kinds of devices may differ by is rounding.
+SPIKE_WINDOW = 50  # a spike is measured against the median loss of this many healthy steps
+# Largest relative standard deviation of the ranks' gradient norms. Every rank computes the norm of the same whole gradient: equal
+# devices get the same bits, and different kinds of devices differ by rounding alone.
 SAME_NORM = 1e-3
-NAMED = 8  # ranks that a message names
+NAMED = 8  # a message names at most this many ranks
 
 
 class Diverged(RuntimeError):
@@ -42,8 +42,8 @@ class Verdict:
     grad_norm: float
     stop: bool  # some rank got a signal
     save: bool  # the first rank's clock asks for a checkpoint
-    healthy: bool = True  # loss and gradient norm are finite, the norm is every rank's: the step has reached the weights
-    problem: str = ""  # what a person should know about this step
+    healthy: bool = True  # loss and gradient norm are finite, all ranks have that norm: the step has reached the weights
+    problem: str = ""  # what the user should know about this step
     roll_back: bool = False
 
 
@@ -79,7 +79,7 @@ class Judged:
 
 
 class Guard:
-    """Judges every step. `signals` tells whether this rank got one."""
+    """Judges every step. `signals` tells whether this rank got a stop signal."""
 
     def __init__(self, accelerator: Accelerator, config: Train, signals: StopSignals | None = None) -> None:
         self.accelerator, self.config, self.signals = accelerator, config, signals or StopSignals()
@@ -90,7 +90,7 @@ class Guard:
         self.arrived: deque[tuple[int, list[float]]] = deque()  # step, and numbers of `Judged`
 
     def go_on(self, losses: Sequence[float], has_checkpoint: bool) -> None:
-        """Continue a run after these losses of its last healthy steps."""
+        """Resume a run; `losses` are those of its last healthy steps."""
         self.losses.extend(losses)
         self.has_checkpoint = has_checkpoint
 
@@ -106,13 +106,13 @@ class Guard:
         return self.accelerator.reduce(torch.stack(mine), "sum")
 
     def stopping(self) -> bool:
-        """Whether some rank got a signal; every rank must ask. The host waits."""
+        """Whether some rank got a signal; every rank must call it. The host waits."""
         return self.agree()[-1].item() > 0
 
     def judge(self, step: int, loss: Tensor, grad_norm: Tensor, save: bool) -> Judged:
         """Judge a step from this rank's share of the loss and the norm of the whole gradient, before the update.
 
-        The norm counts as every rank has it: a gradient that goes wrong on one rank after the reduction is no other's.
+        The norms of all ranks count: a gradient that goes wrong on one rank after the reduction shows on no other.
         """
         norm, world = grad_norm.to(self.accelerator.device, torch.float64), self.accelerator.num_processes
         total, norms, squares, saves, stops = self.agree(loss, norm, norm.square(), float(save)).unbind()
@@ -123,7 +123,7 @@ class Guard:
         return self.on_device[-1]
 
     def wait(self, newest: bool) -> None:
-        """Wait for the verdicts on the steps before the newest; on that, too, with `newest` or if one says stop or save.
+        """Wait for the verdicts on all steps but the newest. With `newest`, or if one says stop or save, wait for that, too.
 
         All ranks must give the same `newest`.
         """
@@ -134,7 +134,7 @@ class Guard:
             newest = newest or any(numbers[3:5])
 
     def verdicts(self) -> Iterator[Verdict]:
-        """The verdicts that were waited for. After one that says to roll back comes no other: later steps are undone with it.
+        """Yield the verdicts that `wait` waited for. A verdict to roll back is the last: later steps are undone, too.
 
         Raises:
             Diverged: `max_bad_steps` steps in a row were not finite, and rolling back is not allowed or not possible.
@@ -175,7 +175,7 @@ class Guard:
         return verdict
 
     def whose(self, loss: float, grad_norm: float) -> str:
-        """The ranks alone whose loss or norm is not finite, or else the norms that differ, in words. Every rank must ask."""
+        """In words: the ranks with a loss or norm that is not finite, or else the norms that differ. Every rank must call it."""
         everyone = gather_objects((loss, grad_norm), dist.group.WORLD)  # type: ignore[arg-type]
         bad = [str(rank) for rank, values in enumerate(everyone) if not all(map(math.isfinite, values))]
         norms = [norm for _, norm in everyone]

@@ -1,4 +1,4 @@
-"""What torchrun is told when a rank ends with another status than 0, so that its traceback does not bury the reason."""
+"""Tell torchrun why a rank ends with another status than 0, so that torchrun's traceback does not bury the reason."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import time
 from contextlib import suppress
 
-# Waits for the end of a process, and prints.
+# A program that waits for the end of a process, and then prints a line.
 REPEAT = """
 import os, select, sys
 try:
@@ -21,7 +21,7 @@ os.write(2, os.fsencode(sys.argv[2]) + b"\\n")
 
 
 def tell_launcher(message: str) -> None:
-    """Why this rank ends. torchrun shows it as the root cause in its table of failures."""
+    """Tell torchrun why this rank ends. torchrun shows `message` as the root cause in its table of failures."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         record = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
         with suppress(OSError), open(path, "w", encoding="utf-8") as file:

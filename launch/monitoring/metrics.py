@@ -1,4 +1,4 @@
-"""What a training run writes while it goes: metrics.jsonl, events.jsonl, and the trackers."""
+"""What a training run logs: metrics.jsonl, events.jsonl, and the trackers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from launch.monitoring.trackers import Tracker, open_trackers
 
 
 def stamped(record: dict[str, Any]) -> dict[str, Any]:
-    """An event with the time."""
+    """`record`, an event, with the current time."""
     return {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **record}
 
 
@@ -35,7 +35,7 @@ class Lines(GrowingFile):
         self.append((json.dumps(record) + "\n").encode())
 
     def before(self, size: int) -> bytes:
-        """The end of a line that a kill cut short."""
+        """A line break, if a kill cut the last line short."""
         return b"\n" if size and not ends_a_line(self.path) else b""
 
 
@@ -49,15 +49,15 @@ def ends_a_line(path: Path) -> bool:
 class Metrics:
     """Writes metrics.jsonl, one JSON object a line, on the first rank; the same numbers go to the trackers.
 
-    It also writes events.jsonl, which says what happened to the run: starts, checkpoints, skipped steps, spikes, rollbacks, and
-    as the last event of a start that it finished or stopped. As a context manager around the training loop it adds the event that
-    the run stopped because it diverged, which `launch.compare` looks for, or because of an error.
+    It also writes events.jsonl, which says what happened to the run: starts, checkpoints, skipped steps, spikes and rollbacks.
+    The last event of a start says that it finished or stopped. If the training loop raises an error, this context manager around
+    it writes that the run stopped because it diverged, which `launch.compare` looks for, or because of another error.
     """
 
     def __init__(
         self, accelerator: Accelerator, config: Config, run_dir: Path, say: Callable[[str], None] = lambda text: None
     ) -> None:
-        """`say` shows a warning to a person."""
+        """`say` shows a warning to the user."""
         self.path, self.say = run_dir / "metrics.jsonl", say
         self.lines, self.events = Lines(self.path, say), Lines(run_dir / "events.jsonl", say)
         self.first = accelerator.is_main_process
@@ -74,7 +74,7 @@ class Metrics:
         self._track(lambda tracker: tracker.close())
 
     def rewind(self, step: int, evaluated: int) -> None:
-        """Drop steps after `step` and evaluations after `evaluated`, which are about to be done again."""
+        """Drop steps after `step` and evaluations after `evaluated`, which the run is about to repeat."""
         if self.first:
 
             def keep(record: dict[str, Any]) -> bool:
@@ -94,7 +94,7 @@ class Metrics:
             self._track(lambda tracker: tracker.write(record["step"], values))
 
     def _track(self, act: Callable[[Tracker], None]) -> None:
-        """Do something with each tracker. One that fails is left out from then on: the run does not need it."""
+        """Call `act` with each tracker. A tracker that fails gets no more calls: the run does not need it."""
         for name, tracker in list(self.trackers.items()):
             try:
                 act(tracker)
@@ -103,7 +103,7 @@ class Metrics:
                 self.say(f"warning: {name} gets no more numbers: {' '.join(str(error).split())}")
 
     def flush(self) -> None:
-        """Make the operating system write the metrics to the disk, before a checkpoint that counts on them."""
+        """Make the operating system write the metrics to the disk, before a checkpoint that relies on them."""
         if self.first:
             self.lines.flush()
             self.events.flush()

@@ -13,7 +13,7 @@ from typing import Any
 
 from launch.monitoring.launcher import say_after_launcher, tell_launcher
 
-# What asks a process to end. SIGINT and SIGQUIT: a terminal's keys; SIGHUP: a terminal or connection that closes; SIGTERM:
+# Signals that ask a process to end. SIGINT, SIGQUIT: a terminal's keys; SIGHUP: a terminal or connection that closes; SIGTERM:
 # launchers, Kubernetes, PBS, systemd; SIGUSR1, SIGUSR2: Slurm (--signal), SGE (-notify), LSF (-wa); SIGXCPU: a limit of CPU time.
 STOP_SIGNALS = (
     signal.SIGTERM,
@@ -24,28 +24,29 @@ STOP_SIGNALS = (
     signal.SIGUSR2,
     signal.SIGXCPU,
 )
-STOPPED = 75  # exit status (EX_TEMPFAIL): saved after a signal; the same command continues
+STOPPED = 75  # exit status (EX_TEMPFAIL): saved after a signal; the same command resumes the run
 INTERRUPTED = 130  # exit status: stopped at once
 AT_ONCE = "stopped at once by a signal; the same command continues from the newest checkpoint"
-# s; a signal that follows another so soon is a copy of it: `timeout` signals its child twice, and torchrun passes on the Ctrl-C
-# that its ranks got from the terminal, too. Without torchrun, Ctrl-C comes once.
+# s; a signal that follows another within this time is a copy of it: `timeout` signals its child twice, and torchrun passes on a
+# Ctrl-C that its ranks have also got from the terminal. Without torchrun, Ctrl-C comes once.
 COPY = 1.0
-GRACE = 2.0  # s from the second signal to the end of a process whose main thread does not get to run Python
+GRACE = 2.0  # s from the second signal until a process ends whose main thread is blocked outside of Python
 
 
 class StopSignals:
     """Handles STOP_SIGNALS while the context is open.
 
-    The first sets `received`. The next raises KeyboardInterrupt in the main thread; where that waits in a collective or a system
-    call and cannot see it, a thread ends the process after GRACE.
+    The first signal sets `received`. The second one raises KeyboardInterrupt in the main thread. If the main thread is blocked in
+    a collective or a system call and cannot run the handler, another thread ends the process after GRACE.
 
     Attributes:
-        wait: whether the first signal is waited for; until it is set there is nothing to save, and the first acts as the next.
+        wait: whether the first signal lets the run save. Until it is set there is nothing to save, and the first signal acts like
+            the second one.
         received: whether a signal came.
-        held: whether the process is about to end anyway, with a status and a line that a launcher's signal must not take from it.
-        patience: seconds that a first SIGTERM leaves where there is nothing to save: torchrun sends it when another rank has
-            died, which is to be named.
-        listener: called with the first signal, in another thread than the main one.
+        held: whether the process is about to end anyway; a launcher's signal must not replace its exit status and message.
+        patience: seconds that the process has left after a first SIGTERM while there is nothing to save. torchrun sends SIGTERM
+            when another rank has died, and the run needs the time to name that rank.
+        listener: called at every signal, in another thread than the main one.
     """
 
     def __init__(self) -> None:
@@ -87,13 +88,13 @@ class StopSignals:
         return not (self.held and number != signal.SIGINT) and count.add(number) > int(self.wait)
 
     def _handle(self, count: Count, number: int) -> None:
-        """In the main thread, once that runs Python."""
+        """The signal handler: runs in the main thread, as soon as that executes Python."""
         self.received = True
         if self._at_once(count, number):
             raise KeyboardInterrupt
 
     def _watch(self) -> None:
-        """In a thread of its own, whatever the main thread does: numbers of signals arrive here as bytes."""
+        """The loop of the other thread, whatever the main thread does: numbers of signals arrive as bytes of a socket."""
         count = Count()
         while not self._closed.is_set():
             for number in self._woken.recv(64):
@@ -116,7 +117,7 @@ class Count:
         self.once = {signal.SIGINT} if "TORCHELASTIC_RUN_ID" not in os.environ else set()  # signals that come without copies
 
     def add(self, number: int) -> int:
-        """How many signals there were, with this one."""
+        """Count a signal; returns how many there were, with this one."""
         now = time.monotonic()
         if number in self.once or now - self.last >= COPY:
             self.total, self.last = self.total + 1, now

@@ -18,7 +18,7 @@ SAMPLE = 1 << 16  # elements of a matrix that are compared; a copy of all weight
 class StepStatistics:
     """Observes an optimizer through its hooks: `begin` a step, let it happen, and `record` the steps since the last record.
 
-    A step of the training run may be several of the optimizer: DeepSpeed calls it once for each group.
+    A step of the training run may be several of the optimizer: DeepSpeed calls the optimizer once for each group.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, weights: Sequence[Tensor], device: torch.device) -> None:
@@ -32,7 +32,7 @@ class StepStatistics:
         optimizer.register_step_post_hook(self._ended)
 
     def begin(self, measure: bool) -> None:
-        """Begin a step of the run. With `measure` the next record holds its change of the weights."""
+        """Begin a step of the run. With `measure`, the next record says how far this step moved the weights."""
         self.steps += 1
         self.before = [sample(weight).clone() for weight in self.weights] if measure else []
 
@@ -64,7 +64,7 @@ class StepStatistics:
             self.seconds += ended - self.started
 
     def _clock(self) -> Any:
-        """The time now; on a GPU an event in the device's own queue, for which the host does not wait."""
+        """The time now; on a GPU, an event in the device's own queue, so that the host does not wait."""
         if self.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)

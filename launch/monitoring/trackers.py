@@ -1,4 +1,4 @@
-"""Trackers: where the numbers of metrics.jsonl go besides. A training run is one run of each, over all its starts."""
+"""Trackers: services that also get the numbers of metrics.jsonl. All starts of a training run are one run of a tracker."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from configs.schema import Config
 from data.files import read_json, replace_text
 from launch.monitoring.growing import GrowingFile
 
-Say = Callable[[str], None]  # shows a warning to a person
+Say = Callable[[str], None]  # shows a warning to the user
 
 
 class Tracker(Protocol):
     """One tracker of one start of a training run. Only the first rank has any."""
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Numbers of a step."""
+        """Take the numbers of a step."""
 
     def rewind(self, step: int, written: int) -> None:
-        """The run goes on after `step`; an earlier start, or this one before a rollback, has written up to the step `written`."""
+        """The run resumes after `step`; an earlier start, or this one before a rollback, has written up to the step `written`."""
 
     def close(self) -> None:
-        """Everything is written."""
+        """Finish: there are no more numbers."""
 
 
 class TensorBoard:
-    """Writes into `<run.dir>/tensorboard`. What is done again replaces what an earlier start has written of those steps.
+    """Writes into `<run.dir>/tensorboard`. A repeated step replaces what an earlier start has written for it.
 
-    torch's SummaryWriter writes in a thread, which a full disk ends for good. Here records wait until there is space.
+    torch's SummaryWriter is not used: it writes in a thread, which a full disk ends for good. Here records wait for space.
     """
 
     def __init__(self, config: Config, run_dir: Path, say: Say) -> None:
@@ -48,7 +48,7 @@ class TensorBoard:
         self.file: GrowingFile | None = None
 
     def rewind(self, step: int, written: int) -> None:
-        """TensorBoard leaves out what it has read of the steps from that of a `SessionLog` on."""
+        """Begin a new file. A `SessionLog` makes TensorBoard drop what it has read of its step and of later ones."""
         from tensorboard.compat.proto.event_pb2 import SessionLog
         from torch.utils.tensorboard.summary import text
 
@@ -58,7 +58,7 @@ class TensorBoard:
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{time.time_ns()}"
         self.file = GrowingFile(self.folder / name, self.say, "numbers")
         self.event(file_version="brain.Event:2")
-        for record in waiting:  # of the file before, which a full disk did not take
+        for record in waiting:  # of the previous file, when the disk was full
             self.file.append(record)
         if written > step:
             self.event(step=step + 1, session_log=SessionLog(status=SessionLog.START))
@@ -89,8 +89,8 @@ class TensorBoard:
 class WandB:
     """A run named `run.name` in the project `log.project`, in the group `log.group` if there is one.
 
-    wandb.json in the run's folder holds its id, so that every start continues the same run. W&B does not take a step twice, so
-    steps that are done again are not sent.
+    wandb.json in the run's folder holds its id, so that every start continues the same run. W&B does not accept a step twice, so
+    repeated steps are not sent.
     """
 
     def __init__(self, config: Config, run_dir: Path, say: Say) -> None:
@@ -118,10 +118,10 @@ class WandB:
 
 
 class ThroughAccelerate:
-    """A tracker of Accelerate's: a run named `run.name` in the project (experiment) `log.project`, with `log.group` as its tag.
+    """An Accelerate tracker: a run named `run.name` in the project (experiment) `log.project`, with `log.group` as its tag.
 
-    NAME.json in the run's folder holds its id, so that every start continues the same run. Steps that are done again are not
-    sent, since these services keep both.
+    NAME.json in the run's folder holds its id, so that every start continues the same run. Repeated steps are not sent, since
+    these services would keep both.
     """
 
     def __init__(self, name: str, config: Config, run_dir: Path, say: Say) -> None:
@@ -139,7 +139,7 @@ class ThroughAccelerate:
             known = known or uuid.uuid4().hex
             self.tracker = tracking.CometMLTracker(log.project, experiment_key=known)
         elif name == "trackio":
-            known = known or f"{run}-{uuid.uuid4().hex[:8]}"  # runs are told apart by their names
+            known = known or f"{run}-{uuid.uuid4().hex[:8]}"  # Trackio distinguishes runs by their names
             self.tracker = tracking.TrackioTracker(log.project, name=known, group=log.group, resume="allow")
         else:
             options = {"experiment": log.project, "system_tracking_interval": None, "capture_terminal_logs": False}
@@ -173,7 +173,7 @@ ID_FILES = tuple(f"{name}.json" for name in TRACKERS if name != "tensorboard")  
 
 
 def require_installed(config: Config) -> None:
-    """Raise ConfigError for one of `log.trackers` whose package is missing."""
+    """Raise ConfigError if the package of one of `log.trackers` is missing."""
     for name in config.log.trackers:
         if not getattr(accelerate.utils, f"is_{name}_available")():
             raise ConfigError(f"log.trackers asks for {name}, which is not installed (pip install {name})")

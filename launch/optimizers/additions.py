@@ -1,7 +1,7 @@
 """Options that every optimizer can get, as hooks around its step: cautious weight decay and EMA-Nesterov.
 
-Hooks and no wrapper, so that the optimizer stays of its own class for all that asks what it is. A refused step (`found_inf` on
-the device, or no step at all) changes neither weights nor state.
+They are hooks and not a wrapper, so that the optimizer keeps its own class for code that checks it. A refused step (`found_inf`
+on the device, or no step at all) changes neither weights nor state.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from torch import Tensor
 from configs.load import ConfigError
 from configs.schema import Optimizer as OptimizerConfig
 
-CAUTIOUS = "cautious_weight_decay"  # of a group: its weight decay, which the optimizer itself is not told
-EMA = "ema_nesterov"  # of the state: the average of a parameter's changes, like the weight
-# Where the lookahead acts, as fractions of train.steps. The authors leave it out at the beginning and while the learning rate
-# decays to its end: steps 500 to 2,400 of 3,150 with Muon, 300 to 1,950 of 2,900 with Aurora (modded-nanogpt, track 3).
+CAUTIOUS = "cautious_weight_decay"  # key of a group: its weight decay, which the optimizer itself does not see
+EMA = "ema_nesterov"  # key of the state: the average of a parameter's changes, in the weight's shape
+# When the lookahead is on, as fractions of train.steps. The authors turn it off at the beginning and while the learning rate
+# decays to its end. Theirs is on in steps 500 to 2,400 of 3,150 with Muon and 300 to 1,950 of 2,900 with Aurora
+# (modded-nanogpt, track 3).
 WINDOW = (0.15, 0.75)
 Groups = list[dict[str, Any]]
 
 
 def without_decay(groups: Groups) -> Groups:
-    """Groups whose optimizer does not decay; `CautiousDecay` does."""
+    """`groups` without the optimizer's own weight decay; `CautiousDecay` applies it instead."""
     return [{**group, "weight_decay": 0.0, CAUTIOUS: group["weight_decay"]} for group in groups]
 
 
@@ -31,7 +32,7 @@ def add_options(optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> No
     """Give `optimizer` the hooks that `config` asks for.
 
     Raises:
-        ConfigError: it moves the weights between training and evaluation itself, so that they are not what its step changes.
+        ConfigError: `optimizer` swaps the weights between training and evaluation itself; its step then changes other weights.
     """
     asked = [key for key, value in (("cautious_weight_decay", config.cautious_weight_decay), (EMA, config.ema_nesterov)) if value]
     own = getattr(optimizer, "optimizers", [optimizer])[0]
@@ -41,7 +42,7 @@ def add_options(optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> No
         decay = CautiousDecay()
         optimizer.register_step_pre_hook(decay.before_step)
         optimizer.register_step_post_hook(decay.after_step)
-    if config.ema_nesterov:  # its hook after the step comes last: decay is part of the step that it looks at
+    if config.ema_nesterov:  # registered last, so that the step that it sees includes the decay
         lookahead = EmaNesterov(optimizer, config.ema_nesterov, config.ema_nesterov_decay)
         optimizer.register_step_pre_hook(lookahead.before_step)
         optimizer.register_step_post_hook(lookahead.after_step)
@@ -49,7 +50,7 @@ def add_options(optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> No
 
 
 class CautiousDecay:
-    """Decoupled weight decay only where it pushes a weight the way that the update does (arXiv 2510.12402).
+    """Decoupled weight decay only where it pushes a weight in the same direction as the update (arXiv 2510.12402).
 
     W <- W - lr (u + λ [u W >= 0] W), where -lr u is the optimizer's own step without decay and λ the group's weight decay.
     Where the step is lost in the rounding of W, u counts as 0. Memory: a copy of the weights during a step.
@@ -66,7 +67,7 @@ class CautiousDecay:
 
     @torch.no_grad()
     def after_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        """Decay."""
+        """Apply the decay."""
         refused = getattr(optimizer, "found_inf", None)
         for group in optimizer.param_groups:
             for p in group["params"]:
@@ -75,7 +76,7 @@ class CautiousDecay:
 
 
 def decay_cautiously_(w: Tensor, old: Tensor, rate: float | Tensor, refused: Tensor | None = None) -> None:
-    """w <- w - rate old, where a step from `old` to w did not push away from 0; nothing where `refused`, float32 (), is 1."""
+    """w <- w - rate old, where the step from `old` to w did not move away from 0. If `refused`, float32 (), is 1: nothing."""
     agree = (old - w) * old >= 0
     if refused is not None:
         agree &= refused == 0
@@ -83,24 +84,24 @@ def decay_cautiously_(w: Tensor, old: Tensor, rate: float | Tensor, refused: Ten
 
 
 class EmaNesterov:
-    """Each step from a point ahead of the weights, along an average of their changes (EMA-Nesterov, arXiv 2605.25395).
+    """Makes each step from a point ahead of the weights, along an average of their changes (EMA-Nesterov, arXiv 2605.25395).
 
     With an optimizer's step A, weights x and their average change m, which begins at 0:
 
         x' = A(x + β m)
         m' = γ m + (1 - γ) (x' - x)
 
-    β is `beta` times the learning rate's fraction of its peak within `WINDOW`, else 0. The gradient is that at x + β m: `enter`
-    goes there before the forward pass. Memory: m and x, 8 bytes a weight.
+    Within `WINDOW`, β is `beta` times the learning rate as a fraction of its peak; outside it is 0. The gradient is computed at
+    x + β m: `enter` moves the weights there before the forward pass. Memory: m and x, 8 bytes a weight.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, beta: float, gamma: float) -> None:
         self.optimizer, self.beta, self.gamma = optimizer, beta, gamma
-        self.x: dict[Tensor, Tensor] = {}  # the weights that a step begins with, as long as it lasts
-        self.m: dict[Tensor, Tensor] = {}  # during a step, since libraries take state that is there for their own
+        self.x: dict[Tensor, Tensor] = {}  # the weights at the beginning of a step, kept until it ends
+        self.m: dict[Tensor, Tensor] = {}  # filled during a step: libraries take all state that they find for their own
         for group in optimizer.param_groups:
             for p in group["params"]:
-                if optimizer.state.get(p):  # made at construction: then a checkpoint must hold all of it
+                if optimizer.state.get(p):  # made at construction: a checkpoint then needs this entry, too
                     optimizer.state[p][EMA] = torch.zeros_like(p)
 
     @torch.no_grad()
@@ -117,7 +118,7 @@ class EmaNesterov:
 
     @torch.no_grad()
     def leave(self) -> bool:
-        """Put back what no step has updated since `enter`; returns whether anything was."""
+        """Restore the weights that no step has updated since `enter`; returns whether there were any."""
         moved = bool(self.x)
         for p, x in self.x.items():
             p.copy_(x)
@@ -140,7 +141,7 @@ class EmaNesterov:
 
     @torch.no_grad()
     def after_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        """Move the averages of the parameters that were updated, and put them back."""
+        """Update the averages of the parameters that were updated, and put them back into the state."""
         refused = getattr(optimizer, "found_inf", None)
         for p, m in self.m.items():
             x = self.x.pop(p)

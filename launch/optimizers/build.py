@@ -1,8 +1,8 @@
-"""Optimizers as the configuration asks for them.
+"""Build the optimizer that the configuration asks for.
 
-All get the same groups: `celo2.param_groups` finds the hidden matrices by module, and each group says by its `role`, "hidden"
-or "other", which parameters the optimizer treats as hidden matrices. So a comparison changes the update of the hidden matrices
-and nothing else, except for optimizers whose authors give them more.
+All optimizers get the same groups: `celo2.param_groups` finds the hidden matrices by module. The `role` of a group, "hidden" or
+"other", says whether the optimizer treats its parameters as hidden matrices. So a comparison of optimizers changes the update of
+the hidden matrices and nothing else, except for optimizers that their authors apply to more parameters.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Combined(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step of each."""
+        """One step of each optimizer."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -68,7 +68,7 @@ class Combined(torch.optim.Optimizer):
 
 
 def set_mode(optimizer: torch.optim.Optimizer, mode: Literal["train", "eval"]) -> None:
-    """Put in place the weights to train on, or those to evaluate and save, for optimizers that tell them apart."""
+    """Switch to the weights to train on, or to those to evaluate and save, for optimizers that keep both."""
     for part in getattr(optimizer, "optimizers", [optimizer]):
         if hasattr(part, mode):
             getattr(part, mode)()
@@ -91,7 +91,7 @@ def as_celo2_groups(groups: Groups) -> Groups:
 
 
 def routed_groups(config: OptimizerConfig, groups: Groups) -> Groups:
-    """`groups` as `celo2.routing_table` reads them: `update` is the name of the optimizer, whose rates and decays they have."""
+    """`groups` as `celo2.routing_table` reads them: each with the name (`update`), rate and decay of its own optimizer."""
     entry = entry_of(config)
     if entry.takes_rule:
         return as_celo2_groups(groups)
@@ -116,13 +116,13 @@ def build_optimizer(
 
     Args:
         config: the section `optimizer`.
-        groups: their parameters may have been replaced by local shards.
+        groups: those of `optimizer_groups`; local shards may have replaced their parameters.
         replicas: the ranks that hold the same parameters. Optimizers without a rule do the same work on each of them.
         shard_state: each replica keeps a part of the optimizer state.
-        steps: of the training run, for optimizers that ask (`STEPS`).
+        steps: number of steps of the training run, for optimizers that need it (`STEPS`).
 
     Raises:
-        ConfigError: the optimizer cannot be imported, refuses its arguments, or cannot do what is asked for.
+        ConfigError: the optimizer cannot be imported, refuses its arguments, or cannot do what the configuration asks for.
     """
     entry = entry_of(config)
     if config.cautious_weight_decay:
@@ -138,7 +138,7 @@ def build_optimizer(
         if replicas is not None:
             options |= {"replicas": replicas, "shard_state": shard_state}
         celo2: Any = construct(Celo2, as_celo2_groups(groups), options | (config.arguments or {}))
-        celo2.allocate_state()  # checkpoints hold that of every parameter, and too little memory is an error at the start
+        celo2.allocate_state()  # checkpoints hold the state of every parameter, and a lack of memory shows at the start
         optimizer = celo2
     else:
         optimizer = build_by_class(config, entry, groups, steps)
@@ -180,7 +180,7 @@ def build_by_class(config: OptimizerConfig, entry: OptimizerEntry, groups: Group
 
 
 def by_kind(groups: Groups) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The groups with the kind of their parameters (`ROUTES`); one with several kinds is divided."""
+    """Yield the kind of the parameters (`ROUTES`) and the group; a group with several kinds is divided."""
     for group in groups:
         pairs = list(zip(group["param_names"], group["params"], strict=True))
         for kind in ROUTES["all"]:
@@ -189,7 +189,7 @@ def by_kind(groups: Groups) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def kind_of(role: str, p: torch.Tensor) -> str:
-    """What a parameter with this role is: a hidden matrix, an embedding or output layer, or a vector."""
+    """The kind of a parameter with this role: a hidden matrix, an embedding or output layer, or a vector."""
     return role if role == "hidden" else "embeddings" if len(local_shard_of(p).shape) > 1 else "vectors"
 
 
@@ -202,12 +202,12 @@ def check_matrices(config: OptimizerConfig, groups: Groups) -> None:
 
 
 def without(group: dict[str, Any], *keys: str) -> dict[str, Any]:
-    """A copy of `group` without `keys`, which the optimizer that gets it does not know."""
+    """A copy of `group` without `keys`, which its optimizer does not know."""
     return {key: value for key, value in group.items() if key not in keys}
 
 
 def rule_of(config: OptimizerConfig) -> Rule:
-    """The rule of `config`, whose variant is the optimizer's name. Raises RuleError if it was trained for the other one."""
+    """The rule of `config`, whose variant is the optimizer's name. Raises RuleError if the rule was trained for the other one."""
     return load_rule(config.rule or config.name, config.name)
 
 

@@ -1,6 +1,6 @@
-"""Decoupled weight decay, W <- W - lr λ W, for optimizers of libraries, some of which add λ W to the gradient instead.
+"""Decoupled weight decay, W <- W - lr λ W, for optimizers of libraries that add λ W to the gradient instead (coupled decay).
 
-An optimizer that divides the gradient by its size, as Adam does, takes most of such a coupled decay away again.
+An optimizer that divides the gradient by its size, as Adam does, cancels most of a coupled decay.
 """
 
 from __future__ import annotations
@@ -12,30 +12,30 @@ from torch import Tensor, nn
 
 from launch.optimizers.third_party import DECAY_BESIDE, accepted, construct
 
-SWITCHES = ("decoupled_weight_decay", "weight_decouple")  # arguments of constructors that choose decoupled decay, where true
-LR, DECAY, STEPS = 1e-2, 0.1, 3  # of a trial
-SAME = 1e-2  # two trials are alike where they differ by less than so much of what the decay changes
+SWITCHES = ("decoupled_weight_decay", "weight_decouple")  # constructor arguments that choose decoupled decay if true
+LR, DECAY, STEPS = 1e-2, 0.1, 3  # of the trials in `couples`
+SAME = 1e-2  # two trials are equal if they differ by less than this fraction of the change that the decay makes
 Groups = list[dict[str, Any]]
 
 
 def decoupled_arguments(cls: type) -> dict[str, Any]:
-    """The arguments that make the constructor of `cls` decouple the decay; empty where it has no such switch."""
+    """The arguments that make the constructor of `cls` decouple the decay; empty if it has no such switch."""
     return {key: True for key in SWITCHES if key in accepted(cls)}
 
 
 def decoupled_groups(cls: type[torch.optim.Optimizer], groups: Groups, arguments: dict[str, Any]) -> Groups:
-    """`groups`, whose decay `ThirdParty` does where `cls` couples it and has no switch."""
+    """`groups`. If `cls` couples the decay and has no switch, the decay moves to `DECAY_BESIDE`, which `ThirdParty` applies."""
     if not any(group["weight_decay"] for group in groups) or decoupled_arguments(cls) or hasattr(cls, "eval"):
-        return groups  # one with `eval` averages the weights itself, and decays what it averages
+        return groups  # an optimizer with `eval` averages the weights itself, and decays what it averages
     if not couples(cls, arguments, groups[0]["params"][0].device):
         return groups
     return [{**group, "weight_decay": 0.0, DECAY_BESIDE: group["weight_decay"]} for group in groups]
 
 
 def couples(cls: type[torch.optim.Optimizer], arguments: dict[str, Any], device: torch.device) -> bool:
-    """Whether `cls` adds λ W to the gradient, and that is not the same as decoupled decay (SGD without momentum).
+    """Whether `cls` adds λ W to the gradient, and the result differs from decoupled decay (for SGD without momentum it does not).
 
-    Found by a trial on a small matrix. False for what has a decay of another kind, or cannot be tried.
+    Compares trials on a small matrix. Returns False if the decay of `cls` is of another kind, or if a trial fails.
     """
 
     def trial(decay: float = 0.0, in_gradient: float = 0.0, beside: float = 0.0) -> Tensor:
@@ -55,7 +55,7 @@ def couples(cls: type[torch.optim.Optimizer], arguments: dict[str, Any], device:
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
             none, own, coupled, decoupled = trial(), trial(decay=DECAY), trial(in_gradient=DECAY), trial(beside=DECAY)
-        except Exception:  # it may want a loss, or parameters of another kind
+        except Exception:  # `cls` may need a loss, or parameters of another kind
             return False
     from_coupled, from_decoupled, changed = ((own - other).abs().max().item() for other in (coupled, decoupled, none))
     return from_coupled < SAME * changed and from_decoupled > SAME * changed

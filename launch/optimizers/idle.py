@@ -1,4 +1,4 @@
-"""Which settings of a training run act: by what the optimizer, the strategy and the schedule take, and what is logged."""
+"""The table of settings that can be without effect: what each needs of the optimizer, the strategy or another setting."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def takes_rule(config: Config) -> bool:
 
 
 def averages(config: Config) -> bool:
-    """Whether the optimizer tells weights to train on from those to evaluate, which are an average."""
+    """Whether the optimizer keeps two sets of weights: one to train on, and an average to evaluate."""
     entry = entry_of(config.optimizer)
     return hasattr(find_class(entry.path, entry.package), "eval")
 
@@ -42,7 +42,7 @@ IDLE = (
     Idle(
         "optimizer.route",
         "optimizer.name",
-        lambda c: c.optimizer.route == "hidden" or chooses_route(c.optimizer),  # what earlier versions noted for every optimizer
+        lambda c: c.optimizer.route == "hidden" or chooses_route(c.optimizer),  # "hidden": earlier versions wrote it for all
         "{value} is for optimizers of libraries, and {choice} has a route of its own",
     ),
     Idle(

@@ -1,7 +1,7 @@
-"""torch's Muon on sharded matrices: the momentum stays where the weights are, only the update travels to be orthogonalized.
+"""torch's Muon on sharded matrices: the momentum stays with the weights, and only updates are sent to be orthogonalized.
 
-Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024, as `torch.optim.Muon` with
-`adjust_lr_fn="match_rms_adamw"`, which takes whole matrices only. The orthogonalization is torch's own function.
+Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024. The update is that of `torch.optim.Muon`
+with `adjust_lr_fn="match_rms_adamw"`, which takes whole matrices only. The orthogonalization is torch's own function.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class ShardedMuon(torch.optim.Optimizer):
         return loss
 
     def _update(self, p: Tensor, group: dict[str, Any], split: dict[dist.ProcessGroup, list[tuple]]) -> None:
-        """Move the momentum of `p`, update it if it is whole here, and otherwise add it to `split`."""
+        """Update the momentum of `p` and its matrices that are whole on this rank; add the other matrices to `split`."""
         local_shard, momentum = local_shard_of(p), group["momentum"]
         rows, cols = local_shard.shape
         assert p.grad is not None
@@ -87,12 +87,12 @@ class ShardedMuon(torch.optim.Optimizer):
 
 
 def orthogonalize(u: Tensor) -> Tensor:
-    """torch's Newton–Schulz, which takes one matrix at a time, on u (N, R, C)."""
+    """Orthogonalize u (N, R, C) with torch's Newton–Schulz, which takes one matrix at a time."""
     return torch.stack([muon_orthogonalize(m) for m in u])
 
 
 def apply_(w: Tensor, u: Tensor, shape: tuple[int, int], group: dict[str, Any]) -> None:
-    """torch's update of a weight of `shape`, in place, on a part w of it."""
+    """Apply torch's update in place to w, a part of a weight of shape `shape`."""
     lr = group["lr"]
     w.mul_(1 - lr * group["weight_decay"])
     w.add_(u, alpha=-lr * 0.2 * math.sqrt(max(shape)))

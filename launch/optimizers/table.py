@@ -13,14 +13,14 @@ from configs.schema import Optimizer as OptimizerConfig
 
 @dataclass(frozen=True)
 class OptimizerEntry:
-    """One optimizer. The defaults are what is assumed of a class that the configuration names by its dotted path."""
+    """One optimizer. The defaults apply to a class that the configuration names by its dotted path."""
 
     path: str  # dotted path of the class
-    package: str | None = None  # what pip calls the library, for the error message if it is missing
+    package: str | None = None  # name of the library for pip, for the error message if it is missing
     arguments: dict[str, Any] = field(default_factory=dict)  # of the constructor, as the authors advise for language models
     route: Literal["hidden", "matrices", "all"] = "hidden"  # what it updates (`ROUTES`); AdamW updates the rest
-    one_lr: bool = False  # all that it updates has optimizer.lr, and not embeddings and vectors optimizer.adamw_lr
-    options: dict[str, dict[str, Any]] = field(default_factory=dict)  # more keys of a group, by the kind of its parameters
+    one_lr: bool = False  # optimizer.lr for all that it updates, instead of optimizer.adamw_lr for embeddings and vectors
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)  # extra keys of a group, by kind of its parameters
     decay: float = 1.0  # factor on optimizer.weight_decay for the parameters that it updates
     averages: bool = False  # averages the weights itself, all of them: no other route, cautious decay or lookahead
     third_party: bool = True  # its state becomes tensors through the adapter in `launch.optimizers.third_party`
@@ -28,9 +28,9 @@ class OptimizerEntry:
     plain_matrices: bool = False  # refuses fused and stacked matrices
     takes_rule: bool = False  # runs a rule: accepts optimizer.rule and optimizer.state_dtype, and can divide work over replicas
     all_hidden: bool = False  # treats every parameter as hidden, and so has no optimizer.adamw_lr
-    idle_arguments: tuple[str, ...] = ()  # of the constructor, without effect in this entry
-    asks_device: bool = False  # where its attribute `found_inf`, on the device, is 1, a step changes nothing: no host need wait
-    orthogonalizes: bool = False  # the update of hidden matrices, by Newton–Schulz
+    idle_arguments: tuple[str, ...] = ()  # constructor arguments without effect in this entry
+    asks_device: bool = False  # a step changes nothing if its `found_inf`, on the device, is 1: the host need not wait
+    orthogonalizes: bool = False  # orthogonalizes the update of hidden matrices by Newton–Schulz
     width_rule: Literal["orthogonalized", "adam", "none"] = "adam"  # how rates follow the width (`launch.optimizers.width`)
     state_per_weight: int | None = None  # numbers of optimizer state for each weight that it updates; None: unknown
     # For comparisons: where a grid of learning rates begins, and what else the authors ask for.
@@ -40,7 +40,7 @@ class OptimizerEntry:
 
 # Kinds of parameters by route: hidden matrices; embeddings, position tables and the output layer; biases and norms.
 ROUTES = {"hidden": ("hidden",), "matrices": ("hidden", "embeddings"), "all": ("hidden", "embeddings", "vectors")}
-STEPS = "train.steps"  # as an argument of a constructor: that number
+STEPS = "train.steps"  # as a constructor argument: stands for the number train.steps
 ADAMW: dict[str, Any] = {"betas": (0.9, 0.95), "eps": 1e-8, "fused": True}
 CELO2: dict[str, Any] = {
     "path": "celo2.Celo2",
@@ -93,7 +93,7 @@ TABLE = {
     "soap": OptimizerEntry("pytorch_optimizer.SOAP", "pytorch_optimizer", {"precondition_frequency": 10}, usual_lr=3e-3),
     # arXiv 1804.04235, for all parameters. Its learning rate is relative to the RMS of the weight.
     "adafactor": OptimizerEntry("torch.optim.Adafactor", route="all", one_lr=True, state_per_weight=0, usual_lr=1e-2),
-    # arXiv 2405.15682: it averages the weights instead of lowering the learning rate, so it must have them all. The warm-up
+    # arXiv 2405.15682: it averages the weights instead of lowering the learning rate, so it must update all of them. The warm-up
     # stays. A learning rate 1 to 10 times AdamW's.
     "schedule-free": OptimizerEntry(
         "schedulefree.AdamWScheduleFree",
@@ -104,7 +104,7 @@ TABLE = {
         usual_lr=3e-3,
         needs=("schedule.kind=constant",),
     ),
-    # arXiv 2510.05491: Muon whose orthogonal update has equal rows; RMS 0.2 (algorithm 1), so that AdamW's learning rates fit.
+    # arXiv 2510.05491: Muon, with the rows of the update scaled alike; RMS 0.2 (algorithm 1), so that AdamW's learning rates fit.
     "normuon": OptimizerEntry(
         "pytorch_optimizer.NorMuon",
         "pytorch_optimizer",
@@ -115,7 +115,7 @@ TABLE = {
         state_per_weight=1,
         usual_lr=1e-3,
     ),
-    # arXiv 2409.03137: AdamW with a second, slow momentum, which comes in over the whole run. AdamW's learning rates.
+    # arXiv 2409.03137: AdamW with a second, slow momentum, phased in over the whole run. AdamW's learning rates.
     "ademamix": OptimizerEntry(
         "pytorch_optimizer.AdEMAMix",
         "pytorch_optimizer",
@@ -149,7 +149,7 @@ TABLE = {
         options={"hidden": {"norm_type": 2, "scale": 50.0}, "embeddings": {"norm_type": 4, "scale": 3000.0}},  # LMONorm
         decay=0.0,
         plain_matrices=True,
-        width_rule="none",  # made so that its rates carry over
+        width_rule="none",  # designed so that the same rates suit every width
         state_per_weight=1,
         usual_lr=2.0**-12,
     ),
@@ -177,13 +177,13 @@ def uses_adamw_lr(config: OptimizerConfig) -> bool:
 
 
 def decays(config: OptimizerConfig) -> bool:
-    """Whether `optimizer.weight_decay` decays anything: what the optimizer updates, or embeddings that are AdamW's."""
+    """Whether `optimizer.weight_decay` decays anything: what the optimizer updates, or embeddings that AdamW updates."""
     entry = entry_of(config)
     return entry.decay > 0 or entry.route == "hidden"
 
 
 def rate_of_the_rest(config: OptimizerConfig) -> float:
-    """The peak learning rate of what is no hidden matrix: `optimizer.adamw_lr`, or `optimizer.lr` where no parameter has that."""
+    """The peak learning rate of all but hidden matrices: `optimizer.adamw_lr` where it is set and in use, else `optimizer.lr`."""
     return config.adamw_lr if config.adamw_lr is not None and uses_adamw_lr(config) else config.lr
 
 

@@ -1,9 +1,9 @@
 """Optimizers of other libraries: found by dotted path, checked, and with a state that a checkpoint can hold.
 
 A checkpoint holds tensors by parameter and nothing else (no pickle), but libraries keep numbers, texts and lists in their state,
-counters in their groups, and tensors in attributes. `ThirdParty` turns those into tensors between steps. `construct` checks what
-the configuration asks for against the constructor, and what a step asks for against what there is, so that what cannot work is
-one clear line before anything is trained.
+counters in their groups, and tensors in attributes. `ThirdParty` turns all of these into tensors between steps. `construct`
+checks the configured arguments against the constructor, and the arguments of `step` against what a training run can give. So an
+optimizer that cannot work fails with one clear line before training begins.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from torch import Tensor
 from celo2.training.configuration import close, shown
 from configs.load import ConfigError
 
-KEPT = (bool, int, float, Tensor, list, tuple, dict)  # what of an optimizer's attributes may be its memory
+KEPT = (bool, int, float, Tensor, list, tuple, dict)  # types of an optimizer's attributes that may belong to its state
 NUMBERS = {bool: torch.bool, int: torch.int64, float: torch.float64}
 BOOLEANS = ("bool", "bool | None", "Optional[bool]", "typing.Optional[bool]")  # annotations
-SCHEDULED = ("lr", "initial_lr")  # follow from the configuration and the step
+SCHEDULED = ("lr", "initial_lr")  # not kept: they follow from the configuration and the step
 COUNTER = "group:"  # prefix of a group's counter in the state of the group's first parameter
 ATTRIBUTE = "own:"  # prefix of an optimizer's attribute in the state of its first parameter
-DECAY_BESIDE = "decay_beside"  # of a group: decoupled weight decay, which the library's optimizer is not told
+DECAY_BESIDE = "decay_beside"  # key of a group: decoupled weight decay, which the library's optimizer does not see
 
 
 class ThirdParty(torch.optim.Optimizer):
-    """A library's optimizer whose whole memory is, between steps, tensors in `state[p]`.
+    """A library's optimizer that, between steps, keeps its whole state as tensors in `state[p]`.
 
     A number `step` becomes the tensor `step.int`, a list `GG` the tensors `GG.list` (its length), `GG.0`, `GG.1`, ...; a counter
     `k` of a group becomes `group:k.int` of the group's first parameter, an attribute `a` of the optimizer (VeLO's LSTM)
-    `own:a...` of the first parameter of all. `train()` and `eval()` are passed on to libraries that average weights and have them
-    (Schedule-free), and do nothing for the others. Groups may have a decay of their own, `DECAY_BESIDE`, which `step` does first.
+    `own:a...` of the first parameter of all. `train()` and `eval()` call the library's methods of that name if it has them, as
+    Schedule-free does, which averages weights. A group may have the decay `DECAY_BESIDE`, which `step` applies first.
 
     Attributes:
-        loss: float32 (), of the global batch, to be set before a step. Learned optimizers ask for it.
+        loss: float32 (), of the global batch, to be set before a step. Learned optimizers need it.
     """
 
     loss: Tensor | None = None
@@ -86,7 +86,7 @@ class ThirdParty(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """The decay of `DECAY_BESIDE`, and one step of the library's optimizer."""
+        """Apply the decay `DECAY_BESIDE`, then make one step of the library's optimizer."""
         for group in self.param_groups:
             for p in group["params"] if group.get(DECAY_BESIDE) else ():
                 if p.grad is not None:
@@ -98,11 +98,11 @@ class ThirdParty(torch.optim.Optimizer):
             return inner.step() if closure is None else inner.step(closure)
 
     def train(self) -> None:
-        """Put the weights in place that training needs."""
+        """Switch to the weights that training needs."""
         self._call("train")
 
     def eval(self) -> None:
-        """Put the weights in place that evaluation and checkpoints need."""
+        """Switch to the weights that evaluation and checkpoints need."""
         self._call("eval")
 
     def _call(self, method: str) -> None:
@@ -112,7 +112,7 @@ class ThirdParty(torch.optim.Optimizer):
 
 
 def attributes(inner: torch.optim.Optimizer) -> dict[str, Any]:
-    """What a library's optimizer keeps beside state and groups and a checkpoint can hold: numbers, tensors, and lists of them."""
+    """Attributes of a library's optimizer, beside state and groups, that a checkpoint can hold: numbers, tensors, and lists."""
     found = {}
     for key, value in vars(inner).items():
         if not key.startswith("_") and key not in ("defaults", "state", "param_groups") and type(value) in KEPT:
@@ -126,7 +126,7 @@ def pack(state: dict[str, Any]) -> dict[str, Tensor]:
     """The state of a parameter as tensors alone; `unpack` is the inverse.
 
     Raises:
-        ConfigError: something that is not a tensor, number, text, None, or list, tuple or mapping of these.
+        ConfigError: `state` holds something that is not a tensor, number, text, None, or list, tuple or mapping of these.
     """
     packed: dict[str, Tensor] = {}
 
@@ -152,7 +152,7 @@ def pack(state: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def unpack(packed: dict[str, Tensor]) -> dict[str, Any]:
-    """The state of a parameter as its library knows it."""
+    """The state of a parameter in the form that its library uses; the inverse of `pack`."""
 
     def get(key: str) -> Any:
         if key in packed:
@@ -192,7 +192,7 @@ def find_class(path: str, package: str | None = None) -> type[torch.optim.Optimi
 
 
 def accepted(cls: type) -> dict[str, inspect.Parameter]:
-    """The parameters that the constructor of `cls` names itself, without params."""
+    """The parameters that the constructor of `cls` names, without `params`."""
     return {
         name: parameter
         for name, parameter in list(inspect.signature(cls).parameters.items())[1:]
@@ -201,7 +201,7 @@ def accepted(cls: type) -> dict[str, inspect.Parameter]:
 
 
 def expected(parameter: inspect.Parameter, value: Any) -> str:
-    """What `value` should be instead, by the default and the annotation of a constructor's parameter; empty where it fits."""
+    """What a constructor's parameter expects instead of `value`, by its default and its annotation; empty if `value` fits."""
     default, annotation = parameter.default, inspect.formatannotation(parameter.annotation).strip("'")
     bare = parameter.annotation is parameter.empty
     optional = bare or "None" in annotation or "Optional" in annotation
@@ -226,8 +226,8 @@ def construct(cls: type[torch.optim.Optimizer], groups: list[dict[str, Any]], ar
     """`cls` over `groups` with further `arguments` of its constructor.
 
     Raises:
-        ConfigError: an argument that the constructor does not name or does not take, as one of another type than its default, or
-            weight decay that it does not know.
+        ConfigError: the constructor does not have an argument, or refuses its value, for example one of another type than the
+            default; or a group asks for weight decay, and the constructor has none.
     """
     name, known = f"{cls.__module__}.{cls.__qualname__}", accepted(cls)
     asked = list(inspect.signature(cls.step).parameters.values())[1:]
@@ -248,9 +248,9 @@ def construct(cls: type[torch.optim.Optimizer], groups: list[dict[str, Any]], ar
         raise ConfigError(f"{name} knows no weight decay: set optimizer.weight_decay=0")
     settings: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
     if "lr" in known:
-        settings["lr"] = groups[0]["lr"]  # every group has its own; some constructors want one
+        settings["lr"] = groups[0]["lr"]  # every group has its own; some constructors require one
     try:
         return cls(groups, **settings)
-    except Exception as error:  # a library may raise whatever it likes at a value that it does not take
+    except Exception as error:  # a library may raise any error for a value that it refuses
         option = "optimizer.arguments: " if arguments else ""
         raise ConfigError(f"{option}{name} refuses its arguments: {' '.join(str(error).split())}") from None

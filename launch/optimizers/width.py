@@ -1,13 +1,13 @@
-"""The one rule by which rates that were found at one width become those of a model of another width.
+"""The rule that converts learning rates and weight decays found at one width to a model of another width.
 
-An update that is orthogonalized and has RMS 1 has the spectral norm √max(R, C), so that its learning rate falls with the square
-root of the width and its decay with the width. An update of Adam's kind has a learning rate that falls with the width (arXiv
-2203.03466) and a decay that stays. The rate of embeddings, output layer and vectors stays.
+An orthogonalized update of RMS 1 has the spectral norm √max(R, C). Its learning rate therefore falls with the square root of the
+width, and its weight decay with the width. For an update like Adam's, the learning rate falls with the width (arXiv 2203.03466)
+and the weight decay stays the same. The learning rate of embeddings, output layer and vectors stays the same.
 
 Measured on small transformers (docs/log.md, "Rates and widths"): the exponent of lr between widths 32 and 128 is −0.52
 (standard error 0.05) for celo2-lm, −0.52 (0.02) for celo2 and −0.63 (0.08) for Muon, and an adamw_lr of 0.04 to 0.08 is
-good at all of them. That AdamW's lr falls with the width is in accord with three widths. The exponents of the decay, and those of
-other optimizers, are assumptions.
+good at all of them. Measurements of AdamW at three widths agree with an lr that falls with the width. The exponents of the decay,
+and those of other optimizers, are assumptions.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from launch.optimizers.table import entry_of, uses_adamw_lr
 
 @dataclass(frozen=True)
 class WidthExponents:
-    """A value at width D is its value at width D0 times (D / D0)^exponent; keys without one stay."""
+    """Exponents by key: a value at width D is its value at width D0 times (D / D0)^exponent. Keys without one stay the same."""
 
     lr: float
     weight_decay: float
@@ -38,13 +38,13 @@ EXPONENTS = {"orthogonalized": ORTHOGONALIZED, "adam": ADAM, "none": WidthExpone
 
 
 def at_width(values: Mapping[str, float], found_at: int, width: int, optimizer: Optimizer) -> dict[str, float]:
-    """The values of a model of `width` from those that `optimizer` was found to need at the width `found_at`, by key."""
+    """Convert `values`, found for `optimizer` at the width `found_at`, to those of a model of width `width`, by key."""
     exponents = EXPONENTS[entry_of(optimizer).width_rule]
     return {key: value * (width / found_at) ** getattr(exponents, key, 0.0) for key, value in values.items()}
 
 
 def at_width_of(model: nn.Module, optimizer: Optimizer) -> Optimizer:
-    """The section `optimizer` with the rates of this model, where `base_width` says at which width they were found.
+    """The section `optimizer` with its rates converted from `base_width`, the width they were found at, to the width of `model`.
 
     Raises:
         ConfigError: the configuration of the model has no width.
@@ -62,7 +62,7 @@ def at_width_of(model: nn.Module, optimizer: Optimizer) -> Optimizer:
 
 
 def width_note(asked: Optimizer, taken: Optimizer) -> list[str]:
-    """What a person should know where the rates that are taken are not those that were asked for."""
+    """A note for the user if the rates in use (`taken`) differ from those of the configuration (`asked`)."""
     if (asked.lr, asked.weight_decay) == (taken.lr, taken.weight_decay):
         return []
     pairs = [(name, getattr(asked, name), getattr(taken, name)) for name in ("lr", "weight_decay")]

@@ -1,1 +1,1 @@
-"""`train.py --plan`: what a training run would take."""
+"""`train.py --plan`: what a training run would need."""

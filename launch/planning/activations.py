@@ -1,4 +1,4 @@
-"""What forward and backward passes hold beside weights and gradients, in elements."""
+"""Estimates of what forward and backward passes hold beside weights and gradients, in elements."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from transformers import PreTrainedModel
 from models.loss import chunk_size
 from models.recompute import OPERATIONS, every
 
-# Widths that a block of a GPT keeps for a token: two norms and what they read (4), q, k, v, attention's output, its projection's
-# input (5, the last two are one), 4 + 4 in the feed-forward part. Of these, matrix products and attention make q, k, v,
-# attention's output, both outputs of the projections and 4; and the block's input is kept.
+# In units of the model's width, a block of a GPT keeps for each token: two norms and their inputs (4); q, k, v and the output of
+# attention, which is also the input of its projection (4); the feed-forward part (4 + 4). Of these, matrix products and attention
+# make 10: q, k, v, the output of attention, the outputs of both projections, and 4. With the block's input that is 11.
 OF_A_BLOCK, OF_OPERATIONS = 16, 11
 OF_THE_END = 4  # what the last norm reads and writes, and the gradients of both
 
 
 def activation_elements(model: PreTrainedModel, micro_batch: int, context: int, choice: bool | str) -> int:
-    """Elements that the forward pass keeps for the backward pass, about, with the choice of `model.gradient_checkpointing`.
+    """About how many elements the forward pass keeps for the backward pass; `choice` is `model.gradient_checkpointing`.
 
-    A block that is computed again keeps its input, until its turn comes: the last first, when those behind it are done.
+    A block that is recomputed keeps its input until the backward pass reaches it. The last one is the first to be recomputed,
+    when the blocks behind it are done.
     """
     config = model.config.get_text_config()
     blocks, interval = config.num_hidden_layers, every(choice)

@@ -1,8 +1,8 @@
-"""What a step takes on N GPUs: bytes that travel, memory of a rank, and seconds, from shapes and data sheets alone.
+"""What a step costs on N GPUs: bytes that a rank sends, and seconds, from shapes and data sheets alone.
 
 `--plan` prints it. "Sent" are the bytes that one rank sends in one optimizer step, with ring algorithms, averaged over the
-ranks, without the padding that libraries add. Seconds assume that whatever can overlap with computing does. They rest on
-`Machine` and are good for choosing a strategy; they are no promise.
+ranks, without the padding that libraries add. Seconds assume that all communication overlaps with computing where it can. They
+rest on the numbers of `Machine` and serve to choose a strategy; they are estimates.
 
 Letters: N weights, of which H in hidden matrices (which Newton–Schulz orthogonalizes); W ranks; M micro-batches in a step.
 """
@@ -30,12 +30,12 @@ from models.loss import uses_all_parameters
 
 FP32, BF16 = 4, 2  # bytes
 
-ASSUMED_STATE = 2  # numbers for each weight of an optimizer that is not known: AdamW's
+ASSUMED_STATE = 2  # numbers for each weight of an unknown optimizer: as many as AdamW's
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What of a model determines its cost."""
+    """The properties of a model that determine its cost."""
 
     parameters: int  # N
     hidden: tuple[tuple[int, int], ...]  # (R, C) of every hidden matrix, in the order of the parameters
@@ -47,7 +47,7 @@ class Workload:
     loss: float  # float32 elements that the loss holds
     recompute: float = 0.0  # gradient checkpointing: the part of the forward pass that is done twice
     largest: int = 0  # weights of the largest parameter
-    known: bool = True  # a GPT-3 of models/: no pass at the start finds out how its loss is computed, and what gets a gradient
+    known: bool = True  # a GPT-3 of models/: no pass at the start has to find its kind of loss, and what gets a gradient
 
     @property
     def hidden_parameters(self) -> int:
@@ -81,7 +81,7 @@ class Setup:
     layers: bool = False  # log.layers
     orthogonalize: bool = True  # false: optimizer.arguments turns it off
     whitens: bool = False  # as the rule says
-    cpu: bool = False  # whose Newton–Schulz is in float32
+    cpu: bool = False  # on a CPU: Newton–Schulz is in float32
 
     @property
     def entry(self) -> OptimizerEntry:
@@ -135,16 +135,16 @@ def setup_of(config: Config, world: int) -> Setup:
 
 
 def all_reduce(size: float, world: int) -> float:
-    """Bytes a rank sends so that all have the sum of `size` bytes of each: a reduce-scatter and an all-gather."""
+    """Bytes that a rank sends in an all-reduce of `size` bytes, which is a reduce-scatter and an all-gather."""
     return 2 * size * (world - 1) / world
 
 
 def all_but_own_share(size: float, world: int) -> float:
-    """Bytes a rank sends, on average, in each of the other collectives over `size` bytes.
+    """Bytes that a rank sends, on average, in each of the other collectives over `size` bytes.
 
-    reduce-scatter: each rank gets its share of the sum of `size` bytes of each. All-gather: all get the `size` bytes of which
-    each holds a share. Broadcast: all but one receive `size` bytes. All-to-all: a rank keeps its own share of the `size` bytes
-    that it holds for all.
+    Reduce-scatter: each rank has `size` bytes, and gets its share of the sum over the ranks. All-gather: each rank holds a share
+    of `size` bytes, and gets all of them. Broadcast: all ranks but one receive `size` bytes. All-to-all: a rank has `size` bytes
+    for all ranks, and keeps its own share of them.
     """
     return size * (world - 1) / world
 
@@ -156,7 +156,7 @@ def split_matrices(workload: Workload, setup: Setup) -> list[tuple[int, int]]:
     """Hidden matrices that no rank holds whole.
 
     fsdp2 and zero3 divide every parameter. zero1 and zero2 divide the parameters, one after the other, into W equal ranges, so
-    that a matrix is split only where a range ends in it.
+    that a matrix is split only if a range ends in it.
     """
     if setup.strategy == "ddp" or setup.shards == 1:
         return []
@@ -233,8 +233,8 @@ def optimizer_seconds(workload: Workload, setup: Setup, machine: Machine) -> flo
             loads = [0.0] * owners
             balance([whitening_flops(rows, cols) for rows, cols in workload.hidden], loads)
             seconds += max(loads) / (machine.peak(False) * machine.newton_schulz_efficiency)
-    # Bytes moved for a weight. AdamW reads w, g, m, v and writes w, m, v. The rule reads g, w, three m, v and writes three m
-    # and v; reads g and three m; reads g, w, three m, v and writes a direction; and reads that and w and writes w.
+    # Bytes moved for a weight. AdamW reads w, g, m, v and writes w, m, v. The rule makes four passes: reads g, w, three m and v,
+    # writes three m and v; reads g and three m; reads g, w, three m and v, writes a direction; reads that and w, writes w.
     adamw, muon = 7 * FP32, 6 * FP32 + 2 * setup.direction_bytes
     accumulate, direct = 2 * FP32 + 8 * setup.state_bytes, 3 * FP32 + 7 * setup.state_bytes + setup.direction_bytes
     if setup.normalize_gradient:  # reads g once more, for its norm
@@ -259,28 +259,28 @@ class StepTime:
     """Seconds of one optimizer step."""
 
     compute: float  # forward and backward
-    hidden: float  # communication behind computing
+    hidden: float  # communication that overlaps with computing
     exposed: float  # communication that computing waits for
     optimizer: float
 
     @property
     def total(self) -> float:
-        """Of the step."""
+        """Seconds of the whole step."""
         return self.compute + self.exposed + self.optimizer
 
 
 def step_time(workload: Workload, setup: Setup, machine: Machine) -> StepTime:
     """Seconds of one optimizer step.
 
-    Gradients travel during the backward pass (two thirds of computing; under DDP and zero1 of the last micro-batch alone), and
-    weights of zero3 and fsdp2 during all of computing. What takes longer than that, and everything else, is waited for.
+    Gradients are sent during the backward pass (two thirds of computing; under DDP and zero1 that of the last micro-batch alone),
+    and weights of zero3 and fsdp2 during all of computing. The step waits for what takes longer, and for everything else.
     """
     tokens = setup.accumulation * setup.micro_batch * workload.context
     flops = tokens * workload.flops_per_token * (1 + workload.recompute / 3)
     compute = flops / (machine.peak(setup.bf16) * machine.efficiency)
     sent, ring = sent_bytes(workload, setup), machine.ring(setup.world)
     hop = machine.latency * math.log2(setup.world) if setup.world > 1 else 0.0
-    once = setup.strategy in ("ddp", "zero1")  # gradients travel once a step
+    once = setup.strategy in ("ddp", "zero1")  # gradients are sent once a step
     streamed = setup.strategy in ("zero3", "fsdp2")
     collectives = workload.blocks * (1 if once else setup.accumulation) * (3 if streamed else 1)
     overlappable = sent["gradients"] / ring + collectives * hop

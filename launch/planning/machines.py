@@ -1,4 +1,4 @@
-"""GPUs and the wires between them, for estimates.
+"""GPUs and the links between them, for estimates.
 
 Peaks in bf16 are those of `models.flops`; the rest is from the makers' data sheets: NVIDIA H100, H200, A100 80GB and 40GB (SXM),
 L40S, L4, A40, A10, DGX A100, DGX H100, DGX B200, GeForce RTX 3090 and 4090; AMD Instinct MI300X.
@@ -17,7 +17,7 @@ from models import peak_flops
 
 @dataclass(frozen=True)
 class Machine:
-    """GPUs and the wires between them. Defaults: H100 SXM in DGX H100 nodes."""
+    """GPUs and the links between them. Defaults: H100 SXM in DGX H100 nodes."""
 
     flops: float = 989e12  # bf16 peak without sparsity, FLOP/s
     efficiency: float = 0.4  # of the peak in forward and backward passes: 0.33 to 0.5 in published GPT runs on H100
@@ -52,10 +52,11 @@ class Machine:
 def gpu(
     device: str, memory: float, bandwidth: float, fp32: float, link: float = 32, adapter: float = 12.5, host: float = 512
 ) -> Machine:
-    """A GPU from GB, GB/s, TFLOP/s, GB/s that it sends to the others of its node and to other nodes, and GB of a node of eight.
+    """A GPU in nodes of eight, from GB, GB/s and TFLOP/s.
 
-    The host's memory is that of the makers' own nodes, or an assumption. Without NVLink: PCIe 4.0 with 16 lanes, and, since such
-    nodes differ, 100 Gb/s for each GPU as an assumption.
+    `link` and `adapter` are what the GPU sends to the others of its node and to other nodes. `host` is the memory of a node: that
+    of the makers' own nodes, or an assumption. Defaults without NVLink: PCIe 4.0 with 16 lanes and, since such nodes differ,
+    100 Gb/s for each GPU as an assumption.
     """
     flops = peak_flops(device, torch.bfloat16)
     assert flops is not None, device

@@ -1,7 +1,7 @@
 """Memory of a rank while a run starts, makes a step and saves: bytes on its device and in its host's memory, by purpose.
 
-A rank makes its own shards at the start, block by block, and copies its own shards to host memory in a save, while training goes
-on; the copy is then written tensor by tensor. On a GPU the two memories are apart. On a CPU they are one, and their sum counts.
+At the start, a rank makes its own shards block by block. In a save, it copies its own shards to host memory, and writes the copy
+tensor by tensor while training continues. A GPU has a memory of its own. On a CPU the two memories are one: their sum counts.
 
 Letters: N weights, of which H in hidden matrices; W ranks.
 """
@@ -22,9 +22,9 @@ BATCH_ELEMENTS, CPU_BATCH_ELEMENTS = DEFAULT_BATCH_ELEMENTS, ON_DEVICE["cpu"]  #
 IMPORTS = 0.5e9  # bytes of host memory of a process that has imported everything: measured 0.45 to 0.48 GB on a CPU
 LATE_IMPORTS = 0.05e9  # what DeepSpeed loads only when it divides a model: measured 0.04 to 0.05 GB
 MAX_LIVE = 1_000_000_000  # weights that zero3 keeps gathered if they are used again soon (stage3_max_live_parameters)
-SYNCHRONIZED = 250 << 20  # bytes of weights that DistributedDataParallel sends at once when it starts; two such are on their way
+SYNCHRONIZED = 250 << 20  # bytes of weights that DistributedDataParallel sends at once when it starts; two are in flight
 PHASES = ("start", "step", "save")
-OFFLOADED = ("weights", "gradients", "optimizer state")  # what waits in the memory of the host with `distributed.offload`
+OFFLOADED = ("weights", "gradients", "optimizer state")  # what `distributed.offload` keeps in host memory
 Bytes = dict[str, float]
 
 
@@ -47,7 +47,7 @@ class Phase:
 
 
 def phases(workload: Workload, setup: Setup) -> dict[str, Phase]:
-    """The three phases of a run. In a save, training goes on: its device holds what a step does."""
+    """The three phases of a run. Training continues during a save: the device then holds what it holds in a step."""
     step = memory_per_rank(workload, setup)
     making = {"imports": IMPORTS, "weights on their way": weights_on_their_way(workload)}
     if setup.strategy == "zero3":  # DeepSpeed makes its vector on the host
@@ -61,7 +61,7 @@ def phases(workload: Workload, setup: Setup) -> dict[str, Phase]:
 
 
 def offloaded(phase: Phase) -> Phase:
-    """`phase`, where weights, gradients and state are in the memory of the host."""
+    """`phase`, with weights, gradients and optimizer state moved to host memory."""
     moved = {name: count for name, count in phase.device.items() if name in OFFLOADED}
     return Phase({name: count for name, count in phase.device.items() if name not in moved}, phase.host | moved)
 
@@ -73,7 +73,7 @@ def peaks(workload: Workload, setup: Setup) -> tuple[float, float]:
 
 
 def divided_by(setup: Setup) -> tuple[int, int]:
-    """Over how many ranks weights are divided, and optimizer state."""
+    """Over how many ranks the weights are divided, and over how many the optimizer state."""
     weights = setup.shards if setup.strategy in ("zero3", "fsdp2") else 1
     if setup.strategy == "ddp":
         return weights, setup.world if setup.shard_state else 1
@@ -81,13 +81,13 @@ def divided_by(setup: Setup) -> tuple[int, int]:
 
 
 def updated_over(setup: Setup) -> int:
-    """Over how many ranks the weights are divided that the optimizer updates."""
+    """Over how many ranks those weights are divided that the optimizer updates."""
     return 1 if setup.strategy == "ddp" else setup.shards
 
 
 def copied(workload: Workload, setup: Setup, updating: bool) -> Bytes:
-    """Copies of what a rank updates, from before the step: `log.layers` and EMA-Nesterov take one before the passes, cautious
-    weight decay for the update alone. And what `log.layers` brings together of the matrices that it looks at."""
+    """Copies of the weights that a rank updates, and the whole matrices that `log.layers` gathers. `log.layers` and EMA-Nesterov
+    copy the weights before the forward pass, cautious weight decay for the update alone."""
     taken = {
         "for log.layers": setup.layers,
         "for EMA-Nesterov": setup.lookahead,
@@ -112,7 +112,7 @@ def held(workload: Workload, setup: Setup) -> Bytes:
         "optimizer state": state_bytes(workload, setup) / state_over,
         # Every rank that holds a part of a matrix has all of these.
         "row and column means": FP32 * means / (state_over if over == 1 else 1),
-        # DeepSpeed's vector that the optimizer updates, beside the weights that compute. Under zero3 they are one.
+        # DeepSpeed's vector that the optimizer updates, beside the model's own weights. Under zero3 the two are one.
         "flat copies": FP32 * n / setup.shards if setup.strategy in ("zero1", "zero2") else 0.0,
     }
     if setup.whitens:
@@ -131,9 +131,10 @@ def gradients_kept(workload: Workload, setup: Setup) -> float:
 def start_memory(workload: Workload, setup: Setup, cpu: bool = False) -> Bytes:
     """The peak on the device before the first step.
 
-    Over several ranks the gradients of a few tokens show which parameters get none, if it is not known; they are gone before the
-    state is made. zero1 and zero2 take memory for all weights twice, and fill one of them. On a CPU (`cpu`) memory that nothing
-    writes takes none: the other copy, and the buckets of ddp. And only Celo2 makes its state before the first step of a new run.
+    If it is not known which parameters get no gradient, several ranks compute the gradients of a few tokens to find out, and free
+    them before they make the state. zero1 and zero2 allocate all weights twice, and fill one copy. On a CPU (`cpu`), memory
+    counts once it is written: neither the other copy nor the buckets of ddp are. Only Celo2 makes its state before the first step
+    of a new run.
     """
     n, (over, _) = workload.parameters, divided_by(setup)
     stays = held(workload, setup) | {"gradients": gradients_kept(workload, setup)}
@@ -142,7 +143,7 @@ def start_memory(workload: Workload, setup: Setup, cpu: bool = False) -> Bytes:
         making["buckets"] = min(2 * SYNCHRONIZED, FP32 * n)
     if setup.strategy in ("zero1", "zero2"):
         making["flat copies"] = FP32 * n / setup.shards + (0.0 if cpu else FP32 * n)
-        making["gradients"] = FP32 * n / setup.shards  # zeros, with which DeepSpeed lets an optimizer make its state
+        making["gradients"] = FP32 * n / setup.shards  # zeros, which DeepSpeed makes so that an optimizer allocates its state
     elif setup.world > 1 and not workload.known:
         if setup.strategy == "ddp":
             making["gradients"] = FP32 * n
@@ -158,14 +159,14 @@ def start_memory(workload: Workload, setup: Setup, cpu: bool = False) -> Bytes:
 
 
 def weights_on_their_way(workload: Workload) -> float:
-    """Host memory while weights are made or read: a piece and its copy; and of a model whose loss is compared with its own logits
-    before, a block and what is outside the blocks."""
+    """Host memory while weights are made or read: a piece and its copy; or, if more, a block and what is outside the blocks of a
+    model whose loss is first compared with its own logits."""
     compared = 0.0 if workload.known else workload.outside + workload.block_parameters / max(workload.blocks, 1)
     return FP32 * max(2 * PIECE, compared)
 
 
 def save_memory(workload: Workload, setup: Setup) -> Bytes:
-    """Host memory of a save: a copy of what the rank owns, and one whole tensor that it brings together."""
+    """Host memory of a save: a copy of what the rank owns, and one whole tensor that it gathers."""
     total = FP32 * workload.parameters * (1 + setup.average + setup.lookahead) + state_bytes(workload, setup)
     total += whitener_bytes(workload.hidden, setup)
     largest = max((FP32 * rows * cols for rows, cols in workload.hidden), default=0.0)
@@ -174,7 +175,7 @@ def save_memory(workload: Workload, setup: Setup) -> Bytes:
 
 
 def peaks_on_cpu(workload: Workload, setup: Setup) -> dict[str, float]:
-    """The peak of a rank in each phase on a CPU, beyond what its imports take; a save without a step beside it.
+    """The peak of a rank in each phase on a CPU, beyond its imports; in a save, without a step at the same time.
 
     `python -m launch.benchmark memory` measures the same.
     """
@@ -201,11 +202,11 @@ def memory_per_rank(workload: Workload, setup: Setup, cpu: bool = False) -> Byte
 
 
 def passes_memory(workload: Workload, setup: Setup, cpu: bool = False) -> Bytes:
-    """Forward and backward pass; activations and what is gathered are estimates.
+    """Bytes in forward and backward pass; activations and what is gathered are estimates.
 
-    Gradients that no step before left grow while activations go; the largest, which comes last, is then beside all others. A
-    second micro-batch has them beside all of its own. DDP adds up those of several micro-batches outside of the buckets in which
-    they travel.
+    Gradients that do not stay between steps grow while activations are freed; at the end, the largest one is held beside all
+    others. With a second micro-batch they are held beside all of its activations. DDP adds up the gradients of several
+    micro-batches outside of the buckets in which it sends them.
     """
     n, (over, _) = workload.parameters, divided_by(setup)
     memory = held(workload, setup) | copied(workload, setup, updating=False)
@@ -229,7 +230,7 @@ def passes_memory(workload: Workload, setup: Setup, cpu: bool = False) -> Bytes:
         memory["gradients that have not travelled"] = FP32 * n
     if setup.strategy.startswith("zero"):
         memory["buckets"] = FP32 * (min(n, BUCKET) if cpu else BUCKET)
-    if setup.strategy == "zero3" and setup.shards > 1:  # DeepSpeed keeps so many weights from the forward to the backward pass
+    if setup.strategy == "zero3" and setup.shards > 1:  # DeepSpeed keeps this many from the forward to the backward pass
         memory["gathered (estimate)"] = FP32 * min(n, MAX_LIVE)
     elif setup.strategy == "fsdp2":
         memory["gathered (estimate)"] = gathered_by_blocks(workload, setup)
@@ -237,13 +238,13 @@ def passes_memory(workload: Workload, setup: Setup, cpu: bool = False) -> Bytes:
 
 
 def gathered_by_blocks(workload: Workload, setup: Setup) -> float:
-    """What fsdp2 gathers at once: this block and the next, and the gradient of one; what is outside the blocks."""
+    """Bytes that fsdp2 gathers at once: this block and the next, the gradient of one, and what is outside the blocks."""
     block = workload.block_parameters / max(workload.blocks, 1)
     return (2 * (BF16 if setup.bf16 else FP32) + FP32) * block + 2 * FP32 * workload.outside
 
 
 def update_memory(workload: Workload, setup: Setup, cpu: bool = False) -> Bytes:
-    """The update. DeepSpeed copies the gradients of its vectors once more, and under zero1 and zero2 gathers the new weights."""
+    """Bytes in the update. DeepSpeed copies its gradients once more, and under zero1 and zero2 gathers the new weights."""
     n, (over, _) = workload.parameters, divided_by(setup)
     zero = setup.strategy.startswith("zero")
     memory = held(workload, setup) | copied(workload, setup, updating=True)
@@ -264,9 +265,10 @@ def state_bytes(workload: Workload, setup: Setup) -> float:
 def directions_held(workload: Workload, setup: Setup, batch_elements: int = BATCH_ELEMENTS) -> float:
     """Bytes of directions in memory at once.
 
-    Newton–Schulz takes a batch of equal matrices (`batch_elements` or one matrix) and needs it three times, and two products of
-    the shorter side. Replicas keep the results of what they own beside that. Under sharding a rank has its share of all
-    directions, what arrived from the others, and the matrices that it owns; then these as they go back, and its share again.
+    Newton–Schulz takes a batch of matrices of one shape (`batch_elements`, or one matrix). It holds the batch three times, and
+    two products of the shorter side. Replicas also keep the results of the matrices that they own. Under sharding, a rank holds
+    its share of all directions, what it received from the others, and the matrices that it owns; later it holds the results that
+    it sends back, and its share again.
     """
     if not setup.entry.orthogonalizes or not workload.hidden:
         return 0.0

@@ -1,4 +1,4 @@
-"""`--plan`: what a training run would take, without training: parameters, routing, tokens, FLOPs, memory, cost on N GPUs."""
+"""`--plan`: what a training run would need, without training: parameters, routing, tokens, FLOPs, memory, cost on N GPUs."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ GPT2_VOCABULARY = 50257  # assumed where neither model.vocab_size nor data.dir s
 def make_plan(config: Config, world: int, machine: Machine) -> str:
     """The plan as text, for a configuration that `launch.run.check` has passed.
 
-    Raises what training would raise before its first step for the same configuration and data, and for what the headers of
-    `model.init`'s files show. Weights are not read, and no forward pass is made: a model that is not causal is only refused then.
+    Raises what training would raise before its first step for this configuration, this data, and the headers of `model.init`'s
+    files. The plan reads no weights and makes no forward pass, so that only training itself refuses a model that is not causal.
     """
     shards, tokenizer_size = None, config.model.vocab_size or (1 if config.model.init else GPT2_VOCABULARY)
     assumed = "the vocabulary of model.init" if config.model.init else f"a vocabulary of {tokenizer_size:,}"
@@ -126,7 +126,7 @@ def make_plan(config: Config, world: int, machine: Machine) -> str:
     lines += remedy_lines(workload, recomputed, largest, batch, machine, worlds)
     if shards is not None:
         open_sets(config, validation, fetch=False)
-        without = replace(config, eval=replace(config.eval, lm_eval=[]))  # lm-eval lists its tasks for a long time
+        without = replace(config, eval=replace(config.eval, lm_eval=[]))  # lm-eval takes long to list its tasks
         open_tasks(without, validation, context)
         batches = Batches(shards, context, sizes, config.run.seed)
         notes = [*prompt_notes(config, shards, context), *mixture_notes(batches, shards, config.train.steps)]
@@ -137,5 +137,5 @@ def make_plan(config: Config, world: int, machine: Machine) -> str:
 
 
 def listed(memory: dict[str, float]) -> str:
-    """What there is, by purpose."""
+    """The sizes by purpose, in words."""
     return ", ".join(f"{name} {size(count)}" for name, count in memory.items() if count)

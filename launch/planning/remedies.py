@@ -1,4 +1,4 @@
-"""What to change where a training run does not fit into the memory of its GPUs or of their hosts."""
+"""What to change if a training run does not fit into the memory of its GPUs or of their hosts."""
 
 from __future__ import annotations
 

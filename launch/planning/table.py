@@ -1,4 +1,4 @@
-"""The table of `--plan` over numbers of GPUs: memory, bytes that travel, seconds, GPU hours."""
+"""The table of `--plan` over numbers of GPUs: memory, bytes sent, seconds, GPU hours."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WORLDS = tuple(1 << i for i in range(11))  # 1 .. 1024
 
 
 def short_of(workload: Workload, setup: Setup, machine: Machine) -> str:
-    """ "GPU" or "host" memory, whichever does not suffice at the peak over start, step and saves; "" if both do."""
+    """Which memory does not suffice at the peak over start, step and saves: "GPU" or "host"; "" if both suffice."""
     device, host = peaks(workload, setup)
     if device >= machine.memory:
         return "GPU"
@@ -32,8 +32,8 @@ def cost_lines(
 ) -> list[str]:
     """A table over the numbers of GPUs in `worlds` for `steps` steps with a global batch of `batch` sequences.
 
-    "a GPU" and "host" are the peaks of one rank over start, step and saves. Left out are numbers over which the batch does not
-    divide, or which the replicas do not divide.
+    "a GPU" and "host" are the peaks of one rank over start, step and saves. The table leaves out numbers of GPUs that do not
+    divide the batch, or that the replicas do not divide.
     """
     precision, peak = "bf16" if setup.bf16 else "fp32", machine.peak(setup.bf16)
     lines = [
@@ -67,5 +67,5 @@ def cell(quantity: str, width: int) -> str:
 
 
 def fitting_worlds(setup: Setup, batch: int, worlds: tuple[int, ...] = WORLDS) -> list[int]:
-    """The numbers of GPUs over which the batch divides, and which the replicas divide."""
+    """The numbers of GPUs that divide the batch, and that the replicas divide."""
     return [world for world in worlds if batch % world == 0 and world % setup.replicas == 0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def in_unit(value: float, units: list[tuple[float, float, str]]) -> str:
-    """`value` in the last unit whose beginning it reaches; a unit is (where it begins, its size, its name)."""
+    """`value` in the largest unit that it reaches; a unit is (the value from which on it is used, its size, its name)."""
     _, one, name = next((unit for unit in reversed(units) if value >= unit[0]), units[0])
     number = value / one
     digits = 0 if number >= 100 or number == int(number) else 1 if number >= 10 else 2
