@@ -1,4 +1,4 @@
-"""`python -m celo2.metatrain CONFIG.yaml [section.key=value ...]`: meta-train a rule. Exit status 2: bad input, in one line."""
+"""`python -m celo2.metatrain CONFIG.yaml [section.key=value ...]`: meta-train a rule. Bad input: exit status 2 and one line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from celo2.training.lock import FolderLock
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Read the configuration, meta-train or continue, say where the rule is."""
+    """Read the configuration, meta-train or resume, and print the path of the rule. Returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m celo2.metatrain",
         description="Meta-train a rule, or continue: the same command resumes exactly.",
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def meta_train(config: Config) -> Path:
-    """Run with a progress bar on a terminal, and a plain line per record elsewhere."""
+    """Meta-train with a progress bar on a terminal, elsewhere with a plain line per record; returns the path of the rule."""
     console = Console(file=sys.stdout)
     columns = (BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:

@@ -1,9 +1,9 @@
-"""CMA-ES: a search without gradients for few numbers, from the ranks of the candidates of a generation alone.
+"""CMA-ES: a gradient-free search over few numbers that uses only the ranks of the candidates of a generation.
 
 Source: Hansen, "The CMA Evolution Strategy: A Tutorial", arXiv 1604.00772, with positive weights. The package `cma` keeps its
-state in an object that only pickle can write; here it is a few arrays, which a checkpoint can hold.
+state in an object that only pickle can write; here the state is a few arrays, which a checkpoint can hold.
 
-Legend: n numbers, λ candidates of a generation, of which the best μ count.
+Legend: n numbers; λ candidates of a generation, of which only the best μ count.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ class CmaEs:
     """The distribution N(mean, σ² C) of the next candidates.
 
     Attributes:
-        mean: (n,), the result. sigma: (), the step size σ. covariance: C (n, n).
-        path, step_path: (n,), the evolution paths of C and of σ. generation: ().
+        mean: (n,), the result of the search.
+        sigma: (), the step size σ.
+        covariance: C (n, n).
+        path, step_path: (n,), the evolution paths of C and of σ.
+        generation: (), the number of generations so far.
     """
 
     def __init__(self, mean: np.ndarray, sigma: float, population: int | None = None) -> None:
-        """Start at `mean` (n,) with C = 1. population: λ; None: 4 + 3 ln n."""
+        """Start at `mean` (n,) with C = I. population: λ; None means 4 + 3 ln n, rounded down."""
         n = len(mean)
         self.population = 4 + int(3 * math.log(n)) if population is None else population
         self.mean, self.sigma = np.array(mean, np.float64), np.array(sigma, np.float64)
@@ -40,7 +43,7 @@ class CmaEs:
         self.expected = math.sqrt(n) * (1 - 1 / (4 * n) + 1 / (21 * n**2))  # of the norm of N(0, 1)
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """Its whole state; what is written into one changes it."""
+        """The whole state by name. The arrays are not copies: writing into them changes the state."""
         return {name: vars(self)[name] for name in ("mean", "sigma", "covariance", "path", "step_path", "generation")}
 
     def root(self) -> tuple[np.ndarray, np.ndarray]:
@@ -54,7 +57,7 @@ class CmaEs:
         return self.mean + self.sigma * (rng.standard_normal((self.population, len(self.mean))) * deviations) @ axes.T
 
     def tell(self, candidates: np.ndarray, values: np.ndarray) -> None:
-        """Move towards the candidates (λ, n) with the lowest values (λ,); infinite ones and NaN are the last."""
+        """Update the distribution towards the candidates (λ, n) with the lowest values (λ,); infinity and NaN rank last."""
         order = np.argsort(np.where(np.isnan(values), np.inf, values), kind="stable")[: len(self.weights)]
         steps = (candidates[order] - self.mean) / self.sigma  # (μ, n)
         step = self.weights @ steps
@@ -66,7 +69,7 @@ class CmaEs:
         keep = 1 - self.step_rate
         self.step_path[:] = keep * self.step_path + math.sqrt((1 - keep**2) * self.effective) * whitened
         length = np.linalg.norm(self.step_path)
-        # The path of C waits while σ grows fast.
+        # The path of C is not updated while σ grows fast.
         bound = (1.4 + 2 / (len(step) + 1)) * self.expected
         moves = float(length / math.sqrt(1 - keep ** (2 * int(self.generation))) < bound)
         spread = self.path_rate * (2 - self.path_rate)

@@ -29,15 +29,15 @@ from celo2.training.configuration import (
 )
 from celo2.training.idle import Idle, refuse_idle
 
-LARGEST = 2**16  # of what an iteration holds in memory at once
+LARGEST = 2**16  # upper bound of options that determine how much memory an iteration needs
 MOST = Range(f"at least 1 and at most {LARGEST}", lambda x: 1 <= x <= LARGEST)
 POPULATION = Range(f"at least 4 and at most {LARGEST}", lambda x: 4 <= x <= LARGEST)
-LENGTH = Range(f"at least 1 and at most {2**24}", lambda x: 1 <= x <= 2**24)  # of an episode in steps
+LENGTH = Range(f"at least 1 and at most {2**24}", lambda x: 1 <= x <= 2**24)  # length of an episode in steps
 OUTER_LR = Range("at least 0 and at most 1e+30", lambda x: 0 <= x <= 1e30)  # AdamW's first step is ten times as long
 PART = Range("above 0 and at most 1", lambda x: 0 < x <= 1)
 HIDDEN = 8  # hidden units H of the rule's two layers
-STEP_NUMBERS = 4  # of step sizes: three exponents, and the logarithm of the factor
-WHITENING_NUMBERS = 1  # of whitening: the logarithm of its rate over that of the start
+STEP_NUMBERS = 4  # numbers in θ for step sizes: three exponents, and the logarithm of the factor
+WHITENING_NUMBERS = 1  # numbers in θ for whitening: log(rate / rate of the start rule)
 GROUP_OF = {weight: group for group, weight in FIRST_LAYER.items()}
 FREEZABLE = [GROUP_OF.get(weight, weight) for weight in weight_shapes(HIDDEN)]
 
@@ -215,22 +215,22 @@ class Config:
     log: Log = section(Log)
 
 
-# What may differ when a training run continues: it changes how long and where it runs, not what it computes.
+# Options that may change when a run is resumed: they affect how long and where it runs, not what it computes.
 FREE = {"run.dir", "outer.iterations", "engine.threads", "checkpoint.every", "checkpoint.snapshot_every", "log.every"}
 
 
 def texts_of(config: Config) -> list[str]:
-    """The texts among the sources."""
+    """The sources that are texts."""
     return [source for source in config.tasks.sources if source.startswith(TEXT)]
 
 
 def is_fast(config: Config) -> bool:
-    """Whether the engine is the compiled one."""
+    """Whether the configuration selects the compiled engine."""
     return config.engine.name == "fast" or (config.engine.name == "auto" and config.engine.device == "cpu")
 
 
 def of_method(method: str, *names: str) -> list[Idle]:
-    """Options that act with one outer method alone."""
+    """Entries of IDLE for options that only one outer method uses."""
     message = "is {value}, which outer.method={choice} does not use"
     return [Idle(name, "outer.method", lambda config: config.outer.method == method, message, detail=True) for name in names]
 
@@ -269,10 +269,10 @@ IDLE = (
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The configuration of the YAML file `path` with `section.key=value` overrides; also the flat keys of earlier versions.
+    """Load the YAML file `path` with `section.key=value` overrides; the flat keys of earlier versions work too.
 
     Raises:
-        ConfigError: as `configuration.load`, options that contradict each other, or one that does nothing.
+        ConfigError: see `configuration.load`; also options that contradict each other, or an option without effect.
     """
     config, written = configuration.load_written(Config, path, overrides)
     for name in config.rule.frozen:
@@ -288,13 +288,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 @functools.cache
 def loaded(name: str) -> rules.Rule:
-    """The rule that `name` stands for when it is first asked for."""
+    """`load_rule(name)`, loaded only once: later changes of its file have no effect."""
     return load_rule(name)
 
 
 def start_rule(config: Config) -> rules.Rule:
-    """The rule in `rule.init` with the bound of step sizes, the whitening and the decays that are asked for, for its settings; of
-    `random`, one without weights."""
+    """The rule in `rule.init`, with `rule.step_bound`, `rule.whitening` and `rule.decays` applied if they are set. For `random` a
+    rule without weights, used for its settings."""
     found = rules.Rule({}) if config.rule.init == "random" else loaded(config.rule.init)
     if config.rule.step_bound is not None:
         found = replace(found, step_bound=config.rule.step_bound)
@@ -307,29 +307,29 @@ def start_rule(config: Config) -> rules.Rule:
 
 
 def theta_size(config: Config) -> int:
-    """The numbers D of θ: the weights of a rule, and those of its step sizes and of whitening."""
+    """D, how many numbers θ has: the weights of a rule, and the numbers for step sizes and whitening."""
     return sum(math.prod(shape) for shape in weight_shapes(HIDDEN).values()) + STEP_NUMBERS + WHITENING_NUMBERS
 
 
 def normalizes(config: Config) -> bool:
-    """Whether the rule divides a gradient by its RMS."""
+    """Whether the rule divides gradients by their RMS."""
     asked = config.rule.normalize_gradient
     return start_rule(config).normalize_gradient if asked is None else asked
 
 
 def whitening(config: Config) -> float:
-    """How far whiteners move in a step of the first θ (`celo2.whitening`); 0: the rule has none."""
+    """The whitening rate of the first θ (`celo2.whitening`); 0 for a rule without whitening."""
     return start_rule(config).whitening if config.rule.variant == "celo2" else 0.0
 
 
 def step_bounds(config: Config) -> tuple[float, float]:
-    """No step size of the rule that is trained is larger than the first, none of its expert larger than the second."""
+    """The upper bounds of step sizes: (of the trained rule, of its expert)."""
     expert = config.expert.rule
     return start_rule(config).step_bound, math.inf if expert is None else loaded(expert).step_bound
 
 
 def text_sizes(config: Config) -> list[Text]:
-    """The sizes of the transformers: that of the section `text`, and those of `text.also`."""
+    """The sizes of the transformers: the section `text` itself, and one variant of it for each entry of `text.also`."""
     kinds = {field.name: type(getattr(config.text, field.name)) for field in fields(Text) if field.name != "also"}
     sizes = [config.text]
     for entry in config.text.also:
@@ -358,7 +358,7 @@ def text_sizes(config: Config) -> list[Text]:
 
 
 def check(config: Config) -> None:
-    """Raise ConfigError where options do not fit each other."""
+    """Raise ConfigError if options contradict each other."""
     if not config.tasks.sources:
         raise ConfigError("tasks.sources is empty, expected at least one data set")
     for name in config.rule.frozen:
@@ -413,7 +413,7 @@ def check(config: Config) -> None:
 
 
 def dotted(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a nested configuration, or of a flat one that an earlier version wrote, by today's dotted names."""
+    """The options of a nested configuration, or of a flat one from an earlier version, by their current dotted names."""
     if not any(isinstance(value, dict) for value in tree.values()):
         options = {new: tree[old] for old, new in renamed(Config).items() if old in tree}
         return options | {"rule.frozen": [GROUP_OF.get(name, name) for name in options["rule.frozen"]]}

@@ -1,10 +1,10 @@
 """The truncated unroll in plain torch: every problem and both signs in one batch, on any device.
 
-It is the reference of `numba_engine`, and it serves GPUs. The update is made of the functions of `celo2.rule`; only the MLP is
+It is the reference for `numba_engine`, and the engine for GPUs. The update consists of functions of `celo2.rule`; only the MLP is
 written again, because here every unroll has its own θ.
 
-Legend: N problems, U unrolls, those of each problem in turn (of PES the signs + and -), T steps, B examples, K decays,
-F channels, H hidden units.
+Legend: N problems, U unrolls, problem by problem (for PES the signs + and - of each), T steps, B examples, K decays, F channels,
+H hidden units.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ from celo2.rule import FIRST_LAYER
 from celo2.rule_files import LARGEST_WHITENING
 from celo2.whitening import WHITENERS, whiten_
 
-WARM_UP = 3  # steps before a CUDA graph is captured: libraries allocate in their first ones
+WARM_UP = 3  # steps before a CUDA graph is captured: libraries allocate memory in their first steps
 
 
 @dataclass(frozen=True)
 class Expert:
-    """A rule that shares the accumulators of the one that is trained, and helps it (ELO, arXiv 2607.06772).
+    """A rule that helps the trained rule and uses the same accumulators (ELO, arXiv 2607.06772).
 
     Attributes:
-        theta: (D,), its weights.
-        forcing: its share of every step.
-        terms: (U, T, 2), which the engine writes: 1 - cosine of its step and the rule's over all weights that take the rule, and
-            the mean difference of their absolute values.
+        theta: (D,), θ of the expert.
+        forcing: the expert's share of every step.
+        terms: (U, T, 2), filled by the engine: 1 - cosine between the expert's step and the rule's over all weights that the rule
+            trains, and the mean difference of their absolute values.
     """
 
     theta: np.ndarray
@@ -64,7 +64,7 @@ def choose_unroll(config: Config) -> Unroll:
     """The engine that the configuration asks for.
 
     Raises:
-        ConfigError: a device that is not there, or sizes that the compiled engine does not take.
+        ConfigError: the device does not exist, numba is missing, or the compiled engine does not support the sizes.
     """
     device = config.engine.device
     if not is_fast(config):
@@ -86,10 +86,10 @@ def choose_unroll(config: Config) -> Unroll:
 
 
 def usable(device: str) -> torch.device:
-    """The device of that name. Raises ConfigError unless it is here and holds numbers, as `meta` does not."""
+    """The device of that name. Raises ConfigError unless it exists and can hold numbers, which `meta` cannot."""
     try:
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, ImportError):  # torch raises them for no such name, no driver and no such build
+    except (RuntimeError, AssertionError, ImportError):  # unknown name, no driver, or a build without this device
         raise ConfigError(f"engine.device is '{device}', expected cpu, or a device that is here, as cuda or cuda:1") from None
     return torch.device(device)
 
@@ -98,25 +98,25 @@ def usable(device: str) -> torch.device:
 class Unrolls:
     """Everything that a step of all unrolls reads and writes, on the device."""
 
-    live: dict[str, Tensor]  # `state`
-    scale: dict[str, Tensor]  # (U, *shape) of each weight, now
-    after: dict[str, Tensor]  # the same, and the weights, from a reset on
-    fresh: dict[str, Tensor]
-    reset_at: Tensor  # (U,), the step at which a problem starts again
-    rows: Tensor  # (N, T, B), examples by number
-    rate: Tensor  # (T, U), on the learning rates
-    networks: dict[str, Tensor]
-    expert: dict[str, Tensor]  # its networks, the same for all; and `forcing` (); nothing without an expert
+    live: dict[str, Tensor]  # the current state: weights and accumulators
+    scale: dict[str, Tensor]  # the current scale (U, *shape) of each weight
+    after: dict[str, Tensor]  # the scales from a reset on
+    fresh: dict[str, Tensor]  # the state from a reset on
+    reset_at: Tensor  # (U,), the step at which a problem is reset
+    rows: Tensor  # (N, T, B), indices of examples
+    rate: Tensor  # (T, U), factors of the learning rates
+    networks: dict[str, Tensor]  # the rules, from `batched_mlp`
+    expert: dict[str, Tensor]  # the expert's networks, equal for all unrolls, and `forcing` (); empty without an expert
     losses: Tensor  # (T, U)
-    terms: Tensor  # (T, U, 2), of the expert
+    terms: Tensor  # (T, U, 2), imitation terms
     t: Tensor  # (1,), the next step
 
     def parameter(self, name: str) -> dict[str, Tensor]:
-        """A weight of all unrolls and its accumulators, by their names in the state without that of the weight."""
+        """A weight of all unrolls and its accumulators, by their names in the state without the prefix `name.`."""
         return {key.removeprefix(f"{name}."): x for key, x in self.live.items() if key.startswith(f"{name}.")}
 
     def tensors(self) -> list[Tensor]:
-        """All of them, in a fixed order."""
+        """All tensors, in a fixed order."""
         groups = [field if isinstance(field, dict) else {"": field} for field in vars(self).values()]
         return [tensor for group in groups for tensor in group.values()]
 
@@ -153,10 +153,10 @@ def on_device(state: Arrays, theta: np.ndarray, truncation: Truncation, expert: 
 
 
 def advance_(config: Config, family: Family, arrays: tuple[Tensor, ...], unrolls: Unrolls) -> None:
-    """One step of every unroll: resets, losses, gradients, updates. Nothing in it depends on what the host can see.
+    """One step of every unroll: resets, losses, gradients, updates. The host reads no result, so it can be captured in a graph.
 
-    A loss is measured before the step that learns from it. A problem that starts again at step t loses its weights and
-    accumulators before the loss of step t.
+    A loss is measured before the update of its step. A problem that is reset at step t gets new weights and accumulators before
+    the loss of step t.
     """
     starts = unrolls.reset_at == unrolls.t  # (U,)
     for name in family.shapes:
@@ -173,7 +173,7 @@ def advance_(config: Config, family: Family, arrays: tuple[Tensor, ...], unrolls
     if config.inner.grad_clip is not None:
         clip_(gradients, config.inner.grad_clip)
     bound, expert_bound = step_bounds(config)
-    pairs = []  # the steps that rule and expert would take
+    pairs = []  # for each weight the step of the rule and that of the expert
     for name, g in gradients.items():
         parameter = unrolls.parameter(name)
         if name in family.by_adam:
@@ -195,7 +195,7 @@ def advance_(config: Config, family: Family, arrays: tuple[Tensor, ...], unrolls
 
 
 def clip_(gradients: dict[str, Tensor], most: float) -> None:
-    """Scale the gradients (U, *shape) of every unroll so that their norm over all weights is at most `most`, in place."""
+    """Clip the gradients (U, *shape) in place: the norm of each unroll over all weights becomes at most `most`."""
     norm = torch.stack([g.flatten(1).square().sum(1) for g in gradients.values()]).sum(0).sqrt()  # (U,)
     factor = torch.where(norm > most, most / norm, 1.0)
     for g in gradients.values():
@@ -203,20 +203,20 @@ def clip_(gradients: dict[str, Tensor], most: float) -> None:
 
 
 def imitation(step: Tensor, expert_step: Tensor) -> Tensor:
-    """1 - cosine of two steps (U, n), and the mean difference of their absolute values: (U, 2)."""
+    """Imitation terms (U, 2) of two steps (U, n): 1 - cosine, and the mean difference of their absolute values."""
     norms = step.square().sum(1).sqrt() * expert_step.square().sum(1).sqrt()
     return torch.stack([1 - (step * expert_step).sum(1) / (norms + TINY), (step.abs() - expert_step.abs()).abs().mean(1)], 1)
 
 
 def replace_(x: Tensor, new: Tensor, where: Tensor) -> None:
-    """x (U, ...) becomes `new` in the unrolls `where` (U,) is true, in place."""
+    """Replace x (U, ...) by `new`, in place, in the unrolls for which `where` (U,) is true."""
     x.copy_(torch.where(where.view(-1, *[1] * (x.ndim - 1)), new, x))
 
 
 def unroll(
     config: Config, family: Family, state: Arrays, theta: np.ndarray, truncation: Truncation, expert: Expert | None = None
 ) -> np.ndarray:
-    """T steps of every unroll under its own θ (U, D): inner losses (U, T). Moves `state` in place."""
+    """Run T steps of every unroll under its own θ (U, D). Returns inner losses (U, T); updates `state` in place."""
     device = torch.device(config.engine.device)
     unrolls = on_device(state, theta, truncation, expert, device)
     arrays = tuple(torch.from_numpy(x).to(device) for x in family.data.arrays)
@@ -226,7 +226,7 @@ def unroll(
 
 
 def results(unrolls: Unrolls, state: Arrays, expert: Expert | None) -> np.ndarray:
-    """The inner losses (U, T), once `state` and `expert` hold what the unrolls have come to."""
+    """Copy the final state and the imitation terms into `state` and `expert`; returns the inner losses (U, T)."""
     for key, x in unrolls.live.items():
         state[key][:] = x.cpu().numpy()
     if expert is not None:
@@ -237,12 +237,12 @@ def results(unrolls: Unrolls, state: Arrays, expert: Expert | None) -> np.ndarra
 class GraphUnroll:
     """`unroll` on a GPU: a step is captured in a CUDA graph once, and replayed T times for every truncation.
 
-    A step is about a thousand small kernels; started one by one they would take as long as the host needs to start them.
+    A step is about a thousand small kernels. Launched one by one they would be limited by the launch time of the host.
     """
 
     def __init__(self) -> None:
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.form: list[torch.Size] = []  # of the tensors that it was captured for
+        self.form: list[torch.Size] = []  # shapes of the tensors that the graph was captured for
         self.unrolls: Unrolls
         self.arrays: tuple[Tensor, ...]
 
@@ -255,7 +255,7 @@ class GraphUnroll:
         truncation: Truncation,
         expert: Expert | None = None,
     ) -> np.ndarray:
-        """As `unroll`, with the same configuration and family in every call. Other sizes, or no expert any more: a new graph."""
+        """`unroll` with the same configuration and family in every call. New shapes, or an expert that ends, need a new graph."""
         device = torch.device(config.engine.device)
         unrolls = on_device(state, theta, truncation, expert, device)
         form = [tensor.shape for tensor in unrolls.tensors()]
@@ -272,7 +272,7 @@ class GraphUnroll:
 
 
 def captured(step: Callable[[], object], warm_up: int) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of `step`, which runs `warm_up` times before, on a stream of its own as capturing wants it."""
+    """Capture `step` in a CUDA graph, after `warm_up` runs of it on a separate stream, as capturing requires."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -288,7 +288,7 @@ def captured(step: Callable[[], object], warm_up: int) -> torch.cuda.CUDAGraph:
 def loss_and_gradients(
     family: Family, weights: Mapping[str, Tensor], arrays: tuple[Tensor, ...], rows: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Losses (U,) of the networks with weights (U, *shape) on the examples `rows` (U, B), and the gradient of each in its own."""
+    """Losses (U,) of networks with weights (U, *shape) on the examples `rows` (U, B), and their gradients in the weights."""
     leaves = {name: w.detach().requires_grad_() for name, w in weights.items()}
     losses = family.losses(leaves, arrays, rows)
     gradients = torch.autograd.grad(losses.sum(), list(leaves.values()))
@@ -296,7 +296,7 @@ def loss_and_gradients(
 
 
 def batched_mlp(theta: np.ndarray) -> dict[str, np.ndarray]:
-    """The rules from θ (U, 352): their MLPs, ready for `bmm`, w0 (U, F, H), b0, b1 (U, H), w1 (U, H, H), w2 (U, H), b2 (U,),
+    """The rules of θ (U, 352) in the form for batched products: w0 (U, F, H), b0, b1 (U, H), w1 (U, H, H), w2 (U, H), b2 (U,),
     `step` (U, 4) and `whitening` (U, 1)."""
     weights = parts(theta)
     first = np.concatenate([weights[name] for name in FIRST_LAYER.values()], 1)
@@ -318,19 +318,19 @@ def directions(networks: Mapping[str, Tensor], x: Tensor) -> Tensor:
 
 
 def adam_(parameter: dict[str, Tensor], g: Tensor, lr: Tensor) -> None:
-    """One step of Adam, without bias correction, as `step_`."""
+    """One step of Adam without bias correction, in place, with learning rates lr (U,)."""
     parameter["m"].lerp_(g, 1 - ADAM_BETAS[0])
     parameter["v"].lerp_(g * g, 1 - ADAM_BETAS[1])
     parameter["weight"] -= across(lr, g) * parameter["m"] / (parameter["v"] + ADAM_EPS).sqrt()
 
 
 def across(lr: Tensor, g: Tensor) -> Tensor:
-    """lr (U,), to be multiplied with g (U, *shape)."""
+    """lr (U,) in a shape that broadcasts to g (U, *shape)."""
     return lr.view(-1, *[1] * (g.ndim - 1))
 
 
 class Given(NamedTuple):
-    """What a rule makes a step from: its channels (F, U, *shape), and log r_k (K, U) of its step size."""
+    """The inputs of a rule's step: its channels (F, U, *shape), and log r_k (K, U) for its step size."""
 
     channels: Tensor
     agreements: Tensor
@@ -339,7 +339,7 @@ class Given(NamedTuple):
 def accumulated(config: Config, parameter: dict[str, Tensor], g: Tensor) -> Given:
     """Steps 0 to 6 of the rule for one weight of every unroll, with gradient g (U, *shape).
 
-    Moves the accumulators in `parameter` in place.
+    Updates the accumulators in `parameter` in place.
     """
     last = last_axes(g)
     d1, d0 = (0, 0) if len(last) == 1 else rules.factored_axes(g.shape[1:])
@@ -359,9 +359,9 @@ def accumulated(config: Config, parameter: dict[str, Tensor], g: Tensor) -> Give
 def directed(
     config: Config, networks: Mapping[str, Tensor], given: Given, whiteners: Mapping[str, Tensor], bound: float
 ) -> Tensor:
-    """Steps 7 to 9: updates (U, *shape) from what is given and what `batched_mlp` made of θ, with step sizes up to `bound`.
+    """Steps 7 to 9: updates (U, *shape) by rules from `batched_mlp`, with step sizes of at most `bound`.
 
-    Moves the whiteners (U, n, n) of a rule with whitening in place.
+    Updates the whiteners (U, n, n) of a rule with whitening in place.
     """
     u = directions(networks, given.channels)
     if whiteners:

@@ -1,9 +1,9 @@
-"""`python -m celo2.metatrain.evaluate RULE ... --text FILE`: rules against AdamW, Muon and hand-set rules on unseen tasks.
+"""`python -m celo2.metatrain.evaluate RULE ... --text FILE`: compare rules with AdamW, Muon and hand-set rules on unseen tasks.
 
-Every optimizer gets the same search, with the first seeds: as many learning rates, or settings of several keys (`--search`), by
-the coordinate descent of `launch.compare`. The best one is trained with other seeds, and the tables tell of those alone. Each
-training run is a line of `--out`; a second command with the same file adds what is missing. A rule and data are known there by
-what they hold, not by their names.
+Every optimizer gets the same search on the first seeds: an equal number of learning rates, or settings of several keys
+(`--search`), by the coordinate descent of `launch.compare`. The best setting is trained with other seeds, and the tables show
+only these runs. Each training run is a line of `--out`; a second command with the same file adds the missing runs. The file
+identifies rules and data by their content, not by their names.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ from celo2.training.configuration import ConfigError
 from celo2.training.search import Key, Search, Setting, begin, grid, next_setting, open_sides
 from celo2.training.statistics import Difference, difference, holm
 
-KEYS = {"lr": 2.0, "adamw_lr": 4.0, "weight_decay": 4.0}  # what can be searched for, and the first factor of the search
-FIRST_LRS = 3  # that a search begins with
-REFERENCE = "hand-momentum"  # what a learned rule must be held against
-RECORD = b'{"task": "'  # how a line of `--out` begins
+KEYS = {"lr": 2.0, "adamw_lr": 4.0, "weight_decay": 4.0}  # keys that can be searched, and the first factor of their searches
+FIRST_LRS = 3  # number of values of the first key that a search begins with
+REFERENCE = "hand-momentum"  # the baseline for learned rules
+RECORD = b'{"task": "'  # the beginning of a line of `--out`
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train what is missing, print the tables."""
+    """Train the missing runs and print the tables. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m celo2.metatrain.evaluate", description=__doc__.splitlines()[0])
     parser.add_argument("rules", nargs="*", metavar="RULE", help="names or files of rules")
     parser.add_argument("--tasks", default="gpt", help=f"comma-separated: {', '.join(TASKS)} (default: gpt)")
@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", default="evaluation.jsonl", help="file: a line per training run (default: evaluation.jsonl)")
     parser.add_argument("--picture", metavar="PNG", help="draw the gain over the first optimizer, over the training steps")
     options = parser.parse_args(arguments)
-    options.tasks = list(dict.fromkeys(name for name in options.tasks.split(",") if name))  # each once, however often it is named
+    options.tasks = list(dict.fromkeys(name for name in options.tasks.split(",") if name))  # without repetitions
     options.search = [name for name in options.search.split(",") if name]
     options.baselines = [name for name in options.baselines.split(",") if name]
     options.optimizers = list(dict.fromkeys([*options.baselines, *options.rules]))
@@ -118,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Raise ConfigError or RuleError for options that cannot be: now, not after hours of training."""
+    """Raise ConfigError or RuleError for invalid options at once, not after hours of training."""
     if not options.tasks:
         raise ConfigError(f"--tasks names none, expected some of {', '.join(TASKS)}")
     for name in options.tasks:
@@ -165,7 +165,7 @@ def check(options: argparse.Namespace) -> None:
 
 
 def by_optimizer(option: str, text: str, optimizers: Sequence[str]) -> dict[str, float]:
-    """The numbers of "0.004,muon=0.04" by optimizer, "" for those without one of their own."""
+    """The numbers in a text like "0.004,muon=0.04" by optimizer; the key "" holds the number for all other optimizers."""
     found: dict[str, float] = {}
     for part in text.split(",") if text else []:
         name, named, value = part.rpartition("=")
@@ -184,13 +184,13 @@ def by_optimizer(option: str, text: str, optimizers: Sequence[str]) -> dict[str,
 
 
 def first_of(optimizer: str, asked: Mapping[str, float], own: Mapping[str, float], usual: float) -> float:
-    """Where the search for a key begins: as asked for this optimizer or for all, or else its own value or the usual one."""
+    """Where the search for a key begins: the value asked for this optimizer or for all, else its own default or `usual`."""
     return asked.get(optimizer, asked.get("", own.get(optimizer, usual)))
 
 
 class Row(NamedTuple):
-    """What became of one optimizer on one task: its best setting, the keys at the edge of those tried, and for each seed the
-    loss and the curve of training losses."""
+    """The results of one optimizer on one task: its best setting, the keys whose best value is at the edge of the tried ones, and
+    for each seed the loss and the curve of training losses."""
 
     task: str
     optimizer: str
@@ -200,7 +200,7 @@ class Row(NamedTuple):
     curves: dict[int, list[float]]
 
     def whole_curves(self) -> dict[int, list[float]]:
-        """The curves of the seeds whose runs did not diverge."""
+        """The curves of the runs that did not diverge, by seed."""
         return {seed: curve for seed, curve in self.curves.items() if math.isfinite(self.losses[seed])}
 
 
@@ -221,12 +221,12 @@ def evaluate(options: argparse.Namespace) -> None:
 
 
 def uses_adamw_lr(optimizer: str | Rule) -> bool:
-    """Whether AdamW trains some parameters beside it; a rule of Celo2-base has them all."""
+    """Whether AdamW trains some parameters beside this optimizer; a celo2-base rule trains all of them itself."""
     return isinstance(optimizer, str) or optimizer.variant != "celo2-base"
 
 
 def best_of(runs: Runs, task: str, optimizer: str) -> Row:
-    """The search, then its best setting with other seeds."""
+    """Search for the best setting of an optimizer on a task, then train this setting with other seeds."""
     options = runs.options
     firsts = {
         "lr": first_of(optimizer, options.lr, FIRST_LR, USUAL_FIRST_LR),
@@ -248,17 +248,17 @@ def best_of(runs: Runs, task: str, optimizer: str) -> Row:
     edges: tuple[str, ...] = ()
     if options.trials > 1:
         s = searched(keys, options.trials, losses)
-        chosen = s.chosen or min(s.losses)  # if everything diverged
+        chosen = s.chosen or min(s.losses)  # if all runs diverged
         edges = tuple(open_sides(keys, s.tried))
     final = trained(chosen, range(options.search_seeds, options.search_seeds + options.seeds), options.steps)
-    values = {name: firsts[name] for name in ("lr", "weight_decay")}  # optimizers begin at different ones: shown, searched or not
+    values = {name: firsts[name] for name in ("lr", "weight_decay")}  # always shown, as they differ between optimizers
     values |= dict(zip((key.name for key in keys), chosen, strict=True))
     final_losses, curves = {seed: loss for seed, (loss, _) in final.items()}, {seed: curve for seed, (_, curve) in final.items()}
     return Row(task, optimizer, values, edges, final_losses, curves)
 
 
 def searched(keys: tuple[Key, ...], trials: int, losses: Callable[[Setting], Mapping[int, float]]) -> Search:
-    """A search of so many trials: the first key at three values around where it begins, then one setting after the other."""
+    """A search with `trials` trials: first three values of the first key around its start, then one setting at a time."""
     s = Search(keys)
     for setting in begin(keys, grid(keys[0].first, min(FIRST_LRS, trials), keys[0].factor)):
         s.losses[setting] = tuple(losses(setting).values())
@@ -268,19 +268,19 @@ def searched(keys: tuple[Key, ...], trials: int, losses: Callable[[Setting], Map
 
 
 class Runs:
-    """Training runs. Those that a file of JSON lines holds are not done again."""
+    """Training runs. Runs that are in the file of JSON lines are not repeated."""
 
     def __init__(self, options: argparse.Namespace, bar: Progress) -> None:
         self.options, self.bar, self.path = options, bar, Path(options.out)
         kinds = {TASKS[name].data for name in options.tasks}
         self.data = {kind: text_of(options.text) if kind == "text" else images_of(options.images) for kind in sorted(kinds)}
         self.digests = {kind: digest_of(data) for kind, data in self.data.items()}
-        self.optimizers = {name: optimizer_of(name) for name in options.optimizers}  # once: their files may change
+        self.optimizers = {name: optimizer_of(name) for name in options.optimizers}  # loaded once: their files may change
         self.contents = {name: content_of(optimizer) for name, optimizer in self.optimizers.items()}
         self.records = read_records(self.path)
 
     def trained(self, task: str, optimizer: str, values: Mapping[str, float], seed: int, steps: int) -> tuple[float, list[float]]:
-        """A training run with these values of KEYS: the validation loss at its end, and its curve of training losses."""
+        """The final validation loss and the curve of training losses of a run with these values of KEYS; trains if needed."""
         options, kind = self.options, TASKS[task].data
         how: dict[str, Any] = {name: vars(options)[name] for name in ("device", "precision", "final", "validation_batches")}
         how |= {"seed": seed, "steps": steps} | dict(values)
@@ -305,13 +305,13 @@ class Runs:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The training runs in a file of JSON lines. A last line that a kill cut short is taken out of the file; one that lacks its
-    newline alone gets it.
+    """Read the training runs in a file of JSON lines. Removes a last line that a kill cut short from the file; if only its
+    newline is missing, adds the newline.
 
-    Lines from before `--final` and `--validation-batches` are of their defaults.
+    Lines from before the options `--final` and `--validation-batches` existed get the defaults of these.
 
     Raises:
-        ConfigError: a line that is no training run. The file stays as it is.
+        ConfigError: a line is not a training run. Then the file stays unchanged.
     """
     try:
         whole, newline, last = (path.read_bytes() if path.exists() else b"").rpartition(b"\n")
@@ -332,7 +332,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def is_torn(line: bytes, beginning: bytes) -> bool:
-    """Whether a line is the beginning of a record that a kill cut short: it is no JSON, and begins as records do."""
+    """Whether a line is a record that a kill cut short: it is not valid JSON, and it begins like a record."""
     try:
         json.loads(line)
     except ValueError:
@@ -341,14 +341,14 @@ def is_torn(line: bytes, beginning: bytes) -> bool:
 
 
 def is_record(value: Any) -> bool:
-    """Whether a line of the file is a training run: its loss and its curve are numbers."""
+    """Whether a line of the file is a training run, with numbers as its loss and its curve."""
     if not isinstance(value, dict) or not isinstance(value.get("curve"), list):
         return False
     return all(isinstance(number, (int, float)) for number in (value.get("loss"), *value["curve"]))
 
 
 def table(rows: Sequence[Row], steps: int) -> str:
-    """A Markdown table: validation loss, and its difference to `REFERENCE` seed by seed."""
+    """A Markdown table of the validation losses and their differences to `REFERENCE`, seed by seed."""
     reference = {row.task: row.losses for row in rows if row.optimizer == REFERENCE}
     keys = list(dict.fromkeys(key for row in rows for key in row.setting)) or ["lr"]
     lines = [f"| task ({steps} steps) | optimizer | {' | '.join(keys)} | validation loss | minus {REFERENCE} | n |"]
@@ -366,8 +366,8 @@ def table(rows: Sequence[Row], steps: int) -> str:
 
 
 def pairs(rows: Sequence[Row]) -> str:
-    """A Markdown table of every pair of optimizers on a task: the difference of their losses seed by seed, with its interval, its
-    p, and its p corrected for the number of pairs on the task."""
+    """A Markdown table of every pair of optimizers on a task: the difference of their losses seed by seed, its interval, its p,
+    and this p corrected for the number of pairs on the task."""
     lines = ["| task | pair of optimizers | difference | 95 % interval | p | p (Holm) | n |", "|---|---|---|---|---|---|---|"]
     for task in dict.fromkeys(row.task for row in rows):
         compared = list(combinations([row for row in rows if row.task == task], 2))
@@ -383,7 +383,7 @@ def pairs(rows: Sequence[Row]) -> str:
 
 
 def tested(a: Mapping[int, float], b: Mapping[int, float]) -> Difference | None:
-    """a − b by seed with its interval and p; None where a loss is infinite or all differences are the same."""
+    """a − b by seed with its interval and p; None if a loss is infinite or all differences are equal."""
     values = gaps(a, b)
     return difference(a, b) if all(map(math.isfinite, values)) and len(set(values)) > 1 else None
 
@@ -394,7 +394,7 @@ def gaps(a: Mapping[int, float], b: Mapping[int, float]) -> list[float]:
 
 
 def spread(values: Sequence[float], sign: str = "") -> str:
-    """Mean (standard deviation); of one value the value alone."""
+    """The text "mean (standard deviation)"; for a single value the value alone."""
     if len(values) == 1:
         return f"{values[0]:{sign}.4f}"
     deviation = stdev(values) if all(map(math.isfinite, values)) else math.nan

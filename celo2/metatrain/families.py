@@ -1,8 +1,8 @@
 """The two families of inner problems: networks 64-32-10 on images, and small transformers on text.
 
-A family names the weights of its network, and says how they start and how they are trained, with what state. Its loss in plain
-torch serves all unrolls at once. The transformer's weights are (out, in), as `nn.Linear` holds them, because the rule treats
-the two axes of a square matrix differently: it must meet them as in large models.
+A family defines the weights of its network, their initial values, how they are trained, and the state for it. Its loss in plain
+torch computes all unrolls at once. The transformer's weights are (out, in), as in `nn.Linear`, because the rule treats the two
+axes of a square matrix differently: it must see them in the same order as in large models.
 
 Legend: U unrolls, B images or sequences, T positions of a sequence, D width, A heads, V vocabulary.
 """
@@ -23,8 +23,8 @@ from celo2 import rule as rules
 from celo2.metatrain.config import Config, Images, Text, text_sizes, whitening
 from celo2.metatrain.tasks import CLASSES, SIDE, VOCABULARY, Data
 
-HIDDEN = 32  # of the image network
-EMBEDDING_STD = 0.02  # and of every matrix that does not write into the residual stream
+HIDDEN = 32  # hidden units of the image network
+EMBEDDING_STD = 0.02  # for embeddings and all matrices of a transformer that do not write into the residual stream
 NORM_EPS = 1e-6
 ADAM_BETAS, ADAM_EPS = (0.9, 0.95), 1e-8
 TINY = 1e-30  # added to the product of the norms of two steps before their cosine is taken
@@ -39,17 +39,17 @@ class Family:
     """A kind of inner problem: its network, its data, and how it is trained.
 
     Attributes:
-        name: which no other family has.
-        label: what tells its tasks from those of another size, or nothing.
+        name: unique among families.
+        label: added to the names of its tasks to distinguish sizes of networks; may be empty.
         data: the tasks.
         options: inner learning rates, the smallest and largest s of the reparametrization, and the sizes of a text network.
-        shapes: of each weight, by name.
-        by_adam: names of the weights that take Adam: in Celo2 biases, embeddings and a head, in Celo2-base none.
-        whitened: whether the matrices that take the rule have whiteners.
+        shapes: the shape of each weight, by name.
+        by_adam: names of the weights that Adam trains: in Celo2 biases, embeddings and a head, in Celo2-base none.
+        whitened: whether the matrices that the rule trains have whiteners.
         batch: examples per step.
         uniform_loss: cross-entropy of a uniform guess.
-        draw: the initial value of a weight from (random numbers, name, shape).
-        losses: mean cross-entropies (U,) of weights (U, *shape) on examples (U, B) of the data's arrays, differentiable.
+        draw: a function of (random numbers, name, shape) that returns the initial value of a weight.
+        losses: a differentiable function of weights (U, *shape), the data's arrays and rows (U, B); mean cross-entropies (U,).
     """
 
     name: str
@@ -65,14 +65,14 @@ class Family:
     losses: Callable[[Mapping[str, Tensor], Batch, Tensor], Tensor]
 
     def accumulator_shapes(self, name: str) -> dict[str, Shape]:
-        """Accumulators of one weight of one unroll."""
+        """Shapes of the accumulators of one weight of one unroll, by name."""
         shape = self.shapes[name]
         if name in self.by_adam:
             return {"m": shape, "v": shape}
         return rules.accumulator_shapes(shape, rules.factored_axes(shape) if len(shape) > 1 else None, self.whitened)
 
     def initial_state(self, weights: Arrays, copies: int = 2) -> Arrays:
-        """So many unrolls of every problem at its weights (N, *shape): `NAME.weight` (U, *shape), accumulators (U, ...) zero."""
+        """State of `copies` unrolls per problem with weights (N, *shape): `NAME.weight` (U, *shape), zero accumulators."""
         state = {}
         for name, w in weights.items():
             state[f"{name}.weight"] = np.repeat(w, copies, axis=0)
@@ -82,19 +82,19 @@ class Family:
 
 
 def families_of(config: Config, data: Data) -> list[Family]:
-    """The families that learn from `data`: one of images, of texts one for each size."""
+    """The families that learn from `data`: a single one for images, one for each size of network for texts."""
     if data.kind == "images":
         return [image_family(config, data)]
     return [text_family(config, data, n) for n in range(len(text_sizes(config)))]
 
 
 def family_of(config: Config, data: Data) -> Family:
-    """The first of them."""
+    """The first of `families_of`."""
     return families_of(config, data)[0]
 
 
 def image_family(config: Config, data: Data) -> Family:
-    """64-32-10 with ReLU and biases."""
+    """The family of networks 64-32-10 with ReLU and biases."""
     return Family(
         "images",
         "",
@@ -111,7 +111,7 @@ def image_family(config: Config, data: Data) -> Family:
 
 
 def text_family(config: Config, data: Data, n: int = 0) -> Family:
-    """A pre-norm transformer of size `n` on bytes: ReLU² MLP four times as wide, RMS norms without weights, no biases."""
+    """The family of pre-norm transformers of size `n` on bytes: ReLU² MLP of 4 x width, RMS norms without weights, no biases."""
     size = text_sizes(config)[n]
     width = size.width
     block = dict.fromkeys("qkvo", (width, width)) | {"up": (4 * width, width), "down": (width, 4 * width)}
@@ -120,7 +120,7 @@ def text_family(config: Config, data: Data, n: int = 0) -> Family:
     residual = 1 / math.sqrt(2 * size.layers)
 
     def draw(rng: np.random.Generator, name: str, shape: Shape) -> np.ndarray:
-        """As GPT-2: small, and what is added to the residual stream the smaller the deeper the network."""
+        """As in GPT-2: small normal values; smaller in deep networks for weights that write into the residual stream."""
         std = residual / math.sqrt(shape[1]) if name.startswith(("o", "down")) else EMBEDDING_STD
         return std * rng.standard_normal(shape)
 
@@ -140,12 +140,12 @@ def text_family(config: Config, data: Data, n: int = 0) -> Family:
 
 
 def draw_image_weight(rng: np.random.Generator, name: str, shape: Shape) -> np.ndarray:
-    """Normal with deviation 1 / sqrt(fan-in), within two deviations; biases zero."""
+    """Normal with standard deviation 1 / sqrt(fan-in), truncated at two standard deviations; biases are zero."""
     return truncated_normal(rng, shape) / math.sqrt(shape[0]) if len(shape) == 2 else np.zeros(shape)
 
 
 def truncated_normal(rng: np.random.Generator, shape: Shape) -> np.ndarray:
-    """Standard normal samples, drawn again while beyond two standard deviations."""
+    """Standard normal samples; those beyond two standard deviations are drawn again."""
     x = rng.standard_normal(shape)
     while (far := np.abs(x) > 2).any():
         x[far] = rng.standard_normal(int(far.sum()))
@@ -169,7 +169,7 @@ def text_losses(weights: Mapping[str, Tensor], arrays: Batch, rows: Tensor, head
     future = positions > positions[:, None]  # (T, T)
     w = {name: x[:, None] for name, x in weights.items()}  # (U, 1, out, in), against (U, B, T, in)
 
-    # A product with one-hot rows: its gradient is the same from run to run on a GPU, an index's is not.
+    # A product with one-hot rows, because on GPUs its gradient is deterministic, unlike that of indexing.
     one_hot = (tokens[..., None] == torch.arange(VOCABULARY, device=rows.device)).float()
     x = one_hot @ w["embedding"] + w["position"]  # (U, B, T, D)
     for i in range(sum(name.startswith("q") for name in weights)):

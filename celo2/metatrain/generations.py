@@ -1,6 +1,6 @@
-"""CMA-ES over the free numbers of θ: whole episodes, the same ones for every candidate of a generation.
+"""CMA-ES over the free numbers of θ, on whole episodes that are the same for every candidate of a generation.
 
-It takes fewer unrolls than PES where few numbers are free, bears any loss, and looks at what counts: the loss at the end.
+If few numbers are free it needs fewer unrolls than PES. It accepts any loss, and it can use the loss at the end of an episode.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from celo2.metatrain.problems import NOISE, random, whole_episodes
 from celo2.metatrain.tasks import Data
 from celo2.metatrain.theta import directions_of, within_bounds
 
-KEPT = 2  # candidates of a generation beside those of the search: the mean of its distribution, and the first θ
+KEPT = 2  # further candidates in each generation: the mean of the distribution, and the first θ
 
 
 class Generations(MetaState):
-    """One iteration is a generation. Its problems are new, and the same for all candidates, the mean and the first θ among them.
+    """Meta-training by CMA-ES. An iteration is a generation, with new problems for all candidates, the mean and the first θ.
 
     Attributes:
-        directions: (n, D), the directions of the search from the first θ. es: the distribution of the steps along them.
+        directions: (n, D), the directions of the search from the first θ.
+        es: the distribution of the steps along these directions.
     """
 
     def __init__(self, config: Config, *data: Data) -> None:
@@ -31,7 +32,7 @@ class Generations(MetaState):
         self.es = CmaEs(np.zeros(len(self.directions)), config.estimator.sigma, config.outer.population)
 
     def theta_of(self, steps: np.ndarray) -> np.ndarray:
-        """θ (..., D) for steps (..., n), its step sizes and whitening within the bounds of a rule file."""
+        """θ (..., D) for steps (..., n), with step sizes and whitening clamped to the bounds of a rule file."""
         return within_bounds((self.first_theta + steps @ self.directions).astype(np.float32), self.config)
 
     def current(self) -> np.ndarray:
@@ -61,12 +62,12 @@ class Generations(MetaState):
         }
 
     def final(self, losses: np.ndarray) -> np.ndarray:
-        """The mean of the last share of losses (..., T)."""
+        """The mean over the last share (`estimator.last`) of losses (..., T)."""
         count = max(1, round(self.config.estimator.last * losses.shape[-1]))
         return losses[..., -count:].mean(-1)
 
     def unrolled(self, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Losses (N, C, T) of the problems of this generation under candidates θ (C, D), and the steps (N,) of each problem."""
+        """Losses (N, C, T) of this generation's problems under candidates θ (C, D), and the number of steps (N,) of each."""
         found, counts = [], []
         for family, first_number, unroll in zip(self.families, self.first_numbers, self.unrolls, strict=True):
             state, episodes = whole_episodes(self.config, family, first_number, self.iteration, len(theta))

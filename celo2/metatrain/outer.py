@@ -1,4 +1,4 @@
-"""What every meta-training has, whatever searches for θ: problems, engines, the rule as it stands, and its state in a file."""
+"""The common part of all meta-training methods: problems, engines, the current rule, and saving and loading the meta-state."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from celo2.rule import Rule
 from celo2.training.atomic import write_atomically
 
 FORMAT = "celo2-metatrain"
-SEARCHED = ("theta", "average", "xi", "cma")  # arrays, or how their names begin, that are finite while a search goes well
+SEARCHED = ("theta", "average", "xi", "cma")  # arrays, by the first part of their names, that are finite unless a search diverged
 
 
 def extended(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """x (..., D) of a state that was written when θ had no step sizes or no whitening yet: zeros for them bring it to `shape`."""
+    """Pad an array x (..., D) from before θ had step sizes or whitening with zeros to `shape`; return any other x unchanged."""
     if x.ndim and shape[-1:] == (SIZE,) and x.shape[:-1] == shape[:-1] and x.shape[-1] in (STARTS[STEP], STARTS[WHITENING]):
         return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, SIZE - x.shape[-1])])
     return x
@@ -36,18 +36,20 @@ def extended(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 class MetaState(ABC):
     """The meta-state, and one outer iteration.
 
-    `data`: what `load_data` returned. Families are in that order, and problems, losses and ε in that of the families.
+    `data` is the result of `load_data`. Families are in the order of `data`; problems, losses and ε in the order of families.
 
     Attributes:
-        families, unrolls: of each kind and size of problem, and the engine that advances them.
+        families: one for each kind and size of problem.
+        unrolls: the engine of each family.
         tasks: the names of all tasks, all different.
-        task, uniform_loss: of each problem (N,), its task and the loss of a uniform guess.
+        task: (N,), the task of each problem.
+        uniform_loss: (N,), the loss of a uniform guess for each problem.
         average: (D,) the running mean of θ; equal to θ without averaging.
-        iteration, seconds: outer iterations done, and the time they took.
-        data: a digest of the examples of each task, by the task's name without a size.
+        iteration, seconds: the number of outer iterations so far, and the time they took.
+        data: a digest of the examples of each task, by the task's name without its size.
 
     Raises:
-        ConfigError: tasks of the same name, a start or an engine that cannot be used.
+        ConfigError: two tasks have the same name, or the start rule or the engine cannot be used.
     """
 
     def __init__(self, config: Config, *data: Data) -> None:
@@ -69,21 +71,21 @@ class MetaState(ABC):
 
     @abstractmethod
     def search(self) -> dict[str, float]:
-        """What an iteration does to θ; returns its metrics."""
+        """Do the search step of an iteration, which changes θ; returns its metrics."""
 
     @abstractmethod
     def current(self) -> np.ndarray:
-        """θ (D,), float32."""
+        """The current θ (D,), float32."""
 
     @abstractmethod
     def tensors(self) -> Arrays:
-        """Every array of the meta-state by name; what is written into one changes the meta-state."""
+        """All arrays of the meta-state by name. They are not copies: writing into them changes the meta-state."""
 
     def step(self) -> dict[str, float]:
         """One outer iteration; returns its metrics.
 
         Raises:
-            ConfigError: θ is not finite after it.
+            ConfigError: θ is not finite after the iteration.
         """
         start = time.monotonic()
         metrics = self.search()
@@ -97,8 +99,8 @@ class MetaState(ABC):
         return metrics
 
     def bounded(self, raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Losses (U, T), at most what `estimator.loss_clip` allows; and for the metrics, at most that of a uniform guess, as one
-        that is not finite counts."""
+        """Losses (U, T) clipped by `estimator.loss_clip`; and the same for metrics, also clipped to the loss of a uniform guess.
+        Losses that are not finite get the upper bound."""
         uniform = np.repeat(self.uniform_loss, len(raw) // len(self.task))[:, None]
         clip = self.config.estimator.loss_clip
         bound = (np.full_like(uniform, np.inf) if clip is None else clip * uniform).astype(np.float32)
@@ -106,12 +108,12 @@ class MetaState(ABC):
         return losses, np.minimum(losses, uniform.astype(np.float32))
 
     def means(self, losses: np.ndarray) -> dict[str, float]:
-        """The metrics of losses (U, T) of all problems, those that count for nothing being NaN: of all, and of each task."""
+        """Metrics from the losses (U, T) of all problems: the mean over all, and over each task. NaN entries are ignored."""
         per_task = np.nanmean(losses, 1).reshape(len(self.tasks), -1).mean(1)
         return {"loss": float(np.nanmean(losses)), **{f"loss/{n}": float(x) for n, x in zip(self.tasks, per_task, strict=True)}}
 
     def rule(self) -> Rule:
-        """The rule as it stands, with a description that says how it came about."""
+        """The current rule, with a description of its meta-training."""
         config = self.config
         data = ", ".join(self.tasks)
         start = f"seed {config.run.seed}, from {config.rule.init}"
@@ -119,22 +121,22 @@ class MetaState(ABC):
         return rule_of(self.average if config.outer.average else self.current(), config, text)
 
     def save(self, path: Path) -> None:
-        """Write the meta-state; a kill at any moment leaves the old file or the new one, whole."""
+        """Write the meta-state to `path`, atomically."""
         meta = {"iteration": self.iteration, "seconds": self.seconds, "config": asdict(self.config)}
         meta |= {"data": self.data, "start": fingerprint(start_rule(self.config), None), "expert": self.expert_fingerprint()}
         arrays = {key: np.array(x, order="C") for key, x in self.tensors().items()}
         write_atomically(path, save(arrays, {FORMAT: json.dumps(meta)}))
 
     def expert_fingerprint(self) -> str | None:
-        """A hash of the rule in `expert.rule`, or None."""
+        """A hash of the rule in `expert.rule`; None without an expert."""
         name = self.config.expert.rule
         return None if name is None else fingerprint(loaded(name), None)
 
     def load(self, path: Path) -> None:
-        """Continue from a file of `save`.
+        """Resume from a file that `save` wrote.
 
         Raises:
-            ConfigError: not such a file, or one of another configuration, data or rules, or of a search that diverged.
+            ConfigError: the file is not a meta-state, or it has another configuration, data or rules, or its search diverged.
         """
         meta, arrays = read_state(path)
         self.require_same(path, meta)
@@ -150,12 +152,12 @@ class MetaState(ABC):
             x[...] = arrays[key]
 
     def require_same(self, path: Path, meta: dict[str, Any]) -> None:
-        """Raise ConfigError where the run that wrote `meta` into `path` is not one that goes on like this.
+        """Raise ConfigError if the run that wrote `meta` into `path` cannot be resumed with this configuration, data and rules.
 
-        Earlier versions wrote neither the data nor the expert nor, at first, the start.
+        Earlier versions wrote neither the data nor the expert; the first ones did not write the start either.
         """
         other = "or begin in another run.dir"
-        written = dotted(asdict(Config())) | dotted(meta["config"])  # an option that is newer than the file had its default
+        written = dotted(asdict(Config())) | dotted(meta["config"])  # an option newer than the file counts as its default
         start = start_rule(self.config)
         bound = {"outer.iterations"} if self.config.outer.schedule == "cosine" else set()
         for key, value in dotted(asdict(self.config)).items():
@@ -173,7 +175,7 @@ class MetaState(ABC):
             raise ConfigError(
                 f"{path} was written with another rule in rule.init, '{self.config.rule.init}': use that rule again, {other}"
             )
-        if "start" not in meta and start.whitening:  # no rule had whitening when it was written
+        if "start" not in meta and start.whitening:  # when such files were written, no rule had whitening
             raise ConfigError(f"{path} was written before rules had whitening, and rule.init has it: begin in another run.dir")
         if meta.get("expert", self.expert_fingerprint()) != self.expert_fingerprint():
             raise ConfigError(
@@ -186,10 +188,10 @@ class MetaState(ABC):
 
 
 def read_state(path: Path) -> tuple[dict[str, Any], Arrays]:
-    """What `MetaState.save` wrote: metadata and arrays.
+    """Read a file that `MetaState.save` wrote: metadata and arrays.
 
     Raises:
-        ConfigError: not such a file, or a damaged one.
+        ConfigError: the file is not a meta-state, or it is damaged.
     """
     try:
         with safe_open(path, "numpy") as file:

@@ -1,11 +1,11 @@
-"""Inner problems: how long, how scaled, on which data. Everything random is a pure function of the seed.
+"""Inner problems: their lengths, scales and data. All random numbers are pure functions of the seed.
 
-Problem n runs episodes, one after the other. An episode has a length L, a scale s and initial weights that depend on
-(seed, n, episode); the data of a truncation depend on (seed, iteration, n). So a resumed training run repeats exactly, the
+Problem n runs one episode after the other. An episode has a length L, a scale s and initial weights, which depend on
+(seed, n, episode). The data of a truncation depend on (seed, iteration, n). So a resumed training run repeats exactly, the
 number of threads does not matter, and both signs of a problem see the same data.
 
-Legend: N inner problems, T steps of a truncation, B examples of a batch, U unrolls: those of each problem in turn, of PES +ε and
--ε. D numbers that are searched for.
+Legend: N inner problems, T steps of a truncation, B examples of a batch, U unrolls, problem by problem (for PES +ε and -ε of
+each), D numbers of θ.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from celo2.metatrain.config import Config, theta_size
 from celo2.metatrain.families import Arrays, Family
 from celo2.training.schedule import cosine
 
-WARM_UP, FINAL = 0.05, 0.1  # of a cosine schedule: shares of its steps and of the peak learning rate
-EPISODE, DATA, NOISE, START, RESUME = range(5)  # purposes of random numbers: no two share a stream
+WARM_UP, FINAL = 0.05, 0.1  # for a cosine schedule: warm-up as a share of its steps, final as a share of the peak learning rate
+EPISODE, DATA, NOISE, START, RESUME = range(5)  # purposes of random numbers; each has its own streams
 
 
 def random(seed: int, purpose: int, *counters: int) -> np.random.Generator:
-    """The stream of random numbers for one purpose at one place, independent of every other."""
+    """The random number generator for one purpose and these counters, independent of all others."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, purpose, *counters])))
 
 
@@ -35,7 +35,7 @@ def log_uniform(rng: np.random.Generator, low: float, high: float, size: tuple[i
 
 @dataclass(frozen=True)
 class Episode:
-    """One inner problem: length in steps, the scale of each weight, and weights as the optimizer sees them (w / s)."""
+    """One episode: its length in steps, the scale s of each weight, and initial weights as the optimizer sees them (w / s)."""
 
     length: int
     scale: Arrays
@@ -73,15 +73,16 @@ def warm_up_and_cosine(age: int, length: int, final: float = FINAL) -> float:
 
 @dataclass(frozen=True)
 class Truncation:
-    """What T steps of all problems need, beside weights and rule.
+    """Everything that T steps of all problems need besides weights and rule.
 
     Attributes:
-        rows: (N, T, B) int64, the examples of each step: images, or the first bytes of sequences.
-        rate: (N, T) float32, what multiplies the inner learning rates.
-        reset_at: (N,) int64, the step before which a problem starts again; T: not in this truncation.
-        fresh: what the state (U, ...) becomes there; scale_before, scale_after: the scales s (N, *shape) until and from there.
-        xi: (N, D) the sum of ε of the late state that a problem goes on from there, zero for one that starts anew; or None.
-        steps: (N,) int64, the steps of each problem; losses after them mean nothing. None: T.
+        rows: (N, T, B) int64, indices of the examples of each step: images, or the first bytes of sequences.
+        rate: (N, T) float32, factors of the inner learning rates.
+        reset_at: (N,) int64, the step before which a problem is reset; T means not in this truncation.
+        fresh: the state (U, ...) after the reset.
+        scale_before, scale_after: the scales s (N, *shape) before and after the reset.
+        xi: (N, D), for problems that resume a late state at the reset its sum of ε, zero for those that start anew; or None.
+        steps: (N,) int64, the number of steps of each problem; later losses are meaningless. None means T.
     """
 
     rows: np.ndarray
@@ -96,11 +97,11 @@ class Truncation:
 
 @dataclass(frozen=True)
 class LateStates:
-    """States near the ends of episodes, from which problems that end may go on (ELO, arXiv 2607.06772).
+    """States near the ends of episodes, which ended problems may resume (ELO, arXiv 2607.06772).
 
     Attributes:
-        count: (N,) int64, the states that each problem has put in; the last S are here.
-        slots: (N, S, ...) of each array of a problem, by name.
+        count: (N,) int64, how many states each problem has saved so far; the last S are kept.
+        slots: the kept states, one array (N, S, ...) for each array of a problem, by name.
     """
 
     count: np.ndarray
@@ -113,30 +114,31 @@ class LateStates:
         return cls(np.zeros(n, np.int64), {key: np.zeros((n, slots, *x.shape[1:]), x.dtype) for key, x in arrays.items()})
 
     def put(self, n: int, arrays: Arrays) -> None:
-        """Add the state of problem n, in place of its oldest one if all slots are taken."""
+        """Save the state of problem n; if all slots are taken, it replaces the oldest one."""
         for key, slots in self.slots.items():
             slots[n, self.count[n] % slots.shape[1]] = arrays[key][n]
         self.count[n] += 1
 
     def one_of(self, n: int, rng: np.random.Generator) -> Arrays:
-        """A state of problem n, which has at least one."""
+        """A random saved state of problem n, which must have at least one."""
         slot = rng.integers(min(self.count[n], next(iter(self.slots.values())).shape[1]))
         return {key: slots[n, slot] for key, slots in self.slots.items()}
 
 
 class Problems:
-    """Where every problem of a family stands, and the state of its two unrolls.
+    """The position of every problem of a family in its episode, and the state of its two unrolls.
 
     Attributes:
-        number, task: (N,), of each problem among the problems of all families (random numbers depend on it), and its task.
-        episode, age, length: (N,), its episode, the steps it has done of it, and those it has in all.
+        number: (N,), the number of each problem among those of all families, on which its random numbers depend.
+        task: (N,), the task of each problem.
+        episode, age, length: (N,), the number of its episode, the steps done of it, and its length in steps.
         scale: the scales s (N, *shape) of its weights.
-        state: weights and accumulators of the unrolls (U, ...), which an engine moves.
-        late: states from which ended problems may go on, or None.
+        state: weights and accumulators of the unrolls (U, ...), which an engine updates.
+        late: states that ended problems may resume, or None.
     """
 
     def __init__(self, config: Config, family: Family, first_number: int = 0) -> None:
-        """All problems at their first episode: at ages below its length, drawn so that they do not end together, or at 0."""
+        """Start all problems in their first episode: at random ages, so that they do not end together, or at age 0."""
         self.config, self.family = config, family
         tasks = len(family.data.names)
         self.task = np.repeat(np.arange(tasks), config.tasks.problems)
@@ -152,13 +154,13 @@ class Problems:
         self.late = LateStates.of(self.position(None), config.inner.saved) if config.inner.restart < 1 else None
 
     def position(self, xi: np.ndarray | None) -> Arrays:
-        """Where all problems stand, with the sums of ε (N, D) so far: what a late state holds, (N, ...) each."""
+        """The content of late states for all problems, arrays (N, ...): ages, scales, states, and the sums of ε (N, D) so far."""
         arrays = {"age": self.age, "xi": np.zeros((len(self.task), theta_size(self.config))) if xi is None else xi}
         arrays |= {f"scale.{name}": x for name, x in self.scale.items()}
         return arrays | {f"state.{key}": x.reshape(len(self.task), 2, *x.shape[1:]) for key, x in self.state.items()}
 
     def tensors(self) -> Arrays:
-        """What a checkpoint holds of them, by name."""
+        """The arrays for a checkpoint, by name."""
         arrays = {"problems.episode": self.episode, "problems.age": self.age, "problems.length": self.length}
         arrays |= {f"scale.{name}": x for name, x in self.scale.items()}
         arrays |= {f"state.{key}": x for key, x in self.state.items()}
@@ -167,7 +169,7 @@ class Problems:
         return {f"{self.family.name}.{key}": x for key, x in arrays.items()}
 
     def truncation(self, iteration: int, xi: np.ndarray | None = None) -> Truncation:
-        """The next T steps; moves every problem past them. xi: (N, D), the sums of ε so far, for late states."""
+        """The next T steps; advances every problem past them. xi: (N, D), the sums of ε so far, for late states."""
         config, family, steps = self.config, self.family, self.config.inner.truncation
         rows = np.empty((len(self.task), steps, family.batch), np.int64)
         rate = np.empty((len(self.task), steps), np.float32)
@@ -192,7 +194,7 @@ class Problems:
         return Truncation(rows, rate, reset_at, fresh, before, after, xi_after)
 
     def rates(self, n: int, count: int) -> list[float]:
-        """The factors on the learning rates of problem n in its next `count` steps; moves it past them."""
+        """The factors of the learning rates of problem n in its next `count` steps; advances the problem past them."""
         first, length = int(self.age[n]), int(self.length[n])
         self.age[n] += count
         if self.config.inner.schedule == "constant":
@@ -200,9 +202,9 @@ class Problems:
         return [warm_up_and_cosine(age, length, self.config.inner.final) for age in range(first, first + count)]
 
     def restart(self, n: int, scale: Arrays, state: Arrays) -> np.ndarray | None:
-        """Problem n starts its next episode, or goes on from a late state, whose sum of ε (D,) is returned.
+        """Start the next episode of problem n, or resume a late state; returns the sum of ε (D,) of a late state, else None.
 
-        Writes its scales into those of all problems (N, *shape), and its weights and accumulators into `state` (U, ...).
+        Writes the new scales into `scale` (N, *shape), and the new weights and accumulators into `state` (U, ...).
         """
         self.episode[n] += 1
         number, count = int(self.number[n]), int(self.episode[n])
@@ -225,7 +227,7 @@ class Problems:
 
 
 def whole_episodes(config: Config, family: Family, first_number: int, generation: int, copies: int) -> tuple[Arrays, Truncation]:
-    """New episodes from their first step to their last, each for so many unrolls: their state (U, ...), and all their steps."""
+    """New whole episodes, each for `copies` unrolls: their initial state (U, ...), and a `Truncation` with all their steps."""
     task = np.repeat(np.arange(len(family.data.names)), config.tasks.problems)
     numbers = range(first_number, first_number + len(task))
     episodes = [draw_episode(config, family, n, generation) for n in numbers]
@@ -244,5 +246,5 @@ def whole_episodes(config: Config, family: Family, first_number: int, generation
 
 
 def stacked(weights: list[Arrays]) -> Arrays:
-    """Weights of many problems (N, *shape) from one mapping each."""
+    """Stack the weights of several problems, one mapping for each, into arrays (N, *shape)."""
     return {name: np.stack([w[name] for w in weights]) for name in weights[0]}

@@ -1,8 +1,9 @@
 """The data of the inner problems: small greyscale images of several data sets in one array, and texts in another.
 
-A source is `digits` (1,797 images that come with scikit-learn), `hub:NAME` (an image data set of the Hugging Face hub, resized
-to 8 × 8 greyscale), or `FILE.npz` with arrays `NAME_images` (N, 8, 8) and `NAME_labels` (N,), all of them or `FILE.npz:NAME`;
-or `text:FILE`, a .txt, or a .jsonl or .jsonl.gz whose lines have "text". A text is its ASCII bytes; all others become 0.
+Sources of images: `digits` (1,797 images that come with scikit-learn); `hub:NAME` (an image data set of the Hugging Face Hub,
+resized to 8 × 8 greyscale); `FILE.npz` with arrays `NAME_images` (N, 8, 8) and `NAME_labels` (N,), or `FILE.npz:NAME` for one of
+its data sets. Source of text: `text:FILE`, a .txt, or a .jsonl or .jsonl.gz whose lines have "text". Tokens are ASCII bytes; all
+other bytes become 0.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 from celo2.training.configuration import ConfigError
 
 SIDE, CLASSES = 8, 10
-VOCABULARY = 128  # bytes that are told apart
+VOCABULARY = 128  # the ASCII bytes
 TEXT = "text:"
 HUB_IDS = {
     "mnist": ("ylecun/mnist", None),
@@ -49,7 +50,7 @@ class Data:
     names: tuple[str, ...]
 
     def digests(self) -> dict[str, str]:
-        """A digest of everything that is there of each task, by name."""
+        """A digest of the examples of each task, by the name of the task."""
         ends, found = [*self.starts[1:], len(self.arrays[0])], {}
         for name, start, end in zip(self.names, self.starts, ends, strict=True):
             content = b"".join(x[start:end].tobytes() for x in self.arrays)
@@ -58,7 +59,7 @@ class Data:
 
 
 def load_data(sources: Sequence[str], context: int = 32) -> list[Data]:
-    """The images of `sources`, if any, then the texts, if any; `context`: the longest sequence that is taken of them.
+    """The images of `sources`, if any, then the texts, if any; `context` is the length of the longest sequence.
 
     Raises:
         ConfigError: as `load_images` and `load_texts`.
@@ -104,7 +105,7 @@ def load_texts(sources: Sequence[str], context: int = 32) -> Data:
     """The texts of the sources `text:FILE`, in their order, for windows of at most `context` inputs.
 
     Raises:
-        ConfigError: a file of another kind, that cannot be read, or that is shorter than a window.
+        ConfigError: a file of another kind, one that cannot be read, or one that is shorter than a window.
     """
     texts = [read_tokens(source, context + 1) for source in sources]
     sizes = np.array([len(tokens) for tokens in texts])
@@ -113,7 +114,7 @@ def load_texts(sources: Sequence[str], context: int = 32) -> Data:
 
 
 def read_tokens(source: str, least: int) -> np.ndarray:
-    """The tokens (n,) of a source `text:FILE`, at least so many."""
+    """The tokens (n,) of a source `text:FILE`. Raises ConfigError if there are fewer than `least`."""
     path = Path(source.removeprefix(TEXT))
     if not (path.suffix == ".txt" or path.name.removesuffix(".gz").endswith(".jsonl")):
         raise ConfigError(f"task '{source}': expected text:FILE with FILE a .txt, .jsonl or .jsonl.gz")
@@ -124,10 +125,10 @@ def read_tokens(source: str, least: int) -> np.ndarray:
 def read_text(path: Path, least: int) -> bytes:
     """The bytes of a text file, or of the `text` of every line of a .jsonl or .jsonl.gz, for tasks and for the evaluation.
 
-    `data.preparation` has a reader of its own, which streams and resumes: `data` and `celo2` do not import each other.
+    `data.preparation` has its own reader, which streams and resumes: `data` and `celo2` do not import each other.
 
     Raises:
-        ConfigError: it cannot be read, or is shorter than `least` bytes.
+        ConfigError: the file cannot be read, or its text is shorter than `least` bytes.
     """
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
@@ -174,13 +175,13 @@ def read_npz(path: Path, name: str | None) -> list[tuple[str, np.ndarray, np.nda
             return [(n, arrays[f"{n}_images"], arrays[f"{n}_labels"]) for n in ([name] if name else names)]
     except ConfigError:
         raise
-    except Exception as error:  # zipfile, zlib and numpy raise many types for a damaged file, and for one of another kind
+    except Exception as error:  # zipfile, zlib and numpy raise many types of errors for damaged files and other kinds of files
         says = " ".join(f"{type(error).__name__}: {error}".split())
         raise ConfigError(f"task {path}: cannot be read ({says})") from None
 
 
 def read_hub(name: str) -> tuple[str, np.ndarray, np.ndarray]:
-    """The training split of an image data set of the hub, as 8 × 8 greyscale averaged over the area of each pixel."""
+    """The training split of an image data set of the Hub, as 8 × 8 greyscale images averaged over the area of each pixel."""
     if name not in HUB_IDS:
         raise ConfigError(f"task 'hub:{name}': expected one of {', '.join(HUB_IDS)}")
     try:
@@ -190,7 +191,7 @@ def read_hub(name: str) -> tuple[str, np.ndarray, np.ndarray]:
         raise ConfigError(f"task 'hub:{name}' needs the package {error.name}: pip install datasets pillow") from None
     try:
         split = load_dataset(*HUB_IDS[name], split="train")
-    except Exception as error:  # datasets raises many types, of several packages, for no network and no such data set
+    except Exception as error:  # without a network or data set, `datasets` raises errors of many types from several packages
         says = " ".join(f"{type(error).__name__}: {error}".split())
         raise ConfigError(f"task 'hub:{name}': cannot be loaded ({says}); without a network, give an .npz file") from None
     image_key, label_key = ("img", "label") if "img" in split.column_names else ("image", "label")

@@ -1,7 +1,8 @@
 """θ: the weights of a rule, its step sizes and its whitening as one vector (352,), the space in which meta-training searches.
 
-Odd rules: -g and -W give -u. Every optimizer set by hand is odd. A learned rule that is not odd pushes every matrix in some fixed
-direction, which Newton–Schulz makes as large as any other. A space of half the dimensions is also easier to search.
+Odd rules: -g and -W give -u. Every hand-set optimizer is odd. A learned rule that is not odd pushes every matrix in some fixed
+direction, which Newton–Schulz makes as large as any other. The space of odd rules also has half the dimensions, so that it is
+easier to search.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from celo2.metatrain.problems import START, random
 from celo2.rule import CHANNEL_GROUPS, FIRST_LAYER, Rule, weight_shapes
 from celo2.rule_files import LARGEST_EXPONENT, LARGEST_FACTOR, LARGEST_WHITENING
 
-# What θ holds beside the weights: the exponents of step sizes and the logarithm of their factor; and the logarithm of the rate of
-# whitening over that of the start.
+# The numbers in θ besides the weights: the exponents of step sizes and the logarithm of their factor, and the logarithm of (rate
+# of whitening / rate of the start rule).
 STEP, WHITENING = "step", "whitening"
 SHAPES = weight_shapes(HIDDEN) | {STEP: (STEP_NUMBERS,), WHITENING: (WHITENING_NUMBERS,)}
 STARTS, SIZE = {}, 0  # where each weight begins in θ
@@ -36,9 +37,9 @@ for _name, _shape in SHAPES.items():
     STARTS[_name] = SIZE
     SIZE += math.prod(_shape)
 SMALLEST_WHITENING = 1e-6
-BESIDE = SIZE - STARTS[STEP]  # numbers that are no weights
+BESIDE = SIZE - STARTS[STEP]  # how many numbers of θ are not weights
 CHANNELS = sum(group.count for group in CHANNEL_GROUPS)
-ODD = {FIRST_LAYER[group.name] for group in CHANNEL_GROUPS if group.odd} | {"w2", "b2"}  # weights whose sign turns
+ODD = {FIRST_LAYER[group.name] for group in CHANNEL_GROUPS if group.odd} | {"w2", "b2"}  # weights whose sign `mirror` flips
 
 
 def parts(theta: np.ndarray) -> dict[str, np.ndarray]:
@@ -50,20 +51,20 @@ def parts(theta: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def theta_of(rule: Rule) -> np.ndarray:
-    """The weights of a rule and what its step sizes are made of as θ, float32, with the rule's own whitening."""
+    """θ (352,), float32, of a rule: its weights and step sizes; the number for whitening is 0, the rule's own rate."""
     weights = [rule.weights[name].numpy().ravel() for name in weight_shapes(HIDDEN)]
     return np.concatenate([*weights, step_of(rule), np.zeros(WHITENING_NUMBERS, np.float32)])
 
 
 def step_of(rule: Rule) -> np.ndarray:
-    """Of θ the numbers of step sizes: three exponents and the logarithm of the factor, float32."""
+    """The numbers in θ for the step sizes of a rule: three exponents and the logarithm of the factor, float32."""
     return np.array([*rule.step_exponents, math.log(rule.step_factor)], np.float32)
 
 
 def within_bounds(theta: np.ndarray, config: Config) -> np.ndarray:
-    """θ (..., 352) with the nearest step sizes and whitening that a rule may have: a search that leaves the bounds stops there.
+    """θ (..., 352) with step sizes and whitening clamped to the bounds of a rule, so that a search cannot leave them.
 
-    A rate of whitening below SMALLEST_WHITENING, which no training run is long enough to feel, is no better than none.
+    The lower bound of the whitening rate is SMALLEST_WHITENING: no training run is long enough for such a rate to matter.
     """
     theta = theta.copy()
     step = parts(theta)[STEP]
@@ -77,29 +78,30 @@ def within_bounds(theta: np.ndarray, config: Config) -> np.ndarray:
 
 
 def whitening_of(theta: np.ndarray, config: Config) -> np.ndarray:
-    """How far whiteners move in a step under θ (..., 352): (...), at most what a rule file may say; zeros without whitening."""
+    """The whitening rate (...) under θ (..., 352), at most what a rule file may hold; zeros without whitening."""
     return np.minimum(whitening(config) * np.exp(parts(theta)[WHITENING][..., 0].astype(np.float64)), LARGEST_WHITENING)
 
 
 def rule_of(theta: np.ndarray, config: Config, description: str) -> Rule:
-    """The rule with the weights θ, as the configuration uses it."""
+    """The rule with the weights, step sizes and whitening of θ, and the other settings from the configuration."""
     theta = within_bounds(theta.astype(np.float32), config)
     weights = {name: torch.from_numpy(part.copy()) for name, part in parts(theta).items()}
     step, start = weights.pop(STEP).numpy(), start_rule(config)
     weights.pop(WHITENING)
     settings = start.settings() | {"variant": config.rule.variant, "normalize_gradient": normalizes(config)}
     settings |= {"whitening": float(whitening_of(theta, config)), "step_bound": start.step_bound}
-    if not np.array_equal(step, step_of(start)):  # else they stay as they are, not rounded to float32
-        factor = min(max(math.exp(step[3]), 1 / LARGEST_FACTOR), LARGEST_FACTOR)  # exp of a rounded bound may lie beyond it
+    if not np.array_equal(step, step_of(start)):  # otherwise keep the start's numbers, which are not rounded to float32
+        factor = min(max(math.exp(step[3]), 1 / LARGEST_FACTOR), LARGEST_FACTOR)  # exp of a rounded bound may exceed the bound
         settings |= {"step_exponents": tuple(step[:3].tolist()), "step_factor": factor}
     return Rule(weights, **settings | {"description": description, "source": ""})
 
 
 def first_theta(config: Config) -> np.ndarray:
-    """θ before the first iteration. `random`: normal weights with deviation 1 / sqrt(inputs), biases zero.
+    """θ (352,) before the first iteration. `random`: normal weights with standard deviation 1 / sqrt(inputs), biases zero.
 
     Raises:
-        ConfigError: a start of another size, or one that is not odd where the rule is to be: the nearest odd rule is another one.
+        ConfigError: the start rule has another size, or it is not odd although `rule.odd` is set: the nearest odd rule would be
+            a different rule.
     """
     rng, init = random(config.run.seed, START), config.rule.init
     if init == "random":
@@ -120,8 +122,8 @@ def expert_theta(config: Config) -> np.ndarray | None:
     """θ (352,) of the expert, or None.
 
     Raises:
-        ConfigError: a rule of another size, or with other accumulators or another gradient than the rule that it is to help; or
-            one of both has whitening: its whiteners follow the directions of one rule.
+        ConfigError: the expert has another size, or other decays of accumulators than the rule that is trained; or one of the
+            two has whitening, whose whiteners follow the directions of a single rule.
     """
     if config.expert.rule is None:
         return None
@@ -144,7 +146,7 @@ def expert_theta(config: Config) -> np.ndarray | None:
 
 
 def free(config: Config) -> np.ndarray:
-    """(352,): 1 for the numbers that are trained, 0 for the others."""
+    """A mask (352,): 1 for the numbers of θ that are trained, 0 for the others."""
     mask = np.ones(SIZE)
     parts(mask)[STEP][...] = config.rule.step_sizes
     parts(mask)[WHITENING][...] = config.rule.train_whitening
@@ -154,9 +156,10 @@ def free(config: Config) -> np.ndarray:
 
 
 def useful(config: Config, theta: np.ndarray) -> np.ndarray:
-    """(352,): 1 for the free numbers that can change an update of the rule θ or of one that differs from it in free numbers.
+    """A mask (352,) of the free numbers that can change an update of θ, or of a θ that differs from it in free numbers.
 
-    Outputs 1 and 2 never can; nor can a unit whose weights to the next layer, or from the one before, are frozen zeros.
+    Outputs 1 and 2 of the MLP have no effect on updates. Neither has a unit if all its incoming weights, or all its outgoing
+    ones, are frozen at zero.
     """
     trained = parts(free(config))
     on = {name: (part != 0) | (trained[name] != 0) for name, part in parts(theta).items()}
@@ -174,7 +177,7 @@ def useful(config: Config, theta: np.ndarray) -> np.ndarray:
 
 
 def directions_of(config: Config, theta: np.ndarray) -> np.ndarray:
-    """The directions (n, 352) of a search: orthogonal, with entries 0, 1 and -1. In an odd rule weights go in pairs."""
+    """The directions (n, 352) of a search: orthogonal, with entries 0, 1 and -1. For odd rules weights change in pairs."""
     unit, found = np.eye(SIZE), []
     place, sign = mirror()
     for i in np.flatnonzero(useful(config, theta)):
@@ -189,16 +192,16 @@ def directions_of(config: Config, theta: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def mirror() -> tuple[np.ndarray, np.ndarray]:
-    """(place, sign), both (352,): sign · θ[place] is the rule u'(g, W) = -u(-g, -W) of θ's u.
+    """(place, sign), both (352,): if θ is a rule u(g, W), then sign · θ[place] is the rule -u(-g, -W).
 
-    Hidden units go in pairs: one does for the signs turned round what its partner does for the signs as they are.
+    Hidden units form pairs: for -g and -W, a unit does the same as its partner does for g and W.
     """
     partner = np.arange(HIDDEN) ^ 1  # of each hidden unit
     place, sign = [], []
     for name, here in parts(np.arange(SIZE)).items():
-        if name not in ("b2", STEP, WHITENING):  # the axis of what a weight comes from, where that is a hidden unit
+        if name not in ("b2", STEP, WHITENING):  # permute the axis of hidden units; of w1, that of its inputs
             here = here[:, partner] if name in FIRST_LAYER.values() else here[partner]
-        if name == "w1":  # the axis of what it leads to
+        if name == "w1":  # its outputs are hidden units too
             here = here[:, partner]
         place.append(here.ravel())
         sign.append(np.full(here.size, -1.0 if name in ODD else 1.0))
@@ -206,12 +209,12 @@ def mirror() -> tuple[np.ndarray, np.ndarray]:
 
 
 def odd_noise(noise: np.ndarray) -> np.ndarray:
-    """Normal noise (..., 352) of deviation 1 as noise of odd rules, whose free numbers have deviation 1 again."""
+    """Project standard normal noise (..., 352) onto odd rules, scaled so that free numbers have standard deviation 1 again."""
     place, _ = mirror()
     return np.where(place == np.arange(SIZE), 1.0, math.sqrt(2)) * odd_part(noise)
 
 
 def odd_part(theta: np.ndarray) -> np.ndarray:
-    """The nearest θ (..., 352) of an odd rule; half of the dimensions remain."""
+    """Project θ (..., 352) onto the nearest odd rule; half of the dimensions remain."""
     place, sign = mirror()
     return (theta + sign * theta[..., place]) / 2

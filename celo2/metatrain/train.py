@@ -1,6 +1,6 @@
-"""Meta-training from its first iteration or its last checkpoint to its last iteration; and PES with AdamW, one way to search.
+"""Run meta-training from the start or the last checkpoint to the last iteration; and the search method PES with AdamW.
 
-run.dir/config.yaml                  the configuration as resolved
+run.dir/config.yaml                  the resolved configuration
 run.dir/metrics.jsonl                one JSON object per `log.every` iterations
 run.dir/state.safetensors            the whole meta-state
 run.dir/rules/00002000.safetensors   the rule every `checkpoint.snapshot_every` iterations
@@ -44,9 +44,9 @@ class PESTraining(MetaState):
     Attributes:
         theta: (352,), a parameter of `adamw`.
         xi: (N, 352) the sum of ε of each problem since it started.
-        problems: of each family.
-        buckets: running scale of the loss differences, or None.
-        expert: (352,) θ of the rule that helps at first, or None.
+        problems: the `Problems` of each family.
+        buckets: the running scale of loss differences, or None.
+        expert: (352,), θ of the rule that helps in the first iterations, or None.
     """
 
     def __init__(self, config: Config, *data: Data) -> None:
@@ -77,7 +77,7 @@ class PESTraining(MetaState):
         raw, reset_at, resumed, terms = self.advance(pes.antithetic(self.current(), epsilon), share)
         finite_losses = np.isfinite(raw)
         losses, shown = self.bounded(raw)
-        if config.estimator.loss_clip is None:  # a pair with a loss that is not finite says nothing
+        if config.estimator.loss_clip is None:  # a pair with a loss that is not finite carries no information
             losses = np.where(np.repeat(finite_losses[0::2] & finite_losses[1::2], 2, axis=0), losses, 0.0)
         if terms is not None:
             losses = pes.with_imitation(losses, terms, (share * config.expert.direction, share * config.expert.size))
@@ -93,7 +93,7 @@ class PESTraining(MetaState):
         }
 
     def perturbations(self) -> np.ndarray:
-        """ε (N, 352) of every problem: what float32 makes of it, so that θ + ε and θ - ε lie where the estimate believes."""
+        """ε (N, 352) of every problem, rounded to float32, so that the estimate uses the same ε as θ + ε and θ - ε."""
         streams = [random(self.config.run.seed, NOISE, self.iteration, n) for n in range(len(self.task))]
         noise = np.stack([stream.standard_normal(SIZE) for stream in streams])
         if self.config.rule.odd:
@@ -103,33 +103,33 @@ class PESTraining(MetaState):
     def estimate(
         self, losses: np.ndarray, reset_at: np.ndarray, epsilon: np.ndarray, resumed: np.ndarray, buckets: np.ndarray
     ) -> np.ndarray:
-        """The gradient (352,) from the losses (2N, T) of a truncation; moves ξ past it.
+        """The gradient (352,) from the losses (2N, T) of a truncation; also updates ξ.
 
-        reset_at (N,) and resumed (N, 352) are of `advance`; buckets (N,) are those before the truncation.
+        reset_at (N,) and resumed (N, 352) come from `advance`; buckets (N,) are those before the truncation.
         """
         steps = self.config.inner.truncation
         before, after = pes.differences(losses, reset_at)
         xi, xi_after = self.xi + epsilon, epsilon + resumed
         weights = np.ones((2, len(self.task)))
-        if self.buckets is not None:  # each part under the scale that it ran with
+        if self.buckets is not None:  # before and after a reset with the bucket of the scale s at that time
             parts = np.stack([reset_at > 0, reset_at < steps])
             weights = self.buckets.weights(np.stack([buckets, self.of_buckets()]), np.stack([before, after]), parts)
         self.xi = pes.persisted(xi, xi_after, reset_at, steps)
         return pes.estimate(before, after, xi, xi_after, self.config.estimator.sigma, weights)
 
     def update(self, gradient: np.ndarray) -> None:
-        """One step of AdamW with the gradient (352,); θ stays within the bounds of a rule."""
+        """Take one step of AdamW with the gradient (352,), and clamp θ to the bounds of a rule."""
         self.theta.grad = torch.from_numpy(gradient.astype(np.float32))
         self.adamw.param_groups[0]["lr"] = self.config.outer.lr * outer_rate(self.config, self.iteration)
         self.adamw.step()
         self.theta.data.copy_(torch.from_numpy(within_bounds(self.current(), self.config)))
 
     def advance(self, theta: np.ndarray, share: float = 0.0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
-        """The next truncation of every problem under θ (2N, 352), with so much of what an expert may do.
+        """Run the next truncation of every problem under θ (2N, 352); `share` scales the forcing of an expert.
 
         Returns:
-            inner losses (2N, T), where problems start again (N,), the ξ of the late states that they go on from (N, 352), and the
-            imitation terms (2N, T, 2), or None where no expert helps.
+            inner losses (2N, T); the steps at which problems are reset (N,); the ξ of the late states that they resume (N, 352);
+            and the imitation terms (2N, T, 2), or None if no expert helps.
         """
         losses, resets, terms = [], [], []
         resumed = np.zeros_like(self.xi)
@@ -153,7 +153,7 @@ class PESTraining(MetaState):
         return np.concatenate([self.bucket(problems) for problems in self.problems])
 
     def bucket(self, problems: Problems) -> np.ndarray:
-        """The bucket of each of the problems: by task, and by its scale's place between the smallest and the largest."""
+        """The bucket of each of `problems`, by its task and by log s between the smallest and the largest scale."""
         count, options = self.config.estimator.scale_buckets, problems.family.options
         low, high = math.log(options.min_scale), math.log(options.max_scale)
         first = self.task[problems.number] * count
@@ -164,7 +164,7 @@ class PESTraining(MetaState):
         return first + place
 
     def tensors(self) -> Arrays:
-        """Every array of the meta-state by name; what is written into one changes the meta-state."""
+        """All arrays of the meta-state by name. They are not copies: writing into them changes the meta-state."""
         adam = {f"outer.{key}": x.numpy() for key, x in self.adamw.state[self.theta].items()}
         buckets = {f"buckets.{key}": x for key, x in vars(self.buckets).items()} if self.buckets is not None else {}
         problems = {key: x for part in self.problems for key, x in part.tensors().items()}
@@ -173,7 +173,7 @@ class PESTraining(MetaState):
 
 
 def outer_rate(config: Config, iteration: int) -> float:
-    """The factor on AdamW's learning rate at an iteration (from 0): a linear warm-up, then constant or a cosine."""
+    """The factor of AdamW's learning rate at an iteration (from 0): a linear warm-up, then constant or a cosine."""
     outer = config.outer
     if iteration < outer.warm_up:
         return (iteration + 1) / outer.warm_up
@@ -183,25 +183,25 @@ def outer_rate(config: Config, iteration: int) -> float:
 
 
 def training_of(config: Config, *data: Data) -> MetaState:
-    """The meta-training by `outer.method`."""
+    """The meta-training that `outer.method` names, at its start."""
     return (Generations if config.outer.method == "cma" else PESTraining)(config, *data)
 
 
 def save_whole(rule: Rule, path: Path) -> None:
-    """Write a rule so that a kill leaves the old file or the new one."""
+    """Write a rule to `path`, atomically."""
     temporary = path.with_name(f"tmp_{path.name}")
     save_rule(rule, temporary)
     temporary.replace(path)
 
 
 def run(config: Config, show: Callable[[int, dict[str, float]], None]) -> Path:
-    """Meta-train, or continue, to `outer.iterations`; `show` gets each record of the metrics. Returns the path of the rule.
+    """Meta-train or resume, up to `outer.iterations`; `show` gets each record of the metrics. Returns the path of the rule.
 
     Raises:
-        ConfigError: tasks, a start, an engine or a folder that cannot be used, a state of another run, or θ is no longer finite.
-        RuleError: a rule that cannot be read.
-        UnsafeFolder: a folder that holds what is not of a meta-training, and would be replaced.
-        OSError: a folder that cannot be written.
+        ConfigError: tasks, start, engine or folder cannot be used, the state is of another run, or θ is no longer finite.
+        RuleError: a rule cannot be read.
+        UnsafeFolder: the run would replace files that are not of a meta-training.
+        OSError: the folder cannot be written.
     """
     folder = Path(config.run.dir)
     check_own(folder, Config, "iteration", STATE)
@@ -237,7 +237,7 @@ def run(config: Config, show: Callable[[int, dict[str, float]], None]) -> Path:
 
 
 def draw(records: list[dict[str, float]], path: Path) -> None:
-    """The mean inner loss of each task over the iterations; nothing where a finished run has lost its metrics."""
+    """Draw the mean inner loss of each task over the iterations; nothing if there are no records."""
     if not records:
         return
     from matplotlib.backends.backend_agg import FigureCanvasAgg

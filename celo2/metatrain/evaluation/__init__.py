@@ -1,1 +1,1 @@
-"""Networks and data that no rule was meta-trained on, to find out how good a rule is."""
+"""Evaluation of rules on networks and data that they were not meta-trained on."""

@@ -1,4 +1,4 @@
-"""Small networks of several kinds, written with nn.Linear alone, so that every optimizer sees plain matrices.
+"""Small networks of several kinds with nn.Linear as their only kind of matrix, so that every optimizer sees plain matrices.
 
 Legend: B batch, T positions, D width, V vocabulary (256 bytes).
 """
@@ -15,7 +15,7 @@ BYTES = 256
 
 
 class Network(nn.Module):
-    """What the evaluation asks of a network: its input and output layers, which AdamW trains, and the mean loss of a batch."""
+    """A network of the evaluation: it names its input and output layers (`boundary`), which AdamW trains, and computes a loss."""
 
     boundary: list[nn.Module]
 
@@ -74,7 +74,7 @@ class Transformer(Network):
 
 
 class Convolutional(Network):
-    """Three 3 × 3 convolutions with a residual around the last two, as products with unfolded patches; then the mean."""
+    """Three 3 × 3 convolutions as products with unfolded patches, with a residual around the last two; then mean and head."""
 
     def __init__(self, channels: int, classes: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The gain over training steps: how far each optimizer's training loss is below that of a reference, seed by seed."""
+"""Draw the gain over training steps: how far each optimizer's training loss is below that of a reference, seed by seed."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from pathlib import Path
 
 import numpy as np
 
-Curves = Mapping[int, list[float]]  # of each seed: the means of equal parts of a run's training losses, from begin to end
+Curves = Mapping[int, list[float]]  # by seed: the means over equal consecutive parts of a run's training losses
 
 
 def gains(curves: Curves, reference: Curves) -> np.ndarray:
-    """(seeds, parts): reference minus own loss, for seeds with whole curves in both. Equal seeds see equal batches."""
+    """Reference minus own loss (seeds, parts), for seeds with complete curves in both. Equal seeds see equal batches."""
     whole = [seed for seed in curves if seed in reference and len(curves[seed]) == len(reference[seed])]
     return np.array([np.subtract(reference[seed], curves[seed]) for seed in whole])
 
 
 def draw(tasks: Mapping[str, Mapping[str, Curves]], steps: int, path: Path) -> None:
-    """A panel for each task: the mean gain of each optimizer over the first one, with ± a standard error.
+    """Draw a panel for each task: the mean gain of each optimizer over the first one, ± one standard error.
 
-    `tasks`: of each task and optimizer the curves of the seeds that did not diverge.
+    `tasks` holds for each task and optimizer the curves of the seeds that did not diverge.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""The tasks of the evaluation, the optimizers, and a training run of one with another."""
+"""The tasks and optimizers of the evaluation, and a training run of an optimizer on a task."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Batch = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Task:
-    """A network, its kind of data ("text" or "images"), and its batches: sequences of `context` bytes, or images."""
+    """A network with its kind of data ("text" or "images") and its batches: sequences of `context` bytes, or images."""
 
     build: Callable[[], Network]
     data: str
@@ -53,15 +53,15 @@ OF_TORCH: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": adamw,
     "muon": partial(torch.optim.Muon, weight_decay=WEIGHT_DECAY),
 }
-# Adam's direction has decays 0.9 and 0.95 and no bias correction; it is orthogonalized and normalized.
+# "adam-orthogonalized": Adam's direction with decays 0.9 and 0.95 and no bias correction, orthogonalized and normalized.
 BY_HAND = HAND_SET | {"adam-orthogonalized": partial(hand_set, {"scaled_momentum": (1.0,)}, "Adam's direction")}
-BASELINES = ("adamw", "muon", "hand-momentum", "hand-nesterov", "adam-orthogonalized")  # without --baselines
-# Where the search for a learning rate starts. An update of the rules has RMS 1; Muon's singular values are 1, so that its RMS is
-# about width ** -0.5.
+BASELINES = ("adamw", "muon", "hand-momentum", "hand-nesterov", "adam-orthogonalized")  # the default of --baselines
+# Where the search for a learning rate starts. An update of a rule has RMS 1. An update of Muon has singular values of 1, so that
+# its RMS is about width ** -0.5.
 FIRST_LR = {"muon": 0.02}
 USUAL_FIRST_LR = 2e-3
-# A step takes lr * weight_decay of a weight, and Muon's lr is ten times a rule's: with the rules' decay it is 0.025 worse after
-# 1,500 steps of `gpt` (docs/long-runs.md).
+# A step shrinks a weight by lr * weight_decay, and Muon's lr is ten times a rule's. With the weight decay of the rules, Muon's
+# loss is 0.025 higher after 1,500 steps of `gpt` (docs/long-runs.md).
 FIRST_WEIGHT_DECAY = {"muon": 0.03}
 
 
@@ -73,9 +73,10 @@ def build_optimizers(
     ns_dtype: torch.dtype | None = None,
     weight_decay: float = WEIGHT_DECAY,
 ) -> list[torch.optim.Optimizer]:
-    """The optimizers of a network: `optimizer` (of `optimizer_of`) for the hidden matrices, AdamW at `adamw_lr` for the rest.
+    """Build the optimizers of a network: `optimizer` (from `optimizer_of`) for hidden matrices, AdamW at `adamw_lr` for the rest.
 
-    A rule of Celo2-base takes every parameter. `ns_dtype` is that of the rules' Newton–Schulz; torch's Muon has bfloat16 always.
+    A celo2-base rule updates every parameter. `ns_dtype` is the dtype of the rules' Newton–Schulz; torch's Muon always uses
+    bfloat16.
     """
     boundary = {id(p) for module in network.boundary for p in module.parameters()}
     hidden = [p for p in network.parameters() if p.ndim == 2 and id(p) not in boundary]
@@ -91,10 +92,10 @@ def build_optimizers(
 
 
 def optimizer_of(name: str) -> str | Rule:
-    """What a name stands for: one of OF_TORCH for itself, or the rule of a baseline that is set by hand, or of a name or file.
+    """The optimizer of a name: a name in OF_TORCH unchanged, otherwise the rule of a hand-set baseline, a shipped name or a file.
 
     Raises:
-        RuleError: as `load_rule`.
+        RuleError: see `load_rule`.
     """
     if name in OF_TORCH:
         return name
@@ -102,7 +103,7 @@ def optimizer_of(name: str) -> str | Rule:
 
 
 def content_of(optimizer: str | Rule) -> str | None:
-    """A digest of what a rule computes, whatever it is called and wherever it lies; None for an optimizer without a rule."""
+    """A digest of the weights and settings of a rule, independent of its name and path; None for an optimizer of torch."""
     if isinstance(optimizer, str):
         return None
     digest = hashlib.sha256(repr(sorted(optimizer.settings().items())).encode())
@@ -112,7 +113,7 @@ def content_of(optimizer: str | Rule) -> str | None:
 
 
 def digest_of(data: Batch | Tensor) -> str:
-    """The same of a text or of images."""
+    """A digest of a text or of images."""
     digest = hashlib.sha256()
     for part in [data] if isinstance(data, Tensor) else data:
         digest.update(part.numpy().tobytes())
@@ -133,13 +134,14 @@ def train(
     final: float = FINAL,
     validation_batches: int = VALIDATION_BATCHES,
 ) -> dict[str, object]:
-    """One training run: its validation loss at the end and the means of twenty parts of its training losses. Inf: it diverged.
+    """Train once. Returns `loss`, the final validation loss (infinite if the run diverged), and `curve`, the means over twenty
+    equal parts of the training losses.
 
-    The learning rates warm up and follow a cosine down to `final` of their peak. With `precision` "bf16" the forward pass runs
-    under torch's autocast and Newton–Schulz in bfloat16.
+    The learning rates warm up and follow a cosine down to `final` times their peak. With `precision` "bf16" the forward pass
+    runs under torch's autocast, and Newton–Schulz in bfloat16.
     """
     torch.manual_seed(seed)
-    network = task.build().to(device)  # drawn on the CPU: the same weights on every device
+    network = task.build().to(device)  # initialized on the CPU: the same weights on every device
     bf16 = precision == "bf16"
     optimizers = build_optimizers(optimizer, network, lr, adamw_lr, torch.bfloat16 if bf16 else None, weight_decay)
     autocast = partial(torch.autocast, device, torch.bfloat16, enabled=bf16)
@@ -189,7 +191,7 @@ def text_of(path: str) -> Tensor:
 
 
 def images_of(source: str) -> Batch:
-    """Pixels (N, 64) and labels (N,) of one data set, in an order of their own, so that no split is all of one class."""
+    """Pixels (N, 64) and labels (N,) of one data set, in a fixed random order, so that both splits contain all classes."""
     images = load_images([source])
     if len(images.names) != 1:
         raise ConfigError(f"images {source}: {len(images.names)} data sets, expected one: {source}:{images.names[0]}")

@@ -1,1 +1,1 @@
-"""The unroll compiled by Numba for CPUs: the numbers of `celo2.metatrain.engine` to within rounding, about ten times as fast."""
+"""The unroll compiled by Numba for CPUs: equal to `celo2.metatrain.engine` up to rounding, and about ten times as fast."""

@@ -1,12 +1,12 @@
 """The rule on small matrices and vectors in Numba: the mathematics of `celo2.rule`, one unroll at a time, without temporaries.
 
-Legend: a matrix is held with its longer axis as rows (a square one transposed), `rows` × `cols`, each row padded with zeros
+Legend: a matrix is stored with its longer axis as rows (a square one transposed), `rows` × `cols`, each row padded with zeros
 to `width`, a multiple of 16. `row` accumulators (3, width) are means over the long axis, `col` (3, rows) over the short one.
-A state segment is weight, three momenta, second moment, then row and col, or diag for a vector; then the whiteners of rows and of
-columns of a matrix that has them. K decays (3), H hidden (8).
+A state segment holds weight, three momenta, second moment, then row and col, or diag for a vector; then, if a matrix has them,
+the whiteners of its rows and of its columns. K decays (3), H hidden units (8).
 
-Two sums are factored out. The twelve row and column channels are constant along one axis, so they enter the first layer as
-one vector per row and one per column; and a channel's 1 / RMS multiplies its row of first-layer weights, not the channel.
+Two things keep the first layer small. The twelve row and column channels are constant along one axis, so they enter it as one
+vector per row and one per column. And 1 / RMS of a channel multiplies its row of first-layer weights, not the channel.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from celo2.metatrain.numba_engine.simd import (
 from celo2.metatrain.numba_engine.whitening import whiten_
 from celo2.metatrain.theta import CHANNELS, STARTS
 
-# The first channel of each group, and where the other weights begin in θ.
+# Index of the first channel of each group, and where the other weights begin in θ.
 FIRST = {group: STARTS[weight] // HIDDEN for group, weight in rule.FIRST_LAYER.items()}
 GRADIENT, CLIPPED_GRADIENT, WEIGHT = FIRST["gradient"], FIRST["clipped_gradient"], FIRST["weight"]
 MOMENTUM, SCALED_MOMENTUM, FACTORED_MOMENTUM = FIRST["momentum"], FIRST["scaled_momentum"], FIRST["factored_momentum"]
@@ -55,7 +55,7 @@ SECOND_MOMENT, SCALE, SCALED_GRADIENT = FIRST["second_moment"], FIRST["scale"], 
 FACTORED_GRADIENT, ROW_MEAN, COLUMN_MEAN = FIRST["factored_gradient"], FIRST["row_mean"], FIRST["column_mean"]
 ROW_SCALE, COLUMN_SCALE = FIRST["row_scale"], FIRST["column_scale"]
 OF_ELEMENTS = tuple(FIRST[g.name] + k for g in rule.groups_of(rule.ELEMENT, rule.FACTORED) for k in range(g.count))
-VECTOR_CHANNELS = sum(group.count for group in rule.CHANNEL_GROUPS if group.in_vectors)  # the first ones
+VECTOR_CHANNELS = sum(group.count for group in rule.CHANNEL_GROUPS if group.in_vectors)  # these come first
 H, OUTPUTS = HIDDEN, rule.OUTPUTS
 B0, W1, B1, W2, B2, STEP = (STARTS[name] for name in ("b0", "w1", "b1", "w2", "b2", "step"))
 
@@ -65,7 +65,7 @@ RSQRT_EPS, RMS_EPS = np.float32(rule.RSQRT_EPS), np.float32(rule.RMS_EPS)
 EXP_COEFFICIENTS = tuple(
     np.float32(c) for c in (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
 )
-MATRIX, VECTOR, ADAM = range(3)  # what a weight takes: the rule, the rule on a vector, Adam
+MATRIX, VECTOR, ADAM = range(3)  # how a weight is updated: by the rule as a matrix, by the rule as a vector, by Adam
 ADAM_BETA1, ADAM_BETA2, ADAM_EPS = (np.float32(x) for x in (*families.ADAM_BETAS, families.ADAM_EPS))
 TINY, TWO = np.float32(families.TINY), np.float32(2)
 
@@ -74,14 +74,16 @@ class Update(NamedTuple):
     """How every weight of an unroll is trained; numbers are float32.
 
     Attributes:
-        theta: (D,), the rule. expert: (D,) of the rule that it may imitate, or empty.
-        orthogonalized, normalized: of both rules: Newton–Schulz; a gradient is divided by its RMS first.
+        theta: (D,), the rule.
+        expert: (D,), the rule that it may imitate, or empty.
+        orthogonalized: whether both rules use Newton–Schulz.
+        normalized: whether a gradient is first divided by its RMS, for both rules.
         momentum, second_moment, factored: 1 - decay, of the three momenta, v, and the three factored second moments.
         lr, adam_lr, expert_lr: peak learning rates.
-        clip: largest norm of an inner gradient; inf: any.
+        clip: largest norm of an inner gradient; inf: no clipping.
         forcing: the share of the expert in a step.
         whitening: how far whiteners move in a step; 0: there are none.
-        step_bound, expert_step_bound: no step size of the rule, of the expert is larger.
+        step_bound, expert_step_bound: upper bounds of the step sizes of the rule and of the expert.
     """
 
     theta: np.ndarray
@@ -109,7 +111,7 @@ def reciprocal_root(x):
 
 @njit(**OPTIONS)
 def exponential(x):
-    """e ** x for -60 <= x <= 0, e ** -60 below: nothing becomes denormal. As Cephes' expf: 2 ** n times a polynomial."""
+    """e ** x for x <= 0, at least e ** -60, so that nothing becomes denormal. As Cephes' expf: 2 ** n times a polynomial."""
     x = larger(x, splat(np.float32(-60)))
     n = floor(fma(x, splat(np.float32(1.44269504)), splat(np.float32(0.5))))
     r = fma(n, splat(np.float32(-0.693359375)), x)  # ln 2 in two parts
@@ -128,22 +130,22 @@ def moved(x, y, rate):
 
 @njit(**OPTIONS)
 def clipped(x, bound):
-    """x between -bound and bound."""
+    """x clipped to [-bound, bound]."""
     return larger(smaller(x, splat(bound)), splat(-bound))
 
 
 @njit(**OPTIONS)
 def lane_mask(mask, width, n):
-    """mask (width,) = 1 on the first n lanes, 0 on the padding."""
+    """Set mask (width,) to 1 in the first n lanes and 0 in the padding."""
     for j in range(width):
         mask[j] = ONE if j < n else ZERO
 
 
 @njit(**OPTIONS)
 def accumulate_elementwise(state, at, size, p, g, q, mask, s, sums, update):
-    """Steps 1 to 3 on sixteen elements: element p of the segment at `at`, gradient element q. Returns the clipped gradient.
+    """Steps 1 to 3 on sixteen elements, from element p of the segment at `at` and gradient element q. Returns clipped gradients.
 
-    Stores s = rsqrt(v + eps) at s[q], and adds the squares of the channels that depend on the element alone to sums.
+    Stores s = rsqrt(v + eps) at s[q], and adds the squares of the channels that depend on the element alone to `sums`.
     """
     x = clipped(load(g, q), CLIP)
     store(g, q, x)
@@ -174,7 +176,7 @@ def add_square(sums, channel, x):
 
 @njit(**OPTIONS)
 def elementwise_channels(h, state, at, size, p, x, r, scaled):
-    """h + what the channels of the element alone add, for sixteen elements with gradient x and r = rsqrt(v + eps)."""
+    """Add the channels that depend on the element alone to h, for sixteen elements with gradient x and r = rsqrt(v + eps)."""
     h = accumulate(h, scaled, GRADIENT * H, 1, x)
     h = accumulate(h, scaled, CLIPPED_GRADIENT * H, 1, clipped(x, SMALL_CLIP))
     h = accumulate(h, scaled, WEIGHT * H, 1, load(state, at + p))
@@ -189,7 +191,7 @@ def elementwise_channels(h, state, at, size, p, x, r, scaled):
 
 @njit(**OPTIONS)
 def scale_first_layer(theta, scaled, channel, mean_square):
-    """scaled[channel] = w0[channel] / RMS of the channel."""
+    """Set scaled[channel] = w0[channel] / RMS of the channel."""
     scale = ONE / np.sqrt(mean_square + RMS_EPS)
     for i in range(channel * H, (channel + 1) * H):
         scaled[i] = theta[i] * scale
@@ -197,7 +199,7 @@ def scale_first_layer(theta, scaled, channel, mean_square):
 
 @njit(**OPTIONS)
 def matrix_factors(theta, state, row_at, col_at, rows, cols, width, mask, row_factor, col_factor, row_term, col_term, scaled):
-    """The row and col accumulators as factors (3, width), (3, rows), and as first-layer terms (H, width), (rows, H)."""
+    """Compute factors (3, width), (3, rows) and first-layer terms (H, width), (rows, H) from row and col accumulators."""
     for h in range(H):
         for j in range(width):
             row_term[h * width + j] = theta[B0 + h]
@@ -239,7 +241,7 @@ def matrix_factors(theta, state, row_at, col_at, rows, cols, width, mask, row_fa
 
 @njit(**OPTIONS)
 def accumulate_matrix(state, at, g, rows, cols, width, s, sums, update):
-    """Steps 1 to 4 for one matrix: moves its accumulators at `at` of `state`; s (rows, width) and sums as `matrix_direction`."""
+    """Steps 1 to 4 for one matrix with accumulators at `at` in `state`; fills s (rows, width) and sums for `matrix_direction`."""
     size = rows * width
     row_at, col_at = at + 5 * size, at + 5 * size + 3 * width
     mask, row_sum = np.empty(width, np.float32), np.zeros(width, np.float32)
@@ -263,9 +265,9 @@ def accumulate_matrix(state, at, g, rows, cols, width, s, sums, update):
 
 @njit(**OPTIONS)
 def matrix_direction(theta, state, at, g, u, rows, cols, width, s, sums):
-    """Steps 5 to 7 for one matrix with moved accumulators at `at` of `state`: the direction goes into u (rows, width).
+    """Steps 5 to 7 for one matrix, after `accumulate_matrix`: write the direction into u (rows, width).
 
-    s: rsqrt(v + eps). sums: the squares of the elementwise channels; those of the factored ones are added.
+    s: rsqrt(v + eps). sums: sums of squares of the elementwise channels; this function fills in those of the factored ones.
     """
     size, n = rows * width, np.float32(rows * cols)
     row_at, col_at = at + 5 * size, at + 5 * size + 3 * width
@@ -316,7 +318,7 @@ def step_size_of(theta, sums, n, update, bound):
 
 @njit(**OPTIONS)
 def step_matrix(state, at, g, u, rows, cols, width, lr, expert_lr, update, sums):
-    """One step of the rule on a matrix: W <- W - lr u, u of the step size as its RMS. `u` is scratch; sums as `step_towards`."""
+    """One step of the rule on a matrix: W <- W - lr u; RMS(u) is its step size. `u` is scratch; sums as in `step_towards`."""
     size = rows * width
     s, squares = np.empty(size, np.float32), np.empty(CHANNELS * LANES, np.float32)
     accumulate_matrix(state, at, g, rows, cols, width, s, squares, update)
@@ -345,7 +347,7 @@ def rate_of(u, size, n, lr):
 
 @njit(**OPTIONS)
 def subtract_normalized(state, at, u, size, n, lr):
-    """Step 9 and the step itself: the weight loses lr times u divided by its RMS over n elements."""
+    """Step 9 and the update: subtract lr · u / RMS(u) from the weight, with the RMS over n elements."""
     rate = splat(-rate_of(u, size, n, lr))
     for i in range(0, size, LANES):
         store(state, at + i, fma(rate, load(u, i), load(state, at + i)))
@@ -353,10 +355,10 @@ def subtract_normalized(state, at, u, size, n, lr):
 
 @njit(**OPTIONS)
 def step_towards(state, at, u, e, size, n, lr, expert_lr, forcing, sums):
-    """As `subtract_normalized`, `forcing` of the step being the expert's, with direction e.
+    """`subtract_normalized` with a mixed step: the share `forcing` is the expert's step, with direction e.
 
-    Adds to sums (5, 16) of the steps that both would take: products, squares of the rule's and of the expert's, differences of
-    absolute values; and n.
+    Adds to sums (5, 16), from the full steps of rule and expert: products, squares of the rule's, squares of the expert's,
+    differences of absolute values; and n.
     """
     rate, expert_rate = splat(rate_of(u, size, n, lr)), splat(rate_of(e, size, n, expert_lr))
     own, share = splat(forcing - ONE), splat(-forcing)
@@ -373,7 +375,7 @@ def step_towards(state, at, u, e, size, n, lr, expert_lr, forcing, sums):
 
 @njit(**OPTIONS)
 def vector_direction(theta, state, at, g, u, n, width, s, sums):
-    """As `matrix_direction` for a vector of n elements (Celo2-base): the channels of vectors, full accumulators."""
+    """`matrix_direction` for a vector of n elements (celo2-base): the channels of vectors, and diag accumulators."""
     mask, scaled = np.empty(width, np.float32), np.empty(VECTOR_CHANNELS * H, np.float32)
     factor = np.empty(3 * width, np.float32)
     lane_mask(mask, width, n)
@@ -397,7 +399,7 @@ def vector_direction(theta, state, at, g, u, n, width, s, sums):
 
 @njit(**OPTIONS)
 def step_vector(state, at, g, n, width, lr, expert_lr, update, sums):
-    """One step of the rule on a vector of n elements, as `step_matrix`."""
+    """One step of the rule on a vector of n elements, like `step_matrix`."""
     mask, s, u = np.empty(width, np.float32), np.empty(width, np.float32), np.empty(width, np.float32)
     squares = np.zeros(VECTOR_CHANNELS * LANES, np.float32)
     lane_mask(mask, width, n)
@@ -419,7 +421,7 @@ def step_vector(state, at, g, n, width, lr, expert_lr, update, sums):
 
 @njit(**OPTIONS)
 def step_adam(state, at, g, width, lr):
-    """One step of Adam as published for biases: epsilon inside the root, no bias correction. Segment: weight, m, v."""
+    """One step of Adam as published for biases: ε inside the root, no bias correction. The segment is weight, m, v."""
     for j in range(at, at + width):
         x = g[j - at]
         state[j + width] = ADAM_BETA1 * state[j + width] + (ONE - ADAM_BETA1) * x
@@ -429,14 +431,14 @@ def step_adam(state, at, g, width, lr):
 
 @njit(**OPTIONS)
 def multiply(a, a_at, b, b_at, c, c_at, size):
-    """c = a * b on `size` elements from the three offsets."""
+    """c = a * b for `size` elements from the three offsets on."""
     for i in range(0, size, LANES):
         store(c, c_at + i, mul(load(a, a_at + i), load(b, b_at + i)))
 
 
 @njit(**OPTIONS)
 def scaled_weights(table, scale, state, w):
-    """w = scale * weight, for the weights of `table` (see `step_all`); scale and w are packed like a gradient."""
+    """w = scale * weight for the weights of `table` (see `step_all`); scale and w are packed like a gradient."""
     for p in range(len(table)):
         _, at, g_at, rows, _, width = table[p]
         multiply(scale, g_at, state, at, w, g_at, rows * width)
@@ -444,10 +446,10 @@ def scaled_weights(table, scale, state, w):
 
 @njit(**OPTIONS)
 def step_all(table, scale, state, g, u, rate, update, terms):
-    """One step of every weight with packed gradient g in the scaled weights. `u` is scratch as large as the largest weight.
+    """One step of every weight, from the packed gradient g of the scaled weights. `u` is scratch as large as the largest weight.
 
-    A row of `table` (P, 6), int64, is one weight: what it takes (MATRIX, VECTOR or ADAM), offset of its segment in the state,
-    offset in g, rows, columns, width. `rate` multiplies all learning rates. With an expert, terms (2,) becomes 1 - cosine of its
+    A row of `table` (P, 6), int64, is one weight: its kind (MATRIX, VECTOR or ADAM), offset of its segment in the state, offset
+    in g, rows, columns, width. `rate` multiplies all learning rates. With an expert, terms (2,) becomes 1 - cosine between its
     step and the rule's, and the mean difference of their absolute values.
     """
     multiply(scale, 0, g, 0, g, 0, len(g))

@@ -1,4 +1,4 @@
-"""The image network 64-32-10 in Numba: loss, gradient by hand, and the steps of one unroll. Arrays as in `kernels.py`."""
+"""The image network 64-32-10 in Numba: loss, hand-written gradient, and the steps of one unroll. Arrays as in `kernels.py`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from celo2.metatrain.numba_engine.simd import (
 
 # As int64, not int: Numba compiles every function again for each literal integer that it is called with.
 INPUTS, HIDDEN, CLASSES = np.int64(tasks.SIDE**2), np.int64(families.HIDDEN), np.int64(tasks.CLASSES)
-WIDTH = np.int64(padded(tasks.CLASSES))  # of the logits' rows
+WIDTH = np.int64(padded(tasks.CLASSES))  # padded width of a row of logits
 W1, B1 = np.int64(0), INPUTS * HIDDEN  # offsets of the weights in a packed gradient or scale
 W2 = B1 + HIDDEN
 B2 = W2 + HIDDEN * WIDTH
@@ -34,7 +34,7 @@ FAR = np.float32(1e30)
 
 @njit(**OPTIONS)
 def mlp_gradient(x, y, w, g):
-    """Mean cross-entropy of the network 64-32-10 with packed weights w on x (B, 64), y (B,); its gradient into g."""
+    """Mean cross-entropy of the network 64-32-10 with packed weights w on x (B, 64), y (B,); writes its gradient into g."""
     batch = len(y)
     h, dh = np.empty(batch * HIDDEN, np.float32), np.empty(batch * HIDDEN, np.float32)
     d = np.empty(batch * WIDTH, np.float32)  # logits, then their gradient
@@ -72,7 +72,7 @@ def softmax_cross_entropy(d, y, w):
     mask = np.empty(WIDTH, np.float32)
     lane_mask(mask, WIDTH, CLASSES)
     real = load(mask, 0)
-    outside = mul(sub(real, splat(ONE)), splat(FAR))  # 0 on classes, very negative on the padding
+    outside = mul(sub(real, splat(ONE)), splat(FAR))  # 0 for classes, very negative in the padding
     for b in range(batch):
         logits = add(load(d, b * WIDTH), load(w, B2))
         target = d[b * WIDTH + y[b]] + w[B2 + y[b]]
@@ -86,17 +86,17 @@ def softmax_cross_entropy(d, y, w):
 
 
 def compiled(source: str):
-    """The kernel of one unroll, kept on disk for the next process.
+    """The kernel of one unroll, cached on disk for later processes.
 
-    Numba sees that this file changed, but not the files it takes functions from; `source`, their hash, makes it look up
-    another entry then, because what a function closes over is part of its key.
+    Numba notices changes of this file, but not of the files that it imports functions from. `source` is a hash of those files.
+    The kernel closes over it, and closures are part of Numba's cache key, so that a change of these files recompiles the kernel.
     """
 
     @njit(cache=True, **OPTIONS)
     def unroll_one(arrays, sizes, rows, rate, reset_at, before, after, fresh, table, state, losses, terms, update):
-        """All steps of one unroll: rows (T, B), rate (T,), packed scales, fresh and state one packed row, losses (T,).
+        """All steps of one unroll: rows (T, B), rate (T,), losses (T,), terms (T, 2); scales, fresh and state are packed rows.
 
-        sizes: of the network; this one has only one size. table, update: see `kernels.step_all`. terms: (T, 2).
+        sizes: unused, because this network has only one size. table, update: see `kernels.step_all`.
         """
         pixels, labels = arrays
         steps, batch = rows.shape

@@ -1,6 +1,6 @@
-"""Products of small matrices in Numba, and Newton–Schulz made of them: step 8 of the rule.
+"""Products of small matrices in Numba, and Newton–Schulz by these products: step 8 of the rule.
 
-Matrices are row-major in one-dimensional float32 arrays, from an offset on; their width is a multiple of 16.
+Matrices are stored row by row in one-dimensional float32 arrays, from an offset on; their width is a multiple of 16.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ NS_STEPS, NS_EPS = orthogonalize.STEPS, np.float32(orthogonalize.EPS)
 
 
 def padded(n: int) -> int:
-    """`n` rounded up to whole vectors."""
+    """`n` rounded up to a multiple of LANES."""
     return -(-n // LANES) * LANES
 
 
@@ -42,14 +42,15 @@ def padded(n: int) -> int:
 def matmul(a, a_at, a_row, a_col, b, b_at, c, c_at, m, k, n):
     """c (m, n) = A (m, k) @ b (k, n); A's element (i, j) is a[a_at + i * a_row + j * a_col]. m % 8 == 0, k % 4 == 0, n % 16 == 0.
 
-    Loops over k go by fours: k is not known when they are compiled, and without that a text's unroll takes 1.3 times as long.
+    Loops over k are unrolled four times by hand, because k is not known at compile time. Without that, unrolls on text take 1.3
+    times as long.
     """
     matmul_of_columns(a, a_at, a_row, a_col, b, b_at, n, c, c_at, n, m, k, n)
 
 
 @njit(**OPTIONS)
 def matmul_of_columns(a, a_at, a_row, a_col, b, b_at, b_row, c, c_at, c_row, m, k, n):
-    """As `matmul`, where b and c are columns of matrices whose rows have `b_row` and `c_row` elements."""
+    """`matmul` for b and c that are columns of wider matrices, with `b_row` and `c_row` elements per row."""
     for j in range(0, n // 32 * 32, 32):
         for i in range(0, m, 4):
             tile, p, q = zeros(), a_at + i * a_row, b_at + j
@@ -88,7 +89,7 @@ def add_(x, y, size):
 
 @njit(**OPTIONS)
 def sum_of_squares(x, size):
-    """Sum of x[i]² over i < size, a multiple of 16."""
+    """Sum of x[i]² for i < size; size is a multiple of 16."""
     total = splat(ZERO)
     for i in range(0, size, LANES):
         v = load(x, i)

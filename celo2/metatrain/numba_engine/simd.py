@@ -1,8 +1,8 @@
-"""Sixteen floats as one value inside Numba functions: the type `f32x16`, tuples of eight of them, and operations on both.
+"""Vectors of sixteen floats in Numba functions: the type `f32x16`, tuples of eight of them, and operations on both.
 
-Numba leaves vectorization to LLVM, which cannot prove that arrays do not overlap and reaches 8 GFLOP/s on a 64 × 64 × 32
-product; with explicit vectors the same loop reaches 90 on one AVX-512 core. LLVM lowers `<16 x float>` to whatever
-registers the processor has, so the same source runs on any of them.
+Numba leaves vectorization to LLVM, which cannot prove that arrays do not overlap. It reaches 8 GFLOP/s on a 64 × 64 × 32 product;
+with explicit vectors the same loop reaches 90 GFLOP/s on one AVX-512 core. LLVM maps `<16 x float>` to the registers that a
+processor has, so the same source runs on all of them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ZEROS = ir.Constant(VECTOR, [0.0] * LANES)
 
 
 class F32x16(types.Type):
-    """Numba's type of sixteen float32 in one register, or in as many as they take."""
+    """The Numba type of sixteen float32 in one register, or in several smaller ones."""
 
     def __init__(self) -> None:
         super().__init__(name="f32x16")
@@ -30,7 +30,7 @@ class F32x16(types.Type):
 
 @register_model(F32x16)
 class F32x16Model(models.PrimitiveModel):
-    """A vector is passed and returned as the LLVM vector that it is."""
+    """Makes Numba pass and return a vector directly as an LLVM vector."""
 
     def __init__(self, manager, numba_type) -> None:
         super().__init__(manager, numba_type, VECTOR)
@@ -41,10 +41,10 @@ f32x16s = types.UniTuple(f32x16, EIGHT)
 
 
 def emitted(result):
-    """A decorator. The decorated function writes LLVM instructions; Numba code calls what comes of it, and gets a `result`.
+    """A decorator that makes a function which emits LLVM instructions callable from Numba code; the call returns a `result`.
 
-    The decorated function gets an llvmlite builder and the arguments as LLVM values. It gets an array as the address of its first
-    element (so that negative indices have no meaning), and a tuple as a list of vectors; it returns a tuple as a list, too.
+    The decorated function gets an llvmlite builder and the arguments as LLVM values. An array arrives as the address of its first
+    element (so negative indices do not work), and a tuple as a list of vectors; a tuple is also returned as a list.
     """
 
     def decorate(emit):
@@ -83,7 +83,7 @@ def filled(builder, scalar):
 
 
 def intrinsic_call(builder, name, *arguments):
-    """A call of LLVM's function `name` for vectors."""
+    """Emit a call of LLVM's intrinsic `name` for vectors."""
     kind = ir.FunctionType(VECTOR, [VECTOR] * len(arguments))
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.{name}.v16f32"), arguments)
 
@@ -94,7 +94,7 @@ def places(builder, at, stride, count=EIGHT):
 
 
 def read(builder, array, at, stride, count=EIGHT):
-    """Vectors: the i-th has array[at + i · stride] in every lane."""
+    """`count` vectors; the i-th has array[at + i · stride] in every lane."""
     return [filled(builder, builder.load(builder.gep(array, [p]))) for p in places(builder, at, stride, count)]
 
 
@@ -104,12 +104,12 @@ def relu(builder, h):
 
 
 def chosen(comparison):
-    """For minimum and maximum: `a` where `a <comparison> b`, else `b`."""
+    """An emitter for minimum or maximum: `a` where `a <comparison> b`, else `b`."""
     return lambda builder, a, b: builder.select(builder.fcmp_ordered(comparison, a, b), a, b)
 
 
 def folded(combine):
-    """All lanes of a vector combined to one number, pairwise: 8 with 8, 4 with 4, 2 with 2, 1 with 1."""
+    """An emitter that combines all lanes of a vector to one number, pairwise: 8 with 8, 4 with 4, 2 with 2, 1 with 1."""
 
     def emit(builder, x):
         count = LANES
@@ -161,26 +161,26 @@ def where_positive(builder, condition, x):
 
 @emitted(f32x16)
 def power_of_two(builder, n):
-    """2 ** n for lanes that hold whole numbers from -126 to 127, written into the exponent bits."""
+    """2 ** n, built in the exponent bits; the lanes of n must hold whole numbers from -126 to 127."""
     biased = builder.add(builder.fptosi(n, INTEGERS), ir.Constant(INTEGERS, [127] * LANES))
     return builder.bitcast(builder.shl(biased, ir.Constant(INTEGERS, [23] * LANES)), VECTOR)
 
 
 @emitted(f32x16s)
 def zeros(builder):
-    """Eight zeros."""
+    """Eight vectors of zeros."""
     return [ZEROS] * EIGHT
 
 
 @emitted(f32x16s)
 def load_eight(builder, array, at, stride):
-    """Eight vectors: the i-th is array[at + i · stride : at + i · stride + 16]."""
+    """Eight vectors; the i-th is array[at + i · stride : at + i · stride + 16]."""
     return [builder.load(vector_at(builder, array, p), align=4) for p in places(builder, at, stride)]
 
 
 @emitted(f32x16s)
 def broadcast_eight(builder, array, at, stride):
-    """Eight vectors: the i-th has array[at + i · stride] in every lane."""
+    """Eight vectors; the i-th has array[at + i · stride] in every lane."""
     return read(builder, array, at, stride)
 
 
@@ -191,7 +191,7 @@ def add_eight(builder, a, b):
 
 
 def tile_sum(builder, h, array, at, stride, columns):
-    """The tile of eight vectors h[i, j] + array[at + i · stride] * columns[j]."""
+    """Eight vectors as a tile: h[i, j] + array[at + i · stride] * columns[j]."""
     rows = read(builder, array, at, stride, EIGHT // len(columns))
     pairs = [(row, column) for row in rows for column in columns]
     return [intrinsic_call(builder, "fma", row, column, x) for (row, column), x in zip(pairs, h, strict=True)]
@@ -229,7 +229,7 @@ def output_layer(builder, h, array, weights, stride, bias):
 
 
 def store_tile(columns):
-    """Stores a tile of eight vectors with so many columns: its row i at array[at + i · stride]."""
+    """An operation that stores eight vectors as a tile with `columns` columns; row i goes to array[at + i · stride]."""
 
     @emitted(types.void)
     def operation(builder, array, at, stride, h):

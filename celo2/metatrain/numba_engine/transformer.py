@@ -1,7 +1,7 @@
-"""The text network in Numba: loss, gradient by hand, and the steps of one unroll. Arrays as in `kernels.py`.
+"""The text network in Numba: loss, hand-written gradient, and the steps of one unroll. Arrays as in `kernels.py`.
 
-`families.text_losses` is the same network in torch. Weights lie as the kernels hold them: q, k, v, o and down (in, out), up
-(out, in), embedding and head (V, D), position (D, T), or (T, D) where T > D.
+`families.text_losses` is the same network in torch. Weights have the axes of the kernels: q, k, v, o and down are (in, out), up
+is (out, in), embedding and head are (V, D), position is (D, T), or (T, D) if T > D.
 
 Legend: B sequences, T positions, N = B · T tokens, D width, A attention heads, F = 4D hidden units, V vocabulary.
 """
@@ -18,12 +18,12 @@ from celo2.metatrain.numba_engine.kernels import exponential, scaled_weights, st
 from celo2.metatrain.numba_engine.products import ONE, OPTIONS, ZERO, add_, matmul, matmul_of_columns
 from celo2.metatrain.numba_engine.simd import LANES, add, fma, lane_max, lane_sum, larger, load, mul, smaller, splat, store, sub
 
-V = np.int64(tasks.VOCABULARY)  # as int64, not int: Numba compiles every function again for each literal integer
+V = np.int64(tasks.VOCABULARY)  # int64, not int: Numba compiles every function again for each literal integer
 NORM_EPS, FAR = np.float32(families.NORM_EPS), np.float32(1e30)
 
 
 class Sizes(NamedTuple):
-    """The sizes of a network and its batch (legend above), and where its arrays begin; one compilation serves all of them."""
+    """The sizes of a network and its batch (see the legend), and the offsets of its arrays; one compilation serves all sizes."""
 
     B: int
     T: int
@@ -31,7 +31,7 @@ class Sizes(NamedTuple):
     A: int
     N: int
     F: int
-    # Weights in a packed gradient; those of a block from its beginning on.
+    # Offsets of weights in a packed gradient; those of a block are relative to its beginning.
     position: int
     head: int
     blocks: int
@@ -41,8 +41,8 @@ class Sizes(NamedTuple):
     up: int
     down: int
     block: int
-    # What a block's forward pass leaves for its backward pass: normalized inputs (at 0), queries, keys, values, attention
-    # (B, A, T, T), attended values, normalized inputs of the MLP, its units before the activation, 1 / RMS of both inputs.
+    # Offsets of what the forward pass of a block saves for its backward pass: normalized inputs (at 0), queries, keys, values,
+    # attention (B, A, T, T), attended values, normalized inputs of the MLP, its units before the activation, 1 / RMS of both.
     queries: int
     keys: int
     values: int
@@ -56,7 +56,7 @@ class Sizes(NamedTuple):
 
 
 def sizes_of(B: int, T: int, D: int, A: int) -> Sizes:
-    """The sizes of a network with so many heads A and a width D on B sequences of T bytes."""
+    """The sizes of a network with A heads and width D on B sequences of T bytes."""
     N, F, head, up = B * T, 4 * D, V * D + T * D, 4 * D * D
     attended = 4 * N * D + N * A * T
     r1 = attended + 2 * N * D + N * F
@@ -67,7 +67,7 @@ def sizes_of(B: int, T: int, D: int, A: int) -> Sizes:
 
 @njit(**OPTIONS)
 def transpose(a, at, rows, cols, out):
-    """out (cols, rows) = a (rows, cols) from `at` on, transposed."""
+    """Transpose: out (cols, rows) from a (rows, cols), which begins at `at`."""
     for i in range(rows):
         for j in range(cols):
             out[j * rows + i] = a[at + i * cols + j]
@@ -75,7 +75,7 @@ def transpose(a, at, rows, cols, out):
 
 @njit(**OPTIONS)
 def norm(x, y, at, r, r_at, N, D):
-    """Rows of x (N, D) divided by their RMS, into y from `at` on; 1 / RMS into r from `r_at` on."""
+    """Divide the rows of x (N, D) by their RMS; the result goes into y from `at` on, 1 / RMS into r from `r_at` on."""
     for n in range(N):
         total = splat(ZERO)
         for j in range(n * D, (n + 1) * D, LANES):
@@ -88,7 +88,7 @@ def norm(x, y, at, r, r_at, N, D):
 
 @njit(**OPTIONS)
 def add_norm_gradient(dx, dy, y, at, r, r_at, N, D):
-    """dx += the gradient of `norm` in its input, from dy (N, D) and its output y and r."""
+    """Add the gradient of `norm` with respect to its input to dx, from dy (N, D) and the outputs y and r of `norm`."""
     for n in range(N):
         total = splat(ZERO)
         for j in range(n * D, (n + 1) * D, LANES):
@@ -101,7 +101,7 @@ def add_norm_gradient(dx, dy, y, at, r, r_at, N, D):
 
 @njit(**OPTIONS)
 def causal_softmax(p, at, mask, T, share):
-    """Attention from share · scores p (T, T) from `at` on, in place; mask (T, T) is 1 where a position may look."""
+    """Softmax of share · p for scores p (T, T) at `at`, in place; mask (T, T) is 1 where a position may attend."""
     for i in range(T):
         top = splat(-FAR)
         for j in range(i * T, (i + 1) * T, LANES):
@@ -121,7 +121,7 @@ def causal_softmax(p, at, mask, T, share):
 
 @njit(**OPTIONS)
 def softmax_gradient(d, p, at, T, share):
-    """d (T, T), the gradient in attention p from `at` on, becomes the one in the scores before their scale."""
+    """Replace d (T, T), the gradient with respect to attention p at `at`, by the gradient with respect to the unscaled scores."""
     for i in range(T):
         total = splat(ZERO)
         for j in range(i * T, (i + 1) * T, LANES):
@@ -133,7 +133,7 @@ def softmax_gradient(d, p, at, T, share):
 
 @njit(**OPTIONS)
 def cross_entropy(d, targets, N, share):
-    """Mean cross-entropy of logits d (N, V), which become its gradient; share = 1 / N."""
+    """Mean cross-entropy of logits d (N, V); replaces d by its gradient. share = 1 / N."""
     loss = 0.0
     for n in range(N):
         row = n * V
@@ -156,7 +156,7 @@ def cross_entropy(d, targets, N, share):
 
 @njit(**OPTIONS)
 def forward_block(w, at, x, saved, s, mask, turned, y, sizes):
-    """x (N, D) += attention, then += MLP, with weights at `at`; leaves at `s` of `saved` what `backward_block` needs."""
+    """Add attention and then the MLP to x (N, D), with weights at `at`; stores what `backward_block` needs in `saved` at `s`."""
     T, D, A, N, F = sizes.T, sizes.D, sizes.A, sizes.N, sizes.F
     width = D // A  # of a head
     norm(x, saved, s, saved, s + sizes.r1, N, D)
@@ -185,13 +185,13 @@ def forward_block(w, at, x, saved, s, mask, turned, y, sizes):
 
 @njit(**OPTIONS)
 def score_share(width):
-    """What scores of queries and keys of so many numbers are multiplied with."""
+    """The factor of attention scores for heads of this width: 1 / sqrt(width)."""
     return np.float32(1 / np.sqrt(np.float64(width)))
 
 
 @njit(**OPTIONS)
 def backward_block(w, at, dx, saved, s, turned, y, g, sizes):
-    """dx (N, D), the gradient in a block's output, becomes the one in its input; that in its weights goes to g at `at`."""
+    """Replace dx (N, D), the gradient of a block's output, by that of its input; write those of its weights to g at `at`."""
     T, D, A, N, F = sizes.T, sizes.D, sizes.A, sizes.N, sizes.F
     width = D // A
     du, dq, dk, dv, dy, z = y[: N * F], y[: N * D], y[N * D :], y[2 * N * D :], y[N * F :], y[N * F + N * D :]
@@ -230,9 +230,9 @@ def backward_block(w, at, dx, saved, s, turned, y, g, sizes):
 
 @njit(**OPTIONS)
 def transformer_gradient(inputs, targets, layers, w, g, saved, mask, turned, y, sizes):
-    """Mean cross-entropy of the network with packed weights w on tokens (N,) and their successors; its gradient into g.
+    """Mean cross-entropy of the network with packed weights w on tokens (N,) and their successors; writes its gradient to g.
 
-    Scratch as `compiled` makes it; mask as for `causal_softmax`.
+    `saved`, `turned` and `y` are scratch memory as in `compiled`; mask as in `causal_softmax`.
     """
     T, D, N, position, head = sizes.T, sizes.D, sizes.N, sizes.position, sizes.head
     x, last, logits = np.empty(N * D, np.float32), layers * sizes.saved, np.empty(N * V, np.float32)
@@ -252,7 +252,7 @@ def transformer_gradient(inputs, targets, layers, w, g, saved, mask, turned, y, 
 
     matmul(logits, 0, 1, V, saved, last, g, head, V, N, D)
     matmul(logits, 0, V, 1, w, head, y, 0, N, V, D)
-    x[:] = ZERO  # from here on the gradient in what it was
+    x[:] = ZERO  # from here on x is the gradient of the former x
     add_norm_gradient(x, y, saved, last, saved, last + N * D, N, D)
     for layer in range(layers - 1, -1, -1):
         backward_block(w, sizes.blocks + layer * sizes.block, x, saved, layer * sizes.saved, turned, y, g, sizes)
@@ -271,11 +271,11 @@ def transformer_gradient(inputs, targets, layers, w, g, saved, mask, turned, y, 
 
 
 def compiled(source: str):
-    """As `mlp.compiled`."""
+    """The kernel of one unroll, as `mlp.compiled`."""
 
     @njit(cache=True, **OPTIONS)
     def unroll_one(arrays, sizes, rows, rate, reset_at, before, after, fresh, table, state, losses, terms, update):
-        """As in `mlp.compiled`; the examples are sequences by their first byte."""
+        """All steps of one unroll, as in `mlp.compiled`; `rows` holds the first bytes of sequences."""
         (tokens,) = arrays
         T, D, N, F = sizes.T, sizes.D, sizes.N, sizes.F
         inputs, targets = np.empty(N, np.int64), np.empty(N, np.int64)

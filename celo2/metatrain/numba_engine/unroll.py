@@ -1,14 +1,14 @@
-"""The truncated unroll on CPU threads: packs the state for the compiled kernels, runs them, and unpacks it.
+"""The truncated unroll on CPU threads: pack the state for the compiled kernels, run them, and unpack it.
 
-Each unroll is one call that runs all T steps in memory of its own, so the result does not depend on the number of threads.
+Each unroll is one call that runs all T steps in its own memory, so the result does not depend on the number of threads.
 
-The state of an unroll is one row of float32, weight after weight. A weight (20, 40) of the state with whiteners lies there as
+The state of an unroll is one row of float32, weight after weight. The segment of a weight (20, 40) with whiteners is
 
     weight    momentum     second_moment  row      col      right_whitener  left_whitener
     (40, 32)  (3, 40, 32)  (40, 32)       (3, 32)  (3, 40)  (48, 48)        (32, 32)
 
-with its longer axis as rows, and rows padded with zeros to whole vectors. A weight (40, 20) has the same shapes without a turn,
-and its left whitener first. `kernels.py` reads the parts of such a segment in that order.
+Its longer axis becomes the rows, and rows are padded with zeros to whole vectors. A weight (40, 20) has the same shapes but is
+not transposed, and its left whitener comes first. `kernels.py` reads the parts of a segment in this order.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from celo2.metatrain.numba_engine.products import padded
 from celo2.metatrain.problems import Truncation
 from celo2.metatrain.theta import whitening_of
 
-SOURCES = ("config", "families", "tasks", "theta")  # modules of celo2.metatrain whose constants the kernels hold
+SOURCES = ("config", "families", "tasks", "theta")  # modules of celo2.metatrain whose constants are compiled into the kernels
 NETWORKS = {"images": mlp, "text": transformer}
-ELEMENTWISE = {"weight", "momentum", "second_moment", "m", "v"}  # what of a matrix's segment has its two axes
+ELEMENTWISE = {"weight", "momentum", "second_moment", "m", "v"}  # arrays in the segment of a matrix that have its two axes
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Where an array of the state lies in a packed row: its padded shape there, and whether its axes are in the other order."""
+    """The place of an array in a packed row: its offset, its padded shape, and whether it is transposed there."""
 
     at: int
     shape: tuple[int, ...]
@@ -50,12 +50,12 @@ class Segment:
 
 
 def held(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Rows and columns of a weight as the kernels hold it: the longer axis as rows, a square one transposed, a vector a row."""
+    """Rows and columns of a weight in the kernels: the longer axis becomes the rows; a vector is a single row."""
     return (max(shape), min(shape)) if len(shape) == 2 else (1, shape[0])
 
 
 def segments(family: Family, whole: bool) -> dict[str, Segment]:
-    """The place of each array of one unroll's state, in the kernels' order; if not `whole`, of its weights alone."""
+    """The segments of the arrays of one unroll's state, by name, in the order of the kernels; only weights if not `whole`."""
     result, at = {}, 0
     for name, weight in family.shapes.items():
         transposed = len(weight) == 2 and weight[0] <= weight[1]
@@ -73,14 +73,14 @@ def segments(family: Family, whole: bool) -> dict[str, Segment]:
 
 
 def in_order(shapes: dict[str, tuple[int, ...]], transposed: bool) -> list[tuple[str, tuple[int, ...]]]:
-    """The arrays of a weight in the order of its segment: that of the state, and the whitener of what is a row there first."""
+    """The arrays of a weight in the order of its segment: as in the state, but with the whitener of its rows first."""
     sides = [key for key in (whiteners.RIGHT, whiteners.LEFT) if key in shapes]
     last = sides if transposed else sides[::-1]
     return [(key, shapes[key]) for key in [*(key for key in shapes if key not in last), *last]]
 
 
 def table_of(family: Family) -> np.ndarray:
-    """The weights of a family as the rows (P, 6) that `kernels.step_all` reads."""
+    """The table (P, 6) of the weights of a family for `kernels.step_all`, one row for each weight."""
     of_state, of_gradient, table = segments(family, whole=True), segments(family, whole=False), []
     for name, shape in family.shapes.items():
         rows, cols = held(shape)
@@ -90,7 +90,7 @@ def table_of(family: Family) -> np.ndarray:
 
 
 def pack(layout: dict[str, Segment], state: Arrays) -> np.ndarray:
-    """The arrays as one row of float32 per unroll; zeros in the padding and where the state has none."""
+    """Pack arrays into one row of float32 per unroll; zeros in the padding and for arrays that `state` lacks."""
     last = max(layout.values(), key=lambda segment: segment.at)
     packed = np.zeros((len(next(iter(state.values()))), last.at + math.prod(last.shape)), np.float32)
     for key, view in views(layout, packed, state).items():
@@ -99,7 +99,7 @@ def pack(layout: dict[str, Segment], state: Arrays) -> np.ndarray:
 
 
 def views(layout: dict[str, Segment], packed: np.ndarray, state: Arrays) -> dict[str, np.ndarray]:
-    """The packed rows as arrays of the state's shapes, without the padding."""
+    """Views of the packed rows with the shapes of the arrays in `state`, without the padding."""
     result = {}
     for key, x in state.items():
         segment = layout[key]
@@ -113,7 +113,7 @@ def views(layout: dict[str, Segment], packed: np.ndarray, state: Arrays) -> dict
 def unroll(
     config: Config, family: Family, state: Arrays, theta: np.ndarray, truncation: Truncation, expert: Expert | None = None
 ) -> np.ndarray:
-    """As `celo2.metatrain.engine.unroll`."""
+    """The same as `celo2.metatrain.engine.unroll`."""
     layout, of_weights, table = segments(family, whole=True), segments(family, whole=False), table_of(family)
     packed, steps = pack(layout, state), truncation.rows.shape[1]
     fresh = pack(layout, truncation.fresh) if (truncation.reset_at < steps).any() else packed
@@ -139,7 +139,7 @@ def unroll(
 
 
 def sizes_of(family: Family) -> transformer.Sizes:
-    """The sizes of a text family; of images, where nothing reads them, those of a small text."""
+    """The sizes of a text network. For images, whose kernel ignores them, those of a small text network."""
     options = family.options
     if isinstance(options, Images):
         return transformer.sizes_of(1, 16, 16, 1)
@@ -147,7 +147,7 @@ def sizes_of(family: Family) -> transformer.Sizes:
 
 
 def update_of(config: Config, family: Family, theta: np.ndarray, expert: Expert | None) -> Update:
-    """How the weights of an unroll with the rule θ (D,) are trained."""
+    """The `Update` of an unroll with the rule θ (D,)."""
     start, options, clip = start_rule(config), family.options, config.inner.grad_clip
 
     def rates(decays: tuple[float, float, float]) -> tuple[np.float32, np.float32, np.float32]:
@@ -172,13 +172,13 @@ def update_of(config: Config, family: Family, theta: np.ndarray, expert: Expert 
 
 
 def by_key(weights: Arrays) -> Arrays:
-    """Weights under their names in the state."""
+    """Weights by their names in the state."""
     return {f"{name}.weight": w for name, w in weights.items()}
 
 
 @cache
 def kernel(kind: str):
-    """The compiled unroll of the family of that kind; its cache on disk is found by the sources it is made of."""
+    """The compiled unroll for families of this kind; the key of its cache on disk includes a hash of its sources."""
     folder = Path(__file__).parent
     files = [*sorted(folder.glob("*.py")), *(folder.parent / f"{module}.py" for module in SOURCES)]
     files += [Path(rules.__file__), Path(orthogonalize.__file__), Path(whiteners.__file__)]

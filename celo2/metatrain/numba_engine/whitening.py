@@ -1,7 +1,7 @@
-"""Whitening in Numba: the mathematics of `celo2.whitening` on one direction, held as in `kernels.py`.
+"""Whitening in Numba: the mathematics of `celo2.whitening` on one direction, stored as in `kernels.py`.
 
-Legend: u (rows, width) is a direction with its longer axis as rows, a multiple of 16, and zeros in its padding. P of its rows is
-(rows, rows), that of its columns (width, width); the state holds P - 1, zero in the padding.
+Legend: u (rows, width) is a direction with its longer axis as rows, a multiple of 16, and zeros in its padding. The P of its rows
+is (rows, rows), the P of its columns (width, width). The state holds P - I, with zeros in the padding.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ HALF, TWO = np.float32(0.5), np.float32(2)
 
 @njit(**OPTIONS)
 def whiten_(u, state, at, rows, cols, width, rate):
-    """u becomes P u P, divided by its RMS; then both whiteners move. That of rows is at `at` of `state`, the other after it."""
+    """Replace u by P_rows u P_columns / RMS, then update both whiteners; that of rows is at `at` in `state`, the other next."""
     size, of_cols = rows * width, at + rows * rows
     y, gram = np.empty(size, np.float32), np.empty(width * width, np.float32)
     matmul(state, at, rows, 1, u, 0, y, 0, rows, rows, width)
@@ -28,14 +28,14 @@ def whiten_(u, state, at, rows, cols, width, rate):
     add_(u, y, size)
     scale_(u, size, ONE / np.sqrt(sum_of_squares(u, size) / np.float32(rows * cols) + TINY))
     matmul(u, 0, 1, width, u, 0, gram, 0, width, rows, width)
-    norm = np.sqrt(sum_of_squares(gram, width * width))  # of u uᵀ, too
+    norm = np.sqrt(sum_of_squares(gram, width * width))  # u uᵀ has the same norm
     move_rows(u, y, state, at, rows, width, norm, np.float32(cols), rate)
     move_columns(gram, state, of_cols, cols, width, norm, np.float32(rows), rate)
 
 
 @njit(**OPTIONS)
 def move_columns(gram, state, at, n, width, norm, count, rate):
-    """The whitener of n columns: A P A with A = 1 - ρ (gram / count - 1), of the gram uᵀ u, which is lost, over `count` rows."""
+    """Update the whitener of n columns to A P A, A = I - ρ (gram / count - I), gram = uᵀ u over `count` rows; overwrites gram."""
     a, size, strength = gram, width * width, rate / (TWO + rate * (norm / count))
     pa, p = np.empty(size, np.float32), np.empty(size, np.float32)
     scale_(a, size, -strength / count)
@@ -49,10 +49,10 @@ def move_columns(gram, state, at, n, width, norm, count, rate):
 
 @njit(**OPTIONS)
 def move_rows(u, y, state, at, rows, width, norm, count, rate):
-    """The whitener of the rows, with u uᵀ over `count` columns. `y` is scratch like u.
+    """Update the whitener of the rows with u uᵀ over `count` columns. `y` is scratch memory of the size of u.
 
-    u uᵀ has a low rank, and A = a - b u uᵀ, so that A P A is a² P + u wᵀ + w uᵀ with w = b² / 2 u (uᵀ P u) - a b P u: a quarter
-    of the products where a matrix is four times as long as wide.
+    u uᵀ has a low rank, and A = a I - b u uᵀ. So A P A is a² P + u wᵀ + w uᵀ with w = b² / 2 u (uᵀ P u) - a b P u. For a matrix
+    four times as long as wide this needs a quarter of the products.
     """
     strength = rate / (TWO + rate * (norm / count))
     size, a, b = rows * width, ONE + strength, strength / count
@@ -77,9 +77,9 @@ def move_rows(u, y, state, at, rows, width, norm, count, rate):
 
 @njit(**OPTIONS)
 def settle(p, state, at, n, width, rate):
-    """P - 1 in the state from p (width, width), of which n rows and columns count: made symmetric, its mean diagonal 1, decayed.
+    """Write P - I into the state from the first n rows and columns of p (width, width): symmetric, mean diagonal 1, decayed.
 
-    It goes in blocks, since columns of a large p lie where the first cache keeps few of them.
+    Works in blocks, because the first-level cache can hold only a few columns of a large p.
     """
     trace = ZERO
     for i in range(n):
