@@ -18,7 +18,7 @@ from celo2.training.lock import FolderLock
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Read the configuration, meta-train or continue, say where the rule is."""
+    """Read the configuration, meta-train or resume, and print the path of the rule."""
     parser = argparse.ArgumentParser(
         prog="python -m celo2.metatrain",
         description="Meta-train a rule, or continue: the same command resumes exactly.",

@@ -1,7 +1,7 @@
 """The truncated unroll in plain torch: every problem and both signs in one batch, on any device.
 
-It is the reference of `numba_engine`, and it serves GPUs. The update is made of the functions of `celo2.rule`; only the MLP is
-written again, because here every unroll has its own θ.
+It is the reference for `numba_engine`, and it serves GPUs. The update uses the functions of `celo2.rule`; only the MLP is written
+again, because here every unroll has its own θ.
 
 Legend: N problems, U unrolls, those of each problem in turn (of PES the signs + and -), T steps, B examples, K decays,
 F channels, H hidden units.
@@ -48,8 +48,8 @@ class Expert:
     Attributes:
         theta: (D,), its weights.
         forcing: its share of every step.
-        terms: (U, T, 2), which the engine writes: 1 - cosine of its step and the rule's over all weights that take the rule, and
-            the mean difference of their absolute values.
+        terms: (U, T, 2), which the engine writes: 1 - cosine of its step and the rule's over all weights that the rule trains,
+            and the mean difference of their absolute values.
     """
 
     theta: np.ndarray
@@ -64,7 +64,7 @@ def choose_unroll(config: Config) -> Unroll:
     """The engine that the configuration asks for.
 
     Raises:
-        ConfigError: a device that is not there, or sizes that the compiled engine does not take.
+        ConfigError: the device does not exist, or the compiled engine does not support the sizes.
     """
     device = config.engine.device
     if not is_fast(config):
@@ -86,10 +86,10 @@ def choose_unroll(config: Config) -> Unroll:
 
 
 def usable(device: str) -> torch.device:
-    """The device of that name. Raises ConfigError unless it is here and holds numbers, as `meta` does not."""
+    """The device of that name. Raises ConfigError unless it exists and holds numbers, which `meta` does not."""
     try:
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, ImportError):  # torch raises them for no such name, no driver and no such build
+    except (RuntimeError, AssertionError, ImportError):  # unknown name, missing driver, or another build of torch
         raise ConfigError(f"engine.device is '{device}', expected cpu, or a device that is here, as cuda or cuda:1") from None
     return torch.device(device)
 
@@ -100,11 +100,11 @@ class Unrolls:
 
     live: dict[str, Tensor]  # `state`
     scale: dict[str, Tensor]  # (U, *shape) of each weight, now
-    after: dict[str, Tensor]  # the same, and the weights, from a reset on
-    fresh: dict[str, Tensor]
+    after: dict[str, Tensor]  # `scale` from a reset on
+    fresh: dict[str, Tensor]  # `live` from a reset on
     reset_at: Tensor  # (U,), the step at which a problem starts again
     rows: Tensor  # (N, T, B), examples by number
-    rate: Tensor  # (T, U), on the learning rates
+    rate: Tensor  # (T, U), factors on the learning rates
     networks: dict[str, Tensor]
     expert: dict[str, Tensor]  # its networks, the same for all; and `forcing` (); nothing without an expert
     losses: Tensor  # (T, U)
@@ -153,7 +153,7 @@ def on_device(state: Arrays, theta: np.ndarray, truncation: Truncation, expert: 
 
 
 def advance_(config: Config, family: Family, arrays: tuple[Tensor, ...], unrolls: Unrolls) -> None:
-    """One step of every unroll: resets, losses, gradients, updates. Nothing in it depends on what the host can see.
+    """One step of every unroll: resets, losses, gradients, updates. Nothing in it depends on values that the host must read.
 
     A loss is measured before the step that learns from it. A problem that starts again at step t loses its weights and
     accumulators before the loss of step t.
@@ -216,7 +216,7 @@ def replace_(x: Tensor, new: Tensor, where: Tensor) -> None:
 def unroll(
     config: Config, family: Family, state: Arrays, theta: np.ndarray, truncation: Truncation, expert: Expert | None = None
 ) -> np.ndarray:
-    """T steps of every unroll under its own θ (U, D): inner losses (U, T). Moves `state` in place."""
+    """T steps of every unroll under its own θ (U, D); returns inner losses (U, T). Updates `state` in place."""
     device = torch.device(config.engine.device)
     unrolls = on_device(state, theta, truncation, expert, device)
     arrays = tuple(torch.from_numpy(x).to(device) for x in family.data.arrays)
@@ -226,7 +226,7 @@ def unroll(
 
 
 def results(unrolls: Unrolls, state: Arrays, expert: Expert | None) -> np.ndarray:
-    """The inner losses (U, T), once `state` and `expert` hold what the unrolls have come to."""
+    """Copy the results of the unrolls into `state` and `expert`; returns the inner losses (U, T)."""
     for key, x in unrolls.live.items():
         state[key][:] = x.cpu().numpy()
     if expert is not None:
@@ -235,9 +235,9 @@ def results(unrolls: Unrolls, state: Arrays, expert: Expert | None) -> np.ndarra
 
 
 class GraphUnroll:
-    """`unroll` on a GPU: a step is captured in a CUDA graph once, and replayed T times for every truncation.
+    """`unroll` on a GPU: it captures a step in a CUDA graph once, and replays the graph T times for every truncation.
 
-    A step is about a thousand small kernels; started one by one they would take as long as the host needs to start them.
+    A step is about a thousand small kernels. If the host launched them one by one, the launches would determine the time.
     """
 
     def __init__(self) -> None:
@@ -255,7 +255,7 @@ class GraphUnroll:
         truncation: Truncation,
         expert: Expert | None = None,
     ) -> np.ndarray:
-        """As `unroll`, with the same configuration and family in every call. Other sizes, or no expert any more: a new graph."""
+        """As `unroll`; configuration and family must be the same in every call. Other sizes, or the expert's end: a new graph."""
         device = torch.device(config.engine.device)
         unrolls = on_device(state, theta, truncation, expert, device)
         form = [tensor.shape for tensor in unrolls.tensors()]
@@ -272,7 +272,7 @@ class GraphUnroll:
 
 
 def captured(step: Callable[[], object], warm_up: int) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of `step`, which runs `warm_up` times before, on a stream of its own as capturing wants it."""
+    """A CUDA graph of `step`, which first runs `warm_up` times on a stream of its own, as capturing requires."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

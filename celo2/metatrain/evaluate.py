@@ -1,9 +1,9 @@
 """`python -m celo2.metatrain.evaluate RULE ... --text FILE`: rules against AdamW, Muon and hand-set rules on unseen tasks.
 
-Every optimizer gets the same search, with the first seeds: as many learning rates, or settings of several keys (`--search`), by
-the coordinate descent of `launch.compare`. The best one is trained with other seeds, and the tables tell of those alone. Each
-training run is a line of `--out`; a second command with the same file adds what is missing. A rule and data are known there by
-what they hold, not by their names.
+Every optimizer gets the same search, with the first seeds: equally many learning rates, or settings of several keys (`--search`),
+by the coordinate descent of `launch.compare`. The best setting is trained with other seeds, and the tables show these runs alone.
+Each training run is a line of `--out`; a second command with the same file adds the missing runs. The file identifies rules and
+data by their content, not by their names.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ from celo2.training.configuration import ConfigError
 from celo2.training.search import Key, Search, Setting, begin, grid, next_setting, open_sides
 from celo2.training.statistics import Difference, difference, holm
 
-KEYS = {"lr": 2.0, "adamw_lr": 4.0, "weight_decay": 4.0}  # what can be searched for, and the first factor of the search
-FIRST_LRS = 3  # that a search begins with
-REFERENCE = "hand-momentum"  # what a learned rule must be held against
+KEYS = {"lr": 2.0, "adamw_lr": 4.0, "weight_decay": 4.0}  # keys that can be searched for, and the first factor of the search
+FIRST_LRS = 3  # the number of learning rates that a search begins with
+REFERENCE = "hand-momentum"  # every learned rule is compared with it
 RECORD = b'{"task": "'  # how a line of `--out` begins
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train what is missing, print the tables."""
+    """Train the missing runs and print the tables."""
     parser = argparse.ArgumentParser(prog="python -m celo2.metatrain.evaluate", description=__doc__.splitlines()[0])
     parser.add_argument("rules", nargs="*", metavar="RULE", help="names or files of rules")
     parser.add_argument("--tasks", default="gpt", help=f"comma-separated: {', '.join(TASKS)} (default: gpt)")
@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", default="evaluation.jsonl", help="file: a line per training run (default: evaluation.jsonl)")
     parser.add_argument("--picture", metavar="PNG", help="draw the gain over the first optimizer, over the training steps")
     options = parser.parse_args(arguments)
-    options.tasks = list(dict.fromkeys(name for name in options.tasks.split(",") if name))  # each once, however often it is named
+    options.tasks = list(dict.fromkeys(name for name in options.tasks.split(",") if name))  # each once, even if named twice
     options.search = [name for name in options.search.split(",") if name]
     options.baselines = [name for name in options.baselines.split(",") if name]
     options.optimizers = list(dict.fromkeys([*options.baselines, *options.rules]))
@@ -118,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Raise ConfigError or RuleError for options that cannot be: now, not after hours of training."""
+    """Raise ConfigError or RuleError for invalid options: now, not after hours of training."""
     if not options.tasks:
         raise ConfigError(f"--tasks names none, expected some of {', '.join(TASKS)}")
     for name in options.tasks:
@@ -189,8 +189,8 @@ def first_of(optimizer: str, asked: Mapping[str, float], own: Mapping[str, float
 
 
 class Row(NamedTuple):
-    """What became of one optimizer on one task: its best setting, the keys at the edge of those tried, and for each seed the
-    loss and the curve of training losses."""
+    """The result of one optimizer on one task: its best setting, the keys whose best value is at the edge of those tried, and
+    for each seed the loss and the curve of training losses."""
 
     task: str
     optimizer: str
@@ -221,7 +221,7 @@ def evaluate(options: argparse.Namespace) -> None:
 
 
 def uses_adamw_lr(optimizer: str | Rule) -> bool:
-    """Whether AdamW trains some parameters beside it; a rule of Celo2-base has them all."""
+    """Whether AdamW trains some parameters beside the optimizer; a rule of Celo2-base trains all of them."""
     return isinstance(optimizer, str) or optimizer.variant != "celo2-base"
 
 
@@ -251,14 +251,14 @@ def best_of(runs: Runs, task: str, optimizer: str) -> Row:
         chosen = s.chosen or min(s.losses)  # if everything diverged
         edges = tuple(open_sides(keys, s.tried))
     final = trained(chosen, range(options.search_seeds, options.search_seeds + options.seeds), options.steps)
-    values = {name: firsts[name] for name in ("lr", "weight_decay")}  # optimizers begin at different ones: shown, searched or not
+    values = {name: firsts[name] for name in ("lr", "weight_decay")}  # always shown: optimizers begin at different ones
     values |= dict(zip((key.name for key in keys), chosen, strict=True))
     final_losses, curves = {seed: loss for seed, (loss, _) in final.items()}, {seed: curve for seed, (_, curve) in final.items()}
     return Row(task, optimizer, values, edges, final_losses, curves)
 
 
 def searched(keys: tuple[Key, ...], trials: int, losses: Callable[[Setting], Mapping[int, float]]) -> Search:
-    """A search of so many trials: the first key at three values around where it begins, then one setting after the other."""
+    """A search of `trials` trials: the first key at three values around its start, then one setting after the other."""
     s = Search(keys)
     for setting in begin(keys, grid(keys[0].first, min(FIRST_LRS, trials), keys[0].factor)):
         s.losses[setting] = tuple(losses(setting).values())
@@ -268,7 +268,7 @@ def searched(keys: tuple[Key, ...], trials: int, losses: Callable[[Setting], Map
 
 
 class Runs:
-    """Training runs. Those that a file of JSON lines holds are not done again."""
+    """Training runs. Those in a file of JSON lines are not repeated."""
 
     def __init__(self, options: argparse.Namespace, bar: Progress) -> None:
         self.options, self.bar, self.path = options, bar, Path(options.out)
@@ -305,13 +305,13 @@ class Runs:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The training runs in a file of JSON lines. A last line that a kill cut short is taken out of the file; one that lacks its
-    newline alone gets it.
+    """The training runs in a file of JSON lines. If a kill cut the last line short, it is removed from the file; if the line only
+    lacks its newline, the newline is added.
 
-    Lines from before `--final` and `--validation-batches` are of their defaults.
+    Lines written before the options `--final` and `--validation-batches` existed get their defaults.
 
     Raises:
-        ConfigError: a line that is no training run. The file stays as it is.
+        ConfigError: a line is no training run. The file stays as it is.
     """
     try:
         whole, newline, last = (path.read_bytes() if path.exists() else b"").rpartition(b"\n")

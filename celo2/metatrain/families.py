@@ -1,8 +1,8 @@
 """The two families of inner problems: networks 64-32-10 on images, and small transformers on text.
 
-A family names the weights of its network, and says how they start and how they are trained, with what state. Its loss in plain
-torch serves all unrolls at once. The transformer's weights are (out, in), as `nn.Linear` holds them, because the rule treats
-the two axes of a square matrix differently: it must meet them as in large models.
+A family names the weights of its network, and says how they start, how they are trained and with what state. Its loss in plain
+torch serves all unrolls at once. The transformer's weights are (out, in), as `nn.Linear` holds them: the rule treats the two axes
+of a square matrix differently, and must see them as in large models.
 
 Legend: U unrolls, B images or sequences, T positions of a sequence, D width, A heads, V vocabulary.
 """
@@ -39,13 +39,13 @@ class Family:
     """A kind of inner problem: its network, its data, and how it is trained.
 
     Attributes:
-        name: which no other family has.
-        label: what tells its tasks from those of another size, or nothing.
+        name: differs from those of all other families.
+        label: distinguishes its tasks from those of another size; may be empty.
         data: the tasks.
         options: inner learning rates, the smallest and largest s of the reparametrization, and the sizes of a text network.
         shapes: of each weight, by name.
-        by_adam: names of the weights that take Adam: in Celo2 biases, embeddings and a head, in Celo2-base none.
-        whitened: whether the matrices that take the rule have whiteners.
+        by_adam: names of the weights that Adam trains: in Celo2 biases, embeddings and a head, in Celo2-base none.
+        whitened: whether the matrices that the rule trains have whiteners.
         batch: examples per step.
         uniform_loss: cross-entropy of a uniform guess.
         draw: the initial value of a weight from (random numbers, name, shape).
@@ -72,7 +72,7 @@ class Family:
         return rules.accumulator_shapes(shape, rules.factored_axes(shape) if len(shape) > 1 else None, self.whitened)
 
     def initial_state(self, weights: Arrays, copies: int = 2) -> Arrays:
-        """So many unrolls of every problem at its weights (N, *shape): `NAME.weight` (U, *shape), accumulators (U, ...) zero."""
+        """`copies` unrolls of each problem with weights (N, *shape): `NAME.weight` (U, *shape), and zero accumulators."""
         state = {}
         for name, w in weights.items():
             state[f"{name}.weight"] = np.repeat(w, copies, axis=0)
@@ -82,14 +82,14 @@ class Family:
 
 
 def families_of(config: Config, data: Data) -> list[Family]:
-    """The families that learn from `data`: one of images, of texts one for each size."""
+    """The families that learn from `data`: one for images; for texts, one for each size."""
     if data.kind == "images":
         return [image_family(config, data)]
     return [text_family(config, data, n) for n in range(len(text_sizes(config)))]
 
 
 def family_of(config: Config, data: Data) -> Family:
-    """The first of them."""
+    """The first one of `families_of`."""
     return families_of(config, data)[0]
 
 
@@ -120,7 +120,7 @@ def text_family(config: Config, data: Data, n: int = 0) -> Family:
     residual = 1 / math.sqrt(2 * size.layers)
 
     def draw(rng: np.random.Generator, name: str, shape: Shape) -> np.ndarray:
-        """As GPT-2: small, and what is added to the residual stream the smaller the deeper the network."""
+        """As in GPT-2: small; weights that write into the residual stream are the smaller the deeper the network."""
         std = residual / math.sqrt(shape[1]) if name.startswith(("o", "down")) else EMBEDDING_STD
         return std * rng.standard_normal(shape)
 

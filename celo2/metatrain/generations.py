@@ -1,6 +1,6 @@
 """CMA-ES over the free numbers of θ: whole episodes, the same ones for every candidate of a generation.
 
-It takes fewer unrolls than PES where few numbers are free, bears any loss, and looks at what counts: the loss at the end.
+It needs fewer unrolls than PES if few numbers are free, works with any loss, and optimizes what counts: the loss at the end.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from celo2.metatrain.problems import NOISE, random, whole_episodes
 from celo2.metatrain.tasks import Data
 from celo2.metatrain.theta import directions_of, within_bounds
 
-KEPT = 2  # candidates of a generation beside those of the search: the mean of its distribution, and the first θ
+KEPT = 2  # more candidates of a generation: the mean of the search's distribution, and the first θ
 
 
 class Generations(MetaState):
@@ -31,7 +31,7 @@ class Generations(MetaState):
         self.es = CmaEs(np.zeros(len(self.directions)), config.estimator.sigma, config.outer.population)
 
     def theta_of(self, steps: np.ndarray) -> np.ndarray:
-        """θ (..., D) for steps (..., n), its step sizes and whitening within the bounds of a rule file."""
+        """θ (..., D) for steps (..., n), with step sizes and whitening within the bounds of a rule file."""
         return within_bounds((self.first_theta + steps @ self.directions).astype(np.float32), self.config)
 
     def current(self) -> np.ndarray:
@@ -61,7 +61,7 @@ class Generations(MetaState):
         }
 
     def final(self, losses: np.ndarray) -> np.ndarray:
-        """The mean of the last share of losses (..., T)."""
+        """The mean of the last `estimator.last` of losses (..., T)."""
         count = max(1, round(self.config.estimator.last * losses.shape[-1]))
         return losses[..., -count:].mean(-1)
 

@@ -1,4 +1,4 @@
-"""What every meta-training has, whatever searches for θ: problems, engines, the rule as it stands, and its state in a file."""
+"""What every meta-training has, whichever method searches for θ: problems, engines, the current rule, and the state in a file."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from celo2.rule import Rule
 from celo2.training.atomic import write_atomically
 
 FORMAT = "celo2-metatrain"
-SEARCHED = ("theta", "average", "xi", "cma")  # arrays, or how their names begin, that are finite while a search goes well
+SEARCHED = ("theta", "average", "xi", "cma")  # arrays, or prefixes of their names, that stay finite unless the search diverges
 
 
 def extended(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """x (..., D) of a state that was written when θ had no step sizes or no whitening yet: zeros for them bring it to `shape`."""
+    """x (..., D) of a state from before θ had step sizes or whitening, extended to `shape` with zeros for them."""
     if x.ndim and shape[-1:] == (SIZE,) and x.shape[:-1] == shape[:-1] and x.shape[-1] in (STARTS[STEP], STARTS[WHITENING]):
         return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, SIZE - x.shape[-1])])
     return x
@@ -36,10 +36,10 @@ def extended(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 class MetaState(ABC):
     """The meta-state, and one outer iteration.
 
-    `data`: what `load_data` returned. Families are in that order, and problems, losses and ε in that of the families.
+    `data`: what `load_data` returned. Families are in this order, and problems, losses and ε in the order of the families.
 
     Attributes:
-        families, unrolls: of each kind and size of problem, and the engine that advances them.
+        families, unrolls: one family for each kind and size of problem, and the engine that advances it.
         tasks: the names of all tasks, all different.
         task, uniform_loss: of each problem (N,), its task and the loss of a uniform guess.
         average: (D,) the running mean of θ; equal to θ without averaging.
@@ -47,7 +47,7 @@ class MetaState(ABC):
         data: a digest of the examples of each task, by the task's name without a size.
 
     Raises:
-        ConfigError: tasks of the same name, a start or an engine that cannot be used.
+        ConfigError: two tasks have the same name, or the start or the engine cannot be used.
     """
 
     def __init__(self, config: Config, *data: Data) -> None:
@@ -69,7 +69,7 @@ class MetaState(ABC):
 
     @abstractmethod
     def search(self) -> dict[str, float]:
-        """What an iteration does to θ; returns its metrics."""
+        """Change θ as an iteration does; returns the metrics."""
 
     @abstractmethod
     def current(self) -> np.ndarray:
@@ -77,7 +77,7 @@ class MetaState(ABC):
 
     @abstractmethod
     def tensors(self) -> Arrays:
-        """Every array of the meta-state by name; what is written into one changes the meta-state."""
+        """Every array of the meta-state by name; writing into one changes the meta-state."""
 
     def step(self) -> dict[str, float]:
         """One outer iteration; returns its metrics.
@@ -97,8 +97,8 @@ class MetaState(ABC):
         return metrics
 
     def bounded(self, raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Losses (U, T), at most what `estimator.loss_clip` allows; and for the metrics, at most that of a uniform guess, as one
-        that is not finite counts."""
+        """Losses (U, T), at most what `estimator.loss_clip` allows; and for the metrics, at most the loss of a uniform guess,
+        which also stands for a loss that is not finite."""
         uniform = np.repeat(self.uniform_loss, len(raw) // len(self.task))[:, None]
         clip = self.config.estimator.loss_clip
         bound = (np.full_like(uniform, np.inf) if clip is None else clip * uniform).astype(np.float32)
@@ -106,12 +106,12 @@ class MetaState(ABC):
         return losses, np.minimum(losses, uniform.astype(np.float32))
 
     def means(self, losses: np.ndarray) -> dict[str, float]:
-        """The metrics of losses (U, T) of all problems, those that count for nothing being NaN: of all, and of each task."""
+        """The metrics of losses (U, T) of all problems, NaN where they do not count: means over all, and over each task."""
         per_task = np.nanmean(losses, 1).reshape(len(self.tasks), -1).mean(1)
         return {"loss": float(np.nanmean(losses)), **{f"loss/{n}": float(x) for n, x in zip(self.tasks, per_task, strict=True)}}
 
     def rule(self) -> Rule:
-        """The rule as it stands, with a description that says how it came about."""
+        """The current rule, with a description of how it was trained."""
         config = self.config
         data = ", ".join(self.tasks)
         start = f"seed {config.run.seed}, from {config.rule.init}"
@@ -131,10 +131,10 @@ class MetaState(ABC):
         return None if name is None else fingerprint(loaded(name), None)
 
     def load(self, path: Path) -> None:
-        """Continue from a file of `save`.
+        """Resume from a file of `save`.
 
         Raises:
-            ConfigError: not such a file, or one of another configuration, data or rules, or of a search that diverged.
+            ConfigError: it is no such file, has another configuration, data or rules, or is of a search that diverged.
         """
         meta, arrays = read_state(path)
         self.require_same(path, meta)
@@ -150,12 +150,12 @@ class MetaState(ABC):
             x[...] = arrays[key]
 
     def require_same(self, path: Path, meta: dict[str, Any]) -> None:
-        """Raise ConfigError where the run that wrote `meta` into `path` is not one that goes on like this.
+        """Raise ConfigError if this run cannot resume the run that wrote `meta` into `path`.
 
         Earlier versions wrote neither the data nor the expert nor, at first, the start.
         """
         other = "or begin in another run.dir"
-        written = dotted(asdict(Config())) | dotted(meta["config"])  # an option that is newer than the file had its default
+        written = dotted(asdict(Config())) | dotted(meta["config"])  # options newer than the file get their defaults
         start = start_rule(self.config)
         bound = {"outer.iterations"} if self.config.outer.schedule == "cosine" else set()
         for key, value in dotted(asdict(self.config)).items():
@@ -189,7 +189,7 @@ def read_state(path: Path) -> tuple[dict[str, Any], Arrays]:
     """What `MetaState.save` wrote: metadata and arrays.
 
     Raises:
-        ConfigError: not such a file, or a damaged one.
+        ConfigError: it is no such file, or damaged.
     """
     try:
         with safe_open(path, "numpy") as file:

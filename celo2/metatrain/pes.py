@@ -10,7 +10,7 @@ import numpy as np
 
 from celo2.metatrain.families import TINY
 
-IMITATION = 0.01  # RMS of the difference of an imitation term, as in ELO (arXiv 2607.06772)
+IMITATION = 0.01  # RMS that the difference of an imitation term is scaled to, as in ELO (arXiv 2607.06772)
 
 
 def antithetic(theta: np.ndarray, epsilon: np.ndarray) -> np.ndarray:
@@ -19,7 +19,7 @@ def antithetic(theta: np.ndarray, epsilon: np.ndarray) -> np.ndarray:
 
 
 def differences(losses: np.ndarray, reset_at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """L⁺ - L⁻ (N,) of losses (2N, T), each the sum over its steps divided by T: before a problem's reset, and from it on."""
+    """L⁺ - L⁻ (N,) of losses (2N, T), twice: summed over the steps before a problem's reset, and over the rest; divided by T."""
     steps = losses.shape[1]
     delta = (losses[0::2].astype(np.float64) - losses[1::2]) / steps
     before = np.arange(steps) < reset_at[:, None]
@@ -34,7 +34,7 @@ def estimate(
     Args:
         before, after: what `differences` returned.
         xi: (N, D), the sum of ε since each problem started, this truncation's included.
-        xi_after: (N, D), the same after a reset: this truncation's ε alone, or added to that of the late state that went on.
+        xi_after: (N, D), the same after a reset: this truncation's ε, plus the sum of a late state if the problem resumed one.
         weights: (2, N), of `before` and `after`; or (N,), of both. 1 in the published recipe.
     """
     weight, weight_after = np.broadcast_to(weights, (2, len(before)))
@@ -43,15 +43,15 @@ def estimate(
 
 
 def persisted(xi: np.ndarray, xi_after: np.ndarray, reset_at: np.ndarray, steps: int) -> np.ndarray:
-    """ξ for the next truncation: that after the reset where a problem started again."""
+    """ξ for the next truncation: `xi_after` for problems that were reset, else `xi`."""
     return np.where((reset_at < steps)[:, None], xi_after, xi)
 
 
 def with_imitation(losses: np.ndarray, terms: np.ndarray, weights: tuple[float, float]) -> np.ndarray:
-    """Losses (2N, T) in part replaced by what the rule's steps differ from an expert's: terms (2N, T, 2), as in ELO.
+    """Losses (2N, T), in part replaced by terms (2N, T, 2) that measure how the rule's steps differ from an expert's, as in ELO.
 
-    The difference of a term between both signs gets the RMS `IMITATION` over all steps; the losses keep what the weights leave.
-    Of a pair with a term that is not finite, both count as 0.
+    Each term is scaled so that its difference between both signs has the RMS `IMITATION` over all steps. The weight of the losses
+    is 1 minus the sum of the terms' weights. If one term of a pair of signs is not finite, both count as 0.
     """
     total = (1 - sum(weights)) * losses.astype(np.float64)
     for n, weight in enumerate(weights):
@@ -81,7 +81,7 @@ class BucketScale:
         self.mean_square, self.count = np.zeros(buckets), np.zeros(buckets, np.int64)
 
     def weights(self, bucket: np.ndarray, difference: np.ndarray, counts: np.ndarray | None = None) -> np.ndarray:
-        """The weight of each difference, after those that count (all, without `counts`) have entered the mean of their bucket."""
+        """The weight of each difference, after those of `counts` (None: all) have entered the mean of their bucket."""
         counts = np.ones(bucket.shape, bool) if counts is None else counts
         for b in np.unique(bucket[counts]):
             self.count[b] += 1

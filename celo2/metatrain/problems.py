@@ -1,11 +1,11 @@
-"""Inner problems: how long, how scaled, on which data. Everything random is a pure function of the seed.
+"""Inner problems: their lengths, scales and data. Everything random is a pure function of the seed.
 
 Problem n runs episodes, one after the other. An episode has a length L, a scale s and initial weights that depend on
 (seed, n, episode); the data of a truncation depend on (seed, iteration, n). So a resumed training run repeats exactly, the
 number of threads does not matter, and both signs of a problem see the same data.
 
-Legend: N inner problems, T steps of a truncation, B examples of a batch, U unrolls: those of each problem in turn, of PES +ε and
--ε. D numbers that are searched for.
+Legend: N inner problems, T steps of a truncation, B examples of a batch, U unrolls (those of each problem in turn; with PES, +ε
+and -ε), D numbers that the search varies.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from celo2.metatrain.config import Config, theta_size
 from celo2.metatrain.families import Arrays, Family
 from celo2.training.schedule import cosine
 
-WARM_UP, FINAL = 0.05, 0.1  # of a cosine schedule: shares of its steps and of the peak learning rate
+WARM_UP, FINAL = 0.05, 0.1  # of a cosine schedule: share of its steps, and share of the peak learning rate
 EPISODE, DATA, NOISE, START, RESUME = range(5)  # purposes of random numbers: no two share a stream
 
 
@@ -29,7 +29,7 @@ def random(seed: int, purpose: int, *counters: int) -> np.random.Generator:
 
 
 def log_uniform(rng: np.random.Generator, low: float, high: float, size: tuple[int, ...] = ()) -> np.ndarray:
-    """Samples whose logarithms are uniform between those of low and high."""
+    """Samples that are log-uniform between low and high."""
     return np.exp(rng.uniform(math.log(low), math.log(high), size))
 
 
@@ -73,14 +73,14 @@ def warm_up_and_cosine(age: int, length: int, final: float = FINAL) -> float:
 
 @dataclass(frozen=True)
 class Truncation:
-    """What T steps of all problems need, beside weights and rule.
+    """What T steps of all problems need beside weights and rule.
 
     Attributes:
         rows: (N, T, B) int64, the examples of each step: images, or the first bytes of sequences.
-        rate: (N, T) float32, what multiplies the inner learning rates.
+        rate: (N, T) float32, factors on the inner learning rates.
         reset_at: (N,) int64, the step before which a problem starts again; T: not in this truncation.
-        fresh: what the state (U, ...) becomes there; scale_before, scale_after: the scales s (N, *shape) until and from there.
-        xi: (N, D) the sum of ε of the late state that a problem goes on from there, zero for one that starts anew; or None.
+        fresh: the state (U, ...) after the reset; scale_before, scale_after: the scales s (N, *shape) before and after it.
+        xi: (N, D) the sum of ε of the late state that a problem resumes at the reset, zero for one that starts anew; or None.
         steps: (N,) int64, the steps of each problem; losses after them mean nothing. None: T.
     """
 
@@ -96,10 +96,10 @@ class Truncation:
 
 @dataclass(frozen=True)
 class LateStates:
-    """States near the ends of episodes, from which problems that end may go on (ELO, arXiv 2607.06772).
+    """States near the ends of episodes, from which problems that end may resume (ELO, arXiv 2607.06772).
 
     Attributes:
-        count: (N,) int64, the states that each problem has put in; the last S are here.
+        count: (N,) int64, the number of states that each problem has put in; the last S are kept.
         slots: (N, S, ...) of each array of a problem, by name.
     """
 
@@ -125,18 +125,18 @@ class LateStates:
 
 
 class Problems:
-    """Where every problem of a family stands, and the state of its two unrolls.
+    """The progress of every problem of a family, and the state of its two unrolls.
 
     Attributes:
         number, task: (N,), of each problem among the problems of all families (random numbers depend on it), and its task.
-        episode, age, length: (N,), its episode, the steps it has done of it, and those it has in all.
+        episode, age, length: (N,), its episode, the steps done in it, and its length in steps.
         scale: the scales s (N, *shape) of its weights.
-        state: weights and accumulators of the unrolls (U, ...), which an engine moves.
-        late: states from which ended problems may go on, or None.
+        state: weights and accumulators of the unrolls (U, ...), which an engine updates.
+        late: states from which ended problems may resume, or None.
     """
 
     def __init__(self, config: Config, family: Family, first_number: int = 0) -> None:
-        """All problems at their first episode: at ages below its length, drawn so that they do not end together, or at 0."""
+        """All problems in their first episode, at random ages below its length, so that they do not end together, or at age 0."""
         self.config, self.family = config, family
         tasks = len(family.data.names)
         self.task = np.repeat(np.arange(tasks), config.tasks.problems)
@@ -152,13 +152,13 @@ class Problems:
         self.late = LateStates.of(self.position(None), config.inner.saved) if config.inner.restart < 1 else None
 
     def position(self, xi: np.ndarray | None) -> Arrays:
-        """Where all problems stand, with the sums of ε (N, D) so far: what a late state holds, (N, ...) each."""
+        """The progress of all problems and the sums of ε (N, D) so far: the arrays (N, ...) of a late state."""
         arrays = {"age": self.age, "xi": np.zeros((len(self.task), theta_size(self.config))) if xi is None else xi}
         arrays |= {f"scale.{name}": x for name, x in self.scale.items()}
         return arrays | {f"state.{key}": x.reshape(len(self.task), 2, *x.shape[1:]) for key, x in self.state.items()}
 
     def tensors(self) -> Arrays:
-        """What a checkpoint holds of them, by name."""
+        """The arrays of the problems that a checkpoint holds, by name."""
         arrays = {"problems.episode": self.episode, "problems.age": self.age, "problems.length": self.length}
         arrays |= {f"scale.{name}": x for name, x in self.scale.items()}
         arrays |= {f"state.{key}": x for key, x in self.state.items()}
@@ -200,7 +200,7 @@ class Problems:
         return [warm_up_and_cosine(age, length, self.config.inner.final) for age in range(first, first + count)]
 
     def restart(self, n: int, scale: Arrays, state: Arrays) -> np.ndarray | None:
-        """Problem n starts its next episode, or goes on from a late state, whose sum of ε (D,) is returned.
+        """Start the next episode of problem n, or resume it from a late state; returns that state's sum of ε (D,), or None.
 
         Writes its scales into those of all problems (N, *shape), and its weights and accumulators into `state` (U, ...).
         """
@@ -225,7 +225,7 @@ class Problems:
 
 
 def whole_episodes(config: Config, family: Family, first_number: int, generation: int, copies: int) -> tuple[Arrays, Truncation]:
-    """New episodes from their first step to their last, each for so many unrolls: their state (U, ...), and all their steps."""
+    """New whole episodes, each for `copies` unrolls: their state (U, ...), and a `Truncation` of all their steps."""
     task = np.repeat(np.arange(len(family.data.names)), config.tasks.problems)
     numbers = range(first_number, first_number + len(task))
     episodes = [draw_episode(config, family, n, generation) for n in numbers]

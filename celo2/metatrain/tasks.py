@@ -19,7 +19,7 @@ import numpy as np
 from celo2.training.configuration import ConfigError
 
 SIDE, CLASSES = 8, 10
-VOCABULARY = 128  # bytes that are told apart
+VOCABULARY = 128  # different bytes
 TEXT = "text:"
 HUB_IDS = {
     "mnist": ("ylecun/mnist", None),
@@ -49,7 +49,7 @@ class Data:
     names: tuple[str, ...]
 
     def digests(self) -> dict[str, str]:
-        """A digest of everything that is there of each task, by name."""
+        """A digest of all data of each task, by name."""
         ends, found = [*self.starts[1:], len(self.arrays[0])], {}
         for name, start, end in zip(self.names, self.starts, ends, strict=True):
             content = b"".join(x[start:end].tobytes() for x in self.arrays)
@@ -58,7 +58,7 @@ class Data:
 
 
 def load_data(sources: Sequence[str], context: int = 32) -> list[Data]:
-    """The images of `sources`, if any, then the texts, if any; `context`: the longest sequence that is taken of them.
+    """The images of `sources`, if any, then the texts, if any; `context`: the longest sequence that the tasks use.
 
     Raises:
         ConfigError: as `load_images` and `load_texts`.
@@ -104,7 +104,7 @@ def load_texts(sources: Sequence[str], context: int = 32) -> Data:
     """The texts of the sources `text:FILE`, in their order, for windows of at most `context` inputs.
 
     Raises:
-        ConfigError: a file of another kind, that cannot be read, or that is shorter than a window.
+        ConfigError: a file is of another kind, cannot be read, or is shorter than a window.
     """
     texts = [read_tokens(source, context + 1) for source in sources]
     sizes = np.array([len(tokens) for tokens in texts])
@@ -113,7 +113,7 @@ def load_texts(sources: Sequence[str], context: int = 32) -> Data:
 
 
 def read_tokens(source: str, least: int) -> np.ndarray:
-    """The tokens (n,) of a source `text:FILE`, at least so many."""
+    """The tokens (n,) of a source `text:FILE`, which must be at least `least`."""
     path = Path(source.removeprefix(TEXT))
     if not (path.suffix == ".txt" or path.name.removesuffix(".gz").endswith(".jsonl")):
         raise ConfigError(f"task '{source}': expected text:FILE with FILE a .txt, .jsonl or .jsonl.gz")

@@ -1,7 +1,7 @@
 """θ: the weights of a rule, its step sizes and its whitening as one vector (352,), the space in which meta-training searches.
 
-Odd rules: -g and -W give -u. Every optimizer set by hand is odd. A learned rule that is not odd pushes every matrix in some fixed
-direction, which Newton–Schulz makes as large as any other. A space of half the dimensions is also easier to search.
+Odd rules turn -g and -W into -u. Every optimizer set by hand is odd. A learned rule that is not odd pushes every matrix in some
+fixed direction, which Newton–Schulz makes as large as any other. Odd rules also have half the dimensions, which eases the search.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from celo2.metatrain.problems import START, random
 from celo2.rule import CHANNEL_GROUPS, FIRST_LAYER, Rule, weight_shapes
 from celo2.rule_files import LARGEST_EXPONENT, LARGEST_FACTOR, LARGEST_WHITENING
 
-# What θ holds beside the weights: the exponents of step sizes and the logarithm of their factor; and the logarithm of the rate of
-# whitening over that of the start.
+# What θ holds beside the weights: the exponents of step sizes and the logarithm of their factor; and the logarithm of the ratio
+# of the whitening rate to that of the start.
 STEP, WHITENING = "step", "whitening"
 SHAPES = weight_shapes(HIDDEN) | {STEP: (STEP_NUMBERS,), WHITENING: (WHITENING_NUMBERS,)}
 STARTS, SIZE = {}, 0  # where each weight begins in θ
@@ -38,7 +38,7 @@ for _name, _shape in SHAPES.items():
 SMALLEST_WHITENING = 1e-6
 BESIDE = SIZE - STARTS[STEP]  # numbers that are no weights
 CHANNELS = sum(group.count for group in CHANNEL_GROUPS)
-ODD = {FIRST_LAYER[group.name] for group in CHANNEL_GROUPS if group.odd} | {"w2", "b2"}  # weights whose sign turns
+ODD = {FIRST_LAYER[group.name] for group in CHANNEL_GROUPS if group.odd} | {"w2", "b2"}  # weights with the sign -1 in `mirror`
 
 
 def parts(theta: np.ndarray) -> dict[str, np.ndarray]:
@@ -50,20 +50,20 @@ def parts(theta: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def theta_of(rule: Rule) -> np.ndarray:
-    """The weights of a rule and what its step sizes are made of as θ, float32, with the rule's own whitening."""
+    """θ, float32, of a rule: its weights and the numbers of its step sizes, with the rule's own whitening."""
     weights = [rule.weights[name].numpy().ravel() for name in weight_shapes(HIDDEN)]
     return np.concatenate([*weights, step_of(rule), np.zeros(WHITENING_NUMBERS, np.float32)])
 
 
 def step_of(rule: Rule) -> np.ndarray:
-    """Of θ the numbers of step sizes: three exponents and the logarithm of the factor, float32."""
+    """The numbers of step sizes in θ: three exponents and the logarithm of the factor, float32."""
     return np.array([*rule.step_exponents, math.log(rule.step_factor)], np.float32)
 
 
 def within_bounds(theta: np.ndarray, config: Config) -> np.ndarray:
-    """θ (..., 352) with the nearest step sizes and whitening that a rule may have: a search that leaves the bounds stops there.
+    """θ (..., 352) with the nearest step sizes and whitening that a rule may have: a search that leaves the bounds stops at them.
 
-    A rate of whitening below SMALLEST_WHITENING, which no training run is long enough to feel, is no better than none.
+    A whitening rate below SMALLEST_WHITENING has no effect in any training run, and so is no better than none.
     """
     theta = theta.copy()
     step = parts(theta)[STEP]
@@ -99,7 +99,7 @@ def first_theta(config: Config) -> np.ndarray:
     """θ before the first iteration. `random`: normal weights with deviation 1 / sqrt(inputs), biases zero.
 
     Raises:
-        ConfigError: a start of another size, or one that is not odd where the rule is to be: the nearest odd rule is another one.
+        ConfigError: the start has another size; or it is not odd although rule.odd is true, and the nearest odd rule differs.
     """
     rng, init = random(config.run.seed, START), config.rule.init
     if init == "random":
@@ -120,8 +120,8 @@ def expert_theta(config: Config) -> np.ndarray | None:
     """θ (352,) of the expert, or None.
 
     Raises:
-        ConfigError: a rule of another size, or with other accumulators or another gradient than the rule that it is to help; or
-            one of both has whitening: its whiteners follow the directions of one rule.
+        ConfigError: the expert has another size or other accumulators than the rule that it helps; or one of the two has
+            whitening: whiteners follow the directions of one rule.
     """
     if config.expert.rule is None:
         return None
@@ -154,7 +154,7 @@ def free(config: Config) -> np.ndarray:
 
 
 def useful(config: Config, theta: np.ndarray) -> np.ndarray:
-    """(352,): 1 for the free numbers that can change an update of the rule θ or of one that differs from it in free numbers.
+    """(352,): 1 for the free numbers that can change an update of the rule θ, or of a rule that differs from it in free numbers.
 
     Outputs 1 and 2 never can; nor can a unit whose weights to the next layer, or from the one before, are frozen zeros.
     """
@@ -174,7 +174,7 @@ def useful(config: Config, theta: np.ndarray) -> np.ndarray:
 
 
 def directions_of(config: Config, theta: np.ndarray) -> np.ndarray:
-    """The directions (n, 352) of a search: orthogonal, with entries 0, 1 and -1. In an odd rule weights go in pairs."""
+    """The directions (n, 352) of a search: orthogonal, with entries 0, 1 and -1. An odd rule changes weights in pairs."""
     unit, found = np.eye(SIZE), []
     place, sign = mirror()
     for i in np.flatnonzero(useful(config, theta)):
@@ -191,14 +191,14 @@ def directions_of(config: Config, theta: np.ndarray) -> np.ndarray:
 def mirror() -> tuple[np.ndarray, np.ndarray]:
     """(place, sign), both (352,): sign · θ[place] is the rule u'(g, W) = -u(-g, -W) of θ's u.
 
-    Hidden units go in pairs: one does for the signs turned round what its partner does for the signs as they are.
+    Hidden units form pairs: one does for the opposite signs what its partner does for the signs as they are.
     """
     partner = np.arange(HIDDEN) ^ 1  # of each hidden unit
     place, sign = [], []
     for name, here in parts(np.arange(SIZE)).items():
-        if name not in ("b2", STEP, WHITENING):  # the axis of what a weight comes from, where that is a hidden unit
+        if name not in ("b2", STEP, WHITENING):  # the axis of the unit that a weight leads from, if that is a hidden unit
             here = here[:, partner] if name in FIRST_LAYER.values() else here[partner]
-        if name == "w1":  # the axis of what it leads to
+        if name == "w1":  # the axis of the unit that it leads to
             here = here[:, partner]
         place.append(here.ravel())
         sign.append(np.full(here.size, -1.0 if name in ODD else 1.0))
@@ -206,7 +206,7 @@ def mirror() -> tuple[np.ndarray, np.ndarray]:
 
 
 def odd_noise(noise: np.ndarray) -> np.ndarray:
-    """Normal noise (..., 352) of deviation 1 as noise of odd rules, whose free numbers have deviation 1 again."""
+    """Normal noise (..., 352) of deviation 1, made odd and scaled so that its free numbers have deviation 1 again."""
     place, _ = mirror()
     return np.where(place == np.arange(SIZE), 1.0, math.sqrt(2)) * odd_part(noise)
 

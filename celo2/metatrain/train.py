@@ -1,4 +1,4 @@
-"""Meta-training from its first iteration or its last checkpoint to its last iteration; and PES with AdamW, one way to search.
+"""Meta-training, from its first iteration or its last checkpoint to its last iteration; and PES with AdamW, one of its methods.
 
 run.dir/config.yaml                  the configuration as resolved
 run.dir/metrics.jsonl                one JSON object per `log.every` iterations
@@ -93,7 +93,7 @@ class PESTraining(MetaState):
         }
 
     def perturbations(self) -> np.ndarray:
-        """ε (N, 352) of every problem: what float32 makes of it, so that θ + ε and θ - ε lie where the estimate believes."""
+        """ε (N, 352) of every problem, rounded to float32, so that the estimate uses the same ε as θ + ε and θ - ε."""
         streams = [random(self.config.run.seed, NOISE, self.iteration, n) for n in range(len(self.task))]
         noise = np.stack([stream.standard_normal(SIZE) for stream in streams])
         if self.config.rule.odd:
@@ -103,7 +103,7 @@ class PESTraining(MetaState):
     def estimate(
         self, losses: np.ndarray, reset_at: np.ndarray, epsilon: np.ndarray, resumed: np.ndarray, buckets: np.ndarray
     ) -> np.ndarray:
-        """The gradient (352,) from the losses (2N, T) of a truncation; moves ξ past it.
+        """The gradient (352,) from the losses (2N, T) of a truncation; updates ξ for the next one.
 
         reset_at (N,) and resumed (N, 352) are of `advance`; buckets (N,) are those before the truncation.
         """
@@ -111,7 +111,7 @@ class PESTraining(MetaState):
         before, after = pes.differences(losses, reset_at)
         xi, xi_after = self.xi + epsilon, epsilon + resumed
         weights = np.ones((2, len(self.task)))
-        if self.buckets is not None:  # each part under the scale that it ran with
+        if self.buckets is not None:  # each part with the scale that it ran with
             parts = np.stack([reset_at > 0, reset_at < steps])
             weights = self.buckets.weights(np.stack([buckets, self.of_buckets()]), np.stack([before, after]), parts)
         self.xi = pes.persisted(xi, xi_after, reset_at, steps)
@@ -125,11 +125,11 @@ class PESTraining(MetaState):
         self.theta.data.copy_(torch.from_numpy(within_bounds(self.current(), self.config)))
 
     def advance(self, theta: np.ndarray, share: float = 0.0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
-        """The next truncation of every problem under θ (2N, 352), with so much of what an expert may do.
+        """Run the next truncation of every problem under θ (2N, 352); `share` scales the forcing of an expert.
 
         Returns:
-            inner losses (2N, T), where problems start again (N,), the ξ of the late states that they go on from (N, 352), and the
-            imitation terms (2N, T, 2), or None where no expert helps.
+            inner losses (2N, T), the steps (N,) at which problems start again, the ξ (N, 352) of the late states from which they
+            resume, and the imitation terms (2N, T, 2), or None if no expert helps.
         """
         losses, resets, terms = [], [], []
         resumed = np.zeros_like(self.xi)
@@ -153,7 +153,7 @@ class PESTraining(MetaState):
         return np.concatenate([self.bucket(problems) for problems in self.problems])
 
     def bucket(self, problems: Problems) -> np.ndarray:
-        """The bucket of each of the problems: by task, and by its scale's place between the smallest and the largest."""
+        """The bucket of each problem: by its task, and by the place of its scale between the smallest and the largest."""
         count, options = self.config.estimator.scale_buckets, problems.family.options
         low, high = math.log(options.min_scale), math.log(options.max_scale)
         first = self.task[problems.number] * count
@@ -164,7 +164,7 @@ class PESTraining(MetaState):
         return first + place
 
     def tensors(self) -> Arrays:
-        """Every array of the meta-state by name; what is written into one changes the meta-state."""
+        """Every array of the meta-state by name; writing into one changes the meta-state."""
         adam = {f"outer.{key}": x.numpy() for key, x in self.adamw.state[self.theta].items()}
         buckets = {f"buckets.{key}": x for key, x in vars(self.buckets).items()} if self.buckets is not None else {}
         problems = {key: x for part in self.problems for key, x in part.tensors().items()}
@@ -188,20 +188,20 @@ def training_of(config: Config, *data: Data) -> MetaState:
 
 
 def save_whole(rule: Rule, path: Path) -> None:
-    """Write a rule so that a kill leaves the old file or the new one."""
+    """Write a rule; a kill at any moment leaves the old file or the new one."""
     temporary = path.with_name(f"tmp_{path.name}")
     save_rule(rule, temporary)
     temporary.replace(path)
 
 
 def run(config: Config, show: Callable[[int, dict[str, float]], None]) -> Path:
-    """Meta-train, or continue, to `outer.iterations`; `show` gets each record of the metrics. Returns the path of the rule.
+    """Meta-train, or resume, until `outer.iterations`; `show` gets each record of the metrics. Returns the path of the rule.
 
     Raises:
-        ConfigError: tasks, a start, an engine or a folder that cannot be used, a state of another run, or θ is no longer finite.
-        RuleError: a rule that cannot be read.
-        UnsafeFolder: a folder that holds what is not of a meta-training, and would be replaced.
-        OSError: a folder that cannot be written.
+        ConfigError: tasks, the start, the engine or the folder cannot be used, the state is of another run, or θ is not finite.
+        RuleError: a rule cannot be read.
+        UnsafeFolder: the folder holds files that are not of a meta-training, and would be replaced.
+        OSError: the folder cannot be written.
     """
     folder = Path(config.run.dir)
     check_own(folder, Config, "iteration", STATE)
@@ -237,7 +237,7 @@ def run(config: Config, show: Callable[[int, dict[str, float]], None]) -> Path:
 
 
 def draw(records: list[dict[str, float]], path: Path) -> None:
-    """The mean inner loss of each task over the iterations; nothing where a finished run has lost its metrics."""
+    """Draw the mean inner loss of each task over the iterations; do nothing if a finished run has lost its metrics."""
     if not records:
         return
     from matplotlib.backends.backend_agg import FigureCanvasAgg

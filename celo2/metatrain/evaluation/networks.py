@@ -15,7 +15,7 @@ BYTES = 256
 
 
 class Network(nn.Module):
-    """What the evaluation asks of a network: its input and output layers, which AdamW trains, and the mean loss of a batch."""
+    """What the evaluation needs of a network: its input and output layers, which AdamW trains, and the mean loss of a batch."""
 
     boundary: list[nn.Module]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-Curves = Mapping[int, list[float]]  # of each seed: the means of equal parts of a run's training losses, from begin to end
+Curves = Mapping[int, list[float]]  # by seed: the means of equal parts of a run's training losses, in order
 
 
 def gains(curves: Curves, reference: Curves) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The tasks of the evaluation, the optimizers, and a training run of one with another."""
+"""The tasks of the evaluation, the optimizers, and a training run of an optimizer on a task."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ BASELINES = ("adamw", "muon", "hand-momentum", "hand-nesterov", "adam-orthogonal
 # about width ** -0.5.
 FIRST_LR = {"muon": 0.02}
 USUAL_FIRST_LR = 2e-3
-# A step takes lr * weight_decay of a weight, and Muon's lr is ten times a rule's: with the rules' decay it is 0.025 worse after
-# 1,500 steps of `gpt` (docs/long-runs.md).
+# A step shrinks a weight by the share lr * weight_decay, and Muon's lr is ten times a rule's. With the rules' decay, Muon is
+# 0.025 worse after 1,500 steps of `gpt` (docs/long-runs.md).
 FIRST_WEIGHT_DECAY = {"muon": 0.03}
 
 
@@ -91,7 +91,7 @@ def build_optimizers(
 
 
 def optimizer_of(name: str) -> str | Rule:
-    """What a name stands for: one of OF_TORCH for itself, or the rule of a baseline that is set by hand, or of a name or file.
+    """The optimizer of a name: a key of OF_TORCH itself, or else the rule of a hand-set baseline, of a name or of a file.
 
     Raises:
         RuleError: as `load_rule`.
@@ -102,7 +102,7 @@ def optimizer_of(name: str) -> str | Rule:
 
 
 def content_of(optimizer: str | Rule) -> str | None:
-    """A digest of what a rule computes, whatever it is called and wherever it lies; None for an optimizer without a rule."""
+    """A digest of what a rule computes, independent of its name and place; None for an optimizer without a rule."""
     if isinstance(optimizer, str):
         return None
     digest = hashlib.sha256(repr(sorted(optimizer.settings().items())).encode())
@@ -112,7 +112,7 @@ def content_of(optimizer: str | Rule) -> str | None:
 
 
 def digest_of(data: Batch | Tensor) -> str:
-    """The same of a text or of images."""
+    """A digest of a text or of images."""
     digest = hashlib.sha256()
     for part in [data] if isinstance(data, Tensor) else data:
         digest.update(part.numpy().tobytes())
@@ -133,7 +133,7 @@ def train(
     final: float = FINAL,
     validation_batches: int = VALIDATION_BATCHES,
 ) -> dict[str, object]:
-    """One training run: its validation loss at the end and the means of twenty parts of its training losses. Inf: it diverged.
+    """One training run: its validation loss at the end (infinite: diverged), and the means of its training losses in 20 parts.
 
     The learning rates warm up and follow a cosine down to `final` of their peak. With `precision` "bf16" the forward pass runs
     under torch's autocast and Newton–Schulz in bfloat16.
@@ -189,7 +189,7 @@ def text_of(path: str) -> Tensor:
 
 
 def images_of(source: str) -> Batch:
-    """Pixels (N, 64) and labels (N,) of one data set, in an order of their own, so that no split is all of one class."""
+    """Pixels (N, 64) and labels (N,) of one data set, shuffled, so that no split holds one class only."""
     images = load_images([source])
     if len(images.names) != 1:
         raise ConfigError(f"images {source}: {len(images.names)} data sets, expected one: {source}:{images.names[0]}")

@@ -65,7 +65,7 @@ RSQRT_EPS, RMS_EPS = np.float32(rule.RSQRT_EPS), np.float32(rule.RMS_EPS)
 EXP_COEFFICIENTS = tuple(
     np.float32(c) for c in (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
 )
-MATRIX, VECTOR, ADAM = range(3)  # what a weight takes: the rule, the rule on a vector, Adam
+MATRIX, VECTOR, ADAM = range(3)  # what trains a weight: the rule, the rule on a vector, Adam
 ADAM_BETA1, ADAM_BETA2, ADAM_EPS = (np.float32(x) for x in (*families.ADAM_BETAS, families.ADAM_EPS))
 TINY, TWO = np.float32(families.TINY), np.float32(2)
 
@@ -75,13 +75,13 @@ class Update(NamedTuple):
 
     Attributes:
         theta: (D,), the rule. expert: (D,) of the rule that it may imitate, or empty.
-        orthogonalized, normalized: of both rules: Newton–Schulz; a gradient is divided by its RMS first.
+        orthogonalized, normalized: whether both rules use Newton–Schulz, and first divide a gradient by its RMS.
         momentum, second_moment, factored: 1 - decay, of the three momenta, v, and the three factored second moments.
         lr, adam_lr, expert_lr: peak learning rates.
         clip: largest norm of an inner gradient; inf: any.
         forcing: the share of the expert in a step.
         whitening: how far whiteners move in a step; 0: there are none.
-        step_bound, expert_step_bound: no step size of the rule, of the expert is larger.
+        step_bound, expert_step_bound: largest step size of the rule, and of the expert.
     """
 
     theta: np.ndarray
@@ -353,7 +353,7 @@ def subtract_normalized(state, at, u, size, n, lr):
 
 @njit(**OPTIONS)
 def step_towards(state, at, u, e, size, n, lr, expert_lr, forcing, sums):
-    """As `subtract_normalized`, `forcing` of the step being the expert's, with direction e.
+    """As `subtract_normalized`, but the share `forcing` of the step is that of the expert, with direction e.
 
     Adds to sums (5, 16) of the steps that both would take: products, squares of the rule's and of the expert's, differences of
     absolute values; and n.
@@ -446,7 +446,7 @@ def scaled_weights(table, scale, state, w):
 def step_all(table, scale, state, g, u, rate, update, terms):
     """One step of every weight with packed gradient g in the scaled weights. `u` is scratch as large as the largest weight.
 
-    A row of `table` (P, 6), int64, is one weight: what it takes (MATRIX, VECTOR or ADAM), offset of its segment in the state,
+    A row of `table` (P, 6), int64, is one weight: what trains it (MATRIX, VECTOR or ADAM), offset of its segment in the state,
     offset in g, rows, columns, width. `rate` multiplies all learning rates. With an expert, terms (2,) becomes 1 - cosine of its
     step and the rule's, and the mean difference of their absolute values.
     """

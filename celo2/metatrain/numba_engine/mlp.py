@@ -88,8 +88,8 @@ def softmax_cross_entropy(d, y, w):
 def compiled(source: str):
     """The kernel of one unroll, kept on disk for the next process.
 
-    Numba sees that this file changed, but not the files it takes functions from; `source`, their hash, makes it look up
-    another entry then, because what a function closes over is part of its key.
+    Numba notices changes of this file, but not of the files from which it takes functions. `source` is their hash. A function's
+    closure is part of its cache key, so that another `source` makes Numba look up another entry.
     """
 
     @njit(cache=True, **OPTIONS)

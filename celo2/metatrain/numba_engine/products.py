@@ -1,6 +1,6 @@
-"""Products of small matrices in Numba, and Newton–Schulz made of them: step 8 of the rule.
+"""Products of small matrices in Numba, and with them Newton–Schulz: step 8 of the rule.
 
-Matrices are row-major in one-dimensional float32 arrays, from an offset on; their width is a multiple of 16.
+Matrices are row-major in one-dimensional float32 arrays, beginning at an offset; their width is a multiple of 16.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def padded(n: int) -> int:
 def matmul(a, a_at, a_row, a_col, b, b_at, c, c_at, m, k, n):
     """c (m, n) = A (m, k) @ b (k, n); A's element (i, j) is a[a_at + i * a_row + j * a_col]. m % 8 == 0, k % 4 == 0, n % 16 == 0.
 
-    Loops over k go by fours: k is not known when they are compiled, and without that a text's unroll takes 1.3 times as long.
+    Loops over k are unrolled by four: the compiler does not know k, and without this an unroll of a text takes 1.3 times as long.
     """
     matmul_of_columns(a, a_at, a_row, a_col, b, b_at, n, c, c_at, n, m, k, n)
 

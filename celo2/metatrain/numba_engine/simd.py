@@ -41,7 +41,7 @@ f32x16s = types.UniTuple(f32x16, EIGHT)
 
 
 def emitted(result):
-    """A decorator. The decorated function writes LLVM instructions; Numba code calls what comes of it, and gets a `result`.
+    """A decorator for a function that writes LLVM instructions. Numba code can then call it, and gets a `result`.
 
     The decorated function gets an llvmlite builder and the arguments as LLVM values. It gets an array as the address of its first
     element (so that negative indices have no meaning), and a tuple as a list of vectors; it returns a tuple as a list, too.

@@ -56,7 +56,7 @@ class Sizes(NamedTuple):
 
 
 def sizes_of(B: int, T: int, D: int, A: int) -> Sizes:
-    """The sizes of a network with so many heads A and a width D on B sequences of T bytes."""
+    """The sizes of a network with A heads and the width D on B sequences of T bytes."""
     N, F, head, up = B * T, 4 * D, V * D + T * D, 4 * D * D
     attended = 4 * N * D + N * A * T
     r1 = attended + 2 * N * D + N * F
@@ -185,7 +185,7 @@ def forward_block(w, at, x, saved, s, mask, turned, y, sizes):
 
 @njit(**OPTIONS)
 def score_share(width):
-    """What scores of queries and keys of so many numbers are multiplied with."""
+    """The factor on scores of queries and keys with `width` numbers."""
     return np.float32(1 / np.sqrt(np.float64(width)))
 
 

@@ -7,8 +7,8 @@ The state of an unroll is one row of float32, weight after weight. A weight (20,
     weight    momentum     second_moment  row      col      right_whitener  left_whitener
     (40, 32)  (3, 40, 32)  (40, 32)       (3, 32)  (3, 40)  (48, 48)        (32, 32)
 
-with its longer axis as rows, and rows padded with zeros to whole vectors. A weight (40, 20) has the same shapes without a turn,
-and its left whitener first. `kernels.py` reads the parts of such a segment in that order.
+with its longer axis as rows, and rows padded with zeros to whole vectors. A weight (40, 20) has the same shapes, is not
+transposed, and has its left whitener first. `kernels.py` reads the parts of such a segment in that order.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ ELEMENTWISE = {"weight", "momentum", "second_moment", "m", "v"}  # what of a mat
 
 @dataclass(frozen=True)
 class Segment:
-    """Where an array of the state lies in a packed row: its padded shape there, and whether its axes are in the other order."""
+    """Where an array of the state lies in a packed row: its padded shape there, and whether its axes are swapped."""
 
     at: int
     shape: tuple[int, ...]
@@ -73,7 +73,7 @@ def segments(family: Family, whole: bool) -> dict[str, Segment]:
 
 
 def in_order(shapes: dict[str, tuple[int, ...]], transposed: bool) -> list[tuple[str, tuple[int, ...]]]:
-    """The arrays of a weight in the order of its segment: that of the state, and the whitener of what is a row there first."""
+    """The arrays of a weight in the order of its segment: as in the state, but with the whitener of its rows there first."""
     sides = [key for key in (whiteners.RIGHT, whiteners.LEFT) if key in shapes]
     last = sides if transposed else sides[::-1]
     return [(key, shapes[key]) for key in [*(key for key in shapes if key not in last), *last]]
@@ -172,13 +172,13 @@ def update_of(config: Config, family: Family, theta: np.ndarray, expert: Expert 
 
 
 def by_key(weights: Arrays) -> Arrays:
-    """Weights under their names in the state."""
+    """`weights`, by their names in the state."""
     return {f"{name}.weight": w for name, w in weights.items()}
 
 
 @cache
 def kernel(kind: str):
-    """The compiled unroll of the family of that kind; its cache on disk is found by the sources it is made of."""
+    """The compiled unroll of the family of that kind; a hash of its sources is part of its key in the cache on disk."""
     folder = Path(__file__).parent
     files = [*sorted(folder.glob("*.py")), *(folder.parent / f"{module}.py" for module in SOURCES)]
     files += [Path(rules.__file__), Path(orthogonalize.__file__), Path(whiteners.__file__)]

@@ -19,7 +19,7 @@ HALF, TWO = np.float32(0.5), np.float32(2)
 
 @njit(**OPTIONS)
 def whiten_(u, state, at, rows, cols, width, rate):
-    """u becomes P u P, divided by its RMS; then both whiteners move. That of rows is at `at` of `state`, the other after it."""
+    """u becomes P u P, divided by its RMS; then both whiteners move. That of rows is at `at` in `state`, the other follows."""
     size, of_cols = rows * width, at + rows * rows
     y, gram = np.empty(size, np.float32), np.empty(width * width, np.float32)
     matmul(state, at, rows, 1, u, 0, y, 0, rows, rows, width)
@@ -35,7 +35,10 @@ def whiten_(u, state, at, rows, cols, width, rate):
 
 @njit(**OPTIONS)
 def move_columns(gram, state, at, n, width, norm, count, rate):
-    """The whitener of n columns: A P A with A = 1 - ρ (gram / count - 1), of the gram uᵀ u, which is lost, over `count` rows."""
+    """Move the whitener of n columns to A P A with A = 1 - ρ (gram / count - 1), for the gram uᵀ u over `count` rows.
+
+    The gram is overwritten.
+    """
     a, size, strength = gram, width * width, rate / (TWO + rate * (norm / count))
     pa, p = np.empty(size, np.float32), np.empty(size, np.float32)
     scale_(a, size, -strength / count)
@@ -49,7 +52,7 @@ def move_columns(gram, state, at, n, width, norm, count, rate):
 
 @njit(**OPTIONS)
 def move_rows(u, y, state, at, rows, width, norm, count, rate):
-    """The whitener of the rows, with u uᵀ over `count` columns. `y` is scratch like u.
+    """Move the whitener of the rows, with u uᵀ over `count` columns. `y` is scratch memory of u's size.
 
     u uᵀ has a low rank, and A = a - b u uᵀ, so that A P A is a² P + u wᵀ + w uᵀ with w = b² / 2 u (uᵀ P u) - a b P u: a quarter
     of the products where a matrix is four times as long as wide.
@@ -77,9 +80,9 @@ def move_rows(u, y, state, at, rows, width, norm, count, rate):
 
 @njit(**OPTIONS)
 def settle(p, state, at, n, width, rate):
-    """P - 1 in the state from p (width, width), of which n rows and columns count: made symmetric, its mean diagonal 1, decayed.
+    """Write P - 1 into the state from p (width, width), of which n rows and columns count: symmetric, mean diagonal 1, decayed.
 
-    It goes in blocks, since columns of a large p lie where the first cache keeps few of them.
+    It works in blocks, since the first-level cache holds few of the columns of a large p.
     """
     trace = ZERO
     for i in range(n):
