@@ -1,4 +1,4 @@
-"""One thread for each process of the suite: its models are too small for two, and waiting threads are slow beside other work."""
+"""One thread for each process of the suite: its models are too small for two, and idle threads slow down other work."""
 
 import os
 

@@ -1,9 +1,9 @@
 """`python -m launch.benchmark search`: which search finds better settings in equally many trials, coordinate descent or Optuna's.
 
 Each round draws a random loss surface over log2 of lr, weight decay and adamw_lr, with the shape of measured ones. It is steeper
-above the best lr than below, up to an lr that diverges. The best value of each key depends on the others. The search starts off
-the best values by a factor of up to 4 (lr), 6 (decay) and 16 (adamw_lr), and sees the noise of one seed. With --real TEXT, each
-search also tunes a small GPT on that text, once. The score is the true loss of the chosen setting minus the lowest, in
+above the best lr than below, up to an lr that diverges. The best lr depends on the other two keys, and theirs on lr. The start is
+off the best values by a factor of up to 4 (lr), 6 (decay) and 16 (adamw_lr), and losses have the noise of one seed. With --real
+TEXT, each search also tunes a small GPT on that text, once. The score is the true loss of the chosen setting minus the lowest, in
 thousandths of a nat. Optuna is compared if it is installed.
 """
 

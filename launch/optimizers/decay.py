@@ -1,4 +1,4 @@
-"""Decoupled weight decay, W <- W - lr λ W, for optimizers of libraries that add λ W to the gradient instead (coupled decay).
+"""Decoupled weight decay, W <- W - lr λ W, for optimizers of other libraries, some of which add λ W to the gradient (coupled).
 
 An optimizer that divides the gradient by its size, as Adam does, cancels most of a coupled decay.
 """

@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face Hub on 127.0.0.1, as far as huggingface_hub asks it: lists, files, uploads, refusals."""
+"""A stand-in for the Hugging Face Hub on 127.0.0.1, as far as huggingface_hub needs it: lists, files, uploads, refusals."""
 
 import base64
 import hashlib
@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 @dataclass
 class Repository:
-    """Commits of files, branches and tags, and who may have them: "all", "gated" (listed, not downloaded), "private"."""
+    """Commits of files, branches and tags, and who may read them: "all", "gated" (listed, not downloaded), "private"."""
 
     access: str = "all"
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
@@ -74,7 +74,7 @@ class Handler(BaseHTTPRequestHandler):
         return self.headers.get("authorization") == f"Bearer {self.hub.token}"
 
     def repository(self, name: str) -> Repository | None:
-        """The repository, or None after a refusal, which does not tell a private one from none."""
+        """The repository, or None after a refusal, which is the same for a private one and a missing one."""
         found = self.hub.repositories.get(name)
         if found is None or (found.access == "private" and not self.allowed()):
             self.refuse(404 if self.allowed() else 401, "RepoNotFound", "Repository not found")
@@ -181,7 +181,7 @@ def serve() -> Iterator[Hub]:
 
 
 def use(monkeypatch, hub: Hub, home: Path) -> None:
-    """Let this process's huggingface_hub ask `hub`, cache below `home`, and have no token."""
+    """Make this process's huggingface_hub ask `hub`, cache below `home`, and have no token."""
     from huggingface_hub import constants, hf_api
 
     template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
@@ -194,5 +194,5 @@ def use(monkeypatch, hub: Hub, home: Path) -> None:
 
 
 def environment(hub: Hub, home: Path) -> dict[str, str]:
-    """The same for another process."""
+    """The environment that makes another process do the same."""
     return {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}

@@ -1,4 +1,4 @@
-"""Routes every class of transformers' auto mappings on the meta device, and prints what of it is unusual, a line each:
+"""Routes every class of transformers' auto mappings on the meta device, and prints everything unusual about it, a line each:
 
 bare CLASS.attribute: kind                 a parameter that no layer explains, and what its name says it is
 fused CLASS.projection: matrices           one weight that holds several matrices, or looks as if it did

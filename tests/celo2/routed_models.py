@@ -1,4 +1,4 @@
-"""Models of transformers for the tests of routing, and what of each takes the rule."""
+"""Models of transformers for the tests of routing, and which of their weights take the rule."""
 
 import re
 

@@ -71,7 +71,7 @@ def unpacked(path: Path) -> dict:
 
 
 def python(*args: str, cwd: Path) -> subprocess.CompletedProcess:
-    """A Python of its own that finds the project."""
+    """Run Python in a process of its own that finds the project."""
     return subprocess.run(
         [sys.executable, *args], cwd=cwd, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )

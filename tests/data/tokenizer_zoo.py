@@ -41,7 +41,7 @@ def with_bos(tok: Tokenizer, bos: str, *before: processors.PostProcessor) -> Tok
 
 
 def plain_bytes(tok: Tokenizer) -> Tokenizer:
-    """The bytes of byte_fallback are no special tokens, but the trainer knows no other way to get them."""
+    """Make the bytes of byte_fallback plain tokens again: the trainer can only add them as special tokens."""
     state = json.loads(tok.to_str())
     state["added_tokens"] = [token for token in state["added_tokens"] if not token["content"].startswith("<0x")]
     return Tokenizer.from_str(json.dumps(state))

@@ -4,7 +4,7 @@ from launch.run.hooks import Hooks
 
 
 class Poison(Hooks):
-    """NaN in one number of the gradient of `steps`, the first time that they are taken."""
+    """NaN in one number of the gradient of `steps`, the first time that the run makes them."""
 
     def __init__(self, steps):
         self.left = set(steps)

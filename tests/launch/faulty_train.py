@@ -1,4 +1,4 @@
-"""train.py with one fault on one rank, in any phase of a training run: what the tests of faults start.
+"""train.py with one fault on one rank, in any phase of a training run. The tests of faults start it.
 
 FAULT={"rank": 1, "at": PHASE, "do": WHAT, "n": 2} strikes when the rank gets to the phase for the n-th time, in the first start
 of the processes alone ("every": true: in all). FOLDER gets pid<rank>, and `fault` at the moment of the fault.
@@ -43,7 +43,7 @@ PHASES = {
 
 
 def strike() -> None:
-    """The fault."""
+    """Carry out the fault."""
     (FOLDER / "fault").write_text(str(time.time()))
     do = FAULT["do"]
     if do == "raise":
@@ -74,7 +74,7 @@ def inject() -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """The exit status of train.py with the fault."""
+    """Run train.py with the fault; returns its exit status."""
     (FOLDER / f"pid{RANK}").write_text(str(os.getpid()))
     again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and not (FAULT or {}).get("every")
     if FAULT and FAULT["rank"] == RANK and not again:

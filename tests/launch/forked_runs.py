@@ -1,7 +1,7 @@
 """Training runs on several processes over gloo, for tests. The processes are forked from a server that has imported everything:
 under torchrun each of them takes 10 s for that. torchrun itself is in test_launch_faults.py and test_launch_heartbeat.py.
 
-One start takes several runs. What goes wrong in one is said by the words before its arguments (`carry_out`).
+One start carries out several runs. Words before the arguments of a run say what goes wrong in it (`carry_out`).
 """
 
 import itertools
@@ -85,7 +85,7 @@ class Launched:
 
 
 def begin(folder, environment, target, *arguments):
-    """What a process does first."""
+    """Set up a process, before anything else."""
     os.setsid()
     os.environ.update(environment)
     for number, kind in ((1, "out"), (2, "err")):
@@ -102,7 +102,7 @@ def run_on_ranks(world, folder, runs):
     """Carry out `runs`, lists of arguments of train.py, in `world` processes, which write into `folder`.
 
     Returns:
-        statuses: of each run on each rank, or the exit status of a process that ended before it was through.
+        statuses: of each run on each rank, or the exit status of a process that ended before it was done.
         stdout, stderr: of all ranks.
     """
     launched = Launched(world, folder, carry_out, runs)
@@ -118,7 +118,7 @@ def run_on_ranks(world, folder, runs):
 
 
 def spawn(world, folder, runs, statuses):
-    """The same, and check the statuses of `runs` on every rank."""
+    """As `run_on_ranks`, and check the statuses of `runs` on every rank."""
     done = run_on_ranks(world, folder, runs)
     assert done.statuses == [statuses] * world, f"{done.statuses}\n{done.stdout}{done.stderr}"
     return done

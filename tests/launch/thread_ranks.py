@@ -1,4 +1,4 @@
-"""Ranks as threads of one process: a stand-in of `HostGroup`, and strategies that hold any pieces of their parameters."""
+"""Ranks as threads of one process: a stand-in for `HostGroup`, and strategies that hold any pieces of their parameters."""
 
 import math
 import threading
@@ -13,11 +13,11 @@ import torch
 from celo2.distributed.shard import LocalShard
 from launch.distributed.strategy import ShardedParameter
 
-WAIT = 60.0  # s after which a rank that waits for nothing fails the test
+WAIT = 60.0  # s after which a rank that waits in vain fails the test
 
 
 class Later:
-    """What is done when it is waited for."""
+    """A handle that acts when someone waits for it."""
 
     def __init__(self, action=lambda: None):
         self.wait = action

@@ -14,7 +14,7 @@ def each(names: str, value: Any) -> dict[str, Any]:
     return dict.fromkeys(names.split(), value)
 
 
-# What a key becomes, wherever a configuration has it.
+# The value of a key, in every configuration that has it.
 SMALL: dict[str, Any] = {
     **each(
         "hidden_size hidden_size_global d_model n_embd emb_dim embedding_size embedding_dim word_embed_proj_dim lru_width", 32
@@ -53,7 +53,7 @@ SMALL: dict[str, Any] = {
 }
 LAYERS = ("layer_types", "mlp_layer_types", "layers_block_type")  # lists with an entry for each layer
 
-# What the table above leaves wrong: numbers that must fit each other, and keys without a default.
+# Where the table above does not suffice: numbers that must fit each other, and keys without a default.
 BERT = {"is_decoder": True}  # otherwise bidirectional
 ROBERTA = {"is_decoder": True, "pad_token_id": 0}  # positions are counted from the padding token
 LATENT = {"num_key_value_heads": 2, "head_dim": 8}  # multi-head latent attention: as many keys as queries
