@@ -47,7 +47,9 @@ class Run:
     dir: str = option(
         "runs/metatrain", "folder of the training run; the same command continues it", NOT_EMPTY, was="run_dir", path=True
     )
-    seed: int = option(0, "every random number is a function of it, the iteration and the problem", at_least(0), was="seed")
+    seed: int = option(
+        0, "random seed: every random number is a function of the seed, the iteration and the problem", at_least(0), was="seed"
+    )
 
 
 @dataclass
@@ -74,12 +76,12 @@ class Images:
 @dataclass
 class Text:
     layers: int = option(1, "blocks of the transformer", MOST, was="text_layers")
-    width: int = option(32, "of the transformer; its MLP is four times as wide", MOST)
-    heads: int = option(1, "of its attention", MOST)
-    context: int = option(32, "bytes of a sequence", MOST)
-    sequences: int = option(8, "of a batch", MOST)
+    width: int = option(32, "width of the transformer; its MLP is four times as wide", MOST)
+    heads: int = option(1, "attention heads of the transformer", MOST)
+    context: int = option(32, "sequence length in bytes", MOST)
+    sequences: int = option(8, "sequences in a batch", MOST)
     also: list[str] = option(
-        [], "further sizes, each trained on all texts: what differs, as 'layers=2 width=64'; any option of `text` above 0"
+        [], "further sizes, each trained on all texts: the options of `text` that differ, such as 'layers=2 width=64'"
     )
     lr: float = option(2e-3, "learning rate of hidden matrices (celo2-base: of everything)", at_least(0), was="text_lr")
     adam_lr: float = option(3e-3, "learning rate of embeddings and head under Adam (celo2)", at_least(0), was="text_adam_lr")
@@ -98,16 +100,20 @@ class Inner:
         was="staggered",
     )
     schedule: Literal["constant", "cosine"] = option(
-        "constant", "cosine: warm-up over 5 % of an episode, then down to a tenth; constant: published", was="inner_schedule"
+        "constant",
+        "cosine: warm-up over 5 % of an episode, then down to inner.final; constant: as published",
+        was="inner_schedule",
     )
-    final: float = option(0.1, "what a cosine ends at, as a share of the peak learning rate", FRACTION)
-    grad_clip: float | None = option(None, "largest norm of an inner gradient over all weights; null: any", POSITIVE)
+    final: float = option(0.1, "final learning rate of the cosine, as a share of the peak", FRACTION)
+    grad_clip: float | None = option(None, "clip the inner gradient of all weights to this norm; null: no clipping", POSITIVE)
     restart: float = option(
-        1.0, "probability that an ended problem starts anew; else it goes on from a late state that was saved", FRACTION
+        1.0, "probability that an ended problem starts a new episode; otherwise it resumes from a saved late state", FRACTION
     )
     saved: int = option(2, "late states kept of each problem, if inner.restart is below 1", MOST)
     reparametrization: Literal["none", "global", "tensor", "parameter"] = option(
-        "global", "what shares one scale s: all weights of a problem, a tensor, or nothing", was="reparametrization"
+        "global",
+        "weights that share one scale s: all of a problem (global), those of a tensor, or one each (parameter); none: no scales",
+        was="reparametrization",
     )
 
 
@@ -123,23 +129,25 @@ class Rule:
     )
     odd: bool = option(False, "keep the rule odd: -g and -W give -u, as in optimizers set by hand; halves the free θ", was="odd")
     step_sizes: bool = option(False, "train the rule's step sizes, too: longer steps where the gradients of a matrix agree")
-    step_bound: float | None = option(None, "no step size is larger; null: as `init`", at_least(1 / LARGEST_FACTOR))
+    step_bound: float | None = option(None, "upper bound of the step sizes; null: as `init`", at_least(1 / LARGEST_FACTOR))
     whitening: float | None = option(None, "how far whiteners move in a step; null: as `init`; 0: no whitening", FRACTION)
     train_whitening: bool = option(False, "train how far whiteners move in a step, too")
-    decays: list[float] | None = option(None, "three, of the momenta and of the factored second moments; null: as `init`", DECAY)
+    decays: list[float] | None = option(
+        None, "three decays, of the momenta and of the factored second moments; null: as `init`", DECAY
+    )
     frozen: list[str] = option([], f"weights that keep their value in `init`: any of {', '.join(FREEZABLE)}", was="frozen")
 
 
 @dataclass
 class Estimator:
-    sigma: float = option(0.01, "standard deviation σ of the perturbation ε; cma: at first", POSITIVE, was="sigma")
+    sigma: float = option(0.01, "standard deviation σ of the perturbation ε; cma: its initial value", POSITIVE, was="sigma")
     last: float = option(0.1, "cma: share of an episode's steps, at its end, whose mean loss counts", PART)
     loss_clip: float | None = option(
         None, "inner losses count at most this many times the loss of a uniform guess; null: raw", POSITIVE, was="loss_clip"
     )
     scale_buckets: int = option(
         0,
-        "divide loss differences by their running RMS per task and bucket of log s; 0: do not",
+        "number of buckets of log s: loss differences are divided by their running RMS per task and bucket; 0: not divided",
         at_least(0),
         was="scale_buckets",
     )
@@ -148,17 +156,17 @@ class Estimator:
 @dataclass
 class Outer:
     method: Literal["pes", "cma"] = option(
-        "pes", "pes: AdamW on PES gradients; cma: CMA-ES on the loss at the end of whole episodes, where few numbers are free"
+        "pes", "pes: AdamW on PES gradients; cma: CMA-ES on the loss at the end of whole episodes, for few free numbers"
     )
-    iterations: int = option(100_000, "outer iterations; of cma, generations", at_least(1), was="iterations")
-    population: int | None = option(None, "cma: candidates of a generation; null: 4 + 3 ln n of n free numbers", POPULATION)
+    iterations: int = option(100_000, "outer iterations; with cma, generations", at_least(1), was="iterations")
+    population: int | None = option(None, "cma: candidates in a generation; null: 4 + 3 ln n for n free numbers", POPULATION)
     lr: float = option(5e-5, "learning rate of AdamW (published: 5e-5 celo2, 1e-4 celo2-base)", OUTER_LR, was="outer_lr")
     betas: list[float] = option([0.9, 0.999], "decays of AdamW", DECAY, was="outer_betas")
     weight_decay: float = option(0.0, "decoupled weight decay of AdamW", at_least(0), was="outer_weight_decay")
-    grad_clip: float | None = option(None, "largest norm of the estimated gradient; null: any", POSITIVE)
+    grad_clip: float | None = option(None, "clip the estimated gradient to this norm; null: no clipping", POSITIVE)
     warm_up: int = option(0, "iterations in which AdamW's learning rate rises linearly", at_least(0))
-    schedule: Literal["constant", "cosine"] = option("constant", "of AdamW's learning rate after the warm-up")
-    final: float = option(0.1, "what a cosine ends at, as a share of outer.lr", FRACTION)
+    schedule: Literal["constant", "cosine"] = option("constant", "schedule of AdamW's learning rate after the warm-up")
+    final: float = option(0.1, "final learning rate of the cosine, as a share of outer.lr", FRACTION)
     average: float = option(0.0, "decay of the running mean of θ that becomes the rule; 0: the last θ", DECAY, was="average")
 
 
@@ -166,15 +174,15 @@ class Outer:
 class Expert:
     rule: str | None = option(
         None,
-        "a rule by name or path, with the same accumulators, which helps in the first iterations (ELO); null: none",
+        "rule (name or path, with the same accumulators) that guides the first iterations (ELO); null: none",
         path=True,
     )
-    lr: float = option(2e-3, "its learning rate, on the schedule of the rule's", at_least(0))
-    forcing: float = option(1.0, "share of its step in every step at first; the rule's has the rest", FRACTION)
-    direction: float = option(0.7, "weight of 1 - cosine of both steps in the meta-loss at first", FRACTION)
-    size: float = option(0.3, "weight of the mean difference of their absolute values at first; the loss has the rest", FRACTION)
-    begin: int = option(5_000, "outer iteration at which forcing and both weights begin to fall, linearly", at_least(0))
-    end: int = option(50_000, "outer iteration from which on they are 0", at_least(1))
+    lr: float = option(2e-3, "learning rate of the expert, with the schedule of the trained rule", at_least(0))
+    forcing: float = option(1.0, "initial share of the expert's step in every step; the rest is the trained rule's", FRACTION)
+    direction: float = option(0.7, "initial weight of 1 - cosine of both steps in the meta-loss", FRACTION)
+    size: float = option(0.3, "initial weight of the mean difference of their absolute values; the loss has the rest", FRACTION)
+    begin: int = option(5_000, "outer iteration at which forcing and both weights begin to fall linearly", at_least(0))
+    end: int = option(50_000, "outer iteration at which they reach 0", at_least(1))
 
 
 @dataclass

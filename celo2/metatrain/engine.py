@@ -70,7 +70,9 @@ def choose_unroll(config: Config) -> Unroll:
     if not is_fast(config):
         return GraphUnroll() if usable(device).type == "cuda" else unroll
     if device != "cpu" or config.images.batch_size % 8:
-        raise ConfigError("engine.name=fast needs engine.device cpu and an images.batch_size that 8 divides; plain takes any")
+        raise ConfigError(
+            "engine.name=fast needs engine.device=cpu and an images.batch_size divisible by 8; engine.name=plain accepts any"
+        )
     try:
         from celo2.metatrain.numba_engine.unroll import unroll as compiled_unroll
     except ImportError:
@@ -79,8 +81,9 @@ def choose_unroll(config: Config) -> Unroll:
         for size in text_sizes(config):
             if size.width % (16 * size.heads) or size.context % 16 or size.width >= VOCABULARY:
                 raise ConfigError(
-                    f"engine.name=fast needs a text.width of 16 to {VOCABULARY - 16}, and 16 to divide text.width / text.heads "
-                    f"and text.context, not width {size.width}, {size.heads} heads, context {size.context}; plain takes any"
+                    f"engine.name=fast needs a text.width of 16 to {VOCABULARY - 16}, and text.width / text.heads and "
+                    f"text.context divisible by 16; found width {size.width}, {size.heads} heads, context {size.context}; "
+                    "engine.name=plain accepts any"
                 )
     return compiled_unroll
 
@@ -90,7 +93,9 @@ def usable(device: str) -> torch.device:
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError):  # unknown name, no driver, or a build without this device
-        raise ConfigError(f"engine.device is '{device}', expected cpu, or a device that is here, as cuda or cuda:1") from None
+        raise ConfigError(
+            f"engine.device is '{device}', expected cpu, or a device of this machine, such as cuda or cuda:1"
+        ) from None
     return torch.device(device)
 
 

@@ -64,38 +64,53 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--images", default="digits", help="images for the others, as in meta-training (default: digits)")
     parser.add_argument("--steps", type=int, default=400, help="training steps (default: 400)")
     parser.add_argument(
-        "--trials", type=int, default=6, help="settings that are tried for every optimizer; 1: no search (default: 6)"
+        "--trials", type=int, default=6, help="number of settings tried for each optimizer; 1: no search (default: 6)"
     )
     parser.add_argument(
         "--lr",
         default="",
-        help="learning rate, and where its search begins, as 0.004 or 0.004,muon=0.04 (default: per optimizer)",
+        help="learning rate at which the search begins, or without a search the one used, such as 0.004 or 0.004,muon=0.04 "
+        "(default: per optimizer)",
     )
-    parser.add_argument("--search", default="lr", help=f"comma-separated, searched together: {', '.join(KEYS)} (default: lr)")
-    parser.add_argument("--search-steps", type=int, help="training steps of the search (default: as --steps)")
-    parser.add_argument("--search-seeds", type=int, default=1, help="seeds of the search; their mean decides (default: 1)")
-    parser.add_argument("--seeds", type=int, default=3, help="further seeds, which give the results (default: 3)")
     parser.add_argument(
-        "--adamw-lr", type=float, default=ADAMW_LR, help=f"AdamW's, for embeddings, heads and vectors (default: {ADAMW_LR:g})"
+        "--search", default="lr", help=f"comma-separated keys to search together: {', '.join(KEYS)} (default: lr)"
+    )
+    parser.add_argument("--search-steps", type=int, help="training steps of the search (default: as --steps)")
+    parser.add_argument(
+        "--search-seeds", type=int, default=1, help="number of seeds of the search; their mean loss decides (default: 1)"
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=3, help="number of seeds of the final runs, other than those of the search (default: 3)"
+    )
+    parser.add_argument(
+        "--adamw-lr",
+        type=float,
+        default=ADAMW_LR,
+        help=f"AdamW's learning rate of embeddings, heads and vectors (default: {ADAMW_LR:g})",
     )
     parser.add_argument(
         "--weight-decay",
         default="",
-        help="weight decay, and where its search begins, as 0.1 or 0.1,muon=0.03 (default: per optimizer)",
+        help="weight decay at which the search begins, or without a search the one used, such as 0.1 or 0.1,muon=0.03 "
+        "(default: per optimizer)",
     )
     parser.add_argument(
-        "--final", type=float, default=FINAL, help=f"where the cosine ends, as a share of the peak rates (default: {FINAL:g})"
+        "--final", type=float, default=FINAL, help=f"final learning rates, as a share of the peak rates (default: {FINAL:g})"
     )
     parser.add_argument(
         "--validation-batches",
         type=int,
         default=VALIDATION_BATCHES,
-        help=f"batches of the loss at the end (default: {VALIDATION_BATCHES})",
+        help=f"number of batches of the final validation loss (default: {VALIDATION_BATCHES})",
     )
     parser.add_argument("--baselines", default=",".join(BASELINES), help=f"comma-separated (default: {','.join(BASELINES)})")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (what is there)")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: cuda if available)"
+    )
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="bf16: autocast (default: fp32)")
-    parser.add_argument("--out", default="evaluation.jsonl", help="file: a line per training run (default: evaluation.jsonl)")
+    parser.add_argument(
+        "--out", default="evaluation.jsonl", help="file with one line per training run (default: evaluation.jsonl)"
+    )
     parser.add_argument("--picture", metavar="PNG", help="draw the gain over the first optimizer, over the training steps")
     options = parser.parse_args(arguments)
     options.tasks = list(dict.fromkeys(name for name in options.tasks.split(",") if name))  # without repetitions
@@ -112,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command adds what is missing", file=sys.stderr)
+        print("interrupted; run the same command again to add the missing runs", file=sys.stderr)
         return 130
     return 0
 
@@ -120,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def check(options: argparse.Namespace) -> None:
     """Raise ConfigError or RuleError for invalid options at once, not after hours of training."""
     if not options.tasks:
-        raise ConfigError(f"--tasks names none, expected some of {', '.join(TASKS)}")
+        raise ConfigError(f"--tasks is empty, expected some of {', '.join(TASKS)}")
     for name in options.tasks:
         if name not in TASKS:
             raise ConfigError(f"task '{name}': expected one of {', '.join(TASKS)}")
@@ -128,18 +143,20 @@ def check(options: argparse.Namespace) -> None:
         raise ConfigError("nothing to evaluate: name a RULE, or some --baselines")
     for name in options.search or [""]:
         if name not in KEYS or options.search.count(name) > 1:
-            raise ConfigError(f"--search {','.join(options.search)}: expected different ones of {', '.join(KEYS)}")
+            raise ConfigError(
+                f"--search {','.join(options.search)}: expected one or more, without repetition, of {', '.join(KEYS)}"
+            )
     for name in options.optimizers:
         try:
             optimizer = optimizer_of(name)
             if options.search == ["adamw_lr"] and not uses_adamw_lr(optimizer):
-                raise ConfigError(f"--search adamw_lr: {name} has no such rate, as it trains every parameter; add lr")
+                raise ConfigError(f"--search adamw_lr: {name} does not use it, since it trains every parameter itself; add lr")
         except RuleError as error:
             if name not in options.baselines:
                 raise
             raise ConfigError(f"--baselines {name}: expected {', '.join((*OF_TORCH, *BY_HAND))}, or a rule ({error})") from None
     if options.device not in ("cpu", "cuda") or (options.device == "cuda" and not torch.cuda.is_available()):
-        raise ConfigError(f"--device {options.device}: expected cpu or a cuda that is there")
+        raise ConfigError(f"--device {options.device}: expected cpu, or cuda on a machine with a GPU")
     for name in ("seeds", "steps", "trials", "search_seeds", "search_steps", "validation_batches"):
         if vars(options)[name] < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {vars(options)[name]}: expected at least 1")
@@ -148,9 +165,9 @@ def check(options: argparse.Namespace) -> None:
     if not (math.isfinite(options.adamw_lr) and options.adamw_lr >= 0):
         raise ConfigError(f"--adamw-lr {options.adamw_lr}: expected at least 0, and finite")
     if 0 in options.weight_decay.values() and "weight_decay" in options.search:
-        raise ConfigError("--weight-decay 0: a search of weight_decay by factors cannot begin there")
+        raise ConfigError("--weight-decay 0: a search of weight_decay multiplies by factors; give a value above 0")
     if options.adamw_lr == 0 and "adamw_lr" in options.search:
-        raise ConfigError("--adamw-lr 0: a search of adamw_lr by factors cannot begin there")
+        raise ConfigError("--adamw-lr 0: a search of adamw_lr multiplies by factors; give a value above 0")
     if not 0 <= options.final <= 1:
         raise ConfigError(f"--final {options.final}: expected 0 to 1")
     if options.picture and (not options.picture.endswith(".png") or not Path(options.picture).parent.is_dir()):
@@ -170,7 +187,7 @@ def by_optimizer(option: str, text: str, optimizers: Sequence[str]) -> dict[str,
     for part in text.split(",") if text else []:
         name, named, value = part.rpartition("=")
         if named and name not in optimizers:
-            raise ConfigError(f"{option} {part}: there is no '{name}' among {', '.join(optimizers)}")
+            raise ConfigError(f"{option} {part}: unknown optimizer '{name}', expected one of {', '.join(optimizers)}")
         try:
             number = float(value)
         except ValueError:
@@ -178,7 +195,7 @@ def by_optimizer(option: str, text: str, optimizers: Sequence[str]) -> dict[str,
         if not 0 <= number < math.inf:
             raise ConfigError(f"{option} {part or text}: expected a number of at least 0, or OPTIMIZER=NUMBER")
         if name in found:
-            raise ConfigError(f"{option} {text}: two numbers for {name or 'all'}")
+            raise ConfigError(f"{option} {text}: two numbers for {name or 'all optimizers'}")
         found[name] = number
     return found
 
@@ -298,7 +315,7 @@ class Runs:
                 with self.path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(record) + "\n")
             except OSError as error:
-                says = f"{error.strerror}: mend that, and the same command adds what is missing"
+                says = f"{error.strerror}: fix this and run the same command again; it adds the missing runs"
                 raise ConfigError(f"--out {self.path}: {says}") from None
         self.bar.advance(bar)
         return float(record["loss"]), record["curve"]

@@ -113,7 +113,9 @@ def first_theta(config: Config) -> np.ndarray:
         if theta.shape != (SIZE,):
             raise ConfigError(f"rule.init is '{init}', a rule of {theta.size - BESIDE} weights, expected {STARTS[STEP]}")
         if config.rule.odd and not np.allclose(odd_part(theta), theta, rtol=0, atol=1e-6 * np.abs(theta).max()):
-            raise ConfigError(f"rule.init is '{init}', which is not odd: take rule.odd=false, or an odd start, as hand-nesterov")
+            raise ConfigError(
+                f"rule.init is '{init}', which is not odd: use rule.odd=false, or an odd start, such as hand-nesterov"
+            )
     theta = theta + config.rule.init_noise * free(config) * rng.standard_normal(SIZE)
     return (odd_part(theta) if config.rule.odd else theta).astype(np.float32)
 

@@ -165,7 +165,7 @@ def test_resumes_exactly_after_a_kill(tiny):
         (["rule.init=nothing"], "no rule 'nothing'"),
         (
             ["engine.name=fast", "images.batch_size=9"],
-            "engine.name=fast needs engine.device cpu and an images.batch_size that 8 divides",
+            "engine.name=fast needs engine.device=cpu and an images.batch_size divisible by 8",
         ),
         (["estimator.sigma"], "'estimator.sigma': expected section.key=value"),
         (["outer.betas=[0.9]"], "outer.betas is [0.9], expected two numbers"),

@@ -248,7 +248,7 @@ def test_adamw_lr_is_no_key_of_a_rule_that_trains_every_parameter(tmp_path, caps
     assert evaluate.main(words) == 0 and capsys.readouterr().out == table and out.read_text() == "".join(lines)
     assert evaluate.main([*words, "--search", "adamw_lr"]) == 2
     assert capsys.readouterr().err == (
-        "error: --search adamw_lr: celo2-base has no such rate, as it trains every parameter; add lr\n"
+        "error: --search adamw_lr: celo2-base does not use it, since it trains every parameter itself; add lr\n"
     )
 
 
@@ -278,23 +278,26 @@ def test_what_is_named_twice_is_compared_once(tmp_path, capsys):
         (["--search-seeds", "0"], "expected at least 1"),
         (["--out", "no/such/x.jsonl"], "--out no/such/x.jsonl: expected a file that can be written, in a folder that exists"),
         (["--out", "."], "--out .: expected a file that can be written"),
-        (["--search", "lr,beta"], "--search lr,beta: expected different ones of lr, adamw_lr, weight_decay"),
-        (["--search", "lr,lr"], "expected different ones"),
-        (["--search", "lr,adamw_lr", "--adamw-lr", "0"], "a search of adamw_lr by factors cannot begin there"),
+        (["--search", "lr,beta"], "--search lr,beta: expected one or more, without repetition, of lr, adamw_lr, weight_decay"),
+        (["--search", "lr,lr"], "expected one or more, without repetition, of lr,"),
+        (["--search", "lr,adamw_lr", "--adamw-lr", "0"], "a search of adamw_lr multiplies by factors; give a value above 0"),
         (["--adamw-lr", "nan"], "--adamw-lr nan: expected at least 0"),
         (["--validation-batches", "0"], "--validation-batches 0: expected at least 1"),
         (["--lr", "0"], "--lr 0: expected a number above 0"),
         (["--lr", "fast"], "--lr fast: expected a number of at least 0, or OPTIMIZER=NUMBER"),
         (["--lr", ","], "--lr ,: expected a number of at least 0, or OPTIMIZER=NUMBER"),
         (["--weight-decay", "0.1,"], "--weight-decay 0.1,: expected a number of at least 0, or OPTIMIZER=NUMBER"),
-        (["--lr", "=3"], "--lr =3: there is no '' among adamw, muon,"),
+        (["--lr", "=3"], "--lr =3: unknown optimizer '', expected one of adamw, muon,"),
         (["--lr", "0.1,0.2"], "--lr 0.1,0.2: two numbers for all"),
-        (["--lr", "0.1,moun=0.2"], "--lr moun=0.2: there is no 'moun' among adamw, muon,"),
+        (["--lr", "0.1,moun=0.2"], "--lr moun=0.2: unknown optimizer 'moun', expected one of adamw, muon,"),
         (["--weight-decay", "-1"], "--weight-decay -1: expected a number of at least 0"),
-        (["--search", "weight_decay", "--weight-decay", "0"], "a search of weight_decay by factors cannot begin there"),
+        (
+            ["--search", "weight_decay", "--weight-decay", "0"],
+            "a search of weight_decay multiplies by factors; give a value above 0",
+        ),
         (["--final", "1.5"], "--final 1.5: expected 0 to 1"),
         (["--picture", "missing/gain.png"], "expected a name that ends in .png, in a folder that exists"),
-        (["--device", "tpu"], "--device tpu: expected cpu or a cuda that is there"),
+        (["--device", "tpu"], "--device tpu: expected cpu, or cuda on a machine with a GPU"),
     ],
 )
 def test_evaluation_mistakes(arguments, message, capsys):

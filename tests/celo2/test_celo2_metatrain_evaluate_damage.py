@@ -96,7 +96,7 @@ def test_an_interrupted_evaluation_says_how_it_goes_on(words, monkeypatch, capsy
 
     monkeypatch.setattr(evaluate, "train", interrupted)
     assert evaluate.main(words) == 130
-    assert capsys.readouterr().err == "interrupted; the same command adds what is missing\n"
+    assert capsys.readouterr().err == "interrupted; run the same command again to add the missing runs\n"
 
 
 def test_a_full_disk_is_one_line(words, monkeypatch, capsys):
@@ -109,7 +109,7 @@ def test_a_full_disk_is_one_line(words, monkeypatch, capsys):
 
     monkeypatch.setattr(Path, "open", full)
     assert evaluate.main(words) == 2
-    message = "No space left on device: mend that, and the same command adds what is missing"
+    message = "No space left on device: fix this and run the same command again; it adds the missing runs"
     assert capsys.readouterr().err == f"error: --out {words[-1]}: {message}\n"
 
 
@@ -117,7 +117,7 @@ def test_a_full_disk_is_one_line(words, monkeypatch, capsys):
     ("arguments", "message"),
     [
         (["--baselines", ""], "nothing to evaluate: name a RULE, or some --baselines"),
-        (["--tasks", ""], "--tasks names none, expected some of gpt-tiny, gpt, gpt-wide, rnn, vit, conv, autoencoder"),
+        (["--tasks", ""], "--tasks is empty, expected some of gpt-tiny, gpt, gpt-wide, rnn, vit, conv, autoencoder"),
         (
             ["--baselines", "muon", "--picture", "gain.png"],
             "--picture gain.png: expected two optimizers or more: it draws the gain over the first one",

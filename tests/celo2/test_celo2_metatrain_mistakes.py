@@ -32,7 +32,7 @@ def text(tmp_path):
 def test_a_device_that_is_not_there(device):
     with pytest.raises(ConfigError) as caught:
         choose_unroll(small(f"engine.device='{device}'"))
-    assert str(caught.value) == f"engine.device is '{device}', expected cpu, or a device that is here, as cuda or cuda:1"
+    assert str(caught.value) == f"engine.device is '{device}', expected cpu, or a device of this machine, such as cuda or cuda:1"
 
 
 def with_value(x, value, dtype=None):
@@ -102,7 +102,9 @@ def test_a_start_that_is_not_odd(tmp_path):
     """`celo2` is not, hand-nesterov and a rule that was trained from it are; a start drawn at random is made so."""
     with pytest.raises(ConfigError) as caught:
         first_theta(small("rule.odd=true rule.init=celo2"))
-    assert str(caught.value) == "rule.init is 'celo2', which is not odd: take rule.odd=false, or an odd start, as hand-nesterov"
+    assert (
+        str(caught.value) == "rule.init is 'celo2', which is not odd: use rule.odd=false, or an odd start, such as hand-nesterov"
+    )
     for init in ("hand-nesterov", "celo2-lm"):
         np.testing.assert_allclose(first_theta(small(f"rule.odd=true rule.init={init}")), theta_of(load_rule(init)), atol=1e-6)
     training = PESTraining(
