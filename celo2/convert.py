@@ -14,7 +14,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m celo2.convert", description=__doc__)
     parser.add_argument("input", help="a shipped name, a .safetensors rule, a published theta.state, a folder, or hub:OWNER/NAME")
     parser.add_argument("output", help="a path ending in .safetensors or .state")
-    parser.add_argument("--variant", choices=VARIANTS, help="what the weights are for, where the file does not say")
+    parser.add_argument("--variant", choices=VARIANTS, help="variant of the rule, if the file does not name it")
     parser.add_argument("--description", help="how the rule was made")
     args = parser.parse_args(argv)
     try:

@@ -41,8 +41,8 @@ def parse(name: str) -> Address:
     found = NAME.fullmatch(name.removeprefix(HUB))
     if found is None or any(not {"", ".", ".."}.isdisjoint(path.split("/")) for path in found.group("revision", "file") if path):
         raise RuleError(
-            f"'{name}' is no name of a rule on the Hugging Face Hub: write {HUB}OWNER/NAME, {HUB}OWNER/NAME@REVISION or "
-            f"{HUB}OWNER/NAME@REVISION:FILE"
+            f"'{name}' is not a valid name of a rule on the Hugging Face Hub: write {HUB}OWNER/NAME, {HUB}OWNER/NAME@REVISION "
+            f"or {HUB}OWNER/NAME@REVISION:FILE"
         )
     return Address(**found.groupdict())
 
@@ -94,9 +94,9 @@ def fetch(
                 raise RuleError(f"{address} cannot be loaded: {reason}") from None
     if usable:
         return cached[0]
-    there = "nothing of it: load it once with a network, or name a copy's path"
+    there = "no copy: load it once with a network, or give the path of a copy"
     if cached:
-        there = "it, which force_download forbids" if force_download else "several rules of it: name the file"
+        there = "a copy, which force_download=True forbids" if force_download else "several of its rules: name the file"
     raise RuleError(f"{address} cannot be loaded: the Hub is out of reach ({reason}), and the cache has {there}")
 
 

@@ -26,7 +26,7 @@ from celo2.layout import Layout, matrix_count, stacked_shape
 from celo2.rule_files import VARIANTS
 
 LAYERS = (nn.Linear, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, *CONVOLUTIONS)
-NOT_KNOWN = "not known, so AdamW; rules= can say otherwise"
+NOT_KNOWN = "kind not recognized, so AdamW; override with rules="
 OVERRULED = "overruled"
 
 
@@ -142,10 +142,10 @@ def overruled_parameters(model: nn.Module, rules: Mapping[str, str]) -> dict[Ten
         if not fitting:
             names = [name for name, _ in named] + [plain_name(name) for name, _ in model.named_modules() if name]
             near = difflib.get_close_matches(own, names, n=3)
-            hint = f"; near it are {', '.join(near)}" if near else ""
-            raise ValueError(f"rules: no parameter or module of the model fits '{pattern}'{hint}")
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise ValueError(f"rules: no parameter or module of the model matches '{pattern}'{hint}")
         if not any(p.requires_grad for p in fitting):
-            warnings.warn(f"rules: '{pattern}' fits frozen parameters alone", stacklevel=3)
+            warnings.warn(f"rules: '{pattern}' matches only frozen parameters", stacklevel=3)
         found |= dict.fromkeys(fitting, update)
     return found
 

@@ -97,7 +97,7 @@ def checked_rule(rule: Rule) -> Rule:
         check_weights(rule.weights, "the rule")
         check_description(rule, "the rule")
     except (TypeError, AttributeError) as error:
-        raise RuleError(f"the rule: a weight or a setting of another kind ({error})") from None
+        raise RuleError(f"the rule: a weight or a setting has the wrong type ({error})") from None
     return rule
 
 
@@ -135,8 +135,8 @@ def read_rule(path: Path, name: object, variant: str | None, said: str | None = 
     found = description.pop("variant", said) or variant or otherwise
     if found is None:
         raise RuleError(
-            f"{name}: neither the file nor its repository says which variant its weights are for: write it as "
-            f"load_rule(..., variant='celo2' or 'celo2-base') or with python -m celo2.convert --variant"
+            f"{name}: neither the file nor its repository names the variant of the rule: pass it, in Python as "
+            f"load_rule(..., variant='celo2' or 'celo2-base'), or to python -m celo2.convert as --variant"
         )
     rule = Rule(weights, variant=found, **description)
     check_description(rule, name)
@@ -146,10 +146,10 @@ def read_rule(path: Path, name: object, variant: str | None, said: str | None = 
 def of_variant(rule: Rule, variant: str | None, name: object) -> Rule:
     """Return `rule`. Raises RuleError if `variant` is given and the rule has the other one."""
     if variant not in (None, *VARIANTS):
-        raise RuleError(f"{name}: variant '{variant}' is none of {', '.join(VARIANTS)}")
+        raise RuleError(f"{name}: unknown variant '{variant}', expected one of {', '.join(VARIANTS)}")
     if variant not in (None, rule.variant):
-        remedy = f"ask for {rule.variant} (optimizer.name, variant=, --variant)"
-        raise RuleError(f"{name} is a {rule.variant} rule, but {variant} is asked for: {remedy}")
+        remedy = f"request {rule.variant} (optimizer.name, variant=, --variant)"
+        raise RuleError(f"{name} is a {rule.variant} rule, but {variant} was requested: {remedy}")
     return rule
 
 
@@ -175,7 +175,9 @@ def save_rule(rule: Rule, path: str | Path) -> None:
             if name != "variant" and getattr(rule, name) != getattr(published, name):
                 raise RuleError(f"{path}: the published format cannot hold {name} {getattr(rule, name)}; write .safetensors")
         if rule.variant != published.variant:
-            warnings.warn(f"{path} cannot say its variant: load it with load_rule(..., variant='{rule.variant}')", stacklevel=2)
+            warnings.warn(
+                f"{path} does not store the variant: load it with load_rule(..., variant='{rule.variant}')", stacklevel=2
+            )
         arrays = {name: pack_array(w.detach().cpu().numpy()) for name, w in sorted(rule.weights.items())}
         path.write_bytes(msgpack.packb({"ff_mod_stack": {"~": arrays}}))
     else:
@@ -205,7 +207,7 @@ def check_weights(weights: Mapping[str, Tensor], path: object) -> None:
 def check_description(rule: Rule, path: object) -> None:
     """Raise RuleError unless variant, decays, `normalize_gradient`, step sizes and whitening are valid for a rule."""
     if rule.variant not in VARIANTS:
-        raise RuleError(f"{path}: variant '{rule.variant}' is none of {', '.join(VARIANTS)}")
+        raise RuleError(f"{path}: unknown variant '{rule.variant}', expected one of {', '.join(VARIANTS)}")
     for name, values, count in (
         ("momentum_decays", rule.momentum_decays, 3),
         ("second_moment_decay", (rule.second_moment_decay,), 1),
@@ -225,7 +227,7 @@ def check_description(rule: Rule, path: object) -> None:
     if not 0 <= rule.whitening <= LARGEST_WHITENING:
         raise RuleError(f"{path}: whitening is {rule.whitening}, expected 0 to {LARGEST_WHITENING}")
     if rule.whitening and rule.variant == "celo2-base":
-        raise RuleError(f"{path}: whitening is a part of orthogonalization, which a celo2-base rule has not")
+        raise RuleError(f"{path}: whitening is a part of orthogonalization, which celo2-base rules do not use: set it to 0")
 
 
 def read_safetensors(path: Path, name: object) -> tuple[dict[str, Tensor], dict]:
@@ -294,7 +296,9 @@ def check_pylo(config: Path, name: object) -> None:
         raise RuleError(f"{name}: {config.name} beside it cannot be read ({error})") from error
     activation = keys.get("activation", "relu") if isinstance(keys, dict) else "relu"
     if activation != "relu":
-        raise RuleError(f"{name}: {config.name} beside it asks for the activation {activation!r:.40}; a rule has relu alone")
+        raise RuleError(
+            f"{name}: {config.name} beside it asks for the activation {activation!r:.40}, but rules support only relu"
+        )
 
 
 def read_theta(path: Path, name: object) -> tuple[dict[str, Tensor], dict]:

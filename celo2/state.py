@@ -107,8 +107,8 @@ class Stateful(torch.optim.Optimizer):
         if shapes and shapes != form:
             update = "celo2" if entry.by_rule else "adamw"
             raise ValueError(
-                f"{entry.name}, shape {tuple(entry.p.shape)}: its state {shapes} is not that of the update {update}, {form}; it, "
-                "its group or the rule was changed after a step; optimizer.state.pop(parameter) begins its state anew"
+                f"{entry.name}, shape {tuple(entry.p.shape)}: its state {shapes} is not that of the update {update}, {form}: the "
+                "parameter, its group or the rule was changed after a step; optimizer.state.pop(parameter) resets its state"
             )
 
     def allocate_state(self) -> None:
@@ -234,7 +234,7 @@ def accepted_shapes(name: str, shape: tuple[int, ...], p: Tensor) -> list[tuple[
 def checked(optimizer: Stateful, state_dict: dict[str, Any]) -> dict[str, Any]:
     """`state_dict` in the current format. Raises ValueError or TypeError if groups or state do not fit the optimizer."""
     if absent := {"param_groups", "state"} - state_dict.keys():
-        raise ValueError(f"no state of an optimizer: it lacks {' and '.join(sorted(absent))}")
+        raise ValueError(f"not the state_dict of an optimizer: it lacks {' and '.join(sorted(absent))}")
     groups, saved_groups = optimizer.param_groups, list(state_dict["param_groups"])
     if len(groups) != len(saved_groups):
         unlike = unmatched_names(groups, saved_groups)
@@ -262,10 +262,13 @@ def checked(optimizer: Stateful, state_dict: dict[str, Any]) -> dict[str, Any]:
             where = f"parameter group {index}, a parameter of shape {tuple(entry.p.shape)}"
             form = state_form(entry, optimizer.state_dtype)
             if (form.keys() ^ saved.keys()) & STATE_KEYS - {"count"}:  # only bfloat16 accumulators have a count
-                remedy = "build it with the rule and the groups of what was saved, or clear the saved 'state' to begin anew"
+                remedy = (
+                    "build it with the rule and groups of the saved optimizer, or clear the saved 'state' to start with a new "
+                    "state"
+                )
                 raise ValueError(
-                    f"{where}: saved state holds {sorted(saved)}, expected {sorted(form)}, as this optimizer has another rule or "
-                    f"update for it; {remedy}"
+                    f"{where}: saved state holds {sorted(saved)}, expected {sorted(form)}, since this optimizer has another rule "
+                    f"or update for it; {remedy}"
                 )
             for name in (name for name in form if name in saved):
                 shape, expected = tuple(torch.as_tensor(saved[name]).shape), form[name][0]

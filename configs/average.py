@@ -33,7 +33,7 @@ def average_of(config: Config) -> AverageOptions | None:
         raise ConfigError(f"train.average.kind is {kind!r}, expected one of {', '.join(DEFAULTS)}: {EXAMPLES}")
     key, default = DEFAULTS[kind]
     if unknown := [name for name in given if name not in ("kind", key)]:
-        raise ConfigError(f"train.average has the key {unknown[0]!r}, which {kind} does not know: {EXAMPLES}")
+        raise ConfigError(f"train.average has the key {unknown[0]!r}, which {kind} does not have: {EXAMPLES}")
     value = given.get(key, default)
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not 0 < value <= 1 or (kind == "ema" and value == 1):

@@ -103,4 +103,4 @@ def find_held(zero: Any) -> Iterator[tuple[Tensor, Tensor, int, int, int, dist.P
                 yield p, zero.fp32_partitioned_groups_flat[i], offset, start, numel, zero.dp_process_group
                 offset += p.partition_numel()
     else:
-        raise ShardingError(f"{type(zero).__name__} is no ZeRO optimizer of stage 1, 2 or 3")
+        raise ShardingError(f"{type(zero).__name__} is not a ZeRO optimizer of stage 1, 2 or 3")

@@ -63,7 +63,7 @@ def local_shard_of(p: Any) -> LocalShard:
     placement = p.placements[sharded[0]]
     if len(sharded) > 1 or type(placement).__name__ != "Shard" or placement.dim != 0:
         raise ShardingError(
-            f"a parameter of shape {shape} is placed as {p.placements}; only Shard(0) over one mesh axis is known"
+            f"a parameter of shape {shape} is placed as {p.placements}; only Shard(0) over one mesh axis is supported"
         )
     mesh, axis = p.device_mesh, sharded[0]
     chunk = -(-shape[0] // mesh.size(axis))

@@ -165,7 +165,7 @@ class Nest:
         if not all(key.split(".")):
             raise ConfigError(f"'{override}': expected section.key=value")
         if text.startswith("="):
-            raise ConfigError(f"'{override}': one = is enough; a text that begins with = stands in quotes")
+            raise ConfigError(f"'{override}': one = is enough; put a text that begins with = in quotes")
         kind = self.kinds.get(self.new_names.get(key, key))
         if kind is not str and kind != str | None and typing.get_origin(kind) is not Literal:
             value = read_yaml(text, f"'{override}': the value")
@@ -204,7 +204,7 @@ class Nest:
             if not isinstance(place, dict):
                 raise ConfigError(f"'{dotted}={value}': '{parent}' is a value, not a section")
         if file and last in place:
-            raise ConfigError(f"{file}: '{dotted}' stands twice, in its section and by a name of its own")
+            raise ConfigError(f"{file}: '{dotted}' is set twice, in its section and at the top level")
         place[last] = value
         self.given.add(".".join(dotted.split(".")[:2]))
 
@@ -243,7 +243,9 @@ def expanded(value: Any, name: str) -> Any:
     try:
         return (home[1] or "") + str(Path(home[2]).expanduser())
     except RuntimeError:
-        raise ConfigError(f"{name} is '{value}', but there is no such user; a name that begins with ~ is ./{value}") from None
+        raise ConfigError(
+            f"{name} is '{value}', but there is no such user; write ./{value} for a file whose name begins with ~"
+        ) from None
 
 
 def nearest(prefix: str, key: Any, known: Sequence[str]) -> str:

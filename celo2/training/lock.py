@@ -123,7 +123,9 @@ class FolderLock:
         first, wait = self._sign(), SILENCE - max(0.0, silent)
         end = time.monotonic() + wait
         if wait > 1:
-            print(f"note: {self._in_use()}; waiting {wait:.0f} s for a sign of it", file=sys.stderr, flush=True)
+            print(
+                f"note: {self._in_use()}; waiting {wait:.0f} s to see whether that process is alive", file=sys.stderr, flush=True
+            )
         while time.monotonic() < end:
             time.sleep(min(1.0, SILENCE / 5))
             if self._sign() != first:
@@ -164,6 +166,8 @@ class FolderLock:
                 os.utime(self.descriptor)
                 taken = self._content() != self.own or (self._replaced() and self.path.exists())
                 if taken and not self.released.is_set():
-                    sys.stderr.write(f"error: {self.folder}: another process took over while this one was silent, which ends\n")
+                    sys.stderr.write(
+                        f"error: {self.folder}: another process took the lock while this one was stopped; this process ends\n"
+                    )
                     sys.stderr.flush()
                     os._exit(LOST)

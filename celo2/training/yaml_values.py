@@ -134,11 +134,11 @@ class Reader:
     def value(self, node: yaml.Node) -> Any:
         """The value of a node, with all nodes below it."""
         if node.tag.rpartition(":")[2] not in ("str", "seq", "map"):
-            raise self.fail(node, f"the tag {node.tag} is not known: write the value without it")
+            raise self.fail(node, f"the tag {node.tag} is not supported: write the value without it")
         if isinstance(node, yaml.ScalarNode):
             return Plain(node.value) if node.style is None else node.value
         if node in self.open:
-            raise self.fail(node, "an alias stands inside what it names")
+            raise self.fail(node, "an alias refers to a value that contains the alias")
         self.open.append(node)
         try:
             if isinstance(node, yaml.MappingNode):
@@ -157,7 +157,7 @@ class Reader:
                 raise self.fail(key_node, "a key must be a name")
             key = self.value(key_node)
             if key in lines:
-                raise self.fail(key_node, f"'{key}' stands twice, in line {lines[key]} too")
+                raise self.fail(key_node, f"'{key}' is set twice, first in line {lines[key]}")
             lines[key] = key_node.start_mark.line + 1
             value = self.value(value_node)
             if key == "<<":

@@ -90,14 +90,14 @@ def test_the_variant_is_known_or_asked_for(hub, tmp_path):
     hub.add("amoudgl/celo2-base", {"theta.state": THETA})
     hub.add("me/theta", {"theta.state": THETA})
     hub.add("me/ours", {"rule.safetensors": in_bytes(random_rule(variant="celo2-base"), tmp_path)})
-    refused("hub:me/theta", "which variant", "variant='celo2' or 'celo2-base'", "--variant")
+    refused("hub:me/theta", "names the variant of the rule", "variant='celo2' or 'celo2-base'", "--variant")
     for variant in ("celo2", "celo2-base"):
         assert load_rule("hub:me/theta", variant).variant == variant
         assert Rule.from_pretrained("me/theta", variant=variant).variant == variant
     assert load_rule("hub:me/ours").variant == load_rule("hub:me/ours", "celo2-base").variant == "celo2-base"
     for name in ("hub:me/ours", "hub:amoudgl/celo2-base"):
-        refused(name, "is a celo2-base rule, but celo2 is asked for", variant="celo2")
-    refused("hub:me/theta", "variant 'celo3' is none of celo2, celo2-base", variant="celo3")
+        refused(name, "is a celo2-base rule, but celo2 was requested", variant="celo2")
+    refused("hub:me/theta", "unknown variant 'celo3', expected one of celo2, celo2-base", variant="celo3")
 
 
 def test_revisions_and_files(hub, tmp_path):
@@ -115,7 +115,7 @@ def test_revisions_and_files(hub, tmp_path):
     )
     assert load_rule("hub:me/rule@refs/pr/1") == load_rule("hub:me/rule:more/pylo.safetensors") == third
     assert Rule.from_pretrained("me/rule:rule.safetensors", revision="v1.0") == first
-    with pytest.raises(RuleError, match="is no name"):
+    with pytest.raises(RuleError, match="is not a valid name"):
         Rule.from_pretrained("me/rule", revision="../../x")
     assert load_rule("hub:me/rule@main:more/pylo.safetensors").source == f"hub:me/rule@{new}:more/pylo.safetensors"
     hub.add("me/two", {"theta.state": THETA, "rule.safetensors": in_bytes(first, tmp_path)})
@@ -150,7 +150,7 @@ def test_the_cache_is_huggingface_hubs(hub, offline, tmp_path):
     assert hub.requests == []
     with pytest.raises(RuleError, match="local_files_only is set"):
         Rule.from_pretrained("me/other", local_files_only=True)
-    with pytest.raises(RuleError, match="the cache has it, which force_download forbids"):
+    with pytest.raises(RuleError, match="the cache has a copy, which force_download=True forbids"):
         Rule.from_pretrained("DiamondXL/celo2", force_download=True)
 
 
@@ -207,7 +207,7 @@ def test_another_process_with_the_librarys_variables(hub, tmp_path, monkeypatch)
 )
 def test_names_that_are_none(hub, name):
     with pytest.raises(
-        RuleError, match=r"is no name of a rule on the Hugging Face Hub: write hub:OWNER/NAME, hub:OWNER/NAME@REV"
+        RuleError, match=r"is not a valid name of a rule on the Hugging Face Hub: write hub:OWNER/NAME, hub:OWNER/NAME@REV"
     ):
         load_rule(name)
     assert hub.requests == []
@@ -248,7 +248,7 @@ def test_a_hub_that_is_down_or_gone(hub, monkeypatch):
     from huggingface_hub import constants
 
     hub.down = True
-    refused("hub:me/rule", "out of reach (", "503", "the cache has nothing of it")
+    refused("hub:me/rule", "out of reach (", "503", "the cache has no copy: load it once with a network")
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
     refused("hub:me/rule", "out of reach (", "onnect")
 
@@ -279,7 +279,7 @@ def test_another_network_of_pylo_is_refused(hub):
     hub.add("me/deep", {"config.json": CONFIG, "model.safetensors": pylo(rule, **{"dense_w.2": torch.zeros(3, 3)})})
     hub.add("me/both", {"config.json": CONFIG, "model.safetensors": pylo(rule, w0__0=torch.zeros(1, 8))})
     hub.add("me/json", {"config.json": b"[" * 100_000, "model.safetensors": pylo(rule)})
-    refused("hub:me/tanh", "config.json beside it asks for the activation 'tanh'; a rule has relu alone")
+    refused("hub:me/tanh", "config.json beside it asks for the activation 'tanh', but rules support only relu")
     refused("hub:me/deep", "has unknown weight 'dense_w.2'")
     refused("hub:me/both", "has unknown weight 'w0__0'")
     refused("hub:me/json", "config.json beside it cannot be read")

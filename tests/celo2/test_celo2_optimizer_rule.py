@@ -96,7 +96,7 @@ def test_a_rule_that_needs_other_state_is_refused_until_the_state_begins_anew():
     train(optimizer, range(2))
     before = weights(optimizer)
     optimizer.rule = "hand-whitened"
-    with pytest.raises(ValueError, match=r"or the rule was changed after a step; optimizer\.state\.pop\(parameter\) begins"):
+    with pytest.raises(ValueError, match=r"or the rule was changed after a step; optimizer\.state\.pop\(parameter\) resets"):
         train(optimizer, range(2, 3))
     assert all(map(torch.equal, weights(optimizer), before))
     optimizer.state.clear()
@@ -108,10 +108,8 @@ def test_a_rule_that_needs_other_state_is_refused_until_the_state_begins_anew():
 def test_state_of_another_rule_that_does_not_fit_says_what_to_do(of, to):
     saved, optimizer = optimizer_of(of), optimizer_of(to)
     train(saved, range(1))
-    text = (
-        "as this optimizer has another rule or update for it; build it with the rule and the groups of what was saved, or clear"
-    )
-    with pytest.raises(ValueError, match=rf"parameter group 0, .*{text} the saved 'state' to begin anew"):
+    text = "since this optimizer has another rule or update for it; build it with the rule and groups of the saved optimizer, or"
+    with pytest.raises(ValueError, match=rf"parameter group 0, .*{text} clear the saved 'state' to start with a new state"):
         optimizer.load_state_dict(saved.state_dict())
     state_dict = saved.state_dict()
     state_dict["state"].clear()  # the remedy

@@ -62,7 +62,7 @@ def test_rules_apply_to_a_base_rule_and_through_wrappers():
     [
         ({"lm_haed": "adamw"}, r"'lm_haed'.*lm_head"),
         ({"transformer.wte.weigth": "adamw"}, r"transformer\.wte\.weight"),
-        ({"zzz": "adamw"}, r"no parameter or module of the model fits 'zzz'$"),
+        ({"zzz": "adamw"}, r"no parameter or module of the model matches 'zzz'$"),
         ({"lm_head": "muon"}, r"rules\['lm_head'\].*celo2, adamw.*'muon'"),
     ],
 )
@@ -86,7 +86,7 @@ class Odd(nn.Module):
 def test_what_is_not_known_is_noted_once():
     """A weight that looks fused in a class that no table knows, and a parameter of an unknown kind."""
     groups = param_groups(Odd(), 1e-3, 2e-2)
-    noted = [line for line in routing_table(groups).splitlines() if "fused" in line or "not known" in line]
+    noted = [line for line in routing_table(groups).splitlines() if "fused" in line or "not recognized" in line]
     assert [line.split()[0] for line in noted] == ["blocks.*.qkv.weight", "thing"]
     assert update_of(groups)["thing"] == "adamw"
     assert update_of(groups)["blocks.0.qkv.weight"] == "celo2"
@@ -122,6 +122,6 @@ def test_a_model_in_which_nothing_is_trainable_gets_a_warning():
 def test_a_pattern_of_frozen_parameters_alone_gets_a_warning():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].requires_grad_(False)
-    with pytest.warns(UserWarning, match="rules: '1' fits frozen parameters alone"):
+    with pytest.warns(UserWarning, match="rules: '1' matches only frozen parameters"):
         groups = param_groups(model, lr=1e-3, adamw_lr=1e-3, rules={"1": "adamw"})
     assert all(not name.startswith("1.") for group in groups for name in group["param_names"])

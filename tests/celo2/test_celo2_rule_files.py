@@ -47,7 +47,7 @@ def test_a_base_rule_in_the_published_format_is_a_warning(tmp_path):
     """The format cannot say it: read without `variant`, it is a celo2 rule."""
     rule = random_rule(variant="celo2-base")
     with pytest.warns(
-        UserWarning, match=r"base\.state cannot say its variant: load it with load_rule\(\.\.\., variant='celo2-base'\)$"
+        UserWarning, match=r"base\.state does not store the variant: load it with load_rule\(\.\.\., variant='celo2-base'\)$"
     ):
         save_rule(rule, tmp_path / "base.state")
     assert load_rule(tmp_path / "base.state", variant="celo2-base") == rule
