@@ -57,7 +57,7 @@ class Model:
     )
     init: str | None = option(
         None,
-        "take the weights of a run, checkpoint, transformers folder or hub:NAME[@REVISION]; average:RUN its average",
+        "initial weights: a run, checkpoint, transformers folder or hub:NAME[@REVISION]; average:RUN takes a run's average",
         path=True,
     )
     hf: dict[str, Any] | None = option(None, "instead of a GPT-3: the config of any causal LM of transformers {model_type: ...}")
@@ -76,7 +76,7 @@ class Data:
     cache_dir: str | None = option(
         None, "copies of folders whose dir is a URL (s3://, gs://, hf://, ...); null: ~/.cache/celo2-data", NOT_EMPTY, path=True
     )
-    cache_gb: float = option(100.0, "the most that these copies may take, in GB; unused ones go first", POSITIVE)
+    cache_gb: float = option(100.0, "largest total size of these copies, in GB; unused copies are deleted first", POSITIVE)
 
 
 OPTIMIZERS = (
@@ -95,17 +95,17 @@ class Optimizer:
     weight_decay: float = option(0.1, "decoupled decay of matrices and embeddings; biases and norms have none", at_least(0))
     base_width: int | None = option(
         None,
-        "model width at which lr, adamw_lr and weight_decay were found; scaled for another; null: not scaled",
+        "model width at which lr, adamw_lr and weight_decay were tuned; they are scaled to the model's width; null: not scaled",
         at_least(1),
     )
-    cautious_weight_decay: bool = option(False, "decay only where the update moves a weight towards 0, too (arXiv 2510.12402)")
+    cautious_weight_decay: bool = option(False, "decay a weight only where the update also moves it towards 0 (arXiv 2510.12402)")
     ema_nesterov: float = option(
         0.0, "EMA-Nesterov (arXiv 2605.25395): factor of the lookahead, its authors use 0.6 with muon; 0: off", at_least(0)
     )
-    ema_nesterov_decay: float = option(0.99, "decay of the average of changes that ema_nesterov looks along", DECAY)
+    ema_nesterov_decay: float = option(0.99, "decay of the average of weight changes along which ema_nesterov looks ahead", DECAY)
     rule: str | None = option(
         None,
-        "for celo2 and celo2-base: a shipped rule, a path, or hub:OWNER/NAME[@REVISION][:FILE]; null: the name's own",
+        "for celo2 and celo2-base: a shipped rule, a path, or hub:OWNER/NAME[@REVISION][:FILE]; null: the rule of that name",
         NOT_EMPTY,
         path=True,
     )
@@ -114,7 +114,9 @@ class Optimizer:
         None, "further arguments of the optimizer's constructor {betas: [0.9, 0.99], num_steps: train.steps}"
     )
     route: Literal["hidden", "matrices", "all"] | None = option(
-        None, "what an optimizer of a library updates, AdamW the rest; null: as its authors do, for a dotted path hidden"
+        None,
+        "parameters that an optimizer from a library updates; AdamW updates the rest; null: as its authors do, or hidden for a "
+        "dotted path",
     )
 
 
@@ -127,11 +129,11 @@ class Schedule:
     final: float = option(0.1, "learning rate at the last step, as a fraction of the peak (constant: unused)", FRACTION)
     decay: float = option(0.2, "wsd: fraction of train.steps that decays, at the end", FRACTION)
     start: int = option(
-        0, "step at which this schedule begins, for a run that was extended; its fractions are of the steps after it", at_least(0)
+        0, "step at which this schedule begins, for an extended run; its fractions refer to the steps from there on", at_least(0)
     )
     cooldown: int = option(
         0,
-        "end the run with a linear decay to `final` over so many steps, from the checkpoint that checkpoint.resume names; 0: no",
+        "steps of a linear decay to `final` that ends the run, from the checkpoint that checkpoint.resume names; 0: none",
         at_least(0),
     )
 
@@ -147,15 +149,19 @@ class Train:
     micro_batch_size: int = option(
         32, "largest number of sequences in one forward pass of one rank; the rest is gradient accumulation", at_least(1)
     )
-    on_batch_change: Literal["refuse", "allow"] = option("refuse", "what a batch_size other than the checkpoint's does on resume")
-    grad_clip: float = option(1.0, "largest norm of the whole gradient; 0: no clipping", at_least(0))
+    on_batch_change: Literal["refuse", "allow"] = option(
+        "refuse", "refuse or allow resuming with another batch_size than the checkpoint's"
+    )
+    grad_clip: float = option(1.0, "clip the whole gradient to this norm; 0: no clipping", at_least(0))
     precision: Literal["fp32", "bf16"] = option("fp32", "fp32 or bf16 (autocast with float32 weights; see optimizer.state_dtype)")
     compile: bool = option(False, "torch.compile of the model")
     average: dict[str, Any] | None = option(
         None, "also keep an average of the weights: {kind: ema, decay: 0.999} or {kind: tail, fraction: 0.2} (of train.steps)"
     )
-    deterministic: bool = option(False, "deterministic algorithms alone, on GPUs too: the same bits from the same start, slower")
-    max_bad_steps: int = option(10, "stop after so many steps in a row whose loss or gradient norm is not finite", at_least(1))
+    deterministic: bool = option(
+        False, "use only deterministic algorithms, so that a repeated run gives the same bits, also on GPUs; slower"
+    )
+    max_bad_steps: int = option(10, "stop after this many steps in a row whose loss or gradient norm is not finite", at_least(1))
     spike: float = option(
         1.0, "a loss this many nats above the median of the last 50 steps is a spike; 0: no monitor", at_least(0)
     )
@@ -170,14 +176,16 @@ class Distributed:
     shard_state: bool = option(False, "ddp with celo2: keep the optimizer state of a parameter on one rank")
     replicas: int = option(1, "fsdp2: copies of the model, each sharded over processes / replicas ranks", at_least(1))
     offload: bool = option(
-        False, "fsdp2 with adamw: weights, gradients and state wait in the host's memory, and the optimizer runs there"
+        False, "fsdp2 with adamw: keep weights, gradients and state in host memory and run the optimizer there"
     )
     check_replicas: int = option(
         100,
         "steps between comparisons of the weights that ranks hold in common, and before each checkpoint; 0: never",
         at_least(0),
     )
-    timeout: float = option(600.0, "seconds without a sign of another rank after which the run ends with an error", TIMEOUT)
+    timeout: float = option(
+        600.0, "seconds without a sign of life from another rank after which the run ends with an error", TIMEOUT
+    )
 
 
 @dataclass
@@ -189,22 +197,22 @@ class Checkpoint:
     keep_best: bool = option(False, "also save at, and keep, the lowest validation loss so far")
     resume: str = option(
         "auto",
-        "auto: from the newest whole checkpoint; never: from the beginning; or the path of a checkpoint or run to go on from",
+        "auto: from the newest whole checkpoint; never: from the beginning; or the path of a checkpoint or run to resume from",
         NOT_EMPTY,
         path=True,
     )
     shards: Literal["auto", "one"] = option(
-        "auto", "auto: every rank writes a part, if all see the folder; one: the first rank all"
+        "auto", "auto: every rank writes a part, if all see the folder; one: the first rank writes everything"
     )
     fallback_dir: str | None = option(
-        None, "a folder on another disk for checkpoints that run.dir does not take; null: none", NOT_EMPTY, path=True
+        None, "a folder on another disk for checkpoints that cannot be written to run.dir; null: none", NOT_EMPTY, path=True
     )
-    patience: float = option(120.0, "seconds in which a last checkpoint that cannot be written is tried again", at_least(0))
+    patience: float = option(120.0, "seconds to retry if the last checkpoint cannot be written", at_least(0))
 
 
 @dataclass
 class Log:
-    every: int = option(10, "steps between lines of metrics.jsonl; the first and the last step are always there", at_least(1))
+    every: int = option(10, "steps between lines of metrics.jsonl; the first and the last step always get one", at_least(1))
     trackers: list[Literal["tensorboard", "wandb", "mlflow", "comet_ml", "trackio", "aim"]] = option(
         [], "any of tensorboard, wandb, mlflow, comet_ml, trackio, aim"
     )
@@ -216,7 +224,7 @@ class Log:
         at_least(0),
     )
     profile: list[int] | None = option(None, "first and last step of a torch.profiler trace in <run.dir>/profile: [10, 12]")
-    memory_snapshot: bool = option(False, "on a GPU: note every allocation, and write a snapshot when memory does not suffice")
+    memory_snapshot: bool = option(False, "on a GPU: record every allocation, and write a snapshot when memory runs out")
     sample_tokens: int = option(200, "tokens of the text sample at evaluations and at the end; 0: none", at_least(0))
     sample_prompt: str = option("", "text that the sample continues; empty: the start of a document")
 
@@ -231,10 +239,12 @@ class Eval:
     tasks: dict[str, Any] | None = option(
         None, 'multiple choice by name {arc: FILE}; a line is {"question": TEXT, "choices": [TEXT, ...], "answer": NUMBER}'
     )
-    lm_eval: list[str] = option([], "tasks and groups of lm-eval, whose data is on this machine already [hellaswag, arc_easy]")
+    lm_eval: list[str] = option(
+        [], "tasks and groups of lm-eval, with data that is already on this machine [hellaswag, arc_easy]"
+    )
     lm_eval_include: str | None = option(None, "a folder with further tasks for eval.lm_eval", NOT_EMPTY, path=True)
     tasks_every: int = option(0, "steps between evaluations with tasks, a multiple of every; 0: all evaluations", at_least(0))
-    task_examples: int | None = option(None, "questions of each task to take, the first ones; null: all", at_least(1))
+    task_examples: int | None = option(None, "use only this many questions of each task, the first ones; null: all", at_least(1))
 
 
 @dataclass
