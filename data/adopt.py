@@ -154,7 +154,7 @@ def choose_tokenizer(name: str | None, vocab_size: int | None, asked: str | None
             hint = f" ({source / 'meta.pkl'} {PICKLE})"
         raise DataError(
             "which tokenizer wrote the data? Give --tokenizer: a name such as gpt2, the path of a tokenizer.json, or a JSON file "
-            f"of {{character: id}}{hint}; or --vocab-size, where no more is known"
+            f"of {{character: id}}{hint}; or --vocab-size, if only the number of tokens is known"
         )
     if vocab_size is not None:
         if vocab_size < 2:
@@ -245,15 +245,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m data.adopt", description=__doc__.split("\n\n")[0].split(": ", 1)[1])
     parser.add_argument("source", metavar="SOURCE", help="folder, glob or file of token files, or a data set saved to disk")
     parser.add_argument("out", metavar="FOLDER", help="folder for the index and the tokenizer: the data.dir of training")
-    parser.add_argument("--tokenizer", help="that wrote the tokens: a pretrained name, a path, or a JSON file {character: id}")
-    parser.add_argument("--vocab-size", type=int, help="instead of a tokenizer: tokens are below this, and have no text")
+    parser.add_argument(
+        "--tokenizer", help="tokenizer that wrote the tokens: a pretrained name, a path, or a JSON file {character: id}"
+    )
+    parser.add_argument(
+        "--vocab-size", type=int, help="instead of --tokenizer: number of token ids; the tokens then have no text"
+    )
     parser.add_argument("--end-token", help="the token that ends, or begins, a document; without it, the end-of-text token")
     parser.add_argument("--val", metavar="FILES", help="glob or path of the files for validation, if their names do not say so")
     options = vars(parser.parse_args(arguments))
     try:
         adopt(**options)
     except KeyboardInterrupt:
-        print("data.adopt: stopped; the same command begins again", file=sys.stderr)
+        print("data.adopt: stopped; run the same command to start over", file=sys.stderr)
         return 128 + signal.SIGINT
     except (DataError, OSError) as error:
         print(f"data.adopt: {printable(str(error))}", file=sys.stderr)

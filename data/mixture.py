@@ -34,7 +34,7 @@ class Mixture(TokenShards):
             if ours != theirs:
                 raise DataError(
                     f"{first.folder} and {other.folder} have different tokenizers ({ours[0][:12]} and {theirs[0][:12]}, end of "
-                    f"text {ours[1]} and {theirs[1]}): prepare both with one"
+                    f"text {ours[1]} and {theirs[1]}): prepare both with the same tokenizer"
                 )
         self.sources = list(sources)
         for i, source in enumerate(self.sources):

@@ -68,7 +68,9 @@ def open_token_file(path: Path, raw_dtype: str) -> TokenFile:
             raise DataError(f"{path}: an array of numpy.save, with a header of its own; write the tokens with array.tofile(FILE)")
         item = np.dtype(raw_dtype).itemsize
         if size % item:
-            raise DataError(f"{path}: {size:,} bytes are no whole number of {raw_dtype} tokens; the file is cut short or damaged")
+            raise DataError(
+                f"{path}: {size:,} bytes are not a whole number of {raw_dtype} tokens; the file is cut short or damaged"
+            )
         return TokenFile(path, 0, size // item, raw_dtype)
     versions, dtype = MAGIC[magic]
     if len(head) < HEADER:
@@ -76,7 +78,7 @@ def open_token_file(path: Path, raw_dtype: str) -> TokenFile:
     version, tokens = int(header[1]), int(header[2])
     if version not in versions:
         known = " or ".join(map(str, versions))
-        raise DataError(f"{path}: version {version} of the format {magic} is not known, but {known}")
+        raise DataError(f"{path}: version {version} of the format {magic} is not supported, expected {known}")
     expected = HEADER + tokens * np.dtype(dtype).itemsize
     if tokens < 0 or size != expected:
         what = "cut short" if size < expected else "damaged"

@@ -182,7 +182,7 @@ def _declared_on_hub(name: str) -> dict[str, str]:
 
 def _unreadable(name: str, error: Exception) -> DataError:
     return DataError(
-        f"tokenizer {name!r} is no file or folder here and cannot be read from the Hugging Face hub "
+        f"tokenizer {name!r} is not a file or folder on this machine, and it cannot be read from the Hugging Face hub "
         f"({first_line(error)}); without a network, give the path of a tokenizer.json"
     )
 

@@ -20,7 +20,7 @@ def verify(folder: str | Path, log: Callable[[str], None] = print) -> None:
     index = read_index(folder)
     check_files(folder, index, *index["splits"])
     if index["end_of_text_id"] >= index["vocab_size"]:
-        raise DataError(f"{folder / 'index.json'}: damaged, its end of text is no token of its vocabulary")
+        raise DataError(f"{folder / 'index.json'}: damaged, its end of text is not in its vocabulary")
     tok, end = load_tokenizer(folder), load_declared(folder).get("eos_token")
     if end is not None and tok.token_to_id(end) != index["end_of_text_id"]:
         raise DataError(f"{folder / 'tokenizer_config.json'}: its eos_token {end!r} is not the end of text of these shards")

@@ -33,7 +33,7 @@ def character_vocabulary(path: Path) -> dict[str, int] | None:
         raise DataError(f"{path}: {words[0]!r} is not one character; for a vocabulary of words name a tokenizer.json")
     vocabulary = dict(pairs)
     if len(vocabulary) < len(pairs) or len(set(vocabulary.values())) < len(pairs):
-        raise DataError(f"{path}: a character or an id stands twice")
+        raise DataError(f"{path}: a character or an id occurs twice")
     return vocabulary
 
 

@@ -79,7 +79,7 @@ def begin(partial: Path, arguments: dict, sources: list[Source], log: Callable[[
             return
         if not difference:
             former = old["version"] != UNITS_VERSION
-            why = "a former version began this preparation" if former else "the source changed since this preparation began"
+            why = "an earlier version began this preparation" if former else "the source changed since this preparation began"
             log(f"{why}: starting over")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -124,7 +124,7 @@ def repetition(splits: dict[str, dict]) -> list[str]:
     """A note where validation has a file of the same tokens as training, by the splits of an index.json."""
     train = {shard["sha256"]: shard["name"] for shard in splits["train"]["shards"]}
     same = [f"{shard['name']} is {train[shard['sha256']]}" for shard in splits["val"]["shards"] if shard["sha256"] in train]
-    return [f"validation holds the tokens of training: {', '.join(same)}; its loss says nothing of new text"] if same else []
+    return [f"validation holds the tokens of training: {', '.join(same)}; its loss says nothing about new text"] if same else []
 
 
 def _option(argument: str) -> str:

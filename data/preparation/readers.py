@@ -163,7 +163,7 @@ def _read_compressed_json_lines(piece: Piece, key: str) -> Iterator[str]:
         kind = "gzip" if piece.path.lower().endswith(".gz") else "zstd"
         if kind == "zstd" and "too much memory" in str(error):  # libzstd's words
             raise DataError(
-                f"{piece.path}: its zstd window is above 128 MiB (zstd --long), which is not read; write it anew: "
+                f"{piece.path}: its zstd window is above 128 MiB (zstd --long), which is not read; compress it again: "
                 f"zstd -dc --long=31 {shlex.quote(piece.path)} | zstd -o NEW.jsonl.zst"
             ) from None
         raise DataError(f"{piece.path}: damaged {kind} file: {first_line(error)}") from None

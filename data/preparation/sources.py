@@ -3,7 +3,7 @@
 A source is named by one string:
     PATH        a file, a folder (every file below it that is not hidden, also in linked folders), or a glob ('corpus/**/*.md')
     hub:NAME    a data set of the Hugging Face hub, streamed; hub:NAME@REVISION takes that revision
-    stdlib      the Python standard library's own sources and documentation topics, which every machine has
+    stdlib      the Python standard library's own sources and documentation topics, which need no download
 What a file holds follows from its name: .jsonl, .ndjson, .json (JSON lines) and the same with .gz or .zst, .parquet; any
 other is UTF-8 text, but for the kinds that data/preparation/listing.py leaves out. How documents are read from each is in
 data/preparation/readers.py.

@@ -119,7 +119,7 @@ def test_a_folder_of_data_prepare_is_not_adopted_into_itself(tmp_path, tokenizer
 def test_validation_that_is_the_training_data_is_said(tmp_path, tokenizer):
     for split in ("train", "val"):
         write(tmp_path / f"{split}.bin", tokens_of(300))
-    note = "validation holds the tokens of training: val.bin is train.bin; its loss says nothing of new text"
+    note = "validation holds the tokens of training: val.bin is train.bin; its loss says nothing about new text"
     lines: list[str] = []
     out = adopted(tmp_path, tmp_path / "a", lines.append, tokenizer=tokenizer)
     assert note in lines and note in read_index(out)["notes"]
@@ -201,7 +201,7 @@ def test_damaged_files_are_named(tmp_path, tokenizer):
     write(bad, tokens_of(100), magic=20240522)
     assert message() == "its header has the magic number 20240522; token files have 20240520 or 20240801"
     write(bad, tokens_of(100), version=3)
-    assert message() == "version 3 of the format 20240520 is not known, but 1"
+    assert message() == "version 3 of the format 20240520 is not supported, expected 1"
     write(bad, tokens_of(100), count=101)
     assert message() == "cut short, its header says 101 uint16 tokens, which are 1,226 bytes, but it has 1,224"
     write(bad, tokens_of(100), count=99)
@@ -213,7 +213,7 @@ def test_damaged_files_are_named(tmp_path, tokenizer):
     bad.write_bytes(write(tmp_path / "x", tokens_of(1)).read_bytes()[:700])
     assert message() == "cut short within its header, which has 1024 bytes"
     bad.write_bytes(tokens_of(100).astype("<u2").tobytes()[:-1])
-    assert message() == "199 bytes are no whole number of uint16 tokens; the file is cut short or damaged"
+    assert message() == "199 bytes are not a whole number of uint16 tokens; the file is cut short or damaged"
     tokens_of(100).astype("<u2").tofile(bad)
     assert refused(folder, out, tokenizer=tokenizer) == (
         f"{folder / 'a_val_0.bin'}: a header and uint16 tokens, but a_train_1.bin has no header and uint16 tokens"
@@ -313,7 +313,7 @@ def test_bad_arguments_are_one_line(fineweb, nano, tokenizer, tmp_path, capsys):
         ("{", "not JSON"),
         ('{"ab": 0}', "'ab' is not one character"),
         ("[]", "not a vocabulary"),
-        ('{"a": 0, "b": 0}', "stands twice"),
+        ('{"a": 0, "b": 0}', "occurs twice"),
     ):
         (tmp_path / "v.json").write_text(text)
         assert problem in refused(nano[0], out, tokenizer=str(tmp_path / "v.json"))

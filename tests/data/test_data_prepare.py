@@ -336,7 +336,7 @@ def test_units_of_a_former_version_are_not_taken(unfinished, write_jsonl):
     write_jsonl(corpus / "b.jsonl", ["now a document"])
     lines = []
     prepare(corpus, out, tokenizer="bytes", workers=1, log=lines.append)
-    assert lines[0] == "a former version began this preparation: starting over"
+    assert lines[0] == "an earlier version began this preparation: starting over"
 
 
 def test_stopped_while_the_shards_were_written(tmp_path, texts, write_jsonl, monkeypatch, small_units, quiet):

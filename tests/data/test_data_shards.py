@@ -99,7 +99,9 @@ def test_unknown_index(folder):
 def test_numbers_out_of_range(folder, wrong):
     """`data.verify` says so, too, before training does."""
     edit_index(folder, **wrong)
-    with pytest.raises(DataError, match=r"index.json: damaged, it(s end of text is no token| is not what data.prepare writes)"):
+    with pytest.raises(
+        DataError, match=r"index.json: damaged, it(s end of text is not in its vocabulary| is not what data.prepare writes)"
+    ):
         verify(folder)
 
 

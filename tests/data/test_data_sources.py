@@ -113,7 +113,7 @@ def test_zstd_with_a_long_window(tmp_path):
     pytest.importorskip("pyarrow")
     packed = bytes.fromhex("28b52ffd00a8") + bytes(99)  # magic, descriptor, window of 2 GiB
     (tmp_path / "dump.jsonl.zst").write_bytes(packed)
-    message = r"dump.jsonl.zst: its zstd window is above 128 MiB \(zstd --long\), which is not read; write it anew: "
+    message = r"dump.jsonl.zst: its zstd window is above 128 MiB \(zstd --long\), which is not read; compress it again: "
     with pytest.raises(DataError, match=message + r"zstd -dc --long=31 \S*dump.jsonl.zst \| zstd -o NEW.jsonl.zst$"):
         read(tmp_path)
     (tmp_path / "dump.jsonl.zst").write_bytes(b"no zstd")

@@ -91,7 +91,7 @@ def test_errors(tmp_path, monkeypatch):
         raise ConnectionError("no network today\nsecond line")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
-    with pytest.raises(DataError, match=r"'some/name' is no file.*no network today\); without a network") as caught:
+    with pytest.raises(DataError, match=r"'some/name' is not a file.*no network today\); without a network") as caught:
         load_tokenizer("some/name")
     assert "\n" not in str(caught.value)
     with pytest.raises(DataError, match=r"no tokenizer at .*missing\.json"):
