@@ -28,13 +28,13 @@ def make_parser(device: torch.device) -> argparse.ArgumentParser:
         first_line, text = (subject.__doc__ or "").splitlines()[0], subject.__doc__
         command = commands.add_parser(name_of(subject), help=first_line.partition(": ")[2], description=text)
         command.set_defaults(subject=subject)
-        command.add_argument("--json", metavar="FILE", help="a file for the result")
+        command.add_argument("--json", metavar="FILE", help="file for the result")
         if subject.ROUNDS is not None:
             command.add_argument("--rounds", type=at_least(1), default=subject.ROUNDS)
         if hasattr(subject, "add_options"):
             subject.add_options(command, device)
-    command = commands.add_parser("gpu", help="what needs a GPU, within ten minutes", description=gpu.__doc__)
-    command.add_argument("--out", metavar="DIR", required=True, help="a folder for everything that is found")
+    command = commands.add_parser("gpu", help="run every subject that needs a GPU, within ten minutes", description=gpu.__doc__)
+    command.add_argument("--out", metavar="DIR", required=True, help="folder for all results")
     return parser
 
 

@@ -94,7 +94,11 @@ def add_options(parser: ArgumentParser, device: torch.device) -> None:
     parser.add_argument("--starts", nargs="+", choices=STARTS, default=["new"], help="resume and init follow a new run")
     parser.add_argument("--until", choices=ENDS, default="save", help="how far a new run goes")
     parser.add_argument(
-        "--set", nargs="+", metavar="section.key=value", default=[], help="of the run: model.layers=4, optimizer.name=adamw, ..."
+        "--set",
+        nargs="+",
+        metavar="section.key=value",
+        default=[],
+        help="options of the run, such as model.layers=4 optimizer.name=adamw",
     )
 
 

@@ -181,8 +181,10 @@ def add_options(command: ArgumentParser, device: torch.device) -> None:
     """Add the sizes; the default ones suit `device`."""
     known, default = list(BATCHES), DEFAULT_SIZES[device.type]
     command.add_argument("--sizes", nargs="+", choices=known, default=default, metavar="SIZE", help=", ".join(known))
-    command.add_argument("--micro-batch-size", type=at_least(1), metavar="N", help="sequences, instead of the usual")
-    command.add_argument("--profile", metavar="FILE", help="a file for where the time of a step goes")
+    command.add_argument(
+        "--micro-batch-size", type=at_least(1), metavar="N", help="sequences in a micro-batch, instead of the size's default"
+    )
+    command.add_argument("--profile", metavar="FILE", help="file for a profile of a step")
 
 
 def measure(args: Namespace, device: torch.device) -> tuple[str, list[Row]]:

@@ -82,7 +82,7 @@ def compare_runs(args: argparse.Namespace, command: str) -> None:
     for run in runs:
         groups.setdefault(run.label, []).append(run)
     method = [
-        "The runs were there already. What was searched for, and how hard, is not known here.",
+        "The runs existed already. How their settings were searched, and with how many trials, is not known.",
         INTERVALS.format(pairing="paired by seed where two seeds or more are common, else Welch's"),
         FLOPS,
     ]
@@ -106,7 +106,7 @@ def about(title: str, command: str, method: list[str]) -> dict[str, object]:
 def draw_again(args: argparse.Namespace) -> None:
     """Draw the report of an existing results.json again, beside it or in --out."""
     path = args.results
-    no_results = ConfigError(f"{path} is no results.json of a comparison")
+    no_results = ConfigError(f"{path} is not a results.json that launch.compare wrote")
     try:
         results = read_json(Path(path))
     except OSError as error:
@@ -171,14 +171,18 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the file, for all trials")
     optimizers = "names of optimizer.name, or dotted paths; options in braces: 'mypackage.Soap{route: hidden, arguments: {...}}'"
     parser.add_argument("--optimizers", nargs="+", metavar="NAME", help=optimizers)
-    keys = f"search these keys together, by coordinate descent: {', '.join(SEARCHABLE)} (lr alone)"
+    keys = f"search these keys together, by coordinate descent: {', '.join(SEARCHABLE)} (default: lr)"
     parser.add_argument("--search", nargs="+", metavar="KEY", help=keys)
-    parser.add_argument("--lrs", nargs="+", metavar="LR", help="learning rates to begin with, for all (auto: around the usual)")
-    trials = f"trials of each optimizer's search ({TRIALS_PER_KEY} for each key; lr alone: 5 learning rates to begin with)"
+    parser.add_argument(
+        "--lrs", nargs="+", metavar="LR", help="first learning rates of the search, for all (auto: around the default)"
+    )
+    trials = f"trials of each optimizer's search ({TRIALS_PER_KEY} for each key; for lr alone: 5 learning rates)"
     parser.add_argument("--trials", type=at_least(1), help=trials)
-    parser.add_argument("--search-seeds", type=at_least(1), default=1, help="seeds of the search; their mean decides (1)")
-    parser.add_argument("--adamw-lrs", nargs="+", metavar="LR", help="then try these for optimizer.adamw_lr")
-    parser.add_argument("--seeds", type=at_least(1), default=3, help="final runs of each optimizer (3)")
+    parser.add_argument(
+        "--search-seeds", type=at_least(1), default=1, help="number of seeds of the search; their mean decides (1)"
+    )
+    parser.add_argument("--adamw-lrs", nargs="+", metavar="LR", help="afterwards search optimizer.adamw_lr over these")
+    parser.add_argument("--seeds", type=at_least(1), default=3, help="number of final runs of each optimizer (3)")
     parser.add_argument(
         "--sizes", nargs="+", metavar="SIZE", help="a ladder: these model sizes, ascending; the smallest is searched"
     )
@@ -189,10 +193,12 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--parallel", type=at_least(1), help="trials at a time (one for each visible GPU, else 1)")
     parser.add_argument("--runs", nargs="+", metavar="DIR", help="compare these runs instead of starting any")
     parser.add_argument("--results", metavar="FILE", help="draw the report of this results.json again")
-    references = "lay over the losses of other people's runs: a CSV, an export of W&B, JSON, marin's result.json"
+    references = "add the loss curves of other people's runs: a CSV, an export of W&B, JSON, marin's result.json"
     parser.add_argument("--reference", nargs="+", default=[], metavar="FILE", help=references)
     parser.add_argument(
-        "--publish", metavar="DIR", help="write the report there, too, for any static host, without paths of here"
+        "--publish",
+        metavar="DIR",
+        help="also write the report to this folder, for a static web host, without paths of this machine",
     )
     parser.add_argument("--out", help="folder of trials and report (runs/compare-<name of the file>)")
     args = parse_arguments(parser, argv)
@@ -222,8 +228,8 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         if args.config or others:
             others = ["a configuration", *others] if args.config else others
             raise ConfigError(
-                f"{kind} takes what is there already: only {', '.join(allowed[:-1])} and {allowed[-1]} go with it, "
-                f"not {', '.join(others)}"
+                f"{kind} uses existing results: it can be combined only with {', '.join(allowed[:-1])} and {allowed[-1]}, "
+                f"not with {', '.join(others)}"
             )
     elif not args.config or is_override(args.config):
         raise ConfigError("a configuration is missing: python -m launch.compare CONFIG.yaml --optimizers celo2 adamw")
@@ -233,7 +239,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     args.publish = args.publish and Path(args.publish)
     if args.publish and args.publish.resolve() in reports(args):
         raise ConfigError(
-            f"--publish {args.publish}: the report with all its paths lies there, which this would replace; name another folder"
+            f"--publish {args.publish}: this would replace the report there, which is the one with all paths; name another folder"
         )
     return args
 

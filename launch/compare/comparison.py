@@ -252,7 +252,7 @@ class Comparison:
         said = [
             f"Every optimizer trains the same model on the same batches for {budget}. Initial weights and data order follow from "
             f"the seed alone. Each run is evaluated {every}.",
-            f"AdamW trains the parameters that are no hidden matrices. Its learning rate (adamw_lr) was {adamw}, by the same "
+            f"AdamW trains the parameters that are not hidden matrices. Its learning rate (adamw_lr) was {adamw}, by the same "
             "rule for all.",
         ]
         said += [f"{c.label}: {'; '.join(c.special)}." for c in self.contestants if c.special]
@@ -263,7 +263,7 @@ class Comparison:
             said.append(f"{what} given, not searched for. The runs have {seeds}.")
         if "lr" not in joint:
             rates = ", ".join(f"{contestant.lr:g} ({contestant.label})" for contestant in self.contestants)
-            said.append(f"The learning rate was no key of the search: {rates}.")
+            said.append(f"The learning rate was not searched: {rates}.")
         if self.rungs:
             said.append(self.rule())
         if c.optimizer.base_width is not None:

@@ -70,7 +70,7 @@ def parse(spec: str, config: Config) -> Contestant:
     entry = entry_of(section)
     lr = section.lr if same or "lr" in own else usual_lr(name) * config.optimizer.lr / usual_lr(config.optimizer.name)
     if not lr > 0:
-        raise ConfigError(f"{spec}: a grid of learning rates cannot begin at {lr:g}")
+        raise ConfigError(f"{spec}: the search begins at the learning rate {lr:g}; give a positive lr")
     given = [f"optimizer.{key}={flow(value)}" for key, value in own.items() if key != "lr"]
     overrides = (f"optimizer.name={name}", *given, *entry.needs)
     plain = {"optimizer.route=hidden", *(f"optimizer.{key}={flow(value)}" for key, value in unused.items())}

@@ -76,7 +76,7 @@ def keys_of(contestant: Contestant, names: Sequence[str], config: Config) -> tup
         entry, first = SEARCHABLE[name], firsts[name]
         if not entry.values and not 0 < first < math.inf:
             raise ConfigError(
-                f"--search {name}: a search by factors cannot begin at {first:g}; give {entry.option} a positive value"
+                f"--search {name}: the search begins at {first:g} and multiplies by factors; give {entry.option} a positive value"
             )
         values = tuple(sorted({*entry.values, first})) if entry.values else ()
         found.append(Key(name, first, entry.factor, values, DIGITS))

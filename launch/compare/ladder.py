@@ -180,7 +180,7 @@ def add_speedups(
             }  # fmt: skip
             if fit.misfit > MISFIT:
                 found["notes"].append(
-                    f"{label}'s losses are no power law here: the fit misses them by up to {fit.misfit:.3f} nats. The "
+                    f"{label}'s losses do not follow a power law here: the fit misses them by up to {fit.misfit:.3f} nats. The "
                     "intervals of the speedups do not hold that error."
                 )
             if fit.at_edge:
@@ -205,11 +205,11 @@ def add_speedups(
         for entry in [e for e in found["trend"] if e["label"] == label][-1:]:
             found["sentences"].append(
                 f"{label}: the trend over the ladder says {span(entry)} at {entry['size']} with {longest:g} tokens per weight, "
-                f"{entry['weights'] / rungs[-1].weights:,.0f} times the largest model that was run, if the line goes on."
+                f"{entry['weights'] / rungs[-1].weights:,.0f} times the largest model that was run, if the trend continues."
             )
     for size, spans in silent.items():
         found["notes"].append(
-            f"The trend over the ladder says nothing of {size} for {', '.join(spans)}: an interval spans a factor of "
+            f"The trend over the ladder says nothing about {size} for {', '.join(spans)}: an interval spans a factor of "
             + (f"{min(spans.values()):,.0f} or more." if math.isfinite(min(spans.values())) else "more than can be said.")
         )
 

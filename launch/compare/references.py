@@ -40,7 +40,7 @@ def read_references(path: str | Path) -> list[Reference]:
     except OSError as error:
         raise ConfigError(f"--reference {path}: cannot read it ({error.strerror})") from None
     except UnicodeDecodeError:
-        raise ConfigError(f"--reference {path}: no text, but a CSV or JSON is expected") from None
+        raise ConfigError(f"--reference {path}: not a text file, expected a CSV or JSON") from None
     try:
         found = from_json(json.loads(text), path) if path.suffix == ".json" else from_lines(text, path)
     except json.JSONDecodeError as error:
@@ -139,5 +139,5 @@ def number(value: Any, path: Path, name: str) -> float:
     except (TypeError, ValueError):
         found = math.nan
     if isinstance(value, bool) or not math.isfinite(found):
-        raise ConfigError(f"--reference {path}: {name} holds '{str(value)[:40]}', no finite number")
+        raise ConfigError(f"--reference {path}: {name} holds '{str(value)[:40]}', which is not a finite number")
     return found

@@ -133,7 +133,7 @@ def test_search_seeds_and_report(start, tmp_path):
     found = json.loads((tmp_path / "runs" / "results.json").read_text())
     assert found["sentences"][0].startswith("muon has a lower loss than adamw, by 0.20")
     assert found["optimizers"][0]["search"] is None
-    assert "not known here" in (tmp_path / "runs" / "report.html").read_text()
+    assert "with how many trials, is not known" in (tmp_path / "runs" / "report.html").read_text()
 
     for name in ("report.html", "report.png", "details.png"):  # drawn again from the numbers alone
         (tmp_path / "runs" / name).unlink()
@@ -198,7 +198,7 @@ def test_a_folder_of_another_comparison_is_refused(start, tmp_path):
 def test_a_folder_to_publish_that_cannot_be_is_named_before_the_trials(start, tmp_path):
     (tmp_path / "file").touch()
     words = ["--optimizers", "adamw", "--lrs", "1e-3", "--seeds", "1"]
-    for folder, said in (("file", "a file is in the way"), ("out", "the report with all its paths lies there")):
+    for folder, said in (("file", "a file is in the way"), ("out", "this would replace the report there")):
         status, _, err = start(*words, "--publish", str(tmp_path / folder))
         assert status == 2 and err.startswith(f"error: --publish {tmp_path / folder}: {said}") and starts(tmp_path) == []
 
@@ -421,20 +421,24 @@ def test_the_same_name_twice_is_told_apart():
         (["c.yaml", "--optimizers", "adamw{lr"], "expected NAME or NAME{key: value, ...}"),
         (["c.yaml", "--optimizers", "adamw{lrr: 1}"], "unknown key 'optimizer.lrr'"),
         (["c.yaml", "--optimizers", "adamw{lr: x}"], "optimizer.lr is 'x', expected a number"),
-        (["c.yaml", "--optimizers", "adamw{lr: 0}"], "a grid of learning rates cannot begin at 0"),
+        (
+            ["c.yaml", "--optimizers", "adamw{lr: 0}"],
+            "adamw{lr: 0}: the search begins at the learning rate 0; give a positive lr",
+        ),
         (["c.yaml", "--optimizers", "torch.optim.Nope"], "has no Nope"),
         (["c.yaml", "--optimizers", "celo2{rule: nowhere.safetensors}"], "nowhere.safetensors"),
         (["c.yaml", "--optimizers", "adamw", "data.dir=nowhere"], "nowhere"),
         (["--runs", "nowhere"], "nowhere holds no run: config.yaml is missing"),
         (
             ["c.yaml", "--runs", "nowhere"],
-            "--runs takes what is there already: only --out, --reference, --publish and --target-loss go with it, not a config",
+            "--runs uses existing results: it can be combined only with --out, --reference, --publish and --target-loss, "
+            "not with a config",
         ),
         (["--runs", "nowhere", "--seeds", "2"], "not --seeds"),
         (["--results", "nowhere.json"], "cannot read results 'nowhere.json' (No such file or directory)"),
-        (["--results", "c.yaml"], "c.yaml is no results.json of a comparison"),
-        (["c.yaml", "--optimizers", "adamw", "--seeds", "0"], "--seeds: 0 is no whole number of at least 1"),
-        (["c.yaml", "--optimizers", "adamw", "--trials", "many"], "--trials: many is no whole number of at least 1"),
+        (["--results", "c.yaml"], "c.yaml is not a results.json that launch.compare wrote"),
+        (["c.yaml", "--optimizers", "adamw", "--seeds", "0"], "--seeds: 0 is not a whole number of 1 or more"),
+        (["c.yaml", "--optimizers", "adamw", "--trials", "many"], "--trials: many is not a whole number of 1 or more"),
         (["c.yaml", "--optimizers", "adamw", "--no-such"], "unrecognized arguments: --no-such"),
         (
             ["c.yaml", "--optimizers", "adamw{arguments: {eps: small}}"],

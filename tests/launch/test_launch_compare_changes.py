@@ -123,7 +123,7 @@ def test_the_report_says_how_keys_were_searched_and_what_lr_was(ladder, tmp_path
     assert ladder(*words)[0] == 0
     method = json.loads((tmp_path / "out" / "results.json").read_text())["method"]
     assert any(f"by coordinate descent with 3 trials, {said}. While any" in text for text in method), method
-    assert ("The learning rate was no key of the search: 0.008 (adamw), 0.001 (muon)." in method) == ("lr" not in keys)
+    assert ("The learning rate was not searched: 0.008 (adamw), 0.001 (muon)." in method) == ("lr" not in keys)
 
 
 def test_settings_that_were_given_are_called_so(ladder, tmp_path):  # noqa: F811

@@ -149,7 +149,7 @@ def test_a_ladder_from_search_to_page(ladder, tmp_path):
         (["--search", "schedule.final", "schedule.kind=constant"], "schedule.kind=constant has no end"),
         (
             ["--search", "weight_decay", "optimizer.weight_decay=0"],
-            "--search weight_decay: a search by factors cannot begin at 0",
+            "--search weight_decay: the search begins at 0 and multiplies by factors",
         ),
         (["--search", "lr", "--adamw-lrs", "1e-3"], "--search and --adamw-lrs exclude each other"),
         (["--search", "weight_decay", "--lrs", "1e-3"], "name lr in --search, or leave --lrs out"),
@@ -174,7 +174,7 @@ def test_a_ladder_from_search_to_page(ladder, tmp_path):
             "error: --sizes sets train.steps: leave out train.tokens\n",
         ),
         (["--target-loss", "low"], "--target-loss low: expected a positive number"),
-        (["--search-seeds", "0"], "--search-seeds: 0 is no whole number of at least 1"),
+        (["--search-seeds", "0"], "--search-seeds: 0 is not a whole number of 1 or more"),
     ],
 )
 def test_mistakes_are_named_in_one_line(ladder, tmp_path, words, message):
@@ -310,11 +310,12 @@ def test_a_trend_that_says_nothing_and_a_fit_that_misses_are_named():
     record = ladder_record(rungs, runs, {"gpt3-1.3b": 1_300_000_000}, "")
     assert not record["trend"] and len(record["sentences"]) == 1
     assert any(
-        re.match(r"The trend over the ladder says nothing of gpt3-1.3b for muon: an interval spans a factor of \d+", n)
+        re.match(r"The trend over the ladder says nothing about gpt3-1.3b for muon: an interval spans a factor of \d+", n)
         for n in record["notes"]
     )
     assert any(
-        re.match(r"adamw's losses are no power law here: the fit misses them by up to 0\.0\d+ nats", n) for n in record["notes"]
+        re.match(r"adamw's losses do not follow a power law here: the fit misses them by up to 0\.0\d+ nats", n)
+        for n in record["notes"]
     )
 
 

@@ -124,7 +124,7 @@ def test_references(name, tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("a.csv", "tokens,val_loss\n1,much\n", "val_loss holds 'much', no finite number"),
+        ("a.csv", "tokens,val_loss\n1,much\n", "val_loss holds 'much', which is not a finite number"),
         (
             "a.csv",
             "time,accuracy\n1,2\n",
@@ -141,7 +141,7 @@ def test_references(name, tmp_path):
         ("a.json", '[{"time": 1}, {"loss": 2}]', "its columns: 'time', 'loss'\n"),
         ("a.json", "{", "damaged JSON"),
         ("a.json", "3", "its columns: none\n"),
-        ("a.json", '{"min_loss": NaN}', "no finite number"),
+        ("a.json", '{"min_loss": NaN}', "which is not a finite number"),
         ("a.csv", None, "cannot read it"),
     ],
 )
@@ -163,7 +163,7 @@ def test_folders_that_cannot_be_are_named_by_their_option(tmp_path, monkeypatch,
     numbers.write_text(json.dumps(results_of(two())))
     (tmp_path / "file").touch()
     out, site, file = str(tmp_path / "out"), str(tmp_path / "site"), str(tmp_path / "file")
-    replaced = "the report with all its paths lies there, which this would replace; name another folder"
+    replaced = "this would replace the report there, which is the one with all paths; name another folder"
     for words, said in (
         (["--publish", str(tmp_path)], f"--publish {tmp_path}: {replaced}"),
         (["--out", out, "--publish", f"{site}/../out"], f"--publish {site}/../out: {replaced}"),

@@ -366,7 +366,7 @@ def test_no_value_of_a_results_file_becomes_markup():
         try:
             page = render(results)
         except (ValueError, LookupError, TypeError, AttributeError, TemplateError):
-            continue  # python -m launch.compare says in one line that it is no results.json
+            continue  # python -m launch.compare says in one line that it is not a results.json
         drawn.append(path)
         assert "<img" not in page and page.count("<script") == page.count("</script>") == 2, path
     assert {("title",), ("runs", 0, "seed"), ("pairs", 0, "n"), ("optimizers", 0, "loss", "n")} <= set(drawn)
