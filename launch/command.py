@@ -48,7 +48,7 @@ def device(text: str) -> str:
     try:
         torch.empty(0, device=text)
     except (AssertionError, RuntimeError) as error:  # torch without CUDA asserts
-        raise argparse.ArgumentTypeError(f"{text} is no device that is there ({first_line(error)})") from None
+        raise argparse.ArgumentTypeError(f"device {text} does not exist on this machine ({first_line(error)})") from None
     return text
 
 
@@ -57,7 +57,7 @@ def at_least(least: int) -> Callable[[str], int]:
 
     def integer(text: str) -> int:
         if not re.fullmatch("-?[0-9]+", text) or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text} is no whole number of at least {least}")
+            raise argparse.ArgumentTypeError(f"{text} is not a whole number of {least} or more")
         if int(text) > LARGEST:
             raise argparse.ArgumentTypeError(f"{text} is above {LARGEST}")
         return int(text)

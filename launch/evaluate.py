@@ -61,7 +61,7 @@ def evaluate(options: argparse.Namespace) -> None:
     if not math.isfinite(found.loss):
         dtype = str(trained.model.dtype).removeprefix("torch.")
         raise CheckpointError(
-            f"the loss of {trained.path} is {found.loss}: its numbers leave the range of {dtype}, or it diverged"
+            f"the loss of {trained.path} is {found.loss}: its activations overflow {dtype}, or the training diverged"
         )
     precision = ", in bfloat16" if trained.bf16 else ""
     counted = f"{found.tokens:,} tokens in sequences of {context}{precision}"
@@ -79,7 +79,7 @@ def require_same_tokenizer(trained: TrainedModel, shards: TokenShards) -> None:
             here = "does not exist" if token not in ours else f"has the number {ours[token]}"
             raise CheckpointError(
                 f"{shards.folder} was prepared with another tokenizer: its token {token!r} has the number {number}, "
-                f"in that of {trained.path} it {here}"
+                f"in the tokenizer of {trained.path} it {here}"
             )
     if trained.end != shards.eot_id:
         theirs, own = (trained.tokenizer.id_to_token(number) for number in (shards.eot_id, trained.end))
@@ -95,12 +95,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("model", help="a run's folder, one checkpoint in it, or a folder that models.export wrote")
     parser.add_argument("data", help="a folder that data.prepare wrote, or a URL of one")
     parser.add_argument("--split", default="val", help="train or val (val)")
-    parser.add_argument("--sequences", type=at_least(1), help="so many, evenly spread over the split; without it, all")
+    parser.add_argument(
+        "--sequences", type=at_least(1), help="number of sequences, evenly spread over the split; without it, all"
+    )
     parser.add_argument("--batch-size", type=at_least(1), default=8, help="sequences in one forward pass (8)")
     parser.add_argument("--context", type=at_least(1), help="tokens of a sequence; without it, as in training")
-    parser.add_argument("--average", action="store_true", help="with the average of the weights, of a run with train.average")
+    parser.add_argument("--average", action="store_true", help="use the average of the weights (of a run with train.average)")
     parser.add_argument(
-        "--device", type=device, default=default_device(), help="cpu, cuda, cuda:1, ... (cuda where there is one)"
+        "--device", type=device, default=default_device(), help="cpu, cuda, cuda:1, ... (default: cuda if available)"
     )
     options = parser.parse_args(arguments)
     return carry_out("evaluate", lambda: evaluate(options))

@@ -53,19 +53,31 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m models.sample", description=__doc__.splitlines()[0])
     parser.add_argument("model", help="a run's folder, one checkpoint in it, or a folder that models.export wrote")
     parser.add_argument("--prompt", default="", help="text to continue; empty: the start of a document")
-    parser.add_argument("--tokens", type=at_least(1), default=200, help="most tokens to write (200)")
-    parser.add_argument("--samples", type=at_least(1), default=1, help="how many, with the seeds SEED, SEED + 1, ... (1)")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="of the random numbers (0)")
-    parser.add_argument("--greedy", action="store_true", help="always the likeliest token")
-    parser.add_argument("--temperature", type=number(0, 100), default=usual.temperature, help=f"({usual.temperature})")
-    parser.add_argument("--top-k", type=at_least(0), default=usual.top_k, help=f"among so many tokens; 0: all ({usual.top_k})")
+    parser.add_argument("--tokens", type=at_least(1), default=200, help="largest number of tokens to write (200)")
     parser.add_argument(
-        "--top-p", type=number(0, 1), default=usual.top_p, help=f"of so much probability together ({usual.top_p})"
+        "--samples", type=at_least(1), default=1, help="number of samples, with the seeds SEED, SEED + 1, ... (1)"
+    )
+    parser.add_argument("--seed", type=at_least(0), default=0, help="random seed (0)")
+    parser.add_argument("--greedy", action="store_true", help="always take the likeliest token")
+    parser.add_argument(
+        "--temperature", type=number(0, 100), default=usual.temperature, help=f"temperature of the softmax ({usual.temperature})"
+    )
+    parser.add_argument(
+        "--top-k",
+        type=at_least(0),
+        default=usual.top_k,
+        help=f"draw from this many likeliest tokens; 0: from all ({usual.top_k})",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=number(0, 1),
+        default=usual.top_p,
+        help=f"draw from the likeliest tokens with this total probability ({usual.top_p})",
     )
     parser.add_argument("--context", type=at_least(2), help="tokens that the model may see; without it, as many as in training")
-    parser.add_argument("--average", action="store_true", help="with the average of the weights, of a run with train.average")
+    parser.add_argument("--average", action="store_true", help="use the average of the weights (of a run with train.average)")
     parser.add_argument(
-        "--device", type=device, default=default_device(), help="cpu, cuda, cuda:1, ... (cuda where there is one)"
+        "--device", type=device, default=default_device(), help="cpu, cuda, cuda:1, ... (default: cuda if available)"
     )
     options = parser.parse_args(arguments)
     return carry_out("sample", lambda: sample(options))

@@ -64,7 +64,9 @@ def command(argv: list[str] | None, description: str | None, train: Callable[[Co
     hangs or failed. 75: stopped by a signal after saving a checkpoint. 130: stopped at once by a signal.
     """
     if threading.current_thread() is not threading.main_thread():
-        print_error("training runs in a process's main thread, which alone gets its signals: call it there, or start train.py")
+        print_error(
+            "training must run in the main thread, since only that thread receives signals: call it there, or start train.py"
+        )
         return 2
     show_any_text()
     rank = os.environ.get("RANK", "0")
@@ -85,7 +87,7 @@ def command(argv: list[str] | None, description: str | None, train: Callable[[Co
                     print(plan)
                 return 0
             if args.gpu:
-                raise ConfigError("--gpu is for --plan; training takes the GPUs that are here")
+                raise ConfigError("--gpu is for --plan; training uses the GPUs of this machine")
             fetch_data(config)
             return train(config, signals)
         except EXPECTED_ERRORS as error:

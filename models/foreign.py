@@ -26,7 +26,7 @@ def refuse_code(config: Mapping[str, Any], where: str) -> None:
     model_type = config.get("model_type")
     if "auto_map" in config and model_type not in (*CONFIG_MAPPING_NAMES, *OWN):
         raise ForeignCode(
-            f"{where}: auto_map asks for code of its own, which is never run, and transformers knows no {model_type!r}"
+            f"{where}: auto_map asks for code of its own, which is never run, and transformers has no {model_type!r}"
         )
     for key, value in entries(config):
         if "implementation" in key:

@@ -129,9 +129,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("run", help="a run's folder, or one checkpoint in it")
     parser.add_argument("out", help="the folder to write; it must not exist, or be empty")
     parser.add_argument("--push", metavar="OWNER/NAME", help="upload the folder to this repository of the Hugging Face Hub")
-    parser.add_argument("--private", action="store_true", help="with --push: a repository that is made is private")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as they were saved)")
-    parser.add_argument("--average", action="store_true", help="the average of the weights, of a run with train.average")
+    parser.add_argument("--private", action="store_true", help="with --push: make a newly created repository private")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: as they were saved)")
+    parser.add_argument("--average", action="store_true", help="export the average of the weights (of a run with train.average)")
     options = parser.parse_args(arguments)
     disable_progress_bar()
     if not torch.cuda.is_available():  # transformers imports DeepSpeed, which warns without this

@@ -165,7 +165,7 @@ def require_same_shape(path: Path, name: str, own: Sequence[int], saved: Sequenc
 
 def weights_alone(path: Path) -> str:
     """Return, for error messages, the remedy for a checkpoint that does not fit."""
-    return f"choose another run.dir, where model.init={path} begins with its weights and architecture"
+    return f"choose another run.dir and set model.init={path} to start from its weights and architecture"
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -197,7 +197,7 @@ def weights_file(path: Path, average: bool) -> str:
     """Return the file name of a checkpoint's weights or of their average. Raises CheckpointError if there is no average."""
     if average and not is_there(path / AVERAGE):
         raise CheckpointError(
-            f"{path} holds no average of the weights: train with train.average, and take a checkpoint from after its beginning"
+            f"{path} holds no average of the weights: train with train.average, and choose a checkpoint from after its start"
         )
     return AVERAGE if average else MODEL
 

@@ -82,7 +82,7 @@ class Saver:
         alone = unshared(folders, host) if config.shards == "auto" else None
         self.by_all = config.shards == "auto" and alone is None
         self.notes = (
-            [f"not every rank sees {alone} and may write there: the first rank writes the checkpoints alone"] if alone else []
+            [f"not every rank sees {alone} and may write there: only the first rank writes the checkpoints"] if alone else []
         )
 
     def __enter__(self) -> Saver:
@@ -159,7 +159,7 @@ class Saver:
         if self.error is not None and self.snapshot is not None and attempts:
             step = self.snapshot.state["step"]
             second = "" if len(self.folders) > 1 else " (a second folder would be checkpoint.fallback_dir)"
-            remedy = f"make room there, or let it be written{second}; trying again for {self.config.patience:g} s"
+            remedy = f"free space there, or make it writable{second}; trying again for {self.config.patience:g} s"
             self.report({"event": "waiting", "step": step, "error": f"{self.error}; {remedy}"})
             for _ in range(attempts):
                 self._pause()

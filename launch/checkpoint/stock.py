@@ -77,7 +77,7 @@ def why_not(config: PretrainedConfig) -> str:
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, "")
     if kind and kind not in ((causal,) if isinstance(causal, str) else causal):
         if "For" in kind:
-            return f"it is a {kind}, which is no causal language model; name one"
+            return f"it is a {kind}, which is not a causal language model; name one"
         return f"it is a base model ({kind}), without the output layer; name a folder with the whole model"
     return f"its weights are not those of its config.json, a {config.model_type}; restore the config.json that belongs to them"
 

@@ -94,5 +94,5 @@ def files_of(path: Path) -> list[Path]:
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{index} is damaged") from None
     if outside := sorted(name for name in names if Path(name).name != name):
-        raise ValueError(f"{index} names {outside[0]!r}, which is no file beside it")
+        raise ValueError(f"{index} names {outside[0]!r}, which is not a file in the same folder")
     return [path.with_name(name) for name in sorted(names)]

@@ -48,7 +48,7 @@ class TrainedModel(NamedTuple):
         if context is None:
             raise CheckpointError(f"{self.path} does not say how long a sequence is: give --context")
         if longest is not None and context > longest:
-            raise CheckpointError(f"--context {context}: {self.path} takes sequences of {longest} tokens at the most")
+            raise CheckpointError(f"--context {context}: {self.path} accepts at most {longest} tokens")
         return context
 
 
@@ -70,7 +70,7 @@ def open_trained(path: str | Path, average: bool = False) -> TrainedModel:
             raise CheckpointError(f"{path} is an exported folder, with one kind of weights: leave --average out")
         return finite(open_export(path))
     if not any((path / name).exists() for name in known) and not is_there(path / MODEL):
-        raise CheckpointError(f"{path} is no training run, no checkpoint and no exported folder")
+        raise CheckpointError(f"{path} is neither a training run, nor a checkpoint, nor an exported folder")
     return finite(open_checkpoint(choose_checkpoint(path), average))
 
 

@@ -76,7 +76,7 @@ def verify(path: Path, hashes: bool = True, progress: Progress = no_progress) ->
         for name, expected in manifest.items():
             file = path / name
             if not stat.S_ISREG(file.stat().st_mode):
-                raise CheckpointError(f"{file} is no file")
+                raise CheckpointError(f"{file} is not a file")
             if file.stat().st_size != expected["bytes"]:
                 raise CheckpointError(f"{file} has {file.stat().st_size} bytes, its manifest says {expected['bytes']}")
         found = hash_files([path / name for name in manifest], progress) if hashes else {}
@@ -86,7 +86,7 @@ def verify(path: Path, hashes: bool = True, progress: Progress = no_progress) ->
     except CheckpointError:
         raise
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is no whole checkpoint: {Path(error.filename).name} is missing") from None
+        raise CheckpointError(f"{path} is not a whole checkpoint: {Path(error.filename).name} is missing") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path / MANIFEST} cannot be read ({error})") from None
 
@@ -104,7 +104,7 @@ def checkpoint_files(path: Path) -> list[str]:
 def wrong_names(manifest: Iterable[str], present: Iterable[str]) -> list[str]:
     """Return what is wrong with the file names in a manifest, for a folder with the files `present`."""
     listed = set(manifest)
-    wrong = [f"names {name!r}, which is no file of a checkpoint" for name in listed if not is_checkpoint_file(name)]
+    wrong = [f"names {name!r}, which is not a file of a checkpoint" for name in listed if not is_checkpoint_file(name)]
     wrong += [f"lacks {name}" for name in present if name not in listed]
     for whole in WHOLES:
         parts = [match for name in listed if (match := PART.fullmatch(name)) and whole.startswith(f"{match[1]}.")]

@@ -43,7 +43,7 @@ def check_environment(config: Config) -> int:
             section, _, key = option.partition(".")
             now = f", which is {getattr(getattr(config, section), key)}" if key else ""
             raise ConfigError(
-                f"accelerate launch was told {asked.format(value)} ({variable}); start plain processes "
+                f"accelerate launch is configured {asked.format(value)} ({variable}); start plain processes "
                 f"(launch/cluster/accelerate.yaml) and choose with {option}{now}"
             )
     return started_processes()
@@ -74,7 +74,7 @@ def started_processes() -> int:
             "WORLD_SIZE - 1, local ones at most as large; torchrun sets them"
         )
     if not 0 < numbers["MASTER_PORT"] < 1 << 16:
-        raise ConfigError(f"MASTER_PORT={numbers['MASTER_PORT']} in the environment is no port: 1 to 65535")
+        raise ConfigError(f"MASTER_PORT={numbers['MASTER_PORT']} in the environment is not a port, 1 to 65535")
     return world
 
 
@@ -83,4 +83,4 @@ def number_of(name: str, text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise ConfigError(f"{name}='{text}' in the environment is no whole number: torchrun sets it, or unset it") from None
+        raise ConfigError(f"{name}='{text}' in the environment is not a whole number: torchrun sets it, or unset it") from None

@@ -152,7 +152,10 @@ def blame(beats: dict[int, Beat], silent: dict[int, float], still: float, timeou
         behind = {rank: beat for rank, beat in working.items() if beat.place}
     if len(behind) in (0, len(working)):
         text = next(iter(working.values())).text
-        return f'no rank has got further for {patience:g} s and all are at "{text}", so that none can be named; {CONTINUES}'
+        return (
+            f'no rank has made progress for {patience:g} s and all are at "{text}", so that no single rank can be blamed; '
+            f"{CONTINUES}"
+        )
     since = f"has hung for {patience:g} s, while others wait, at"
     places = {rank: f", in {beat.place}" if beat.place else "" for rank, beat in behind.items()}
     return in_one_line([f'{where(rank, beat)} {since} "{beat.text}"{places[rank]}' for rank, beat in behind.items()])

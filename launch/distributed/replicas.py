@@ -20,7 +20,7 @@ from launch.distributed.strategy import Strategy
 
 NAMED = 4  # parameters or ranks that a message names
 REMEDY = (
-    "nothing of it is saved, and the same command continues from the newest checkpoint; suspect the device or the memory of the "
+    "this step is not saved, and the same command continues from the newest checkpoint; suspect the device or the memory of the "
     "rank (devices of different kinds: distributed.check_replicas=0)"
 )
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element

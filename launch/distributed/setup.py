@@ -77,7 +77,7 @@ def make_accelerator(config: Config) -> Accelerator:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available() and local_rank >= torch.cuda.device_count():
         raise ConfigError(
-            f"process {local_rank} of this machine has no GPU: {torch.cuda.device_count()} are here; start one process for each"
+            f"process {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}; start one process for each"
         )
     require_installed(config)
     forget_accelerator()

@@ -30,7 +30,8 @@ class GrowingFile:
             error = self._append()
         if error and not failed:
             self.say(
-                f"warning: {self.path} cannot be written ({error.strerror}); its {self.what} wait until it can, the run goes on"
+                f"warning: {self.path} cannot be written ({error.strerror}); the run continues and "
+                f"keeps its {self.what} in memory until the file can be written"
             )
         elif failed and not error:
             self.say(f"{self.path} can be written again; nothing is lost")

@@ -37,7 +37,9 @@ def add_options(optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> No
     asked = [key for key, value in (("cautious_weight_decay", config.cautious_weight_decay), (EMA, config.ema_nesterov)) if value]
     own = getattr(optimizer, "optimizers", [optimizer])[0]
     if asked and hasattr(getattr(own, "inner", own), "eval"):
-        raise ConfigError(f"optimizer.{asked[0]} does not go with {config.name}, which averages the weights itself: leave it out")
+        raise ConfigError(
+            f"optimizer.{asked[0]} cannot be combined with {config.name}, which averages the weights itself: leave it out"
+        )
     if config.cautious_weight_decay:
         decay = CautiousDecay()
         optimizer.register_step_pre_hook(decay.before_step)

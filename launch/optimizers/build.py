@@ -161,7 +161,7 @@ def build_by_class(config: OptimizerConfig, entry: OptimizerEntry, groups: Group
     cls, arguments = find_class(entry.path, entry.package), entry.arguments
     if not all(local_shard_of(p).whole for group in groups for p in group["params"]):
         if entry.sharded_path is None:
-            raise ConfigError(f"optimizer.name {config.name} knows whole parameters only: use distributed.strategy=ddp")
+            raise ConfigError(f"optimizer.name {config.name} does not support sharded parameters: use distributed.strategy=ddp")
         cls = find_class(entry.sharded_path)
         arguments = {key: value for key, value in arguments.items() if key in accepted(cls)}
     rest = [without(group, *OF_CELO2) for group in rest]
@@ -198,7 +198,7 @@ def check_matrices(config: OptimizerConfig, groups: Groups) -> None:
     for group in groups if entry_of(config).plain_matrices else ():
         for name, p in zip(group["param_names"], group["params"], strict=True):
             if group["role"] == "hidden" and (group["matrices"] is not None or len(local_shard_of(p).shape) != 2):
-                raise ConfigError(f"optimizer.name {config.name} takes plain matrices only, '{name}' is fused or stacked")
+                raise ConfigError(f"optimizer.name {config.name} supports only plain matrices, but '{name}' is fused or stacked")
 
 
 def without(group: dict[str, Any], *keys: str) -> dict[str, Any]:

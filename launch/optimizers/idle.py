@@ -27,7 +27,7 @@ IDLE = (
         "model.size",
         "model.width",
         lambda c: c.model.size not in SIZES or None in (c.model.layers, c.model.width, c.model.heads, c.model.context),
-        "{value} does nothing beside model.layers, model.width, model.heads and model.context (null takes the size's)",
+        "{value} has no effect beside model.layers, model.width, model.heads and model.context (null takes the size's)",
         detail=True,
     ),
     Idle("optimizer.rule", "optimizer.name", takes_rule, FOR_A_RULE, detail=True),
@@ -36,14 +36,14 @@ IDLE = (
         "optimizer.adamw_lr",
         "optimizer.name",
         lambda c: uses_adamw_lr(c.optimizer),
-        "{value} is for what AdamW trains, and {choice} trains everything itself",
+        "{value} applies only to parameters that AdamW trains, and {choice} trains all parameters itself",
         detail=True,
     ),
     Idle(
         "optimizer.route",
         "optimizer.name",
         lambda c: c.optimizer.route == "hidden" or chooses_route(c.optimizer),  # "hidden": earlier versions wrote it for all
-        "{value} is for optimizers of libraries, and {choice} has a route of its own",
+        "{value} applies only to optimizers from a library, and {choice} has its own route",
     ),
     Idle(
         "optimizer.ema_nesterov_decay",
@@ -56,13 +56,13 @@ IDLE = (
         "distributed.shard_state",
         "optimizer.ema_nesterov",
         lambda c: c.optimizer.ema_nesterov == 0,
-        "divides the optimizer state, all of which every rank needs with optimizer.ema_nesterov {choice}",
+        "has no effect with optimizer.ema_nesterov {choice}, for which every rank needs the whole optimizer state",
     ),
     Idle(
         "optimizer.cautious_weight_decay",
         "optimizer.weight_decay",
         lambda c: c.optimizer.weight_decay > 0,
-        "says where to decay, and optimizer.weight_decay is {choice}",
+        "has no effect, since optimizer.weight_decay is {choice}",
     ),
     *(
         Idle(key, "optimizer.name", lambda c: decays(c.optimizer), "is not for {choice}, which has no weight decay", detail=True)
@@ -72,7 +72,7 @@ IDLE = (
         "optimizer.base_width",
         "optimizer.name",
         lambda c: entry_of(c.optimizer).width_rule != "none",
-        "is not for {choice}, whose rates are those of every width",
+        "has no effect with {choice}, which uses the same rates at every width",
         detail=True,
     ),
     Idle("distributed.shard_state", "optimizer.name", takes_rule, f"divides the state of {WITH_RULE}, not of {{choice}}"),
@@ -124,13 +124,13 @@ IDLE = (
         "eval.tasks_every",
         "eval.tasks",
         lambda c: bool(c.eval.tasks or c.eval.lm_eval),
-        "{value} is for eval.tasks and eval.lm_eval, and there are none",
+        "{value} is for eval.tasks and eval.lm_eval, and neither is set",
     ),
     Idle(
         "eval.task_examples",
         "eval.tasks",
         lambda c: bool(c.eval.tasks or c.eval.lm_eval),
-        "{value} is for eval.tasks and eval.lm_eval, and there are none",
+        "{value} is for eval.tasks and eval.lm_eval, and neither is set",
     ),
     Idle("eval.lm_eval_include", "eval.lm_eval", lambda c: bool(c.eval.lm_eval), "{value} is for eval.lm_eval, which is empty"),
     Idle(

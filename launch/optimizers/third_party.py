@@ -234,7 +234,7 @@ def construct(cls: type[torch.optim.Optimizer], groups: list[dict[str, Any]], ar
     given = ("loss",) if any(p.name == "loss" for p in asked) else ()
     needed = [p.name for p in asked if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     if missing := [key for key in needed if key not in given]:
-        raise ConfigError(f"{name}: its step asks for '{missing[0]}', and train.py can give it the loss alone: not supported")
+        raise ConfigError(f"{name} is not supported: its step needs '{missing[0]}', and train.py provides only the loss")
     for key, value in arguments.items():
         if key in ("lr", "weight_decay"):
             raise ConfigError(f"optimizer.arguments holds '{key}': give it as optimizer.{key}")
@@ -245,7 +245,7 @@ def construct(cls: type[torch.optim.Optimizer], groups: list[dict[str, Any]], ar
         if wanted := expected(known[key], value):
             raise ConfigError(f"optimizer.arguments.{key} is {shown(value)}, expected {wanted}")
     if "weight_decay" not in known and any(group["weight_decay"] for group in groups):
-        raise ConfigError(f"{name} knows no weight decay: set optimizer.weight_decay=0")
+        raise ConfigError(f"{name} has no weight decay: set optimizer.weight_decay=0")
     settings: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
     if "lr" in known:
         settings["lr"] = groups[0]["lr"]  # every group has its own; some constructors require one

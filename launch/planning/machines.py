@@ -93,5 +93,5 @@ def machine_of(name: str) -> Machine:
     if key not in MACHINES:
         near = [*(known for known in MACHINES if known in key or key in known), *close(key, MACHINES)]
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"--gpu {name} is not known, only {', '.join(MACHINES)}{hint}")
+        raise ConfigError(f"--gpu {name} is unknown, expected one of {', '.join(MACHINES)}{hint}")
     return replace(MACHINES[key], name=key)

@@ -153,7 +153,8 @@ def choose_start(config: Config, run_dir: Path, progress: Progress = no_progress
         )
     if origin is not None and path is not None and config.checkpoint.resume != "auto" and step_of(path) > origin.step:
         notes.append(
-            f"{run_dir} already went on from step {origin.step} and continues; to begin there again, name another run.dir"
+            f"{run_dir} has already trained beyond step {origin.step} and resumes from its newest checkpoint; to branch from "
+            f"step {origin.step} again, choose another run.dir"
         )
     return Start(path, notes, origin, False, [])
 
@@ -199,7 +200,7 @@ def no_such_folder(given: Path, run_dir: Path) -> CheckpointError:
     hint = f"; there is {moved[-1]}" if moved else f"; beside it are {', '.join(there)}" if there else ""
     meant = WORDS.get(str(given).lower())
     hint = f"; {meant}" if meant else hint
-    return CheckpointError(f"checkpoint.resume: {given} is no whole checkpoint: there is no such folder{hint}")
+    return CheckpointError(f"checkpoint.resume: {given} is not a whole checkpoint: there is no such folder{hint}")
 
 
 def branch_from(given: Path, config: Config, run_dir: Path, progress: Progress = no_progress) -> Start:
@@ -339,8 +340,8 @@ def require_room(run_dir: Path, checkpoints: list[Path]) -> None:
     free = shutil.disk_usage(run_dir).free
     if needed > free:
         raise CheckpointError(
-            f"{run_dir}: the checkpoints that going back sets aside are on another disk and take {needed / 1e9:.3g} GB, but here "
-            f"are {free / 1e9:.3g} GB free; make room, or choose another run.dir"
+            f"{run_dir}: setting aside the later checkpoints, which are on another disk, needs {needed / 1e9:.3g} GB here, but "
+            f"only {free / 1e9:.3g} GB are free; free space, or choose another run.dir"
         )
 
 

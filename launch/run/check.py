@@ -44,11 +44,13 @@ def check(config: Config, written: Written, world: int) -> list[str]:
         raise RuleError(f"{error}; this run has a copy: optimizer.rule={copy}" if copy else str(error)) from None
     strategy, copies = config.distributed.strategy, config.distributed.replicas
     if strategy != "ddp" and entry_of(config.optimizer).sharded_path is None:
-        raise ConfigError(f"optimizer.name {config.optimizer.name} knows whole parameters only: use distributed.strategy=ddp")
+        raise ConfigError(
+            f"optimizer.name {config.optimizer.name} does not support sharded parameters: use distributed.strategy=ddp"
+        )
     if config.distributed.offload and (entry_of(config.optimizer).takes_rule or entry_of(config.optimizer).orthogonalizes):
         raise ConfigError(
-            f"distributed.offload: optimizer.name {config.optimizer.name} works on the GPU, only adamw can work on the host; "
-            "more ranks, or optimizer.state_dtype=bf16 for a rule, take less of a GPU"
+            f"distributed.offload: optimizer.name {config.optimizer.name} must run on the GPU, only adamw can run on the host; "
+            "to save GPU memory use more ranks, or optimizer.state_dtype=bf16 for a rule"
         )
     if world % copies:
         raise ConfigError(f"distributed.replicas is {copies}, which does not divide {world} processes")
@@ -79,7 +81,7 @@ def unmet_needs(config: Config) -> list[str]:
         section, _, key = option.partition(".")
         given = getattr(getattr(config, section), key)
         if str(given) != wanted:
-            notes.append(f"optimizer.name {config.optimizer.name} is made for {need}, and {option} is {given}")
+            notes.append(f"optimizer.name {config.optimizer.name} is made for {need}, but {option} is {given}")
     return notes
 
 
@@ -114,7 +116,7 @@ def check_folders(config: Config) -> None:
         if (folder := folders[option]) is not None and (taken := among_checkpoints(Path(folder).resolve())) is not None:
             raise ConfigError(
                 f"{option} {folder} is in {taken}, whose run deletes old checkpoints with all that is in them: name another "
-                "folder; checkpoint.resume goes on from a checkpoint"
+                "folder; to resume from a checkpoint, use checkpoint.resume"
             )
     data = [config.data.dir] if config.data.mix is None else [source.dir for source in mix_sources(config)]
     data += [validation.dir for validation in sets_of(config)]

@@ -180,7 +180,7 @@ class Diagnostics:
         found = {name: value for name, value in zip(logits.names, logits.largest.tolist(), strict=True) if value != -math.inf}
         if not found:
             raise ConfigError(
-                f"log.layers: the attention of {type(strategy.model).__name__} cannot be seen; it takes one that calls "
+                f"log.layers: the attention of {type(strategy.model).__name__} cannot be observed; it must call "
                 "scaled_dot_product_attention or softmax (model.hf.attn_implementation=sdpa)"
             )
         return found
@@ -218,4 +218,4 @@ def sum_of_squares(values: Tensor, less: Tensor | None = None) -> Tensor:
 def check_device(config: Config, on_gpu: bool) -> None:
     """Raise ConfigError for options of this module that the device does not support."""
     if config.log.memory_snapshot and not on_gpu:
-        raise ConfigError("log.memory_snapshot looks at the memory of a GPU, and there is none")
+        raise ConfigError("log.memory_snapshot needs a GPU, and this run has none")

@@ -44,8 +44,8 @@ class Grace:
 
     def launcher(self) -> str:
         """Return a text that says what torchrun does after a signal."""
-        more = f"{VARIABLE}={max(60, 4 * (self.seconds or 0)):.0f} gives more, or --shutdown-timeout"
-        return f"after a signal torchrun kills the ranks within {self.limit:.0f} s unless it was told otherwise ({more})"
+        more = f"{VARIABLE}={max(60, 4 * (self.seconds or 0)):.0f} allows more, as does that option"
+        return f"torchrun kills the ranks {self.limit:.0f} s after a signal unless --shutdown-timeout sets another limit ({more})"
 
     def stopping(self) -> str:
         """Return the line to show when a signal arrives."""

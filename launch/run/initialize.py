@@ -110,7 +110,9 @@ def find_source(init: str, weights: bool = True) -> Source:
         name = f"the average in {checkpoint}" if average else str(checkpoint)
         return Source(checkpoint, name, read_state(checkpoint)["step"], note, weights_file(checkpoint, average), run)
     if average:
-        raise ConfigError(f"model.init: {path} is no run and no checkpoint: only these hold an average; leave {OF_AVERAGE} out")
+        raise ConfigError(
+            f"model.init: {path} is neither a run nor a checkpoint: only these hold an average; leave {OF_AVERAGE} out"
+        )
     return Source(path, init)
 
 
@@ -135,14 +137,15 @@ def source_config(source: Source) -> PretrainedConfig:
         raise ConfigError(f"model.init: {source.name} holds an adapter: merge it into its model, and name that folder")
     if not (source.path / "config.json").is_file():
         raise ConfigError(
-            f"model.init: {source.name} has no config.json: it is no run, checkpoint or folder of save_pretrained() with a model"
+            f"model.init: {source.name} has no config.json: it is neither a run nor a checkpoint, and not a folder that "
+            "save_pretrained() wrote"
         )
     with quiet():  # no advice on special tokens
         config = read_model_config(source.path)
     known = config.model_type in (*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "gpt3")
     if not known or type(getattr(config, "vocab_size", None)) is not int:
         raise ConfigError(
-            f"model.init: {source.name} is a {config.model_type}, which is no causal language model of transformers"
+            f"model.init: {source.name} is a {config.model_type}, which is not a causal language model of transformers"
         )
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"model.init: {source.name} has quantized weights, which cannot be trained: name the original model")
@@ -180,7 +183,7 @@ def architecture(model: ModelSection, source: Source, vocab_size: int) -> Pretra
         there = {key: getattr(config, key) for key in NUMBERS}
         config.dropout = model.dropout
         if model.hf is not None:
-            differences.append(("model.hf", "model.hf is given, there is a gpt3"))
+            differences.append(("model.hf", "model.hf is given, but the model there is a gpt3"))
     else:
         asked.append(("model.dropout", "dropout", model.dropout or None))
         config, of_hf = with_keys(config, dict(model.hf or {}))
@@ -294,7 +297,7 @@ def weight_files(source: Source) -> list[Path]:
     pickled = sorted(path.name for path in source.path.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
     if pickled and missing == [MODEL]:
         raise ConfigError(
-            f"model.init: {source.name} holds pickled weights alone ({pickled[0]}), which are never read: if you trust it, load "
+            f"model.init: {source.name} holds only pickled weights ({pickled[0]}), which are never read: if you trust it, load "
             "it with transformers and write it again with save_pretrained(), which makes safetensors"
         )
     raise ConfigError(f"model.init: {source.name} has no {missing[0]}: name a folder that save_pretrained() wrote, whole")
@@ -353,16 +356,16 @@ def check_tokenizer(source: Source, shards: TokenShards) -> str:
     theirs = other.get_vocab(with_added_tokens=True)
     for token, number in sorted(own.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1]):
         if theirs.get(token) != number:
-            found = f"{token!r} is {number} here, {theirs.get(token, 'missing')} there"
+            found = f"{token!r} is {number} in the data, {theirs.get(token, 'missing')} in the model"
             raise ConfigError(f"model.init: the tokenizer of {source.name} is not the data's: {found}; {remedy}")
     text = own.decode(shards.read(0, min(PROBE, shards.n_tokens)).tolist())
     if own.encode(text, add_special_tokens=False).ids != other.encode(text, add_special_tokens=False).ids:
         raise ConfigError(
-            f"model.init: the tokenizer of {source.name} cuts the data into other tokens than its own did; {remedy}"
+            f"model.init: the tokenizer of {source.name} tokenizes the data differently from the data's own tokenizer; {remedy}"
         )
     there, here = declared_tokens(source.tokenizer_file.parent).get("eos_token"), own.id_to_token(shards.eot_id)
     same = "its tokenizer is that of the data"
-    return same if there in (None, here) else f"{same}, but documents end with {here!r} here, with {there!r} there"
+    return same if there in (None, here) else f"{same}, but the data's documents end with {here!r}, the model's with {there!r}"
 
 
 def read_tokenizer(source: Source) -> Tokenizer | None:

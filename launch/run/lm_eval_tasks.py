@@ -43,7 +43,7 @@ class LMEvalTasks:
                 generated text.
         """
         if include is not None and not Path(include).is_dir():
-            raise ConfigError(f"eval.lm_eval_include: {include} is no folder")
+            raise ConfigError(f"eval.lm_eval_include: {include} is not a folder")
         try:
             from lm_eval.tasks import TaskManager
         except ImportError:

@@ -86,13 +86,13 @@ def parse(line: str, tokenizer: Tokenizer, end: int, context: int) -> Question:
     try:
         found = json.loads(line)
     except (ValueError, RecursionError):
-        raise ValueError(f"no JSON; a line is {EXAMPLE}") from None
+        raise ValueError(f"not JSON; a line is {EXAMPLE}") from None
     if not isinstance(found, dict) or (missing := {"question", "choices", "answer"} - found.keys()):
         lacks = f"lacks {sorted(missing)[0]!r}" if isinstance(found, dict) else "is no mapping"
         raise ValueError(f"it {lacks}; a line is {EXAMPLE}")
     question, choices, answer = checked_text(found["question"], "question"), found["choices"], found["answer"]
     if not isinstance(choices, list) or len(choices) < 2:
-        raise ValueError("choices is no list of two or more texts")
+        raise ValueError("choices is not a list of two or more texts")
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
         raise ValueError(f"answer is {answer!r}, expected the number of a choice, from 0 to {len(choices) - 1}")
     rows = []

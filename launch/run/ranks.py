@@ -112,7 +112,7 @@ def checkpoint_fact(checkpoint: Path | None, run_dir: Path) -> Fact:
             value = f"step {step_of(checkpoint)} with the manifest {sha256(checkpoint / MANIFEST)[:12]}"
         except CheckpointError as error:
             value = f"unusable ({error})"
-    return Fact("the checkpoint to go on from", value, "let run.dir be one folder that every node reads, or copy it to each")
+    return Fact("the checkpoint to resume from", value, "let run.dir be one folder that every node reads, or copy it to each")
 
 
 def versions(config: Config) -> dict[str, str]:

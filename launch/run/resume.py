@@ -87,10 +87,12 @@ def resume(
     if saved["step"] == saved.get("evaluated") == config.train.steps:
         start.notes.extend(not_evaluated(saved["config"], config, start.changes))
     if saved.get("average") and strategy.average is not None and not strategy.average.begun:
-        start.notes.append("the average of the weights begins anew: the checkpoint's began earlier, or is of another kind")
+        start.notes.append(
+            "the average of the weights is restarted, because the checkpoint's average began earlier or is of another kind"
+        )
     window = config.log.profile
     if window is not None and window[1] <= saved["step"] and saved["config"].get("log", {}).get("profile") != window:
-        start.notes.append(f"log.profile is {window}, but the run goes on after step {saved['step']}: nothing is traced")
+        start.notes.append(f"log.profile is {window}, but the run resumes after step {saved['step']}: nothing is traced")
     return from_saved(saved)
 
 
@@ -142,7 +144,7 @@ def roll_back(run_dir: Path, state: RunState, strategy: Strategy, saver: Saver, 
     if newest is None:
         raise Diverged(
             f"step {state.step}: no checkpoint to roll back to: none could be written, or all are damaged; make "
-            "room, or let the run go on with train.on_spike=log"
+            "room, or continue without rollbacks, with train.on_spike=log"
         )
     path = saver.folders[newest[0]] / newest[1]
     there = step_of(path)
@@ -151,7 +153,7 @@ def roll_back(run_dir: Path, state: RunState, strategy: Strategy, saver: Saver, 
     if in_a_row > MAX_ROLLBACKS:
         raise Diverged(
             f"step {state.step}: {MAX_ROLLBACKS} rollbacks in a row did not help, the last to step {there}: lower optimizer.lr, "
-            "or let the run go on with train.on_spike=log"
+            "or continue without rollbacks, with train.on_spike=log"
         )
     require_same(accelerator, lambda: [checkpoint_fact(path, run_dir)])
     load_checkpoint(path, strategy, heartbeat.progress)

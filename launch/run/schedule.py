@@ -70,7 +70,7 @@ def rate_after(saved: Mapping[str, Any], config: Config) -> str:
     """
     step, now, there = saved["step"], config.schedule, saved["config"]
     if now.start > step:
-        raise ConfigError(f"schedule.start is {now.start}, but the run goes on after step {step}: take {step} or less")
+        raise ConfigError(f"schedule.start is {now.start}, but the run resumes after step {step}: take {step} or less")
     was = Schedule(**{f.name: there["schedule"][f.name] for f in fields(Schedule) if f.name in there["schedule"]})
     total, peak, before = there["train"]["steps"], there["optimizer"]["lr"], 0.0
     if step:
@@ -89,9 +89,9 @@ def rate_after(saved: Mapping[str, Any], config: Config) -> str:
     ended = f"which ended at step {total}" if step >= total else f"over {total} steps"
     scaled = "" if config.optimizer.base_width is None else " (before optimizer.base_width)"
     return (
-        f"the learning rate goes on at {rate:.3g}{scaled}: {described(asdict(now))} over {config.train.steps} steps. The "
-        f"schedule of the checkpoint, {described(asdict(was))} {ended}, has {expected:.3g} there "
-        f"(schedule.start={step} begins one anew)"
+        f"the learning rate is now {rate:.3g}{scaled}: {described(asdict(now))} over {config.train.steps} steps. With the "
+        f"schedule of the checkpoint, {described(asdict(was))} {ended}, it would be {expected:.3g} "
+        f"(schedule.start={step} starts the new schedule at this step)"
     )
 
 

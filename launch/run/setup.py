@@ -209,7 +209,7 @@ def describe_training(config: Config, parameters: int, optimizer: torch.optim.Op
     largest, sizes = config.train.micro_batch_size, batches.sizes
     micro = fit_micro_batch(sizes.sizes[-1], world, largest)
     lowered = f" (train.micro_batch_size is at most {largest}; this divides the batch)" if micro < largest else ""
-    ramp = f" at last (train.ramp: {sizes.text()})" if len(sizes.sizes) > 1 else ""
+    ramp = f" at the end (train.ramp: {sizes.text()})" if len(sizes.sizes) > 1 else ""
     return (
         f"{config.run.name}: {parameters:,} parameters, {config.optimizer.name}{rule}; "
         f"{batches.tokens_per_epoch:,} tokens an epoch, {sizes.sizes[-1]} x {batches.context} tokens a step{ramp} = "

@@ -126,9 +126,9 @@ def test_a_checkpoint_holds_the_average(name, tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"name": "schedule-free", "ema_nesterov": 0.6}, "ema_nesterov does not go with schedule-free, which averages"),
-        ({"name": "schedule-free", "cautious_weight_decay": True}, "cautious_weight_decay does not go with schedule-free"),
-        ({"cautious_weight_decay": True, "weight_decay": 0.0}, "says where to decay, and optimizer.weight_decay is 0"),
+        ({"name": "schedule-free", "ema_nesterov": 0.6}, "ema_nesterov cannot be combined with schedule-free, which averages"),
+        ({"name": "schedule-free", "cautious_weight_decay": True}, "cautious_weight_decay cannot be combined with schedule-free"),
+        ({"cautious_weight_decay": True, "weight_decay": 0.0}, "has no effect, since optimizer.weight_decay is 0"),
     ],
 )
 def test_what_cannot_be_combined_is_said(config, message):
@@ -139,7 +139,9 @@ def test_what_cannot_be_combined_is_said(config, message):
 
 def test_divided_state_is_refused_with_a_lookahead():
     config = Config(optimizer=Optimizer(ema_nesterov=0.6), distributed=Distributed(shard_state=True))
-    with pytest.raises(ConfigError, match=r"shard_state divides the optimizer state, .*ema_nesterov 0.6: leave it out"):
+    with pytest.raises(
+        ConfigError, match=r"shard_state has no effect with optimizer.ema_nesterov 0.6, .*whole optimizer state: leave it out"
+    ):
         refuse_idle(config, IDLE)
 
 

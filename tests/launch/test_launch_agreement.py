@@ -31,7 +31,7 @@ def refused(result) -> str:
     """The line of a refusal; every one names a value to restore and the way to the weights alone."""
     status, _, err = result
     assert status == 2 and err.startswith("error: ") and err.count("\n") == 1, err
-    assert " does not fit this run: " in err and ". Restore " in err and "choose another run.dir, where model.init=" in err
+    assert " does not fit this run: " in err and ". Restore " in err and "choose another run.dir and set model.init=" in err
     return err
 
 

@@ -151,7 +151,7 @@ def test_the_tail_of_a_longer_run_has_no_steps_from_before_its_beginning(saved_a
     own = ["schedule.kind=constant", "schedule.warmup=0", TAIL, "log.sample_tokens=0", "checkpoint.every=4", "checkpoint.keep=9"]
     assert run(*own, f"train.steps={saved_at}", folder="longer")[0] == 0
     assert run(*own, "train.steps=12", folder="longer")[0] == 0
-    assert ("the average of the weights begins anew" in run.out) == (saved_at > 3)
+    assert ("the average of the weights is restarted" in run.out) == (saved_at > 3)
     assert run(*own, "train.steps=12", folder="whole")[0] == 0
     states = [json.loads((checkpoint(run.tmp_path / name, 12) / "state.json").read_text()) for name in ("longer", "whole")]
     assert [state["average"]["members"] for state in states] == [members, 6]
@@ -191,7 +191,7 @@ def test_export_evaluation_and_beginning_from_an_average(run, prepared, capsys):
     status, begun, error = run(f"model.init=average:{folder}", *begins, folder="begun")
     assert status == 0, error
     assert begun[-1]["val_loss"] == records[-1]["average/val_loss"]
-    sources = ((checkpoint(folder, 3), "holds no average"), (out, "is no run and no checkpoint"))
+    sources = ((checkpoint(folder, 3), "holds no average"), (out, "is neither a run nor a checkpoint"))
     for source, message in (*sources, (run.tmp_path / "none", "none is not there; average: takes a run or a checkpoint")):
         status, _, error = run(f"model.init=average:{source}", *begins, folder="refused")
         assert status == 2 and message in error and error.count("\n") == 1
@@ -209,7 +209,7 @@ def test_export_evaluation_and_beginning_from_an_average(run, prepared, capsys):
     [
         ("{kind: swa}", "train.average.kind is 'swa', expected one of ema, tail"),
         ("{decay: 0.9}", "train.average.kind is None"),
-        ("{kind: ema, fraction: 0.1}", "has the key 'fraction', which ema does not know"),
+        ("{kind: ema, fraction: 0.1}", "has the key 'fraction', which ema does not have"),
         ("{kind: ema, decay: 1}", "train.average.decay is 1, expected between 0 and 1"),
         ("{kind: ema, decay: true}", "train.average.decay is True"),
         ("{kind: tail, fraction: 0}", "train.average.fraction is 0, expected above 0, at most 1"),

@@ -213,12 +213,12 @@ def test_the_line_is_known_again(tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "copy")
     assert choose_start(config_of("copy"), other).checkpoint == other / "checkpoints/step_00000003"
     with pytest.raises(
-        CheckpointError, match=r"step_00000004 is no whole checkpoint: there is no such folder; there is .*set_aside/1/"
+        CheckpointError, match=r"step_00000004 is not a whole checkpoint: there is no such folder; there is .*set_aside/1/"
     ):
         choose_start(config_of("run/checkpoints/step_00000004"), run_dir)
     with pytest.raises(CheckpointError, match=r"there is no such folder; beside it are step_00000003"):
         choose_start(config_of("branch/checkpoints/step_00000007"), tmp_path / "new")
-    with pytest.raises(CheckpointError, match=r"a\*\*b is no whole checkpoint: there is no such folder$"):
+    with pytest.raises(CheckpointError, match=r"a\*\*b is not a whole checkpoint: there is no such folder$"):
         choose_start(config_of("a**b"), run_dir)
 
 
@@ -234,7 +234,9 @@ def test_checkpoints_on_another_disk_are_set_aside_if_there_is_room(tmp_path, mo
         config = config_of(run_dir / "checkpoints/step_00000002")
         with monkeypatch.context() as patch:
             patch.setattr(branch.shutil, "disk_usage", lambda folder: namedtuple("Usage", "total used free")(100, 90, 10))
-            with pytest.raises(CheckpointError, match=r"GB, but here are 1e-08 GB free; make room, or choose another run\.dir$"):
+            with pytest.raises(
+                CheckpointError, match=r"GB here, but only 1e-08 GB are free; free space, or choose another run\.dir$"
+            ):
                 choose_start(config, run_dir)
         assert not (run_dir / "origin.json").exists() and names(disk) == [checkpoint_name(step) for step in (2, 4, 6)]
         begin_line(run_dir, choose_start(config, run_dir).origin)
@@ -285,7 +287,7 @@ def test_what_checkpoint_resume_may_mean(tmp_path):
         ("Auto", "auto continues from the newest checkpoint"),
         ("false", "never begins at step 0, in a folder that holds no run"),
     ):
-        with pytest.raises(CheckpointError, match=rf"{word} is no whole checkpoint: there is no such folder; {meant}$"):
+        with pytest.raises(CheckpointError, match=rf"{word} is not a whole checkpoint: there is no such folder; {meant}$"):
             choose_start(config_of(word), tmp_path / "a")
     cooldown = build({"checkpoint": {"resume": "latest"}, "schedule": {"cooldown": 3, "kind": "constant"}})
     with pytest.raises(CheckpointError, match=r"no such folder; auto continues from the newest checkpoint$"):
@@ -319,7 +321,7 @@ def test_no_run_lies_among_checkpoints(folder, option, tmp_path):
         check_folders(build({section: {key: str(tmp_path / folder)}}))
     assert str(error.value) == (
         f"{option} {tmp_path / folder} is in {taken}, whose run deletes old checkpoints with all that is in them: name another "
-        "folder; checkpoint.resume goes on from a checkpoint"
+        "folder; to resume from a checkpoint, use checkpoint.resume"
     )
     for good in (tmp_path, tmp_path / "set_aside/1", tmp_path / "new"):
         check_folders(build({section: {key: str(good)}}))

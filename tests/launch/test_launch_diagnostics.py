@@ -127,7 +127,7 @@ def test_a_profile_and_deterministic_algorithms(run):
         events = json.load(file)["traceEvents"]
     assert sum(event["name"].startswith("Optimizer.step#") for event in events) >= 2
     assert "aten::" in (folder / "rank_0.txt").read_text()
-    for window, steps, note in (([3, 6], 6, ""), ([1, 2], 7, "log.profile is [1, 2], but the run goes on after step 6: nothing")):
+    for window, steps, note in (([3, 6], 6, ""), ([1, 2], 7, "log.profile is [1, 2], but the run resumes after step 6: nothing")):
         (folder / "rank_0.txt").unlink(missing_ok=True)
         status, _, _ = run(*OPTIONS, f"log.profile={window}", f"train.steps={steps}")
         assert status == 0 and note in run.out and (folder / "rank_0.txt").exists() != bool(note)
@@ -138,7 +138,7 @@ def test_a_profile_and_deterministic_algorithms(run):
         ("log.profile=[3, 2]", "log.profile is [3, 2], expected a first and a last step"),
         ("log.profile=[2]", "log.profile is [2], expected a first"),
         ("log.profile=[2, 5]", "between 1 and 4"),
-        ("log.memory_snapshot=true", "log.memory_snapshot looks at the memory of a GPU, and there is none"),
+        ("log.memory_snapshot=true", "log.memory_snapshot needs a GPU, and this run has none"),
         ("log.layers=-1", "log.layers is -1, expected at least 0"),
     ):
         status, _, err = run(*OPTIONS, option, folder="bad")

@@ -169,8 +169,8 @@ BROKEN = {
     "[1]": "it is no mapping",
     '{"question": "a", "choices": ["b", "c"]}': "it lacks 'answer'",
     '{"question": 3, "choices": ["b", "c"], "answer": 0}': "question is 3, expected a text",
-    '{"question": "a", "choices": ["b"], "answer": 0}': "choices is no list of two or more texts",
-    '{"question": "a", "choices": "bc", "answer": 0}': "choices is no list",
+    '{"question": "a", "choices": ["b"], "answer": 0}': "choices is not a list of two or more texts",
+    '{"question": "a", "choices": "bc", "answer": 0}': "choices is not a list",
     '{"question": "a", "choices": ["b", null], "answer": 0}': "choice 1 is None, expected a text",
     '{"question": "a", "choices": ["b", ""], "answer": 0}': "choice 1 is empty",
     '{"question": "a", "choices": ["b", "c"], "answer": 2}': "answer is 2, expected the number of a choice, from 0 to 1",
@@ -221,7 +221,7 @@ def test_bad_input_is_one_line(run, prepared, others):
         ([f"eval.tasks={{a: {run.tmp_path / 'latin.jsonl'}}}"], "cannot be read: 'utf-8' codec"),
         ([f"eval.tasks={{a: {run.tmp_path / 'broken.jsonl'}}}"], "broken.jsonl, line 2: no JSON"),
         (["eval.tasks={a: a.jsonl}", "eval.tasks_every=4"], "eval.tasks_every is 4, expected a multiple of eval.every 3"),
-        (["eval.tasks_every=3"], "eval.tasks_every 3 is for eval.tasks and eval.lm_eval, and there are none: leave it out"),
+        (["eval.tasks_every=3"], "eval.tasks_every 3 is for eval.tasks and eval.lm_eval, and neither is set: leave it out"),
         (["eval.lm_eval_include=folder"], "eval.lm_eval_include folder is for eval.lm_eval, which is empty: leave it out"),
     ):
         status, _, error = run(*overrides, folder="bad")
@@ -233,7 +233,7 @@ def test_lm_eval_that_is_missing_is_one_line(run, monkeypatch):
     status, _, error = run("eval.lm_eval=[hellaswag]", folder="bad")
     assert status == 2 and "eval.lm_eval needs lm-eval, which is not installed (pip install lm-eval)" in error
     status, _, error = run("eval.lm_eval=[hellaswag]", "eval.lm_eval_include=nowhere")
-    assert status == 2 and error == "error: eval.lm_eval_include: nowhere is no folder\n"
+    assert status == 2 and error == "error: eval.lm_eval_include: nowhere is not a folder\n"
 
 
 def test_the_task_that_ships():

@@ -185,7 +185,7 @@ def flip_byte(path: Path) -> None:
     [
         ("model.safetensors", flip_byte, "model.safetensors is damaged: its sha256 is not the manifest's"),
         ("model.safetensors", lambda path: os.truncate(path, 1000), "model.safetensors has 1000 bytes, its manifest says"),
-        ("config.json", Path.unlink, "is no whole checkpoint: config.json is missing"),
+        ("config.json", Path.unlink, "is not a whole checkpoint: config.json is missing"),
         ("manifest.json", lambda path: path.write_text("{"), "manifest.json cannot be read"),
     ],
 )
@@ -252,7 +252,7 @@ def break_run(run: Path, how: str) -> Path:
     [
         ("missing run", "there is no folder .*nowhere"),
         ("no checkpoint", "holds no whole checkpoint"),
-        ("incomplete checkpoint", "step_00000100 is no whole checkpoint: manifest.json is missing"),
+        ("incomplete checkpoint", "step_00000100 is not a whole checkpoint: manifest.json is missing"),
         ("no tokenizer", "the run has no .*tokenizer.json"),
         ("broken tokenizer", "cannot read .*tokenizer.json"),
         ("no configuration", "step_00000100 has no config.json"),

@@ -55,7 +55,7 @@ def test_blame_names_who_is_silent_behind_or_nobody():
     # Alive, but behind where the others wait.
     hung = blame(beats(7, 6, 7), fine, 60, 60)
     assert hung.startswith('rank 1 (node1, pid 101) has hung for 60 s, while others wait, at "step 6"') and "rank 0" not in hung
-    assert "none can be named" in blame(beats(7, 7, 7), fine, 60, 60)
+    assert "no single rank can be blamed" in blame(beats(7, 7, 7), fine, 60, 60)
     # Alive, at the same mark as the others, and not waiting for them, as they do.
     inside = beats(7, 7, 7) | {1: Beat(5, 7, "step 7", "node1", 101, place="read (disk.py:3)")}
     assert 'rank 1 (node1, pid 101) has hung for 60 s, while others wait, at "step 7", in read (disk.py:3); the' in blame(
@@ -219,7 +219,8 @@ def test_who_makes_progress_no_more_is_named(forked):
 
 def test_nobody_is_blamed_where_all_are_at_one_point(forked):
     statuses, outputs = forked("all", 2, 1.0)
-    message = f'no rank has got further for 1 s and all are at "step 3: at reduce", so that none can be named; {CONTINUES}'
+    at = "step 3: at reduce"
+    message = f'no rank has made progress for 1 s and all are at "{at}", so that no single rank can be blamed; {CONTINUES}'
     assert statuses == {0: STATUS, 1: STATUS} and [text.splitlines() for text in outputs] == [[f"error: {message}"]] * 2
 
 

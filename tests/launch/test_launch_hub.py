@@ -97,7 +97,7 @@ def test_the_name_of_the_optimizer_says_the_variant(run, hub, tmp_path):
     assert run(*base, "optimizer.rule=hub:me/theta")[0] == 0
     assert load_rule(tmp_path / "run" / "rule.safetensors").variant == "celo2-base"
     assert run(*base, f"optimizer.rule={tmp_path / 'theta.state'}", folder="b")[0] == 0
-    refused(run(*base, "optimizer.rule=hub:amoudgl/celo2", folder="c"), "is a celo2 rule, but celo2-base is asked for")
+    refused(run(*base, "optimizer.rule=hub:amoudgl/celo2", folder="c"), "is a celo2 rule, but celo2-base was requested")
 
 
 def test_weights_from_the_hub(run, hub):
@@ -151,7 +151,7 @@ def test_tokenizers_and_data_sets_of_the_hub(run, hub, prepared, monkeypatch):
     assert load_tokenizer("some/tokenizer").get_vocab_size() == 257
     assert load_declared("some/tokenizer") == {}
     with pytest.raises(
-        DataError, match=r"tokenizer 'some/none' is no file or folder here.*Repository Not Found.*give the path"
+        DataError, match=r"tokenizer 'some/none' is not a file or folder on this machine.*Repository Not Found.*give the path"
     ) as caught:
         load_tokenizer("some/none")
     assert str(caught.value).isprintable()
@@ -162,7 +162,7 @@ def test_tokenizers_and_data_sets_of_the_hub(run, hub, prepared, monkeypatch):
     with pytest.raises(DataError, match="no tokenizer at hub:gpt2; a name of the Hugging Face hub is written without hub:"):
         load_tokenizer("hub:gpt2")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match=r"tokenizer 'some/other' is no file or folder here.*annot find") as caught:
+    with pytest.raises(DataError, match=r"tokenizer 'some/other' is not a file or folder on this machine.*annot find") as caught:
         load_tokenizer("some/other")
     assert str(caught.value).isprintable()
     with pytest.raises(DataError, match=r"hub:some/none cannot be read from the Hugging Face hub: .*offline mode is enabled"):

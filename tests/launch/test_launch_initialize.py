@@ -196,13 +196,13 @@ def damaged(folder, what):
         ("activation", "lacks transformer.h.2."),
         ("not finite", "has numbers in model.layers.0.mlp.up_proj.weight that are not finite"),
         ("small", "has a vocabulary of 200, the data one of 257: prepare the data with the tokenizer of these weights"),
-        ("bert", "is a t5, which is no causal language model"),
+        ("bert", "is a t5, which is not a causal language model"),
         ("code", "config.json"),
         ("quantized", "has quantized weights"),
-        ("pickled", "holds pickled weights alone (pytorch_model.bin), which are never read"),
+        ("pickled", "holds only pickled weights (pytorch_model.bin), which are never read"),
         ("cut", "is damaged"),
         ("empty", "has no model.safetensors"),
-        ("no config", "has no config.json: it is no run, checkpoint or folder"),
+        ("no config", "has no config.json: it is neither a run nor a checkpoint"),
         ("adapter", "holds an adapter"),
     ],
 )
@@ -272,7 +272,7 @@ def test_the_plan_refuses_what_the_files_show(run):
     path.unlink()
     refused(run(*common), "has no model.safetensors: name a folder that save_pretrained() wrote, whole")
     torch.save(tensors, folder / "pytorch_model.bin")
-    refused(run(*common), "holds pickled weights alone")
+    refused(run(*common), "holds only pickled weights")
 
 
 def test_a_mask_of_whole_numbers_beside_the_weights_is_none(run):
@@ -322,7 +322,7 @@ def test_numbers_of_a_gpt2_that_do_not_fit_are_one_line(run):
     refused(run(*QUICK, *BARE, f"model.init={folder}"), message)
 
 
-NO_CAUSAL = "it is a {}, which is no causal language model; name one"
+NO_CAUSAL = "it is a {}, which is not a causal language model; name one"
 NO_HEAD = "it is a base model ({}), without the output layer; name a folder with the whole model"
 
 
@@ -362,7 +362,7 @@ def test_another_tokenizer_is_refused(run, prepared):
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    refused(run(*init, folder="b"), "is not the data's: 'a' is 97 here, 98 there; prepare the data with it")
+    refused(run(*init, folder="b"), "is not the data's: 'a' is 97 in the data, 98 in the model; prepare the data with it")
     bpe = prepare(
         str(prepared.parent / "text.jsonl"), run.tmp_path / "bpe", tokenizer="bpe", vocab_size=300, val_fraction=0.2, workers=1
     )
@@ -370,7 +370,7 @@ def test_another_tokenizer_is_refused(run, prepared):
     refused(run(*init, folder="b"), "is not the data's: ")
     lower = json.loads((bpe / "tokenizer.json").read_text()) | {"normalizer": {"type": "Lowercase"}}
     Tokenizer.from_str(json.dumps(lower)).save(str(folder / "tokenizer.json"))
-    refused(run(*init, f"data.dir={bpe}", folder="b"), "cuts the data into other tokens")
+    refused(run(*init, f"data.dir={bpe}", folder="b"), "tokenizes the data differently from the data's own tokenizer")
 
 
 def test_the_newest_whole_checkpoint_is_taken(run):

@@ -45,7 +45,7 @@ def resolved(folder):
 def test_a_ramp_resumes_rolls_back_and_counts(run, prepared):
     shards = TokenShards(prepared, "train")
     status, whole, _ = run(*RAMP, folder="whole")
-    assert status == 0 and "24 x 32 tokens a step at last (train.ramp: 8, 16 from step 3 on, 24 from step 7 on)" in run.out
+    assert status == 0 and "24 x 32 tokens a step at the end (train.ramp: 8, 16 from step 3 on, 24 from step 7 on)" in run.out
     taken, position = [], 0
     for step, size in enumerate(SIZES):  # a constant batch that begins there is the reference
         taken.append(Batches(shards, 32, size, 1, step, position).n_targets(step))
@@ -124,7 +124,7 @@ def test_decays_from_one_trunk(run):
     checkpoint = f"checkpoint.resume={run.tmp_path}/trunk/checkpoints/step_00000006"
     decay = [*TRUNK, checkpoint, "schedule.cooldown=5", "schedule.final=0"]
     status, whole, _ = run(*decay, folder="whole")
-    assert status == 0 and "goes on at" not in run.out
+    assert status == 0 and "the learning rate is now" not in run.out
     assert rates(whole)[:6] == rates(trunk)[:6] and rates(whole)[6:] == pytest.approx([5e-3 * f for f in (0.8, 0.6, 0.4, 0.2, 0)])
     settings = resolved(run.tmp_path / "whole")
     assert settings["train"]["steps"] == 11 and settings["schedule"]["start"] == 6
@@ -154,12 +154,14 @@ def test_more_steps_than_there_were(run):
     status, records, _ = run(*options, "train.steps=20")
     assert status == 0
     assert rates(records)[10:] == [5e-3 * lr_factor(Schedule("cosine", 0.2, 0.1), step, 20) for step in range(10, 20)]
-    note = f"the learning rate goes on at {rates(records)[10]:.3g}: cosine over 20 steps. The schedule of the checkpoint, "
-    assert f"{note}cosine which ended at step 10, has 0.0005 there (schedule.start=10 begins one anew)" in run.out
+    note = (
+        f"the learning rate is now {rates(records)[10]:.3g}: cosine over 20 steps. With the schedule of the checkpoint, cosine "
+    )
+    assert f"{note}which ended at step 10, it would be 0.0005 (schedule.start=10 starts the new schedule at this step)" in run.out
     status, records, _ = run(*options, "train.steps=30", "schedule.start=20")
     expected = [5e-3 * lr_factor(Schedule("cosine", 0.2, 0.1), step, 10) for step in range(10)]
     assert status == 0 and rates(records)[20:] == expected
     status, _, err = run(*options, "train.steps=40", "schedule.start=31")
-    assert status == 2 and "schedule.start is 31, but the run goes on after step 30" in err
+    assert status == 2 and "schedule.start is 31, but the run resumes after step 30" in err
     status, _, err = run(*options, "schedule.start=2", folder="new")
     assert status == 2 and "schedule.start is 2, but the run begins at step 0" in err

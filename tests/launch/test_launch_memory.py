@@ -106,9 +106,10 @@ def test_weights_that_wait_on_the_host_train_alike(run):
     [
         (
             ["distributed.strategy=fsdp2"],
-            "distributed.offload: optimizer.name celo2 works on the GPU, only adamw can work on the host",
+            "distributed.offload: optimizer.name celo2 must run on the GPU, only adamw can run on the host; "
+            "to save GPU memory use more ranks",
         ),
-        (["distributed.strategy=fsdp2", "optimizer.name=muon"], "optimizer.name muon works on the GPU"),
+        (["distributed.strategy=fsdp2", "optimizer.name=muon"], "optimizer.name muon must run on the GPU"),
         (["distributed.strategy=zero3", "optimizer.name=adamw"], "distributed.offload is for fsdp2, not for zero3: leave it out"),
         (["optimizer.name=adamw"], "distributed.offload is for fsdp2, not for ddp"),
     ],

@@ -113,7 +113,7 @@ def test_unknown_optimizers_need_whole_parameters():
     groups = optimizer_groups(config, tiny())
     p = groups[0]["params"][0]
     groups[0]["params"][0].local_shard = LocalShard(tuple(p.shape), 0, p.numel() // 2, group="some group")
-    with pytest.raises(ConfigError, match=r"torch.optim.NAdam knows whole parameters only: use distributed.strategy=ddp"):
+    with pytest.raises(ConfigError, match=r"torch.optim.NAdam does not support sharded parameters: use distributed.strategy=ddp"):
         build_optimizer(config, groups)
 
 
@@ -372,7 +372,7 @@ def test_a_learned_optimizer_gets_loss_and_steps_and_keeps_its_memory(tmp_path, 
     for (key, a), b in zip(going.model.named_parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(a, b), key
     assert resumed.counter.inner.num_steps == 50 and int(resumed.counter.inner.loss_buffer["iteration"]) == 5
-    with pytest.raises(ConfigError, match=r"its step asks for 'closure', and train.py can give it the loss alone"):
+    with pytest.raises(ConfigError, match=r"is not supported: its step needs 'closure', and train.py provides only the loss"):
         check_optimizer(Optimizer(name=f"{__name__}.Closing"))
 
 
@@ -395,7 +395,7 @@ def test_a_learned_optimizer_gets_loss_and_steps_and_keeps_its_memory(tmp_path, 
             "optimizer.arguments: torch.optim.nadam.NAdam refuses its arguments: Invalid beta parameter",
         ),
         (Optimizer(name="lion", state_dtype="bf16"), "state_dtype bf16 is for celo2 and celo2-base, not for lion"),
-        (Optimizer(name="torch.optim.Rprop"), "knows no weight decay: set optimizer.weight_decay=0"),
+        (Optimizer(name="torch.optim.Rprop"), "has no weight decay: set optimizer.weight_decay=0"),
     ],
 )
 def test_mistakes_are_named(config, message):

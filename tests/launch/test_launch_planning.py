@@ -68,7 +68,7 @@ def test_every_gpu_is_known():
     assert replace(machine_of("h100"), name="h100") == Machine()
     assert machine_of("RTX 4090").memory == 24e9
     for name, near in {"h20": "h200", "4090": "rtx-4090", "a100-sxm4-80gb": "a100", "gh200": "h200"}.items():
-        with pytest.raises(ConfigError, match=rf"--gpu {name} is not known, only h100, h200, .*; did you mean {near}\?"):
+        with pytest.raises(ConfigError, match=rf"--gpu {name} is unknown, expected one of h100, h200, .*; did you mean {near}\?"):
             machine_of(name)
 
 

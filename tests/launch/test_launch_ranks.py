@@ -74,7 +74,7 @@ def test_a_change_of_weights_or_code_is_seen(tmp_path, monkeypatch):
 def test_a_checkpoint_is_known_by_its_manifest_and_the_sizes_of_its_files(tmp_path):
     path = tmp_path / "run" / "checkpoints" / "step_00000004"
     assert checkpoint_fact(None, tmp_path / "run").value == "none"
-    assert checkpoint_fact(path, tmp_path).value == f"unusable ({path} is no whole checkpoint: {MANIFEST} is missing)"
+    assert checkpoint_fact(path, tmp_path).value == f"unusable ({path} is not a whole checkpoint: {MANIFEST} is missing)"
     path.mkdir(parents=True)
     (path / "state.json").write_text("{}")
     (path / MANIFEST).write_text('{"state.json": {"bytes": 2, "sha256": "is not read"}}')

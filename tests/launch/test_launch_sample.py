@@ -95,15 +95,15 @@ def test_sample_and_evaluate(run, prepared, said, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     for main, arguments, message in (
         (sample, [tmp_path / "nowhere"], "there is no folder"),
-        (sample, [tmp_path / "empty"], "is no training run, no checkpoint and no exported folder"),
-        (sample, [prepared], "is no training run, no checkpoint and no exported folder"),
+        (sample, [tmp_path / "empty"], "is neither a training run, nor a checkpoint, nor an exported folder"),
+        (sample, [prepared], "is neither a training run, nor a checkpoint, nor an exported folder"),
         (evaluate, [folder, tmp_path / "nowhere"], "no such folder"),
         (evaluate, [folder, prepared, "--split", "test"], "no split 'test'"),
         (evaluate, [folder, words], "was prepared with another tokenizer"),
         (evaluate, [exported, words], "was prepared with another tokenizer"),
-        (evaluate, [folder, prepared, "--context", 99], "takes sequences of 32 tokens at the most"),
-        (evaluate, [exported, prepared, "--context", 99], "takes sequences of 32 tokens at the most"),
-        (sample, [folder, "--context", 99], "takes sequences of 32 tokens at the most"),
+        (evaluate, [folder, prepared, "--context", 99], "accepts at most 32 tokens"),
+        (evaluate, [exported, prepared, "--context", 99], "accepts at most 32 tokens"),
+        (sample, [folder, "--context", 99], "accepts at most 32 tokens"),
     ):
         status, _, err = said(main, *arguments)
         assert status == 2 and message in err and err.count("\n") == 1, err
@@ -119,8 +119,8 @@ def test_sample_and_evaluate(run, prepared, said, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        (("--device", "tpu9"), "tpu9 is no device that is there"),
-        (("--device", "cuda:77"), "cuda:77 is no device that is there"),
+        (("--device", "tpu9"), "device tpu9 does not exist on this machine"),
+        (("--device", "cuda:77"), "device cuda:77 does not exist on this machine"),
         (("--seed", 10**22), f"{10**22} is above"),
     ],
 )

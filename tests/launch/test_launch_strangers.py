@@ -204,7 +204,7 @@ def edit(path: Path, **entries) -> None:
 def test_a_manifest_names_the_files_of_a_checkpoint_alone(checkpoint, name):
     path = checkpoint / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {name: {"bytes": 0, "sha256": ""}}))
-    with pytest.raises(CheckpointError, match=r"manifest\.json names .*, which is no file of a checkpoint"):
+    with pytest.raises(CheckpointError, match=r"manifest\.json names .*, which is not a file of a checkpoint"):
         verify(checkpoint)
     assert find_checkpoint(checkpoint.parent)[0] is None
 
@@ -228,7 +228,7 @@ def test_a_device_is_no_file_of_a_checkpoint(checkpoint):
     (checkpoint / "optimizer.safetensors").unlink()
     for make in (lambda path: path.symlink_to("/dev/zero"), os.mkfifo):
         make(checkpoint / "optimizer.safetensors")
-        with pytest.raises(CheckpointError, match=r"optimizer\.safetensors is no file"):
+        with pytest.raises(CheckpointError, match=r"optimizer\.safetensors is not a file"):
             verify(checkpoint)
         (checkpoint / "optimizer.safetensors").unlink()
 

@@ -89,7 +89,7 @@ def test_data_with_another_end_of_text(run, two_ends, tmp_path, capsys):
         f"{two_ends[1]} ends its documents with '<|stop|>'" in err and "prepare the data with --end-token '<|endoftext|>'" in err
     )
     status, _, _ = run(*SMALL, f"data.dir={two_ends[1]}", f"model.init={tmp_path / 'run'}", folder="second")
-    assert status == 0 and "but documents end with '<|stop|>' here, with '<|endoftext|>' there" in run.out
+    assert status == 0 and "but the data's documents end with '<|stop|>', the model's with '<|endoftext|>'" in run.out
 
 
 def stock_folder(folder, prepared, model):
@@ -215,7 +215,7 @@ def test_a_loss_that_is_not_finite_is_an_error(tmp_path, prepared, capsys):
     stock_folder(folder, prepared, model.half())
     assert evaluate([str(folder), str(prepared), "--sequences", "2"]) == 2
     err = capsys.readouterr().err
-    assert f"evaluate: the loss of {folder} is nan: its numbers leave the range of float16, or it diverged\n" == err
+    assert f"evaluate: the loss of {folder} is nan: its activations overflow float16, or the training diverged\n" == err
 
 
 def test_experts_of_any_size_run_where_they_were_exported(run, prepared, tmp_path, capsys):

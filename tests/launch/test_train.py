@@ -141,14 +141,17 @@ def test_trackers_get_the_same_numbers(run):
         ),
         (["distributed.replicas=2"], "distributed.replicas 2 is for fsdp2, not for ddp: leave it out"),
         (["distributed.strategy=fsdp2", "distributed.shard_state=true"], "distributed.shard_state is for ddp; fsdp2 divides"),
-        (["optimizer.name=celo2-base", "optimizer.adamw_lr=0.1"], "optimizer.adamw_lr 0.1 is for what AdamW trains"),
-        (["optimizer.route=all"], "optimizer.route all is for optimizers of libraries"),
+        (
+            ["optimizer.name=celo2-base", "optimizer.adamw_lr=0.1"],
+            "optimizer.adamw_lr 0.1 applies only to parameters that AdamW trains",
+        ),
+        (["optimizer.route=all"], "optimizer.route all applies only to optimizers from a library"),
         (["schedule.decay=0.3"], "schedule.decay 0.3 is for wsd, not for schedule.kind cosine"),
         (["schedule.decay=0.2"], "schedule.decay 0.2 is for wsd"),  # the default, but somebody wants it
         (["schedule.kind=constant", "schedule.final=0"], "schedule.final 0.0 is not for schedule.kind constant"),
         (["schedule.kind=wsd", "schedule.warmup=0.9"], "schedule.warmup and schedule.decay are more than 1"),
-        (["distributed.strategy=fsdp2", "optimizer.name=torch.optim.NAdam"], "knows whole parameters only"),
-        (["--plan", "distributed.strategy=zero1", "optimizer.name=torch.optim.NAdam"], "knows whole parameters only"),
+        (["distributed.strategy=fsdp2", "optimizer.name=torch.optim.NAdam"], "does not support sharded parameters"),
+        (["--plan", "distributed.strategy=zero1", "optimizer.name=torch.optim.NAdam"], "does not support sharded parameters"),
         (["--plan", "optimizer.arguments={momentum: 1}"], "has no argument 'momentum'"),
         (["optimizer.arguments={rule: celo2-lm}"], "optimizer.arguments holds 'rule': give it as optimizer.rule"),
         (["optimizer.name=celo2-base", "optimizer.arguments={betas: [0.8, 0.9]}"], "no effect with celo2-base"),
@@ -156,7 +159,7 @@ def test_trackers_get_the_same_numbers(run):
             ["model.hf={model_type: qwen3, dtype: bfloat16}"],
             "model.hf.dtype is bfloat16, but train.precision decides, which is fp32",
         ),
-        (["--plan", "--gpu", "h10"], "--gpu h10 is not known, only h100, h200"),
+        (["--plan", "--gpu", "h10"], "--gpu h10 is unknown, expected one of h100, h200"),
         (["--gpu", "h100"], "--gpu is for --plan"),
         (["--train.steps=5"], "'--train.steps=5': write train.steps=5, without dashes"),
         (["--train.steps", "5"], "'--train.steps': write train.steps=VALUE, without dashes"),
@@ -165,7 +168,7 @@ def test_trackers_get_the_same_numbers(run):
         (["--plan", "model.size=gpt3-126m", "model.width=null"], "model.size: unknown size 'gpt3-126m'; did you mean"),
         (
             ["model.size=gpt3-mini"],
-            "model.size gpt3-mini does nothing beside model.layers, model.width, model.heads and model.context (null takes the "
+            "model.size gpt3-mini has no effect beside model.layers, model.width, model.heads and model.context (null takes the "
             "size's): leave it out",
         ),
         (["model.heads=3"], "model.heads: 3 heads do not divide the width 32"),
@@ -184,7 +187,7 @@ def test_trackers_get_the_same_numbers(run):
             ["distributed.strategy=fsdp2", "distributed.replicas=2"],
             "distributed.replicas is 2, which does not divide 1 processes",
         ),
-        (["checkpoint.resume=/nowhere"], "/nowhere is no whole checkpoint"),
+        (["checkpoint.resume=/nowhere"], "/nowhere is not a whole checkpoint"),
         (["model.layers=null"], "model.size: give a size, or all of layers, width, heads, context: layers missing"),
         (
             ["model.hf={model_type: qwen9}", "model.layers=null", "model.width=null", "model.heads=null"],
@@ -207,7 +210,7 @@ def test_a_size_whose_numbers_the_command_line_gives_is_passed_over(run):
         run.tmp_path / "size.yaml", [f"model.{key}=8" for key in ("layers", "width", "heads", "context")]
     )
     assert check(config, written, 1) == [
-        "model.size gpt3-mini does nothing beside model.layers, model.width, model.heads and model.context (null takes the "
+        "model.size gpt3-mini has no effect beside model.layers, model.width, model.heads and model.context (null takes the "
         "size's): not used"
     ]
     config, written = load_written(run.tmp_path / "size.yaml", ["model.width=8", "model.heads=8", "model.context=8"])
@@ -225,7 +228,7 @@ def test_training_outside_the_main_thread_is_refused(run):
     with ThreadPoolExecutor() as threads:
         status, records, err = threads.submit(run).result()
     assert (status, records) == (2, []) and err == (
-        "error: training runs in a process's main thread, which alone gets its signals: call it there, or start train.py\n"
+        "error: training must run in the main thread, since only that thread receives signals: call it there, or start train.py\n"
     )
 
 
@@ -262,7 +265,7 @@ def test_resume_refuses_another_model_or_data_order(run):
     ):
         status, _, err = run(change)
         assert status == 2 and err.count("\n") == 1
-        assert message in err and "or choose another run.dir, where model.init=" in err
+        assert message in err and "or choose another run.dir and set model.init=" in err
 
 
 def test_plan_trains_nothing(run):
@@ -311,7 +314,7 @@ def test_schedule_free_keeps_its_average_and_continues_exactly(run):
 @pytest.mark.parametrize("mode", [["--plan"], ["train.steps=1"]])
 def test_schedule_free_under_a_schedule_is_noted(run, mode):
     pytest.importorskip("schedulefree")
-    note = "note: optimizer.name schedule-free is made for schedule.kind=constant, and schedule.kind is cosine\n"
+    note = "note: optimizer.name schedule-free is made for schedule.kind=constant, but schedule.kind is cosine\n"
     status, _, err = run("optimizer.name=schedule-free", *mode)
     assert status == 0 and err.startswith(note)
     assert "schedule-free" not in run("optimizer.name=schedule-free", "schedule.kind=constant", *mode)[2]

@@ -309,7 +309,7 @@ def runs_that_differ(folder, prepared):
     rules = [folder / "rule.safetensors", folder / "changed.safetensors"]
     for path, content in zip(rules, (rule, changed), strict=True):
         save_rule(content, path)
-    missing = f"unusable ({folder}/elsewhere/checkpoints/step_00000012 is no whole checkpoint: {MANIFEST} is missing)"
+    missing = f"unusable ({folder}/elsewhere/checkpoints/step_00000012 is not a whole checkpoint: {MANIFEST} is missing)"
     new, two = f"run.dir={folder}/refused", f"run.dir={folder}/two"
 
     def text(name, first, second, remedy, more=""):
@@ -338,12 +338,12 @@ def runs_that_differ(folder, prepared):
         (
             f"rank 1: run.dir={folder}/elsewhere",
             [two, "optimizer.name=adamw", "train.steps=16"],
-            text("the checkpoint to go on from", "step 12 with the manifest MANIFEST", missing, here),
+            text("the checkpoint to resume from", "step 12 with the manifest MANIFEST", missing, here),
         ),
         (
             f"rank 1: run.dir={folder}/one",
             [f"run.dir={folder}/refused", "optimizer.name=muon"],
-            text("the checkpoint to go on from", "none", f"step 12 in {folder}/one", here),
+            text("the checkpoint to resume from", "none", f"step 12 in {folder}/one", here),
         ),
         (
             f"rank 1: model.init={folder}/one/checkpoints/step_00000008",
@@ -390,7 +390,7 @@ def test_bad_gradients_reach_no_weight_under_any_strategy(run, prepared):
     # A roll-back where the second rank's folder is another one.
     runs.append(["rank 1: run.dir=elsewhere", *runs[0][:-1], f"run.dir={run.tmp_path / 'unshared'}"])
     done = spawn(2, run.tmp_path, runs, [0] * (len(runs) - 1) + [2])
-    missing = "unusable (elsewhere/checkpoints/step_00000004 is no whole checkpoint: manifest.json is missing) on rank 1"
+    missing = "unusable (elsewhere/checkpoints/step_00000004 is not a whole checkpoint: manifest.json is missing) on rank 1"
     assert done.stderr.count(missing) == 2, done.stderr
     for name, value in alone.items():
         one, two = (losses(read(run.tmp_path / folder)) for folder in (f"{name}-one", name))
