@@ -165,7 +165,7 @@ def test_where_question_and_choice_meet(question, choice, tokens, scored):
 
 GOOD = '{"question": "a", "choices": ["b", "c"], "answer": 0}\n'
 BROKEN = {
-    "{": "no JSON",
+    "{": "not JSON",
     "[1]": "it is no mapping",
     '{"question": "a", "choices": ["b", "c"]}': "it lacks 'answer'",
     '{"question": 3, "choices": ["b", "c"], "answer": 0}': "question is 3, expected a text",
@@ -219,7 +219,7 @@ def test_bad_input_is_one_line(run, prepared, others):
         (["eval.tasks={a: nothing.jsonl}"], "eval.tasks.a: nothing.jsonl cannot be read"),
         ([f"eval.tasks={{a: {run.tmp_path / 'empty.jsonl'}}}"], "holds no question; a line is {"),
         ([f"eval.tasks={{a: {run.tmp_path / 'latin.jsonl'}}}"], "cannot be read: 'utf-8' codec"),
-        ([f"eval.tasks={{a: {run.tmp_path / 'broken.jsonl'}}}"], "broken.jsonl, line 2: no JSON"),
+        ([f"eval.tasks={{a: {run.tmp_path / 'broken.jsonl'}}}"], "broken.jsonl, line 2: not JSON"),
         (["eval.tasks={a: a.jsonl}", "eval.tasks_every=4"], "eval.tasks_every is 4, expected a multiple of eval.every 3"),
         (["eval.tasks_every=3"], "eval.tasks_every 3 is for eval.tasks and eval.lm_eval, and neither is set: leave it out"),
         (["eval.lm_eval_include=folder"], "eval.lm_eval_include folder is for eval.lm_eval, which is empty: leave it out"),
