@@ -434,7 +434,7 @@ def test_the_same_name_twice_is_told_apart():
             "--runs uses existing results: it can be combined only with --out, --reference, --publish and --target-loss, "
             "not with a config",
         ),
-        (["--runs", "nowhere", "--seeds", "2"], "not --seeds"),
+        (["--runs", "nowhere", "--seeds", "2"], "not with --seeds"),
         (["--results", "nowhere.json"], "cannot read results 'nowhere.json' (No such file or directory)"),
         (["--results", "c.yaml"], "c.yaml is not a results.json that launch.compare wrote"),
         (["c.yaml", "--optimizers", "adamw", "--seeds", "0"], "--seeds: 0 is not a whole number of 1 or more"),

@@ -226,7 +226,9 @@ def test_a_full_disk_delays_tensorboard(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(growing, "open", opening, raising=False)
     assert run("log.trackers=[tensorboard]", "log.sample_tokens=0")[0] == 0
-    assert run.out.count("cannot be written (No space left on device); its numbers wait") == 1
+    assert (
+        run.out.count("cannot be written (No space left on device); the run continues and keeps its numbers in memory until") == 1
+    )
     assert run.out.count("can be written again; nothing is lost") == 1
     found = EventAccumulator(str(run.tmp_path / "run" / "tensorboard")).Reload()
     assert [event.step for event in found.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
