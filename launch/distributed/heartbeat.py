@@ -17,12 +17,12 @@ The time from the fault to the last exit, with interval = min(1 s, timeout / 10)
     a rank dies while the others hang          timeout + ALERT + 5 intervals
     the store does not answer                  timeout + 1 interval; at once if its process is gone
 
-`timeout` must exceed the longest time between two signs of work. A sign of work is a mark, or a call of `progress`.
-Every rank sets the same marks, and marks are counted: the ranks with the fewest marks hold up the others. If all ranks are at the
-same mark, as within a step, the culprits are the ranks whose main thread is not in code that waits for others. A rank that works
-long between two marks, for example on a checkpoint, calls `progress`. Progress of a rank that is ahead does not count: it may
-write in the background while another rank hangs. A single call that flushes a large file gives no sign of work, so a rank that
-waits for a disk gets PATIENCE times as long.
+`timeout` must exceed the longest time between two signs of work. A sign of work is a mark or a call of `progress`. Every rank
+sets the same marks, and marks are counted: the ranks with the fewest marks hold up the others. If all ranks are at the same mark,
+as within a step, the culprits are the ranks whose main thread is not in code that waits for others. A rank that works long
+between two marks, for example on a checkpoint, calls `progress`. Progress of a rank that is ahead does not count: it may write in
+the background while another rank hangs. A single call that flushes a large file gives no sign of work, so a rank that waits for a
+disk gets PATIENCE times as long.
 """
 
 from __future__ import annotations

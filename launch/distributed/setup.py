@@ -1,7 +1,7 @@
 """Makes the `Strategy` of `distributed.strategy`, which spreads a training run over processes, and the Accelerator.
 
-Every strategy accepts the same models, batches and optimizers, and leads to the same weights. Strategies differ in what each rank
-holds and in what the ranks send each other.
+With every strategy, the same model, batches and optimizer lead to the same weights. Strategies differ in what each rank holds and
+in what the ranks send each other.
 """
 
 from __future__ import annotations
