@@ -86,8 +86,8 @@ def train(config: Config, signals: StopSignals, hooks: Hooks) -> int:
                     heartbeat.record = partial(record_lost_rank, run_folder(config))
                 summary = pretrain(config, accelerator, heartbeat, signals, hooks)
             finally:
-                # A signal or an error ended the run. When one rank exits, torchrun sends SIGTERM to the others: from here on
-                # that signal does not change their exit status.
+                # Without a summary, a signal or an error ended the run. When one rank exits, torchrun sends SIGTERM to the
+                # others; from here on, that signal does not change the exit status.
                 if summary is None:
                     signals.hold()
             accelerator.wait_for_everyone()  # destroying the process group while another rank still works can block
