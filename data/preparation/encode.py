@@ -34,45 +34,55 @@ def token_dtype(tok: Tokenizer) -> np.dtype:
 class Encoder:
     """The function from texts to their ids (n,). Special tokens in a text, such as '<|endoftext|>', count as plain text.
 
-    `end`: the bytes of the id `end_id`, which is not added. `unknown`: the id of unknown characters, or None.
+    `end`: the bytes of the id `end_id`, which is not added. `unknown`: the id of unknown characters, or None. If it is
+    `end_id`, unknown characters are left out.
     """
 
     def __init__(self, tok: Tokenizer, end_id: int):
         self.dtype = token_dtype(tok)
+        self.end_id = end_id
         self.end = end_id.to_bytes(self.dtype.itemsize, "little")
         self.bytes_only = is_byte_tokenizer(tok)
         self.tok = plain_text_tokenizer(tok)
         unknown = unknown_token(tok)
         self.unknown = None if unknown is None else tok.token_to_id(unknown)
-        self.leaves_out = leaves_out(tok)
+        self.leaves_out = leaves_out(tok, end_id)
 
     def __call__(self, texts: list[str]) -> list[np.ndarray]:
         """DataError for a text that the tokenizer refuses."""
         if self.bytes_only:  # 100 times as fast as the tokenizer
             return [np.frombuffer(text.encode(), np.uint8).astype(self.dtype) for text in texts]
         try:
-            return [np.array(e.ids, self.dtype) for e in self.tok.encode_batch_fast(texts, add_special_tokens=False)]
+            found = [np.array(e.ids, self.dtype) for e in self.tok.encode_batch_fast(texts, add_special_tokens=False)]
         except Exception as error:  # of class Exception itself: word-level and Unigram models without an unknown token
             raise DataError(
                 f"the tokenizer cannot encode a text, and has no token for what it does not know: {first_line(error)}"
             ) from None
+        return [ids[ids != self.end_id] for ids in found] if self.unknown == self.end_id else found
 
     def unknown_in(self, text: str, ids: np.ndarray) -> int:
         """How many characters of a text, with these ids, the tokenizer does not know."""
         if self.leaves_out:
             known = set[int]()
-            for start, stop in self.tok.encode(text, add_special_tokens=False).offsets:
-                known.update(range(start, stop))
+            encoding = self.tok.encode(text, add_special_tokens=False)
+            for id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
+                if id != self.end_id:
+                    known.update(range(start, stop))
             return sum(i not in known and not char.isspace() for i, char in enumerate(text))
         return 0 if self.unknown is None else int(np.count_nonzero(ids == self.unknown))
 
 
-def leaves_out(tok: Tokenizer) -> bool:
-    """Whether characters may vanish: BPE without a token for the unknown, unless it has every byte, one way or the other."""
+def leaves_out(tok: Tokenizer, end_id: int) -> bool:
+    """Whether characters may vanish: there is no token for the unknown, or it is `end_id`, and BPE does not have every byte.
+
+    Without a token for the unknown, models other than BPE refuse a text.
+    """
     state = json.loads(tok.to_str())
-    model = state["model"]
-    if model["type"] != "BPE" or unknown_token(tok) is not None:
+    model, unknown = state["model"], unknown_token(tok)
+    if unknown is not None and tok.token_to_id(unknown) != end_id:
         return False
+    if model["type"] != "BPE":
+        return unknown is not None
     if model.get("byte_fallback"):
         return not {f"<0x{byte:02X}>" for byte in range(256)} <= model["vocab"].keys()
     by_bytes = "ByteLevel" in json.dumps([state["normalizer"], state["pre_tokenizer"]])
@@ -83,14 +93,12 @@ def plain_text_tokenizer(tok: Tokenizer) -> Tokenizer:
     """A copy that never reads a special token out of a text, whether by its name or because the model's vocabulary has it.
 
     A Unigram model finds '</s>' in a text like any other entry, and merges may lead to it. So the entries of special tokens
-    are renamed, and merges that lead to them removed; ids stay. The unknown token and the bytes of byte_fallback are needed.
+    are renamed, and merges that lead to them removed; ids stay. The bytes of byte_fallback keep their names, which are needed.
     """
     state = json.loads(tok.to_str())
     model = state["model"]
     vocab = model["vocab"] if isinstance(model["vocab"], dict) else {piece: None for piece, _ in model["vocab"]}
     special = {token["content"] for token in state["added_tokens"] if token["special"]} & vocab.keys()
-    if model["type"] != "Unigram":
-        special.discard(model.get("unk_token"))
     if model.get("byte_fallback"):
         special -= {f"<0x{byte:02X}>" for byte in range(256)}
     if special:
@@ -98,6 +106,8 @@ def plain_text_tokenizer(tok: Tokenizer) -> Tokenizer:
             model["vocab"] = {UNMATCHED + piece if piece in special else piece: i for piece, i in vocab.items()}
         else:
             model["vocab"] = [[UNMATCHED + piece if piece in special else piece, score] for piece, score in model["vocab"]]
+        if model.get("unk_token") in special:
+            model["unk_token"] = UNMATCHED + model["unk_token"]
         if "merges" in model:
             model["merges"] = [m for m in model["merges"] if not special & {*m, "".join(m)}]
         for token in state["added_tokens"]:
