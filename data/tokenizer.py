@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -15,6 +15,7 @@ from data.special_tokens import CONFIG, END_OF_TEXT, declared_tokens, parse_decl
 SMALLEST_BPE = 257  # 256 bytes and the end of text
 # Files of tokenizers that have no tokenizer.json beside them.
 OTHER_FILES = ("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+PROBE = 4096  # tokens of a data set whose text two tokenizers must encode alike
 LARGEST_VOCABULARY = 2**24  # 16.8 million, 60 times the largest published one; a model has a row of weights for each id
 
 
@@ -119,6 +120,12 @@ def token_id(tok: Tokenizer, token: str) -> int:
     return found
 
 
+def encode_alike(tok: Tokenizer, other: Tokenizer, ids: Sequence[int]) -> bool:
+    """Whether `other` encodes the text of `ids`, tokens of `tok`, as `tok` does. Texts that both refuse count as alike."""
+    text = tok.decode(ids)
+    return _ids_of(tok, text) == _ids_of(other, text)
+
+
 def vocabulary_size(tok: Tokenizer) -> int:
     """Return the largest id plus one: the rows that an embedding needs, even if the vocabulary has gaps."""
     return max(tok.get_vocab(with_added_tokens=True).values()) + 1
@@ -127,6 +134,13 @@ def vocabulary_size(tok: Tokenizer) -> int:
 def _save_config(tok: Tokenizer, folder: Path, end: str, declared: dict[str, str] | None) -> None:
     with replacing(folder / CONFIG) as file:
         file.write(json.dumps(tokenizer_config(tok, end, declared), indent=1, ensure_ascii=False).encode())
+
+
+def _ids_of(tok: Tokenizer, text: str) -> list[int] | None:
+    try:
+        return tok.encode(text, add_special_tokens=False).ids
+    except Exception:  # tokenizers raises nothing narrower: the text has something that `tok` does not know
+        return None
 
 
 def _local_path(name_or_path: str | Path) -> Path | None:

@@ -35,45 +35,55 @@ def token_dtype(tok: Tokenizer) -> np.dtype:
 class Encoder:
     """Encodes texts into ids (n,). A special token in a text, such as '<|endoftext|>', counts as plain text.
 
-    `end`: the bytes of the id `end_id`, which is not added to the ids. `unknown`: the id for unknown characters, or None.
+    `end`: the bytes of the id `end_id`, which is not added to the ids. `unknown`: the id for unknown characters, or None. If it
+    is `end_id`, unknown characters are left out.
     """
 
     def __init__(self, tok: Tokenizer, end_id: int):
         self.dtype = token_dtype(tok)
+        self.end_id = end_id
         self.end = end_id.to_bytes(self.dtype.itemsize, "little")
         self.bytes_only = is_byte_tokenizer(tok)
         self.tok = plain_text_tokenizer(tok)
         unknown = unknown_token(tok)
         self.unknown = None if unknown is None else tok.token_to_id(unknown)
-        self.leaves_out = leaves_out(tok)
+        self.leaves_out = leaves_out(tok, end_id)
 
     def __call__(self, texts: list[str]) -> list[np.ndarray]:
         """Return the ids (n,) of each text. Raises DataError for a text that the tokenizer refuses."""
         if self.bytes_only:  # 100 times as fast as the tokenizer
             return [np.frombuffer(text.encode(), np.uint8).astype(self.dtype) for text in texts]
         try:
-            return [np.array(e.ids, self.dtype) for e in self.tok.encode_batch_fast(texts, add_special_tokens=False)]
+            found = [np.array(e.ids, self.dtype) for e in self.tok.encode_batch_fast(texts, add_special_tokens=False)]
         except Exception as error:  # a bare Exception, from word-level and Unigram models without an unknown token
             raise DataError(
                 f"the tokenizer cannot encode a text, and has no token for what it does not know: {first_line(error)}"
             ) from None
+        return [ids[ids != self.end_id] for ids in found] if self.unknown == self.end_id else found
 
     def unknown_in(self, text: str, ids: np.ndarray) -> int:
         """Return how many characters of a text, which has these ids, the tokenizer does not know."""
         if self.leaves_out:
             known = set[int]()
-            for start, stop in self.tok.encode(text, add_special_tokens=False).offsets:
-                known.update(range(start, stop))
+            encoding = self.tok.encode(text, add_special_tokens=False)
+            for id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
+                if id != self.end_id:
+                    known.update(range(start, stop))
             return sum(i not in known and not char.isspace() for i, char in enumerate(text))
         return 0 if self.unknown is None else int(np.count_nonzero(ids == self.unknown))
 
 
-def leaves_out(tok: Tokenizer) -> bool:
-    """Return whether characters may be lost: in BPE without an unknown token, unless it has a token for every byte."""
+def leaves_out(tok: Tokenizer, end_id: int) -> bool:
+    """Return whether characters may be lost: there is no unknown token, or it is `end_id`, and BPE lacks a token for some byte.
+
+    Without an unknown token, models other than BPE refuse a text.
+    """
     state = json.loads(tok.to_str())
-    model = state["model"]
-    if model["type"] != "BPE" or unknown_token(tok) is not None:
+    model, unknown = state["model"], unknown_token(tok)
+    if unknown is not None and tok.token_to_id(unknown) != end_id:
         return False
+    if model["type"] != "BPE":
+        return unknown is not None
     if model.get("byte_fallback"):
         return not {f"<0x{byte:02X}>" for byte in range(256)} <= model["vocab"].keys()
     by_bytes = "ByteLevel" in json.dumps([state["normalizer"], state["pre_tokenizer"]])
@@ -84,15 +94,13 @@ def plain_text_tokenizer(tok: Tokenizer) -> Tokenizer:
     """Return a copy of the tokenizer that never finds a special token in a text, neither by its name nor by the vocabulary.
 
     A Unigram model finds '</s>' in a text like any other entry of its vocabulary, and merges may produce it. So special tokens
-    are renamed, and merges that involve them are removed. Ids stay the same. The unknown token and the bytes of byte_fallback
-    keep their names, because the model needs them.
+    are renamed, and merges that involve them are removed. Ids stay the same. The bytes of byte_fallback keep their names, because
+    the model needs them.
     """
     state = json.loads(tok.to_str())
     model = state["model"]
     vocab = model["vocab"] if isinstance(model["vocab"], dict) else {piece: None for piece, _ in model["vocab"]}
     special = {token["content"] for token in state["added_tokens"] if token["special"]} & vocab.keys()
-    if model["type"] != "Unigram":
-        special.discard(model.get("unk_token"))
     if model.get("byte_fallback"):
         special -= {f"<0x{byte:02X}>" for byte in range(256)}
     if special:
@@ -100,6 +108,8 @@ def plain_text_tokenizer(tok: Tokenizer) -> Tokenizer:
             model["vocab"] = {UNMATCHED + piece if piece in special else piece: i for piece, i in vocab.items()}
         else:
             model["vocab"] = [[UNMATCHED + piece if piece in special else piece, score] for piece, score in model["vocab"]]
+        if model.get("unk_token") in special:
+            model["unk_token"] = UNMATCHED + model["unk_token"]
         if "merges" in model:
             model["merges"] = [m for m in model["merges"] if not special & {*m, "".join(m)}]
         for token in state["added_tokens"]:

@@ -165,7 +165,8 @@ def text_notes(units: list[Path], encode: Encoder, split: Split, fraction: float
     if empty:
         notes.append(f"left out: {empty:,} documents that are empty or white space")
     if unknown and encode.leaves_out:
-        notes.append(f"left out: {unknown:,} characters that the tokenizer does not know, since it has no token for the unknown")
+        reason = "it has no token for the unknown" if encode.unknown is None else "its token for the unknown is the end of text"
+        notes.append(f"left out: {unknown:,} characters that the tokenizer does not know, since {reason}")
     elif unknown:
         notes.append(f"{unknown:,} of {tokens:,} tokens stand for characters that the tokenizer does not know")
     if repeated:

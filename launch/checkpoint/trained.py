@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 from transformers import PretrainedConfig, PreTrainedModel
@@ -36,6 +37,7 @@ class TrainedModel(NamedTuple):
     end: int  # the token that ends a document
     context: int | None  # T, tokens of a training sequence; None: unknown
     notes: list[str]  # what is wrong with newer checkpoints
+    guess: str = ""  # a note, if `end` is a guess
     bf16: bool = False  # whether the run computes in bfloat16 by autocast; unknown, hence False, for an exported folder
 
     def context_of(self, asked: int | None) -> int:
@@ -88,10 +90,9 @@ def open_checkpoint(chosen: Chosen, average: bool = False) -> TrainedModel:
     saved = read_state(path)
     require_state(path, saved)
     config, model = saved["config"], load_model(path, average=average)
-    end = end_of_data(config["data"].get("dir"), tokenizer) if not (chosen.run / CONFIG).is_file() else None
-    end = end_of(tokenizer, chosen.run) if end is None else end
+    end, guess = end_of_run(tokenizer, chosen.run, config["data"])
     context, bf16 = config["model"]["context"] or longest_context(model.config), config["train"].get("precision") == "bf16"
-    return TrainedModel(path, model, tokenizer, end, context, chosen.problems, bf16)
+    return TrainedModel(path, model, tokenizer, end, context, chosen.problems, guess, bf16)
 
 
 def open_export(path: Path) -> TrainedModel:
@@ -164,16 +165,46 @@ def end_of_export(tokenizer: Tokenizer, config: PretrainedConfig, folder: Path) 
     return end_of(tokenizer, folder)
 
 
-def end_of_data(folder: str | None, tokenizer: Tokenizer) -> int | None:
-    """Return the end of text of prepared data, for runs of earlier versions, which have no tokenizer_config.json.
+def end_of_run(tokenizer: Tokenizer, run: Path, data: Mapping[str, Any]) -> tuple[int, str]:
+    """Return the id of the end of text in a training run, and a note if it is a guess.
 
-    Returns None if the data is gone, or has since been prepared with another tokenizer.
+    The run's tokenizer_config.json names it. If it does not, as in runs of earlier versions and incomplete copies, the
+    end of text is that of the data; and if the data is gone, a token with a usual name. This is a guess unless the tokenizer has
+    only one special token.
+
+    Args:
+        tokenizer: the run's.
+        run: its folder.
+        data: the section `data` of its configuration.
+
+    Raises:
+        CheckpointError: there is no such token.
     """
     try:
-        index = read_index(Path(folder)) if folder else None
+        named = "eos_token" in declared_tokens(run)
+    except DataError as error:
+        raise CheckpointError(str(error)) from error
+    if not named:
+        for folder in (data.get("dir"), *(source.get("dir") for source in data.get("mix") or [])):
+            if (end := end_of_data(folder, tokenizer)) is not None:
+                return end, ""
+    end = end_of(tokenizer, run)
+    if named or sum(token.special for token in tokenizer.get_added_tokens_decoder().values()) == 1:
+        return end, ""
+    found = f"{run} has no {CONFIG} that names the end of text, and its data is not there"
+    remedy = f'if it is another token, write {{"eos_token": TOKEN}} to {run / CONFIG}'
+    return end, f"{found}; taking {tokenizer.id_to_token(end)!r}, a usual name; {remedy}"
+
+
+def end_of_data(folder: Any, tokenizer: Tokenizer) -> int | None:
+    """Return the end of text of prepared data; None if it is gone, or has since been prepared with another tokenizer."""
+    try:
+        index = read_index(Path(folder)) if isinstance(folder, str) and folder else None
     except (DataError, OSError):
         return None
-    return index["end_of_text_id"] if index and index["tokenizer_sha256"] == tokenizer_hash(tokenizer) else None
+    if index is None or index["tokenizer_sha256"] != tokenizer_hash(tokenizer):
+        return None
+    return index["end_of_text_id"] if tokenizer.id_to_token(index["end_of_text_id"]) is not None else None
 
 
 def trained_length(folder: Path) -> int | None:

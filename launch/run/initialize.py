@@ -26,6 +26,7 @@ from configs.schema import Model as ModelSection
 from data import first_line
 from data.shards import TokenShards
 from data.special_tokens import declared_tokens
+from data.tokenizer import PROBE, encode_alike
 from launch.checkpoint.folders import CHECKPOINTS, choose_checkpoint, folders_of, run_of
 from launch.checkpoint.load import load_model, read_model_config, weights_file
 from launch.checkpoint.state import read_state
@@ -45,7 +46,6 @@ OF_AVERAGE = "average:"  # prefix of a run or checkpoint: take the average of it
 IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")  # valid keys, although the config has no such attributes
 ROPE_PARTS = ("rope_theta", "partial_rotary_factor")  # former top-level keys; today they are entries of `rope_parameters`
 NUMBERS = ("layers", "width", "heads", "vocab_size")  # a GPT-3's numbers, but not its context: sequences may be shorter
-PROBE = 4096  # tokens of the data whose text both tokenizers must encode to the same tokens
 
 
 @dataclass(frozen=True)
@@ -355,8 +355,9 @@ def check_tokenizer(source: Source, shards: TokenShards) -> str:
         if theirs.get(token) != number:
             found = f"{token!r} is {number} here, {theirs.get(token, 'missing')} there"
             raise ConfigError(f"model.init: the tokenizer of {source.name} is not the data's: {found}; {remedy}")
-    text = own.decode(shards.read(0, min(PROBE, shards.n_tokens)).tolist())
-    if own.encode(text, add_special_tokens=False).ids != other.encode(text, add_special_tokens=False).ids:
+    other.no_truncation()
+    other.no_padding()
+    if not encode_alike(own, other, shards.read(0, min(PROBE, shards.n_tokens)).tolist()):
         raise ConfigError(
             f"model.init: the tokenizer of {source.name} cuts the data into other tokens than its own did; {remedy}"
         )
