@@ -24,7 +24,7 @@ from launch.checkpoint.folders import choose_checkpoint
 from launch.checkpoint.load import load_model
 from launch.checkpoint.permissions import usual_permissions
 from launch.checkpoint.push import check_name, push
-from launch.checkpoint.tokenizer import configure, export_tokenizer, trained_context
+from launch.checkpoint.tokenizer import configure, export_tokenizer, require_its_tokenizer, trained_context
 from launch.checkpoint.verify import CheckpointError
 from launch.checkpoint.vocabulary import one_row_a_token
 from models.experts import needs_loop
@@ -66,6 +66,7 @@ def export(
     checkpoint = chosen.path
     for problem in chosen.problems:
         note(f"{problem}; taking {checkpoint.name} instead")
+    require_its_tokenizer(checkpoint, chosen.run)
     trained = load_model(checkpoint, average=average)
     context = trained_context(checkpoint, trained.config)
     tokenizer = export_tokenizer(chosen.run, context)

@@ -15,11 +15,31 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfi
 
 from data import DataError
 from data.special_tokens import as_trained, declared_tokens, end_of_text, tokenizer_config
+from data.tokenizer import json_hash
 from launch.checkpoint.state import read_state
 from launch.checkpoint.verify import CheckpointError
 from models import longest_context
 
 PIPELINE = 256  # tokens that pipeline("text-generation") of transformers writes by default
+
+
+def require_its_tokenizer(checkpoint: Path, run: Path) -> None:
+    """Raise CheckpointError if a checkpoint was trained with another tokenizer than that in the folder `run`.
+
+    So it is with a checkpoint that was copied from another run. Nothing is compared where a file is missing or cannot be read, or
+    where an earlier version stored no hash.
+    """
+    path = run / "tokenizer.json"
+    try:
+        trained_with = read_state(checkpoint)["identity"]["tokenizer"]
+        found = json_hash(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, LookupError, RecursionError):
+        return
+    if trained_with not in (None, found):
+        raise CheckpointError(
+            f"{checkpoint} was trained with another tokenizer than {path}: name the checkpoint in the folder of its own run, or "
+            "bring its tokenizer.json back"
+        )
 
 
 def export_tokenizer(run: Path, context: int | None) -> PreTrainedTokenizerFast:

@@ -19,6 +19,7 @@ from launch.checkpoint.load import load_model, read_model_config
 from launch.checkpoint.state import read_state, require_state
 from launch.checkpoint.stock import dtypes_in, not_real, quiet, read_stock, untied
 from launch.checkpoint.tensors import files_of, is_there
+from launch.checkpoint.tokenizer import require_its_tokenizer
 from launch.checkpoint.verify import MANIFEST, MODEL, CheckpointError
 from models import LossMismatch, ModelError, choose_loss, longest_context
 from models.build import model_of
@@ -90,6 +91,7 @@ def open_checkpoint(chosen: Chosen, average: bool = False) -> TrainedModel:
     config, model = saved["config"], load_model(path, average=average)
     end = end_of_data(config["data"].get("dir"), tokenizer) if not (chosen.run / CONFIG).is_file() else None
     end = end_of(tokenizer, chosen.run) if end is None else end
+    require_its_tokenizer(path, chosen.run)
     context, bf16 = config["model"]["context"] or longest_context(model.config), config["train"].get("precision") == "bf16"
     return TrainedModel(path, model, tokenizer, end, context, chosen.problems, bf16)
 
