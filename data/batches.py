@@ -199,12 +199,10 @@ def validation_batches(
     """
     if min(batch_size, 1 if max_batches is None else max_batches, micro_batch_size or batch_size) < 1:
         raise DataError(f"batch_size {batch_size}, max_batches {max_batches}, rows {micro_batch_size}: must be positive")
-    sources, phases = sources_of(shards)
+    sources, taken = validation_counts(shards, context, None if max_batches is None else batch_size * max_batches)
     numbers = Numbers(sources, context)
-    wanted = numbers.counts if max_batches is None else phases[0].count(batch_size * max_batches)
     chosen = [
-        start + np.arange(some) * count // some
-        for start, count, some in zip(numbers.starts, numbers.counts, np.minimum(wanted, numbers.counts).tolist(), strict=True)
+        start + np.arange(some) * count // some for start, count, some in zip(numbers.starts, numbers.counts, taken, strict=True)
     ]
     ids = np.concatenate(chosen)
     n = len(ids)
@@ -214,6 +212,14 @@ def validation_batches(
     mine = np.pad(mine, (0, -(-share // rows) * rows - len(mine)), constant_values=-1)
     for part in mine.reshape(-1, rows):
         yield numbers.read(part)
+
+
+def validation_counts(shards: TokenShards, context: int, sequences: int | None) -> tuple[list[TokenShards], list[int]]:
+    """The sources of a split, and how many of their sequences a validation set of `sequences` takes from each (None: all)."""
+    sources, phases = sources_of(shards)
+    counts = [sequence_count(source, context) for source in sources]
+    wanted = counts if sequences is None else phases[0].count(sequences).tolist()
+    return sources, [min(pair) for pair in zip(wanted, counts, strict=True)]
 
 
 def sequence_count(shards: TokenShards, context: int) -> int:

@@ -25,6 +25,7 @@ from launch.checkpoint.load import load_model
 from launch.checkpoint.permissions import usual_permissions
 from launch.checkpoint.push import check_name, push
 from launch.checkpoint.tokenizer import configure, export_tokenizer, trained_context, trained_data
+from launch.checkpoint.trained import require_its_tokenizer
 from launch.checkpoint.verify import CheckpointError
 from launch.checkpoint.vocabulary import one_row_a_token
 from models.experts import needs_loop
@@ -67,6 +68,7 @@ def export(
     checkpoint = chosen.path
     for problem in chosen.problems:
         note(f"{problem}; taking {checkpoint.name} instead")
+    require_its_tokenizer(checkpoint, chosen.run)
     trained = load_model(checkpoint, average=average)
     context = trained_context(checkpoint, trained.config)
     tokenizer = export_tokenizer(chosen.run, context, trained_data(checkpoint), note)

@@ -14,7 +14,7 @@ from data import DataError
 from data.files import read_json
 from data.shards import read_index
 from data.special_tokens import CONFIG, declared_tokens, end_of_text
-from data.tokenizer import load_tokenizer, token_id, tokenizer_hash
+from data.tokenizer import json_hash, load_tokenizer, token_id, tokenizer_hash
 from launch.checkpoint.folders import CHECKPOINTS, Chosen, choose_checkpoint
 from launch.checkpoint.load import load_model, read_model_config
 from launch.checkpoint.state import read_state, require_state
@@ -91,6 +91,7 @@ def open_checkpoint(chosen: Chosen, average: bool = False) -> TrainedModel:
     require_state(path, saved)
     config, model = saved["config"], load_model(path, average=average)
     end, guess = end_of_run(tokenizer, chosen.run, config["data"])
+    require_its_tokenizer(path, chosen.run)
     context, bf16 = config["model"]["context"] or longest_context(model.config), config["train"].get("precision") == "bf16"
     return TrainedModel(path, model, tokenizer, end, context, chosen.problems, guess, bf16)
 
@@ -163,6 +164,25 @@ def end_of_export(tokenizer: Tokenizer, config: PretrainedConfig, folder: Path) 
     if declared is None and isinstance(said, int) and tokenizer.id_to_token(said) is not None:
         return said
     return end_of(tokenizer, folder)
+
+
+def require_its_tokenizer(checkpoint: Path, run: Path) -> None:
+    """Raise CheckpointError if a checkpoint was trained with another tokenizer than that in the folder `run`.
+
+    So it is with a checkpoint that was copied from another run. Nothing is compared where a file is missing or cannot be read, or
+    where an earlier version stored no hash.
+    """
+    path = run / "tokenizer.json"
+    try:
+        trained_with = read_state(checkpoint)["identity"]["tokenizer"]
+        found = json_hash(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, LookupError, RecursionError):
+        return
+    if trained_with not in (None, found):
+        raise CheckpointError(
+            f"{checkpoint} was trained with another tokenizer than {path}: name the checkpoint in the folder of its own run, or "
+            "bring its tokenizer.json back"
+        )
 
 
 def end_of_run(tokenizer: Tokenizer, run: Path, data: Mapping[str, Any]) -> tuple[int, str]:

@@ -32,7 +32,8 @@ from launch.checkpoint.load import load_model, read_model_config, weights_file
 from launch.checkpoint.state import read_state
 from launch.checkpoint.stock import DTYPES, dtypes_in, not_real, quiet, read_stock, untied
 from launch.checkpoint.tensors import files_of
-from launch.checkpoint.verify import AVERAGE, MANIFEST, MODEL, list_checkpoints
+from launch.checkpoint.trained import require_its_tokenizer
+from launch.checkpoint.verify import AVERAGE, MANIFEST, MODEL, CheckpointError, list_checkpoints
 from launch.run.branch import checkpoint_folders, read_origin
 from launch.run.weights import FromGPT2, file_weights
 from models.build import ModelError, model_errors, model_of, named_size, prepare_model
@@ -346,6 +347,10 @@ def check_tokenizer(source: Source, shards: TokenShards) -> str:
     Each token of the data's tokenizer must have the same id in the source's, which may have more tokens.
     """
     own = Tokenizer.from_file(str(shards.folder / "tokenizer.json"))
+    try:
+        require_its_tokenizer(source.path, source.tokenizer_file.parent)
+    except CheckpointError as error:
+        raise ConfigError(f"model.init: {error}") from None
     other = read_tokenizer(source)
     if other is None:
         return "it has no tokenizer to compare with that of the data"
