@@ -45,8 +45,8 @@ class Claim(NamedTuple):
 
 def param_groups(
     model: nn.Module,
-    lr: float,
-    adamw_lr: float,
+    lr: float | Tensor,
+    adamw_lr: float | Tensor,
     weight_decay: float = 0.0,
     *,
     variant: str = "celo2",
@@ -92,7 +92,7 @@ def param_groups(
                 "params": [],
                 "param_names": [],
                 "update": update,
-                "lr": lr if update == "celo2" else adamw_lr,
+                "lr": own_rate(lr if update == "celo2" else adamw_lr),
                 "weight_decay": decay,
                 "matrices": claim.layout,
             },
@@ -109,6 +109,11 @@ def param_groups(
 
 
 def is_vector(p: Tensor) -> bool:
+def own_rate(lr: float | Tensor) -> float | Tensor:
+    """The learning rate for one group: a tensor is copied, because schedulers fill the tensor of each group in place."""
+    return lr.detach().clone() if isinstance(lr, Tensor) else lr
+
+
     """Whether at most one axis of `p` is longer than one: a bias, a norm scale, a class token. An empty tensor counts too."""
     return p.numel() == max(p.shape, default=1) or not p.numel()
 
