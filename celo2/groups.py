@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from celo2.distributed.shard import local_shard_of
-from celo2.fused import HELD
+from celo2.holders import HELD
 from celo2.layout import as_layout
 
 if TYPE_CHECKING:
