@@ -86,8 +86,8 @@ def train(config: Config, signals: StopSignals, hooks: Hooks) -> int:
                     heartbeat.record = partial(record_lost_rank, run_folder(config))
                 summary = pretrain(config, accelerator, heartbeat, signals, hooks)
             finally:
-                # A signal or an error ended the run. When one rank exits, torchrun sends SIGTERM to the others: from here on
-                # that signal does not change their exit status.
+                # Without a summary, a signal or an error ended the run. When one rank exits, torchrun sends SIGTERM to the
+                # others; from here on, that signal does not change the exit status.
                 if summary is None:
                     signals.hold()
             accelerator.wait_for_everyone()  # destroying the process group while another rank still works can block
@@ -191,6 +191,7 @@ def pretrain(
         batches, stream = open_batches(config, shards, context, state, accelerator)
         start.notes.extend([*([taken] if taken and state.step == 0 else []), *saver.notes])
         start.notes.extend([*prompt_notes(config, shards, context), *mixture_notes(batches, shards, steps)])
+        start.notes.extend(evaluator.notes(state))
         start.notes.extend(width_note(config.optimizer, resolved.optimizer))
         if restart:
             start.notes.append(restart_note(restart))
@@ -210,7 +211,7 @@ def pretrain(
                 found = evaluator.evaluate(strategy, state.step, guard.stopping)
                 stop = found is None
                 if found is not None:
-                    if state.finish_evaluation(found.loss) and config.checkpoint.keep_best:
+                    if state.finish_evaluation(found.loss, evaluator.validation) and config.checkpoint.keep_best:
                         saver.ask(state.step)
                     metrics.write({"step": state.step, "tokens": state.tokens, **found.record})
                     display.evaluation(state.step, found.lines)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from celo2.fused import class_names
+from celo2.holders import class_names
 
 STATE_SPACE = re.compile(
     "(log_)?[A-D](_logs?|_real|_imag)|log_[A-D]|a_log|Ds?|d_skip|(inv_|log_)?dt|dt_bias"
@@ -27,13 +27,15 @@ BOUNDARY = re.compile(r"(model\.|module\.)*W_[EU]")  # embedding and unembedding
 TABLE = re.compile(
     "emb|embs|embeds?|embeddings?|encodings?|pos|positions?|positional|rel|relpos|ape|pe|types?|tokens?|quer(y|ies)|probe|latents?|"
     "registers?|cls|class|classes|mask|prompts?|prefix|pad|level|segment|seg|table|codebooks?|codevectors|prototypes?|anchors?|"
-    "memory|heads?|classifier|logits|unembed|unembedding|wte|wpe"
+    "memory|heads?|classifier|logits|unembed|unembedding|wte|wpe|tok|vocab|vocabulary|lookup"
 )
 
-# Compared with the last word of the module's class, or of the name under which the module that holds a `weight` is known.
+# Compared with the last word of the module's class, or of the name under which the module that holds a `weight` is known. All
+# words of TABLE count there, unless a word of these names is that of a layer (NO_NORM); the following count for layers, too.
 HOLDS_TABLE = re.compile(
     "emb|embs|embeds?|embeddings?|encodings?|pos|positions?|positional|ape|pe|wte|wpe|codebooks?|heads?|classifier|unembed|unembedding"
 )
+PROJECTIONS = {"query"}  # of these words, those under which attention holds a projection
 # Compared with the same words: modules that scale their inputs, also per head with a `weight` of two axes.
 HOLDS_NORM = re.compile(r"[a-z]*norm\d*")
 NO_NORM = re.compile(f"conv.*|weight|{MATRIX.pattern}")  # any word: a layer with a norm (LinearNorm, WeightNorm)
@@ -48,9 +50,9 @@ def kind_of(module: nn.Module, attribute: str, p: Tensor, name: str) -> Kind:
     holder = name.rpartition(".")[0].rpartition(".")[2]
     holders = [words_of(part) for part in (*class_names(module), holder) if words_of(part)]
     kinds = [words[-1] for words in holders]
-    is_table = any(map(HOLDS_TABLE.fullmatch, kinds))
-    words = words_of(attribute)
     is_layer = any(NO_NORM.fullmatch(word) for words in holders for word in words)
+    is_table = any(map(HOLDS_TABLE.fullmatch, kinds)) or (not is_layer and any(map(TABLE.fullmatch, {*kinds} - PROJECTIONS)))
+    words = words_of(attribute)
     if not words and not is_table and not is_layer and any(map(HOLDS_NORM.fullmatch, kinds)):
         return "vector"
     if not words and not is_table and p.ndim == 2 and not isinstance(module, (nn.ParameterList, nn.ParameterDict)):

@@ -224,8 +224,8 @@ def apply_(w: Tensor, u: Tensor, inverse_rms: Tensor | float, options: Mapping[s
         options: the param group; its `lr` is a number or a tensor of one element.
     """
     lr, weight_decay = options["lr"], options["weight_decay"]
-    if isinstance(lr, Tensor) and lr.device != w.device:
-        lr = float(lr)
+    if isinstance(lr, Tensor):  # in 16 bits, 1 - lr * weight_decay would be rounded to 1
+        lr = lr.to(torch.promote_types(lr.dtype, torch.float32)) if lr.device == w.device else float(lr)
     updated = w.to(torch.promote_types(w.dtype, torch.float32)).mul_(1 - lr * weight_decay).sub_((u * inverse_rms).mul_(lr))
     if updated is not w:
         w.copy_(updated)

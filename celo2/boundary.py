@@ -2,8 +2,8 @@
 
 Their weights have two axes like those of hidden matrices, but their rows are tokens, positions or classes. If a model names these
 layers itself (transformers, timm), that counts. Otherwise the output layer is, in this order, the linear layer that is tied to
-an embedding, that has the shape of the largest embedding, or that ends the model. Layers of repeated blocks are never output
-layers.
+an embedding, that has the shape of the largest embedding and feeds no later layer, or that ends the model. Layers of repeated
+blocks are never output layers. Low-rank factors (LoRA) are no layers: they go with the layer whose weight they change.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from celo2.fused import CONVOLUTIONS, HELD, class_names, owner_of
+from celo2.fused import CONVOLUTIONS
+from celo2.holders import HELD, class_names, factors_of, owner_of
 
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 BLOCKS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.RNNBase)  # blocks, also alone
@@ -125,6 +126,8 @@ def heads_of_plain(model: nn.Module, known: Iterable[nn.Module], overruled: Mapp
     said = {layer: overruled.get(p) for layer in outside for p in layer.module.parameters() if p.ndim > 1}
     candidates = [layer for layer in alike(model, outside) if said[layer] != "celo2"]
     chosen = [layer for layer in candidates if layer in marked or said[layer] == "adamw"]
+    if marked and not chosen:  # a hidden layer may have the shape of an embedding, too
+        candidates = [layer for layer in candidates if not feeds_another(model, layer)]
     if len(candidates) > 1 and not chosen:
         names, example = ", ".join(layer.name for layer in candidates), candidates[-1].name
         raise ValueError(f"""which of {names} is the output projection? Say it with rules={{"{example}": "adamw"}}""")
@@ -133,10 +136,12 @@ def heads_of_plain(model: nn.Module, known: Iterable[nn.Module], overruled: Mapp
 
 def layers_outside_blocks(model: nn.Module, skipped: set[nn.Module]) -> Iterator[Layer]:
     """Linear layers and point convolutions in model order, without those in repeated blocks, in `skipped` or for modulation."""
-    blocks = repeated_blocks(model)
+    blocks, factors = repeated_blocks(model), factors_of(model)
     for name, module in model.named_modules():
         size = linear_size(module)
-        if size is not None and module not in blocks and module not in skipped and not modulates(name):
+        own = set(module.parameters(recurse=False))
+        is_factor = bool(own) and own <= factors
+        if size is not None and not is_factor and module not in blocks and module not in skipped and not modulates(name):
             yield Layer(name, module, *size)
 
 
@@ -159,22 +164,23 @@ def linear_size(module: Any) -> tuple[int, int] | None:
 def repeated_blocks(model: nn.Module) -> set[nn.Module]:
     """All modules within blocks. Blocks are modules of one class and one parent that hold several matrices each; also BLOCKS."""
     found: set[nn.Module] = set()
+    factors = factors_of(model)
     for module in model.modules():
         if module in found:
             continue
         if isinstance(module, BLOCKS):
             found.update(module.modules())
         listed = isinstance(module, nn.ModuleList)
-        blocks = [child for child in module.children() if has_several_matrices(child)]
+        blocks = [child for child in module.children() if has_several_matrices(child, factors)]
         for child in blocks if listed else [child for child in blocks if not isinstance(child, CONTAINERS)]:
             if (listed and len(blocks) == 1) or sum(type(child) is type(other) for other in blocks) > 1:
                 found.update(child.modules())
     return found
 
 
-def has_several_matrices(module: nn.Module) -> bool:
-    """Whether a module holds two or more weights of two or more axes."""
-    return sum(p.ndim > 1 for p in module.parameters()) > 1
+def has_several_matrices(module: nn.Module, factors: set[Tensor]) -> bool:
+    """Whether a module holds two or more weights of two or more axes, without low-rank factors."""
+    return sum(p.ndim > 1 and p not in factors for p in module.parameters()) > 1
 
 
 def called_heads(layers: list[Layer]) -> list[Layer]:
@@ -185,6 +191,13 @@ def called_heads(layers: list[Layer]) -> list[Layer]:
         if called := [i for i, name in enumerate(path) if HEADS.fullmatch(name)]:
             found[tuple(path[: called[-1] + 1])] = layer
     return list(found.values())
+
+
+def feeds_another(model: nn.Module, layer: Layer) -> bool:
+    """Whether a later layer outside the blocks, or a later recurrent layer, has as many inputs as `layer` has outputs."""
+    later = [other for other in layers_outside_blocks(model, set()) if comes_after(model, other.module, layer.module)]
+    recurrent = [m for m in model.modules() if isinstance(m, nn.RNNBase) and comes_after(model, m, layer.module)]
+    return layer.outputs in {*(other.inputs for other in later), *(m.input_size for m in recurrent)}
 
 
 def comes_after(model: nn.Module, one: nn.Module, other: nn.Module) -> bool:
@@ -207,11 +220,13 @@ def alike(model: nn.Module, layers: list[Layer]) -> list[Layer]:
 def ending(model: nn.Module, layers: list[Layer]) -> list[Layer]:
     """The layers that end a model: the last one, parallel heads, and the last layers of networks parallel to the last one."""
     parents = {child: (module, name) for module in model.modules() for name, child in module.named_children()}
+    factors = factors_of(model)
     found_in: dict[nn.Module, bool] = {}  # layers with parameters, in model order: whether a parameter has several axes
     for module_name, module in model.named_modules():
         for attribute, p in () if modulates(module_name) else module.named_parameters(recurse=False):
             owner, _ = owner_of(module, attribute, parents)
-            found_in[owner] = found_in.get(owner, False) or p.ndim > 1
+            if p not in factors:
+                found_in[owner] = found_in.get(owner, False) or p.ndim > 1
     holders = list(found_in)
     found: list[Layer] = []
     for layer in reversed(layers):

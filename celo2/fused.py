@@ -9,23 +9,21 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
-from torch.nn.utils.parametrize import ParametrizationList
+from torch import nn
 
+from celo2.holders import INPUT_FACTOR, Base, Parents, base_of, class_names, uses_of
 from celo2.layout import Layout
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+OUTPUTS = ("out_features", "out_channels", "nf", "num_embeddings")  # attributes of layers that say how many outputs they have
 GATES = ((nn.LSTM, 4), (nn.LSTMCell, 4), (nn.GRU, 3), (nn.GRUCell, 3))
-WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-HELD = (*WRAPPERS, "module", "base_layer")  # attributes under which wrappers hold the wrapped module; `base_layer` is PEFT's
+OF_GATES = re.compile(r"weight_[ih]h(_l\d+(_reverse)?)?")
 
 NOT_SPLIT = "fused, in one piece"
 IN_UNITS = "fused, unequal parts: {} pieces as large as the smallest"
-
-Parents = Mapping[nn.Module, tuple[nn.Module, str]]
 
 
 class Split(NamedTuple):
@@ -91,7 +89,7 @@ def gpt_bigcode(m: Any, outputs: int) -> Split:
 
 def gpt2(m: Any, outputs: int) -> Split:
     """[q; k; v], or [k; v] in cross-attention."""
-    return equal(outputs // m.split_size)(m, outputs)
+    return equal(outputs // m.split_size)(m, outputs) if outputs >= m.split_size else in_one_piece(m, outputs)
 
 
 def timm_attention(m: Any, outputs: int) -> Split:
@@ -200,7 +198,7 @@ FUSED: list[tuple[str, Splitter, str]] = [
         "Wav2Vec2BertConvolutionModule Wav2Vec2ConformerConvolutionModule",
     ),
     ("pointwise_lin1", equal(2), "GraniteSpeech5EncoderConvolutionModule"),
-    ("linear_start", equal(2), "Gemma3nAudioConformerLightConv1d Gemma4AudioLightConv1d"),
+    ("linear_start", equal(2), "Gemma3nAudioConformerLightConv1d"),
     ("up_conv", equal(2), "GraniteSpeechConformerConvModule GraniteSpeechPlusConformerConvModule"),
     ("conv", equal(2), "Data2VecAudioAdapterLayer Wav2Vec2AdapterLayer Wav2Vec2ConformerAdapterLayer WavLMAdapterLayer"),
     ("conv_layers", equal(2), "transformers.Conv1dSubsampler"),
@@ -210,7 +208,6 @@ SPLITTERS = {(name, attribute): cut for attribute, cut, classes in FUSED for nam
 # Weights of three axes, the last two heads and head width: the outputs are these two ("behind") or the first axis ("in front").
 HEADED = {("XLNetRelativeAttention", name): "behind" for name in "qkvr"}
 HEADED |= {("XLNetRelativeAttention", "o"): "in front", ("FunnelRelMultiheadAttention", "r_kernel"): "behind"}
-WITH_NORM = ("MLPLayerWithBN", "LinearNorm", "ConvNorm")  # LeViT's projections with their norm
 LOOKS_FUSED = re.compile(r"qkv|query_key_value|gate_up|c_attn$|kv_a_proj_with_mqa")
 
 # Experts (E, outputs, inputs), or (E, inputs, outputs) where transposed, with gate and up projection one after the other.
@@ -224,53 +221,24 @@ EXPERTS = {
 }
 
 
-def class_names(module: nn.Module) -> list[str]:
-    """Names of a module's class and its base classes, nearest first, each without and with its package."""
-    return [name for c in type(module).__mro__ for name in (c.__name__, f"{c.__module__.partition('.')[0]}.{c.__name__}")]
-
-
-def holder_of(module: nn.Module, parents: Parents) -> tuple[nn.Module | None, str]:
-    """The module that uses `module`, and the attribute under which it holds it; skips module lists and wrappers."""
-    parent, name = parents.get(module, (None, ""))
-    while parent in parents and (name in HELD or isinstance(parent, nn.ModuleList)):
-        parent, name = parents[parent]  # type: ignore[index]
-    return parent, name
-
-
-def owner_of(module: nn.Module, attribute: str, parents: Parents) -> tuple[nn.Module, str]:
-    """The layer that uses a parameter, and the attribute that the parameter represents, also under a parametrization.
-
-    `parametrizations.weight.original1` and `weight_v` are the `weight` of the layer that they parametrize.
-    """
-    if isinstance(module, ParametrizationList):
-        container, name = parents[module]
-        return parents[container][0], name
-    plain = re.sub(r"_(orig|v)$", "", attribute)
-    if plain != attribute and isinstance(getattr(module, plain, None), Tensor):
-        own = {name for name, _ in module.named_parameters(recurse=False)}
-        return module, attribute if plain in own else plain
-    return module, attribute
-
-
 def split_of(module: Any, attribute: str, outputs: int, parents: Parents) -> tuple[Split | None, str]:
     """How the outputs of a projection are cut, if a table or the module says so; else None and, if it looks fused, a note."""
     if isinstance(module, nn.MultiheadAttention) and attribute == "in_proj_weight":
         return equal(3)(module, outputs), ""
-    if gates := next((n for cls, n in GATES if isinstance(module, cls) and re.match("weight_[ih]h", attribute)), 0):
+    if gates := next((n for cls, n in GATES if isinstance(module, cls) and OF_GATES.fullmatch(attribute)), 0):
         return equal(gates)(module, outputs), ""
-    if "DeepseekV4GroupedLinear" in class_names(module):
+    if "DeepseekV4GroupedLinear" in class_names(module) and attribute == "weight":
         return equal(module.n_groups)(module, outputs), ""
-    parent, name = holder_of(module, parents)
-    if parent is not None and name in ("linear", "conv") and not set(WITH_NORM).isdisjoint(class_names(parent)):
-        parent, name = holder_of(parent, parents)
-    if parent is not None:
+    looks_fused = attribute != "weight" and LOOKS_FUSED.search(attribute)
+    for parent, name in () if INPUT_FACTOR.fullmatch(attribute) else uses_of(module, parents):
         cut = next((SPLITTERS[c, name] for c in class_names(parent) if (c, name) in SPLITTERS), None)
         if cut is None and name == "kv_b_proj" and hasattr(parent, "qk_nope_head_dim") and hasattr(parent, "v_head_dim"):
             cut = key_then_value
         if cut is not None:
-            split = cut(parent, outputs)
-            return (split, "") if split.repeats * sum(split.parts) == outputs else (None, NOT_SPLIT)
-    return None, NOT_SPLIT if LOOKS_FUSED.search(name if attribute == "weight" else attribute) else ""
+            split = cut(parent, outputs) if attribute == "weight" else None
+            return (split, "") if split and split.repeats * sum(split.parts) == outputs else (None, NOT_SPLIT)
+        looks_fused = looks_fused or (attribute == "weight" and LOOKS_FUSED.search(name))
+    return None, NOT_SPLIT if looks_fused else ""
 
 
 # --- layouts ----------------------------------------------------------------------------------------------------------------
@@ -313,10 +281,17 @@ def stack(count: int, rows: int, cols: int, order: tuple[int, int, int] = (0, 1,
 def matrices_of(module: Any, attribute: str, shape: tuple[int, ...], parents: Parents) -> Matrices:
     """The weight of a layer, of two or more axes, as a stack of (outputs, inputs) matrices."""
     names = class_names(module)
-    if isinstance(module, CONVOLUTIONS):
-        if module.groups > 1:
+    base = base_of(module, attribute, parents)
+    if base and len(shape) == 2:
+        return factor_matrices(base, shape, parents)
+    if isinstance(module, CONVOLUTIONS) and len(shape) >= len(module.kernel_size) + 2:
+        lead = len(shape) - len(module.kernel_size) - 2
+        if lead:  # several such weights
+            return stack(math.prod(shape[:lead]), shape[lead], math.prod(shape[lead + 1 :]))
+        if module.groups > 1 and attribute == "weight":
             return stack(module.groups, shape[0] // module.groups, math.prod(shape[1:]))
-        found = projection(shape[0], math.prod(shape[1:]), *split_of(module, attribute, shape[0], parents))
+        split, note = (None, "") if base else split_of(module, attribute, shape[0], parents)
+        found = projection(shape[0], math.prod(shape[1:]), split, note)
         return (
             found
             if found.layout
@@ -331,9 +306,18 @@ def matrices_of(module: Any, attribute: str, shape: tuple[int, ...], parents: Pa
         return stack(1, shape[0], math.prod(shape[1:]), (0, 2, 1) if by_head == "behind" else (0, 1, 2))
     if len(shape) > 2:
         return stack(math.prod(shape[:-2]), shape[-2], shape[-1])
-    transposed = "Conv1D" in names  # transformers' linear layer of GPT-2, (inputs, outputs)
+    transposed = "Conv1D" in names and attribute == "weight"  # transformers' linear layer of GPT-2, (inputs, outputs)
     inputs, outputs = shape if transposed else reversed(shape)
     return projection(outputs, inputs, *split_of(module, attribute, outputs, parents), transposed)
+
+
+def factor_matrices(base: Base, shape: tuple[int, ...], parents: Parents) -> Matrices:
+    """A low-rank factor of two axes: (outputs, rank) or (rank, outputs) is split like the weight of its layer, others are not."""
+    outputs = next((n for name in OUTPUTS if isinstance(n := getattr(base.layer, name, None), int)), 0)
+    if base.reads_inputs or outputs not in shape:
+        return Matrices()
+    transposed = shape[0] != outputs
+    return projection(outputs, shape[0 if transposed else 1], *split_of(base.layer, "weight", outputs, parents), transposed)
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -349,7 +333,7 @@ def expert_matrices(module: Any, attribute: str, shape: tuple[int, ...], parents
     transposed = module.is_transposed if hasattr(module, "is_transposed") else EXPERTS[name]
     outputs, inputs = reversed(sides) if transposed else sides
     split, note = split_of(module, attribute, outputs, parents)  # JetMoE: the module that holds the parallel experts decides
-    if attribute.startswith("gate_up"):
+    if attribute.startswith("gate_up") and not INPUT_FACTOR.fullmatch(attribute):
         cut = equal if getattr(module, "is_concatenated", True) else interleaved
         split, note = cut(2)(module, outputs), ""
     return projection(outputs, inputs, split, note, transposed, experts)

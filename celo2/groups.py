@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from celo2.distributed.shard import local_shard_of
-from celo2.fused import HELD
+from celo2.holders import HELD
 from celo2.layout import as_layout
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ ALIASES = {
 # Options of torch's optimizers that would change the update, and the only value that each may have here. `foreach`, `fused` and
 # `capturable` only choose how the same update is computed and may have any value.
 FIXED = {"maximize": False, "amsgrad": False, "nesterov": False, "differentiable": False, "decoupled_weight_decay": True}
+REPEATED = "; leave out those that the optimizer has (docs/optimizer.md, Unfreezing)"
 NEAR = 0.76  # lowest similarity that counts as a misspelling: "matrics" has 0.93, "lrs" 0.8; "steps" and eps have 0.75
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -50,7 +51,8 @@ def add_checked(groups: list[dict[str, Any]], new: dict[str, Any], add: Callable
     try:
         add(new)
     except (ValueError, TypeError) as error:
-        raise type(error)(f"{where}: {error}") from None
+        remedy = REPEATED if "more than one parameter group" in str(error) else ""
+        raise type(error)(f"{where}: {error}{remedy}") from None
     group = groups[-1]
     if not own_flag:
         group.pop("differentiable", None)  # a default that torch adds when an optimizer is copied or loaded

@@ -180,6 +180,8 @@ def adamw_(
         gradients = [local_gradient(p).to(w.dtype).contiguous() for p, w in zip(mine, weights, strict=True)]
         options: dict[str, Any] = {name: group[name] for name in ("lr", "weight_decay", "eps")} | {"found_inf": found_inf}
         options |= dict(zip(("beta1", "beta2"), group["betas"], strict=True))
+        if isinstance(options["lr"], Tensor) and not options["lr"].is_cpu:
+            options["lr"] = options["lr"].float()  # the fused kernel reads no other dtype there
         adamw(weights, gradients, moments, squares, [], steps, fused=True, amsgrad=False, maximize=False, **options)
         for p, weight in zip(mine, weights, strict=True):
             if weight is not local(p):

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from celo2.bare import kind_of
 from celo2.boundary import EMBEDDINGS, Found, boundary_of
 from celo2.distributed.shard import ShardingError, refuse_fsdp1
-from celo2.fused import CONVOLUTIONS, WRAPPERS, Parents, class_names, is_experts, matrices_of, owner_of
+from celo2.fused import CONVOLUTIONS, is_experts, matrices_of
 from celo2.groups import UPDATES, ParamGroups, names_of
+from celo2.holders import WRAPPERS, Parents, base_of, class_names, owner_of
 from celo2.layout import Layout, matrix_count, stacked_shape
 from celo2.rule_files import VARIANTS
 
@@ -45,8 +46,8 @@ class Claim(NamedTuple):
 
 def param_groups(
     model: nn.Module,
-    lr: float,
-    adamw_lr: float,
+    lr: float | Tensor,
+    adamw_lr: float | Tensor,
     weight_decay: float = 0.0,
     *,
     variant: str = "celo2",
@@ -61,9 +62,9 @@ def param_groups(
     parameters are left out. docs/routing.md says how this is decided; `routing_table` prints the result.
 
     Args:
-        model: any module.
-        lr: learning rate of the rule.
-        adamw_lr: learning rate of AdamW.
+        model: the whole model, any module. A part of a model is routed as if it were a whole model.
+        lr: learning rate of the rule, a number or a tensor of one element; every group has a copy of the tensor.
+        adamw_lr: learning rate of AdamW, likewise.
         weight_decay: decoupled weight decay of everything that is not a vector, including embeddings and output projection.
         variant: the variant of the rule; with "celo2-base" the rule updates every parameter, at `lr`.
         decay_vectors: also apply weight decay to vectors.
@@ -92,7 +93,7 @@ def param_groups(
                 "params": [],
                 "param_names": [],
                 "update": update,
-                "lr": lr if update == "celo2" else adamw_lr,
+                "lr": own_rate(lr if update == "celo2" else adamw_lr),
                 "weight_decay": decay,
                 "matrices": claim.layout,
             },
@@ -106,6 +107,11 @@ def param_groups(
     elif all(group["update"] != "celo2" for group in groups.values()):
         warnings.warn("no trainable parameter of this model takes the rule: AdamW updates them all", stacklevel=2)
     return ParamGroups(sorted(groups.values(), key=lambda group: group["update"] != "celo2"), variant)
+
+
+def own_rate(lr: float | Tensor) -> float | Tensor:
+    """The learning rate for one group: a tensor is copied, because schedulers fill the tensor of each group in place."""
+    return lr.detach().clone() if isinstance(lr, Tensor) else lr
 
 
 def is_vector(p: Tensor) -> bool:
@@ -122,7 +128,7 @@ def refuse_flattened(model: nn.Module) -> None:
             name = f"{prefix}.{attribute}" if prefix else attribute
             if nn.parameter.is_lazy(p):
                 raise ValueError(f"'{name}' has no shape yet: run one batch through the model before param_groups")
-            if layer and attribute == "weight" and p.requires_grad and p.ndim != kernel:
+            if layer and attribute == "weight" and p.requires_grad and p.ndim < kernel:
                 raise ShardingError(
                     f"'{name}' has the shape {tuple(p.shape)}, which is not that of the weights of a "
                     f"{type(module).__name__}: a wrapper has flattened it, so that its matrices are lost. Instead of FSDP1 use "
@@ -181,10 +187,12 @@ def claimed_parameters(model: nn.Module, overruled: Mapping[Tensor, str]) -> dic
 
 
 def claim_of(module: nn.Module, attribute: str, p: Tensor, name: str, inputs: Found, outputs: Found, parents: Parents) -> Claim:
-    """The claim of `module` on its parameter `p`."""
-    if module in inputs or p in inputs:
+    """The claim of `module` on its parameter `p`. A low-rank factor of an input or output layer goes with this layer."""
+    base = base_of(module, attribute, parents)
+    holders = {module, p} | ({base.layer} if base else set())
+    if not holders.isdisjoint(inputs):
         return Claim("input")
-    if module in outputs or p in outputs:
+    if not holders.isdisjoint(outputs):
         return Claim("output")
     if is_vector(p) or is_depthwise(module, p) or (is_experts(module) and p.ndim == 2):  # one bias per expert
         return Claim("vector")

@@ -238,6 +238,8 @@ def checked(optimizer: Stateful, state_dict: dict[str, Any]) -> dict[str, Any]:
     groups, saved_groups = optimizer.param_groups, list(state_dict["param_groups"])
     if len(groups) != len(saved_groups):
         unlike = unmatched_names(groups, saved_groups)
+        added = "; if groups were added to the saved optimizer, add them here before loading"
+        unlike += added if len(saved_groups) > len(groups) else ""
         raise ValueError(f"the saved state has {len(saved_groups)} parameter groups, expected {len(groups)}{unlike}")
     for index, (group, saved_group) in enumerate(zip(groups, saved_groups, strict=True)):
         where = f"parameter group {index}"

@@ -21,7 +21,7 @@ def batch_sizes(train: Mapping[str, Any]) -> BatchSizes:
     ramp = {}
     for given, sequences in (train.get("ramp") or {}).items():
         step, size = whole(given), whole(sequences)
-        if not (type(step) is int or (isinstance(step, str) and step.isdecimal())) or int(step) < 1:
+        if not is_step(step) or int(step) < 1:
             raise ConfigError(
                 f"train.ramp has the key {step!r}, expected a step from which on a batch size holds, 1 or above; "
                 "before the first one train.batch_size holds"
@@ -34,6 +34,11 @@ def batch_sizes(train: Mapping[str, Any]) -> BatchSizes:
             raise ConfigError(f"train.ramp has the key {int(step)} twice")
         ramp[int(step)] = size
     return BatchSizes(train["batch_size"], ramp)
+
+
+def is_step(value: Any) -> bool:
+    """Return whether `value` is an integer, or a text of digits, as the keys of mappings are in JSON."""
+    return type(value) is int or (isinstance(value, str) and value.isdecimal())
 
 
 def whole(value: Any) -> Any:

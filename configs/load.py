@@ -36,7 +36,7 @@ def build(tree: Mapping[str, Any]) -> Config:
 def checked(config: Config, written: Written) -> Config:
     """Check what the types of the options do not express, and compute `train.steps`. Returns the configuration."""
     average_of(config)
-    return with_steps(with_checked_evaluation(with_checked_mix(with_known_optimizer(config))), written)
+    return with_steps(with_checked_evaluation(with_checked_mix(with_known_optimizer(config), written)), written)
 
 
 def with_known_optimizer(config: Config) -> Config:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from celo2.training.configuration import ConfigError, expanded
+from celo2.training.configuration import ConfigError, Written, expanded
+from configs.length import is_step, whole
 from configs.schema import Config
 
 EXAMPLE = "{dir: FOLDER, weight: 0.7}"
@@ -18,8 +19,8 @@ class Source(NamedTuple):
     weights: dict[int, float]
 
 
-def with_checked_mix(config: Config) -> Config:
-    """Check `data.mix`, and expand a leading `~` in its paths. Returns `config`.
+def with_checked_mix(config: Config, written: Written) -> Config:
+    """Check `data.mix`, expand a leading `~` in its paths, and make integers of the steps of its weights. Returns `config`.
 
     Raises:
         ConfigError: an invalid source, or `data.dir` is given as well.
@@ -27,8 +28,12 @@ def with_checked_mix(config: Config) -> Config:
     if config.data.mix is None:
         return config
     if config.data.dir is not None:
-        raise ConfigError("data.dir and data.mix are both given: leave one out (data.dir=null)")
-    config.data.mix = [{**item, "dir": sources.dir} for item, sources in zip(config.data.mix, mix_sources(config), strict=True)]
+        only_dir = "data.dir" in written.overrides and "data.mix" not in written.overrides
+        raise ConfigError(f"data.dir and data.mix are both given: leave one out ({'data.mix' if only_dir else 'data.dir'}=null)")
+    config.data.mix = [
+        {**item, "dir": source.dir, "weight": source.weights if isinstance(item["weight"], dict) else item["weight"]}
+        for item, source in zip(config.data.mix, mix_sources(config), strict=True)
+    ]
     return config
 
 
@@ -56,13 +61,17 @@ def _source(item: dict[str, Any], name: str) -> Source:
         weights = {0: _number(weight, f"{name}.weight")}
         if not weights[0]:
             raise ConfigError(
-                f"{name}.weight is 0: leave the source out, or say from which step on it counts, {{0: 0, 9000: 0.3}}"
+                f"{name}.weight is 0: leave the source out, or say from which step on it counts, {{0: 0, 9000: 0.3}}; "
+                "in a run that resumes, a source ends at a step with {0: 0.3, 9000: 0}"
             )
     else:
         weights = {}
-        for step, of_step in weight.items():
-            if not (type(step) is int or (isinstance(step, str) and step.isdecimal())) or int(step) < 0:  # JSON keys are texts
+        for given, of_step in weight.items():
+            step = whole(given)
+            if not is_step(step) or int(step) < 0:
                 raise ConfigError(f"{name}.weight has the key {step!r}, expected the step from which on a weight holds")
+            if int(step) in weights:
+                raise ConfigError(f"{name}.weight has the key {int(step)} twice")
             weights[int(step)] = _number(of_step, f"{name}.weight.{step}")
         weights = dict(sorted(weights.items()))
         if 0 not in weights:

@@ -1,9 +1,9 @@
 """python -m data.adopt SOURCE FOLDER --tokenizer NAME: Use data that is tokenized already, where it is.
 
 SOURCE is a folder, a glob or a file: token files of llm.c and modded-nanogpt (.bin with a header), train.bin and val.bin of
-nanoGPT, or a data set that `datasets` saved to disk. Token files are read once and not copied: FOLDER gets a tokenizer, and an
-index that points at them, with their hashes. It is then used as one that data.prepare wrote. A saved data set is copied into
-shards (data/saved_dataset.py).
+nanoGPT, or a data set that `datasets` saved to disk. Token files are read once but not copied: FOLDER gets a tokenizer, and an
+index with the paths and hashes of these files. FOLDER can then be used like a folder that data.prepare wrote. A saved data set is
+copied into shards (data/saved_dataset.py).
 """
 
 import argparse
@@ -41,7 +41,7 @@ from data.tokenizer import (
 )
 from data.vocabularies import character_tokenizer, character_vocabulary, number_tokenizer
 
-# The word in a file's name that says its split; test files are left out.
+# The word in a file's name that gives its split; test files are skipped.
 TRAINING, VALIDATION, TEST = (
     re.compile(rf"(?<![a-z])({words})(?![a-z])", re.IGNORECASE)
     for words in ("train|training", "val|valid|validation|dev", "test")
@@ -59,15 +59,15 @@ def adopt(
     val: str | None = None,
     log: Callable[[str], None] = print,
 ) -> Path:
-    """Make the data in `source` usable as the prepared folder `out`, and return that.
+    """Make the data in `source` usable as the prepared folder `out`. Returns `out`.
 
-    tokenizer: what load_tokenizer takes, or a JSON file with the ids of characters (data/vocabularies.py). vocab_size: instead of
-    a tokenizer, where no more is known of the tokens than that they are below it. end_token: as of data.prepare; with vocab_size
-    the number of a token. val: files (a glob) that are the validation split, where their names do not say so.
-    DataError for whatever the user can put right.
+    tokenizer: an argument of load_tokenizer, or a JSON file with the ids of characters (data/vocabularies.py). vocab_size:
+    replaces the tokenizer if all that is known about the tokens is that they are below this number. end_token: as in
+    data.prepare; with vocab_size, the number of a token. val: files (a glob) of the validation split, if their names do not show
+    it. Raises DataError for anything that the user can correct.
     """
     for name, value in {"SOURCE": source, "FOLDER": out, "--tokenizer": tokenizer, "--val": val}.items():
-        if value is not None and not str(value).strip():  # an unset variable of a shell, which a path would take for this folder
+        if value is not None and not str(value).strip():  # an unset shell variable; Path("") would be the current folder
             raise DataError(f"{name} is empty")
     out = Path(out)
 
@@ -80,7 +80,7 @@ def adopt(
         return copy_saved(Path(source), out, val, choose_tokenizer(tokenizer, vocab_size, end_token, None), arguments, say)
     splits = find_files(source, out, val, say)
     tok, end, declared, ids = choose_tokenizer(tokenizer, vocab_size, end_token, splits["train"][0].parent)
-    raw = "uint16" if (vocab_size or vocabulary_size(tok)) <= 2**16 else "uint32"  # without an end of text that the files lack
+    raw = "uint16" if (vocab_size or vocabulary_size(tok)) <= 2**16 else "uint32"  # not counting an end of text that was added
     files = {split: [open_token_file(path, raw) for path in paths] for split, paths in splits.items()}
     check_alike([file for split in files.values() for file in split])
     say(f"end of text: {end!r}, id {token_id(tok, end)}")
@@ -103,7 +103,7 @@ def adopt(
 
 
 def find_files(source: str, out: Path, val: str | None, say: Callable[[str], None]) -> dict[str, list[Path]]:
-    """The token files of each split, in the order of their names. DataError: none, or a name that does not say the split."""
+    """Return the token files of each split, sorted by name. Raises DataError if there are none, or a name shows no split."""
     found, validation = _listed(source, out), _listed(val, out) if val else []
     splits: dict[str, list[Path]] = {"train": [], "val": validation}
     chosen = {path.resolve() for path in validation}
@@ -125,7 +125,7 @@ def find_files(source: str, out: Path, val: str | None, say: Callable[[str], Non
 
 
 def _listed(source: str, out: Path) -> list[Path]:
-    """The .bin files that a folder, a glob or a path names; also of `out`, where that was adopted in its own place."""
+    """Return the .bin files that a folder, a glob or a path names. The folder may be `out`, adopted in place before."""
     path = Path(source)
     if path.is_dir():
         if (path / "index.json").exists() and (path.resolve() != out.resolve() or read_index(path)["format"] != FILES_FORMAT):
@@ -144,7 +144,10 @@ def _listed(source: str, out: Path) -> list[Path]:
 
 
 def choose_tokenizer(name: str | None, vocab_size: int | None, asked: str | None, source: Path | None) -> Chosen:
-    """The tokenizer of the data."""
+    """Return the tokenizer of the data. Raises DataError if it is not given, or not valid.
+
+    name: --tokenizer. vocab_size: --vocab-size. asked: --end-token. source: a folder in which to look for meta.pkl, for a hint.
+    """
     declared: dict[str, str] = {}
     if (name is None) == (vocab_size is None):
         if name is not None:
@@ -183,7 +186,7 @@ def choose_tokenizer(name: str | None, vocab_size: int | None, asked: str | None
 
 
 def check_alike(files: list[TokenFile]) -> None:
-    """DataError unless all files have one format."""
+    """Raise DataError unless all files have the same format."""
     first = files[0]
     for file in files:
         if (file.offset, file.dtype) != (first.offset, first.dtype):
@@ -194,7 +197,7 @@ def check_alike(files: list[TokenFile]) -> None:
 def describe(
     files: dict[str, list[TokenFile]], out: Path, tok: Tokenizer, end: int, ids: int, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """The index of the files, after each of them was read once; their tokens must be below `ids`."""
+    """Read each file once, and return the index. Raises DataError unless all tokens are below `ids`."""
     every = [file for split in files.values() for file in split]
     base = Path(os.path.commonpath([os.path.abspath(file.path.parent) for file in every]))
     inside = base.is_relative_to(os.path.abspath(out))
@@ -233,7 +236,10 @@ def describe(
 
 
 def publish(out: Path, index: dict[str, Any], tok: Tokenizer, end: str, declared: dict[str, str]) -> None:
-    """Write tokenizer and index. DataError if the folder holds another data set; the same one, moved, is pointed at anew."""
+    """Write tokenizer and index. If the same data has moved, the new index points at its new place.
+
+    Raises DataError if the folder holds another data set.
+    """
     if (out / "index.json").exists() and fingerprint(read_index(out)) != fingerprint(index):
         raise DataError(f"{out} holds another data set: choose another folder, or remove it")
     save_tokenizer(tok, out, end, declared)
@@ -241,7 +247,7 @@ def publish(out: Path, index: dict[str, Any], tok: Tokenizer, end: str, declared
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line. Status: 0, 2 after an error, 130 after SIGINT."""
+    """Run the command line. Returns the exit status: 0, 2 after an error, 130 after SIGINT."""
     parser = argparse.ArgumentParser(prog="python -m data.adopt", description=__doc__.split("\n\n")[0].split(": ", 1)[1])
     parser.add_argument("source", metavar="SOURCE", help="folder, glob or file of token files, or a data set saved to disk")
     parser.add_argument("out", metavar="FOLDER", help="folder for the index and the tokenizer: the data.dir of training")

@@ -1,9 +1,9 @@
-"""Batches of training and validation tokens, the same whatever the number of processes and the micro-batch.
+"""Batches of training and validation tokens. They do not depend on the number of processes or the size of a micro-batch.
 
-T context, B sequences of a step over all ranks, M sequences of a micro-batch. Sequence i of a split has the inputs
-[i T, (i + 1) T) and the targets [i T + 1, (i + 1) T + 1). So every token but the split's first is a target once an epoch.
-The last sequence is filled up with end-of-text inputs and targets IGNORE.
-The sequences of a mixture are numbered through its sources, one source after another.
+T: context. B: sequences of a step over all ranks. M: sequences of a micro-batch. Sequence i of a split has the inputs
+[i T, (i + 1) T) and the targets [i T + 1, (i + 1) T + 1). So every token except the split's first is a target once per epoch.
+The last sequence is filled up with end-of-text inputs and IGNORE targets.
+In a mixture, sequences are numbered through all sources, one source after another.
 """
 
 from collections import deque
@@ -19,19 +19,18 @@ from data.mixture import phase_at, sources_of
 from data.order import sequence_ids
 from data.shards import TokenShards
 
-IGNORE = -100  # the target that torch's cross entropy leaves out
+IGNORE = -100  # the target that torch's cross entropy ignores
 MicroBatch = tuple[torch.Tensor, torch.Tensor]  # inputs, targets: (M, T) int64 on the CPU
 
 
 class Batches:
-    """The training batches of a split from one point of a training run on. Each is a pure function of its step.
+    """The training batches of a split, from one step of a training run on. Each batch is a pure function of its step.
 
-    batch_size is B, or says B of every step; it must be a multiple of world_size * micro_batch_size. The batch of step `step`,
-    counted from 0, begins with sequence number `sequence` of `data.order`, and each later step takes the B sequences after
-    those of the step before.
-    Rank r has the r-th of world_size contiguous parts of a batch, cut into micro-batches in order.
-    A mixture says which source gives which sequence number; each source has the order that it would have alone. `taken`: how many
-    of the `sequence` sequences each source gave, by its fingerprint; at the beginning none.
+    batch_size: B, or the B of every step; each must be a multiple of world_size * micro_batch_size. The batch of step `step`,
+    counted from 0, begins with sequence number `sequence` of `data.order`. Each later step takes the next B sequences.
+    Rank r gets the r-th of world_size contiguous parts of a batch, cut into micro-batches in order.
+    A mixture determines which source gives which sequence number. Each source has the same order as it would have alone.
+    taken: how many of the first `sequence` sequences each source gave, by its fingerprint; at the beginning none.
     """
 
     def __init__(
@@ -64,26 +63,29 @@ class Batches:
         else:
             counts = [sequence]
         self._taken = np.array(counts, np.int64)
-        self.tokens_per_epoch = sum(source.n_tokens - 1 for source in self.sources)  # targets
+        self.tokens_per_epoch = sum(source.n_tokens - 1 for source in self.sources)  # in targets
         self.numbers = Numbers(self.sources, context)
         self.n_sequences = self.numbers.total
 
     def micro_batches(self, step: int, rank: int, world_size: int, micro_batch_size: int) -> list[MicroBatch]:
-        """This rank's micro-batches of a step. DataError if the sizes do not divide, or a token is not in the vocabulary."""
+        """Return this rank's micro-batches of a step.
+
+        Raises DataError if the sizes do not divide the batch, or a token is not in the vocabulary.
+        """
         check_batch_size(self.sizes.at(step), world_size, micro_batch_size)
         ids = self.sequences(step)
         mine = ids.reshape(world_size, -1, micro_batch_size)[rank]
         return [self.numbers.read(part) for part in mine]
 
     def n_targets(self, step: int) -> int:
-        """Targets in the whole batch of a step: B T, minus those that the last sequences lack. Reads no tokens."""
+        """Return the targets in the whole batch of a step: B T, minus the missing ones of last sequences. Reads no tokens."""
         ids = self.sequences(step)
         return len(ids) * self.context - sum(
             lacking * int((ids == last).sum()) for last, lacking in self.numbers.last_sequences if lacking
         )
 
     def sequences(self, step: int) -> np.ndarray:
-        """The numbers (B,) of the step's sequences."""
+        """Return the numbers (B,) of the step's sequences."""
         order, size = phase_at(self.phases, step).order, self.sizes.at(step)
         which = order[(self.first(step) + np.arange(size)) % len(order)]
         ids = np.empty(size, np.int64)
@@ -94,20 +96,20 @@ class Batches:
         return ids
 
     def taken(self, step: int) -> dict[str, int]:
-        """How many sequences each source of a mixture gave before `step`, by its fingerprint; empty without a mixture."""
+        """Return how many sequences each source of a mixture gave before `step`, by fingerprint; empty without a mixture."""
         counts = self._before(step).tolist()
         return {source.fingerprint: n for source, n in zip(self.sources, counts, strict=True)} if len(counts) > 1 else {}
 
     def epochs(self, step: int) -> list[float]:
-        """How often each source was gone through before `step`."""
+        """Return the number of epochs of each source before `step`."""
         return (self._before(step) / self.numbers.counts).tolist()
 
     def first(self, step: int) -> int:
-        """The sequence number with which the batch of `step` begins."""
+        """Return the sequence number with which the batch of `step` begins."""
         return self.sequence + self.sizes.between(self.step, step)
 
     def _before(self, step: int) -> np.ndarray:
-        """What each source gave before `step`, (K,) int64."""
+        """Return the number of sequences of each source before `step`, (K,) int64."""
         counts = self._taken
         for phase, following in zip(self.phases, [*self.phases[1:], None], strict=True):
             begin, end = max(self.step, phase.step), step if following is None else min(step, following.step)
@@ -117,21 +119,21 @@ class Batches:
 
 
 class Numbers:
-    """The sequences of T tokens of some sources, numbered through them in turn."""
+    """The sequences of T tokens of several sources, numbered through all sources in turn."""
 
     def __init__(self, sources: list[TokenShards], context: int):
         self.sources, self.context = sources, context
         self.counts = np.array([sequence_count(source, context) for source in sources])  # (K,)
         self.starts = np.cumsum([0, *self.counts[:-1]])  # (K,), the number of each source's first sequence
         self.total = int(self.counts.sum())
-        # Of each source the number of the last sequence, and the targets that it lacks.
+        # For each source: the number of its last sequence, and how many targets that sequence lacks.
         self.last_sequences = [
             (start + n - 1, n * context - (source.n_tokens - 1))
             for start, n, source in zip(self.starts.tolist(), self.counts.tolist(), sources, strict=True)
         ]
 
     def read(self, ids: np.ndarray) -> MicroBatch:
-        """Inputs and targets (M, T) of the sequences `ids` (M,); an id below 0 is a row of padding."""
+        """Read inputs and targets (M, T) of the sequences `ids` (M,). An id below 0 is a row of padding."""
         inputs = np.full((len(ids), self.context), self.sources[0].eot_id, np.int64)
         targets = np.full((len(ids), self.context), IGNORE, np.int64)
         owners = np.searchsorted(self.starts, ids, "right") - 1
@@ -149,7 +151,7 @@ class Numbers:
 
 
 def check_batch_size(batch_size: int, world_size: int, micro_batch_size: int) -> None:
-    """DataError unless every rank gets the same number of whole micro-batches."""
+    """Raise DataError unless every rank gets the same number of whole micro-batches."""
     if min(batch_size, world_size, micro_batch_size) < 1:
         raise DataError(
             f"train.batch_size={batch_size}, train.micro_batch_size={micro_batch_size}, {world_size} process(es): "
@@ -166,9 +168,9 @@ def check_batch_size(batch_size: int, world_size: int, micro_batch_size: int) ->
 
 
 def fit_micro_batch(batch_size: int, world_size: int, largest: int, name: str = "train.batch_size") -> int:
-    """The largest micro-batch of at most `largest` sequences that divides the part of the batch that every rank gets.
+    """Return the largest micro-batch of at most `largest` sequences that divides a rank's part of the batch.
 
-    DataError if the ranks cannot have equal parts; it calls the batch size `name`.
+    Raises DataError if the ranks cannot have equal parts. `name`: the name of the batch size in the message.
     """
     if batch_size % world_size:
         below = batch_size // world_size * world_size
@@ -187,21 +189,20 @@ def validation_batches(
     world_size: int = 1,
     micro_batch_size: int | None = None,
 ) -> Iterator[MicroBatch]:
-    """This rank's part of a fixed set of batch_size * max_batches sequences, evenly spread over the split (None: all).
+    """Yield this rank's part of a fixed set of batch_size * max_batches sequences (all, if max_batches is None).
 
-    Each sequence goes to one rank, whatever world_size. A batch has micro_batch_size rows (by default batch_size). Every
-    rank gets the same number of batches, all of one shape, so that sharded models stay in step: missing rows are
-    end-of-text inputs with targets IGNORE. So sum the loss and the number of targets over all ranks, and divide once.
-    Of a mixture each source gives as many as its weight at step 0 says, if it has so many.
+    The sequences are evenly spread over the split. Each goes to exactly one rank, for any world_size. A batch has
+    micro_batch_size rows (by default batch_size). Every rank gets the same number of batches, all of one shape, so that sharded
+    models stay in step: missing rows have end-of-text inputs and IGNORE targets. Therefore, sum the loss and the number of
+    targets over all ranks, and divide once. In a mixture, each source gives its share by the weights at step 0, or all that it
+    has if that is less.
     """
     if min(batch_size, 1 if max_batches is None else max_batches, micro_batch_size or batch_size) < 1:
         raise DataError(f"batch_size {batch_size}, max_batches {max_batches}, rows {micro_batch_size}: must be positive")
-    sources, phases = sources_of(shards)
+    sources, taken = validation_counts(shards, context, None if max_batches is None else batch_size * max_batches)
     numbers = Numbers(sources, context)
-    wanted = numbers.counts if max_batches is None else phases[0].count(batch_size * max_batches)
     chosen = [
-        start + np.arange(some) * count // some
-        for start, count, some in zip(numbers.starts, numbers.counts, np.minimum(wanted, numbers.counts).tolist(), strict=True)
+        start + np.arange(some) * count // some for start, count, some in zip(numbers.starts, numbers.counts, taken, strict=True)
     ]
     ids = np.concatenate(chosen)
     n = len(ids)
@@ -213,8 +214,16 @@ def validation_batches(
         yield numbers.read(part)
 
 
+def validation_counts(shards: TokenShards, context: int, sequences: int | None) -> tuple[list[TokenShards], list[int]]:
+    """The sources of a split, and how many of their sequences a validation set of `sequences` takes from each (None: all)."""
+    sources, phases = sources_of(shards)
+    counts = [sequence_count(source, context) for source in sources]
+    wanted = counts if sequences is None else phases[0].count(sequences).tolist()
+    return sources, [min(pair) for pair in zip(wanted, counts, strict=True)]
+
+
 def sequence_count(shards: TokenShards, context: int) -> int:
-    """Sequences of a split, including the last, shorter one. DataError for a split of one token, which has no target."""
+    """Return the number of sequences of a split, with the last, shorter one. Raises DataError for a split of a single token."""
     if shards.n_tokens < 2:
         raise DataError(f"{shards.folder}: the split {shards.split!r} has a single token")
     return -(-(shards.n_tokens - 1) // context)
@@ -230,10 +239,10 @@ def prefetch(
     depth: int = 3,
     pin_memory: bool = False,
 ) -> Generator[list[MicroBatch]]:
-    """The micro-batches of steps [start, stop), up to `depth` steps prepared ahead by one background thread.
+    """Yield the micro-batches of steps [start, stop). One background thread prepares up to `depth` steps ahead.
 
-    A micro-batch has at most micro_batch_size rows: as many as divide this rank's part of the step (`fit_micro_batch`).
-    An error in the thread is raised by next(). close(), an error or the end of the loop end the thread.
+    A micro-batch has at most micro_batch_size rows, a number that divides this rank's part of the step (`fit_micro_batch`).
+    next() raises an error of the thread. The thread ends with close(), an error, or the end of the loop.
     """
 
     def load(step: int) -> list[MicroBatch]:

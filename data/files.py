@@ -1,4 +1,4 @@
-"""Files that are whole and on the disk once they are there, and that are never written through a link."""
+"""Writes files atomically: a file appears only when it is whole and flushed to disk. Links are replaced, never followed."""
 
 import json
 import os
@@ -10,9 +10,9 @@ from typing import Any, BinaryIO
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file beside `path`, NAME.PID.tmp, that takes its place when the block ends, and goes after an error.
+    """Open a file beside `path`, NAME.PID.tmp. It replaces `path` when the block ends, and is deleted after an error.
 
-    Where `path` is a link, the link goes, and what it leads to stays as it is.
+    If `path` is a link, the file replaces the link, and the target of the link does not change.
     """
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     aside.unlink(missing_ok=True)
@@ -29,13 +29,13 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a text, in UTF-8, as `replacing` does."""
+    """Write a text file in UTF-8 by `replacing`."""
     with replacing(path) as file:
         file.write(text.encode())
 
 
 def read_json(path: Path) -> Any:
-    """What a file of JSON says. ValueError for a file that is none, however it was made."""
+    """Return the content of a JSON file. Raises ValueError for any invalid file."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except RecursionError:
@@ -43,11 +43,11 @@ def read_json(path: Path) -> Any:
 
 
 def no_link(path: str, flags: int) -> int:
-    """An `opener` for `open`, which raises OSError where the file is a link: what is appended must not go elsewhere."""
+    """An `opener` for `open` that raises OSError if the file is a link, so that nothing is appended to another file."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def sync(file: BinaryIO) -> None:
-    """Returns when the file is on the disk."""
+    """Flush a file to disk."""
     file.flush()
     os.fsync(file.fileno())

@@ -1,8 +1,8 @@
-"""Several sources of tokens as one, mixed by weights that may change at given steps.
+"""Mixes several sources of tokens by weights that may change at given steps.
 
-Which source gives sequence number g is a pure function of the weights and g: a fixed order of D sources, repeated. Every source
-comes in it as often as its share of D says, and so evenly that after any number of sequences the count of each source differs
-from its share by less than one. K sources.
+Which source gives sequence number g is a pure function of the weights and g: a fixed order of length D, repeated. In this order,
+each source occurs in proportion to its weight and evenly: after any number of sequences, the count of each source differs from
+its exact share by less than one. K is the number of sources.
 """
 
 import json
@@ -17,14 +17,14 @@ from data import DataError
 from data.shards import TokenShards
 from data.tokenizer import json_hash
 
-RESOLUTION = 10_000  # the longest period D: shares with a larger denominator are rounded to ten-thousandths
+RESOLUTION = 10_000  # the largest period D: shares with a larger common denominator are rounded to ten-thousandths
 
 
 class Mixture(TokenShards):
-    """The splits of several sources. As an array, their tokens stand one after another.
+    """The splits of several sources, as one array with the sources' tokens one after another.
 
-    weights: for each source, from which step on it has which weight; each begins with step 0. DataError: sources with different
-    tokenizers, the same data twice, no weight at some step, a share below one in RESOLUTION.
+    weights: for each source, its weight from each given step on; the first step is 0. Raises DataError if the tokenizers differ,
+    two sources hold the same data, no source has a weight at some step, or a share is below 1/RESOLUTION.
     """
 
     def __init__(self, sources: Sequence[TokenShards], weights: Sequence[Mapping[int, float]]):
@@ -49,7 +49,7 @@ class Mixture(TokenShards):
         known = [source.n_bytes for source in sources if source.n_bytes is not None]
         self.n_bytes = sum(known) if len(known) == len(sources) else None
         prints = sorted(source.fingerprint for source in sources)
-        self.fingerprint = prints[0] if len(prints) == 1 else json_hash(json.dumps(prints))  # whatever the weights
+        self.fingerprint = prints[0] if len(prints) == 1 else json_hash(json.dumps(prints))  # independent of the weights
         self.dtype = np.result_type(*(source.dtype for source in sources))
         self._starts = np.cumsum([0] + [source.n_tokens for source in sources])
         self.phases = [
@@ -58,7 +58,7 @@ class Mixture(TokenShards):
         ]
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop), across sources."""
+        """Return the tokens [start, stop), which may extend over several sources."""
         if not 0 <= start <= stop <= self.n_tokens:
             raise IndexError(f"tokens [{start}, {stop}) of {self.n_tokens}")
         parts = [
@@ -69,21 +69,21 @@ class Mixture(TokenShards):
         return np.concatenate(parts).astype(self.dtype) if parts else np.empty(0, self.dtype)
 
     def locate(self, position: int) -> tuple[Path, int]:
-        """The file that holds the token at `position`, and the token's offset in it."""
+        """Return the file that holds the token at `position`, and the token's offset in it."""
         i = int(np.searchsorted(self._starts, position, "right")) - 1
         return self.sources[i].locate(position - int(self._starts[i]))
 
     @property
     def names(self) -> list[str]:
-        """A name for each source: that of its folder, or the whole path where two folders have one name."""
+        """A name for each source: its folder's name, or the whole path if two folders have the same name."""
         short = [source.folder.name for source in self.sources]
         return [name if short.count(name) == 1 else str(s.folder) for name, s in zip(short, self.sources, strict=True)]
 
 
 class Phase:
-    """The weights from a step on.
+    """The mixture from a step on, until the next phase.
 
-    order (D,): the source of sequence g is order[g % D]. shares: each source's, exact.
+    order (D,): the source of sequence g is order[g % D]. shares: the exact share of each source.
     """
 
     def __init__(self, step: int, weights: Sequence[float], folders: Sequence[Path] = ()):
@@ -101,13 +101,16 @@ class Phase:
         np.cumsum(self.order[:, None] == np.arange(len(parts)), 0, out=self._counts[1:])
 
     def count(self, g: int) -> np.ndarray:
-        """How many of the sequences 0 to g - 1 each source would give, (K,) int64."""
+        """Return how many of the sequences 0 to g - 1 each source would give in this phase, (K,) int64."""
         periods, rest = divmod(g, len(self.order))
         return periods * self._counts[-1] + self._counts[rest]
 
 
 def whole_parts(weights: Sequence[float]) -> list[int]:
-    """Whole numbers in proportion to the weights: exactly, if a sum of at most RESOLUTION allows it, else rounded to that sum."""
+    """Return whole numbers in proportion to the weights.
+
+    The proportion is exact if that is possible with a sum of at most RESOLUTION. Else the numbers are rounded to that sum.
+    """
     exact = [Fraction(str(weight)) for weight in weights]
     shares = [weight / sum(exact) for weight in exact]
     period = math.lcm(*(share.denominator for share in shares))
@@ -121,10 +124,11 @@ def whole_parts(weights: Sequence[float]) -> list[int]:
 
 
 def spread(parts: Sequence[int]) -> np.ndarray:
-    """An order (D,) of the sources, D the sum of `parts`, in which each comes as often as its part says and evenly.
+    """Return an order (D,) of the sources, in which source k occurs parts[k] times, evenly spread. D is the sum of `parts`.
 
-    After any g of them, the count of source k differs from g parts[k] / D by less than one. Sequence j of a source (from 0) may
-    stand from place j D / parts[k] on, and must before (j + 1) D / parts[k]; whoever must first comes first (Baruah et al. 1996).
+    After any g places, the count of source k differs from g parts[k] / D by less than one. Sequence j of source k (from 0) may
+    take a place from j D / parts[k] on, and must take one before (j + 1) D / parts[k]. Of the sources that may take a place, the
+    one with the earliest deadline gets it (Baruah et al. 1996).
     """
     total, taken = sum(parts), [0] * len(parts)
     order = np.empty(total, np.int64)
@@ -136,10 +140,10 @@ def spread(parts: Sequence[int]) -> np.ndarray:
 
 
 def sources_of(shards: TokenShards) -> tuple[list[TokenShards], list[Phase]]:
-    """The sources of a mixture and its phases; `shards` alone is its only source."""
+    """Return the sources and phases of a mixture. A split that is not a mixture is its own only source."""
     return (shards.sources, shards.phases) if isinstance(shards, Mixture) else ([shards], [Phase(0, [1])])
 
 
 def phase_at(phases: Sequence[Phase], step: int) -> Phase:
-    """The one of `phases` that `step` is in."""
+    """Return the phase that contains `step`."""
     return next(phase for phase in reversed(phases) if phase.step <= step)

@@ -1,11 +1,11 @@
 """The order of training sequences: a pure function of the seed, the same on every machine and for every world size.
 
-Sequences are counted over the whole training run: number g has epoch g // n and position g % n. A pseudo-random
-permutation, whose key is (seed, epoch), gives which of the n sequences lies at that position. So every epoch has every
-sequence once, a batch may extend into the next epoch, and a checkpoint needs only the number of sequences taken so far.
-From there the order goes on with any batch size.
-The permutation is a Feistel network on the smallest power of four >= n, applied again until the result is below n
-(cycle walking; Black and Rogaway 2002). Memory and time are O(batch), and all numbers are integers.
+Sequences are counted over the whole training run: number g belongs to epoch g // n and position g % n. A pseudo-random
+permutation with the key (seed, epoch) maps the position to one of the n sequences. So every epoch has every sequence
+once, and a batch may extend into the next epoch. A checkpoint needs only the number of sequences taken so far, and the
+run can resume from there with any batch size.
+The permutation is a Feistel network on the smallest power of four >= n (at least 64), applied again until the result is
+below n (cycle walking; Black and Rogaway 2002). Memory and time are O(batch), and all numbers are integers.
 """
 
 import numpy as np
@@ -16,9 +16,9 @@ MASK = 2**64 - 1
 
 
 def sequence_ids(seed: int, first: int, count: int, n_sequences: int) -> np.ndarray:
-    """The ids (count,) int64, in [0, n_sequences), of the sequences numbered first, first + 1, ... in the training run.
+    """Return the ids (count,) int64, in [0, n_sequences), of the sequences with numbers first, first + 1, ... in the run.
 
-    Raises ValueError for a number that is out of range.
+    Raises ValueError if an argument is out of range.
     """
     if n_sequences < 1 or count < 1 or first < 0:
         raise ValueError(
@@ -30,7 +30,7 @@ def sequence_ids(seed: int, first: int, count: int, n_sequences: int) -> np.ndar
 
 
 def _permute(position: np.ndarray, keys: np.ndarray, n: int) -> np.ndarray:
-    """Applies to each position (B,) uint64, below n, the permutation of its key (B,) uint64 -> (B,), below n."""
+    """Apply to each position (B,) uint64, below n, the permutation of its key (B,) uint64. Returns (B,), below n."""
     half_bits = max(LEAST_HALF_BITS, ((n - 1).bit_length() + 1) // 2)
     ids = _feistel(position, keys, half_bits)
     while (outside := np.flatnonzero(ids >= n)).size:
@@ -39,7 +39,7 @@ def _permute(position: np.ndarray, keys: np.ndarray, n: int) -> np.ndarray:
 
 
 def _feistel(x: np.ndarray, keys: np.ndarray, half_bits: int) -> np.ndarray:
-    """A permutation of [0, 4**half_bits): x (B,) and keys (B,) uint64 -> (B,) uint64."""
+    """Permute [0, 4**half_bits): x (B,) and keys (B,) uint64 -> (B,) uint64."""
     bits, mask = np.uint64(half_bits), np.uint64(2**half_bits - 1)
     left, right = x >> bits, x & mask
     for number in range(ROUNDS):
@@ -48,12 +48,12 @@ def _feistel(x: np.ndarray, keys: np.ndarray, half_bits: int) -> np.ndarray:
 
 
 def _epoch_keys(seed: int, epoch: np.ndarray) -> np.ndarray:
-    """One 64-bit key (B,) for each (seed, epoch)."""
+    """Return a 64-bit key (B,) for each (seed, epoch)."""
     return _mix(_mix(np.full(len(epoch), seed & MASK, np.uint64)) ^ epoch.astype(np.uint64))
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """SplitMix64's step and finalizer (Steele, Lea and Flood 2014) on an array of uint64, which wraps around."""
+    """Apply SplitMix64's step and finalizer (Steele, Lea and Flood 2014) to an array of uint64; additions wrap around."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -1,9 +1,9 @@
-"""python -m data.prepare SOURCE OUT: a corpus into token shards, which data.shards.TokenShards reads.
+"""python -m data.prepare SOURCE OUT: turn a corpus into token shards, which data.shards.TokenShards reads.
 
-SOURCE is cut into units. Processes encode them into OUT/.partial. Then the shards are written in the order of the
-source, and index.json last. So the files are the same for any number of workers, memory does not grow with the corpus,
-and after a kill the same command continues with the units that are not finished. While it runs, the tokens take twice
-their disk space.
+SOURCE is cut into units. Worker processes encode them into OUT/.partial. Then the shards are written in the order of the
+source, and index.json last. So the files are the same for any number of workers, and memory does not grow with the corpus.
+After a kill, the same command continues with the units that are not finished. While the command runs, the tokens take
+twice their disk space.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from data.tokenizer import (
 )
 
 VAL_FRACTION = 0.01
-BPE_BYTES_PER_TOKEN = 3  # of English text, a low estimate; the byte tokenizer has 1
+BPE_BYTES_PER_TOKEN = 3  # a low estimate for English text; with the byte tokenizer it is 1
 
 
 class Stopped(BaseException):
@@ -65,20 +65,23 @@ def prepare(
     hub_split: str = "train",
     log: Callable[[str], None] = print,
 ) -> Path:
-    """Prepare `source` (see data/preparation/sources.py) into the folder `out` and return it; a finished one is left as it is.
+    """Prepare `source` (see data/preparation/sources.py) into the folder `out`. Returns `out`.
 
-    tokenizer: "bytes"; "bpe", trained on a sample with vocab_size; or what load_tokenizer takes. end_token: its token that
-    ends a document, by default what special_tokens.end_of_text finds. val_fraction, in [0, 1): of the text, see
-    data/preparation/split.py; by default VAL_FRACTION. val_source: a source that is the validation split, instead. shard_tokens:
-    tokens of a file. workers: processes, by default one for each core, spawned (so a script calls this under
-    `if __name__ == "__main__"`); 1 is this process itself, in which the package tokenizers may still use threads. text_key: of
-    JSON lines, Parquet and hub rows. hub_config, hub_split: of a hub data set; of val_source the split is "validation".
-    DataError for whatever the user can put right, such as an `out` that holds another preparation, finished or not. If a source
-    changed before its preparation was finished, it starts over.
+    A finished preparation with the same arguments is left unchanged. If a source changed before its preparation was finished,
+    the preparation starts over.
+
+    tokenizer: "bytes"; "bpe", trained on a sample with vocab_size entries; or an argument of load_tokenizer. end_token: the token
+    that ends a document; by default, special_tokens.end_of_text finds it. val_fraction: the fraction of the text for validation,
+    in [0, 1), see data/preparation/split.py; by default VAL_FRACTION. val_source: a source for validation instead. shard_tokens:
+    tokens of a shard file. workers: number of processes, by default one for each core. They are spawned, so a script must call
+    this under `if __name__ == "__main__"`. With 1, this process does the work; the package tokenizers may still use threads.
+    text_key: key of the text in JSON lines, Parquet and hub rows. hub_config, hub_split: of a hub data set; the split of
+    val_source is always "validation". Raises DataError for anything that the user can correct, such as an `out` that holds
+    another preparation.
     """
     given = {"SOURCE": source, "OUT": out, "--tokenizer": tokenizer, "--val-source": val_source}
     for name, value in given.items():
-        if not str(value).strip():  # an unset variable of a shell, which a path would take for this folder
+        if not str(value).strip():  # an unset shell variable; Path("") would be the current folder
             raise DataError(f"{name} is empty")
     out = Path(out)
     arguments: dict[str, Any] = {
@@ -153,7 +156,7 @@ def _check_arguments(out: Path, arguments: dict, workers: int) -> None:
 
 
 def _check_overlap(out: Path, sources: list[Source]) -> None:
-    """DataError if a source has files of `out`, or `out` has files of another origin that the preparation would overwrite."""
+    """Raise DataError if a source has files in `out`, or if the preparation would overwrite files in `out` from elsewhere."""
     inside = os.path.join(os.path.realpath(out), "")
     pieces = [piece for opened in sources for unit in opened.units for piece in unit if piece.kind not in ("hub", "topics")]
     for folder in sorted({os.path.dirname(piece.path) for piece in pieces}):
@@ -169,7 +172,7 @@ def _check_overlap(out: Path, sources: list[Source]) -> None:
 def _tokenizer(
     partial: Path, arguments: dict, units: list[Unit], workers: int, say: Callable[[str], None]
 ) -> tuple[Tokenizer, int]:
-    """The tokenizer of this preparation, made at its first start and kept in `partial`, and the id of the end of text."""
+    """Return the tokenizer, which the first start makes and stores in `partial`, and the id of the end of text."""
     path, kind, asked = partial / "tokenizer.json", arguments["tokenizer"], arguments["end_token"]
     if not path.exists() and kind == "bpe":
         begun = time.monotonic()
@@ -191,7 +194,7 @@ def _tokenizer(
 
 def _check_space(partial: Path, units: list[Unit], todo: dict[int, Unit], tok: Tokenizer) -> None:
     bytes_per_token = 1 if is_byte_tokenizer(tok) else BPE_BYTES_PER_TOKEN
-    text = total_bytes(units) + total_bytes(todo.values())  # the shards, and the units that are still to be written
+    text = total_bytes(units) + total_bytes(todo.values())  # all shards, and the units that are not yet encoded
     needed = text // bytes_per_token * token_dtype(tok).itemsize
     free = shutil.disk_usage(partial).free
     if needed > free:
@@ -201,7 +204,7 @@ def _check_space(partial: Path, units: list[Unit], todo: dict[int, Unit], tok: T
 def _write_shards(
     partial: Path, arguments: dict, sources: list[Source], tok: Tokenizer, end: int, say: Callable[[str], None]
 ) -> dict:
-    """Write the shards into partial/shards and return the index. DataError if there is too little text."""
+    """Write the shards into partial/shards, and return the index. Raises DataError if there is too little text."""
     folder = partial / "shards"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -242,7 +245,7 @@ def _write_shards(
 
 
 def _check_splits(splits: dict[str, dict], arguments: dict) -> None:
-    """DataError for a split without a target, unless no validation is asked for."""
+    """Raise DataError if a split has no target. An empty validation split is allowed if no validation is asked for."""
     if not splits["train"]["documents"] and not splits["val"]["documents"]:
         raise DataError(f"source {arguments['source']}: it holds no text")
     if arguments["val_source"] and not splits["val"]["documents"]:
@@ -254,7 +257,7 @@ def _check_splits(splits: dict[str, dict], arguments: dict) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line. Status: 0, 2 after an error, 130 and 143 after SIGINT and SIGTERM."""
+    """Run the command line. Returns the exit status: 0, 2 after an error, 130 after SIGINT, 143 after SIGTERM."""
     default = {name: parameter.default for name, parameter in inspect.signature(prepare).parameters.items()}
     parser = argparse.ArgumentParser(
         prog="python -m data.prepare",
@@ -289,7 +292,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _print(line: str) -> None:
-    """A line for any terminal: characters that it has not are escaped."""
+    """Print a line; characters that the terminal's encoding lacks are escaped."""
     encoding = sys.stdout.encoding or "utf-8"
     print(line.encode(encoding, "backslashreplace").decode(encoding))
 

@@ -1,10 +1,10 @@
-"""Prepared folders behind a URL (s3://, gs://, hf://, https://, ...: whatever fsspec knows), copied into a bounded cache.
+"""Copies prepared folders behind a URL (s3://, gs://, hf://, https://, ...: anything that fsspec supports) into a bounded cache.
 
-The order of the batches reaches over the whole data set, so that the first steps need nearly every shard. So a folder is copied
-whole, by one process of a machine while the others wait, and every file is compared with the hash in the index. From then on it
-is a local folder. Its name in the cache has the hash of the URL and the fingerprint of the data: other data is another copy.
-A process that uses a copy holds a shared lock on it. What no process uses goes, the least recently used first, when another copy
-needs the room.
+Batches are drawn from the whole data set, so the first steps already need nearly every shard. Therefore a folder is copied as a
+whole, by one process of a machine while the others wait. Every file is compared with its hash in the index. After that, the copy
+is used as a local folder. Its name in the cache contains the hash of the URL and the fingerprint of the data, so that other data
+is another copy. A process that uses a copy holds a shared lock on it. When another copy needs the space, copies that no process
+uses are removed, the least recently used first.
 """
 
 import errno
@@ -25,23 +25,25 @@ from data.files import replacing
 from data.shards import FORMAT, check_files, files_of, fingerprint, read_index
 from data.special_tokens import CONFIG
 
-CHUNK = 1 << 23  # bytes that are read at a time
+CHUNK = 1 << 23  # bytes of one read
 THREADS = 8
-ATTEMPTS, PAUSE = 3, 1.0  # of reading a file; seconds between the first two, doubled each time
-LINE_SECONDS = 10
-_held: dict[str, tuple[Path, int]] = {}  # by their URL the copies that this process uses, and the descriptors with the locks
+ATTEMPTS, PAUSE = 3, 1.0  # attempts to read a file; seconds between the first two attempts, doubled each time
+LINE_SECONDS = 10  # s between two lines on progress
+_held: dict[str, tuple[Path, int]] = {}  # URL -> the copy that this process uses, and the file descriptor with its lock
 
 
 def is_remote(folder: str | Path) -> bool:
-    """Whether `folder` is a URL."""
+    """Return whether `folder` is a URL."""
     return "://" in str(folder)
 
 
 def local_folder(folder: str, cache: Path, cache_bytes: float, log: Callable[[str], None] = print) -> str:
-    """`folder` itself, or for a URL its copy in `cache`, made or found. Without a network a copy that is there serves.
+    """Return `folder` itself or, for a URL, its copy in `cache`, which is made if necessary.
+
+    If the URL cannot be reached, an existing copy is used.
 
     Raises:
-        DataError: nothing there, a file that is cut short or is not the one of the index, or too little room.
+        DataError: there is no such folder, a file is cut short or does not match the index, or there is too little space.
     """
     if not is_remote(folder):
         return folder
@@ -56,7 +58,7 @@ def local_folder(folder: str, cache: Path, cache_bytes: float, log: Callable[[st
     try:
         system, path = _open(url)
         index = _index(url, system.cat_file(f"{path}/index.json"), cache / f"{name}.json")
-    except Exception as error:  # every file system has its own
+    except Exception as error:  # each file system of fsspec raises errors of its own
         if isinstance(error, DataError):
             raise
         copies = sorted(cache.glob(f"{name}-*/index.json"), key=os.path.getmtime)
@@ -69,7 +71,7 @@ def local_folder(folder: str, cache: Path, cache_bytes: float, log: Callable[[st
 
 
 def gb(size: int) -> str:
-    """Bytes for a person."""
+    """Return a number of bytes as a text in GB."""
     return f"{size / 1e9:,.3g} GB"
 
 
@@ -83,7 +85,7 @@ def _open(url: str) -> tuple[Any, str]:
 
 
 def _index(url: str, content: bytes, aside: Path) -> dict:
-    """The checked index, which is read as that of a local folder."""
+    """Return the index in `content`, checked like that of a local folder."""
     probe = aside.with_suffix(f".{os.getpid()}")
     probe.mkdir(exist_ok=True)
     try:
@@ -99,14 +101,14 @@ def _index(url: str, content: bytes, aside: Path) -> dict:
 
 
 def _use(url: str, copy: Path, make: Callable[[], None]) -> Path:
-    """`copy`, once it is whole, with a shared lock that lasts as long as this process. One process makes it."""
+    """Return `copy` once it is whole, with a shared lock until this process ends. Only one process calls `make`."""
     lock = os.open(f"{copy}.lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
         while True:
             fcntl.flock(lock, fcntl.LOCK_SH)
             if not (copy / "index.json").exists():
                 with suppress(BlockingIOError):
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # if two would, neither waits for the other
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of two processes, one fails and retries
                     if not (copy / "index.json").exists():
                         make()
                     fcntl.flock(lock, fcntl.LOCK_SH)
@@ -122,7 +124,7 @@ def _use(url: str, copy: Path, make: Callable[[], None]) -> Path:
 
 
 def _download(url: str, system: Any, path: str, index: dict, copy: Path, cache_bytes: float, log: Callable[[str], None]) -> None:
-    """Copy the folder; index.json comes last. Files that a former start finished are kept."""
+    """Copy the folder, index.json last. Files that an earlier start has finished are kept."""
     copy.mkdir(exist_ok=True)
     for leftover in copy.glob("*.tmp"):
         leftover.unlink()
@@ -148,7 +150,7 @@ def _download(url: str, system: Any, path: str, index: dict, copy: Path, cache_b
             pool.shutdown(cancel_futures=True)
             raise
     _fetch(f"{url}/tokenizer.json", system, f"{path}/tokenizer.json", copy / "tokenizer.json")
-    with suppress(DataError):  # former versions wrote none
+    with suppress(DataError):  # folders of earlier versions have none
         _fetch(f"{url}/{CONFIG}", system, f"{path}/{CONFIG}", copy / CONFIG)
     try:
         check_files(copy, index, *index["splits"])
@@ -160,7 +162,7 @@ def _download(url: str, system: Any, path: str, index: dict, copy: Path, cache_b
 
 
 def _fetch(url: str, system: Any, path: str, target: Path, size: int | None = None, sha256: str | None = None) -> int:
-    """Copy one file, whole or not at all; returns its size."""
+    """Copy one file, whole or not at all. Returns its size in bytes."""
     for attempt in range(ATTEMPTS):
         problem, digest, found = "", hashlib.sha256(), 0
         try:
@@ -182,7 +184,7 @@ def _fetch(url: str, system: Any, path: str, target: Path, size: int | None = No
             pass
         except FileNotFoundError:
             raise DataError(f"{url}: missing") from None
-        except Exception as error:  # every file system has its own
+        except Exception as error:  # each file system of fsspec raises errors of its own
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 raise DataError(f"{target}: no space left on the disk of the cache") from None
             problem = f"cannot be read: {first_line(error)}"
@@ -198,7 +200,7 @@ def _chunks(system: Any, path: str) -> Iterator[bytes]:
 
 
 def _make_room(url: str, copy: Path, needed: int, cache_bytes: float) -> None:
-    """Remove copies that no process uses, the least recently used first, until `needed` bytes fit. DataError if they do not."""
+    """Remove unused copies, the least recently used first, until `needed` bytes fit. Raises DataError if they do not fit."""
     cache, gigabytes = copy.parent, f"data.cache_gb={cache_bytes / 1e9:g}"
     if needed > cache_bytes:
         raise DataError(f"{url} has {gb(needed)}, more than {gigabytes}: raise it; every step takes from the whole data set")
@@ -209,7 +211,7 @@ def _make_room(url: str, copy: Path, needed: int, cache_bytes: float) -> None:
         lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            (path / "index.json").unlink(missing_ok=True)  # first: what is left is no whole copy
+            (path / "index.json").unlink(missing_ok=True)  # first, so that a half-removed copy does not count as whole
             shutil.rmtree(path, ignore_errors=True)
             del others[path]
         except BlockingIOError:  # in use

@@ -1,8 +1,9 @@
-"""A data set that `datasets` saved to disk (Dataset or DatasetDict, with a column input_ids) into token shards.
+"""Turns a data set that `datasets` saved to disk (Dataset or DatasetDict, with a column input_ids) into token shards.
 
-It is copied: Arrow keeps ids as int32 or int64 in small batches, and shards of uint16 take a half or a quarter of that on disk.
-A row is a document, and gets the end of text unless it begins or ends with it. Where the rows of the training split have one
-length, but for a few shorter ones, they are pieces of a longer text, and stay as they are; so do validation rows of that length.
+The data is copied: Arrow stores ids as int32 or int64 in small batches, and shards of uint16 take a half or a quarter of that.
+Each row is a document, and gets the end of text unless it begins or ends with it. But if nearly all rows of the training split
+have the same length, and the others are shorter, the rows are pieces of a longer text and are not changed. The same holds for
+validation rows of that length.
 """
 
 import shutil
@@ -26,15 +27,15 @@ from data.tokenizer import save_tokenizer, token_id, tokenizer_hash, vocabulary_
 COLUMN = "input_ids"
 VALIDATION_NAMES = ("validation", "val", "valid", "dev", "test")
 SHARD_TOKENS = 100_000_000
-ROWS = 1000  # that are read at a time
-PIECES = 0.98  # of the rows have the greatest length, where they are pieces: the last one of every batch may be shorter
-LINE_SECONDS = 10
+ROWS = 1000  # rows of one read
+PIECES = 0.98  # rows are pieces if at least this fraction has the greatest length: the last row of a batch may be shorter
+LINE_SECONDS = 10  # s between two lines on progress
 
 
 class Chosen(NamedTuple):
-    """The tokenizer of the data, its end of text, what it declares of special tokens; the data's ids are below `ids`.
+    """The tokenizer of the data, its end of text, and the special tokens that its files declare. The data's ids are below `ids`.
 
-    The end of text may be one id more, which data without a tokenizer of its own cannot hold.
+    The id of the end of text may equal `ids`: it is added if the data comes without a tokenizer.
     """
 
     tokenizer: Tokenizer
@@ -51,10 +52,10 @@ def copy_saved(
     arguments: dict[str, Any],
     say: Callable[[str], None],
 ) -> Path:
-    """Write the shards of `source`, and of the validation set `val` if that is another one, into the folder `out`.
+    """Write the shards of `source`, and of the separate validation set `val` if it is given, into the folder `out`.
 
     Raises:
-        DataError: no validation, no such column, rows that are padded or empty, or ids outside the vocabulary.
+        DataError: there is no validation split or no column, rows are padded, or ids are outside the vocabulary.
     """
     begun = time.monotonic()
     tok, end_text, declared, ids = tokenizer
@@ -92,7 +93,7 @@ def copy_saved(
                     last = time.monotonic()
                     say(f"copying {split}: {writer.documents:,} of {len(data[split]):,} rows, {writer.tokens:,} tokens")
             splits[split] = writer.close()
-            del splits[split]["bytes"]  # of text: unknown
+            del splits[split]["bytes"]  # the bytes of text are unknown
             if splits[split]["tokens"] < 2:
                 raise DataError(f"{path}: the split {split!r} has too few tokens")
         for note in repetition(splits):
@@ -107,7 +108,7 @@ def copy_saved(
 
 
 def read_entry(path: Path, key: str) -> Any:
-    """An entry of a file that `datasets` wrote."""
+    """Return an entry of a JSON file that `datasets` wrote."""
     try:
         return read_json(path)[key]
     except (OSError, ValueError, KeyError, TypeError):
@@ -115,7 +116,7 @@ def read_entry(path: Path, key: str) -> Any:
 
 
 def split_paths(source: Path, val: str | None, say: Callable[[str], None]) -> dict[str, Path]:
-    """The folder of each split."""
+    """Return the folder of each split. Raises DataError if a split is missing."""
     of_dict = source / "dataset_dict.json"
     names = read_entry(of_dict, "splits") if of_dict.is_file() else []
     training = source / "train" if names else source
@@ -137,14 +138,14 @@ def split_paths(source: Path, val: str | None, say: Callable[[str], None]) -> di
 
 
 def _load(path: Path) -> Any:
-    """The data set, whose batches are Arrow tables of the column alone (and of attention_mask, if it has one)."""
+    """Load the data set. Its batches are Arrow tables of COLUMN and, if there is one, attention_mask."""
     from datasets import load_from_disk
 
-    if not read_entry(path / "state.json", "_data_files"):  # which load_from_disk does not take
+    if not read_entry(path / "state.json", "_data_files"):  # load_from_disk fails without rows
         raise DataError(f"{path}: holds no rows")
     try:
         data = load_from_disk(str(path))
-    except Exception as error:  # pyarrow, json and datasets have their own
+    except Exception as error:  # pyarrow, json and datasets raise errors of their own
         raise DataError(f"{path}: `datasets` cannot read it: {first_line(error)}") from None
     if not len(data):
         raise DataError(f"{path}: holds no rows")
@@ -155,7 +156,7 @@ def _load(path: Path) -> Any:
 
 
 def _lengths(data: Any, path: Path) -> np.ndarray:
-    """How many ids each row has, (n,) int64."""
+    """Return the number of ids in each row, (n,) int64."""
     import pyarrow.compute as pc
 
     found = []
@@ -168,19 +169,19 @@ def _lengths(data: Any, path: Path) -> np.ndarray:
 
 
 def piece_length(lengths: np.ndarray) -> int | None:
-    """The length of the pieces that rows of these lengths (n,) are; None for documents, whose lengths differ."""
+    """Return the length of a piece if rows of these lengths (n,) are pieces; None if they are documents."""
     longest = int(lengths.max())
     return longest if len(lengths) > 2 and are_pieces(lengths, longest) else None
 
 
 def are_pieces(lengths: np.ndarray, block: int) -> bool:
-    """Whether rows of these lengths (n,) are pieces of the length `block`; the last one may be shorter, as may a few others."""
+    """Return whether rows of these lengths (n,) are pieces of the length `block`. The last and a few others may be shorter."""
     whole = lengths[:-1] == block
     return bool(lengths.max() <= block and (not len(whole) or whole.mean() >= PIECES))
 
 
 def row_note(lengths: np.ndarray, pieces: bool) -> str:
-    """What rows of these lengths (n,) are taken for."""
+    """Return a text that says how rows of these lengths (n,) are used: as documents or as pieces."""
     if not pieces:
         return "its rows are documents, each of which gets the end of text, unless it begins or ends with it"
     shorter = int((lengths[:-1] < lengths.max()).sum())
@@ -192,7 +193,7 @@ def row_note(lengths: np.ndarray, pieces: bool) -> str:
 
 
 def _rows(data: Any, path: Path, limit: int) -> Iterator[np.ndarray]:
-    """The ids (n,) int64 of each row, n > 0."""
+    """Yield the ids (n,) int64 of each row that is not empty. Raises DataError for padded rows and for ids beyond `limit`."""
     import pyarrow as pa
     import pyarrow.compute as pc
 

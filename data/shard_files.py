@@ -1,6 +1,6 @@
-"""Reads pieces of shard files, and notices files that change meanwhile: overwritten, cut short, or replaced.
+"""Reads pieces of shard files, and notices files that change during the run: overwritten, cut short, or replaced.
 
-Pieces are read, not mapped into memory: behind the end of a file that was cut short, a mapping ends the process with SIGBUS.
+Files are read, not mapped into memory. With a mapping, access beyond the end of a shortened file would kill the process (SIGBUS).
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from data import DataError
 
-OPEN = 128  # files that are open at a time; a process may often have no more than 1,024
+OPEN = 128  # most files that are open at the same time; the limit of a process is often 1,024
 
 
 class ShardFile(NamedTuple):
@@ -24,7 +24,7 @@ class ShardFile(NamedTuple):
 
 
 class ShardFiles:
-    """The files of a split. Make it before their hashes are compared, so that no later change is missed."""
+    """The files of a split. Construct it before comparing the files' hashes, so that no later change is missed."""
 
     def __init__(self, files: Sequence[ShardFile]):
         self.files = list(files)
@@ -32,7 +32,7 @@ class ShardFiles:
         self._open = lru_cache(OPEN)(_Descriptor)
 
     def read(self, number: int, offset: int, size: int) -> bytes:
-        """`size` bytes from `offset` on of the file `number`. DataError if they may no longer be what the index describes."""
+        """Read `size` bytes from `offset` on of the file `number`. Raises DataError if the file does not match the index."""
         file = self.files[number]
         if offset + size > file.size:
             raise DataError(
@@ -51,15 +51,15 @@ class ShardFiles:
 
 
 def stamp(status: os.stat_result) -> tuple[int, int]:
-    """What changes when a file is written to: its size, and when that was."""
+    """Return the size and the modification time of a file, which change when the file is written to."""
     return status.st_size, status.st_mtime_ns
 
 
 def stamp_of_same(file: ShardFile) -> tuple[int, int]:
-    """The stamp of a file that was written to since it was opened, if what it holds is still what the index describes.
+    """Return the new stamp of a file that was written to, if its content still matches the index.
 
     Raises:
-        DataError: it is not.
+        DataError: the content does not match.
     """
     with open(file.path, "rb") as opened:
         now = stamp(os.fstat(opened.fileno()))
@@ -74,11 +74,11 @@ def stamp_of_same(file: ShardFile) -> tuple[int, int]:
 
 
 class _Descriptor:
-    """An open file, which closes itself when nothing uses it any more."""
+    """An open file that closes itself when nothing refers to it any more."""
 
     def __init__(self, path: Path):
         self.number = os.open(path, os.O_RDONLY)
 
-    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # at the end of the process there is no `os` any more
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # `os` may be gone when the process ends
         if hasattr(self, "number"):
             close(self.number)

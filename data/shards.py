@@ -1,13 +1,13 @@
-"""Reads a prepared folder: the tokens of a split, after checks that name the file that is wrong.
+"""Reads a prepared folder: the tokens of a split, after checks whose errors name the wrong file.
 
 index.json: {format, version, dtype, vocab_size, end_of_text_id, tokenizer_sha256, splits: {train, val: {tokens,
 documents, bytes, shards: [{name, tokens, sha256, documents, docs_sha256}]}}, arguments, inventory, val_inventory, notes}.
-`bytes` (of UTF-8 text), `val_inventory`, `notes` and `sources` are not in folders of former versions. `sources`, of data.prepare
-alone: for SOURCE and --val-source {written_sha256 (names, sizes and times of change), texts_sha256 (the texts of documents)}.
+Folders of earlier versions lack `bytes` (of UTF-8 text), `val_inventory`, `notes` and `sources`. Only data.prepare writes
+`sources`: for SOURCE and --val-source {written_sha256 (names, sizes and modification times), texts_sha256 (texts of documents)}.
 
-The format "token-files" (data.adopt) is the same over files of others, which stay where they are: `files` is their folder,
-absolute or relative to this one; a shard's `name` is a path in it, its tokens begin at the byte `offset`, it was written at
-`mtime_ns`, and it has no file of documents.
+The format "token-files" (data.adopt) has the same index, but its shards are files of other projects, which stay where they are.
+`files` is their folder, absolute or relative to this one. A shard's `name` is a path in that folder, its tokens begin at the byte
+`offset`, and it was modified at `mtime_ns`. It has no file of documents.
 """
 
 import hashlib
@@ -26,13 +26,13 @@ from data.tokenizer import json_hash
 
 FORMAT = "token-shards"
 FILES_FORMAT = "token-files"
-VERSION = 1  # of both
-VERIFY_BYTES = 10**9  # a split of at most this size is hashed whenever it is opened, which takes a second or two
+VERSION = 1  # of both formats
+VERIFY_BYTES = 10**9  # a split of at most this size is hashed every time it is opened, which takes a second or two
 DTYPES: dict[str, np.dtype] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 
 class EmptySplit(DataError):
-    """A split without a token. `found`: what its message says before the remedy."""
+    """A split has no token. `found`: the message without the remedy."""
 
     def __init__(self, folder: Path, split: str):
         self.found = f"{folder}: the split {split!r} is empty"
@@ -42,10 +42,10 @@ class EmptySplit(DataError):
 class TokenShards:
     """The tokens of one split, as one long array on disk.
 
-    Opening checks the index, the tokenizer's hash, the size of every file, and the sha256 of every file if the split has at most
-    VERIFY_BYTES; of a larger one, the sha256 of files of others (data.adopt) that were written to since. `python -m data.verify
-    FOLDER` checks everything, whatever its size. A file that changes after that is noticed when it is read. DataError names the
-    file; EmptySplit, one of them, is for a split without a token.
+    Opening checks the index, the tokenizer's hash, and the size of every file. It also checks the sha256 of every file if the
+    split has at most VERIFY_BYTES; of a larger split, only that of data.adopt's files that were modified since. `python -m
+    data.verify FOLDER` checks everything, for any size. A file that changes later is noticed when it is read. All errors are
+    DataError and name the file; EmptySplit is the DataError for a split without a token.
     """
 
     def __init__(self, folder: str | Path, split: str):
@@ -56,7 +56,7 @@ class TokenShards:
         check_files(self.folder, index, split)
         self.shards = index["splits"][split]["shards"]
         self.n_tokens: int = index["splits"][split]["tokens"]
-        self.n_bytes: int | None = index["splits"][split].get("bytes")  # of UTF-8 text; None in folders of former versions
+        self.n_bytes: int | None = index["splits"][split].get("bytes")  # of UTF-8 text; None if unknown
         self.vocab_size: int = index["vocab_size"]
         self.eot_id: int = index["end_of_text_id"]
         self.tokenizer_hash: str = index["tokenizer_sha256"]
@@ -65,7 +65,7 @@ class TokenShards:
             raise EmptySplit(self.folder, split)
         self.dtype = DTYPES[index["dtype"]]
         files = list(files_of(self.folder, index, split))
-        self._files = ShardFiles(files[:: len(files) // len(self.shards)])  # without those of documents
+        self._files = ShardFiles(files[:: len(files) // len(self.shards)])  # without the files of documents
         self._offsets = [0 if index["format"] == FORMAT else shard["offset"] for shard in self.shards]
         small = self.n_tokens * self.dtype.itemsize <= VERIFY_BYTES
         for i, file in enumerate(files):
@@ -75,10 +75,10 @@ class TokenShards:
         self._starts = np.cumsum([0] + [shard["tokens"] for shard in self.shards])
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) of the split as an array (stop - start,) of the shards' dtype, across shards.
+        """Return the tokens [start, stop) of the split, (stop - start,) in the shards' dtype. They may extend over shards.
 
         Raises:
-            DataError: a shard is no longer the one that the index describes.
+            DataError: a shard does not match the index any more.
         """
         if not 0 <= start <= stop <= self.n_tokens:
             raise IndexError(f"tokens [{start}, {stop}) of a split of {self.n_tokens}")
@@ -93,13 +93,13 @@ class TokenShards:
         return np.frombuffer(b"".join(parts), self.dtype)
 
     def locate(self, position: int) -> tuple[Path, int]:
-        """The shard file that holds the token at `position`, and the token's offset in it."""
+        """Return the shard file that holds the token at `position`, and the token's offset in it."""
         i = int(np.searchsorted(self._starts, position, "right")) - 1
         return self._files.files[i].path, position - int(self._starts[i])
 
 
 def read_index(folder: Path) -> dict:
-    """index.json of a prepared folder, of a version that this code knows."""
+    """Return the checked index.json of a prepared folder. Raises DataError if it is missing, damaged or of another version."""
     path = folder / "index.json"
     advice = f"prepare it first: python -m data.prepare SOURCE {folder}"
     if folder.is_file():
@@ -143,7 +143,7 @@ def read_index(folder: Path) -> dict:
 
 
 def is_prepared(folder: Path) -> bool:
-    """Whether an index.json of tokens lies in a folder, whatever its state."""
+    """Return whether a folder contains an index.json of tokens. The index is not checked."""
     try:
         return read_json(folder / "index.json")["format"] in (FORMAT, FILES_FORMAT)
     except (OSError, ValueError, LookupError, TypeError):
@@ -151,7 +151,7 @@ def is_prepared(folder: Path) -> bool:
 
 
 def check_files(folder: Path, index: dict, *splits: str) -> None:
-    """tokenizer.json is the one of these shards, and every file of the splits is there, as long as the index says."""
+    """Raise DataError unless tokenizer.json is the one of these shards, and every file of the splits exists with its size."""
     path = folder / "tokenizer.json"
     if not path.exists():
         raise DataError(f"{path}: missing")
@@ -172,14 +172,14 @@ def check_files(folder: Path, index: dict, *splits: str) -> None:
 
 
 def verify_shards(folder: Path, index: dict, split: str) -> Iterator[tuple[str, int]]:
-    """Hash every file of a split; yields (name, bytes) of each that is undamaged."""
+    """Hash every file of a split. Yields (name, bytes) of each undamaged file, and raises DataError at the first damaged one."""
     for file in files_of(folder, index, split):
         check_hash(file)
         yield file.path.name, file.size
 
 
 def check_hash(file: ShardFile) -> None:
-    """DataError unless the file holds what the index describes."""
+    """Raise DataError unless the file's content matches the index."""
     with open(file.path, "rb") as opened:
         found = hashlib.file_digest(opened, "sha256").hexdigest()
     if found != file.sha256:
@@ -187,14 +187,14 @@ def check_hash(file: ShardFile) -> None:
 
 
 def fingerprint(index: dict) -> str:
-    """sha256 of the tokens, their division into splits and the tokenizer; the same wherever they were prepared."""
+    """Return the sha256 of the tokens, their division into shards and splits, and the tokenizer; independent of the machine."""
     parts = {split: [(s["tokens"], s["sha256"]) for s in index["splits"][split]["shards"]] for split in index["splits"]}
     keys = ("format", "version", "dtype", "vocab_size", "end_of_text_id", "tokenizer_sha256")
     return json_hash(json.dumps([{key: index[key] for key in keys}, parts]))
 
 
 def docs_path(shard: Path) -> Path:
-    """The file beside a shard with the starts of its documents."""
+    """Return the file beside a shard that holds the starts of its documents."""
     return shard.with_suffix(".docs.bin")
 
 

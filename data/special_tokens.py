@@ -1,7 +1,7 @@
-"""Which token ends a document, and what a tokenizer's files say of special tokens.
+"""Finds the token that ends a document, and reads and writes a tokenizer's declaration of special tokens.
 
-Training sees documents as their tokens and then the end of text: no BOS, no [CLS]. So the tokenizer that is kept adds none
-either, and the token before a document, the end of the one before it, is its BOS.
+In training, a document is its tokens followed by the end of text: no BOS, no [CLS]. So the stored tokenizer adds none either. The
+token before a document is the end of the previous document, and so serves as BOS.
 """
 
 import json
@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer
 from data import DataError
 
 END_OF_TEXT = "<|endoftext|>"
-# What published tokenizers call the end of a document; the last names are those of tokenizers that have no better one.
+# Names of the end of a document in published tokenizers; the last names are for tokenizers that have no better one.
 END_OF_TEXT_NAMES = (
     *(END_OF_TEXT, "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<|eos|>", "<eos>", "</s>", "[EOS]", "<EOS>"),
     *("<|END_OF_TEXT|>", "<end_of_text>", "<EOS_TOKEN>", "<|eod|>", "<eod>", "<EOD>", "<|eot|>", "<eot>", "[SEP]", "<sep>"),
@@ -24,7 +24,7 @@ END_TOKEN_REMEDY = "name one of its tokens with --end-token"
 
 
 def declared_tokens(folder: Path) -> dict[str, str]:
-    """eos_token and pad_token of a folder's tokenizer_config.json or, in older folders, special_tokens_map.json."""
+    """Return eos_token and pad_token of a folder's tokenizer_config.json or, in older folders, special_tokens_map.json."""
     found: dict[str, str] = {}
     for name in ("special_tokens_map.json", CONFIG):
         path = folder / name
@@ -37,24 +37,27 @@ def declared_tokens(folder: Path) -> dict[str, str]:
 
 
 def parse_declared(text: str) -> dict[str, str]:
-    """eos_token and pad_token in the text of such a file. ValueError if it is no JSON object, or one is no UTF-8."""
+    """Return eos_token and pad_token in the text of such a file.
+
+    Raises ValueError if it is not a JSON object, or if a token cannot be encoded in UTF-8.
+    """
     config = json.loads(text)
     if not isinstance(config, dict):
         raise ValueError("not an object")
     tokens = {key: config.get(key) for key in ("eos_token", "pad_token")}
     tokens = {key: token.get("content") if isinstance(token, dict) else token for key, token in tokens.items()}
     found = {key: token for key, token in tokens.items() if isinstance(token, str)}
-    "".join(found.values()).encode()  # half of a surrogate pair is no text
+    "".join(found.values()).encode()  # fails for a lone surrogate
     return found
 
 
 def end_of_text(
     tok: Tokenizer, declared: dict[str, str] | None = None, asked: str | None = None, remedy: str = END_TOKEN_REMEDY
 ) -> str:
-    """The token that ends a document: `asked`, or the eos_token that is declared, or the first of END_OF_TEXT_NAMES.
+    """Return the token that ends a document: `asked`, else the declared eos_token, else the first of END_OF_TEXT_NAMES.
 
-    Of these names a special token goes before another added one, and that before a plain entry of the vocabulary.
-    DataError if there is none, with `remedy`.
+    Among tokens with these names, special tokens have priority over other added tokens, and these over plain entries of the
+    vocabulary. Raises DataError with `remedy` if there is none.
     """
     added = tok.get_added_tokens_decoder().values()
     special = [token.content for token in added if token.special]
@@ -76,7 +79,7 @@ def end_of_text(
 
 
 def check_not_of_texts(tok: Tokenizer, end: str) -> None:
-    """Raise DataError if `end` is a character, or stands for a byte, that texts need: without it they would lose that."""
+    """Raise DataError if `end` is a character, or stands for a byte, that texts contain: they would lose it."""
     added = tok.get_added_tokens_decoder().values()
     if len(end) == 1 and end not in [token.content for token in added]:
         special = [token.content for token in added if token.special]
@@ -84,7 +87,7 @@ def check_not_of_texts(tok: Tokenizer, end: str) -> None:
 
 
 def as_trained(tok: Tokenizer, end: str) -> Tokenizer:
-    """`tok` as training uses it, a copy where something changes: `end` is special, and nothing is added around a text."""
+    """Return `tok` as training uses it: `end` is special, and nothing is added around a text. Returns a copy if it changes."""
     if not any(token.special and token.content == end for token in tok.get_added_tokens_decoder().values()):
         tok = Tokenizer.from_str(tok.to_str())
         tok.add_special_tokens([AddedToken(end, special=True, normalized=False)])  # keeps its id
@@ -96,9 +99,10 @@ def as_trained(tok: Tokenizer, end: str) -> Tokenizer:
 
 
 def tokenizer_config(tok: Tokenizer, end: str, declared: dict[str, str] | None = None) -> dict[str, Any]:
-    """The tokenizer_config.json beside tokenizer.json: BOS is the end of text, as is padding where no other token serves.
+    """Return the tokenizer_config.json beside tokenizer.json. BOS is the end of text.
 
-    With byte_fallback the unknown token never occurs, so that it serves.
+    Padding is a padding token if there is one; else, with byte_fallback, the unknown token, which then never occurs; else the end
+    of text.
     """
     special = [token.content for token in tok.get_added_tokens_decoder().values() if token.special]
     pads = [name for name in ((declared or {}).get("pad_token"), *PAD_NAMES) if name in special]
@@ -116,7 +120,7 @@ def tokenizer_config(tok: Tokenizer, end: str, declared: dict[str, str] | None =
 
 
 def unknown_token(tok: Tokenizer) -> str | None:
-    """What stands for characters that the tokenizer does not know; None if it knows all."""
+    """Return the token for characters that the tokenizer does not know; None if there is none."""
     return _unknown(json.loads(tok.to_str())["model"])
 
 
@@ -127,7 +131,7 @@ def _unknown(model: dict[str, Any]) -> str | None:
 
 
 def _without_additions(processor: dict | None) -> dict | None:
-    """The parts of a post-processor that add no tokens."""
+    """Return the parts of a post-processor that add no tokens; None if there are none."""
     if processor is not None and processor["type"] == "Sequence":
         kept = [part for part in map(_without_additions, processor["processors"]) if part is not None]
         return {**processor, "processors": kept} if kept else None
@@ -135,5 +139,5 @@ def _without_additions(processor: dict | None) -> dict | None:
 
 
 def _choice(special: list[str]) -> str:
-    """Special tokens that the user may choose from."""
+    """Return a text on the special tokens from which the user may choose."""
     return f"its special tokens: {', '.join(special[:12]) or 'none'}{', ...' if len(special) > 12 else ''}"

@@ -1,4 +1,4 @@
-"""How many bytes of text a token stands for, for the bits per byte of a model."""
+"""Computes how many bytes of text each token stands for, for the bits per byte of a model."""
 
 import json
 
@@ -10,14 +10,15 @@ from data.tokenizer import load_tokenizer
 from data.vocabularies import has_text
 
 BYTE_FALLBACK = frozenset(f"<0x{byte:02X}>" for byte in range(256))  # what SentencePiece calls the tokens of single bytes
-CHUNK = 2**22  # tokens that are counted at a time
+CHUNK = 2**22  # tokens of one read
 
 
 def bytes_of_tokens(shards: TokenShards) -> np.ndarray:
-    """Bytes (V,) float64 of text that each token of a split stands for: `token_bytes`, and in sum over the split its `n_bytes`.
+    """Return the bytes of text that each token of a split stands for, (V,) float64.
 
-    So the sum is right for any tokenizer, also for one that drops white space or changes the text before it cuts it. Where the
-    bytes of the text are not known, or the split has more than VERIFY_BYTES, they are as `token_bytes` says.
+    They are those of `token_bytes`, scaled so that their sum over the split is its `n_bytes`. So the sum is right for any
+    tokenizer, even if it drops white space or changes the text before cutting it. They are not scaled if the bytes of the text
+    are unknown, or if the split has more than VERIFY_BYTES.
     """
     lengths = token_bytes(load_tokenizer(shards.folder), shards.vocab_size, shards.eot_id).astype(np.float64)
     if not shards.n_bytes or shards.n_tokens * shards.dtype.itemsize > VERIFY_BYTES:
@@ -30,10 +31,12 @@ def bytes_of_tokens(shards: TokenShards) -> np.ndarray:
 
 
 def token_bytes(tok: Tokenizer, size: int, end: int) -> np.ndarray:
-    """Bytes (size,) of UTF-8 text that each token stands for inside a text; 0 for special tokens, `end` and ids without a token.
+    """Return the bytes of UTF-8 text that each token stands for inside a text, (size,).
 
-    Exact for byte-level tokenizers. Others may change the text before they cut it, as into lower case; the text that they cut
-    counts.
+    They are 0 for special tokens, `end` and ids without a token.
+
+    Exact for byte-level tokenizers. Others may change the text before cutting it, for example to lower case; then the bytes of
+    the changed text count.
     """
     added = tok.get_added_tokens_decoder()
     tokens = [(i, text) for text, i in tok.get_vocab(with_added_tokens=True).items() if i < size and i != end]
@@ -59,10 +62,11 @@ def token_bytes(tok: Tokenizer, size: int, end: int) -> np.ndarray:
             elif not added[i].special:
                 lengths[i] = len(text.encode())
     else:
-        # A token beside it: decoders drop the space before the first token, or after the last one, where words end with it.
+        # Decode each token together with another one, because decoders drop the space before the first token, or after the last
+        # token if words end with a space.
         anchor = tok.encode("a", add_special_tokens=False).ids[-1:]
         alone = len(tok.decode(anchor).encode())
-        decoded = tok.decode_batch([[i, *anchor] if suffix else [*anchor, i] for i, _ in tokens])  # leaves special tokens out
+        decoded = tok.decode_batch([[i, *anchor] if suffix else [*anchor, i] for i, _ in tokens])  # skips special tokens
         for (i, text), both in zip(tokens, decoded, strict=True):
             lengths[i] = 1 if text in BYTE_FALLBACK else len(both.encode()) - alone
     return lengths

@@ -1,4 +1,4 @@
-"""Files of token ids that other projects wrote: what they hold, without reading more than is asked for.
+"""Reads files of token ids that other projects wrote: their header, or their whole content once.
 
 llm.c and modded-nanogpt: a header of 256 int32 (magic, version, number of tokens, zeros), then the tokens. nanoGPT: tokens alone.
 Everything is little-endian.
@@ -13,13 +13,13 @@ import numpy as np
 from data import DataError
 
 HEADER = 256 * 4  # bytes
-# magic -> the versions that exist, and the type of a token; 20240520 is llm.c's GPT-2, 20240801 its Llama 3.
+# magic -> (existing versions, type of a token); 20240520 is llm.c's GPT-2, 20240801 its Llama 3.
 MAGIC: dict[int, tuple[tuple[int, ...], str]] = {20240520: ((1,), "uint16"), 20240801: ((1, 7), "uint32")}
-CHUNK = 1 << 24  # bytes that are read at a time
+CHUNK = 1 << 24  # bytes of one read
 
 
 class TokenFile(NamedTuple):
-    """A file of tokens: where they begin (bytes), how many there are, and their type."""
+    """A file of tokens: the offset of the first (bytes), their number, and their type."""
 
     path: Path
     offset: int
@@ -28,27 +28,27 @@ class TokenFile(NamedTuple):
 
 
 class Scan(NamedTuple):
-    """What reading a whole file gives."""
+    """The result of reading a whole file."""
 
     sha256: str  # of the file, header included
-    ends: int  # how often the end of text stands in it
+    ends: int  # number of end-of-text tokens in it
 
 
 def holds_tokens(folder: Path) -> bool:
-    """Whether data.adopt may take a folder: it holds token files, or a data set that `datasets` saved."""
+    """Return whether data.adopt may accept a folder: it holds token files, or a data set that `datasets` saved."""
     return is_saved(folder) or (any(folder.glob("*.bin")) and not any(folder.glob("*.docs.bin")))
 
 
 def is_saved(path: Path) -> bool:
-    """Whether `datasets` saved a data set there."""
+    """Return whether `path` is a data set that `datasets` saved."""
     return (path / "dataset_dict.json").is_file() or ((path / "state.json").is_file() and (path / "dataset_info.json").is_file())
 
 
 def open_token_file(path: Path, raw_dtype: str) -> TokenFile:
-    """What the header and the size of a file say; without a header the tokens are of `raw_dtype`.
+    """Return the description of a file from its header and size. Without a header, the tokens have the type `raw_dtype`.
 
     Raises:
-        DataError: empty, cut short or too long, of an odd size, or with a header that is not one of token files.
+        DataError: the file is empty, too short, too long, or has an unknown header.
     """
     try:
         size = path.stat().st_size
@@ -61,7 +61,7 @@ def open_token_file(path: Path, raw_dtype: str) -> TokenFile:
     header = np.frombuffer(head, "<i4", count=len(head) // 4)
     magic = int(header[0]) if len(header) else 0
     if magic not in MAGIC:
-        if len(head) == HEADER and not header[3:].any() and header[:3].any():  # text does not begin with 506 tokens 0
+        if len(head) == HEADER and not header[3:].any() and header[:3].any():  # no text begins with 506 tokens 0
             known = " or ".join(map(str, MAGIC))
             raise DataError(f"{path}: its header has the magic number {magic}; token files have {known}")
         if head.startswith(b"\x93NUMPY"):
@@ -91,10 +91,10 @@ def open_token_file(path: Path, raw_dtype: str) -> TokenFile:
 
 
 def scan(file: TokenFile, vocab_size: int, end: int) -> Scan:
-    """Read the whole file once: its hash, and the end of text (id `end`) in it.
+    """Read the whole file once. Returns its hash and the number of end-of-text tokens (id `end`).
 
     Raises:
-        DataError: a token outside the vocabulary, with its place, or tokens without a header that have more bytes than it needs.
+        DataError: a token is outside the vocabulary; or, without a header, the tokens have more bytes than the vocabulary needs.
     """
     digest, ends, before = hashlib.sha256(), 0, 0
     with open(file.path, "rb") as opened:

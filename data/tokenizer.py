@@ -1,9 +1,9 @@
-"""Tokenizers: every one is a `tokenizers.Tokenizer`, kept as one tokenizer.json that transformers loads as it is."""
+"""Makes, loads and saves tokenizers. Each is a `tokenizers.Tokenizer`, stored as a tokenizer.json that transformers can load."""
 
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -15,11 +15,12 @@ from data.special_tokens import CONFIG, END_OF_TEXT, declared_tokens, parse_decl
 SMALLEST_BPE = 257  # 256 bytes and the end of text
 # Files of tokenizers that have no tokenizer.json beside them.
 OTHER_FILES = ("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
-LARGEST_VOCABULARY = 2**24  # 16.8 million, 60 times the largest that is published; a model has a row of weights for each id
+PROBE = 4096  # tokens of a data set whose text two tokenizers must encode alike
+LARGEST_VOCABULARY = 2**24  # 16.8 million, 60 times the largest published one; a model has a row of weights for each id
 
 
 def byte_tokenizer() -> Tokenizer:
-    """One token a byte: id == byte value, and 256 is the end of text. Byte-level BPE without a single merge."""
+    """Return a tokenizer with one token a byte: id == byte value; 256 is the end of text. It is byte-level BPE without merges."""
     tok = Tokenizer(models.BPE(vocab={char: byte for byte, char in enumerate(_byte_characters())}, merges=[]))
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tok.decoder = decoders.ByteLevel()
@@ -28,15 +29,15 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def is_byte_tokenizer(tok: Tokenizer) -> bool:
-    """Whether `tok` is `byte_tokenizer()`, from a file too."""
+    """Return whether `tok` equals `byte_tokenizer()`, even if it was read from a file."""
     return tokenizer_hash(tok) == tokenizer_hash(byte_tokenizer())
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, end: str = END_OF_TEXT) -> Tokenizer:
-    """Byte-level BPE with GPT-2's word pattern; the end of text, `end`, is id 0. The same texts give the same tokenizer.
+    """Train byte-level BPE with GPT-2's word pattern. The end of text, `end`, is id 0. The same texts give the same tokenizer.
 
-    The vocabulary may come out smaller than `vocab_size`: pairs seen only once are not merged. DataError below 257, and for an
-    `end` that is one of the characters which stand for bytes.
+    The vocabulary may be smaller than `vocab_size`, because pairs that occur only once are not merged. Raises DataError for a
+    `vocab_size` below 257 or above LARGEST_VOCABULARY, and for an `end` that is one of the characters which stand for bytes.
     """
     if vocab_size < SMALLEST_BPE:
         raise DataError(f"--vocab-size {vocab_size} is too small for byte-level BPE: at least {SMALLEST_BPE}")
@@ -59,9 +60,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int, end: str = END_OF_TEXT) -> 
 
 
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
-    """A tokenizer.json, a folder that holds one, or a pretrained name of the Hugging Face hub (needs the network).
+    """Load a tokenizer from a tokenizer.json, a folder that holds one, or a name on the Hugging Face hub (needs the network).
 
-    Truncation, padding and dropout of merges, which some files switch on, are switched off: they would change tokens.
+    Truncation, padding and dropout of merges, which some files switch on, are switched off, because they would change tokens.
     """
     path = _local_path(name_or_path)
     tok = _from_hub(str(name_or_path)) if path is None else _from_file(path)
@@ -76,7 +77,7 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
 
 
 def load_declared(name_or_path: str | Path) -> dict[str, str]:
-    """What the tokenizer_config.json beside such a tokenizer declares: see `special_tokens.declared_tokens`."""
+    """Return what the tokenizer_config.json beside such a tokenizer declares; see `special_tokens.declared_tokens`."""
     path = _local_path(name_or_path)
     if path is None:
         return _declared_on_hub(str(name_or_path))
@@ -91,7 +92,7 @@ def save_tokenizer(tok: Tokenizer, folder: Path, end: str, declared: dict[str, s
 
 
 def copy_tokenizer(folder: Path, target: Path, end_id: int) -> None:
-    """Copy tokenizer.json, and write the tokenizer_config.json that keeps its end of text; former versions wrote none."""
+    """Copy tokenizer.json, and write a tokenizer_config.json with the end of text, which folders of earlier versions lack."""
     tok = load_tokenizer(folder)
     end = tok.id_to_token(end_id)
     if end is None:
@@ -102,25 +103,31 @@ def copy_tokenizer(folder: Path, target: Path, end_id: int) -> None:
 
 
 def tokenizer_hash(tok: Tokenizer) -> str:
-    """sha256 of the tokenizer's canonical JSON: independent of white space and of the order of keys."""
+    """Return the sha256 of the tokenizer's canonical JSON, which is independent of white space and of the order of keys."""
     return json_hash(tok.to_str())
 
 
 def json_hash(text: str) -> str:
-    """sha256 of a JSON text in canonical form; the hash of a tokenizer.json file is that of its text."""
+    """Return the sha256 of a JSON text in canonical form. For the text of a tokenizer.json, this is the tokenizer's hash."""
     canonical = json.dumps(json.loads(text), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def token_id(tok: Tokenizer, token: str) -> int:
-    """The id of a token that is known to be there."""
+    """Return the id of a token that must exist."""
     found = tok.token_to_id(token)
     assert found is not None, token
     return found
 
 
+def encode_alike(tok: Tokenizer, other: Tokenizer, ids: Sequence[int]) -> bool:
+    """Whether `other` encodes the text of `ids`, tokens of `tok`, as `tok` does. Texts that both refuse count as alike."""
+    text = tok.decode(ids)
+    return _ids_of(tok, text) == _ids_of(other, text)
+
+
 def vocabulary_size(tok: Tokenizer) -> int:
-    """Largest id plus one: the rows that an embedding needs, also where a vocabulary has gaps."""
+    """Return the largest id plus one: the rows that an embedding needs, even if the vocabulary has gaps."""
     return max(tok.get_vocab(with_added_tokens=True).values()) + 1
 
 
@@ -129,8 +136,15 @@ def _save_config(tok: Tokenizer, folder: Path, end: str, declared: dict[str, str
         file.write(json.dumps(tokenizer_config(tok, end, declared), indent=1, ensure_ascii=False).encode())
 
 
+def _ids_of(tok: Tokenizer, text: str) -> list[int] | None:
+    try:
+        return tok.encode(text, add_special_tokens=False).ids
+    except Exception:  # tokenizers raises nothing narrower: the text has something that `tok` does not know
+        return None
+
+
 def _local_path(name_or_path: str | Path) -> Path | None:
-    """The tokenizer.json that is meant; None for a name of the hub. DataError if it is neither."""
+    """Return the path of the tokenizer.json; None for a name on the hub. Raises DataError if it is neither."""
     path = Path(name_or_path)
     if path.is_dir():
         if not (path / "tokenizer.json").exists() and (other := next((n for n in OTHER_FILES if (path / n).exists()), None)):
@@ -154,7 +168,7 @@ def _from_file(path: Path) -> Tokenizer:
 
 
 def _conversion(folder: Path) -> str:
-    """How to make a tokenizer.json of a folder's other files."""
+    """Return advice on making a tokenizer.json from a folder's other files."""
     return (
         f"transformers writes one: AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({f'{folder}-converted'!r}), "
         "the folder to name then"
@@ -176,7 +190,7 @@ def _declared_on_hub(name: str) -> dict[str, str]:
         return parse_declared(Path(hf_hub_download(name, CONFIG)).read_text(encoding="utf-8"))
     except EntryNotFoundError:
         return {}
-    except Exception as error:  # the hub's client, HTTP and the socket each have their own
+    except Exception as error:  # the hub's client, HTTP and the socket raise errors of their own
         raise _unreadable(name, error) from None
 
 
@@ -188,7 +202,7 @@ def _unreadable(name: str, error: Exception) -> DataError:
 
 
 def _byte_characters() -> list[str]:
-    """The printable character that byte-level BPE writes for each byte value: GPT-2's table."""
+    """Return the printable character that byte-level BPE writes for each byte value: GPT-2's table."""
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) if byte in printable else chr(256 + others.index(byte)) for byte in range(256)]

@@ -11,10 +11,10 @@ from data.tokenizer import load_declared, load_tokenizer
 
 
 def verify(folder: str | Path, log: Callable[[str], None] = print) -> None:
-    """Check the tokenizer, and sizes and hashes of both splits; logs a line for each file.
+    """Check the tokenizer, and the sizes and hashes of all files of both splits. Logs a line for each file.
 
     Raises:
-        DataError: at the first damage, naming the file.
+        DataError: for the first damaged file, with its name.
     """
     folder = Path(folder)
     index = read_index(folder)
@@ -31,7 +31,7 @@ def verify(folder: str | Path, log: Callable[[str], None] = print) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line. Status: 0, or 2 after an error."""
+    """Run the command line. Returns the exit status: 0, or 2 after an error."""
     parser = argparse.ArgumentParser(prog="python -m data.verify", description=__doc__.split(": ", 1)[1])
     parser.add_argument("folder", metavar="FOLDER")
     try:

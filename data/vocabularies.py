@@ -1,4 +1,4 @@
-"""Tokenizers for data whose tokens have no tokenizer.json: one of characters, and one that knows how many tokens there are."""
+"""Tokenizers for data without a tokenizer.json: one of characters, and one for which only the number of tokens is known."""
 
 import json
 from pathlib import Path
@@ -13,10 +13,10 @@ ADVICE = "expected {character: id}, [characters], or an object with such a 'stoi
 
 
 def character_vocabulary(path: Path) -> dict[str, int] | None:
-    """The ids of the characters in a JSON file, as nanoGPT's meta.pkl has them; None for a tokenizer.json.
+    """Return the ids of the characters in a JSON file, in the form of nanoGPT's meta.pkl; None for a tokenizer.json.
 
     Raises:
-        DataError: neither.
+        DataError: the file is neither.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -38,7 +38,7 @@ def character_vocabulary(path: Path) -> dict[str, int] | None:
 
 
 def _pairs(found: Any) -> list[tuple[Any, Any]]:
-    """(character, id) from a list, a mapping, or a mapping the other way round."""
+    """Return (character, id) pairs from a list, a mapping, or a mapping from ids to characters."""
     if isinstance(found, list):
         return [(text, i) for i, text in enumerate(found)]
     if not isinstance(found, dict):
@@ -49,7 +49,7 @@ def _pairs(found: Any) -> list[tuple[Any, Any]]:
 
 
 def character_tokenizer(vocabulary: dict[str, int]) -> Tokenizer:
-    """One token a character. The end of text is one more id, which also stands for characters that the vocabulary lacks."""
+    """Return a tokenizer of characters. The end of text gets an additional id, and also stands for unknown characters."""
     tok = _words(vocabulary)
     tok.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tok.decoder = decoders.Fuse()
@@ -57,9 +57,9 @@ def character_tokenizer(vocabulary: dict[str, int]) -> Tokenizer:
 
 
 def number_tokenizer(size: int, end: str = END_OF_TEXT) -> Tokenizer:
-    """Tokens 0 to size - 1 whose texts are their numbers, for data of which no more is known.
+    """Return a tokenizer for data whose tokens have no known text: the text of token i (0 to size - 1) is the number i.
 
-    The end of text is one of them, or one more id.
+    The end of text is one of these tokens, or an additional one.
     """
     tok = _words({str(i): i for i in range(size)}, end)
     tok.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -67,7 +67,7 @@ def number_tokenizer(size: int, end: str = END_OF_TEXT) -> Tokenizer:
 
 
 def has_text(tokens: list[tuple[int, str]]) -> bool:
-    """Whether tokens (id, text) are those of a text, and not of `number_tokenizer`."""
+    """Return whether tokens (id, text) have texts of their own, unlike those of `number_tokenizer`."""
     return any(text != str(i) for i, text in tokens)
 
 

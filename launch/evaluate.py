@@ -18,7 +18,7 @@ from configs.schema import Config
 from data import DataError
 from data.batches import validation_batches
 from data.shards import EmptySplit, TokenShards
-from data.tokenizer import load_tokenizer
+from data.tokenizer import PROBE, encode_alike, load_tokenizer
 from launch.checkpoint.trained import TrainedModel, open_trained
 from launch.checkpoint.verify import CheckpointError
 from launch.command import at_least, carry_out, default_device, device
@@ -71,22 +71,35 @@ def evaluate(options: argparse.Namespace) -> None:
 
 
 def require_same_tokenizer(trained: TrainedModel, shards: TokenShards) -> None:
-    """Raise CheckpointError if a token of the data has another id for the model, or if documents end with another token."""
+    """Raise CheckpointError unless the model's tokenizer encodes the data as the data's own does, with the same end of text.
+
+    Each token of the data must have the same id for the model. If the model's end of text is a guess and the data has another,
+    print a note.
+    """
+    remedy = "prepare the data with the model's own tokenizer (data.prepare --tokenizer)"
     ours = trained.tokenizer.get_vocab(with_added_tokens=True)
-    vocabulary = load_tokenizer(shards.folder).get_vocab(with_added_tokens=True)
+    own = load_tokenizer(shards.folder)
+    vocabulary = own.get_vocab(with_added_tokens=True)
     for token, number in sorted(vocabulary.items(), key=lambda item: item[1]):
         if ours.get(token) != number:
             here = "does not exist" if token not in ours else f"has the number {ours[token]}"
             raise CheckpointError(
                 f"{shards.folder} was prepared with another tokenizer: its token {token!r} has the number {number}, "
-                f"in the tokenizer of {trained.path} it {here}"
+                f"in the tokenizer of {trained.path} it {here}; {remedy}"
             )
-    if trained.end != shards.eot_id:
-        theirs, own = (trained.tokenizer.id_to_token(number) for number in (shards.eot_id, trained.end))
+    if not encode_alike(own, trained.tokenizer, shards.read(0, min(PROBE, shards.n_tokens)).tolist()):
+        found = f"that of {trained.path} tokenizes the data differently"
+        raise CheckpointError(f"{shards.folder} was prepared with another tokenizer: {found}; {remedy}")
+    if trained.end == shards.eot_id:
+        return
+    theirs, end = (trained.tokenizer.id_to_token(number) for number in (shards.eot_id, trained.end))
+    if not trained.guess:
         raise CheckpointError(
-            f"{shards.folder} ends its documents with {theirs!r}, {trained.path} was trained with {own!r}: prepare the data with "
-            f"--end-token {shlex.quote(str(own))}"
+            f"{shards.folder} ends its documents with {theirs!r}, {trained.path} was trained with {end!r}: prepare the data with "
+            f"--end-token {shlex.quote(str(end))}"
         )
+    found = f"it is not known which token ended documents in the training of {trained.path}"
+    print(f"evaluate: note: {found}; {shards.folder} ends them with {theirs!r}", file=sys.stderr)
 
 
 def main(arguments: list[str] | None = None) -> int:

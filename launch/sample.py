@@ -26,6 +26,8 @@ def sample(options: argparse.Namespace) -> None:
     trained = open_trained(options.model, options.average)
     for text in trained.notes:
         note(f"note: {text}; taking {trained.path.name} instead")
+    if trained.guess:
+        note(f"note: {trained.guess}")
     context = trained.context_of(options.context)
     model = trained.model.to(options.device)
     drawing = Drawing(0.0 if options.greedy else options.temperature, options.top_k, options.top_p)

@@ -155,7 +155,12 @@ class Nest:
     def parse(self, override: str) -> tuple[str, Any]:
         """Key and value of `section.key=value`. Text may be written with or without quotes; all other values are YAML."""
         # If the locale is not UTF-8, Python replaces bytes of an argument that it cannot decode by surrogates.
-        override = override.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        written = override.encode("utf-8", "surrogateescape")
+        try:
+            override = written.decode("utf-8")
+        except UnicodeDecodeError:
+            shown = written.decode("utf-8", "backslashreplace")
+            raise ConfigError(f"'{shown}': not UTF-8 text; rename such a file or folder, or name it by a link") from None
         key, separator, text = override.partition("=")
         key = key.strip()
         if not separator:

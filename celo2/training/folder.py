@@ -15,6 +15,7 @@ from celo2.training.metrics import read_metrics
 from celo2.training.yaml_values import ConfigError, is_null, read_yaml_file
 
 CHECKPOINTS = "checkpoints"
+OWNER = "owner"  # a file in a folder of checkpoints outside its run's folder: the path of the run's folder
 RULE = "rule.safetensors"
 
 
@@ -74,7 +75,10 @@ def holds_checkpoints(path: Path) -> bool:
     """Whether `path` is or leads to a folder of checkpoints, or an empty folder, that is not in another run's folder."""
     if not path.is_dir() or (path.resolve().parent / "metrics.jsonl").exists():
         return False
-    return all(entry.name.lstrip(".").startswith("step_") or entry.is_symlink() for entry in path.iterdir())
+    return all(
+        entry.name.lstrip(".").startswith("step_") or entry.is_symlink() or (entry.name == OWNER and entry.is_file())
+        for entry in path.iterdir()
+    )
 
 
 def check_own(folder: Path, schema: type, number: str, state: str, *others: str) -> None:

@@ -1,7 +1,7 @@
-"""Encoded units into the shards of the training and the validation split, in the order of the source.
+"""Writes encoded units into the shards of the training and the validation split, in the order of the source.
 
-NAME.bin holds token ids without a header. NAME.docs.bin holds, as uint64, where in NAME.bin each document begins that
-begins there; a document may continue in the next shard. Everything is little-endian.
+NAME.bin holds token ids without a header. NAME.docs.bin holds, as uint64, the position in NAME.bin of each document that
+begins in this shard; a document may continue in the next shard. Everything is little-endian.
 """
 
 import hashlib
@@ -19,9 +19,9 @@ from data.shards import docs_path
 def assemble(
     units: list[Path], folder: Path, dtype: np.dtype, split: Split, cut: Cut | None, shard_tokens: int
 ) -> dict[str, dict]:
-    """Write the shards of both splits into `folder`; returns what index.json says of them.
+    """Write the shards of both splits into `folder`. Returns their entries in index.json.
 
-    cut: the document that `split` cuts.
+    cut: the two parts of the document that `split` cuts.
     """
     writers = {name: ShardWriter(folder, name, shard_tokens) for name in ("train", "val")}
     for i, unit in enumerate(units):
@@ -46,8 +46,8 @@ class ShardWriter:
 
     def __init__(self, folder: Path, split: str, shard_tokens: int):
         self.folder, self.split, self.shard_tokens = folder, split, shard_tokens
-        self.shards: list[dict] = []  # the finished ones
-        self.tokens = self.documents = self.bytes = 0  # of the split
+        self.shards: list[dict] = []  # finished shards
+        self.tokens = self.documents = self.bytes = 0  # totals of the split
         self.file: BinaryIO | None = None
 
     def write(self, tokens: np.ndarray, n_bytes: int) -> None:
@@ -69,7 +69,7 @@ class ShardWriter:
                 self._end_shard()
 
     def close(self) -> dict:
-        """End the last shard; returns {tokens, documents, bytes, shards: [{name, tokens, sha256, documents, docs_sha256}]}."""
+        """End the last shard. Returns {tokens, documents, bytes, shards: [{name, tokens, sha256, documents, docs_sha256}]}."""
         self._end_shard()
         return {"tokens": self.tokens, "documents": self.documents, "bytes": self.bytes, "shards": self.shards}
 

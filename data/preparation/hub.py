@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub, streamed: nothing is downloaded ahead. Needs the package datasets."""
+"""Streams data sets of the Hugging Face hub, without downloading them first. Needs the package datasets."""
 
 import functools
 from collections.abc import Iterator
@@ -7,18 +7,18 @@ from data import DataError, first_line
 
 
 def hub_revision(name: str, revision: str | None) -> str:
-    """The commit that a data set's name stands for now, so that one preparation reads one state throughout."""
+    """Return the current commit of a data set, so that a preparation reads the same version until its end."""
     try:
         import huggingface_hub
 
         return huggingface_hub.dataset_info(name, revision=revision).sha or ""
-    except Exception as error:  # the hub's client, HTTP and the socket each have their own
+    except Exception as error:  # the hub's client, HTTP and the socket raise errors of their own
         raise _unreadable(name, error) from None
 
 
 @functools.lru_cache(maxsize=1)
 def load_hub(name: str, config: str | None, split: str, revision: str):
-    """The `datasets.IterableDataset` of one split."""
+    """Return the `datasets.IterableDataset` of one split."""
     try:
         import datasets
 
@@ -28,13 +28,13 @@ def load_hub(name: str, config: str | None, split: str, revision: str):
 
 
 def hub_rows(name: str, config: str | None, split: str, revision: str, parts: int, index: int, key: str) -> Iterator[dict]:
-    """The rows of one of the `parts` parts of a split, with the column `key` alone where the columns are known."""
+    """Yield the rows of part `index` of the `parts` parts of a split; only the column `key`, if the columns are known."""
     rows = load_hub(name, config, split, revision).shard(parts, index)
     if key in (rows.column_names or ()):
         rows = rows.select_columns([key])
     try:
         yield from rows
-    except Exception as error:  # as above, and whatever the files hold
+    except Exception as error:  # as above, and errors in the files
         raise _unreadable(name, error) from None
 
 

@@ -1,4 +1,4 @@
-"""The files that a path or a glob stands for, what each holds, and what is left out and why: nothing is left out unsaid."""
+"""Lists the files of a path or a glob, their types, and the skipped files with the reason: no file is skipped silently."""
 
 import codecs
 import errno
@@ -16,7 +16,7 @@ JSON_LINES = (".jsonl", ".ndjson", ".json")
 COMPRESSION = (".gz", ".zst")
 COMPRESSED_JSON_LINES = tuple(name + packed for name in JSON_LINES for packed in COMPRESSION)
 PARQUET = ".parquet"
-# Kinds whose contents are no text, or no text as it stands. Others with NUL bytes are noticed by those.
+# Suffixes of files that are not text, or not readable as text directly. Other binary files are recognized by NUL bytes.
 PACKED = (*COMPRESSION, ".bz2", ".xz", ".lz4", ".zip", ".tar", ".tgz", ".7z", ".rar")
 NOT_TEXT = (
     *(".csv", ".tsv", ".xls", ".xlsx", ".ods", ".arrow", ".feather", ".avro", ".orc", ".sqlite", ".db", ".npy", ".npz"),
@@ -25,20 +25,20 @@ NOT_TEXT = (
     *(".pkl", ".pickle", ".pt", ".pth", ".safetensors", ".bin", ".pyc", ".so", ".exe"),
 )
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)  # UTF-32-LE begins with the first of them
-HEAD = 8192  # bytes that are looked at to tell text from something else
+HEAD = 8192  # bytes at the start of a file that are checked to distinguish text from binary data
 EXAMPLES = 3
 
 
 @dataclass
 class Listing:
-    """The names below `base` of the files to read, sorted, and by reason the names that are left out."""
+    """The names below `base` of the files to read, sorted; and the names of skipped files, by reason."""
 
     base: Path
     names: list[str] = field(default_factory=list)
     left_out: dict[str, list[str]] = field(default_factory=dict)
 
     def notes(self) -> list[str]:
-        """What is read as what, and what is left out, in one line each."""
+        """Return a line on the types of the files to read, and a line on skipped files, if there are any."""
         kinds = Counter(_suffix(name) for name in self.names)
         lines = ["files: " + ", ".join(f"{count} {kind or 'without a suffix'}" for kind, count in sorted(kinds.items()))]
         if plain := sorted(kind for kind in kinds if kind not in (".txt", PARQUET, *JSON_LINES, *COMPRESSED_JSON_LINES)):
@@ -46,7 +46,7 @@ class Listing:
         return [*lines, f"left out: {self.left_out_line()}"] if self.left_out else lines
 
     def left_out_line(self) -> str:
-        """Each reason with its count and some names."""
+        """Return each reason for skipping with its count and some names."""
         parts = []
         for reason, names in sorted(self.left_out.items()):
             more = ", ..." if len(names) > EXAMPLES else ""
@@ -55,9 +55,9 @@ class Listing:
 
 
 def local_files(name: str) -> Listing:
-    """What a path or glob stands for. Linked folders are followed; a file or folder that is reached twice is read once.
+    """List the files of a path or glob. Linked folders are followed. A file or folder that is reached twice is read once.
 
-    DataError: nothing there, or no file that is read.
+    Raises DataError if there is nothing, or no file that can be read.
     """
     path = Path(name)
     left_out: dict[str, list[Path]] = defaultdict(list)
@@ -100,7 +100,7 @@ def local_files(name: str) -> Listing:
 
 
 def _walk(base: Path, left_out: dict[str, list[Path]]) -> Iterator[tuple[bool, Path]]:
-    """(whether by a link, file) for every file below `base` that is not hidden. Linked folders come last, each folder once."""
+    """Yield (reached by a link, file) for every file below `base` that is not hidden. Linked folders come last, each once."""
 
     def unreadable(error: OSError) -> None:
         left_out["unreadable"].append(Path(error.filename))
@@ -129,7 +129,10 @@ def _identity(path: Path) -> tuple[int, int]:
 
 
 def _why_not(path: Path) -> str:
-    """Why a file is not read, '' if it is. DataError for text in UTF-16: it is meant, but cannot be read."""
+    """Return the reason why a file is skipped, '' if it is read.
+
+    Raises DataError for text in UTF-16, which the user probably wants to be read.
+    """
     suffix = _suffix(path.name)
     try:
         if not stat.S_ISREG(path.stat().st_mode):
@@ -148,13 +151,13 @@ def _why_not(path: Path) -> str:
 
 
 def _suffix(name: str) -> str:
-    """What a file's name says of its contents: a suffix in lower case, of two parts if it is compressed JSON lines."""
+    """Return the suffix of a file's name in lower case; for compressed JSON lines, both parts of it."""
     name = name.lower()
     return next((s for s in COMPRESSED_JSON_LINES if name.endswith(s)), Path(name).suffix)
 
 
 def _refusal(reason: str) -> str:
-    """What to say of the only file of a source if it is left out."""
+    """Return the message for a source whose only file is skipped."""
     if reason in PACKED:
         return f"of compressed files only {', '.join(COMPRESSED_JSON_LINES)} are read; unpack it"
     if reason in NOT_TEXT:

@@ -1,8 +1,8 @@
-"""What an output folder holds: nothing, an unfinished preparation in OUT/.partial, or a finished one with OUT/index.json.
+"""Manages an output folder. It is empty, or holds an unfinished preparation (OUT/.partial) or a finished one (OUT/index.json).
 
-OUT/.partial/plan.json keeps the arguments of an unfinished preparation and the state of its sources. Once a unit is
-finished, other arguments are an error. With the same ones finished units are kept, unless the source's files changed:
-then the preparation starts over.
+OUT/.partial/plan.json stores the arguments of an unfinished preparation and the state of its sources. Once a unit is
+finished, other arguments are an error. With the same arguments, finished units are kept. But if the source's files have
+changed, the preparation starts over.
 """
 
 import fcntl
@@ -21,11 +21,11 @@ from data.shards import check_files, fingerprint, read_index
 from data.special_tokens import CONFIG, as_trained, end_of_text
 from data.tokenizer import load_declared, load_tokenizer, tokenizer_hash
 
-UNITS_VERSION = 2  # of what is in OUT/.partial
+UNITS_VERSION = 2  # version of the files in OUT/.partial
 
 
 def is_finished(out: Path, arguments: dict, log: Callable[[str], None]) -> bool:
-    """Whether `out` holds the whole preparation that `arguments` ask for; DataError if it holds another one."""
+    """Return whether `out` holds the finished preparation that `arguments` ask for. Raises DataError if it holds another one."""
     if not (out / "index.json").exists():
         return False
     index = read_index(out)
@@ -39,17 +39,17 @@ def is_finished(out: Path, arguments: dict, log: Callable[[str], None]) -> bool:
             continue
         if difference := _difference(index[inventory], source.inventory):
             raise DataError(f"{out} is already prepared, but the files of {name} changed: {difference}; {advice}")
-        kept = index.get("sources", [])[i : i + 1]  # nothing in folders of former versions
+        kept = index.get("sources", [])[i : i + 1]  # empty in folders of earlier versions
         if kept and kept[0]["written_sha256"] != source.written:
             log(f"{name} was written to since, or copied: comparing its text")
             if texts_hash(hashes_of_source(source.units, arguments["text_key"])) != kept[0]["texts_sha256"]:
                 raise DataError(f"{out} is already prepared, but the text of {name} changed; {advice}")
             kept[0]["written_sha256"] = source.written
-            with suppress(OSError):  # a folder that is only read compares again the next time
+            with suppress(OSError):  # if the folder is read-only, the next start compares the text again
                 _write_json(out / "index.json", index)
     if tokenizer not in ("bytes", "bpe") and Path(tokenizer).exists():
         tok = load_tokenizer(tokenizer)
-        end = tok.id_to_token(index["end_of_text_id"])  # former versions kept the tokenizer as it was
+        end = tok.id_to_token(index["end_of_text_id"])  # earlier versions stored the tokenizer unchanged
         if end is None or index["tokenizer_sha256"] not in map(tokenizer_hash, (tok, as_trained(tok, end))):
             raise DataError(f"{out} is already prepared, but the tokenizer in {tokenizer} changed; {advice}")
         if (now := end_of_text(tok, load_declared(tokenizer), arguments["end_token"])) != end:
@@ -61,7 +61,7 @@ def is_finished(out: Path, arguments: dict, log: Callable[[str], None]) -> bool:
 
 
 def begin(partial: Path, arguments: dict, sources: list[Source], log: Callable[[str], None]) -> None:
-    """Make `partial`, or continue the one that is there; DataError if that belongs to other arguments."""
+    """Create the folder `partial`, or keep an existing one to continue it. Raises DataError if that has other arguments."""
     states = [source.state for source in sources]
     plan = {"version": UNITS_VERSION, "arguments": arguments, "states": states}
     path = partial / "plan.json"
@@ -87,7 +87,7 @@ def begin(partial: Path, arguments: dict, sources: list[Source], log: Callable[[
 
 
 def publish(partial: Path, shards: Path, out: Path, index: dict) -> None:
-    """Move `shards` to their place and write index.json last: a folder with an index is whole."""
+    """Move the files in `shards` to `out`, and write index.json last: a folder with an index is whole."""
     for path in sorted(shards.iterdir()):
         os.replace(path, out / path.name)
     for name in (CONFIG, "tokenizer.json"):
@@ -99,7 +99,7 @@ def publish(partial: Path, shards: Path, out: Path, index: dict) -> None:
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """One preparation at a time in a folder. The lock ends with the process, even if that is killed."""
+    """Lock a folder in this context: only one preparation may run in it. The lock ends with the process, even after a kill."""
     handle = os.open(out, os.O_RDONLY)
     try:
         try:
@@ -114,21 +114,21 @@ def locked(out: Path) -> Iterator[None]:
 
 
 def summary(index: dict) -> str:
-    """One line on what was prepared."""
+    """Return a line on the prepared data."""
     parts = [f"{split} {s['tokens']:,} tokens in {s['documents']:,} documents" for split, s in index["splits"].items()]
     left_out = "".join(f"; {note}" for note in index.get("notes", []) if note.startswith("left out"))
     return f"{', '.join(parts)}; vocabulary {index['vocab_size']}, fingerprint {fingerprint(index)[:12]}{left_out}"
 
 
 def repetition(splits: dict[str, dict]) -> list[str]:
-    """A note where validation has a file of the same tokens as training, by the splits of an index.json."""
+    """Return a note if a validation shard has the same tokens as a training shard. `splits`: as in index.json."""
     train = {shard["sha256"]: shard["name"] for shard in splits["train"]["shards"]}
     same = [f"{shard['name']} is {train[shard['sha256']]}" for shard in splits["val"]["shards"] if shard["sha256"] in train]
     return [f"validation holds the tokens of training: {', '.join(same)}; its loss says nothing about new text"] if same else []
 
 
 def _option(argument: str) -> str:
-    """What the command line calls an argument of data.prepare."""
+    """Return the name of an argument of data.prepare on the command line."""
     return "SOURCE" if argument == "source" else f"--{argument.replace('_', '-')}"
 
 
@@ -141,7 +141,7 @@ def _difference(old: dict, new: dict) -> str:
 
 
 def _local_source(name: str | None) -> Source | None:
-    """None for the hub, and for files that are gone: a corpus may be deleted once it is prepared."""
+    """Open a local source. Returns None for the hub, and for missing files: a corpus may be deleted once it is prepared."""
     if name is None or name.startswith("hub:"):
         return None
     try:

@@ -1,4 +1,4 @@
-"""How far a preparation is: a bar on a terminal, a line every ten seconds elsewhere."""
+"""Shows the progress of a preparation: a bar on a terminal, else a line every ten seconds."""
 
 import sys
 import time
@@ -10,10 +10,10 @@ LINE_SECONDS = 10
 
 @contextmanager
 def progress(units: dict[int, int], log: Callable[[str], None]) -> Iterator[Callable[..., None]]:
-    """Yields update(tokens, unit=None): so many more tokens are encoded, and `unit` is done; `units` gives its bytes."""
+    """Yield update(tokens, unit=None), which adds encoded tokens and marks `unit` as done. `units`: unit -> bytes of text."""
     begun = last = time.monotonic()
     done = total = 0
-    by_bytes = any(units.values())  # those of a hub data set are unknown
+    by_bytes = any(units.values())  # the bytes of a hub data set are unknown
     with _bar(sum(units.values()) if by_bytes else len(units)) if sys.stderr.isatty() else nullcontext() as advance:
 
         def update(tokens: int, unit: int | None = None) -> None:
@@ -33,7 +33,7 @@ def progress(units: dict[int, int], log: Callable[[str], None]) -> Iterator[Call
 
 @contextmanager
 def _bar(total: int) -> Iterator[Callable[[int, str], None]]:
-    """Yields advance(by, line) for a bar that ends at `total`."""
+    """Yield advance(by, line) for a bar that ends at `total`."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -1,14 +1,14 @@
-"""Documents (str) out of the pieces of a source, one at a time: memory is bounded by one document.
+"""Reads the documents (str) in the pieces of a source, one at a time: memory is bounded by one document.
 
 - text: a file of at most LARGE_TEXT bytes is one document.
-- large text: document k begins after the first blank line at or after byte k * WINDOW; where the next WINDOW bytes have
-  none, after their first line end; where they have neither, after white space, or else at the next whole character. So a
+- large text: document k begins after the first blank line at or after byte k * WINDOW. If the next WINDOW bytes contain no blank
+  line, it begins after their first line end, else after their first white space, else at the next whole character. So a
   document has at most 2 * WINDOW bytes, the documents together are the file, and each is found without reading the file from
   its start.
 - JSON lines, Parquet and hub data sets: the string under the text key of a row; null is an empty document. A compressed file
-  cannot be read from its middle, so each is one unit: many of them are read in parallel, a single one is not.
-Text is kept as it is, line ends and NUL included; only a byte order mark at the beginning of a file is not text. Documents of
-white space alone are left out, and counted.
+  cannot be read from its middle, so it is never divided: many files are read in parallel, a single file is not.
+Text is not changed: line ends and NUL stay. Only a byte order mark at the beginning of a file is dropped. Documents that are
+empty or only white space are skipped and counted.
 """
 
 import codecs
@@ -27,20 +27,20 @@ from data.preparation.hub import hub_rows
 from data.preparation.sources import WINDOW, Piece, Unit
 from data.preparation.stdlib import stdlib_topics
 
-SAMPLE_CHARACTERS = 32 * 2**20  # text that a tokenizer is trained on
-SAMPLE_UNITS = 32  # taken from so many places at most
+SAMPLE_CHARACTERS = 32 * 2**20  # length of the text on which a tokenizer is trained
+SAMPLE_UNITS = 32  # the most units from which this text is taken
 MARK = "\ufeff"  # the byte order mark
-CONTINUATION = bytes(range(0x80, 0xC0))  # every byte of a UTF-8 character but its first
+CONTINUATION = bytes(range(0x80, 0xC0))  # all bytes that can follow the first byte of a UTF-8 character
 BLANK_LINE = re.compile(rb"\n\s*\n")
 
 
 def documents(unit: Unit, text_key: str = "text") -> Iterator[str]:
-    """The documents of one unit, in order. DataError names the file, and the place in it where something is wrong."""
+    """Yield the documents of one unit, in order. Raises DataError with the file and the place of an error in it."""
     return filter(None, texts(unit, text_key))
 
 
 def texts(unit: Unit, text_key: str = "text") -> Iterator[str]:
-    """The same with '' for each document that is empty or white space, so that they can be counted."""
+    """Yield the same, and '' for each document that is empty or only white space, so that these can be counted."""
     for piece in unit:
         try:
             for text in READERS[piece.kind](piece, text_key):
@@ -50,7 +50,7 @@ def texts(unit: Unit, text_key: str = "text") -> Iterator[str]:
 
 
 def sample(units: list[Unit], text_key: str = "text", limit: int = SAMPLE_CHARACTERS) -> Iterator[str]:
-    """At most `limit` characters of documents: the equally long beginnings of SAMPLE_UNITS units, evenly spread."""
+    """Yield at most `limit` characters of documents: the beginnings, of equal length, of SAMPLE_UNITS evenly spread units."""
     count = min(len(units), SAMPLE_UNITS)
     chosen = [units[i * len(units) // count] for i in range(count)]
     for unit in chosen:
@@ -77,19 +77,19 @@ def _read_large_text(piece: Piece, _: str) -> Iterator[str]:
 
 
 def _boundary(file: BinaryIO, position: int) -> int:
-    """Where the document of the window at `position` begins: within WINDOW bytes after it."""
+    """Return where the document of the window at `position` begins, at most WINDOW bytes after `position`."""
     if position == 0:
         return 0
     file.seek(position)
     window = file.read(WINDOW)
     if match := BLANK_LINE.search(window) or re.search(rb"\n", window) or re.search(rb"\s", window):
         return position + match.end()
-    rest = window[:3]  # a character that began before ends within these
+    rest = window[:3]  # a character that began before the window ends within these bytes
     return position + len(rest) - len(rest.lstrip(CONTINUATION))
 
 
 def _decode(data: bytes, path: str, offset: int) -> str:
-    """UTF-8 text from byte `offset` of a file, without the byte order mark that may begin the file."""
+    """Decode UTF-8 text from byte `offset` of a file, without a byte order mark at the beginning of the file."""
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
@@ -103,7 +103,7 @@ def _read_topics(piece: Piece, _: str) -> Iterator[str]:
 
 
 class BadRecord(Exception):
-    """What is wrong with a record, to stand after its place: a line or row of a file. `byte`: where in it, if that is known."""
+    """A record (line or row) is wrong. The message follows the name of the record. `byte`: the position in it, if known."""
 
     def __init__(self, problem: str, byte: int | None = None):
         super().__init__(problem)
@@ -111,7 +111,7 @@ class BadRecord(Exception):
 
 
 def _read_json_lines(piece: Piece, key: str) -> Iterator[str]:
-    """The lines that begin within [start, stop)."""
+    """Yield the texts of the lines that begin within [start, stop)."""
     with open(piece.path, "rb") as file:
         position = max(piece.start - 1, 0)
         file.seek(position)
@@ -130,7 +130,7 @@ def _read_json_lines(piece: Piece, key: str) -> Iterator[str]:
 
 
 def _advice(piece: Piece, first: bool) -> str:
-    """What to do about a file whose first line is no record, as its name may not have meant that it has any."""
+    """Return advice for a .json file whose first line is not a record, since the file may not be meant as JSON lines."""
     name = Path(piece.path).name.lower().removesuffix(".gz").removesuffix(".zst")
     if not first or not name.endswith(".json"):
         return ""
@@ -138,7 +138,7 @@ def _advice(piece: Piece, first: bool) -> str:
 
 
 def _line_number(path: str, position: int) -> int:
-    """The number, from 1, of the line that begins at a byte of a file."""
+    """Return the number, from 1, of the line that begins at byte `position` of a file."""
     count = 1
     with open(path, "rb") as file:
         while position > 0 and (data := file.read(min(position, 2**20))):
@@ -180,7 +180,7 @@ def _decompressed(path: str) -> BinaryIO | io.BufferedIOBase:
 
 
 def _json_text(line: bytes, key: str, first: bool) -> str | None:
-    """The text of one line, the file's first or not; None if the line is empty."""
+    """Return the text of one line; None if the line is empty. `first`: whether it is the first line of the file."""
     if line.isspace():
         return None
     try:
@@ -195,7 +195,7 @@ def _json_text(line: bytes, key: str, first: bool) -> str | None:
         raise BadRecord("is nested too deeply for a JSON line") from None
     if not isinstance(row, dict):
         raise BadRecord(f"holds {type(row).__name__}, not a JSON object with the key {key!r}")
-    if line.count(json.dumps(key, ensure_ascii=False).encode()) > 1:  # perhaps in a text
+    if line.count(json.dumps(key, ensure_ascii=False).encode()) > 1:  # the key may be there twice, or occur in a text
         pairs = json.loads(line.removeprefix(codecs.BOM_UTF8), object_pairs_hook=list)
         if sum(name == key for name, _ in pairs) > 1:
             raise BadRecord(f"has {key!r} more than once")
@@ -228,7 +228,7 @@ def _read_parquet(piece: Piece, key: str) -> Iterator[str]:
 
 
 def _python_values(column: Any) -> Iterator[Any]:
-    """The values of an Arrow column; text that is not UTF-8 is handed out as its UnicodeDecodeError."""
+    """Yield the values of an Arrow column; for text that is not UTF-8, yield the UnicodeDecodeError."""
     try:
         yield from column.to_pylist()
     except UnicodeDecodeError:
@@ -259,7 +259,7 @@ def _check_key(keys: Collection[str], key: str) -> None:
 
 
 def _text(value: Any, key: str) -> str:
-    """A record's text; null is an empty document."""
+    """Return the text of a record; null is an empty document."""
     if value is None:
         return ""
     if isinstance(value, UnicodeDecodeError):
@@ -270,7 +270,7 @@ def _text(value: Any, key: str) -> str:
 
 
 def _without_surrogates(text: str) -> str:
-    """JSON may hold halves of surrogate pairs, which are not characters: pairs are joined, lone halves become U+FFFD."""
+    """Join surrogate pairs, which JSON may contain, into characters, and replace lone surrogates by U+FFFD."""
     try:
         text.encode()
         return text

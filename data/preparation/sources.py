@@ -1,12 +1,12 @@
-"""Where text comes from, cut into units: the same for any number of workers, each small enough to do again.
+"""Opens a source of text and cuts it into units. Units do not depend on the number of workers, and are small enough to repeat.
 
 A source is named by one string:
     PATH        a file, a folder (every file below it that is not hidden, also in linked folders), or a glob ('corpus/**/*.md')
     hub:NAME    a data set of the Hugging Face hub, streamed; hub:NAME@REVISION takes that revision
     stdlib      the Python standard library's own sources and documentation topics, which need no download
-What a file holds follows from its name: .jsonl, .ndjson, .json (JSON lines) and the same with .gz or .zst, .parquet; any
-other is UTF-8 text, but for the kinds that data/preparation/listing.py leaves out. How documents are read from each is in
-data/preparation/readers.py.
+A file's name determines its type: .jsonl, .ndjson, .json (JSON lines) and the same with .gz or .zst; .parquet; any other
+file is UTF-8 text, except the types that data/preparation/listing.py skips. data/preparation/readers.py says how documents
+are read from each type.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from data.preparation.hub import hub_revision, load_hub
 from data.preparation.listing import COMPRESSED_JSON_LINES, JSON_LINES, PARQUET, Listing, local_files
 from data.preparation.stdlib import stdlib_files
 
-UNIT_BYTES = 16 * 2**20  # text in one unit: seconds of tokenizing
+UNIT_BYTES = 16 * 2**20  # text in one unit, which takes seconds to tokenize
 WINDOW = 16 * 2**10  # bytes of a large text file for each document
 LARGE_TEXT = 256 * 2**10  # bytes; a text file above this is split into documents
 COMPRESSION_FACTOR = 4  # bytes of English text for each byte compressed, roughly
@@ -29,7 +29,7 @@ TOPICS_BYTES = 500_000  # pydoc_data.topics, roughly
 
 @dataclass(frozen=True)
 class Piece:
-    """What a reader reads in one go. `start` and `stop` count bytes, row groups or parts of a hub data set, by kind."""
+    """The input of one call of a reader. `start` and `stop` count bytes, row groups or parts of a hub data set, by `kind`."""
 
     kind: str  # a key of readers.READERS
     path: str
@@ -44,19 +44,19 @@ Unit = tuple[Piece, ...]
 
 @dataclass(frozen=True)
 class Source:
-    """An opened source: its units in the order of their documents, and what distinguishes its state from another one."""
+    """An opened source: its units in the order of their documents, and values that identify its state."""
 
     units: list[Unit]
-    inventory: dict[str, str | int]  # the same wherever the files lie and whenever they were written
-    written: str  # sha256 over names, sizes and times of change; '' for the hub
-    state: str  # the same, and over units
-    notes: list[str] = field(default_factory=list)  # lines for the user: what is read as what, left out, or cut
+    inventory: dict[str, str | int]  # independent of the place of the files and of the time when they were written
+    written: str  # sha256 over names, sizes and modification times; '' for the hub
+    state: str  # sha256 over the same and the units
+    notes: list[str] = field(default_factory=list)  # lines for the user on file types, skipped files and cut files
 
 
 def open_source(name: str, hub_config: str | None = None, hub_split: str = "train") -> Source:
-    """List a source's units. Reads no text, but the metadata of Parquet files and of hub data sets.
+    """List a source's units. Reads no text, only the metadata of Parquet files and hub data sets.
 
-    DataError: nothing there, no file in it, a file or a hub data set that cannot be read.
+    Raises DataError if the source does not exist, holds no file, or has a file or hub data set that cannot be read.
     """
     if name.startswith("hub:"):
         return _open_hub(name.removeprefix("hub:"), hub_config, hub_split)
@@ -85,12 +85,12 @@ def open_source(name: str, hub_config: str | None = None, hub_split: str = "trai
 
 
 def total_bytes(units: Iterable[Unit]) -> int:
-    """Estimated bytes of text in these units."""
+    """Return the estimated bytes of text in these units."""
     return sum(piece.size for unit in units for piece in unit)
 
 
 def _cut_notes(pieces: list[Piece]) -> list[str]:
-    """That large text files become many documents, if there are any."""
+    """Return a note that large text files are cut into documents, if there are any."""
     large = sorted({piece.path for piece in pieces if piece.kind == "large text"})
     if not large:
         return []
@@ -114,7 +114,7 @@ def _file_pieces(path: Path, size: int) -> list[Piece]:
         kind = "large text"
     else:
         return [Piece("text", str(path), 0, size, size)]
-    # A multiple of WINDOW, so that documents are the same whatever the size of a unit.
+    # A multiple of WINDOW, so that documents do not depend on the size of a unit.
     step = max(WINDOW, UNIT_BYTES // WINDOW * WINDOW)
     cuts = [(start, min(start + step, size)) for start in range(0, size, step)]
     return [Piece(kind, str(path), start, stop, stop - start) for start, stop in cuts]
@@ -127,7 +127,7 @@ def _parquet_pieces(path: Path) -> list[Piece]:
     except ImportError:
         raise DataError(f"{path}: reading Parquet needs the package pyarrow: pip install pyarrow") from None
     try:
-        with open(path, "rb") as file:  # pyarrow itself opens no name that is not UTF-8
+        with open(path, "rb") as file:  # pyarrow cannot open a name that is not UTF-8
             metadata = pyarrow.parquet.read_metadata(file)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a Parquet file: {first_line(error)}") from None
@@ -144,7 +144,7 @@ def _open_hub(name: str, config: str | None, split: str) -> Source:
 
 
 def _group(pieces: list[Piece]) -> list[Unit]:
-    """Joins consecutive pieces until they hold UNIT_BYTES: many small files make one unit."""
+    """Join consecutive pieces until they hold UNIT_BYTES: many small files make one unit."""
     units: list[Unit] = []
     unit: list[Piece] = []
     held = 0

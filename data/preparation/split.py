@@ -1,8 +1,8 @@
-"""Which documents are validation: by a hash of their text, by position, or those of a source of their own.
+"""Chooses the documents for validation: by a hash of their text, by position, or from a separate source.
 
-By hash, a text goes to the same split wherever it stands, and equal texts together. With few or very unequal documents that
-would give one split nearly nothing, or validation many times its share. Then the last part of the text is validation, and the
-document in which it begins is cut in two.
+By hash, a text goes to the same split at any place, and equal texts go to the same split. But with few documents, or documents of
+very different lengths, one split could get nearly nothing, or validation many times its share. Then the last part of the text is
+for validation, and the document in which this part begins is cut in two.
 """
 
 import hashlib
@@ -17,17 +17,22 @@ from data.preparation.encode import DOCUMENT, Encoder, text_hash
 from data.preparation.readers import documents
 from data.preparation.sources import Unit
 
-LEAST_TRAINING = 1 / 2  # of the share of tokens that training is to get, or the split is by position
-LEAST_VALIDATION, MOST_VALIDATION = 1 / 10, 3  # times the share that validation is to get
-CUT_SEARCH = 2000  # characters after a cut in which a line end or white space is looked for
-Part = tuple[np.ndarray, int]  # tokens (n,) of a document, the end of text included; bytes of its text
-Cut = tuple[Part | None, Part | None]  # of one document: what is for training, and for validation
+# The split is by hash if training and validation then get tokens within these multiples of their intended shares.
+LEAST_TRAINING = 1 / 2
+LEAST_VALIDATION, MOST_VALIDATION = 1 / 10, 3
+CUT_SEARCH = 2000  # characters after the intended cut in which a line end or white space is searched
+Part = tuple[np.ndarray, int]  # tokens (n,) of a part of a document, the end of text included; bytes of its text
+Cut = tuple[Part | None, Part | None]  # the parts of one document for training and for validation
 
 
 @dataclass(frozen=True)
 class Split:
-    """The documents of units from `first_val` on are validation; of the others those whose hash is below `limit`, or those after
-    `cut`, a document given as (unit, document in it), which itself is cut after `fraction` of its characters."""
+    """A rule that assigns documents to splits.
+
+    All documents of units from `first_val` on are for validation. Of the other documents, those with a hash below `limit` are.
+    But if `cut` = (unit, document in it) is given, it is those after that document, and the document itself is cut after
+    `fraction` of its characters.
+    """
 
     first_val: int
     limit: int = 0
@@ -35,13 +40,13 @@ class Split:
     fraction: float = 0.0
 
     def name(self, unit: int, document: int, text_hash: int) -> str:
-        """ "train" or "val"."""
+        """Return "train" or "val"."""
         below = text_hash < self.limit if self.cut is None else (unit, document) > self.cut
         return "val" if unit >= self.first_val or below else "train"
 
 
 def read_documents(unit: Path, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """The records (n,) DOCUMENT of a unit's documents that are not empty, and where their tokens stop (n,)."""
+    """Return the records (n,) DOCUMENT of a unit's documents that are not empty, and the ends of their tokens (n,)."""
     found = np.fromfile(unit.with_suffix(".docs"), DOCUMENT)
     found = found[found["bytes"] > 0]
     end = unit.with_suffix(".tokens").stat().st_size // dtype.itemsize
@@ -49,7 +54,7 @@ def read_documents(unit: Path, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]
 
 
 def texts_hash(hashes: Iterable[np.ndarray]) -> str:
-    """sha256 over the hashes (n,) uint64 of the documents of a source, in their order: the same however it is cut into units."""
+    """Return the sha256 over the hashes (n,) uint64 of a source's documents, in order. It is independent of the units."""
     digest = hashlib.sha256()
     for part in hashes:
         digest.update(part.astype("<u8").tobytes())
@@ -57,20 +62,20 @@ def texts_hash(hashes: Iterable[np.ndarray]) -> str:
 
 
 def hashes_of_units(units: list[Path], dtype: np.dtype) -> Iterator[np.ndarray]:
-    """The hashes (n,) of the documents of each encoded unit."""
+    """Yield the hashes (n,) of the documents of each encoded unit."""
     return (read_documents(unit, dtype)[0]["hash"] for unit in units)
 
 
 def hashes_of_source(units: list[Unit], text_key: str) -> Iterator[np.ndarray]:
-    """The same from the source itself, which is read. DataError as of readers.documents."""
+    """Yield the same by reading the source itself. Raises DataError as readers.documents."""
     return (np.array([text_hash(text.encode()) for text in documents(unit, text_key)], np.uint64) for unit in units)
 
 
 def hash_limit(hashes: Iterable[np.ndarray], fraction: float) -> int:
-    """Documents whose 64-bit hash is below the limit are validation: about `fraction` of them, equal texts together.
+    """Return the limit below which the 64-bit hash of a document makes it validation: about `fraction` of the documents.
 
-    If that leaves a split empty, the smallest hash goes to validation, or the largest to training, provided that
-    there are two different documents and fraction > 0; a single document is for training.
+    If a split would be empty, the smallest hash goes to validation, or the largest to training, provided that there
+    are two different documents and fraction > 0. A single document is for training.
     """
     limit = int(fraction * 2**64)
     count, below, smallest, largest = 0, 0, 2**64, -1
@@ -87,7 +92,7 @@ def hash_limit(hashes: Iterable[np.ndarray], fraction: float) -> int:
 
 
 def choose_split(units: list[Path], dtype: np.dtype, first_val: int, fraction: float) -> Split:
-    """The split by hash if both sides get enough of the tokens and validation not too many, else by position."""
+    """Return the split by hash if both splits get enough tokens, and validation not too many; else the split by position."""
     training = units[:first_val]
     if not fraction:
         return Split(first_val)
@@ -106,7 +111,7 @@ def choose_split(units: list[Path], dtype: np.dtype, first_val: int, fraction: f
 
 
 def _by_position(units: list[Path], dtype: np.dtype, first_val: int, position: float) -> Split:
-    """The split whose training part ends at a token, counted over all units."""
+    """Return the split whose training part ends at the token `position`, counted over all units."""
     for i, unit in enumerate(units):
         found, stops = read_documents(unit, dtype)
         end = int(stops[-1]) if len(stops) else 0
@@ -119,7 +124,7 @@ def _by_position(units: list[Path], dtype: np.dtype, first_val: int, position: f
 
 
 def cut_document(split: Split, units: list[Unit], text_key: str, encode: Encoder) -> Cut | None:
-    """The two parts of the document that `split` cuts, each encoded on its own; None if it cuts none."""
+    """Return the two parts of the document that `split` cuts, each encoded separately; None if it cuts none."""
     if split.cut is None:
         return None
     unit, document = split.cut
@@ -133,7 +138,7 @@ def cut_document(split: Split, units: list[Unit], text_key: str, encode: Encoder
 
 
 def _cut_after(text: str, fraction: float) -> int:
-    """How many characters of a text come before the cut: whole lines or words if one ends nearby, at least one on each side."""
+    """Return the number of characters before the cut: at the end of a line or word if one is near; at least one on each side."""
     at = min(max(round(fraction * len(text)), 1), len(text) - 1)
     searches: tuple[Callable[[str], bool], ...] = (lambda char: char == "\n", str.isspace)
     near = text[at - 1 : min(at + CUT_SEARCH, len(text) - 1)]
@@ -145,7 +150,7 @@ def _cut_after(text: str, fraction: float) -> int:
 
 
 def text_notes(units: list[Path], encode: Encoder, split: Split, fraction: float) -> list[str]:
-    """What the user should know of the encoded documents, a line each."""
+    """Return notes for the user on the encoded documents, a line each."""
     empty = unknown = tokens = repeated = 0
     held = [np.fromfile(unit.with_suffix(".docs"), DOCUMENT) for unit in units[split.first_val :]]
     validation = np.unique(np.concatenate([part["hash"] for part in held])) if held else np.zeros(0, np.uint64)
@@ -160,7 +165,8 @@ def text_notes(units: list[Path], encode: Encoder, split: Split, fraction: float
     if empty:
         notes.append(f"left out: {empty:,} documents that are empty or white space")
     if unknown and encode.leaves_out:
-        notes.append(f"left out: {unknown:,} characters that the tokenizer does not know, since it has no token for the unknown")
+        reason = "it has no token for the unknown" if encode.unknown is None else "its token for the unknown is the end of text"
+        notes.append(f"left out: {unknown:,} characters that the tokenizer does not know, since {reason}")
     elif unknown:
         notes.append(f"{unknown:,} of {tokens:,} tokens stand for characters that the tokenizer does not know")
     if repeated:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from data import DataError
 
-# Tests, bundled tools that not every machine has, and tables that programs generated.
+# Tests, bundled tools that some machines lack, and generated tables.
 SKIPPED_FOLDERS = {
     *("test", "tests", "idle_test", "idlelib", "lib2to3", "site-packages", "dist-packages"),
     *("ensurepip", "encodings", "pydoc_data", "__pycache__"),
@@ -16,7 +16,7 @@ SKIPPED_PREFIXES = ("_sysconfigdata", "config-")
 
 
 def stdlib_files() -> tuple[Path, list[str]]:
-    """The library's folder and the names below it of its sources, sorted. DataError on a machine without sources."""
+    """Return the library's folder and the sorted names of its sources. Raises DataError on a machine without sources."""
     base = Path(sysconfig.get_path("stdlib"))
     names = []
     for parent, folders, files in os.walk(base):
@@ -29,7 +29,7 @@ def stdlib_files() -> tuple[Path, list[str]]:
 
 
 def stdlib_topics() -> list[str]:
-    """The documentation topics of `help()`, in order of their names."""
+    """Return the documentation topics of `help()`, sorted by name."""
     from pydoc_data.topics import topics
 
     return [topics[name] for name in sorted(topics)]

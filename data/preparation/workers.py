@@ -1,4 +1,4 @@
-"""Work in other processes: what they write depends neither on how many there are nor on their order.
+"""Runs work in other processes. Their output does not depend on the number of processes or their order.
 
 Workers ignore SIGINT and SIGTERM. They end at once when the process that started them ends, even if that is killed.
 """
@@ -26,13 +26,13 @@ from data.preparation.sources import Unit
 from data.tokenizer import save_tokenizer, train_bpe
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_worker: dict[str, Any] = {}  # of a worker process: the counter of tokens, the barrier where all meet, and its Encoder
+_worker: dict[str, Any] = {}  # state of a worker process: the token counter, the barrier of all workers, and its Encoder
 
 
 def save_bpe(folder: Path, units: list[Unit], text_key: str, vocab_size: int, end: str, workers: int) -> None:
     """Train a tokenizer on a sample of the units and save it in `folder`.
 
-    Unless workers is 1, another process does it, so that this one can be stopped: the training handles no signals.
+    Unless workers is 1, another process does it, so that this one can be stopped: the trainer does not react to signals.
     """
     if workers == 1:
         _save_bpe(folder, units, text_key, vocab_size, end)
@@ -50,9 +50,9 @@ def encode_units(
     workers: int,
     update: Callable[..., None],
 ) -> None:
-    """Encode each unit i to folder/00000i.tokens and .docs; calls `update` as `progress` explains. `end`: id of the end of text.
+    """Encode each unit i to folder/00000i.tokens and .docs. `end`: id of the end of text. `update`: as in `progress`.
 
-    One worker is this process itself; more are spawned. DataError: of a reader, or when a worker dies.
+    With one worker, this process does the work; else workers are spawned. Raises DataError of a reader, or if a worker dies.
     """
     workers = min(workers, len(units))
     if workers <= 1:
@@ -79,26 +79,26 @@ def encode_units(
 
 
 def unit_path(folder: Path, i: int) -> Path:
-    """Where unit i goes, without the suffix."""
+    """Return the path of the files of unit i, without the suffix."""
     return folder / f"{i:06d}"
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
 def _processes(count: int, threads: int) -> Iterator[tuple[ProcessPoolExecutor, Any]]:
-    """`count` processes of `threads` threads each (0: one a core), and the counter of their tokens."""
+    """Yield a pool of `count` processes with `threads` threads each (0: one per core), and the counter of their tokens."""
     context = multiprocessing.get_context("spawn")
     lifeline, held = context.Pipe()
     counter = context.Value("q", 0)
     try:
         with ProcessPoolExecutor(count, context, _start_worker, (held, counter, threads, context.Barrier(count))) as pool:
             try:
-                # One task for each process starts it. Signals wait until all have started: a signal would end a worker that
-                # does not ignore it yet, and a worker that starts while this process ends prints an error.
+                # One task for each process makes the pool start it. Signals are blocked until all have started: a signal would
+                # kill a worker that does not ignore it yet, and a worker that starts while this process ends prints an error.
                 blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
                 try:
                     wait([pool.submit(_meet) for _ in range(count)])

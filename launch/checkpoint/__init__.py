@@ -18,4 +18,5 @@ written to a temporary folder, flushed to disk and renamed; only then are older 
     writer.py     write one file                   tensors.py     read tensors of one file or of several
     save.py       when to save, on all ranks       verify.py      which checkpoints are whole
     publish.py    the first rank's part            retention.py   which checkpoints are deleted
+    folders.py    where a run's checkpoints are    journal.py     which checkpoints a run wrote
 """

@@ -14,6 +14,7 @@ from celo2.training.yaml_values import dump_yaml
 from configs.length import batch_sizes
 from configs.schema import Config
 from launch.checkpoint.folders import Chosen
+from launch.checkpoint.journal import wrote
 from launch.checkpoint.state import read_state
 from launch.checkpoint.verify import CheckpointError
 from models import longest_context
@@ -70,7 +71,7 @@ def write_card(folder: Path, chosen: Chosen, model: PreTrainedModel, rows: int, 
     if (checkpoint / "state.json").is_file():
         saved = read_state(checkpoint)
         try:
-            metrics = read_metrics(chosen.run / "metrics.jsonl")
+            metrics = read_metrics(chosen.run / "metrics.jsonl") if wrote(chosen.run, checkpoint) else []
             name, told = training_facts(saved, metrics, "average/val_loss" if average else "val_loss")
             if average:
                 of_average = saved["average"]

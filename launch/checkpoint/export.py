@@ -24,7 +24,8 @@ from launch.checkpoint.folders import choose_checkpoint
 from launch.checkpoint.load import load_model
 from launch.checkpoint.permissions import usual_permissions
 from launch.checkpoint.push import check_name, push
-from launch.checkpoint.tokenizer import configure, export_tokenizer, trained_context
+from launch.checkpoint.tokenizer import configure, export_tokenizer, trained_context, trained_data
+from launch.checkpoint.trained import require_its_tokenizer
 from launch.checkpoint.verify import CheckpointError
 from launch.checkpoint.vocabulary import one_row_a_token
 from models.experts import needs_loop
@@ -49,7 +50,8 @@ def export(
     Args:
         run: one checkpoint, or the folder of a training run, of which the newest whole checkpoint is exported.
         out: a folder that does not exist or is empty.
-        note: called with a line on each damaged newer checkpoint, and on vocabulary rows that cannot be dropped.
+        note: called with a line on each damaged newer checkpoint, on an end of text that is a guess, and on vocabulary rows that
+            cannot be dropped.
         dtype: one of DTYPES for the weights; by default the checkpoint's own.
         average: export the average of the weights (train.average).
 
@@ -66,9 +68,10 @@ def export(
     checkpoint = chosen.path
     for problem in chosen.problems:
         note(f"{problem}; taking {checkpoint.name} instead")
+    require_its_tokenizer(checkpoint, chosen.run)
     trained = load_model(checkpoint, average=average)
     context = trained_context(checkpoint, trained.config)
-    tokenizer = export_tokenizer(chosen.run, context)
+    tokenizer = export_tokenizer(chosen.run, context, trained_data(checkpoint), note)
     model = one_row_a_token(trained, vocabulary_size(tokenizer.backend_tokenizer), note)
     rows = trained.config.get_text_config().vocab_size
     if isinstance(model, GPT3LMHeadModel):

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -45,11 +45,12 @@ def publish(
     announce: Announce,
     origin: int | None,
     others: Sequence[Path],
+    damaged: Collection[Path] = (),
 ) -> tuple[Path, int]:
     """Complete a checkpoint, rename it to its final name, and delete the checkpoints that `surplus` returns.
 
-    `written`: the files with its tensors. `others`: further folders with checkpoints of the same run. Returns the checkpoint and
-    its bytes.
+    `written`: the files with its tensors. `others`: further folders with checkpoints of the same run. `damaged`: checkpoints that
+    are known to be damaged. Returns the checkpoint and its bytes.
     """
     step = snapshot.state["step"]
     temporary, target = temporary_folder(folder, step), folder / checkpoint_name(step)
@@ -72,7 +73,7 @@ def publish(
     flush(folder)
     announce("deletion of old checkpoints")
     remove(replaced)
-    for old in surplus(target, config, origin, others):
+    for old in surplus(target, config, origin, others, set(damaged) - {target}):
         discard(old)
     return target, sum(file.bytes for file in files)
 

@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,17 @@ from configs.schema import Checkpoint as CheckpointConfig
 from launch.checkpoint.publish import Announce, begin, publish, remove, temporary_folder
 from launch.checkpoint.snapshot import Snapshot, take_snapshot
 from launch.checkpoint.tensors import part_name
-from launch.checkpoint.verify import AVERAGE, MODEL, OPTIMIZER, CheckpointError, checkpoint_name
+from launch.checkpoint.verify import (
+    AVERAGE,
+    MANIFEST,
+    MODEL,
+    OPTIMIZER,
+    CheckpointError,
+    checkpoint_name,
+    list_checkpoints,
+    sha256,
+    step_of,
+)
 from launch.checkpoint.writer import Progress, TensorHeader, TensorWriter, Written, no_progress
 from launch.distributed.gather import AVERAGES, STATE, WEIGHTS, Share, gather_in_turn, in_order
 from launch.distributed.host_group import HostGroup
@@ -65,7 +75,7 @@ class Saver:
             config: the section `checkpoint`.
             report: called on the first rank with each checkpoint's record: step, stall_seconds, write_seconds, bytes or error.
             host: the group of all ranks.
-            saved: the step of the newest checkpoint.
+            saved: the step of the newest whole checkpoint.
             announce: called in the thread that writes, before each of its PHASES.
             origin: the step of the checkpoint from which the run branched, which is never deleted. None: the run began at step 0.
             progress: called in the thread that writes, after each piece of work.
@@ -73,6 +83,8 @@ class Saver:
         self.folders, self.config, self.host, self.saved = folders, config, host, saved
         self.announce, self.origin, self.progress = announce, origin, progress
         self.first = host.rank == 0
+        self.damaged: set[Path] = set()
+        self.resumed(saved)
         self.report = report if self.first else lambda record: None
         self.asked = False  # a checkpoint was asked for, by the first rank's clock or by `ask`; the same on all ranks
         self.clock = time.monotonic()
@@ -91,6 +103,11 @@ class Saver:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not KeyboardInterrupt:  # a second Ctrl-C stops at once, and a half-written checkpoint harms nothing
             self.wait()
+
+    def resumed(self, step: int) -> None:
+        """Record that the newest whole checkpoint is that of `step`, so that the checkpoints of later steps are damaged."""
+        found = (path for folder in self.folders if self.first for path in list_checkpoints(folder))
+        self.damaged.update(path for path in found if step_of(path) > step)
 
     @property
     def overdue(self) -> bool:
@@ -129,12 +146,16 @@ class Saver:
             others = [*self.folders[:number], *self.folders[number + 1 :]]
             try:
                 path, size = write_checkpoint(
-                    folder, self.snapshot, self.config, self.announce, self.origin, others, self.progress
+                    folder, self.snapshot, self.config, self.announce, self.origin, others, self.progress, self.damaged
                 )
             except Exception as error:  # after any error the run continues; its events record the error
                 errors.append(str(error) if isinstance(error, CheckpointError) else f"checkpoint: {error!r}")
                 continue
             self.error, self.snapshot = None, None
+            if self.first:
+                self.damaged.discard(path)
+                with suppress(OSError):
+                    record["manifest"] = sha256(path / MANIFEST)
             record |= {"bytes": size} | ({"folder": str(path.parent), "instead": errors[0]} if errors else {})
             break
         else:
@@ -208,10 +229,12 @@ def write_checkpoint(
     origin: int | None = None,
     others: Sequence[Path] = (),
     progress: Progress = no_progress,
+    damaged: Collection[Path] = (),
 ) -> tuple[Path, int]:
     """Write `folder/step_<state["step"]>`, and then delete the checkpoints that `launch.checkpoint.retention` selects.
 
-    Every rank must call it with its own snapshot. `others`: further folders with checkpoints of this run.
+    Every rank must call it with its own snapshot. `others`: further folders with checkpoints of this run. `damaged`: checkpoints
+    that are known to be damaged.
 
     Returns:
         The checkpoint and its bytes, on all ranks.
@@ -240,7 +263,7 @@ def write_checkpoint(
             try:
                 if problems:
                     raise OSError("; ".join(problems))
-                outcome = publish(folder, snapshot, written, config, announce, origin, others)
+                outcome = publish(folder, snapshot, written, config, announce, origin, others, damaged)
             except Exception as error:  # the other ranks wait for the outcome
                 outcome = str(error) if isinstance(error, OSError) else repr(error)
         outcome = host.from_first(outcome)

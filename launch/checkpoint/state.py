@@ -22,6 +22,7 @@ LATER: dict[str, Any] = {  # keys that state.json of some versions lacks
     **dict.fromkeys(("rolled_back_to", "rollbacks_in_a_row"), int),
     "healthy_since": bool,
     **dict.fromkeys(("val_loss", "best_loss", "window_loss"), float | None),
+    "validation": str | None,
     "sources": dict[str, int],
     "recent_losses": list[float],
     "skipped": list[list[int]],

@@ -7,26 +7,34 @@ generation stops at the end of text, and starts with it if there is no prompt.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from data import DataError
-from data.special_tokens import as_trained, declared_tokens, end_of_text, tokenizer_config
+from data.special_tokens import as_trained, declared_tokens, tokenizer_config
 from launch.checkpoint.state import read_state
+from launch.checkpoint.trained import end_of_run
 from launch.checkpoint.verify import CheckpointError
 from models import longest_context
 
 PIPELINE = 256  # tokens that pipeline("text-generation") of transformers writes by default
 
 
-def export_tokenizer(run: Path, context: int | None) -> PreTrainedTokenizerFast:
+def export_tokenizer(
+    run: Path, context: int | None, data: Mapping[str, Any], note: Callable[[str], None]
+) -> PreTrainedTokenizerFast:
     """Return the tokenizer of the training run in `run`, for texts of `context` tokens.
 
+    Args:
+        data: the section `data` of the run's configuration.
+        note: called with a line if the end of text is a guess.
+
     Raises:
-        CheckpointError: the tokenizer is missing or cannot be read.
+        CheckpointError: the tokenizer is missing or cannot be read, or has no end of text.
     """
     path = run / "tokenizer.json"
     if not path.is_file():
@@ -35,11 +43,11 @@ def export_tokenizer(run: Path, context: int | None) -> PreTrainedTokenizerFast:
         tok = Tokenizer.from_file(str(path))
     except Exception as error:  # the tokenizers library raises bare Exception
         raise CheckpointError(f"cannot read {path}: {' '.join(str(error).split())}") from error
-    try:
-        declared = declared_tokens(run)
-        end = end_of_text(tok, declared)
-    except DataError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+    end_id, guess = end_of_run(tok, run, data)
+    if guess:
+        note(guess)
+    end, declared = tok.id_to_token(end_id), declared_tokens(run)
+    assert end is not None
     tok = as_trained(tok, end)  # runs of earlier versions stored the tokenizer unchanged
     special = tokenizer_config(tok, end, declared)
     del special["tokenizer_class"]
@@ -54,6 +62,14 @@ def trained_context(checkpoint: Path, config: PretrainedConfig) -> int | None:
     except (OSError, ValueError, KeyError):
         asked = None
     return asked or longest_context(config)
+
+
+def trained_data(checkpoint: Path) -> dict[str, Any]:
+    """Return the section `data` of the run's configuration; an empty one if state.json cannot be read."""
+    try:
+        return dict(read_state(checkpoint)["config"]["data"])
+    except (OSError, ValueError, KeyError):
+        return {}
 
 
 def configure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, context: int | None) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 from transformers import PretrainedConfig, PreTrainedModel
@@ -13,7 +14,7 @@ from data import DataError
 from data.files import read_json
 from data.shards import read_index
 from data.special_tokens import CONFIG, declared_tokens, end_of_text
-from data.tokenizer import load_tokenizer, token_id, tokenizer_hash
+from data.tokenizer import json_hash, load_tokenizer, token_id, tokenizer_hash
 from launch.checkpoint.folders import CHECKPOINTS, Chosen, choose_checkpoint
 from launch.checkpoint.load import load_model, read_model_config
 from launch.checkpoint.state import read_state, require_state
@@ -36,6 +37,7 @@ class TrainedModel(NamedTuple):
     end: int  # the token that ends a document
     context: int | None  # T, tokens of a training sequence; None: unknown
     notes: list[str]  # what is wrong with newer checkpoints
+    guess: str = ""  # a note, if `end` is a guess
     bf16: bool = False  # whether the run computes in bfloat16 by autocast; unknown, hence False, for an exported folder
 
     def context_of(self, asked: int | None) -> int:
@@ -88,10 +90,10 @@ def open_checkpoint(chosen: Chosen, average: bool = False) -> TrainedModel:
     saved = read_state(path)
     require_state(path, saved)
     config, model = saved["config"], load_model(path, average=average)
-    end = end_of_data(config["data"].get("dir"), tokenizer) if not (chosen.run / CONFIG).is_file() else None
-    end = end_of(tokenizer, chosen.run) if end is None else end
+    end, guess = end_of_run(tokenizer, chosen.run, config["data"])
+    require_its_tokenizer(path, chosen.run)
     context, bf16 = config["model"]["context"] or longest_context(model.config), config["train"].get("precision") == "bf16"
-    return TrainedModel(path, model, tokenizer, end, context, chosen.problems, bf16)
+    return TrainedModel(path, model, tokenizer, end, context, chosen.problems, guess, bf16)
 
 
 def open_export(path: Path) -> TrainedModel:
@@ -164,16 +166,65 @@ def end_of_export(tokenizer: Tokenizer, config: PretrainedConfig, folder: Path) 
     return end_of(tokenizer, folder)
 
 
-def end_of_data(folder: str | None, tokenizer: Tokenizer) -> int | None:
-    """Return the end of text of prepared data, for runs of earlier versions, which have no tokenizer_config.json.
+def require_its_tokenizer(checkpoint: Path, run: Path) -> None:
+    """Raise CheckpointError if a checkpoint was trained with another tokenizer than that in the folder `run`.
 
-    Returns None if the data is gone, or has since been prepared with another tokenizer.
+    So it is with a checkpoint that was copied from another run. Nothing is compared where a file is missing or cannot be read, or
+    where an earlier version stored no hash.
+    """
+    path = run / "tokenizer.json"
+    try:
+        trained_with = read_state(checkpoint)["identity"]["tokenizer"]
+        found = json_hash(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, LookupError, RecursionError):
+        return
+    if trained_with not in (None, found):
+        raise CheckpointError(
+            f"{checkpoint} was trained with another tokenizer than {path}: name the checkpoint in the folder of its own run, or "
+            "bring its tokenizer.json back"
+        )
+
+
+def end_of_run(tokenizer: Tokenizer, run: Path, data: Mapping[str, Any]) -> tuple[int, str]:
+    """Return the id of the end of text in a training run, and a note if it is a guess.
+
+    The run's tokenizer_config.json names it. If it does not, as in runs of earlier versions and incomplete copies, the
+    end of text is that of the data; and if the data is gone, a token with a usual name. This is a guess unless the tokenizer has
+    only one special token.
+
+    Args:
+        tokenizer: the run's.
+        run: its folder.
+        data: the section `data` of its configuration.
+
+    Raises:
+        CheckpointError: there is no such token.
     """
     try:
-        index = read_index(Path(folder)) if folder else None
+        named = "eos_token" in declared_tokens(run)
+    except DataError as error:
+        raise CheckpointError(str(error)) from error
+    if not named:
+        for folder in (data.get("dir"), *(source.get("dir") for source in data.get("mix") or [])):
+            if (end := end_of_data(folder, tokenizer)) is not None:
+                return end, ""
+    end = end_of(tokenizer, run)
+    if named or sum(token.special for token in tokenizer.get_added_tokens_decoder().values()) == 1:
+        return end, ""
+    found = f"{run} has no {CONFIG} that names the end of text, and its data is not there"
+    remedy = f'if it is another token, write {{"eos_token": TOKEN}} to {run / CONFIG}'
+    return end, f"{found}; taking {tokenizer.id_to_token(end)!r}, a usual name; {remedy}"
+
+
+def end_of_data(folder: Any, tokenizer: Tokenizer) -> int | None:
+    """Return the end of text of prepared data; None if it is gone, or has since been prepared with another tokenizer."""
+    try:
+        index = read_index(Path(folder)) if isinstance(folder, str) and folder else None
     except (DataError, OSError):
         return None
-    return index["end_of_text_id"] if index and index["tokenizer_sha256"] == tokenizer_hash(tokenizer) else None
+    if index is None or index["tokenizer_sha256"] != tokenizer_hash(tokenizer):
+        return None
+    return index["end_of_text_id"] if tokenizer.id_to_token(index["end_of_text_id"]) is not None else None
 
 
 def trained_length(folder: Path) -> int | None:

@@ -1,1 +1,1 @@
-"""A training run over processes: strategies, the heartbeat of ranks, and the verification of the first step."""
+"""Distributed training: strategies, the heartbeat of the ranks, and the verification of the first step."""

@@ -1,7 +1,7 @@
-"""How a model without memory gets its weights: whole, as local shards, or for the time of a computation.
+"""Gives weights to a model whose parameters have no memory: whole, as local shards, or only during a computation.
 
-`weights` says where they come from (`models.initialization.Weights`): the architecture's initialization, files, or a model in
-memory. Each strategy asks for what its rank keeps and for nothing else.
+`weights` is their source (`models.initialization.Weights`): the architecture's initialization, files, or a model in memory. Each
+strategy reads only the weights that its rank keeps.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ from launch.distributed.blocks import blocks_of
 from models import ModelError
 from models.initialization import Weights, become
 
-PIECE = 1 << 22  # elements that are made or read at once on their way to where they stay: 16 MB
+PIECE = 1 << 22  # elements that are made or read at once, 16 MB
 Result = TypeVar("Result")
 
 
 class WithProgress:
-    """`weights`, of which every read is told to `progress`: to make or read a large model takes long, and is work."""
+    """Wraps `weights` and calls `progress` at every read: making or reading a large model takes long, but the rank is working."""
 
     def __init__(self, weights: Weights, progress: Callable[[], None]) -> None:
         self.weights, self.progress = weights, progress
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        """The elements [start, stop) of the flattened parameter `name`."""
+        """Return the elements [start, stop) of the flattened parameter `name`."""
         self.progress()
         return self.weights.read(name, start, stop)
 
     @property
     def not_finite(self) -> Collection[str]:
-        """The parameters in which a number was read that is not finite, of weights that come from files."""
+        """The parameters in which reading has found a number that is not finite, for weights from files; else empty."""
         return getattr(self.weights, "not_finite", ())
 
 
 def fill(target: Tensor, weights: Weights, name: str, start: int = 0) -> None:
-    """Write the elements of the parameter `name` from `start` on into `target`, contiguous and on any device."""
+    """Fill `target`, which is contiguous and on any device, with the elements of the parameter `name` from `start` on."""
     flat = target.detach().view(-1)
     for at in range(0, len(flat), PIECE):
         end = min(at + PIECE, len(flat))
@@ -48,7 +48,7 @@ def fill(target: Tensor, weights: Weights, name: str, start: int = 0) -> None:
 
 
 def whole(p: Tensor, weights: Weights, name: str, device: torch.device) -> Tensor:
-    """The parameter `name`, of the shape and dtype of `p`, on `device`. It is in memory once."""
+    """Return the parameter `name` with the shape and dtype of `p`, on `device`, without a second copy in memory."""
     if device.type == "cpu":
         return weights.read(name, 0, p.numel()).to(device, p.dtype).view(p.shape)
     value = torch.empty(p.shape, dtype=p.dtype, device=device)
@@ -57,13 +57,13 @@ def whole(p: Tensor, weights: Weights, name: str, device: torch.device) -> Tenso
 
 
 def fill_whole(model: nn.Module, weights: Weights, device: torch.device) -> None:
-    """Give every parameter of `model` its memory on `device`, and its value."""
+    """Give every parameter of `model` memory on `device`, and its value."""
     for name, p in model.named_parameters():
         become(p, whole(p, weights, name, device))
 
 
 def move_buffers(model: nn.Module, device: torch.device) -> None:
-    """Bring the buffers of `model`, which have their values, to `device`."""
+    """Move the buffers of `model`, which have their values already, to `device`."""
     for module in model.modules():
         for name, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
             if buffer.device != device:
@@ -71,9 +71,9 @@ def move_buffers(model: nn.Module, device: torch.device) -> None:
 
 
 def with_weights(model: PreTrainedModel, weights: Weights, compute: Callable[[PreTrainedModel], Result]) -> Result:
-    """`compute(model)` of a model without memory, on the CPU: no block is in memory but the one that computes.
+    """Return `compute(model)` for a model without memory, on the CPU. Only the block that is computing is in memory.
 
-    Of an architecture that uses the weights of a block from outside of it, all are.
+    If the architecture uses the weights of a block outside of that block, the whole model is in memory.
     """
     try:
         with in_memory(model, weights, blocks_of(model)):
@@ -85,8 +85,7 @@ def with_weights(model: PreTrainedModel, weights: Weights, compute: Callable[[Pr
 
 @contextmanager
 def in_memory(model: nn.Module, weights: Weights, blocks: list[nn.Module]) -> Iterator[None]:
-    """Until the end of the context each of `blocks` has its weights while its forward pass runs, and what is outside of them has
-    its weights throughout."""
+    """In this context, each of `blocks` has its weights only during its forward pass. All other modules always have theirs."""
     names = {p: name for name, p in model.named_parameters()}
     inner = {module for block in blocks for module in block.modules()}
     outside = {p for module in model.modules() if module not in inner for p in module.parameters(recurse=False)}

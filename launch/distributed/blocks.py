@@ -1,4 +1,4 @@
-"""The transformer blocks of a model, which sharding and compilation take one by one."""
+"""Finds the transformer blocks of a model, which are sharded and compiled one by one."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from configs.load import ConfigError
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The transformer blocks: the largest ModuleList of the model; empty where there is none."""
+    """Return the transformer blocks: the ModuleList with the most parameters; empty if the model has none."""
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
     return list(max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()), default=()))
 
 
 def required_blocks(model: nn.Module) -> list[nn.Module]:
-    """As `blocks_of`, for fsdp2. Raises ConfigError where there are none."""
+    """Return `blocks_of(model)` for fsdp2. Raises ConfigError if there are none."""
     blocks = blocks_of(model)
     if not blocks:
         raise ConfigError(f"distributed.strategy fsdp2: {type(model).__name__} has no list of blocks to shard")
@@ -27,10 +27,10 @@ def required_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def compile_blocks(model: PreTrainedModel, device: torch.device) -> None:
-    """Compile every block by itself, so that equal blocks share one compilation, however many layers there are.
+    """Compile every block separately, so that equal blocks share one compilation for any number of layers.
 
     Raises:
-        ConfigError: no blocks, or no compiler for the code that torch writes.
+        ConfigError: there are no blocks, or no compiler for the code that torch generates.
     """
     names = compilers(device)
     if not any(shutil.which(name) for name in names):
@@ -45,6 +45,6 @@ def compile_blocks(model: PreTrainedModel, device: torch.device) -> None:
 
 
 def compilers(device: torch.device) -> list[str]:
-    """The compilers of which torch.compile calls one: it writes C++ for the CPU, and for a GPU Triton builds a launcher in C."""
+    """Return the compilers, of which torch.compile needs one: it generates C++ for the CPU; for a GPU, Triton compiles C."""
     chosen = os.environ.get("CXX" if device.type == "cpu" else "CC", "").split()
     return chosen[:1] or (["g++"] if device.type == "cpu" else ["gcc", "clang"])

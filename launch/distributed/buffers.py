@@ -1,6 +1,6 @@
-"""Buffers that belong to a model's weights (corrections of a router, running statistics): which they are, and how ranks agree.
+"""Buffers that belong to a model's weights (corrections of a router, running statistics), and how they stay equal on all ranks.
 
-Weights that the model itself freezes are buffers here: no optimizer moves them, so that no strategy has to divide them.
+Weights that the model itself freezes become buffers here: no optimizer updates them, so no strategy needs to shard them.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ Tensors = dict[str, Tensor]
 
 
 def persistent_buffers(model: nn.Module) -> Tensors:
-    """The buffers of `model` that belong to its weights, by name."""
+    """Return the buffers of `model` that belong to its weights, by name."""
     persistent = model.state_dict(keep_vars=True).keys()
     return {name: buffer for name, buffer in model.named_buffers() if name in persistent}
 
 
 def frozen_to_buffers(model: nn.Module, value: Callable[[str, Tensor], Tensor]) -> None:
-    """Make a persistent buffer of the same name of every parameter that wants no gradient; `value(name, p)` is what it holds."""
+    """Replace every parameter that needs no gradient by a persistent buffer of the same name, with the value `value(name, p)`."""
     frozen = {p: value(name, p) for name, p in model.named_parameters() if not p.requires_grad}
     for module in model.modules():
         for name, p in list(module.named_parameters(recurse=False, remove_duplicate=False)):
@@ -31,7 +31,7 @@ def frozen_to_buffers(model: nn.Module, value: Callable[[str, Tensor], Tensor]) 
 
 
 def copies(buffers: Tensors) -> Tensors:
-    """What `settle` needs to know of the buffers before a step."""
+    """Return copies of the buffers before a step, which `settle` needs."""
     return {name: buffer.clone() for name, buffer in buffers.items()}
 
 
@@ -39,9 +39,9 @@ def copies(buffers: Tensors) -> Tensors:
 def settle(buffers: Tensors, before: Tensors, refused: Tensor, world: int) -> None:
     """Make the buffers equal on all ranks after a step, in which each rank saw its own tokens. Every rank must call it.
 
-    Floating-point ones move by the mean of the ranks' changes, so that a running mean is that of the global batch; a buffer
-    that no rank changed keeps its bits. Others are those of the first rank. A step that is `refused`, a bool () on the device,
-    changes none.
+    Floating-point buffers change by the mean of the ranks' changes, so that a running mean is that of the global batch. A buffer
+    that no rank changed keeps its bits. Other buffers get the first rank's value. If `refused`, a bool () on the device, is True,
+    all buffers keep their values from `before` the step.
     """
     if world > 1 and buffers:
         moving = {name: buffer for name, buffer in buffers.items() if buffer.is_floating_point()}

@@ -1,4 +1,4 @@
-"""DDP: every rank holds the whole model; gradients are averaged, and Celo2 divides the orthogonalization over the ranks."""
+"""DDP: every rank holds the whole model. Gradients are averaged, and Celo2 divides the orthogonalization over the ranks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from models.initialization import Weights
 
 
 class DDP(Strategy):
-    """`DistributedDataParallel`, or one process."""
+    """`DistributedDataParallel`, or a single process."""
 
     def __init__(self, config: Config, accelerator: Accelerator, model: PreTrainedModel, weights: Weights) -> None:
         super().__init__(config, accelerator, model, weights)
@@ -34,9 +34,9 @@ class DDP(Strategy):
             self.unused = {name for name, p in model.named_parameters() if p in unused}
         self.compile()
         self.looks_for_unused = bool(self.unused) or any(is_expert(name) for name, _ in model.named_parameters())
-        # The gradients that travel are views of the buckets. With several micro-batches a step those before the last lie beside
-        # them. Some architectures have weights that never get a gradient (cross-attention without an encoder), or not in every
-        # step (experts), which DDP must look for.
+        # Gradients are views of the communication buckets; with several micro-batches, those before the last accumulate outside
+        # of the buckets. In some architectures, weights never get a gradient (cross-attention without an encoder), or not in
+        # every step (experts): then DDP must look for unused parameters.
         accelerator.ddp_handler = DistributedDataParallelKwargs(
             gradient_as_bucket_view=True,
             find_unused_parameters=self.looks_for_unused,
@@ -48,13 +48,13 @@ class DDP(Strategy):
         self.shards = {name: ShardedParameter(p, local_shard_of(p)) for name, p in model.named_parameters()}
 
     def micro_batch(self, last: bool) -> AbstractContextManager:
-        """Gradients travel in the last micro-batch of a step, in the same buckets in every step."""
-        if self.world > 1 and not self.looks_for_unused:  # where DDP looks for unused weights it keeps its buckets
+        """The context of one pass: gradients are reduced only in the last micro-batch, in the same buckets in every step."""
+        if self.world > 1 and not self.looks_for_unused:  # if DDP looks for unused weights, it never rearranges its buckets
             ddp_keep_buckets(self.loss_model)
         return nullcontext() if last else self.accelerator.no_sync(self.loss_model)
 
     def update(self, judge: Judge) -> Judged:
-        """Clip the gradient (a limit of 0 leaves it), judge, update."""
+        """Clip the gradient (a limit of 0 means no clipping), judge, update."""
         limit = self.config.train.grad_clip or math.inf
         judged = judge(nn.utils.clip_grad_norm_(self.model.parameters(), limit))
         if self.admit(judged):

@@ -1,5 +1,5 @@
-"""What launchers tell a process by environment variables, checked before anything starts: a leftover must not become a traceback
-or change the training run."""
+"""Checks the environment variables of launchers before anything starts. A leftover variable must not cause a traceback or change
+the training run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LAUNCHED = (
     "MASTER_ADDR",
     "MASTER_PORT",
 )  # torchrun, accelerate and deepspeed set all of them
-# What `accelerate launch` may ask for that train.py decides by its own configuration.
+# Requests of `accelerate launch` that train.py refuses because its own configuration decides: (request, option).
 ASKED = {
     "ACCELERATE_USE_DEEPSPEED": ("to use DeepSpeed", "distributed.strategy"),
     "ACCELERATE_USE_FSDP": ("to use FSDP", "distributed.strategy"),
@@ -27,14 +27,14 @@ ASKED = {
     "ACCELERATE_GRADIENT_CLIPPING": ("to clip gradients at {}", "train.grad_clip"),
     "ACCELERATE_TORCH_DEVICE": ("to use the device {}", "CUDA_VISIBLE_DEVICES"),
 }
-OFF = ("", "0", "1", "no", "false", "none")  # 1 step of accumulation is none; ACCELERATE_USE_ takes 1 for true, too
+OFF = ("", "0", "1", "no", "false", "none")  # "1": one step is no accumulation; for ACCELERATE_USE_*, "1" means true instead
 
 
 def check_environment(config: Config) -> int:
-    """The number of processes that were started, from the launcher's variables.
+    """Return the number of processes that were started, from the launcher's variables.
 
     Raises:
-        ConfigError: variables that are missing, empty or contradict each other, or ask for what the configuration decides.
+        ConfigError: variables are missing, empty or contradict each other, or ask for something that the configuration decides.
     """
     for variable, (asked, option) in ASKED.items():
         value = os.environ.get(variable, "").lower()
@@ -50,7 +50,7 @@ def check_environment(config: Config) -> int:
 
 
 def started_processes() -> int:
-    """WORLD_SIZE, if a launcher has set all that belongs to it; 1 without a launcher."""
+    """Return WORLD_SIZE if a launcher has set all variables of LAUNCHED; 1 without a launcher."""
     given = {name: os.environ[name].strip() for name in LAUNCHED if name in os.environ}
     if not given.keys() & {"RANK", "LOCAL_RANK", "WORLD_SIZE"}:
         tasks = os.environ.get("SLURM_NTASKS", "1")
@@ -79,7 +79,7 @@ def started_processes() -> int:
 
 
 def number_of(name: str, text: str) -> int:
-    """The whole number of an environment variable."""
+    """Return the whole number in an environment variable. Raises ConfigError if it is none."""
     try:
         return int(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""What the first rank does for all: it looks at the run's folder and writes there, and the others get the outcome."""
+"""Runs an action on the first rank, such as reading or writing the run's folder, and sends the outcome to the others."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ Result = TypeVar("Result")
 def on_first_rank(
     accelerator: Accelerator, action: Callable[[], Result], mark: Callable[[str], None] = lambda text: None
 ) -> Result:
-    """What `action` returns on the first rank, on every rank. What it raises there (ValueError, OSError), every rank raises.
+    """Call `action` on the first rank, and return its result on every rank. A ValueError or OSError is raised on every rank.
 
-    Every rank must call it. So the ranks cannot find different things, and a refusal ends all of them with the same line.
-    `mark` is the heartbeat's: until the first rank is done it is one mark behind the others, so that it is named if it hangs.
-    They wait for as long as it makes progress.
+    Every rank must call it. So all ranks work with the same result, and an error ends all of them with the same line. `mark` is
+    the heartbeat's. Until the first rank is done, it is one mark behind the others, so that it is named if it hangs. The others
+    wait as long as it makes progress.
     """
     outcome: list[Any] = [None, None]  # result, error
     if accelerator.is_main_process:

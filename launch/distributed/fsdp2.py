@@ -1,4 +1,4 @@
-"""FSDP2: every rank holds some rows of every parameter; weights are gathered block by block while they are needed."""
+"""FSDP2: every rank holds some rows of every parameter. Weights are gathered block by block while they are needed."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ LINEAR = (nn.Linear, Conv1D)
 
 
 class FSDP2(Strategy):
-    """`fully_shard` on every block and on the loss module, which holds the rest.
+    """`fully_shard` on every block and on the loss module, which holds all other parameters.
 
-    Under bf16, what autocast would round anyway, the weights of the linear maps in attention and feed-forward parts, travels in
-    bfloat16, and its gradients in float32. Norms of any kind, embeddings, what is no layer's weight, and the residual stream stay
-    in float32, as under autocast alone.
+    Under bf16, the weights of linear layers in attention and feed-forward parts are gathered in bfloat16, since autocast would
+    round them anyway; their gradients are reduced in float32. Norms of any kind, embeddings, parameters of other modules, and
+    the residual stream stay in float32, as under autocast alone.
     """
 
     whole = False
@@ -55,7 +55,7 @@ class FSDP2(Strategy):
             self.copies_group = mesh.get_group("replicate")
         bf16 = config.train.precision == "bf16"
         self.offloaded = config.distributed.offload
-        # Pinned, so that copies to and from a GPU run beside its computing.
+        # Pinned memory lets copies to and from a GPU overlap with its computation.
         offload = CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if self.offloaded else OffloadPolicy()
         shard = partial(fully_shard, mesh=mesh, offload_policy=offload)
         halved = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -83,9 +83,9 @@ class FSDP2(Strategy):
         self.shards = sharded_parameters(self.groups, self.parameters)
 
     def find_unused(self) -> set[str]:
-        """The parameters that get no gradient from the loss of a few tokens. Every rank must call it.
+        """Return the parameters that get no gradient from the loss of a few tokens. Every rank must call it.
 
-        Gradients are let go as they come.
+        Each gradient is freed as soon as it is computed.
         """
         if uses_all_parameters(self.model):
             return set()
@@ -105,12 +105,12 @@ class FSDP2(Strategy):
         return unused
 
     def loss(self, inputs: Tensor, targets: Tensor, **options: bool) -> Tensor:
-        """As under DDP, where Accelerate adds the autocast."""
+        """Compute the loss under autocast, which Accelerate adds under DDP."""
         with self.autocast():
             return super().loss(inputs, targets, **options)
 
     def differentiate(self, loss: Tensor) -> None:
-        """ConfigError for an architecture whose backward pass reads weights that are not gathered (Reformer)."""
+        """Add the gradient of `loss`. Raises ConfigError if the backward pass reads weights that are not gathered (Reformer)."""
         try:
             super().differentiate(loss)
         except RuntimeError as error:
@@ -120,13 +120,13 @@ class FSDP2(Strategy):
             raise ConfigError(f"distributed.strategy fsdp2 cannot shard {name}: {one_line(error)}; ddp can train it") from error
 
     def weights_changed(self) -> None:
-        """Give up what is gathered: the outermost weights stay so after a forward pass that no backward pass follows."""
+        """Free gathered weights. The outermost ones stay gathered after a forward pass without a backward pass."""
         for module in self.loss_model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
 
     def update(self, judge: Judge) -> Judged:
-        """Clip the gradient, judge, update the local shards."""
+        """Clip the gradient, judge, and update the local shards."""
         limit = self.config.train.grad_clip or math.inf
         if self.offloaded:
             norm = self.clip_on_cpu(limit)
@@ -145,28 +145,28 @@ class FSDP2(Strategy):
         return judged
 
     def clip_on_cpu(self, limit: float) -> Tensor:
-        """Clip the gradients, which are in the memory of the host. -> the norm of the whole gradient, on this rank's device.
+        """Clip the gradients, which are in host memory. Returns the norm of the whole gradient, on this rank's device.
 
-        Only their sum of squares travels, over the device: NCCL sends nothing from the host.
+        Only the sum of squares is sent, from the device, because NCCL cannot send from host memory.
         """
         grads = [local(p.grad) for p in self.parameters.values() if p.grad is not None]
         norm = nn.utils.get_total_norm(grads).to(self.device)
         if self.world > 1:
             dist.all_reduce(norm.square_())
             norm = norm.div_(self.copies).sqrt_()
-        scale = limit / (norm.item() + 1e-6)  # as torch's clip_grad_norm_
+        scale = limit / (norm.item() + 1e-6)  # as in torch's clip_grad_norm_
         if scale < 1:
             for grad in grads:
                 grad.mul_(scale)
         return norm
 
     def admit(self, judged: Judged) -> bool:
-        """As under every strategy; but where the optimizer works on the host, the host waits for the device's verdict."""
+        """Decide as under every strategy. But if the optimizer works on the host, the host waits for the device's verdict."""
         return not judged.refused if self.offloaded else super().admit(judged)
 
 
 def parts_of(block: nn.Module) -> Iterator[nn.Module]:
-    """The modules that `block` calls: its children, and those of a list among them."""
+    """Yield the modules that `block` calls: its children, and in place of a list or dict its members."""
     for child in block.children():
         if isinstance(child, nn.ModuleList | nn.ModuleDict):
             yield from parts_of(child)
@@ -175,23 +175,23 @@ def parts_of(block: nn.Module) -> Iterator[nn.Module]:
 
 
 def owners(part: nn.Module) -> list[nn.Module]:
-    """The modules in `part` that have parameters of their own."""
+    """Return the modules in `part` that have parameters of their own."""
     return [m for m in part.modules() if next(m.parameters(recurse=False), None) is not None]
 
 
 def norms_in(part: nn.Module) -> list[nn.Module]:
-    """The norms in `part` that have a weight, whatever their library calls them: LayerNorm, RMSNorm, Qwen3RMSNorm, ..."""
+    """Return the norms in `part` that have a weight, of any class with "norm" in its name: LayerNorm, Qwen3RMSNorm, ..."""
     return [m for m in owners(part) if "norm" in type(m).__name__.lower() and not isinstance(m, LINEAR)]
 
 
 def is_halved(part: nn.Module) -> bool:
-    """Whether the weights of `part`, but those of norms, may travel in bfloat16: autocast rounds them all before it uses them."""
+    """Return whether the weights of `part`, except norms, may be gathered in bfloat16: autocast rounds all of them before use."""
     others = set(owners(part)) - set(norms_in(part))
     return bool(others) and all(isinstance(m, LINEAR) for m in others)
 
 
 def allocate(model: nn.Module, device: torch.device) -> None:
-    """Memory on `device` for the parameters of `model`; its buffers are there already."""
+    """Allocate memory on `device` for the parameters of `model`. Its buffers are there already and keep their values."""
     buffers = [(m, name, buffer) for m in model.modules() for name, buffer in m.named_buffers(recurse=False)]
     model.to_empty(device=device)
     for module, name, buffer in buffers:
@@ -199,7 +199,7 @@ def allocate(model: nn.Module, device: torch.device) -> None:
 
 
 def flat_local_shard(p: Tensor) -> Tensor:
-    """The local shard of a DTensor as a vector that shares its memory and says what it is."""
+    """Return the local shard of a DTensor as a vector that shares its memory. The vector's `local_shard` describes it."""
     flat: Any = local(p).detach().view(-1)
     flat.local_shard = local_shard_of(p)
     return flat

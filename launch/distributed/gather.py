@@ -1,7 +1,7 @@
-"""From the local shards on each rank to whole tensors by name, each on one rank, its owner.
+"""Gathers whole tensors from the local shards of all ranks. Each whole tensor goes to one rank, its owner.
 
-Every rank lists its shares (`list_shares`) in one order that all ranks know without asking. Shares of one `turn` travel at the
-same time, at most one to each owner, so that no rank holds more than its own shards and one whole tensor.
+Every rank lists its shares (`list_shares`) in an order that is the same on all ranks without communication. Shares with the same
+`turn` are sent at the same time, at most one to each owner, so that no rank holds more than its own shards and one whole tensor.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from celo2.whitening import WHITENERS
 from launch.distributed.host_group import HostGroup
 from launch.distributed.strategy import ShardedParameter, Strategy
 
-# Means over a matrix, and whiteners: every rank has the newest where the matrix is split, else the rank that has it whole.
+# Means over a matrix, and whiteners. If a matrix is split over ranks, every rank has its newest values; else only the rank that
+# has the whole matrix does.
 MEANS = ("row", "col", *WHITENERS)
-WEIGHTS, STATE, AVERAGES = 0, 1, 2  # kinds of shares; an average of the weights comes with the buffers, as the weights do
-CHECKPOINT_TAG, VERIFICATION_TAG = 0, 1  # who sends: both may be at work at once
+WEIGHTS, STATE, AVERAGES = 0, 1, 2  # kinds of shares; WEIGHTS and AVERAGES each include the buffers
+CHECKPOINT_TAG, VERIFICATION_TAG = 0, 1  # tags of the two senders, which may send at the same time
 Tensors = dict[str, Tensor]
 
 
 class Piece(NamedTuple):
-    """Elements that `rank` has and the owner needs: [start, stop) in each of the `rows` of the share."""
+    """Elements [start, stop) in each of the `rows` of a share, which `rank` has and the owner needs."""
 
     rank: int
     start: int
@@ -40,27 +41,27 @@ class Share(NamedTuple):
     """A tensor of a checkpoint that this rank owns or has a part of."""
 
     name: str
-    turn: tuple[int, int, int, int]  # kind, -bytes of an element, round, number of the key: the order of all tensors
+    turn: tuple[int, int, int, int]  # sort key of all tensors: kind, -bytes of an element, round, number of the state's key
     owner: int
     shape: tuple[int, ...]  # of the whole tensor
     dtype: torch.dtype
-    value: Tensor | None  # what is here: (rows, elements from `at` on), in any shape; None: the owner has nothing itself
+    value: Tensor | None  # this rank's part: (rows, elements from `at` on), in any shape; None: this owner has no part
     rows: int = 1
     at: int = 0
-    pieces: tuple[Piece, ...] = ()  # where what the owner lacks comes from
-    alone: bool = False  # one replica alone keeps it, and its owner does not know it
+    pieces: tuple[Piece, ...] = ()  # which rank has which elements, as far as the owner needs them
+    alone: bool = False  # only one replica has the tensor, and its owner must be told of the share
 
     @property
     def nbytes(self) -> int:
-        """Of the whole tensor."""
+        """Bytes of the whole tensor."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def list_shares(strategy: Strategy, by_all: bool) -> list[Share]:
-    """This rank's shares of weights, buffers, optimizer state (`<parameter>/<key>`) and, once there is one, the average of the
-    weights, in the order of the turns.
+    """Return this rank's shares of weights, buffers, optimizer state (`<parameter>/<key>`) and, if it has begun, the average of
+    the weights, in the order of their turns.
 
-    `by_all`: owners are balanced by bytes over all ranks that hold a part; or else the first rank owns everything.
+    `by_all`: balance the owners by bytes over all ranks that hold a part; if False, the first rank owns everything.
     """
     host, optimizer = strategy.host, strategy.optimizer
     layouts = {p: group.get("matrices") for group in optimizer.param_groups for p in group["params"]}
@@ -95,12 +96,12 @@ def list_shares(strategy: Strategy, by_all: bool) -> list[Share]:
 
 
 def in_order(shares: Sequence[Share]) -> list[Share]:
-    """Shares as all ranks take them in turn."""
+    """Sort shares in the order in which all ranks process them."""
     return sorted(shares, key=lambda share: (share.turn, share.owner))
 
 
 def choose_owners(strategy: Strategy) -> dict[str, int]:
-    """The rank that gets each weight and buffer whole: one that holds a part; the largest first, each to the least loaded."""
+    """Choose the owner of each weight and buffer: the largest tensor first, each for the least loaded rank that holds a part."""
     host = strategy.host
     sizes: dict[str, tuple[int, list[int]]] = {}  # bytes, ranks to choose from
     for name, shard in strategy.shards.items():
@@ -117,7 +118,7 @@ def choose_owners(strategy: Strategy) -> dict[str, int]:
 
 
 def number_rounds(owners: dict[str, int], sizes: dict[str, int]) -> dict[str, int]:
-    """In which round a tensor travels: each owner gets its largest first, so that the tensors of a round are about as large."""
+    """Number the rounds in which tensors are sent. Each owner gets its largest first, so that a round's sizes are similar."""
     counts: dict[int, int] = {}
     rounds = {}
     for name in sorted(owners, key=lambda name: (-sizes[name], name)):
@@ -127,7 +128,7 @@ def number_rounds(owners: dict[str, int], sizes: dict[str, int]) -> dict[str, in
 
 
 def keeper_of(strategy: Strategy, shard: ShardedParameter) -> int | None:
-    """The replica that alone keeps the optimizer state of a parameter (`distributed.shard_state`); None: every holder does."""
+    """Return the only rank that keeps a parameter's optimizer state (`distributed.shard_state`); None: every holder keeps it."""
     replicas = getattr(strategy.optimizer, "replicas", None)
     if replicas is None or not replicas.shard_state or shard.weight not in replicas.owners:
         return None
@@ -135,12 +136,12 @@ def keeper_of(strategy: Strategy, shard: ShardedParameter) -> int | None:
 
 
 def keeps_state(strategy: Strategy, shard: ShardedParameter) -> bool:
-    """Whether this rank keeps optimizer state of the parameter, if there is any."""
+    """Return whether this rank keeps the optimizer state of the parameter, if there is any."""
     return keeper_of(strategy, shard) in (None, strategy.host.rank)
 
 
 def whole_share(name: str, turn: tuple[int, int, int, int], owner: int, value: Tensor) -> Share:
-    """The share of a tensor that is whole here."""
+    """Return the share of a tensor that is whole on this rank."""
     return Share(name, turn, owner, tuple(value.shape), value.dtype, value)
 
 
@@ -155,13 +156,13 @@ def share_of(
     rank: int,
     keeper: int | None = None,
 ) -> Share | None:
-    """This rank's share of one tensor of a parameter; None if it has nothing to do with it.
+    """Return this rank's share of one tensor of a parameter; None if it neither owns it nor has a needed part.
 
     Args:
-        key: "" for the weight (or its gradient), or the state's.
-        value: what is here of it.
+        key: the key of the optimizer state, or "" for the weight.
+        value: this rank's part of the tensor.
         layout: the matrices that the parameter stands for.
-        keeper: the rank that alone has the value.
+        keeper: the only rank that has the value, if there is one.
     """
     local = shard.local_shard
     share = whole_share(name, turn, owner, value)
@@ -186,7 +187,7 @@ def share_of(
 
 
 def whole_matrices(shard: ShardedParameter, layout: Layout | None) -> list[tuple[int, int, int]]:
-    """(rank of the group, first, last + 1) of the matrices that a rank has whole: its means alone are the newest."""
+    """Return (rank in the group, first, last + 1) of matrices that one rank has whole: only that rank has their newest means."""
     shape = shard.local_shard.shape
     stack = stacked_shape(shape, layout)
     if len(stack) < 2:
@@ -199,7 +200,7 @@ def whole_matrices(shard: ShardedParameter, layout: Layout | None) -> list[tuple
 
 
 class Gathering:
-    """A share on its way to its owner."""
+    """The transfer of one share to its owner."""
 
     def __init__(self, share: Share, host: HostGroup, tag: int) -> None:
         self.share, self.whole, self.works, self.waits = share, None, [], host.waits
@@ -221,7 +222,7 @@ class Gathering:
         self.works = [host.receive(row[p.start : p.stop], p.rank, tag) for p in foreign for row in rows]
 
     def wait(self) -> Tensor | None:
-        """The whole tensor on its owner; on the other ranks nothing."""
+        """Wait for the transfer. Returns the whole tensor on its owner, None on the other ranks."""
         with self.waits():
             for work in self.works:
                 work.wait()
@@ -229,22 +230,22 @@ class Gathering:
 
 
 def gather_in_turn(shares: Sequence[Share], host: HostGroup) -> Iterator[Tensor]:
-    """The tensors that this rank owns, whole, one after another. Every rank must take part.
+    """Yield the whole tensors that this rank owns, one after another. Every rank must take part.
 
-    `shares`: this rank's, in order and in CPU memory.
+    `shares`: this rank's shares, in order and in CPU memory.
     """
     for _, together in itertools.groupby(shares, key=lambda share: share.turn):
         gatherings = [Gathering(share, host, CHECKPOINT_TAG) for share in together]
         found = [whole for whole in [gathering.wait() for gathering in gatherings] if whole is not None]
         del gatherings
-        while found:  # one at most; who takes it has the only reference, so that it is gone before the next one is made
+        while found:  # at most one; the caller gets the only reference, so that it can free the tensor before the next one
             yield found.pop()
 
 
 def gather_whole(strategy: Strategy, shard: ShardedParameter, values: Tensors, layout: Layout | None) -> Tensors:
-    """`values` of one parameter, whole, on the first rank of its group; on the other ranks nothing.
+    """Return the whole tensors of `values` of one parameter on the first rank of its group; empty on the other ranks.
 
-    Without a group everything is whole already, on every rank.
+    If the parameter is not sharded, every rank gets its own `values` back.
 
     Args:
         values: the weight and its gradient, and the optimizer state by key.
@@ -263,7 +264,7 @@ def gather_whole(strategy: Strategy, shard: ShardedParameter, values: Tensors, l
 
 
 def collect(strategy: Strategy) -> Tensors:
-    """Whole weights and buffers on the CPU of the first rank; the others get nothing. Every rank must call it."""
+    """Return all whole weights and buffers on the CPU of the first rank; empty on the others. Every rank must call it."""
     shares = [share for share in list_shares(strategy, by_all=False) if share.turn[0] == WEIGHTS]
     shares = [share._replace(value=share.value.cpu()) for share in shares if share.value is not None]
     owned = [share.name for share in shares if share.owner == strategy.host.rank]

@@ -1,27 +1,28 @@
-"""The heartbeat: every rank tells the others that it lives and how far it is, so that a rank that dies or hangs is named.
+"""The heartbeat: every rank publishes that it is alive and how far it is, so that a rank that dies or hangs is named.
 
     with Heartbeat(rank, world, timeout=60) as heartbeat:
         for step in ...:
             heartbeat.mark(f"step {step}: batch loaded")
 
-A rank that dies leaves the others blocked in a collective. So a daemon thread of each rank publishes a beat (a counter, the
-newest mark, host and process) every `interval` through a connection of its own to the store of the process group, and reads the
-beats of the others. The first rank that misses one writes the diagnosis into the store. Every rank stops with this diagnosis, so
-that all of them name the same rank. Collectives wait as good as for ever (COLLECTIVE_TIMEOUT): the heartbeat alone decides. The
-time from the fault to the last exit, with interval = min(1 s, timeout / 10):
+A rank that dies leaves the others blocked in a collective. So each rank has a daemon thread with its own connection to the store
+of the process group. Every `interval`, this thread publishes a beat (a counter, the newest mark, host and process) and reads the
+beats of the others. The first rank that misses a beat writes the diagnosis into the store. Every rank stops with this diagnosis,
+so that all of them name the same rank. Collectives have practically no timeout (COLLECTIVE_TIMEOUT): only the heartbeat decides.
+The time from the fault to the last exit, with interval = min(1 s, timeout / 10):
 
     a rank raised an exception                 GRACE + 4 intervals                     3 + 4 s at most
-    a rank is dead or stopped                  timeout + 5 intervals; where a collective failed or a signal came (torchrun sends
+    a rank is dead or stopped                  timeout + 5 intervals; if a collective failed or a signal came (torchrun sends
                                                SIGTERM when a rank dies), min(timeout, ALERT) + 5 intervals    15 + 5 s at most
-    a rank hangs in Python, or all hang        timeout + 5 intervals; PATIENCE timeouts where it waits for a disk
+    a rank hangs in Python, or all hang        timeout + 5 intervals; PATIENCE timeouts if it waits for a disk
     a rank dies while the others hang          timeout + ALERT + 5 intervals
-    the store does not answer                  timeout + 1 interval; at once where its process is gone
+    the store does not answer                  timeout + 1 interval; at once if its process is gone
 
-`timeout` must exceed the longest time between two signs of work. Marks are counted, so every rank sets the same ones: the ranks
-with the fewest hold up the others. Where all ranks are at one mark, as within a step, those do whose main thread is not in code
-that waits for others. Between two marks a rank that works for long, as on a checkpoint, calls `progress`, which counts for
-nothing but that sign. That of a rank that is ahead is none: while it writes in the background, another may hang. One call that
-flushes a large file gives no sign: what waits for a disk has PATIENCE times as long.
+`timeout` must exceed the longest time between two signs of work. A sign of work is a mark or a call of `progress`. Every rank
+sets the same marks, and marks are counted: the ranks with the fewest marks hold up the others. If all ranks are at the same mark,
+as within a step, the culprits are the ranks whose main thread is not in code that waits for others. A rank that works long
+between two marks, for example on a checkpoint, calls `progress`. Progress of a rank that is ahead does not count: it may write in
+the background while another rank hangs. A single call that flushes a large file gives no sign of work, so a rank that waits for a
+disk gets PATIENCE times as long.
 """
 
 from __future__ import annotations
@@ -47,57 +48,58 @@ from data import printable
 from launch.monitoring.launcher import tell_launcher
 from launch.private import connect_to_default_store
 
-STATUS = 70  # exit status (EX_SOFTWARE) of a rank that stops because of another one
-ALERT = 15.0  # s; half of what torchrun waits between SIGTERM and SIGKILL, and longer than writing a checkpoint holds the GIL
-GRACE = 3.0  # s; time for each rank to print an exception that all of them raise
+STATUS = 70  # exit status (EX_SOFTWARE) of a rank that stops because of another rank
+ALERT = 15.0  # s; half of torchrun's time between SIGTERM and SIGKILL, and longer than writing a checkpoint holds the GIL
+GRACE = 3.0  # s; time for each rank to print an exception that all ranks raise
 COLLECTIVE_TIMEOUT = 7 * 24 * 3600.0  # s; the first rank may work for long while the others wait for it
-PATIENCE = 5  # timeouts without a sign of work after which a rank that waits for a disk hangs
-# Modules whose code waits for other ranks, or for a device that does.
+PATIENCE = 5  # a rank that waits for a disk counts as hung after this many timeouts without a sign of work
+# Modules whose code waits for other ranks, or for a device that waits for them.
 WAITING = ("torch.distributed.", "deepspeed.", "celo2.distributed.", "launch.distributed.", "launch.monitoring.guard.")
-OBSERVERS = 2  # ranks that read everybody's beat; the others read only these ranks', so that the store serves 1,024 ranks
-NAMED = 8  # ranks that a message names
+OBSERVERS = 2  # ranks that read all beats; the others read only these ranks' beats, so that the store can serve 1,024 ranks
+NAMED = 8  # the most ranks that a message names
 CONTINUES = "the run stops, and the same command continues from its newest checkpoint"
 
-_starts = itertools.count()  # every heartbeat of a process group has keys of its own
+_starts = itertools.count()  # numbers the heartbeats of a process group, so that each has keys of its own
 
 
 class RankError(RuntimeError):
-    """Another rank is gone, hangs or failed; the message names it. Exit with `STATUS`."""
+    """Another rank is gone, hangs or failed; the message names it. The process exits with `STATUS`."""
 
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank last published of itself."""
+    """The last message that a rank published about itself."""
 
-    count: int  # of beats so far; no longer rises when the process is dead or stopped
-    marks: int  # that the main thread has set so far
+    count: int  # number of beats so far; it stops rising when the process is dead or stopped
+    marks: int  # number of marks that the main thread has set so far
     text: str  # of the newest mark
     host: str
     pid: int
-    alarm: str = ""  # "signal": it got a signal; "error": a collective failed, and it waits for the diagnosis
-    left: bool = False  # it is done, and needs the others no more
-    progress: int = 0  # changes while it works between two marks
-    disk: bool = False  # its newest mark says that it waits for a disk
-    waits: bool = False  # a thread of it, such as the one that writes a checkpoint, waits for other ranks
-    place: str = ""  # where in the code its main thread is; empty while that waits for other ranks
+    alarm: str = ""  # "signal": the rank got a signal; "error": a collective failed, and the rank waits for the diagnosis
+    left: bool = False  # the rank is done and does not need the others any more
+    progress: int = 0  # changes while the rank works between two marks
+    disk: bool = False  # the newest mark says that the rank waits for a disk
+    waits: bool = False  # a thread of the rank, such as the one that writes a checkpoint, waits for other ranks
+    place: str = ""  # where in the code the main thread is; empty while it waits for other ranks
 
 
 class Diagnosis(NamedTuple):
-    """Why the run stops: on all ranks the same."""
+    """The reason why the run stops; the same on all ranks."""
 
     message: str
-    failed: bool  # the rank itself told of an exception
+    failed: bool  # the rank itself reported an exception
 
 
 def where(rank: int, beat: Beat) -> str:
-    """A rank with its host and process, so that a person can find it."""
+    """Return a rank with its host and process id, so that a person can find it."""
     return f"rank {rank} ({beat.host}, pid {beat.pid})"
 
 
 def place_of_main_thread() -> str:
-    """Where the main thread is, as `function (file:line)`; empty where it waits for other ranks, or may.
+    """Return where the main thread is, as `function (file:line)`; empty if it waits for other ranks, or may.
 
-    A collective is waited for in torch.distributed or DeepSpeed, or in the backward pass, whose collectives are no Python.
+    The main thread waits for collectives in torch.distributed, in DeepSpeed, or in the backward pass, whose collectives run
+    outside of Python.
     """
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     if frame is None or frame.f_code.co_name == "_engine_run_backward":
@@ -108,13 +110,13 @@ def place_of_main_thread() -> str:
 
 
 def in_one_line(sentences: list[str]) -> str:
-    """The first sentences, and how many more there are: one line even where a whole node is gone."""
+    """Return the first NAMED sentences and the number of further ones: one line, even if a whole node is gone."""
     more = f"; and {len(sentences) - NAMED} more" if len(sentences) > NAMED else ""
     return "; ".join(sentences[:NAMED]) + more + f"; {CONTINUES}"
 
 
 def got_further(before: dict[int, Beat], now: dict[int, Beat]) -> bool:
-    """Whether some rank has set a mark, or one that holds up the others has made progress."""
+    """Return whether any rank has set a mark, or a rank that holds up the others has made progress."""
     least = min((beat.marks for beat in now.values() if not beat.left), default=0)
     return any(
         beat.marks != before[rank].marks or (beat.progress != before[rank].progress and beat.marks == least)
@@ -123,14 +125,14 @@ def got_further(before: dict[int, Beat], now: dict[int, Beat]) -> bool:
 
 
 def blame(beats: dict[int, Beat], silent: dict[int, float], still: float, timeout: float) -> str | None:
-    """The sentence that names the ranks that hold the run up, or None.
+    """Return a message that names the ranks that hold up the run; None if no rank does.
 
     Args:
-        beats: the newest of the ranks that are read, this one included.
+        beats: the newest beats of the ranks that this rank reads, its own included.
         silent: for how many seconds each of them has published nothing new.
-        still: for how many seconds no rank has `got_further`; 0 where not all ranks are read.
-        timeout: a process that is silent for so many seconds is gone (at most ALERT where a signal or an error tells of it);
-            without a sign of work for so many seconds, PATIENCE times as many at a disk, the run hangs.
+        still: for how many seconds no rank has `got_further`; 0 if not all ranks are read.
+        timeout: seconds. A process that is silent for so long is gone; if there was a signal or an error, or the run hangs,
+            ALERT is enough. A run without a sign of work for so long hangs; a disk gets PATIENCE times as long.
     """
     working = {rank: beat for rank, beat in beats.items() if not beat.left}
     least = min((beat.marks for beat in working.values()), default=0)
@@ -143,7 +145,7 @@ def blame(beats: dict[int, Beat], silent: dict[int, float], still: float, timeou
     if gone:
         since = f"has not answered for {limit:g} s, last seen at"
         return in_one_line([f'{where(rank, beat)} {since} "{beat.text}"' for rank, beat in gone.items()])
-    perhaps_dead = any(silent[rank] >= limit / 4 for rank in working)  # their silence will tell
+    perhaps_dead = any(silent[rank] >= limit / 4 for rank in working)  # wait: if they are dead, their silence will show it
     if not hung or not working or perhaps_dead or "error" in alarms:
         return None
     if len(behind) == len(working):
@@ -162,46 +164,46 @@ def blame(beats: dict[int, Beat], silent: dict[int, float], still: float, timeou
 
 
 def is_communication_error(error: BaseException) -> bool:
-    """Whether `error` came from a collective. NCCL's errors have a class of their own, gloo's are known by their text."""
+    """Return whether `error` came from a collective. NCCL's errors have their own class; gloo's are recognized by their text."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def print_error(message: str) -> None:
-    """Print one line on stderr, in one write, as several processes share it, and tell torchrun.
+    """Print one line on stderr, and tell torchrun. A single write is used because several processes share stderr.
 
-    It may quote a file from somebody else, which must not control the terminal.
+    Control characters are escaped, because the message may quote a file from somebody else.
     """
     message = printable(message)
     tell_launcher(message)
-    with suppress(OSError):  # nobody reads it, or its disk is full
+    with suppress(OSError):  # nobody reads stderr, or its disk is full
         print(f"error: {message}\n", end="", file=sys.stderr, flush=True)
 
 
 class Heartbeat:
-    """Publishes this rank's beat while the context is open, around everything that communicates. Does nothing for one process.
+    """Publishes this rank's beat while the context is open. Open it around all communication. It does nothing for one process.
 
     Args:
-        rank, world: of the default process group; every rank opens its heartbeat.
-        timeout: seconds, see the module's docstring.
+        rank, world: of the default process group; every rank opens its own heartbeat.
+        timeout: seconds; see the module's docstring.
         report: prints the diagnosis before the process exits with `STATUS`.
 
     Raises:
-        RankError: on opening, a rank did not start; on closing, where a collective failed because another rank is gone.
+        RankError: on entering the context, if a rank did not start; on leaving it, if another rank is gone, hangs or failed.
     """
 
     def __init__(self, rank: int, world: int, timeout: float, report: Callable[[str], None] = print_error) -> None:
         self.rank, self.world, self.timeout, self.report = rank, world, timeout, report
-        self.record: Callable[[str], None] = lambda message: None  # keeps the diagnosis, before the process ends
+        self.record: Callable[[str], None] = lambda message: None  # stores the diagnosis before the process ends
         self.interval = min(1.0, timeout / 10)
         self.observed = range(world) if rank < OBSERVERS else range(OBSERVERS)  # the ranks whose beats this one reads
         self._diagnosis: Diagnosis | None = None
         self._found = threading.Event()  # there is a diagnosis
         self._leaving = threading.Event()  # the main thread leaves the context, and will raise the diagnosis itself
-        self._closing = False  # the main thread waits for nothing but the end of the beating thread
+        self._closing = False  # the main thread waits only for the end of the beating thread
         self._alarm = ""
         self._ended = threading.Event()  # the beating thread has ended
-        self._exchanges = 0  # odd: one is going on
-        self._end_at = math.inf  # on the clock of time.monotonic: when the process ends, whatever the beating thread waits for
+        self._exchanges = 0  # odd: an exchange is in progress
+        self._end_at = math.inf  # time (time.monotonic) at which the guard ends the process, even if the beating thread is stuck
         self._failure: str | None = None
         self._mark = (0, "start", True)
         self._progress = 0
@@ -212,16 +214,16 @@ class Heartbeat:
         self._thread: threading.Thread | None = None
 
     def mark(self, text: str, disk: bool = False) -> None:
-        """Set a mark: the main thread is now at `text`, and until the next one waits for a `disk`. Costs no communication."""
+        """Set a mark: the main thread is now at `text`. `disk`: it may wait for a disk until the next mark. Sends nothing."""
         self._mark = (self._mark[0] + 1, text, disk)
 
     def progress(self) -> None:
-        """A sign of work between two marks: this rank is alive and not done yet. Any thread may call it, as often as it likes."""
+        """Give a sign of work between two marks: this rank is still working. Any thread may call it, as often as it likes."""
         self._progress += 1
 
     @contextmanager
     def waits(self) -> Iterator[None]:
-        """In this context a thread waits for what other ranks send: it is not this rank that hangs."""
+        """In this context, the calling thread waits for other ranks. So this rank is not the one that hangs."""
         thread = threading.get_ident()
         self._waiters.add(thread)
         try:
@@ -230,13 +232,16 @@ class Heartbeat:
             self._waiters.discard(thread)
 
     def signalled(self) -> None:
-        """This rank got a signal, as from torchrun when another one died: a dead rank is named sooner. Any thread may call it."""
+        """Report that this rank got a signal, which torchrun sends when a rank has died: then a dead rank is named sooner.
+
+        Any thread may call it.
+        """
         if self._thread is not None and not self._alarm:
             self._alarm = "signal"
             self._wake.send(b"\0")
 
     def fail(self, message: str) -> None:
-        """Tell the others that this rank fails. Returns once they can read it."""
+        """Tell the other ranks that this rank fails. Returns once they can read it."""
         if self._thread is not None:
             self._failure = f"{where(self.rank, self._own)} failed: {' '.join(message.split())}"
             self._wake.send(b"\0")
@@ -263,7 +268,7 @@ class Heartbeat:
         self._woken.setblocking(False)
         self._wake.setblocking(False)
         self._thread = threading.Thread(target=self._work, name="heartbeat", daemon=True)
-        # Both threads start here: a machine that can start no more later is no reason to end a rank.
+        # Start both threads now. Later the machine may be unable to start more, which must not end this rank.
         threading.Thread(target=self._guard, name="heartbeat guard", daemon=True).start()
         self._thread.start()
         return self
@@ -294,9 +299,10 @@ class Heartbeat:
             raise RankError(diagnosis.message) from error
 
     def _hear_others(self) -> None:
-        """After a signal: wait until it is known whether a dead rank is why torchrun sent it.
+        """After a signal, wait until it is known whether torchrun sent it because a rank died.
 
-        That is when one is named, or every other rank has answered since. Who does not read all beats waits for rank 1 to leave.
+        It is known when a dead rank is named, or when every other rank has published beats since. A rank that does not read all
+        beats waits until rank 1 leaves.
         """
         counts, end = {rank: beat.count for rank, beat in self._beats.items()}, time.monotonic() + self.until_named
         while time.monotonic() < end and not self._found.wait(self.interval / 4):
@@ -308,7 +314,7 @@ class Heartbeat:
 
     @property
     def until_named(self) -> float:
-        """Seconds from a signal until a rank that is dead is named at the latest; 0 for one process."""
+        """Most seconds from a signal until a dead rank is named; 0 for one process."""
         return min(self.timeout, ALERT) + GRACE if self.world > 1 else 0.0
 
     def _publish(self, left: bool = False) -> None:
@@ -323,15 +329,15 @@ class Heartbeat:
         return {rank: Beat(**json.loads(value)) for rank, value in zip(self.observed, values, strict=True)}
 
     def _work(self) -> None:
-        """The beating thread: one exchange every interval, until the main thread closes or a diagnosis ends the process."""
+        """Run the beating thread: an exchange every interval, until the main thread closes or a diagnosis ends the process."""
         before = time.monotonic()
         while not self._ended.is_set():
             now = time.monotonic()
-            elapsed, before = min(now - before, 2 * self.interval), now  # time in which this process was stopped does not count
+            elapsed, before = min(now - before, 2 * self.interval), now  # do not count time in which this process was stopped
             self._exchanges += 1
             try:
                 self._exchange(elapsed)
-                if self._closing and (self.rank != 0 or not self._others()):  # the first may host the store, and leaves last
+                if self._closing and (self.rank != 0 or not self._others()):  # the first may host the store: it leaves last
                     self._publish(left=True)
                     self._ended.set()
             except RuntimeError:
@@ -342,7 +348,7 @@ class Heartbeat:
             self._sleep(0.05 if self._closing else self.interval)
 
     def _guard(self) -> None:
-        """The second thread: ends the process where the store does not answer the first one for `timeout`, or at `_end_at`."""
+        """Run the guard thread: end the process at `_end_at`, or if the store leaves the beating thread waiting for `timeout`."""
         seen, waited = 0, 0.0
         while not self._ended.wait(self.interval):  # time in which this process was stopped counts as one interval
             waited = waited + self.interval if self._exchanges == seen and seen % 2 else 0.0
@@ -353,7 +359,7 @@ class Heartbeat:
                 self._store_gone()
 
     def _exchange(self, elapsed: float) -> None:
-        """Publish this rank's beat, read the others', and write the diagnosis or take over the one that is there."""
+        """Publish this rank's beat, read the others', and write a diagnosis or adopt the one in the store."""
         self._publish()
         beats = self._read_beats()
         for rank, beat in beats.items():
@@ -372,7 +378,7 @@ class Heartbeat:
         self._found.set()
 
     def _others(self) -> list[int]:
-        """Ranks that answer and have not left."""
+        """Return the other ranks that answer and have not left."""
         return [
             r
             for r, beat in self._beats.items()
@@ -380,18 +386,18 @@ class Heartbeat:
         ]
 
     def _leave(self, diagnosis: Diagnosis) -> None:
-        """Exit with the diagnosis, unless the main thread is on its way out."""
+        """End the process with the diagnosis, unless the main thread is leaving the context."""
         if diagnosis.failed:
             self._leaving.wait(GRACE)
         if self._leaving.is_set():
             return
         self.report(diagnosis.message)
         end = time.monotonic() + GRACE
-        self._end_at = end + GRACE  # store or disk may not answer any more
+        self._end_at = end + GRACE  # the store or the disk may not answer any more
         self.record(diagnosis.message)
         time.sleep(
             2 * self.interval
-        )  # torchrun signals the others as soon as one has ended: they must know the diagnosis by then
+        )  # torchrun signals the other ranks as soon as one has ended: by then they must know the diagnosis
         with suppress(RuntimeError):
             while self.rank == 0 and self._others() and time.monotonic() < end:
                 self._beats = self._read_beats()
@@ -400,7 +406,7 @@ class Heartbeat:
         self._exit()
 
     def _store_gone(self) -> None:
-        """The host of the store is gone, and with it all that is known of the others."""
+        """Report that the store is gone, and end the process. Nothing is known about the other ranks any more."""
         self._ended.set()
         if self._closing:
             return
@@ -417,14 +423,14 @@ class Heartbeat:
             self._exit()
 
     def _exit(self) -> None:
-        """End this process now: its main thread may be blocked for ever."""
+        """End this process now, because its main thread may be blocked forever."""
         for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError):  # nobody reads it, or its disk is full
+            with suppress(OSError, ValueError):  # nobody reads the stream, or its disk is full
                 stream.flush()
         os._exit(STATUS)
 
     def _sleep(self, seconds: float) -> None:
-        """Wait; another thread of this process may end the wait early."""
+        """Sleep; another thread of this process may wake this one earlier."""
         ready, _, _ = select.select([self._woken], [], [], seconds)
         if ready:
             self._woken.recv(1024)

@@ -1,8 +1,9 @@
-"""Replicas hold the same weights, bit for bit. A flipped bit or a faulty device makes one differ, and nothing else would tell.
+"""Checks that replicas hold the same weights, bit for bit. No other check would notice a flipped bit or a faulty device.
 
-Every so many steps and before each checkpoint the ranks compare a sum over the bits of every weight that they hold in common: all
-of them under ddp, zero1 and zero2, the copies of a shard under fsdp2 with `distributed.replicas`, and buffers everywhere; and the
-averages of these weights (`train.average`), but those that ZeRO divides. It reads them once and sends 16 bytes a parameter.
+Every `distributed.check_replicas` steps and before each checkpoint, the ranks compare a sum over the bits of every tensor that
+they hold in common. These are: all weights under ddp, zero1 and zero2; the copies of a shard under fsdp2 with
+`distributed.replicas`; buffers under every strategy; and the averages of these weights (`train.average`), except those that ZeRO
+shards. The check reads each tensor once and sends 16 bytes a tensor.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from celo2.distributed.collectives import gather_objects
 from launch.distributed.heartbeat import RankError
 from launch.distributed.strategy import Strategy
 
-NAMED = 4  # parameters or ranks that a message names
+NAMED = 4  # the most ranks that a message names
 REMEDY = (
     "this step is not saved, and the same command continues from the newest checkpoint; suspect the device or the memory of the "
     "rank (devices of different kinds: distributed.check_replicas=0)"
@@ -27,7 +28,7 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # b
 
 
 def replicated(strategy: Strategy) -> list[tuple[dict[str, Tensor], Any]]:
-    """What this rank holds in common with the others of a process group, by name, and the group."""
+    """Return the tensors, by name, that this rank holds in common with all ranks of a process group, for each such group."""
     if strategy.world == 1:
         return []
     world, name = dist.group.WORLD, strategy.config.distributed.strategy
@@ -43,19 +44,19 @@ def replicated(strategy: Strategy) -> list[tuple[dict[str, Tensor], Any]]:
 
 
 def bit_sums(tensors: list[Tensor]) -> Tensor:
-    """The sum (n,) over the bits of each tensor, in elements read as integers: one changed bit changes it."""
+    """Return a checksum of each tensor, (n,): the sum of its elements, read as integers. One changed bit changes it."""
     integers = [t.detach().flatten().view(INTEGERS[t.element_size()]) for t in tensors]
     return torch.stack([i.sum(dtype=torch.int64) for i in integers])
 
 
 @torch.no_grad()
 def require_equal_replicas(strategy: Strategy, step: int) -> None:
-    """Compare what the ranks hold in common after `step`. Every rank must call it.
+    """Compare the tensors that ranks hold in common after `step`. Every rank must call it.
 
     Raises:
-        RankError: on every rank, naming the first tensor that differs and the ranks whose copy is not that of most.
+        RankError: on every rank, with the first tensor that differs and the ranks whose copy differs from the majority's.
     """
-    different: dict[str, dict[int, int]] = {}  # the sum of each rank of this group, by tensor
+    different: dict[str, dict[int, int]] = {}  # tensors that differ: name -> checksum of each rank in the group
     for tensors, group in replicated(strategy):
         sums = bit_sums(list(tensors.values())).to(strategy.device)  # offloaded weights are in the memory of the host
         extremes = torch.cat([sums, -sums])
@@ -69,7 +70,7 @@ def require_equal_replicas(strategy: Strategy, step: int) -> None:
                     different[name] = of_rank
     if strategy.world == 1:
         return
-    # Under fsdp2 only the copies of one shard know of it.
+    # Under fsdp2, only the ranks with copies of that shard have seen the difference.
     flag = torch.tensor(float(bool(different)), device=strategy.accelerator.device)
     dist.all_reduce(flag, dist.ReduceOp.MAX)
     if flag.item():
@@ -80,20 +81,20 @@ def require_equal_replicas(strategy: Strategy, step: int) -> None:
 
 
 def in_words(different: dict[str, dict[int, int]]) -> tuple[str, list[int]] | None:
-    """The tensors that differ, and the ranks of the first one whose copy is not that of most."""
+    """Return a text on the tensors that differ, and the ranks whose copy of the first one differs from the majority's."""
     if not different:
         return None
     first = next(iter(different.values()))
     values = list(first.values())
     usual = max(values, key=values.count)
     odd = [rank for rank, value in first.items() if value != usual]
-    if 2 * len(odd) >= len(values):  # nobody can tell who is right
+    if 2 * len(odd) >= len(values):  # there is no majority: name all ranks
         odd = list(first)
     more = f" and {len(different) - 1} more" if len(different) > 1 else ""
     return f"{next(iter(different))}{more}", odd
 
 
 def named(ranks: list[int], hosts: list[str]) -> str:
-    """ "rank 3 (node1)"; "ranks 0 (node0), 1 (node1)"."""
+    """Return ranks and hosts as a text: "rank 3 (node1)"; "ranks 0 (node0), 1 (node1)"."""
     more = f" and {len(ranks) - NAMED} more" if len(ranks) > NAMED else ""
     return f"rank{'s' if len(ranks) > 1 else ''} " + ", ".join(f"{rank} ({hosts[rank]})" for rank in ranks[:NAMED]) + more

@@ -1,7 +1,7 @@
-"""How a training run is spread over processes: `distributed.strategy` becomes a `Strategy` that trains.
+"""Makes the `Strategy` of `distributed.strategy`, which spreads a training run over processes, and the Accelerator.
 
-Every strategy takes the same model, batches and optimizers and leads to the same weights. They differ in what each rank holds
-and in what the ranks send each other.
+With every strategy, the same model, batches and optimizer lead to the same weights. Strategies differ in what each rank holds and
+in what the ranks send each other.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ def make_strategy(
     weights: Weights | None = None,
     strategies: Mapping[str, type[Strategy]] = STRATEGIES,
 ) -> Strategy:
-    """The strategy of `config` with `model`, which is alike on every rank; checked over all ranks.
+    """Return the strategy of `config` for `model`, which must be equal on every rank. Its shards are checked over all ranks.
 
-    Without `weights` the model is whole, in memory, and gives them up.
+    Without `weights`, the weights are taken out of `model`, which is then whole and in memory.
 
     Raises:
-        ConfigError: a package that is missing, or an optimizer that the strategy does not know.
-        ShardingError: shards that are not what was asked for.
+        ConfigError: a package is missing, or the strategy does not support the optimizer or the model.
+        ShardingError: some elements of a parameter are on no rank or on two ranks.
     """
     strategy = strategies[config.distributed.strategy](config, accelerator, model, weights or Held(model))
-    set_collective_timeout(COLLECTIVE_TIMEOUT)  # of the strategy's own groups, too
+    set_collective_timeout(COLLECTIVE_TIMEOUT)  # for the groups that the strategy made, too
     strategy.check()
     if (options := average_of(config)) is not None:
         weights_here = {name: shard.weight for name, shard in strategy.shards.items()}
@@ -64,14 +64,14 @@ def make_strategy(
 
 
 def make_accelerator(config: Config) -> Accelerator:
-    """The Accelerator of this process: one process, or one of those that torchrun, `accelerate launch` or `deepspeed` started.
+    """Return the Accelerator of this process, which runs alone or was started by torchrun, `accelerate launch` or `deepspeed`.
 
-    It finds the processes, their devices and the precision. Sharding is the strategy's: Accelerate's own plugins
-    are not used, since they are silently ignored where there is no GPU and know nothing of local shards.
+    The Accelerator handles processes, devices and precision. Sharding is done by the strategy, not by Accelerate's plugins: these
+    are silently ignored without a GPU and do not support local shards.
 
     Raises:
-        ConfigError: a tracker that is not installed, what the launcher's environment contradicts (`check_environment`), or
-            processes that do not find each other.
+        ConfigError: a tracker is not installed, the launcher's environment contradicts the configuration (`check_environment`),
+            there are more processes than GPUs, or the processes do not find each other.
     """
     expected = check_environment(config)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -104,10 +104,10 @@ def make_accelerator(config: Config) -> Accelerator:
 
 @contextmanager
 def deterministic(wanted: bool) -> Iterator[None]:
-    """Let torch choose deterministic algorithms alone in the block, if `wanted`. cuBLAS learns it before its first call.
+    """If `wanted`, make torch use only deterministic algorithms in this context. Enter it before the first call of cuBLAS.
 
     Raises:
-        ConfigError: an operation that has none.
+        ConfigError: an operation has no deterministic algorithm.
     """
     if not wanted:
         yield
@@ -128,7 +128,7 @@ def deterministic(wanted: bool) -> Iterator[None]:
 
 
 def peak(accelerator: Accelerator) -> float | None:
-    """Peak FLOP/s of this process's device in the precision of the training run, where it is known."""
+    """Return the peak FLOP/s of this process's device in the precision of the training run; None if unknown."""
     if accelerator.device.type != "cuda":
         return None
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
@@ -136,7 +136,7 @@ def peak(accelerator: Accelerator) -> float | None:
 
 
 def memory(accelerator: Accelerator) -> dict[str, float]:
-    """`peak_memory_gb`: the most memory that tensors of this process have taken on its GPU so far; nothing without a GPU."""
+    """Return `peak_memory_gb`, the most memory that tensors of this process have used on its GPU so far; empty without a GPU."""
     if accelerator.device.type != "cuda":
         return {}
     return {"peak_memory_gb": torch.cuda.max_memory_allocated(accelerator.device) / 1e9}

@@ -1,4 +1,4 @@
-"""What every strategy does for the training loop, and how it says what of each parameter is on this rank."""
+"""The interface of a strategy for the training loop, and the description of a parameter's part on this rank."""
 
 from __future__ import annotations
 
@@ -31,33 +31,33 @@ from launch.optimizers.third_party import ThirdParty
 from models import ModelError, one_line
 from models.initialization import Weights
 
-Judge = Callable[[Tensor], Judged]  # gradient norm -> whether the step may reach the weights, which the device knows
+Judge = Callable[[Tensor], Judged]  # gradient norm -> the verdict, on the device, whether the step may change the weights
 MicroBatches = list[tuple[Tensor, Tensor]]  # input tokens and targets (B, T)
-OF_STEP = (1 << 32) - 1  # in place of a micro-batch's number: the random numbers of the optimizer's step
+OF_STEP = (1 << 32) - 1  # replaces a micro-batch's number in the seed for the optimizer's step
 
 
 class ShardedParameter(NamedTuple):
     """One parameter of the model as this rank holds it."""
 
-    weight: Tensor  # what the optimizer updates, and keys its state by: the whole parameter, or the flat local shard
-    local_shard: LocalShard  # which elements those are
+    weight: Tensor  # the whole parameter or its flat local shard; the optimizer updates it, and keys its state by it
+    local_shard: LocalShard  # the range of elements in `weight`
     ranges: list[tuple[int, int]] = []  # noqa: RUF012  (start, stop) of every rank of the shard's group; empty: whole everywhere
 
 
 class Strategy:
-    """A model, its optimizer, and the processes they are spread over.
+    """A model and its optimizer, spread over processes.
 
     Attributes:
-        model: the transformers model. Under sharding its parameters are whole only while a forward pass runs.
-        loss_model: the module that computes the loss, as the strategy has wrapped it.
+        model: the transformers model. If weights are sharded, its parameters are whole only during a forward pass.
+        loss_model: the module that computes the loss, wrapped by the strategy.
         optimizer: updates `shards`.
         shards: every parameter by name, a tied weight once.
-        unused: names of parameters that get no gradient from the loss; looked for over several processes.
-        copies: how many ranks hold the same shard and orthogonalize it each for itself.
-        copies_group: these ranks; None where there are no copies of shards.
-        whole: whether one rank alone can call its `model`.
-        host: all ranks, through CPU memory.
-        average: of the weights in `shards`, where `train.average` asks for one.
+        unused: names of parameters that get no gradient from the loss; empty with one process.
+        copies: the number of ranks that hold the same shard and each orthogonalize it.
+        copies_group: the group of these ranks; None if there are no copies of shards.
+        whole: whether a single rank can call its `model`.
+        host: the group of all ranks that communicates through CPU memory.
+        average: the average of the weights in `shards`, if `train.average` is set.
     """
 
     loss_model: nn.Module
@@ -66,15 +66,15 @@ class Strategy:
     copies = 1
     copies_group: dist.ProcessGroup | None = None
     whole = True
-    fills_gradients = False  # with zeros, where a parameter gets none
-    before_step: dict[str, Tensor]  # the buffers
+    fills_gradients = False  # whether parameters without a gradient get zeros
+    before_step: dict[str, Tensor]  # copies of the buffers before the step
     host: HostGroup
     average: Average | None = None
 
     def __init__(self, config: Config, accelerator: Accelerator, model: PreTrainedModel, weights: Weights) -> None:
-        """`model` has no memory for its parameters yet: a subclass gives it what this rank keeps, from `weights`.
+        """`model` has no memory for its parameters yet. A subclass fills the part that this rank keeps from `weights`.
 
-        Parameters are routed here, before anything is sharded, while modules have their own classes and weights their shapes.
+        Parameters are routed here, before sharding changes the classes of modules and the shapes of weights.
         """
         self.config, self.accelerator, self.model = config, accelerator, model
         self.world, self.device = accelerator.num_processes, accelerator.device
@@ -92,16 +92,16 @@ class Strategy:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """The training run ends, and with it what a library keeps of it."""
+        """End the training run. A subclass frees what a library keeps of it."""
 
     def compile(self) -> None:
-        """Compile the blocks, if the configuration says so. To be called after `unused` is found, which is no step."""
+        """Compile the blocks if `train.compile` is set. Call it after the pass that finds `unused` parameters."""
         if self.config.train.compile:
             compile_blocks(self.model, self.device)
 
     @property
     def matrices(self) -> int:
-        """How many hidden matrices of the model its optimizer orthogonalizes in a step, experts without a token included."""
+        """The number of hidden matrices that the optimizer orthogonalizes in a step, including experts without a token."""
         without = set() if self.fills_gradients else self.unused
         return sum(count for name, count in self.hidden.items() if name not in without or is_expert(name))
 
@@ -112,22 +112,27 @@ class Strategy:
 
     @property
     def counter(self) -> Any:
-        """The optimizer of the hidden matrices, which may count those that it has orthogonalized as `orthogonalized`."""
+        """The optimizer of the hidden matrices. Its attribute `orthogonalized`, if it has one, counts orthogonalized matrices."""
         return getattr(self.optimizer, "optimizers", [self.optimizer])[0]
 
     @property
     def lookahead(self) -> EmaNesterov | None:
-        """What moves the weights ahead for the gradient, with `optimizer.ema_nesterov`."""
+        """The lookahead of `optimizer.ema_nesterov`, which moves the weights before the gradient is computed; else None."""
         return getattr(self.optimizer, "lookahead", None)
 
     def look_ahead(self, progress: float) -> None:
-        """Move the weights to where the gradient is to be taken, after a fraction `progress` of all steps; `step` ends it."""
+        """Move the weights to the point where the gradient is taken. `progress`: the fraction of all steps that are done.
+
+        `step` ends the lookahead.
+        """
         if self.lookahead is not None and self.lookahead.enter(progress):
             self.weights_changed()
 
     def loss(self, inputs: Tensor, targets: Tensor, **options: bool) -> Tensor:
-        """Sum of the cross-entropy (nats) over the targets of a micro-batch (B, T), both on any device. `options`: of
-        `models.CausalLMLoss`."""
+        """Return the sum of the cross-entropy (nats) over the targets of a micro-batch (B, T), which may be on any device.
+
+        `options`: of `models.CausalLMLoss`. Raises ModelError if the model fails on this number of rows or tokens.
+        """
         device = self.accelerator.device
         try:
             return self.loss_model(inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True), **options)
@@ -136,37 +141,37 @@ class Strategy:
             raise ModelError(f"{name}: its forward pass fails on {rows} x {length} tokens: {one_line(error)}") from error
 
     def backward(self, micro_batches: MicroBatches, n_targets: int, seed_of: Callable[[int], int]) -> Tensor:
-        """Accumulate the gradient of the mean loss over the `n_targets` of the global batch.
+        """Accumulate the gradient of the mean loss over the `n_targets` targets of the global batch.
 
-        Every rank sums the losses of its tokens and divides by the global count; gradients are averaged over the ranks, hence
-        the factor. `seed_of` says with which seed the i-th micro-batch of the global batch draws random numbers (dropout).
+        Every rank sums the losses of its tokens and divides by the global count. Since gradients are averaged over the ranks,
+        the loss is multiplied by their number. `seed_of(i)` is the random seed (dropout) of micro-batch i of the global batch.
 
         Returns:
             This rank's share of the loss.
         """
         self.before_step = copies(self.buffers)
         total = torch.zeros((), device=self.accelerator.device)
-        before = self.accelerator.process_index * len(micro_batches)  # those of the ranks before this one
+        before = self.accelerator.process_index * len(micro_batches)  # number of micro-batches of the ranks before this one
         for i, (inputs, targets) in enumerate(micro_batches):
             torch.manual_seed(seed_of(before + i))
             with self.micro_batch(last=i == len(micro_batches) - 1):
                 loss = self.loss(inputs, targets) / n_targets
                 self.differentiate(loss * self.world)
             total += loss.detach()
-        if isinstance(self.counter, ThirdParty):  # it may draw random numbers: the same on every rank, and after every start
+        if isinstance(self.counter, ThirdParty):  # its random numbers must be equal on all ranks and after a resume
             set_seed(seed_of(OF_STEP) % (1 << 32))
         return total
 
     def micro_batch(self, last: bool) -> AbstractContextManager:
-        """The context of one forward and backward pass; `last` of its step."""
+        """Return the context of one forward and backward pass. `last`: whether it is the last of its step."""
         return nullcontext()
 
     def differentiate(self, loss: Tensor) -> None:
-        """Add the gradient of `loss`."""
+        """Compute the gradient of `loss`, and add it to the gradients of the parameters."""
         loss.backward()
 
     def step(self, judge: Judge) -> None:
-        """Clip the gradient, ask `judge`, update if it agrees, and forget the gradient. Buffers become equal on all ranks."""
+        """Clip the gradient, ask `judge`, update unless it refuses, and clear the gradient. Make buffers equal on all ranks."""
         judged = self.update(judge)
         if self.lookahead is not None and self.lookahead.leave():
             self.weights_changed()
@@ -175,11 +180,14 @@ class Strategy:
             self.average.update(judged.step, judged.found_inf)
 
     def update(self, judge: Judge) -> Judged:
-        """What `step` does to weights and optimizer state."""
+        """Do the part of `step` that concerns weights and optimizer state. Each strategy implements it."""
         raise NotImplementedError
 
     def admit(self, judged: Judged) -> bool:
-        """Whether to step the optimizer. One that asks the device itself is stepped always; for another the host waits."""
+        """Return whether to step the optimizer.
+
+        True for an optimizer that reads the verdict on the device itself. For any other, the host waits for the verdict.
+        """
         optimizer: Any = self.optimizer
         if entry_of(self.config.optimizer).asks_device and all(group.get("fused", True) for group in optimizer.param_groups):
             optimizer.found_inf = judged.found_inf
@@ -189,13 +197,13 @@ class Strategy:
         return not judged.refused
 
     def weights_changed(self) -> None:
-        """Bring the model in line with the weights of `shards`, after something has written into them."""
+        """Update the model after something has written into the weights of `shards`."""
 
     def check(self) -> None:
-        """Compare the shards over all ranks, and remember their ranges.
+        """Check the shards over all ranks, and store their ranges.
 
         Raises:
-            ShardingError: on every rank alike, for an element that no rank or two ranks hold.
+            ShardingError: on every rank, if no rank or two ranks hold an element.
         """
         groups = {shard.local_shard.group for shard in self.shards.values() if shard.local_shard.group is not None}
         for group in sorted(groups, key=dist.get_process_group_ranks):
@@ -210,12 +218,12 @@ class Strategy:
 
 
 def is_expert(name: str) -> bool:
-    """Whether a parameter belongs to an expert of a mixture, which gets no gradient where no token is given to it."""
+    """Return whether a parameter belongs to an expert of a mixture of experts. An expert without tokens gets no gradient."""
     return any("expert" in part.lower() for part in name.split("."))
 
 
 def hidden_matrices(groups: Groups) -> dict[str, int]:
-    """How many matrices each parameter with the role "hidden" stands for, by its name."""
+    """Return, by name, the number of matrices in each parameter with the role "hidden"."""
     return {
         name: matrix_count(stacked_shape(tuple(p.shape), group["matrices"]))
         for group in groups
@@ -225,6 +233,6 @@ def hidden_matrices(groups: Groups) -> dict[str, int]:
 
 
 def sharded_parameters(groups: Groups, names: Iterable[str]) -> dict[str, ShardedParameter]:
-    """The local shards in an optimizer's groups, in the order of the model's `names`."""
+    """Return the local shards in an optimizer's groups, in the order of the model's `names`."""
     found = {name: p for group in groups for name, p in zip(group["param_names"], group["params"], strict=True)}
     return {name: ShardedParameter(found[name], local_shard_of(found[name])) for name in names if name in found}

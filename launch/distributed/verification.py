@@ -1,7 +1,8 @@
-"""Verification at the first step that sharding changes nothing: every matrix was orthogonalized, and one update is recomputed.
+"""Verifies, in the first step, that sharding changes nothing: all matrices were orthogonalized, and one update is recomputed.
 
-ZeRO hands optimizers flat vectors. A rule that takes them for biases trains on, only worse. So the counts of all ranks are
-compared with the model's own, and one parameter is gathered before and after the step and compared with `celo2.rule.update`.
+ZeRO gives flat vectors to optimizers. A rule that mistakes them for biases would train on, but worse. So the number of
+orthogonalized matrices over all ranks is compared with the model's number. And one parameter is gathered before and after the
+step, and its update is compared with `celo2.rule.update`.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from launch.distributed.strategy import Strategy, is_expert
 from launch.optimizers.additions import CAUTIOUS
 from launch.optimizers.table import entry_of
 
-# RMS of the difference of two directions of RMS 1. Measured over all strategies on 2 and 4 processes: 1.3e-6 in float32 (1.8e-5
-# for an embedding under celo2-base), 0.007 with bfloat16 Newton-Schulz. A matrix that was left out differs by about 1.
+# Largest RMS of the difference of two directions of RMS 1. Measured over all strategies on 2 and 4 processes: 1.3e-6 in float32
+# (1.8e-5 for an embedding under celo2-base), 0.007 with bfloat16 Newton-Schulz. A matrix that was left out differs by about 1.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 
 
 class Verification:
-    """Observes the steps of a strategy's optimizer until one of them is verified; raises on every rank if one is wrong."""
+    """Observes the steps of a strategy's optimizer until one is verified. Raises ShardingError on every rank if it is wrong."""
 
     def __init__(self, strategy: Strategy) -> None:
         self.strategy = strategy
@@ -45,7 +46,10 @@ class Verification:
             self.handles.append(strategy.optimizer.register_step_post_hook(self.look_after))
 
     def choose(self) -> tuple[str, dict[str, Any]]:
-        """The first parameter of the rule that is split over ranks, or else the first, and its group; on all ranks the same."""
+        """Choose the first parameter of the rule that is split over ranks, or else the first one; the same on all ranks.
+
+        Returns its name and its group.
+        """
         optimizer: Any = self.strategy.optimizer
         options = {p: group for group in optimizer.param_groups for p in group["params"] if optimizer.takes_rule(p, group)}
         mine = {name: shard for name, shard in self.strategy.shards.items() if shard.weight in options}
@@ -55,9 +59,9 @@ class Verification:
         return name, options[mine[name].weight]
 
     def gathered(self) -> dict[str, Tensor]:
-        """Copies of weight, gradient and accumulators of the chosen parameter, whole, on the first rank of its group.
+        """Return whole copies of weight, gradient and accumulators of the chosen parameter on the first rank of its group.
 
-        Under DDP on every rank that keeps its state; elsewhere nothing.
+        Under DDP, every rank that keeps its state returns them. All other ranks return nothing.
         """
         shard = self.strategy.shards[self.name]
         if not keeps_state(self.strategy, shard):
@@ -67,18 +71,18 @@ class Verification:
         return {key: value.clone() for key, value in gather_whole(self.strategy, shard, values, self.options["matrices"]).items()}
 
     def look_at_experts(self, *_: object) -> None:
-        """Remember which of the experts that are about to be updated have no gradient: no token of this rank was theirs."""
+        """Store which experts have no gradient in the coming update, because they got no token of this rank."""
         shards = self.strategy.shards.items()
         self.without_gradient = {name for name, shard in shards if is_expert(name) and shard.weight.grad is None}
 
     def look_before(self, *_: object) -> None:
-        """Remember what the step starts from."""
+        """Store the chosen parameter before the step."""
         if self.strategy.shards[self.name].weight.grad is not None:
             self.before = self.gathered()
 
     @torch.no_grad()
     def look_after(self, *_: object) -> None:
-        """Compare with the rule on the whole parameter."""
+        """Compare the step with the rule on the whole parameter."""
         if self.strategy.shards[self.name].weight.grad is None:
             return
         after = self.gathered()
@@ -87,7 +91,7 @@ class Verification:
         self.before = {}
 
     def compare(self, before: dict[str, Tensor], after: dict[str, Tensor]) -> str | None:
-        """What is wrong with a step from `before` to `after`, if anything."""
+        """Return what is wrong with the step from `before` to `after`; None if nothing is."""
         strategy, options, shape = self.strategy, self.options, self.strategy.shards[self.name].local_shard.shape
         optimizer: Any = strategy.optimizer
         lr, layout = float(options["lr"]), options["matrices"]
@@ -103,7 +107,7 @@ class Verification:
         difference = (taken - u).square().mean().sqrt().item()
         size = (u.square().mean().sqrt().item() or 1.0) if optimizer.rule.has_step_sizes else 1.0
         tolerance = size * (TOLERANCE[dtype] if orthogonalize else TOLERANCE[torch.float32])
-        # The weight's own rounding, seen through a division by lr.
+        # The rounding of the weight, which the division by lr above magnifies.
         noise = torch.finfo(after["weight"].dtype).eps * w.abs().max().item() / lr
         if difference < tolerance + noise:
             return None
@@ -111,9 +115,9 @@ class Verification:
         return f"the update of {self.name} is {difference:.2g} RMS {of_rule}"
 
     def check(self, healthy: bool) -> None:
-        """After a step: raise ShardingError on all ranks if it was not what the rule says. Only one step is verified.
+        """After a step, raise ShardingError on all ranks if the step was wrong. Only one step is verified.
 
-        A step that was refused, or with a learning rate of 0, shows nothing, so the next one is observed as well.
+        A refused step, or one with a learning rate of 0, proves nothing: then the next step is observed as well.
         """
         if self.done:
             return
@@ -140,7 +144,7 @@ class Verification:
 
 
 def newton_schulz_dtype(optimizer: Any, device: torch.device) -> torch.dtype:
-    """In which Celo2 orthogonalizes on `device`."""
+    """Return the dtype in which Celo2 orthogonalizes on `device`."""
     return optimizer.ns_dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
 
 
@@ -152,15 +156,15 @@ def whole_direction(
     count: Tensor | None,
     orthogonalize: bool,
 ) -> Tensor:
-    """The direction, of RMS 1 or its step size, that the rule gives a whole parameter, as a stack of its matrices.
+    """Return the rule's direction for a whole parameter, as a stack of its matrices. Its RMS is 1 or the rule's step size.
 
     Args:
-        optimizer: Celo2.
+        optimizer: the Celo2 optimizer.
         options: the parameter's group.
-        shape: of the parameter.
-        before: its weight, gradient and accumulators before the step; accumulators that are not there yet are 0.
-        count: of bfloat16 accumulators, this step's number.
-        orthogonalize: step 8.
+        shape: the parameter's shape.
+        before: its weight, gradient and accumulators before the step; missing accumulators are 0.
+        count: with bfloat16 accumulators, the number of this step.
+        orthogonalize: whether to do step 8 of the algorithm.
     """
     layout = options["matrices"]
     stack = stacked_shape(shape, layout)

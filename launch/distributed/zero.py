@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO: optimizer state (stage 1), gradients (2) and weights (3) are divided into flat vectors, one for each rank."""
+"""DeepSpeed ZeRO: optimizer state (stage 1), gradients (2) and weights (3) are sharded as flat vectors, one for each rank."""
 
 from __future__ import annotations
 
@@ -34,15 +34,17 @@ from launch.private import (
 from models import CausalLMLoss
 from models.initialization import Weights
 
-# Elements of a buffer for gradients or weights on their way, 200 MB; DeepSpeed's own default is ten times that. Stage 3 takes it
-# at the start, whatever the size of the model.
+# Elements of a communication buffer for gradients or weights, 200 MB; DeepSpeed's default is ten times as large. Stage 3
+# allocates it at the start, for any size of model.
 BUCKET = 50_000_000
 
 
 @contextmanager
 def local_rank() -> Iterator[None]:
-    """DeepSpeed reads LOCAL_RANK whenever it works. Without a launcher it is 0 for as long, and no longer: the next training run
-    of this process would take it for a launcher's."""
+    """Set LOCAL_RANK to 0 in this context if no launcher has set it, because DeepSpeed reads it in every call.
+
+    Afterwards it is removed, because the next training run in this process would take it for a launcher's.
+    """
     launched = "LOCAL_RANK" in os.environ
     os.environ.setdefault("LOCAL_RANK", "0")
     try:
@@ -53,13 +55,13 @@ def local_rank() -> Iterator[None]:
 
 
 class Zero(Strategy):
-    """DeepSpeed's engine around the loss module; its optimizer is `ZeroClient`, which steps the real one.
+    """DeepSpeed's engine around the loss module. Its optimizer is a `ZeroClient`, which steps the real optimizer.
 
-    Weights and communication are float32, and bf16 is autocast, as under DDP.
+    As under DDP, weights and communication are float32, and bf16 is autocast.
     """
 
     fills_gradients = True
-    zero_options: ClassVar[dict[str, Any]] = {}  # further options of DeepSpeed's section zero_optimization
+    zero_options: ClassVar[dict[str, Any]] = {}  # further options for DeepSpeed's section zero_optimization
 
     @local_rank()
     def __init__(self, config: Config, accelerator: Accelerator, model: PreTrainedModel, weights: Weights) -> None:
@@ -91,25 +93,25 @@ class Zero(Strategy):
         zero_end(self.engine)
 
     def micro_batch(self, last: bool) -> AbstractContextManager:
-        """DeepSpeed learns here in which micro-batch a step ends: their number may change from step to step."""
+        """Tell DeepSpeed whether the step ends with this micro-batch. Their number may change from step to step."""
         self.engine.set_gradient_accumulation_boundary(last)
         return nullcontext()
 
     @local_rank()
     def loss(self, inputs: Tensor, targets: Tensor, **options: bool) -> Tensor:
-        """As under every strategy."""
+        """Compute the loss as under every strategy."""
         return super().loss(inputs, targets, **options)
 
     @local_rank()
     def differentiate(self, loss: Tensor) -> None:
-        """Through the engine, without its division by the number of micro-batches."""
+        """Compute the gradient through the engine, without its division by the number of micro-batches."""
         self.engine.backward(loss, scale_wrt_gas=False)
 
     @local_rank()
     def update(self, judge: Judge) -> Judged:
-        """DeepSpeed reduces, clips and calls the client, which asks `judge` first.
+        """Step the engine: DeepSpeed reduces and clips the gradient and calls the client, which asks `judge` first.
 
-        A gradient that is not finite never gets that far: DeepSpeed drops it.
+        DeepSpeed drops a gradient that is not finite before it calls the client. Then `judge` gets the norm NaN afterwards.
         """
         judged: list[Judged] = []
 
@@ -126,15 +128,15 @@ class Zero(Strategy):
 
     @local_rank()
     def weights_changed(self) -> None:
-        """Copy what the flat vectors hold into the model."""
-        if hasattr(self.zero, "update_lp_params"):  # stages 1 and 2 compute with a copy
+        """Copy the flat vectors into the model."""
+        if hasattr(self.zero, "update_lp_params"):  # stages 1 and 2 compute with a copy of the weights
             self.zero.update_lp_params()
         else:
             zero3_refresh_weights(self.zero)
 
 
 def import_deepspeed(device: torch.device) -> Any:
-    """The module `deepspeed`, told which device it works on."""
+    """Import and return the module `deepspeed`, set up for `device`."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("LOCAL_RANK", "0")  # a single process without a launcher
@@ -143,19 +145,19 @@ def import_deepspeed(device: torch.device) -> Any:
     except ImportError:
         raise ConfigError("distributed.strategy zero1, zero2 and zero3 need deepspeed (pip install deepspeed)") from None
     forbid_deepspeed_compilation(deepspeed)
-    # DeepSpeed itself calls what newer versions of torch deprecate, and warns of an optimizer that was made for it.
+    # DeepSpeed calls functions that newer versions of torch deprecate, and warns about `ZeroClient` as an untested optimizer.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     deepspeed.utils.logger.addFilter(says_something)
     return deepspeed
 
 
 def says_something(record: logging.LogRecord) -> bool:
-    """Whether a line of DeepSpeed's log is worth showing."""
+    """Return whether to show a line of DeepSpeed's log."""
     return "untested optimizer" not in record.getMessage()
 
 
 def engine_config(config: Config, world: int, zero_options: dict[str, Any]) -> dict[str, Any]:
-    """DeepSpeed's configuration: everything travels in float32, so that the strategy changes nothing but memory and speed."""
+    """Return DeepSpeed's configuration. All communication is float32, so that the strategy changes only memory and speed."""
     micro = fit_micro_batch(config.train.batch_size, world, config.train.micro_batch_size)
     return {
         "train_micro_batch_size_per_gpu": micro,

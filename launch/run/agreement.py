@@ -28,7 +28,7 @@ from launch.checkpoint.verify import CheckpointError
 from launch.optimizers.decay import decoupled_arguments
 from launch.optimizers.table import entry_of
 from launch.optimizers.third_party import find_class
-from launch.run.mixture import name_of_data
+from launch.run.mixture import how_to_end, name_of_data
 from models.function import NOT_SET, function_differences, plain
 
 RULE_FILE = "rule.safetensors"  # in a run's folder: a copy of the rule that it trains with
@@ -108,12 +108,13 @@ def data_differences(saved: Mapping[str, Any], config: Config, identity: Mapping
     if there["data set"] != identity["data set"]:
         same_tokenizer = there.get("tokenizer") in (None, identity["tokenizer"])
         (was, folder), (option, now) = name_of_data(saved["config"]["data"]), name_of_data(asdict(config.data))
+        ending = how_to_end(saved["config"]["data"], asdict(config.data), saved["step"])
         found = "a folder with" if was == "data.dir" else f"the sources {folder} of"
         yield Difference(
             f"the {'data set' if same_tokenizer else 'tokenizer'} of {option}",
             f"{there['data set'][:12]} ({folder})",
             f"{identity['data set'][:12]} ({now})",
-            f"{was}={found} the data set {there['data set'][:12]}",
+            f"{was}={found} the data set {there['data set'][:12]}{ending}",
         )
     if there["run.seed"] != config.run.seed:
         yield Difference("run.seed", there["run.seed"], config.run.seed)

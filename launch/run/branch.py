@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -20,10 +21,20 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from celo2.training.folder import OWNER
 from configs.load import ConfigError, options
 from configs.schema import Config
 from data.files import read_json, replacing
-from launch.checkpoint.folders import CHECKPOINTS, FALLBACK, choose_checkpoint, folders_of, second_folder
+from launch.checkpoint.folders import (
+    CHECKPOINTS,
+    FALLBACK,
+    choose_checkpoint,
+    folders_of,
+    newest_of_original,
+    other_owner,
+    second_folder,
+)
+from launch.checkpoint.journal import wrote
 from launch.checkpoint.publish import flush, remove, remove_leftovers, temporary_folder
 from launch.checkpoint.state import read_state
 from launch.checkpoint.verify import (
@@ -84,26 +95,34 @@ class Start(NamedTuple):
         """Return the event which records that the run branches; None if it does not."""
         if not (self.begins and self.origin and self.origin.id):
             return None
-        return {"event": "branch", "step": self.origin.step, "from": self.origin.checkpoint, "set_aside": self.origin.set_aside}
+        origin = self.origin
+        return {
+            "event": "branch", "step": origin.step, "from": origin.checkpoint, "own": origin.own, "set_aside": origin.set_aside
+        }  # fmt: skip
 
 
 def checkpoint_folders(config: Config, run_dir: Path, origin: Origin | None) -> list[Path]:
     """Return the checkpoint folders of a line: in the run's folder and, if set, a folder below `checkpoint.fallback_dir`."""
     folders = [run_dir / CHECKPOINTS]
     if config.checkpoint.fallback_dir is not None:
-        folders.append(Path(config.checkpoint.fallback_dir) / fallback_name(run_dir, origin))
+        parent = Path(config.checkpoint.fallback_dir)
+        folders.append(parent / fallback_name(run_dir, origin, parent))
     return folders
 
 
-def fallback_name(run_dir: Path, origin: Origin | None) -> str:
-    """Return the name of a line's folder below `checkpoint.fallback_dir`: the name stored in the run's folder, else a unique one.
+def fallback_name(run_dir: Path, origin: Origin | None, parent: Path) -> str:
+    """Return the name of a line's folder below `parent`: the name stored in the run's folder, else one that no run has there.
 
-    Because the name is stored, the line keeps that folder if the run's folder moves or has another path on other nodes.
+    Because the name is stored, the line keeps that folder if the run's folder moves or has another path on other nodes. A copy of
+    the run's folder gets another name.
     """
-    if (kept := second_folder(run_dir)) is not None:
+    kept = second_folder(run_dir)
+    if kept is not None and other_owner(parent / kept.name, run_dir) is None:
         return kept.name
     line = f"{run_dir.resolve()}\n{origin.id}{origin.manifest}" if origin else str(run_dir.resolve())
-    return f"{run_dir.resolve().name}-{hashlib.sha256(line.encode()).hexdigest()[:12]}"
+    lines = itertools.chain([line], (f"{line}\n{number}" for number in itertools.count(1)))
+    names = (f"{run_dir.resolve().name}-{hashlib.sha256(os.fsencode(text)).hexdigest()[:12]}" for text in lines)
+    return next(name for name in names if not (parent / name / OWNER).exists())
 
 
 def choose_start(config: Config, run_dir: Path, progress: Progress = no_progress) -> Start:
@@ -169,6 +188,12 @@ def require_newest(run_dir: Path, folders: list[Path]) -> None:
             raise CheckpointError(
                 f"{run_dir} has its checkpoint of step {step} in {folder}: continue with checkpoint.fallback_dir={folder.parent}"
             )
+    for path, owner in newest_of_original(run_dir):
+        if step_of(path) > newest:
+            raise CheckpointError(
+                f"{run_dir} is a copy of {owner}, whose newest checkpoint is {path}: copy it into {run_dir / CHECKPOINTS}, or "
+                f"remove {run_dir / FALLBACK} to continue without it"
+            )
 
 
 def is_line_of(origin: Origin | None, given: Path, config: Config) -> bool:
@@ -209,8 +234,14 @@ def branch_from(given: Path, config: Config, run_dir: Path, progress: Progress =
         raise no_such_folder(given, run_dir)
     found, _, notes = choose_checkpoint(given.resolve(), progress)
     checkpoint = found.resolve()
-    own = checkpoint.parent == (run_dir / CHECKPOINTS).resolve()
     step, manifest = read_state(checkpoint)["step"], sha256(checkpoint / MANIFEST)
+    inside, before = checkpoint.parent == (run_dir / CHECKPOINTS).resolve(), read_origin(run_dir)
+    own = inside and (wrote(run_dir, checkpoint) or (before is not None and manifest == before.manifest))
+    if inside and not own:
+        notes = [
+            *notes,
+            f"{checkpoint} is not of this run, as events.jsonl shows: it begins a line as a checkpoint of another run",
+        ]
     origin = Origin(
         os.path.abspath(given), str(checkpoint), manifest, step, own, decisive(with_cooldown(config, step)), uuid.uuid4().hex
     )
@@ -298,6 +329,7 @@ def put_in_place(run_dir: Path, progress: Progress = no_progress) -> None:
     (run_dir / FALLBACK).unlink(missing_ok=True)
     if not origin.own:
         runs = [source.parent.parent, Path(origin.resume), *run_dir.glob("set_aside/*")]
+        runs = [run for run in runs if run.resolve() != run_dir.resolve()]  # a copy that was put there is not of this line
         of = [run / "metrics.jsonl" for run in runs if source.parent in (folder.resolve() for folder in folders_of(run))]
         known = next(filter(Path.exists, of), None)
         replace_file(run_dir / "metrics.jsonl", known.read_bytes() if known else b"")

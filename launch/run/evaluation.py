@@ -5,6 +5,7 @@ The sequences and tasks are always the same. Scores do not depend on the number 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -16,11 +17,11 @@ from torch import Tensor
 from configs.evaluation import sets_of
 from configs.schema import Config
 from data import DataError
-from data.batches import IGNORE, MicroBatch, validation_batches
+from data.batches import IGNORE, MicroBatch, validation_batches, validation_counts
 from data.remote import is_remote
 from data.shards import EmptySplit, TokenShards
 from data.text_bytes import bytes_of_tokens
-from data.tokenizer import load_tokenizer
+from data.tokenizer import json_hash, load_tokenizer
 from launch.distributed.first_rank import on_first_rank
 from launch.distributed.strategy import Strategy
 from launch.optimizers.build import set_mode
@@ -107,7 +108,7 @@ class Evaluator:
     ) -> None:
         """`validation`: the main validation set. `mark`: the heartbeat's; it is called before every batch."""
         self.config, self.accelerator, self.context, self.mark = config, accelerator, context, mark
-        self.end = validation.eot_id
+        self.end, self.validation = validation.eot_id, hash_of_set(validation, context, config.eval.sequences)
         self.sets = {"": validation, **open_sets(config, validation)}
         self.lengths = {name: lengths_of_tokens(shards) for name, shards in self.sets.items()}
         if len(self.sets) > 1:
@@ -115,6 +116,15 @@ class Evaluator:
         self.tasks: list[Task] = []  # empty on all ranks but the first
         if config.eval.tasks or config.eval.lm_eval:
             on_first_rank(accelerator, lambda: self.tasks.extend(open_tasks(config, validation, context)), mark)
+
+    def notes(self, state: RunState) -> list[str]:
+        """Return a note if the last evaluation was on another validation set, so that its loss cannot be compared."""
+        if not self.config.checkpoint.keep_best or state.validation in (None, self.validation):
+            return []
+        return [
+            "eval.sequences or the weights of data.mix have changed, and so has the validation set: checkpoint.keep_best "
+            "compares only losses on the new set"
+        ]
 
     def facts(self) -> list[Fact]:
         """Return the facts that must be the same on all ranks."""
@@ -187,6 +197,12 @@ class Evaluator:
             raise Stopped
         total = torch.tensor(sums, dtype=torch.float64, device=self.accelerator.device)
         return evaluation(*self.accelerator.reduce(total, "sum").tolist())
+
+
+def hash_of_set(shards: TokenShards, context: int, sequences: int) -> str:
+    """Return a hash of the sequences of `context` tokens on which a split is evaluated, `sequences` of them."""
+    sources, counts = validation_counts(shards, context, sequences)
+    return json_hash(json.dumps([context, sorted(zip((source.fingerprint for source in sources), counts, strict=True))]))
 
 
 def in_words(scores: dict[str, float]) -> list[str]:

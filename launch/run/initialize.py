@@ -26,12 +26,14 @@ from configs.schema import Model as ModelSection
 from data import first_line
 from data.shards import TokenShards
 from data.special_tokens import declared_tokens
+from data.tokenizer import PROBE, encode_alike
 from launch.checkpoint.folders import CHECKPOINTS, choose_checkpoint, folders_of, run_of
 from launch.checkpoint.load import load_model, read_model_config, weights_file
 from launch.checkpoint.state import read_state
 from launch.checkpoint.stock import DTYPES, dtypes_in, not_real, quiet, read_stock, untied
 from launch.checkpoint.tensors import files_of
-from launch.checkpoint.verify import AVERAGE, MANIFEST, MODEL, list_checkpoints
+from launch.checkpoint.trained import require_its_tokenizer
+from launch.checkpoint.verify import AVERAGE, MANIFEST, MODEL, CheckpointError, list_checkpoints
 from launch.run.branch import checkpoint_folders, read_origin
 from launch.run.weights import FromGPT2, file_weights
 from models.build import ModelError, model_errors, model_of, named_size, prepare_model
@@ -45,7 +47,6 @@ OF_AVERAGE = "average:"  # prefix of a run or checkpoint: take the average of it
 IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")  # valid keys, although the config has no such attributes
 ROPE_PARTS = ("rope_theta", "partial_rotary_factor")  # former top-level keys; today they are entries of `rope_parameters`
 NUMBERS = ("layers", "width", "heads", "vocab_size")  # a GPT-3's numbers, but not its context: sequences may be shorter
-PROBE = 4096  # tokens of the data whose text both tokenizers must encode to the same tokens
 
 
 @dataclass(frozen=True)
@@ -349,6 +350,10 @@ def check_tokenizer(source: Source, shards: TokenShards) -> str:
     Each token of the data's tokenizer must have the same id in the source's, which may have more tokens.
     """
     own = Tokenizer.from_file(str(shards.folder / "tokenizer.json"))
+    try:
+        require_its_tokenizer(source.path, source.tokenizer_file.parent)
+    except CheckpointError as error:
+        raise ConfigError(f"model.init: {error}") from None
     other = read_tokenizer(source)
     if other is None:
         return "it has no tokenizer to compare with that of the data"
@@ -358,8 +363,9 @@ def check_tokenizer(source: Source, shards: TokenShards) -> str:
         if theirs.get(token) != number:
             found = f"{token!r} is {number} in the data, {theirs.get(token, 'missing')} in the model"
             raise ConfigError(f"model.init: the tokenizer of {source.name} is not the data's: {found}; {remedy}")
-    text = own.decode(shards.read(0, min(PROBE, shards.n_tokens)).tolist())
-    if own.encode(text, add_special_tokens=False).ids != other.encode(text, add_special_tokens=False).ids:
+    other.no_truncation()
+    other.no_padding()
+    if not encode_alike(own, other, shards.read(0, min(PROBE, shards.n_tokens)).tolist()):
         raise ConfigError(
             f"model.init: the tokenizer of {source.name} tokenizes the data differently from the data's own tokenizer; {remedy}"
         )

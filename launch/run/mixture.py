@@ -88,6 +88,25 @@ def _share(share: float, step: int) -> str:
     return f"{share:.4g}" + (f" from step {step} on" if step else "")
 
 
+def how_to_end(saved: dict[str, Any], now: dict[str, Any], step: int) -> str:
+    """Return how to end the first source of a mixture that is left out now; empty if the difference is another one.
+
+    Args:
+        saved: the section `data` of a checkpoint's configuration.
+        now: that of the run that resumes.
+        step: the checkpoint's step.
+    """
+    before, left = saved.get("mix") or [], [source.get("dir") for source in now.get("mix") or [now]]
+    ended = [source for source in before if source.get("dir") not in left]
+    if not ended or not {source.get("dir") for source in before}.issuperset(left):
+        return ""
+    folder, weight, end = ended[0].get("dir"), ended[0].get("weight"), max(step, 1)
+    given = weight if isinstance(weight, dict) else {0: weight}
+    weights = {int(since): of_step for since, of_step in given.items() if int(since) < end} | {end: 0}
+    shown = ", ".join(f"{since}: {of_step}" for since, of_step in sorted(weights.items()))
+    return f" (a source ends at a step by its weight: {{dir: {folder}, weight: {{{shown}}}}})"
+
+
 def name_of_data(data: dict[str, Any]) -> tuple[str, str]:
     """Return the option that names the data in a configuration's section `data`, and the folders that it names."""
     if data.get("mix"):

@@ -21,8 +21,8 @@ def read_events(run_dir: Path) -> list[dict[str, Any]]:
 def restart_event(run_dir: Path, step: int) -> dict[str, Any] | None:
     """Return the event for a run that resumes from `step`; None if it begins. Call it before metrics.jsonl is rewound.
 
-    `attempt` counts the starts after the first one. `reason` says how the previous start ended. `steps_lost` is the number of
-    logged steps that are repeated.
+    `attempt` counts the starts after the first one. `reason` says how the previous start ended. `steps_lost` steps, up to the
+    last logged one, are repeated.
     """
     events = read_events(run_dir)
     if not events:

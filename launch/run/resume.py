@@ -148,6 +148,7 @@ def roll_back(run_dir: Path, state: RunState, strategy: Strategy, saver: Saver, 
         )
     path = saver.folders[newest[0]] / newest[1]
     there = step_of(path)
+    saver.resumed(there)
     helped = state.healthy_since and state.rolled_back_to != there
     in_a_row = 1 if helped else state.rollbacks_in_a_row + 1
     if in_a_row > MAX_ROLLBACKS:

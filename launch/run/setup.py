@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from data.batches import Batches, fit_micro_batch, prefetch
 from data.files import replace_text
 from data.shards import TokenShards
 from data.tokenizer import copy_tokenizer
-from launch.checkpoint.folders import CHECKPOINTS, FALLBACK
+from launch.checkpoint.folders import CHECKPOINTS, FALLBACK, claim, is_outside, require_own
 from launch.checkpoint.verify import MODEL, step_of
 from launch.checkpoint.writer import Progress, no_progress
 from launch.distributed.birth import WithProgress, with_weights
@@ -167,6 +167,7 @@ def lock_run(config: Config, accelerator: Accelerator, mark: Callable[..., None]
         folder = run_folder(config)
         path = stack.enter_context(FolderLock(folder)).path
         check_own(folder, Config, "step", CHECKPOINTS, "config.yaml")
+        require_own(folder / CHECKPOINTS, folder)
         return path
 
     with ExitStack() as stack:
@@ -190,11 +191,17 @@ def describe_run(
     if start.begins and start.origin is not None:
         begin_line(run_dir, start.origin, progress)
     (run_dir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+    if is_outside(run_dir):
+        claim(run_dir / CHECKPOINTS, run_dir)
     finished = not start.begins and start.checkpoint is not None and step_of(start.checkpoint) == config.train.steps
     if not (finished and (run_dir / "config.yaml").is_file()):  # of a finished run, keep the one it trained with
         replace_text(run_dir / "config.yaml", to_yaml(config))
     if config.checkpoint.fallback_dir is not None:
-        replace_text(run_dir / FALLBACK, str(checkpoint_folders(config, run_dir, start.origin)[1].absolute()))
+        second = checkpoint_folders(config, run_dir, start.origin)[1].absolute()
+        replace_text(run_dir / FALLBACK, str(second))
+        with suppress(OSError):  # a disk that cannot be written now
+            second.mkdir(parents=True, exist_ok=True)
+        claim(second, run_dir)
     copy_tokenizer(shards.folder, run_dir, shards.eot_id)
     if isinstance(optimizer, Celo2):  # keep a copy, because the original file may change or disappear
         save_rule(optimizer.rule, run_dir / RULE_FILE)

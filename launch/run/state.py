@@ -21,7 +21,10 @@ class RunState:
     seconds: float = 0.0  # spent in training steps, over all starts; without evaluation and checkpoints
     evaluated: int = 0  # the step of the last evaluation
     val_loss: float | None = None  # validation loss at that step, if it is finite
-    best_loss: float | None = None  # the lowest validation loss so far
+    best_loss: float | None = None  # the lowest validation loss so far on the set `validation`
+    validation: str | None = (
+        None  # hash of the validation set of the last evaluation; None: there was none, or an earlier version's
+    )
     bad_steps: int = 0  # refused steps: loss or gradient norm was not finite, or the norm differed between ranks
     rollbacks: int = 0
     rolled_back_to: int = 0  # the step of the last rollback's checkpoint
@@ -54,8 +57,11 @@ class RunState:
         """Begin a new mean loss, after a step was logged."""
         self.window_loss, self.window_tokens = None, 0
 
-    def finish_evaluation(self, val_loss: float) -> bool:
-        """Record the validation loss after `step`. Returns whether it is the lowest so far."""
+    def finish_evaluation(self, val_loss: float, validation: str) -> bool:
+        """Record the loss after `step` on the set with the hash `validation`. Returns whether it is the lowest so far on it."""
+        if self.validation not in (None, validation):
+            self.best_loss = None
+        self.validation = validation
         self.evaluated, self.val_loss = self.step, val_loss if math.isfinite(val_loss) else None
         best = self.val_loss is not None and (self.best_loss is None or self.val_loss < self.best_loss)
         self.best_loss = self.val_loss if best else self.best_loss

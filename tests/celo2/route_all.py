@@ -26,7 +26,8 @@ from transformers.models.auto import modeling_auto
 
 from celo2.bare import kind_of
 from celo2.boundary import boundary_of, heads_after_bodies
-from celo2.fused import holder_of, is_experts, owner_of
+from celo2.fused import is_experts
+from celo2.holders import holder_of, owner_of
 from celo2.routing import claimed_parameters, is_depthwise, is_layer, is_vector, single_claim
 
 LAYERS = re.compile("num_hidden_layers|n_layers?|num_layers|(encoder|decoder)_layers|num_(en|de)coder_layers")

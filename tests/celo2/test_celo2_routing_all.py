@@ -96,6 +96,22 @@ def test_what_holds_a_list_or_a_parameter_says_its_kind():
     assert {name: kind_of(layer, "weight", layer.weight, f"model.{name}.weight") for name in held} == held
 
 
+def test_a_module_that_holds_a_table_as_its_weight_says_so():
+    """By its name or by its class, with the words that name a table itself; what says that it is a layer is none."""
+    names = "queries prompt latents registers cls_tokens memory token_table vocab anchors type_embed"
+    for name in names.split():
+        layer = Layer("weight", (8, 4))
+        assert kind_of(layer, "weight", layer.weight, f"model.{name}.weight") == "table", name
+        linear = type("QuantLinear", (Layer,), {})("weight", (8, 4))
+        expected = "table" if name == "type_embed" else "matrix"
+        assert kind_of(linear, "weight", linear.weight, f"model.{name}.weight") == expected, name
+    for cls in ("TokenLookup", "Queries", "Prompt", "PositionTable"):
+        table = type(cls, (Layer,), {})("weight", (8, 4))
+        assert kind_of(table, "weight", table.weight, "model.learned.weight") == "table", cls
+    model = nn.ModuleList(nn.ModuleDict({"memory": nn.Linear(8, 8), "queries": nn.Linear(8, 8)}) for _ in range(2))
+    assert {group["update"] for group in param_groups(model, 1, 1) if group["params"][0].ndim == 2} == {"celo2"}
+
+
 @pytest.mark.parametrize("make", [nn.LayerNorm, nn.RMSNorm])
 def test_norms_of_two_axes_are_vectors(make):
     """As of queries and keys, with a scale for each head."""

@@ -138,6 +138,30 @@ CASES = {
         Own(body=Timm(head=nn.Identity(), blocks=BLOCKS, norm=nn.LayerNorm(16)), result=nn.Linear(16, 5)),
         {"result.weight"},
     ),
+    "hidden layer of the embedding's shape": (
+        Own(wte=nn.Embedding(64, 16), one=nn.Linear(16, 64), two=nn.Linear(64, 64), result=nn.Linear(64, 4)),
+        {"wte.weight", "result.weight"},
+    ),
+    "hidden layer of the padded shape": (
+        Own(wte=nn.Embedding(60, 16), one=nn.Linear(16, 64), two=nn.Linear(64, 64), result=nn.Linear(64, 4)),
+        {"wte.weight", "result.weight"},
+    ),
+    "two hidden layers of the shape of the positions": (
+        Own(wpe=nn.Embedding(16, 16), h=BLOCKS, one=nn.Linear(16, 16), two=nn.Linear(16, 16), result=nn.Linear(16, 3)),
+        {"wpe.weight", "result.weight"},
+    ),
+    "hidden layer of the embedding's shape before an LSTM": (
+        Own(wte=nn.Embedding(64, 16), one=nn.Linear(16, 64), lstm=nn.LSTM(64, 8), result=nn.Linear(8, 4)),
+        {"wte.weight", "result.weight"},
+    ),
+    "head first, another layer last": (
+        Own(result=nn.Linear(16, 500), **LM, h=BLOCKS, last=nn.Linear(16, 16)),
+        {"wte.weight", "wpe.weight", "result.weight"},
+    ),
+    "head, then a block that predicts further ahead": (
+        Own(wte=nn.Embedding(500, 16), h=BLOCKS, result=nn.Linear(16, 500), both=nn.Linear(32, 16)),
+        {"wte.weight", "result.weight"},
+    ),
     "adaptive softmax": (
         Own(wte=nn.Embedding(50, 16), h=BLOCKS, loss=nn.AdaptiveLogSoftmaxWithLoss(16, 50, [10, 20], div_value=2.0)),
         {"wte.weight", "loss.head.weight", *(f"loss.tail.{i}.{j}.weight" for i in (0, 1) for j in (0, 1))},

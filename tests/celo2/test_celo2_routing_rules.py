@@ -102,6 +102,19 @@ def test_flattened_weight_is_refused(make, shape):
         param_groups(model, 1e-3, 2e-2)
 
 
+def test_several_weights_in_one_are_a_stack_or_a_table():
+    """Subclasses of layers whose weight has more axes: an ensemble, and several codebooks."""
+
+    def of(layer: nn.Module, *shape: int) -> nn.Module:
+        layer.weight = nn.Parameter(torch.zeros(shape))
+        return layer
+
+    layers = [of(nn.Linear(4, 5), 3, 5, 4), of(nn.Conv2d(3, 5, 2), 7, 5, 3, 2, 2), of(nn.Embedding(4, 5), 3, 4, 5)]
+    groups = by_name(param_groups(nn.Sequential(*layers, nn.Linear(5, 2)), 1e-3, 2e-2, 0.1))
+    assert stacked(*groups["0.weight"]) == (3, 5, 4) and stacked(*groups["1.weight"]) == (7, 5, 12)
+    assert [groups[f"{i}.weight"][1]["update"] for i in range(4)] == ["celo2", "celo2", "adamw", "adamw"]
+
+
 def test_lazy_layer_is_refused():
     with pytest.raises(ValueError, match=r"'1\.weight' has no shape yet"):
         param_groups(nn.Sequential(nn.Linear(8, 8), nn.LazyLinear(3)), 1e-3, 2e-2)

@@ -78,6 +78,12 @@ def test_resolved_configuration_reads_back(file, tmp_path):
         ("train.steps: 5", "write train.steps=5"),
         ("train.steps", "write train.steps=VALUE, without spaces"),
         ("", "'': expected section.key=value"),
+        # Bytes of the command line that are not UTF-8 are surrogates in Python.
+        (
+            "run.dir=/lat\udce9/r",
+            "'run.dir=/lat\\xe9/r': not UTF-8 text; rename such a file or folder, or name it by a link",
+        ),
+        ("log.trackers=[\udcff]", "'log.trackers=[\\xff]': not UTF-8 text"),
         ("train.steps=1e400", "expected int"),
         ("train.steps=" + "9" * 5000, "expected int"),
         ("train.steps=12:30", "train.steps is '12:30', expected int"),
@@ -154,6 +160,10 @@ def test_values_are_what_was_written(file, tmp_path, override, value):
     assert found == value and type(found) is type(value)
     (tmp_path / "resolved.yaml").write_text(to_yaml(config))
     assert load_config(tmp_path / "resolved.yaml") == config
+
+
+def test_utf_8_of_a_command_line_in_another_locale(file):
+    assert load_config(file, ["run.dir=caf\udcc3\udca9"]).run.dir == "café"
 
 
 def test_values_of_a_file(tmp_path):

@@ -13,6 +13,7 @@ from data.prepare import prepare
 from data.shards import TokenShards
 from data.special_tokens import as_trained, end_of_text
 from data.tokenizer import byte_tokenizer, load_tokenizer, token_id, train_bpe
+from data.vocabularies import character_tokenizer
 
 ENDS = ["</s>", "<|endoftext|>", "<eos>", "<|im_end|>", "[SEP]", "<|END|>", "<|eot_id|>", "<pad>", "<s>", "a</s>b"]
 
@@ -156,6 +157,50 @@ def test_characters_that_a_tokenizer_leaves_out_are_counted(tmp_path, write_json
     prepare(source, tmp_path / "o", tokenizer=str(tmp_path / "tokenizer.json"), val_fraction=0, workers=1, log=lines.append)
     note = f"left out: {left_out} characters that the tokenizer does not know, since it has no token for the unknown"
     assert (note in lines) == bool(left_out) and any("left out" in line for line in lines) == bool(left_out)
+
+
+def unigram(unknown: int) -> Tokenizer:
+    return Tokenizer(models.Unigram([("</s>", 0.0), ("?", 0.0), ("a", -1.0), ("b", -1.0), ("c", -1.0), (" ", -1.0)], unknown))
+
+
+BPE_UNKNOWN = {**BPE_ALONE, "<": 5, "/": 6, "s": 7, ">": 8, "</": 9, "</s": 10}
+MERGES = [("a", "b"), ("<", "/"), ("</", "s"), ("</s", ">")]
+
+
+@pytest.mark.parametrize(
+    ("tok", "documents"),
+    [
+        (character_tokenizer({char: i for i, char in enumerate("abcdefghijklmnopqrstuvwxyz ")}), ["ab d", "abc", "a s b"]),
+        (Tokenizer(models.BPE(vocab=BPE_UNKNOWN, merges=MERGES, unk_token="</s>")), ["ab", "abc", "a</s>b"]),
+        (unigram(0), ["ab ", "abc", "a  b"]),
+        (Tokenizer(models.WordPiece({"ab": 0, "##c": 1, "</s>": 2, "a": 3}, unk_token="</s>")), ["", "", ""]),
+    ],
+)
+def test_unknown_characters_never_become_the_end_of_text(tmp_path, write_jsonl, tok, documents):
+    """Where the unknown token is the end of text, they are left out and counted; the name of the token is plain text."""
+    lines: list[str] = []
+    end = end_of_text(tok)
+    tok.add_special_tokens([AddedToken(end, special=True, normalized=False)])
+    tok.save(str(tmp_path / "tokenizer.json"))
+    texts = ["ab dé", "abc漢漢", "a </s> b"]
+    source = write_jsonl(tmp_path / "c.jsonl", texts)
+    prepare(source, tmp_path / "o", tokenizer=str(tmp_path / "tokenizer.json"), val_fraction=0, workers=1, log=lines.append)
+    shards = TokenShards(tmp_path / "o", "train")
+    tokens = shards.read(0, shards.n_tokens)
+    ends = np.flatnonzero(tokens == shards.eot_id)
+    assert len(ends) == len(texts)
+    found = [[tok.id_to_token(i).removeprefix("##") for i in part if i != shards.eot_id] for part in np.split(tokens, ends + 1)]
+    assert ["".join(pieces) for pieces in found[:-1]] == documents
+    left_out = sum(len(text.replace(" ", "")) - len(kept.replace(" ", "")) for text, kept in zip(texts, documents, strict=True))
+    note = f"left out: {left_out} characters that the tokenizer does not know, since its token for the unknown is the end of text"
+    assert note in lines
+
+
+def test_the_name_of_the_unknown_token_is_plain_text():
+    """Merges lead to it."""
+    tok = Tokenizer(models.BPE(vocab={**BPE_UNKNOWN, "?": 11}, merges=MERGES, unk_token="</s>"))
+    tok.add_special_tokens(["</s>", "?"])
+    assert Encoder(tok, 11)(["a</s>漢"])[0].tolist() == [0, 10, 8, 4]
 
 
 def test_a_tokenizer_that_refuses_a_text_is_one_line(tmp_path, write_jsonl, quiet):

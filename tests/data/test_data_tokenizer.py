@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from data import DataError
 from data.preparation.encode import Encoder
 from data.special_tokens import end_of_text
-from data.tokenizer import byte_tokenizer, load_tokenizer, token_id, tokenizer_hash, train_bpe, vocabulary_size
+from data.tokenizer import byte_tokenizer, encode_alike, load_tokenizer, token_id, tokenizer_hash, train_bpe, vocabulary_size
 
 TEXT = "Crème brûlée, 漢字 🙂\r\n\ttabs \x00\x7f and <|endoftext|> as text  \n"
 
@@ -73,6 +73,16 @@ def test_hash_ignores_layout_and_sees_content(bpe, tmp_path):
     assert len(digests) == 2
     assert tokenizer_hash(load_tokenizer(tmp_path / "pretty.json")) == tokenizer_hash(bpe)
     assert tokenizer_hash(load_tokenizer(tmp_path / "dense.json")) == tokenizer_hash(bpe)
+
+
+def test_texts_are_encoded_alike(bpe):
+    ids = bpe.encode(TEXT).ids
+    assert encode_alike(bpe, Tokenizer.from_str(bpe.to_str()), ids)
+    lower = json.loads(bpe.to_str()) | {"normalizer": {"type": "Lowercase"}}
+    assert not encode_alike(bpe, Tokenizer.from_str(json.dumps(lower)), bpe.encode("The").ids)
+    # A word-level model without an unknown token refuses the decoded text, which has a space.
+    words = Tokenizer(models.WordLevel({"the": 0, "cat": 1}))
+    assert encode_alike(words, words, [0, 1]) and not encode_alike(words, bpe, [0, 1])
 
 
 def test_load_from_file_or_folder_without_truncation(bpe, tmp_path):

@@ -243,7 +243,7 @@ def test_a_second_folder_takes_what_the_first_does_not(run):
     assert [path.name for path in (moved / "checkpoints").iterdir()] == ["step_00000006"]
     for name in ("../run-0123456789ab", "run", "", "/run", "/a\0/run-0123456789ab", "/a/run-0123456789ab\n/b"):
         (moved / "fallback_folder").write_text(name)
-        assert re.fullmatch(r"moved-[0-9a-f]{12}", fallback_name(moved, None))
+        assert re.fullmatch(r"moved-[0-9a-f]{12}", fallback_name(moved, None, second))
     assert not list(second.glob("run-*/step_*"))
 
 

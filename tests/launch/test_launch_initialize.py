@@ -371,6 +371,11 @@ def test_another_tokenizer_is_refused(run, prepared):
     lower = json.loads((bpe / "tokenizer.json").read_text()) | {"normalizer": {"type": "Lowercase"}}
     Tokenizer.from_str(json.dumps(lower)).save(str(folder / "tokenizer.json"))
     refused(run(*init, f"data.dir={bpe}", folder="b"), "tokenizes the data differently from the data's own tokenizer")
+    short = Tokenizer.from_file(str(bpe / "tokenizer.json"))
+    short.enable_truncation(8)  # as many published files have it
+    short.enable_padding(length=8)
+    short.save(str(folder / "tokenizer.json"))
+    assert run(*init, f"data.dir={bpe}", folder="short")[0] == 0 and taken(run).endswith("its tokenizer is that of the data")
 
 
 def test_the_newest_whole_checkpoint_is_taken(run):

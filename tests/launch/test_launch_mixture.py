@@ -10,6 +10,7 @@ from stopping import StopIn
 
 from configs.load import ConfigError, load_config, to_yaml
 from data.prepare import prepare
+from launch.run.mixture import how_to_end
 from launch.run.ranks import facts_of, first_difference
 from launch.run.setup import open_data
 
@@ -54,12 +55,29 @@ def test_said_counted_and_continued_bit_for_bit(run, prepared, other):
     assert status == 0 and "data.mix " in run.out and "sequences taken until step 7: bytes 34 (" in run.out
     _, _, err = run(*SMALL, "train.steps=8", *mix((prepared, 1)), folder="parts")
     assert err.count("\n") == 1 and "the data set of data.mix is " in err and f"({prepared}, {other}) in the checkpoint" in err
+    # What the message says ends the source.
+    ended = f"{{dir: {other}, weight: {{0: 3, 7: 0}}}}"
+    assert f"(a source ends at a step by its weight: {ended}); or " in err
+    assert run(*SMALL, "train.steps=8", *mix((prepared, 1), (other, "{0: 3, 7: 0}")), folder="parts")[0] == 0
+    assert "sequences taken until step 8: bytes 42 (" in run.out and "bottles 22 (" in run.out
     status, _, err = run(*SMALL, "train.steps=8", folder="parts")
     assert (
         status == 2
         and "the data set of data.dir is " in err
         and f"data.mix=the sources {prepared}, {other} of the data set " in err
     )
+
+
+def test_how_a_source_that_is_left_out_ends():
+    a, b = {"dir": "a", "weight": 1}, {"dir": "b", "weight": {"0": 0.5, "20": 2, "100": 1}}
+    end = " (a source ends at a step by its weight: {dir: b, weight: {0: 0.5, 20: 2, 50: 0}})"
+    assert how_to_end({"mix": [a, b]}, {"mix": [a]}, 50) == how_to_end({"mix": [a, b]}, {"dir": "a", "mix": None}, 50) == end
+    assert (
+        how_to_end({"mix": [b, a]}, {"mix": [b]}, 0) == " (a source ends at a step by its weight: {dir: a, weight: {0: 1, 1: 0}})"
+    )
+    for now in ({"mix": [a, b]}, {"mix": [a, {"dir": "c", "weight": 1}]}, {"dir": "c"}, {"dir": None}):
+        assert how_to_end({"mix": [a, b]}, now, 50) == ""
+    assert how_to_end({"dir": "a"}, {"mix": [b]}, 50) == ""
 
 
 def test_a_mixture_after_a_rollback(run, prepared, other):
@@ -108,7 +126,11 @@ def test_plan(run, prepared, other, capsys):
         ("[]", "data.mix is empty"),
         ("[{dir: a}]", "data.mix[0].weight is missing: a source is {dir: FOLDER, weight: 0.7}"),
         ("[{weight: 1}]", "data.mix[0].dir is None, expected the path of a prepared folder"),
-        ("[{dir: a, weight: 1}, {dir: b, weight: 0}]", "data.mix[1].weight is 0: leave the source out"),
+        (
+            "[{dir: a, weight: 1}, {dir: b, weight: 0}]",
+            "data.mix[1].weight is 0: leave the source out, or say from which step on it counts, {0: 0, 9000: 0.3}; in a run "
+            "that resumes, a source ends at a step with {0: 0.3, 9000: 0}",
+        ),
         ("[{dir: a, weight: -1}]", "data.mix[0].weight is -1, expected a number, 0 or above"),
         ("[{dir: a, weight: much}]", "data.mix[0].weight is 'much', expected a number"),
         ("[{dir: a, weight: .nan}]", "data.mix[0].weight is nan, expected a number"),
@@ -116,6 +138,8 @@ def test_plan(run, prepared, other, capsys):
         ("[{dir: a, wieght: 1}]", "data.mix[0] has the unknown key 'wieght'"),
         ("[{dir: a, weight: {5: 1}}]", "data.mix[0].weight does not say what holds from step 0 on"),
         ("[{dir: a, weight: {0: 1, x: 1}}]", "data.mix[0].weight has the key 'x', expected the step"),
+        ("[{dir: a, weight: {0: 1, 1.5: 1}}]", "data.mix[0].weight has the key 1.5, expected the step"),
+        ("[{dir: a, weight: {0: 1, 1e3: 1, '1000': 2}}]", "data.mix[0].weight has the key 1000 twice"),
         ("[{dir: a, weight: {0: 0, 9: 0}}]", "data.mix[0].weight is 0 at every step"),
         ("[{dir: a, weight: {0: 1, 5: 0}}]", "data.mix: from step 5 on no source has a weight above 0"),
         ("[a, b]", "data.mix[0] is 'a', expected a mapping"),
@@ -133,10 +157,14 @@ def test_refused(tmp_path, written, message):
 def test_both_are_refused_and_home_is_expanded(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     path = tmp_path / "c.yaml"
-    path.write_text("data:\n  mix:\n    - {dir: ~/a, weight: 2}\n    - {dir: b, weight: {0: 0, 9000: 0.5}}\n")
+    path.write_text("data:\n  mix:\n    - {dir: ~/a, weight: 2}\n    - {dir: b, weight: {9e3: 0.5, 0: 0}}\n")
     config = load_config(path)
+    assert isinstance(list(config.data.mix[1]["weight"])[1], int)
     assert config.data.mix == [{"dir": "/home/me/a", "weight": 2}, {"dir": "b", "weight": {0: 0, 9000: 0.5}}]
     (tmp_path / "again.yaml").write_text(to_yaml(config))
     assert load_config(tmp_path / "again.yaml") == config
     with pytest.raises(ConfigError, match=r"data.dir and data.mix are both given: leave one out \(data.dir=null\)"):
+        load_config(path, ["data.dir=a", "data.mix=[{dir: b, weight: 1}]"])
+    with pytest.raises(ConfigError, match=r"data.dir and data.mix are both given: leave one out \(data.mix=null\)"):
         load_config(path, ["data.dir=a"])
+    assert load_config(path, ["data.dir=a", "data.mix=null"]).data.dir == "a"

@@ -137,7 +137,7 @@ def test_an_owners_links_to_another_disk_work(run):
     (disk / "checkpoints").symlink_to(large)
     assert run("train.steps=4", "eval.every=0", "log.sample_tokens=0")[0] == 0
     assert "resumed from" in run.out
-    assert {path.name for path in large.iterdir()} == {"step_00000003", "step_00000004"}
+    assert {path.name for path in large.iterdir()} == {"owner", "step_00000003", "step_00000004"}
 
 
 def test_checkpoints_may_not_lead_to_anything_else(tmp_path, victim):

@@ -92,6 +92,61 @@ def test_data_with_another_end_of_text(run, two_ends, tmp_path, capsys):
     assert status == 0 and "but the data's documents end with '<|stop|>', the model's with '<|endoftext|>'" in run.out
 
 
+def test_data_of_a_tokenizer_with_other_merges_is_refused(run, two_ends, tmp_path, capsys):
+    """Its tokens have the same ids, but it cuts texts into other tokens."""
+    assert run(*SMALL, f"data.dir={two_ends[0]}")[0] == 0
+    made = json.loads((two_ends[0] / "tokenizer.json").read_text())
+    made["model"]["merges"] = made["model"]["merges"][:5]
+    (tmp_path / "few.json").write_text(json.dumps(made))
+    options = {"val_fraction": 0.2, "workers": 1, "log": lambda line: None}
+    few = prepare(two_ends[0].parent / "text.jsonl", tmp_path / "few", tokenizer=tmp_path / "few.json", **options)
+    export(tmp_path / "run", tmp_path / "out")
+    capsys.readouterr()
+    for model, path in (("run", "run/checkpoints/step_00000001"), ("out", "out")):
+        assert evaluate([str(tmp_path / model), str(few)]) == 2
+        found = f"{few} was prepared with another tokenizer: that of {tmp_path / path} tokenizes the data differently"
+        remedy = "prepare the data with the model's own tokenizer (data.prepare --tokenizer)"
+        assert capsys.readouterr().err == f"evaluate: {found}; {remedy}\n"
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_run_that_does_not_name_its_end_of_text(run, two_ends, tmp_path, capsys, mixed):
+    """The data of the run names it. If the data is gone, a usual name is a guess, and a note says so."""
+    data, folder = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(two_ends[1], data)
+    assert run(*SMALL, *(mix((data, 1)) if mixed else [f"data.dir={data}"]))[0] == 0
+    (folder / "tokenizer_config.json").unlink()
+    capsys.readouterr()
+    notes: list[str] = []
+    export(folder, tmp_path / "out", notes.append)
+    assert notes == [] and open_trained(tmp_path / "out").end == open_trained(folder).end == read_index(data)["end_of_text_id"]
+    data.rename(tmp_path / "moved")
+    export(folder, tmp_path / "guessed", notes.append)
+    assert notes == [
+        f"{folder} has no tokenizer_config.json that names the end of text, and its data is not there; taking '<|endoftext|>', "
+        f'a usual name; if it is another token, write {{"eos_token": TOKEN}} to {folder / "tokenizer_config.json"}'
+    ]
+    assert json.loads((tmp_path / "guessed" / "tokenizer_config.json").read_text())["eos_token"] == "<|endoftext|>"
+    assert sample([str(folder), "--tokens", "2"]) == 0
+    assert capsys.readouterr().err == f"sample: note: {notes[0]}\n"
+    assert evaluate([str(folder), str(tmp_path / "moved")]) == 0
+    found = f"it is not known which token ended documents in the training of {folder / 'checkpoints/step_00000001'}"
+    assert capsys.readouterr().err == f"evaluate: note: {found}; {tmp_path / 'moved'} ends them with '<|stop|>'\n"
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|stop|>"}))
+    export(folder, tmp_path / "named", notes.append)
+    assert len(notes) == 1 and open_trained(tmp_path / "named").end == open_trained(tmp_path / "out").end
+
+
+def test_the_only_special_token_is_no_guess(run, tmp_path, prepared):
+    shutil.copytree(prepared, tmp_path / "data")
+    assert run(*SMALL, f"data.dir={tmp_path / 'data'}")[0] == 0
+    shutil.rmtree(tmp_path / "data")
+    (tmp_path / "run" / "tokenizer_config.json").unlink()
+    notes: list[str] = []
+    export(tmp_path / "run", tmp_path / "out", notes.append)
+    assert notes == [] and open_trained(tmp_path / "run").guess == ""
+
+
 def stock_folder(folder, prepared, model):
     """A folder of transformers with the tokenizer of the prepared data."""
     model.save_pretrained(folder)
