@@ -38,7 +38,7 @@ from launch.optimizers.build import set_mode
 from launch.optimizers.width import at_width_of, width_note
 from launch.private import leave
 from launch.run.agreement import identity_of
-from launch.run.branch import checkpoint_folders, config_of_line
+from launch.run.branch import config_of_line
 from launch.run.check import prompt_notes
 from launch.run.diagnostics import Diagnostics, check_device
 from launch.run.evaluation import Evaluator
@@ -49,7 +49,7 @@ from launch.run.pinned_rule import with_pinned_rule
 from launch.run.ranks import facts_of, require_same
 from launch.run.record import training_record
 from launch.run.restart import record_lost_rank, restart_event, restart_note
-from launch.run.resume import find_start, resume, roll_back
+from launch.run.resume import find_start, folders_of_line, resume, roll_back
 from launch.run.schedule import dropout_seed, due, lr_factor, set_lr
 from launch.run.setup import (
     describe_run,
@@ -148,7 +148,7 @@ def pretrain(
     heartbeat.mark("writing the run's folder", disk=True)
     progress = heartbeat.progress
     on_first_rank(accelerator, lambda: describe_run(config, run_dir, shards, optimizer, start, progress), heartbeat.mark)
-    folders = checkpoint_folders(config, run_dir, start.origin)
+    folders = folders_of_line(config, run_dir, start, accelerator, heartbeat)
     branched_at = start.origin.step if start.origin else None
     grace = Grace(strategy)
     restart = restart_event(run_dir, state.step) if first and not start.event() else None

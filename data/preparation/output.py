@@ -21,7 +21,7 @@ from data.shards import check_files, fingerprint, read_index
 from data.special_tokens import CONFIG, as_trained, end_of_text
 from data.tokenizer import load_declared, load_tokenizer, tokenizer_hash
 
-UNITS_VERSION = 2  # version of the files in OUT/.partial
+UNITS_VERSION = 3  # version of the files in OUT/.partial
 
 
 def is_finished(out: Path, arguments: dict, log: Callable[[str], None]) -> bool:

@@ -68,17 +68,29 @@ def other_owner(folder: Path, run: Path, content: bytes | None = None) -> Path |
 
     `content`: that of OWNER, if it is read already.
     """
+    owner = owner_of(folder, content)
+    try:
+        taken = owner is not None and not same_folder(owner, run) and names_folder(owner, folder)
+    except OSError:  # the owner names no path
+        return None
+    return owner if taken else None
+
+
+def owner_of(folder: Path, content: bytes | None = None) -> Path | None:
+    """Return the path in the OWNER of a checkpoint folder; None if there is none or it cannot be read.
+
+    `content`: that of OWNER, if it is read already.
+    """
     try:
         if content is None:
             if not (folder / OWNER).is_file():
                 return None
             with (folder / OWNER).open("rb") as file:
                 content = file.read(LONGEST)
-        owner = Path(os.fsdecode(content.removesuffix(b"\n").replace(b"\0", b"")))
-        taken = owner.is_absolute() and not same_folder(owner, run) and names_folder(owner, folder)
-    except OSError:  # it cannot be read, or names no path
+    except OSError:
         return None
-    return owner if taken else None
+    owner = Path(os.fsdecode(content.removesuffix(b"\n").replace(b"\0", b"")))
+    return owner if owner.is_absolute() else None
 
 
 def require_own(folder: Path, run: Path, content: bytes | None = None) -> None:
@@ -88,8 +100,9 @@ def require_own(folder: Path, run: Path, content: bytes | None = None) -> None:
     """
     if (owner := other_owner(folder, run, content)) is not None:
         raise CheckpointError(
-            f"{folder} leads to {folder.resolve()}, which holds the checkpoints of {owner}: give {run} a folder of its own "
-            f"there, or choose another run.dir with checkpoint.resume={owner}"
+            f"{folder} leads to {folder.resolve()}, which holds the checkpoints of {owner}: choose another run.dir with "
+            f"checkpoint.resume={owner}, or copy the checkpoints into a folder of its own and link that; if {run} replaces "
+            f"{owner}, remove {folder / OWNER}"
         )
 
 

@@ -89,9 +89,9 @@ def open_checkpoint(chosen: Chosen, average: bool = False) -> TrainedModel:
     path, tokenizer = chosen.path, read_tokenizer(chosen.run)
     saved = read_state(path)
     require_state(path, saved)
+    require_its_tokenizer(path, chosen.run)
     config, model = saved["config"], load_model(path, average=average)
     end, guess = end_of_run(tokenizer, chosen.run, config["data"])
-    require_its_tokenizer(path, chosen.run)
     context, bf16 = config["model"]["context"] or longest_context(model.config), config["train"].get("precision") == "bf16"
     return TrainedModel(path, model, tokenizer, end, context, chosen.problems, guess, bf16)
 
@@ -176,7 +176,7 @@ def require_its_tokenizer(checkpoint: Path, run: Path) -> None:
     try:
         trained_with = read_state(checkpoint)["identity"]["tokenizer"]
         found = json_hash(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, LookupError, RecursionError):
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
         return
     if trained_with not in (None, found):
         raise CheckpointError(

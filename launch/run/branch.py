@@ -21,7 +21,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from celo2.training.folder import OWNER
 from configs.load import ConfigError, options
 from configs.schema import Config
 from data.files import read_json, replacing
@@ -32,6 +31,7 @@ from launch.checkpoint.folders import (
     folders_of,
     newest_of_original,
     other_owner,
+    owner_of,
     second_folder,
 )
 from launch.checkpoint.journal import wrote
@@ -114,7 +114,8 @@ def fallback_name(run_dir: Path, origin: Origin | None, parent: Path) -> str:
     """Return the name of a line's folder below `parent`: the name stored in the run's folder, else one that no run has there.
 
     Because the name is stored, the line keeps that folder if the run's folder moves or has another path on other nodes. A copy of
-    the run's folder gets another name.
+    the run's folder gets another name. If the name is lost, the OWNER of a folder tells that it belongs to this run; a run that
+    begins leaves it to the earlier run at this path.
     """
     kept = second_folder(run_dir)
     if kept is not None and other_owner(parent / kept.name, run_dir) is None:
@@ -122,7 +123,23 @@ def fallback_name(run_dir: Path, origin: Origin | None, parent: Path) -> str:
     line = f"{run_dir.resolve()}\n{origin.id}{origin.manifest}" if origin else str(run_dir.resolve())
     lines = itertools.chain([line], (f"{line}\n{number}" for number in itertools.count(1)))
     names = (f"{run_dir.resolve().name}-{hashlib.sha256(os.fsencode(text)).hexdigest()[:12]}" for text in lines)
-    return next(name for name in names if not (parent / name / OWNER).exists())
+    begun = bool(read_events(run_dir))
+    owners = ((name, owner_of(parent / name)) for name in names)
+    return next(name for name, owner in owners if owner is None or (begun and owner == run_dir.resolve()))
+
+
+def require_nothing_lost(run_dir: Path, parent: Path) -> None:
+    """Raise CheckpointError if `run_dir` holds no run, but a folder below `parent` holds checkpoints of a run at this path."""
+    if read_events(run_dir):
+        return
+    folders = [folder for folder in parent.iterdir() if owner_of(folder) == run_dir.resolve()] if parent.is_dir() else []
+    found = [path for folder in folders for path in list_checkpoints(folder)]
+    if found:
+        newest = max(found, key=step_of)
+        raise CheckpointError(
+            f"{run_dir} holds no run, but {newest.parent} holds checkpoints of an earlier run at this path: continue from them "
+            f"with checkpoint.resume={newest}, or choose another run.dir; if that run was moved, resume it first"
+        )
 
 
 def choose_start(config: Config, run_dir: Path, progress: Progress = no_progress) -> Start:
@@ -148,6 +165,8 @@ def choose_start(config: Config, run_dir: Path, progress: Progress = no_progress
         given = Path(config.checkpoint.resume).expanduser()
         if not (given.is_dir() and given.resolve() == run_dir.resolve()) and not is_line_of(origin, given, config):
             return branch_from(given, config, run_dir, progress)
+    if config.checkpoint.fallback_dir is not None:
+        require_nothing_lost(run_dir, Path(config.checkpoint.fallback_dir))
     require_newest(run_dir, folders)
     path, notes = find_checkpoint(*folders, progress=progress)
     if path is None and notes:  # starting from the beginning would lose the run
@@ -190,9 +209,10 @@ def require_newest(run_dir: Path, folders: list[Path]) -> None:
             )
     for path, owner in newest_of_original(run_dir):
         if step_of(path) > newest:
+            without = f", or remove {run_dir / FALLBACK} to continue without it" if newest >= 0 else ""
             raise CheckpointError(
-                f"{run_dir} is a copy of {owner}, whose newest checkpoint is {path}: copy it into {run_dir / CHECKPOINTS}, or "
-                f"remove {run_dir / FALLBACK} to continue without it"
+                f"{run_dir} is a copy of {owner}, whose newest checkpoint is {path}: copy it into "
+                f"{run_dir / CHECKPOINTS}{without}"
             )
 
 

@@ -60,6 +60,13 @@ def find_start(config: Config, run_dir: Path, accelerator: Accelerator, heartbea
     return start._replace(checkpoint=folder / start.checkpoint.name)
 
 
+def folders_of_line(config: Config, run_dir: Path, start: Start, accelerator: Accelerator, heartbeat: Heartbeat) -> list[Path]:
+    """Return the checkpoint folders of the run's line, with the name that the first rank chooses. Every rank must call it."""
+    second = on_first_rank(accelerator, lambda: checkpoint_folders(config, run_dir, start.origin)[-1].name, heartbeat.mark)
+    parent = config.checkpoint.fallback_dir
+    return [run_dir / CHECKPOINTS, *([Path(parent) / second] if parent is not None else [])]
+
+
 def resume(
     config: Config, start: Start, strategy: Strategy, identity: dict[str, Any], progress: Progress = no_progress
 ) -> RunState:

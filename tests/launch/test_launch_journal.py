@@ -9,7 +9,7 @@ from test_launch_branch import losses, names
 from data.prepare import prepare
 from launch.checkpoint.export import export
 from launch.checkpoint.journal import wrote
-from launch.checkpoint.trained import open_trained
+from launch.checkpoint.trained import open_trained, require_its_tokenizer
 from launch.checkpoint.verify import CheckpointError, checkpoint_name
 
 
@@ -69,6 +69,12 @@ def test_a_checkpoint_of_another_tokenizer_is_refused(run, prepared):
             use()
         assert str(error.value) == message
     assert not (run.tmp_path / "x").exists()
+    require_its_tokenizer(run.tmp_path / "e/checkpoints/step_00000002", run.tmp_path / "e")
+    state = copy / "state.json"
+    content = state.read_bytes()
+    state.write_text(json.dumps(json.loads(content) | {"identity": None}))
+    require_its_tokenizer(copy, run.tmp_path / "f")  # whoever reads the state names the damage
+    state.write_bytes(content)
     bare = ["model.layers=null", "model.width=null", "model.heads=null"]
     status, _, error = run(*quick, *bare, f"model.init={copy}", f"data.dir={bpe}", folder="g")
     assert (status, error) == (2, f"error: model.init: {message}\n")

@@ -2,9 +2,11 @@
 
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
+from configs.load import load_config
 from configs.schema import Checkpoint, Config
 from launch.checkpoint.folders import CHECKPOINTS, FALLBACK, choose_checkpoint, claim, folders_of, other_owner
 from launch.checkpoint.verify import CheckpointError
@@ -26,8 +28,9 @@ def linked(run_dir, disk):
 
 def message(run_dir, disk, owner):
     return (
-        f"{run_dir / CHECKPOINTS} leads to {disk}, which holds the checkpoints of {owner}: give {run_dir} a folder of its own "
-        f"there, or choose another run.dir with checkpoint.resume={owner}"
+        f"{run_dir / CHECKPOINTS} leads to {disk}, which holds the checkpoints of {owner}: choose another run.dir with "
+        f"checkpoint.resume={owner}, or copy the checkpoints into a folder of its own and link that; if {run_dir} replaces "
+        f"{owner}, remove {run_dir / CHECKPOINTS / 'owner'}"
     )
 
 
@@ -40,6 +43,17 @@ def test_a_copy_that_kept_the_link_is_refused(run):
     status, _, error = run(*QUICK, "train.steps=4", "optimizer.lr=1e-2", folder="b")
     assert (status, error) == (2, f"error: {message(b, disk, a)}\n")
     assert names(disk) == ["owner", "step_00000002"]
+
+    shutil.copytree(disk, run.tmp_path / "other")  # the remedy: the checkpoints copied, and the link changed
+    (b / CHECKPOINTS).unlink()
+    (b / CHECKPOINTS).symlink_to(run.tmp_path / "other")
+    assert run(*QUICK, "train.steps=4", folder="b")[0] == 0 and "resumed from" in run.out
+    assert names(disk) == ["owner", "step_00000002"] and names(run.tmp_path / "other") == ["owner", "step_00000004"]
+
+    shutil.copytree(a, run.tmp_path / "replaces", symlinks=True)  # the other remedy, of a run that was moved by copying
+    (disk / "owner").unlink()
+    assert choose_start(Config(), run.tmp_path / "replaces").checkpoint is not None
+    claim(a / CHECKPOINTS, a)
 
     shutil.copytree(a, run.tmp_path / "whole")  # as cp -rL: it has its own checkpoints, and resumes
     assert run(*QUICK, "train.steps=4", folder="whole")[0] == 0 and "resumed from" in run.out
@@ -98,6 +112,11 @@ def test_a_copy_gets_a_second_folder_of_its_own(run):
         f"{copy} is a copy of {c}, whose newest checkpoint is {own}/step_00000004: copy it into {copy / CHECKPOINTS}, or remove "
         f"{copy / FALLBACK} to continue without it"
     )
+    (copy / CHECKPOINTS).rename(run.tmp_path / "away")  # without a checkpoint of its own it cannot continue without that one
+    with pytest.raises(CheckpointError) as error:
+        choose_start(config, copy)
+    assert str(error.value).endswith(f"/step_00000004: copy it into {copy / CHECKPOINTS}")
+    (run.tmp_path / "away").rename(copy / CHECKPOINTS)
     (copy / FALLBACK).unlink()
     assert choose_start(config, copy).checkpoint == copy / CHECKPOINTS / "step_00000002"
 
@@ -110,3 +129,26 @@ def test_a_new_run_at_the_place_of_a_moved_one_gets_another_second_folder(run):
     assert run(*options, folder="c")[0] == 0
     assert (run.tmp_path / "c" / FALLBACK).read_text() != (run.tmp_path / "moved" / FALLBACK).read_text()
     assert len(names(second)) == 2
+
+
+def test_a_lost_folder_of_a_run_does_not_lose_its_second_folder(run):
+    second = run.tmp_path / "second"
+    options = [*QUICK, f"checkpoint.fallback_dir={second}"]
+    assert run(*options, "train.steps=4", folder="c")[0] == 0
+    c = run.tmp_path / "c"
+    there = Path((c / FALLBACK).read_text())
+    (c / CHECKPOINTS / "step_00000004").rename(there / "step_00000004")  # as after a full disk
+
+    (c / FALLBACK).unlink()  # as of a copy without this file: the owner says whose folder it is
+    assert choose_start(load_config(c / "config.yaml", []), c).checkpoint == there / "step_00000004"
+
+    shutil.rmtree(c)
+    status, _, error = run(*options, "train.steps=6", folder="c")
+    assert (status, error) == (
+        2,
+        f"error: {c} holds no run, but {there} holds checkpoints of an earlier run at this path: continue from them with "
+        f"checkpoint.resume={there}/step_00000004, or choose another run.dir; if that run was moved, resume it first\n",
+    )
+    status, records, _ = run(*options, "train.steps=6", f"checkpoint.resume={there}/step_00000004", folder="c")
+    assert status == 0 and [record["step"] for record in records if "loss" in record][-2:] == [5, 6]
+    assert names(there) == ["owner", "step_00000004"]
