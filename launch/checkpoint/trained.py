@@ -89,9 +89,10 @@ def open_checkpoint(chosen: Chosen, average: bool = False) -> TrainedModel:
     path, tokenizer = chosen.path, read_tokenizer(chosen.run)
     saved = read_state(path)
     require_state(path, saved)
-    require_its_tokenizer(path, chosen.run)
-    config, model = saved["config"], load_model(path, average=average)
+    config = saved["config"]
     end, guess = end_of_run(tokenizer, chosen.run, config["data"])
+    require_its_tokenizer(path, chosen.run)
+    model = load_model(path, average=average)
     context, bf16 = config["model"]["context"] or longest_context(model.config), config["train"].get("precision") == "bf16"
     return TrainedModel(path, model, tokenizer, end, context, chosen.problems, guess, bf16)
 
