@@ -198,7 +198,7 @@ FUSED: list[tuple[str, Splitter, str]] = [
         "Wav2Vec2BertConvolutionModule Wav2Vec2ConformerConvolutionModule",
     ),
     ("pointwise_lin1", equal(2), "GraniteSpeech5EncoderConvolutionModule"),
-    ("linear_start", equal(2), "Gemma3nAudioConformerLightConv1d"),
+    ("linear_start", equal(2), "Gemma3nAudioConformerLightConv1d Gemma4AudioLightConv1d"),
     ("up_conv", equal(2), "GraniteSpeechConformerConvModule GraniteSpeechPlusConformerConvModule"),
     ("conv", equal(2), "Data2VecAudioAdapterLayer Wav2Vec2AdapterLayer Wav2Vec2ConformerAdapterLayer WavLMAdapterLayer"),
     ("conv_layers", equal(2), "transformers.Conv1dSubsampler"),

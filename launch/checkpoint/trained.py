@@ -212,7 +212,7 @@ def end_of_run(tokenizer: Tokenizer, run: Path, data: Mapping[str, Any]) -> tupl
     end = end_of(tokenizer, run)
     if named or sum(token.special for token in tokenizer.get_added_tokens_decoder().values()) == 1:
         return end, ""
-    found = f"{run} has no {CONFIG} that names the end of text, and its data is not there"
+    found = f"{run} has no {CONFIG} that names the end of text, and its data does not tell it"
     remedy = f'if it is another token, write {{"eos_token": TOKEN}} to {run / CONFIG}'
     return end, f"{found}; taking {tokenizer.id_to_token(end)!r}, a usual name; {remedy}"
 

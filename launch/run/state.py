@@ -22,9 +22,7 @@ class RunState:
     evaluated: int = 0  # the step of the last evaluation
     val_loss: float | None = None  # validation loss at that step, if it is finite
     best_loss: float | None = None  # the lowest validation loss so far on the set `validation`
-    validation: str | None = (
-        None  # hash of the validation set of the last evaluation; None: there was none, or an earlier version's
-    )
+    validation: str | None = None  # hash of the set of the last evaluation; None: there was none, or by an earlier version
     bad_steps: int = 0  # refused steps: loss or gradient norm was not finite, or the norm differed between ranks
     rollbacks: int = 0
     rolled_back_to: int = 0  # the step of the last rollback's checkpoint
@@ -58,7 +56,7 @@ class RunState:
         self.window_loss, self.window_tokens = None, 0
 
     def finish_evaluation(self, val_loss: float, validation: str) -> bool:
-        """Record the loss after `step` on the set with the hash `validation`. Returns whether it is the lowest so far on it."""
+        """Record the loss after `step` on the set with the hash `validation`. Return whether it is the lowest on that set."""
         if self.validation not in (None, validation):
             self.best_loss = None
         self.validation = validation

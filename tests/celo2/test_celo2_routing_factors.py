@@ -247,6 +247,14 @@ def test_a_fused_projection_in_a_wrapper_is_split_as_without(wrap):
     assert {note for group in param_groups(model, 1, 1) for note in group.get("notes", {}).values()} == {IN_UNITS.format(4)}
 
 
+def test_a_published_projection_inside_a_layer_that_clips_is_split():
+    """Gemma 4 halves the outputs of `linear_start` by a gated linear unit, and holds its linear layer in one that clips."""
+    model = T.models.gemma4.modeling_gemma4.Gemma4AudioLightConv1d(T.Gemma4AudioConfig(hidden_size=16))
+    groups = by_name(param_groups(nn.ModuleList([nn.ModuleList([model]), nn.Linear(16, 4)]), 1e-3, 2e-2))
+    assert groups["0.0.linear_start.linear.weight"][1]["matrices"][2] == (2, 16, 16)
+    assert groups["0.0.linear_end.linear.weight"][1]["matrices"] is None
+
+
 def test_a_projection_that_looks_fused_is_noted_in_a_wrapper_too():
     """Unless the wrapper holds other layers: then the name of the wrapper does not say what each layer computes."""
     blocks = [nn.ModuleDict({"qkv": Wrap(nn.Linear(8, 24)), "out": nn.Linear(8, 8)}) for _ in range(2)]

@@ -123,7 +123,8 @@ def test_a_run_that_does_not_name_its_end_of_text(run, two_ends, tmp_path, capsy
     data.rename(tmp_path / "moved")
     export(folder, tmp_path / "guessed", notes.append)
     assert notes == [
-        f"{folder} has no tokenizer_config.json that names the end of text, and its data is not there; taking '<|endoftext|>', "
+        f"{folder} has no tokenizer_config.json that names the end of text, and its data does not tell it; "
+        f"taking '<|endoftext|>', "
         f'a usual name; if it is another token, write {{"eos_token": TOKEN}} to {folder / "tokenizer_config.json"}'
     ]
     assert json.loads((tmp_path / "guessed" / "tokenizer_config.json").read_text())["eos_token"] == "<|endoftext|>"
