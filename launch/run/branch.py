@@ -123,14 +123,19 @@ def fallback_name(run_dir: Path, origin: Origin | None, parent: Path) -> str:
     line = f"{run_dir.resolve()}\n{origin.id}{origin.manifest}" if origin else str(run_dir.resolve())
     lines = itertools.chain([line], (f"{line}\n{number}" for number in itertools.count(1)))
     names = (f"{run_dir.resolve().name}-{hashlib.sha256(os.fsencode(text)).hexdigest()[:12]}" for text in lines)
-    begun = bool(read_events(run_dir))
+    begun = has_begun(run_dir)
     owners = ((name, owner_of(parent / name)) for name in names)
     return next(name for name, owner in owners if owner is None or (begun and owner == run_dir.resolve()))
 
 
+def has_begun(run_dir: Path) -> bool:
+    """Return whether a run has trained in `run_dir`: it holds events or checkpoints."""
+    return bool(read_events(run_dir) or list_checkpoints(run_dir / CHECKPOINTS))
+
+
 def require_nothing_lost(run_dir: Path, parent: Path) -> None:
     """Raise CheckpointError if `run_dir` holds no run, but a folder below `parent` holds checkpoints of a run at this path."""
-    if read_events(run_dir):
+    if has_begun(run_dir):
         return
     folders = [folder for folder in parent.iterdir() if owner_of(folder) == run_dir.resolve()] if parent.is_dir() else []
     found = [path for folder in folders for path in list_checkpoints(folder)]

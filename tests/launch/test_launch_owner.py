@@ -142,6 +142,12 @@ def test_a_lost_folder_of_a_run_does_not_lose_its_second_folder(run):
     (c / FALLBACK).unlink()  # as of a copy without this file: the owner says whose folder it is
     assert choose_start(load_config(c / "config.yaml", []), c).checkpoint == there / "step_00000004"
 
+    (there / "step_00000004").rename(c / CHECKPOINTS / "step_00000004")
+    (c / "events.jsonl").rename(c / "lost")  # its checkpoints say that this is the owner's folder, too
+    assert str(checkpoint_folders(load_config(c / "config.yaml", []), c, None)[1]) == str(there)
+    assert choose_start(load_config(c / "config.yaml", []), c).checkpoint == c / CHECKPOINTS / "step_00000004"
+    (c / CHECKPOINTS / "step_00000004").rename(there / "step_00000004")
+
     shutil.rmtree(c)
     status, _, error = run(*options, "train.steps=6", folder="c")
     assert (status, error) == (
